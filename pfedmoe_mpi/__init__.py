@@ -1,0 +1,3 @@
+"""Personalised federated learning with mixtures of experts under MPI."""
+
+__version__ = "0.1.0"
