@@ -1,0 +1,89 @@
+"""SCAFFOLD: control variates on server and clients correct the drift of local steps.
+
+Karimireddy, Kale, Mohri, Reddi, Stich, Suresh: "SCAFFOLD: Stochastic Controlled Averaging for Federated
+Learning", ICML 2020, Algorithm 1. Local step y ← y − η_l (g(y) − c_i + c) (line 10); new control, option II:
+c_i⁺ = c_i − c + (x − y) / (M η_l) after M steps (line 12); server x ← x + η_g mean(y − x),
+c ← c + |S|/N mean(c_i⁺ − c_i) (lines 16 and 17).
+
+Shared: Δy (the model with its buffers) and Δc (its parameters), two float32 vectors per client and round.
+
+Departures: no momentum, which option II does not describe. The correction enters as the linear term
+⟨c − c_i, y⟩ of the loss, whose gradient it is; the joint norm is clipped with it. Weight decay is part of g.
+BatchNorm's running statistics have no control: their mean difference is added like the parameters'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pfedmoe_mpi.algorithms.base import Algorithm, Block, Mean, Phase, Spec, Task, TensorPart
+from pfedmoe_mpi.config import Section
+from pfedmoe_mpi.data.shard import Batch
+from pfedmoe_mpi.flat import Layout
+from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.training import Turn
+
+
+class Options(Section):
+    lr_server: float = Field(1.0, gt=0)
+    """η_g, the server's learning rate."""
+
+
+class Scaffold(Algorithm):
+    homogeneous = True
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self._model = task.model(task.pool[0])
+        with torch.device("meta"):
+            self._parameters = Layout.of(self._model.build()).parameters
+
+    def state(self) -> Spec:
+        """x, the global model, and c, the server's control (parameters,)."""
+        return {"model": self._model, "control": TensorPart((self._parameters,))}
+
+    def client_state(self, client: int) -> Spec:
+        """c_i, the client's control (parameters,)."""
+        return {"own_control": TensorPart((self._parameters,))}
+
+    def payload(self, sizes: Mapping[str, int]) -> Mapping[str, Block]:
+        """Δy and Δc, every client with weight 1."""
+        return {name: Block(size, weight="one") for name, size in sizes.items()}
+
+    def phases(self, role: str) -> list[Phase]:
+        return [self.phase({"model": self.task.config.train.lr_shared}, momentum=0.0)]
+
+    def predict(self, parts: Parts, x: Tensor) -> Tensor:
+        logits: Tensor = parts.model(x)
+        return logits
+
+    def loss(self, parts: Parts, batch: Batch) -> Tensor:
+        """Cross-entropy plus ⟨c − c_i, y⟩, so that the gradient is g(y) − c_i + c."""
+        correction = parts.control - parts.own_control
+        parameters = parts.parameters("model")
+        pieces = correction.split([p.numel() for p in parameters])
+        drift = sum(torch.dot(piece, p.view(-1)) for piece, p in zip(pieces, parameters, strict=True))
+        return super().loss(parts, batch) + drift
+
+    def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
+        """Lines 7 to 13."""
+        parts = turn.parts
+        start = parts.vector("model").clone()
+        (phase,) = self.phases(turn.role)
+        steps = turn.sgd(phase)
+        change = parts.vector("model") - start
+        moved = parts.parameter_vector("model") - start[: parts.control.numel()]
+        lr = turn.rate * phase.lr["model"]
+        difference = -parts.control - moved / (steps * lr)
+        parts.own_control += difference
+        return {"model": change, "control": difference}
+
+    def server_update(self, state: Mapping[str, Tensor], means: Mapping[str, Mean]) -> None:
+        """Lines 16 and 17."""
+        model, control = means["model"], means["control"]
+        state["model"] += self.options.lr_server * model.value[0]
+        state["control"] += int(control.weight) / self.task.clients * control.value[0]

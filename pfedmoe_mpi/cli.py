@@ -1,0 +1,223 @@
+"""The command line: one function per command. What needs torch or MPI is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pfedmoe_mpi import __version__, algorithms, config
+from pfedmoe_mpi.comm import launched_rank
+from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.errors import EXIT_DONE, EXIT_USER, ConfigError, UserError, nearest
+
+USAGE = """\
+python -m pfedmoe_mpi [run] [CONFIG.toml] [--section.field VALUE ...] [--dry true]
+       python -m pfedmoe_mpi restart RUN_DIR|CHECKPOINT.h5 [--rounds N] [--section.field VALUE ...]
+       python -m pfedmoe_mpi evaluate CHECKPOINT.h5 [--data.path PATH] [--json true]
+       python -m pfedmoe_mpi inspect CHECKPOINT.h5 [--digest]
+       python -m pfedmoe_mpi export CHECKPOINT.h5 --client 7 OUT.h5
+       python -m pfedmoe_mpi data prepare|partition [CONFIG.toml] OUT.h5 [--section.field VALUE ...]
+       python -m pfedmoe_mpi bench [WHAT ...] [--section.field VALUE ...]
+       python -m pfedmoe_mpi check [FOLDER]
+run, restart, evaluate, bench and check run under mpirun or srun too."""
+
+Settings = dict[str, Any]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command; the exit code. What can be checked before MPI is told by the first rank only."""
+    try:
+        command, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in COMMANDS else ("run", arguments)
+        if {"-h", "--help"} & set(arguments):
+            if launched_rank() == 0:
+                print(_parser().format_help())
+            return EXIT_DONE
+        if "--version" in arguments:
+            print(__version__)
+            return EXIT_DONE
+        return COMMANDS[command](rest)
+    except UserError as error:
+        if launched_rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train from round 1."""
+    words, flags, extra = _parse(arguments, {"dry": "false"})
+    _at_most(words, 1, "one CONFIG.toml")
+    settings = _configured(words, flags)
+    dry = _boolean("dry", extra["dry"])
+    from pfedmoe_mpi import job
+
+    return job.run(settings, dry)
+
+
+def restart(arguments: Sequence[str]) -> int:
+    """Go on from a run folder or a checkpoint."""
+    words, flags, _ = _parse(arguments, {})
+    source = _exactly(words, "RUN_DIR or CHECKPOINT.h5")[0]
+    config.build({**flags, "data.path": flags.get("data.path", "-")})  # wrong flags are told before MPI starts
+    from pfedmoe_mpi import job
+
+    return job.restart(Path(source), flags)
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Measure every client of a checkpoint."""
+    words, flags, extra = _parse(arguments, {"json": "false"})
+    source = _exactly(words, "CHECKPOINT.h5")[0]
+    from pfedmoe_mpi import inspection
+
+    return inspection.evaluate(Path(source), flags, _boolean("json", extra["json"]))
+
+
+def inspect(arguments: Sequence[str]) -> int:
+    """Show a checkpoint, or its digest."""
+    words, _, extra = _parse([word for word in arguments if word != "--digest"], {})
+    source = _exactly(words, "CHECKPOINT.h5")[0]
+    from pfedmoe_mpi import inspection
+
+    return inspection.inspect(Path(source), digest="--digest" in arguments)
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write one client's model by tensor names."""
+    words, _, extra = _parse(arguments, {"client": ""})
+    source, out = _exactly(words, "CHECKPOINT.h5", "OUT.h5")
+    if not extra["client"].isdigit():
+        raise ConfigError(f"--client {extra['client'] or 'is missing'}", "--client 7 exports client 7")
+    from pfedmoe_mpi import inspection
+
+    return inspection.export(Path(source), int(extra["client"]), Path(out))
+
+
+def data(arguments: Sequence[str]) -> int:
+    """Prepare data or draw a partition; needs no MPI, may use the network on a login node."""
+    words, flags, _ = _parse(arguments, {})
+    if not words or words[0] not in {"prepare", "partition"}:
+        raise ConfigError("data prepare or data partition", "data prepare OUT.h5 --data.source folder --data.path …")
+    if len(words) not in {2, 3}:
+        raise ConfigError(f"data {words[0]} needs one output file", f"data {words[0]} [CONFIG.toml] OUT.h5")
+    settings = _configured(words[1:-1], flags)
+    from pfedmoe_mpi.data import prepare
+
+    work = prepare.prepare if words[0] == "prepare" else prepare.write_partition
+    print(work(settings, Path(words[-1])))
+    return EXIT_DONE
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """Measure this machine and print a table."""
+    words, flags, _ = _parse(arguments, {})
+    settings = _configured([], flags)
+    from pfedmoe_mpi import bench as room
+
+    return room.run(words, settings, flags)
+
+
+def check(arguments: Sequence[str]) -> int:
+    """Tell what this cluster can do: MPI, file system, GPU, signals."""
+    words, _, _ = _parse(arguments, {})
+    _at_most(words, 1, "one FOLDER")
+    from pfedmoe_mpi import check as room
+
+    return room.run(Path(words[0] if words else "."))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "run": run,
+    "restart": restart,
+    "evaluate": evaluate,
+    "inspect": inspect,
+    "export": export,
+    "data": data,
+    "bench": bench,
+    "check": check,
+}
+
+
+def _parse(arguments: Sequence[str], extra: dict[str, str]) -> tuple[list[str], Settings, dict[str, str]]:
+    """(words, settings by dotted name, the command's own flags)."""
+    known = {**config.fields(), **extra}
+    words: list[str] = []
+    flags: Settings = {}
+    found = dict(extra)
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        name, joined, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"there is no flag --{name}{nearest(name, known)}", "--help lists every flag")
+        if not joined:
+            if not rest:
+                raise ConfigError(f"--{name} needs a value", f"--{name} VALUE")
+            value = rest.pop(0)
+        if name in extra:
+            found[name] = value
+        else:
+            flags[name] = value
+    for name in ("data.path", "run.dir"):
+        if flags.get(name):
+            flags[name] = os.path.abspath(flags[name])
+    return words, flags, found
+
+
+def _configured(words: Sequence[str], flags: Settings) -> Config:
+    """A TOML file, if any, with the flags over it."""
+    settings = config.read_toml(Path(words[0])) if words else {}
+    return config.build({**settings, **flags})
+
+
+def _boolean(name: str, value: str) -> bool:
+    if value.lower() not in {"true", "false"}:
+        raise ConfigError(f"--{name} {value}: neither true nor false", f"--{name} true|false")
+    return value.lower() == "true"
+
+
+def _at_most(words: Sequence[str], number: int, what: str) -> None:
+    if len(words) > number:
+        hint = nearest(words[0], COMMANDS)
+        raise ConfigError(f"at most {what} is expected, not {' '.join(words)}{hint}", USAGE)
+
+
+def _exactly(words: Sequence[str], *what: str) -> Sequence[str]:
+    if len(words) != len(what):
+        raise ConfigError(f"expected {' '.join(what)}, not {' '.join(words) or 'nothing'}", USAGE)
+    return words
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Only for its help text: every setting with its sentence, choices and default."""
+    methods = "\n".join(f"  {name:12} {algorithms.summary(name)}" for name in algorithms.names())
+    parser = argparse.ArgumentParser(
+        prog="pfedmoe-mpi",
+        usage=USAGE,
+        description=f"Personalised federated learning under MPI.\n\nalgorithms:\n{methods}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        epilog="Lists are comma-separated, booleans true or false, names accept - for _.",
+    )
+    groups: dict[str, Any] = {}
+    for name, field in config.fields().items():
+        section = name.rpartition(".")[0] or "run"
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        choices = config.choices(field)
+        text = f"{field.description or ''} [{_shown(field.default)}]".replace("%", "%%")
+        groups[section].add_argument(f"--{name}", metavar="{" + ",".join(choices) + "}" if choices else "VALUE", help=text)
+    return parser
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ",".join(map(str, default)) or "none"
+    return str(default).lower() if isinstance(default, bool) else str(default) or "none"

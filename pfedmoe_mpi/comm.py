@@ -1,0 +1,263 @@
+"""The only file that imports mpi4py: start, abort, wait, sum, agree, move. It knows nothing of learning.
+
+Nobody waits inside MPI: a rank blocked there spins, runs no signal handler and cannot time out. Whoever is done
+posts a non-blocking operation and tests it, sleeping in between, looking for a stop and for the time-out.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from pfedmoe_mpi.errors import EXIT_FAULT, LaunchError, StoppedError, UserError
+
+T = TypeVar("T")
+
+_STOP, _ARRIVED, _MOVE = 1, 2, 3  # message tags
+_CHUNK = 1 << 26  # int64 numbers per reduction: 512 MiB, below MPI's 2 GiB limit
+_SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0002, 0.01
+
+
+def launched_rank() -> int:
+    """This process's rank as its launcher says, before MPI is started; 0 where there is none."""
+    for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def launched_size(environment: Mapping[str, str]) -> int:
+    """How many ranks the launcher started: PMI's or Open MPI's variable decides, else Slurm's; else 1."""
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if environment.get(name, "").isdigit():
+            return int(environment[name])
+    return 1
+
+
+class Comm:
+    """A communicator with polite waiting. Every method but `poll`, `abort` and `send` is collective."""
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+        self._control = comm.Dup()
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+        self.timeout = 600.0
+        self.signal_received = 0
+        self._stopping = False
+        self._sent: list[Any] = []
+        self._sequence = 0
+
+    # Stops
+
+    def catch_signals(self) -> None:
+        """SIGUSR1, SIGTERM and Ctrl-C ask for a stop; a second Ctrl-C ends the job."""
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            if self.signal_received == signal.SIGINT == number:
+                self.abort("interrupted twice")
+            self.signal_received = number
+
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
+
+    def stop_requested(self) -> bool:
+        """Whether any rank was asked to stop, as far as this one has heard; passes its own request on."""
+        if self._stopping:
+            return True
+        if self.signal_received:
+            self._stopping = True
+            token = np.array([self.signal_received], np.int64)
+            others = (rank for rank in range(self.size) if rank != self.rank)
+            self._sent += [(self._control.Isend(token, other, _STOP), token) for other in others]
+        elif self.size > 1 and self._control.Iprobe(tag=_STOP):
+            self._control.Recv(np.empty(1, np.int64), tag=_STOP)
+            self._stopping = True
+        return self._stopping
+
+    def poll(self) -> None:
+        """Raise StoppedError if a stop was asked for on any rank. Called between batches."""
+        if self.stop_requested():
+            raise StoppedError
+
+    # Waiting
+
+    def wait(self, purpose: str) -> float:
+        """A barrier; the seconds waited. After the time-out the job ends, naming who is missing."""
+        started = time.perf_counter()
+        if self.size == 1:
+            return 0.0
+        self._sequence += 1
+        token = np.array([self._sequence], np.int64)
+        if self.rank:
+            self._sent.append((self._control.Isend(token, 0, _ARRIVED), token))
+        arrived = {0}
+        self._complete(self._control.Ibarrier(), purpose, arrived)
+        while self.rank == 0 and len(arrived) < self.size:
+            self._note_arrivals(arrived)
+        self._sent = [(request, buffer) for request, buffer in self._sent if not request.Test()]
+        return time.perf_counter() - started
+
+    def _complete(self, request: Any, purpose: str, arrived: set[int] | None = None) -> None:
+        """Test until done, sleeping a little longer each time."""
+        pause, deadline = _SHORTEST_SLEEP, time.monotonic() + self.timeout
+        while not request.Test():
+            self.stop_requested()
+            if arrived is not None and self.rank == 0:
+                self._note_arrivals(arrived)
+            # Rank 0 knows who is missing, so the others leave the word to it for a while.
+            if time.monotonic() > deadline + (30 if self.rank else 0):
+                missing = sorted(set(range(self.size)) - (arrived or set())) if self.rank == 0 else [0]
+                self.abort(f"no sign for {self.timeout:.0f} s at '{purpose}' of rank {', '.join(map(str, missing))}")
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_SLEEP if arrived is not None else _SHORTEST_SLEEP)
+
+    def _note_arrivals(self, arrived: set[int]) -> None:
+        """One message of each rank; a quick one may already have sent its next."""
+        for source in range(1, self.size):
+            if source not in arrived and self._control.Iprobe(source, _ARRIVED):
+                self._control.Recv(np.empty(1, np.int64), source, _ARRIVED)
+                arrived.add(source)
+
+    # Exchange
+
+    def sum(self, buffer: np.ndarray, purpose: str) -> float:
+        """Add an int64 buffer (n,) up over all ranks, in place; the seconds waited for the others."""
+        from mpi4py import MPI
+
+        assert buffer.dtype == np.int64 and buffer.flags.c_contiguous
+        waited = self.wait(purpose)
+        if self.size > 1:
+            for start in range(0, len(buffer), _CHUNK):
+                piece = buffer[start : start + _CHUNK]
+                self._complete(self._control.Iallreduce(MPI.IN_PLACE, piece, MPI.SUM), purpose)
+        return waited
+
+    def broadcast(self, array: np.ndarray, purpose: str) -> None:
+        """Rank 0's numbers to all, in place."""
+        self.wait(purpose)
+        if self.size > 1:
+            flat = array.reshape(-1).view(np.uint8)
+            for start in range(0, len(flat), 8 * _CHUNK):
+                self._complete(self._control.Ibcast(flat[start : start + 8 * _CHUNK], 0), purpose)
+
+    def gather(self, value: T, purpose: str) -> list[T]:
+        """A small Python object of every rank, on all ranks in rank order."""
+        self.wait(purpose)
+        return list(self._control.allgather(value))
+
+    def from_root(self, work: Callable[[], T], purpose: str) -> T:
+        """Rank 0's result (a small object) on all ranks; its UserError is raised on all of them."""
+        return self.agree(work if self.rank == 0 else None, purpose)[0]  # type: ignore[return-value]
+
+    def agree(self, work: Callable[[], T] | None, purpose: str) -> list[T | None]:
+        """Everyone's result on all ranks; if any rank met a UserError, all raise the first one."""
+        result: T | UserError | None
+        try:
+            result = work() if work else None
+        except UserError as error:
+            result = error
+        results = self.gather(result, purpose)
+        for item in results:
+            if isinstance(item, UserError):
+                raise item
+        return results  # type: ignore[return-value]
+
+    def move(self, transfers: list[tuple[int, int, np.ndarray]], purpose: str) -> None:
+        """Send arrays (source, destination, array): filled in at the destination, read at the source.
+
+        All ranks pass the same list in the same order; arrays of ranks not concerned may be empty.
+        """
+        self.wait(purpose)
+        requests = []
+        for source, destination, array in transfers:
+            flat = array.reshape(-1).view(np.uint8)
+            for start in range(0, len(flat), 8 * _CHUNK):
+                piece = flat[start : start + 8 * _CHUNK]
+                if self.rank == source != destination:
+                    requests.append(self._comm.Isend(piece, destination, _MOVE))
+                elif self.rank == destination != source:
+                    requests.append(self._comm.Irecv(piece, source, _MOVE))
+        for request in requests:
+            self._complete(request, purpose)
+
+    def local(self) -> tuple[int, int]:
+        """(rank on this host, ranks on this host), by a shared-memory split."""
+        from mpi4py import MPI
+
+        host = self._control.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+        local = host.Get_rank(), host.Get_size()
+        host.Free()
+        return local
+
+    def split(self, color: int) -> Comm | None:
+        """A communicator of the ranks with equal color; None for a negative one."""
+        from mpi4py import MPI
+
+        part = self._comm.Split(color if color >= 0 else MPI.UNDEFINED, self.rank)
+        return None if color < 0 else Comm(part)
+
+    # The end
+
+    def abort(self, reason: str) -> NoReturn:
+        """End the whole job at once with exit code 1."""
+        sys.stdout.flush()
+        print(f"rank {self.rank}: {reason}", file=sys.stderr, flush=True)
+        self._comm.Abort(EXIT_FAULT)
+        os._exit(EXIT_FAULT)  # an MPI whose Abort returns
+
+    def fault(self, error: BaseException) -> NoReturn:
+        """End the whole job with this rank's traceback."""
+        self.abort("".join(traceback.format_exception(error)))
+
+    def finish(self) -> None:
+        """Leave together, so that no launcher kills the others at the first exit code; drop unread stops."""
+        self.wait("end")
+        while self.size > 1 and self._control.Iprobe(tag=_STOP):
+            self._control.Recv(np.empty(1, np.int64), tag=_STOP)
+
+
+def start(allow_singleton: bool = False) -> Comm:
+    """Start MPI and take the world.
+
+    Raises:
+        LaunchError: no MPI library, or a launcher of another MPI family started ranks that cannot see each other.
+    """
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    mpi4py.rc.finalize = True
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            f"mpi4py finds no MPI library ({str(error).splitlines()[0]})",
+            "load the cluster's MPI module, or install a runtime: pip install 'pfedmoe_mpi[mpich]'",
+        ) from error
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_FUNNELED)
+    world = Comm(MPI.COMM_WORLD)
+    expected = launched_size(os.environ)
+    if world.size == 1 and expected > 1 and not allow_singleton:
+        raise LaunchError(
+            f"the launcher started {expected} ranks, but each believes it is alone: it belongs to another MPI than "
+            f"{library()}",
+            "use the mpirun of the same MPI, or srun --mpi=pmi2 (MPICH) or pmix (Open MPI); "
+            "--run.singleton true if one rank is meant",
+        )
+    return world
+
+
+def library() -> str:
+    """The MPI library's first line."""
+    from mpi4py import MPI
+
+    return MPI.Get_library_version().splitlines()[0].strip(" \0")

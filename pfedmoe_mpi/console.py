@@ -1,0 +1,128 @@
+"""What rank 0 shows: the plan before round 1, a line or a bar per round, a table of clients at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from pfedmoe_mpi.flat import Layout
+from pfedmoe_mpi.metrics import Row, best
+from pfedmoe_mpi.runfolder import LOGGER
+from pfedmoe_mpi.setup import Federation
+
+
+def megabytes(numbers: float) -> str:
+    """float32 numbers as MB."""
+    return f"{4 * numbers / 1e6:.2f} MB"
+
+
+def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
+    """What is shared and what is private, one line per rank, and the memory the job will need."""
+    settings, task = federation.config, federation.task
+    lines = [
+        f"{settings.algorithm} on {federation.dataset.name}: {task.clients} clients, cohort {settings.cohort_size}, "
+        f"{settings.rounds} rounds, sample {'×'.join(map(str, task.shape))}, {task.classes} classes, d = {task.dim}"
+    ]
+    lines += ["shared:  " + line for line in _describe(federation.state_layout)]
+    for number, name in enumerate(task.pool[: task.clients]):
+        same = len(range(number, task.clients, len(task.pool)))
+        lines += [f"private: {line} ({name}, {same} clients)" for line in _describe(federation.client_layouts[number])]
+    lines += [f"rank {rank}: {line}" for rank, line in enumerate(device_lines)]
+    return lines + [memory(federation, len(device_lines))]
+
+
+def _describe(layout: Layout) -> list[str]:
+    lines = []
+    for part, place in layout.parts.items():
+        entries = [e for e in layout.entries if e.name.partition("/")[0] == part]
+        parameters = sum(e.size for e in entries if e.trained)
+        size = place.stop - place.start
+        lines.append(f"{part}: {len(entries)} tensors, {parameters:,} parameters, {size:,} numbers, {megabytes(size)}")
+    return lines or ["nothing"]
+
+
+def memory(federation: Federation, ranks: int) -> str:
+    """The numbers the job holds: vectors of all clients, data, and the bound models of a rank."""
+    vectors = sum(layout.size for layout in federation.client_layouts)
+    kinds = {layout.digest: layout.size for layout in federation.client_layouts}
+    bound = 4 * (sum(kinds.values()) + federation.state_layout.size)  # weights, gradients, momenta, a copy
+    sample = federation.dataset.dtype.itemsize
+    for length in federation.task.shape:
+        sample *= length
+    rows = sum(len(r) for split in ("train", "validation", "test") for r in getattr(federation.partition, split))
+    return (
+        f"memory: clients' vectors {megabytes(vectors)} and data {rows * sample / 1e6:.1f} MB over {ranks} ranks; "
+        f"on each rank about {megabytes(bound)} of bound models, beside torch and activations"
+    )
+
+
+class Progress:
+    """A progress bar on a terminal, else one line per round; LOGGER gets the line either way."""
+
+    def __init__(self, rounds: int, done: int, clients: int) -> None:
+        self._rounds = rounds
+        self._clients = clients
+        self._started, self._first = time.monotonic(), done
+        self._bar: Any = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("round"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(f"{clients} of its clients here", total=rounds, completed=done)
+
+    def round_done(self, row: Row) -> None:
+        accuracy, before = (_percent(row[name]["mean"]) for name in ("accuracy", "accuracy_cohort"))
+        loss = "-" if row["train_loss"] is None else f"{row['train_loss']:.4f}"
+        text = f"accuracy {accuracy} (cohort, before the sum, {before})  loss {loss}"
+        left = (time.monotonic() - self._started) / (row["round"] - self._first) * (self._rounds - row["round"])
+        line = f"round {row['round']}/{self._rounds}  {text}  {row['seconds']['total']:.2f} s, {left:.0f} s left"
+        LOGGER.info(line)
+        if self._bar:
+            self._bar.update(self._task, completed=row["round"], description=text)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def table(federation: Federation, history: Sequence[Row]) -> str:
+    """Per client: architecture, training samples, classes, accuracy; then last and best round."""
+    from rich.console import Console
+    from rich.table import Table
+
+    last = history[-1]
+    task = federation.task
+    shown = Table(title=f"clients after round {last['round']}")
+    for heading in ("client", "architecture", "samples", "classes", "accuracy", "mean α of the shared expert"):
+        shown.add_column(heading, justify="right")
+    for k in range(task.clients):
+        alpha = last["clients"]["alpha"][k]
+        shown.add_row(
+            *(str(k), task.architecture(k), str(task.samples(k)), str(int((task.counts[k] > 0).sum()))),
+            *(_percent(last["clients"]["accuracy"][k]), "-" if alpha is None else f"{alpha:.3f}"),
+        )
+    console = Console(width=100, no_color=True)
+    with console.capture() as capture:
+        console.print(shown)
+    lines = [capture.get().rstrip(), "last  " + _line(last)]
+    top = best(history)
+    return "\n".join(lines + ([f"best  {_line(top)}"] if top else []))
+
+
+def _line(row: Row) -> str:
+    a = row["accuracy"]
+    return (
+        f"round {row['round']}: accuracy mean {_percent(a['mean'])}, weighted {_percent(a['weighted'])}, "
+        f"std {_percent(a['std'])}, worst {_percent(a['worst'])}"
+    )

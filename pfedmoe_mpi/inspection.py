@@ -1,0 +1,155 @@
+"""Reading checkpoints: inspect, digest, evaluate, export."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from pfedmoe_mpi import checkpoint, config, metrics
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.comm import Comm
+from pfedmoe_mpi.data.shard import SPLITS
+from pfedmoe_mpi.errors import EXIT_DONE, CheckpointError
+
+
+def digest(loaded: Checkpoint) -> str:
+    """SHA-256 over everything a restart would use; no time, memory, host or path.
+
+    Vectors, round, partial sum, learning metrics (their shortest decimal form stands for the float's bits), data
+    and partition digests, seed, and the method with its section.
+    """
+    state = sha256()
+    method = loaded.config["algorithm"]
+    facts = {
+        "round": loaded.round,
+        "algorithm": [method, loaded.config.get(method), loaded.config["seed"], loaded.config["model"]],
+        "digests": [loaded.identity["data_digest"], loaded.identity["partition_digest"]],
+        "layouts": [loaded.state_layout.digest, *(loaded.layout(k).digest for k in range(loaded.clients))],
+        "history": [metrics.learning(row) for row in loaded.history],
+    }
+    state.update(json.dumps(facts, sort_keys=True).encode())
+    state.update(loaded.state.tobytes())
+    for client in range(loaded.clients):
+        state.update(loaded.vector(client).tobytes())
+    if loaded.partial is not None:
+        state.update(loaded.partial.tobytes())
+    return state.hexdigest()
+
+
+def inspect(path: Path, *, digest: bool) -> int:
+    """Print what is in a checkpoint, or its digest alone."""
+    checkpoint.verify(path)
+    with Checkpoint(path) as loaded:
+        print(_digest(loaded) if digest else _description(loaded))
+    return EXIT_DONE
+
+
+_digest = digest  # the command's flag has the same name
+
+
+def _description(loaded: Checkpoint) -> str:
+    settings, identity = loaded.config, loaded.identity
+    lines = [
+        f"{loaded.path}: {settings['algorithm']}, round {loaded.round} of {settings['rounds']}, format {checkpoint.FORMAT}",
+        f"data {settings['data']['source']}, digest {identity['data_digest'][:16]}…, partition {settings['partition']['kind']}",
+    ]
+    if loaded.partial is not None:
+        lines.append(f"round {loaded.round + 1} in progress: clients {loaded.finished} are in its sum")
+    if loaded.history:
+        row = loaded.history[-1]
+        lines.append(f"accuracy mean {row['accuracy']['mean']}, worst {row['accuracy']['worst']}")
+        top = metrics.best(loaded.history)
+        kind = "validation" if metrics.selected_on(loaded.history) == "accuracy_validation" else "test"
+        lines.append(f"best on {kind}: round {top['round'] if top else None}")
+    lines.append(f"server: {_layout(loaded.state_layout)}")
+    kinds: dict[str, list[int]] = {}
+    for client in range(loaded.clients):
+        kinds.setdefault(loaded.layout(client).digest, []).append(client)
+    lines += [f"clients {_numbers(members)}: {_layout(loaded.layout(members[0]))}" for members in kinds.values()]
+    lines += [f"{name}: {value}" for name, value in sorted(identity.items())]
+    lines.append(f"digest: {_digest(loaded)}")
+    return "\n".join(lines)
+
+
+def _layout(layout: Any) -> str:
+    parts = [f"{name} {place.stop - place.start:,}" for name, place in layout.parts.items()]
+    return f"{layout.size:,} numbers ({', '.join(parts)})" if parts else "nothing"
+
+
+def _numbers(members: list[int]) -> str:
+    return ", ".join(map(str, members[:8])) + (f", … ({len(members)})" if len(members) > 8 else "")
+
+
+def export(path: Path, client: int, out: Path) -> int:
+    """Write the server's and one client's tensors as an HDF5 file: /PART/TENSOR by their torch names.
+
+    Raises:
+        CheckpointError: no such client, or an output that exists.
+    """
+    checkpoint.verify(path)
+    if out.exists():
+        raise CheckpointError(f"{out} exists already", "choose another name")
+    with Checkpoint(path) as loaded:
+        if client >= loaded.clients:
+            raise CheckpointError(f"there is no client {client}", f"clients are 0 to {loaded.clients - 1}")
+        temporary = out.with_name(f".{out.name}.tmp")
+        with h5py.File(temporary, "w") as file:
+            file.attrs.update(client=client, round=loaded.round, algorithm=loaded.config["algorithm"])
+            file.attrs["config"] = json.dumps(loaded.config)
+            pool = loaded.config["model"]["pool"]
+            file.attrs["architecture"] = pool[client % len(pool)]
+            for layout, vector in (
+                (loaded.state_layout, loaded.state),
+                (loaded.layout(client), loaded.vector(client)),
+            ):
+                for entry in layout.entries:
+                    tensor = vector[entry.offset : entry.offset + entry.size].reshape(entry.shape)
+                    file[entry.name.rstrip("/")] = tensor
+        os.replace(temporary, out)
+    print(f"wrote client {client} of {path} to {out}")
+    return EXIT_DONE
+
+
+def evaluate(path: Path, overrides: Mapping[str, Any], as_json: bool) -> int:
+    """Measure every client of a checkpoint with the server's state; under MPI the clients are shared out."""
+    from pfedmoe_mpi import job
+
+    def work(world: Comm, code: str) -> int:
+        world.agree(lambda: checkpoint.verify(path, world.rank, world.size), "checking the checkpoint")
+        with Checkpoint(path) as loaded:
+            return _evaluate(world, loaded, overrides, as_json)
+
+    return job.under_mpi(work)
+
+
+def _evaluate(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], as_json: bool) -> int:
+    from pfedmoe_mpi import federation, setup
+
+    settings = config.build({**config.flatten(loaded.config), **overrides})
+    built = setup.build(world, settings)
+    same = {split: [*map(len, loaded.partition(split))] == [*map(len, getattr(built.partition, split))] for split in SPLITS}
+    other = built.data_digest != loaded.identity["data_digest"]
+    loop = federation.Loop(world, built, federation.Silent(), None)
+    loop.resume(loaded)
+    result = loop.evaluation()
+    if world.rank == 0:
+        result = {"round": loaded.round, "other_data": other or not all(same.values()), **result}
+        print(json.dumps(result) if as_json else _table(result))
+    return EXIT_DONE
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    lines = [f"after round {result['round']}" + (", on other data than it was trained on" if result["other_data"] else "")]
+    for client, (accuracy, loss) in enumerate(
+        zip(result["clients"]["accuracy"], result["clients"]["loss"], strict=True)
+    ):
+        lines.append(f"client {client:4}  accuracy {accuracy:.4f}  loss {loss:.4f}")
+    a = result["accuracy"]
+    lines.append(f"mean {a['mean']:.4f}  weighted {a['weighted']:.4f}  std {a['std']:.4f}  worst {a['worst']:.4f}")
+    return "\n".join(lines)

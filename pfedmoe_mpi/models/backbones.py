@@ -1,0 +1,76 @@
+"""torchvision's classification networks as extractors.
+
+torchvision is imported when one is built: it costs as much time as torch itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+# Their published initialisation (truncated normal) is slow and warns; with BatchNorm torch's default will do.
+UNINITIALISED = ("googlenet", "inception_v3")
+
+
+def build_backbone(name: str, shape: tuple[int, ...], dim: int, stem: str) -> nn.Module:
+    """The network `name` with random weights: images (B, channels, height, width) to (B, dim).
+
+    Departures from the published networks: the classifier's last layer ends in `dim` and starts from torch's
+    default (some start it at zero); no auxiliary heads; with other than 3 channels the first convolution is
+    new; `stem` small gives ResNets a first convolution of 3×3, stride 1, and no max-pool (He et al., CVPR
+    2016, section 4.2), imagenet leaves them as published. What stands before the last layer is kept, such as
+    VGG's two layers of 4096. SqueezeNet's last layer is a 1×1 convolution, so its representation is ≥ 0.
+
+    Raises:
+        ValueError: `shape` is not of images, or of a size the network cannot be built for.
+    """
+    from torchvision.models import get_model
+
+    if len(shape) != 3:
+        raise ValueError(f"{name} takes images")
+    # Every network takes its number of classes; asking for `dim` of them is removing the classifier and
+    # projecting to `dim`, in all of them alike.
+    network: nn.Module = get_model(name, weights=None, num_classes=dim, **_options(name, shape))
+    if stem == "small":
+        _small_stem(network)
+    if shape[0] != 3:
+        _replace_first_convolution(network, shape[0])
+    _last_layer(network, dim).reset_parameters()
+    return network
+
+
+def _options(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    _, height, width = shape
+    if name in UNINITIALISED:
+        return {"aux_logits": False, "init_weights": False}
+    if name.startswith("maxvit_"):
+        return {"input_size": (height, width)}
+    if name.startswith("vit_"):
+        if height != width:
+            raise ValueError(f"{name} takes square images")
+        return {"image_size": height}
+    return {}
+
+
+def _small_stem(network: nn.Module) -> None:
+    from torchvision.models import ResNet
+
+    if isinstance(network, ResNet):
+        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+
+
+def _replace_first_convolution(network: nn.Module, channels: int) -> None:
+    first = next(part for part in network.modules() if isinstance(part, nn.Conv2d))
+    assert first.in_channels == 3 and first.groups == 1
+    first.in_channels = channels
+    first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, channels, *first.kernel_size))
+    first.reset_parameters()
+
+
+def _last_layer(network: nn.Module, dim: int) -> nn.Linear | nn.Conv2d:
+    layer = [part for part in network.modules() if isinstance(part, nn.Linear | nn.Conv2d)][-1]
+    assert layer.weight.shape[0] == dim
+    return layer

@@ -1,0 +1,27 @@
+"""Multilayer perceptrons for feature vectors, and for images too small for a CNN."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pfedmoe_mpi.models.names import MLP
+
+
+class MLPExtractor(nn.Module):
+    """Samples (B, *shape), flattened, to representations (B, dim).
+
+    No paper gives these widths; they follow the five CNNs: two layers, unlike in fc1 (1000, 800, 600, 400,
+    200), each ending in ReLU, representation = fc2.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(prod(shape), MLP[name])
+        self.fc2 = nn.Linear(MLP[name], dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.fc2(F.relu(self.fc1(x.flatten(1)))))

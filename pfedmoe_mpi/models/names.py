@@ -1,0 +1,123 @@
+"""The architectures by name: which there are, how long their representation is, which fit the data.
+
+Needs neither torch nor torchvision, so that a configuration is checked before either is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pfedmoe_mpi.errors import ConfigError, nearest
+
+# Pathways (conv1, conv2, fc1); the fifth is the smallest of its family.
+CNN = {
+    "cnn1": (16, 32, 2000),
+    "cnn2": (16, 16, 2000),
+    "cnn3": (16, 32, 1000),
+    "cnn4": (16, 32, 800),
+    "cnn5": (16, 32, 500),
+}
+MNIST = {
+    "mnist1": (20, 20, 300),
+    "mnist2": (20, 20, 200),
+    "mnist3": (20, 20, 150),
+    "mnist4": (20, 20, 100),
+    "mnist5": (20, 20, 50),
+}
+MLP = {"mlp1": 1000, "mlp2": 800, "mlp3": 600, "mlp4": 400, "mlp5": 200}  # width of fc1
+CNN_SIDE = 16  # the fewest pixels a side that leave one after two 5×5 convolutions and two 2×2 poolings
+NATIVE_DIM = 500
+
+# fmt: off
+TORCHVISION = (
+    "alexnet",
+    "convnext_base", "convnext_large", "convnext_small", "convnext_tiny",
+    "densenet121", "densenet161", "densenet169", "densenet201",
+    "efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4",
+    "efficientnet_b5", "efficientnet_b6", "efficientnet_b7",
+    "efficientnet_v2_l", "efficientnet_v2_m", "efficientnet_v2_s",
+    "googlenet", "inception_v3", "maxvit_t",
+    "mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3",
+    "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small",
+    "regnet_x_16gf", "regnet_x_1_6gf", "regnet_x_32gf", "regnet_x_3_2gf", "regnet_x_400mf",
+    "regnet_x_800mf", "regnet_x_8gf",
+    "regnet_y_128gf", "regnet_y_16gf", "regnet_y_1_6gf", "regnet_y_32gf", "regnet_y_3_2gf",
+    "regnet_y_400mf", "regnet_y_800mf", "regnet_y_8gf",
+    "resnet101", "resnet152", "resnet18", "resnet34", "resnet50",
+    "resnext101_32x8d", "resnext101_64x4d", "resnext50_32x4d",
+    "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0",
+    "squeezenet1_0", "squeezenet1_1",
+    "swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s", "swin_v2_t",
+    "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn",
+    "vit_b_16", "vit_b_32", "vit_h_14", "vit_l_16", "vit_l_32",
+    "wide_resnet101_2", "wide_resnet50_2",
+)
+# fmt: on
+SIZED = ("vit_", "maxvit_")  # families built for one size of image; the others take any from some least one
+
+
+def names() -> tuple[str, ...]:
+    """Every architecture there is."""
+    return (*CNN, *MNIST, *MLP, *TORCHVISION)
+
+
+def resolve_name(name: str) -> str:
+    """The known name; case, `-` for `_`, and a `_` too many or too few do not matter where only one fits.
+
+    Raises:
+        ConfigError: there is no such architecture; names the nearest.
+    """
+    word = name.lower().replace("-", "_")
+    if word in names():
+        return word
+    same = [known for known in names() if known.replace("_", "") == word.replace("_", "")]
+    if len(same) == 1:
+        return same[0]
+    raise ConfigError(
+        f"there is no model '{name}'{nearest(word, names())}",
+        f"use cnn1 to cnn5, mnist1 to mnist5, mlp1 to mlp5, or torchvision's {', '.join(TORCHVISION)}",
+    )
+
+
+def native_dim(name: str) -> int | None:
+    """Length d the architecture defines (500; MNIST family 50); None where a projection gives any length."""
+    name = resolve_name(name)
+    if name in TORCHVISION:
+        return None
+    return 50 if name in MNIST else NATIVE_DIM
+
+
+def resolve_dim(names: Sequence[str], dim: int) -> int:
+    """The length d of all representations: `dim`, or for 0 what the named architectures agree on, else 500.
+
+    A given `dim` is the width of the last layer of every family (CNN and MNIST: in place of fc2's).
+
+    Raises:
+        ConfigError: two of them define different lengths, or a name is unknown.
+    """
+    natives = {native: name for name in names if (native := native_dim(name)) is not None}
+    if dim > 0:
+        return dim
+    if len(natives) > 1:
+        ends = " and ".join(f"{name} in {native}" for native, name in natives.items())
+        raise ConfigError(
+            f"representations must have one length, but {ends}",
+            f"give all of them one length, such as `--model.dim {max(natives)}`, or choose other models",
+        )
+    return next(iter(natives), NATIVE_DIM)
+
+
+def auto_shared(shape: tuple[int, ...]) -> str:
+    """The smallest architecture of the family that fits samples of `shape`: images cnn5, all else mlp5.
+
+    `shape` is (channels, height, width) of images, at least 16 pixels a side for the CNN, or (features,).
+    """
+    return "cnn5" if len(shape) == 3 and min(shape[1:]) >= CNN_SIDE else "mlp5"
+
+
+def auto_pool(shape: tuple[int, ...], unlike: bool) -> tuple[str, ...]:
+    """The five architectures of the family that fits, or, for methods that need them alike, its smallest."""
+    smallest = auto_shared(shape)
+    if not unlike:
+        return (smallest,)
+    return tuple(CNN) if smallest in CNN else tuple(MLP)

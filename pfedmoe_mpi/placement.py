@@ -1,0 +1,44 @@
+"""Which rank keeps and which rank trains a client: balanced by cost, the same answer on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def homes(costs: Sequence[float], ranks: int) -> list[int]:
+    """The rank that keeps each client: the costliest first, each to the rank with the least so far."""
+    load = [0.0] * ranks
+    home = [0] * len(costs)
+    for client in sorted(range(len(costs)), key=lambda client: (-costs[client], client)):
+        rank = min(range(ranks), key=lambda rank: (load[rank], rank))
+        home[client] = rank
+        load[rank] += costs[client]
+    return home
+
+
+def trainers(costs: Mapping[int, float], home: Sequence[int], ranks: int) -> dict[int, int]:
+    """The rank that trains each cohort member: its home where that does not lengthen the round.
+
+    Args:
+        costs: cost by cohort member.
+        home: the rank that keeps each client.
+
+    Clients stay at home up to the bound of a balanced round (the mean load, or the costliest client); the rest,
+    costliest first, go to the least loaded ranks.
+    """
+    bound = max(sum(costs.values()) / ranks, max(costs.values(), default=0.0))
+    load = [0.0] * ranks
+    place: dict[int, int] = {}
+    waiting = []
+    for client in sorted(costs, key=lambda client: (-costs[client], client)):
+        rank = home[client]
+        if load[rank] + costs[client] <= bound * (1 + 1e-9):
+            place[client] = rank
+            load[rank] += costs[client]
+        else:
+            waiting.append(client)
+    for client in waiting:
+        rank = min(range(ranks), key=lambda rank: (load[rank], rank != home[client], rank))
+        place[client] = rank
+        load[rank] += costs[client]
+    return place

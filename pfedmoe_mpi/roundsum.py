@@ -1,0 +1,109 @@
+"""What a round adds up: flags, metric slots and the payload's blocks in one int64 buffer, one reduction.
+
+Every rank sends the same length every round, zeros if it trained nobody. Position 0 counts the ranks that were
+asked to stop; then one flag per cohort member, so that all ranks read from the result whether to update or to
+save; then the members' metrics as float64 bits; then the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pfedmoe_mpi import fixedpoint
+from pfedmoe_mpi.algorithms.base import Block, Mean, Task
+
+MISSING, IN, DROPPED = 0, 1, 2
+MEMBER_METRICS = ("train_loss", "accuracy_before", "bytes_up")
+
+
+class RoundSum:
+    """The sum of one round over `cohort`, a list of (client, role)."""
+
+    def __init__(self, task: Task, cohort: Sequence[tuple[int, str]], payload: Mapping[str, Block]) -> None:
+        self._task = task
+        self.cohort = list(cohort)
+        self.payload = payload
+        members = len(self.cohort)
+        self._metrics = slice(1 + members, 1 + members * (1 + len(MEMBER_METRICS)))
+        self._places: dict[str, slice] = {}
+        at = self._metrics.stop
+        for name, block in payload.items():
+            length = block.rows * (1 + block.size) * (members if block.slot else 1)
+            self._places[name] = slice(at, at + length)
+            at += length
+        self.buffer = np.zeros(at, np.int64)
+
+    @property
+    def flags(self) -> np.ndarray:
+        """MISSING, IN or DROPPED, (members,)."""
+        return self.buffer[1 : 1 + len(self.cohort)]
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.buffer[0])
+
+    def request_stop(self) -> None:
+        self.buffer[0] = 1
+
+    def clients(self, flag: int) -> list[int]:
+        """The members with a flag."""
+        return [client for (client, _), its in zip(self.cohort, self.flags, strict=True) if its == flag]
+
+    def metrics(self) -> np.ndarray:
+        """float64 (members, len(MEMBER_METRICS)); NaN is what was not measured."""
+        return self.buffer[self._metrics].view(np.float64).reshape(len(self.cohort), -1)
+
+    def add(self, position: int, values: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:
+        """Add one member's contribution; nothing is added if any of it is not finite.
+
+        Raises:
+            NotFiniteError: a value is NaN, infinite or out of range where its weight is positive.
+        """
+        assert set(values) <= set(self.payload), f"{set(values) - set(self.payload)} not declared in payload"
+        client = self.cohort[position][0]
+        pieces = {name: self._encode(self.payload[name], client, value) for name, value in values.items()}
+        sent = 0
+        for name, (weight, numbers) in pieces.items():
+            self._stretch(name, position)[:] += np.concatenate([weight, numbers.ravel()])
+            sent += 4 * int((weight > 0).sum()) * self.payload[name].size
+        known = {**metrics, "bytes_up": sent}
+        self.metrics()[position] = [known[name] for name in MEMBER_METRICS]
+        self.flags[position] = IN
+
+    def drop(self, position: int) -> None:
+        """Leave a member out of this round."""
+        self.metrics()[position] = np.nan
+        self.flags[position] = DROPPED
+
+    def _encode(self, block: Block, client: int, value: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        value = value.detach().cpu().float().reshape(block.rows, block.size)
+        weight = self._task.weight(block.weight, client)
+        if block.slot:
+            if not bool(value[weight > 0].isfinite().all()):
+                raise fixedpoint.NotFiniteError("a value is not finite")
+            return weight.numpy(), value.contiguous().view(torch.int32).to(torch.int64).numpy()
+        total = self._task.total(block.weight, self.cohort)
+        return weight.numpy(), fixedpoint.encode(value, weight, total, block.scale).numpy()
+
+    def _stretch(self, name: str, position: int) -> np.ndarray:
+        block, place = self.payload[name], self.buffer[self._places[name]]
+        length = block.rows * (1 + block.size)
+        return place[position * length : (position + 1) * length] if block.slot else place
+
+    def means(self) -> dict[str, Mean]:
+        """Every block's mean after the reduction."""
+        return {name: self._mean(name, block) for name, block in self.payload.items()}
+
+    def _mean(self, name: str, block: Block) -> Mean:
+        numbers = torch.from_numpy(self.buffer[self._places[name]])
+        if block.slot:
+            by_member = numbers.view(len(self.cohort), -1)
+            value = by_member[:, block.rows :].to(torch.int32).view(torch.float32)
+            return Mean(value.reshape(-1, block.rows, block.size), by_member[:, : block.rows].clone())
+        weight, value = numbers[: block.rows], numbers[block.rows :].view(block.rows, block.size)
+        total = self._task.total(block.weight, self.cohort)
+        return Mean(fixedpoint.decode(value, weight, total, block.scale), weight.clone())

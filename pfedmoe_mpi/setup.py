@@ -1,0 +1,223 @@
+"""From a configuration to a federation that is ready for round 1: data, partition, models, clients, device.
+
+Everything a user can get wrong is found here, on all ranks alike, before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+import numpy as np
+import torch
+
+from pfedmoe_mpi import algorithms, config, device, placement
+from pfedmoe_mpi.algorithms.base import Algorithm, Task
+from pfedmoe_mpi.client import Client
+from pfedmoe_mpi.comm import Comm
+from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.data import Dataset, Partition, make_partition, open_dataset
+from pfedmoe_mpi.data.dataset import HeldRows
+from pfedmoe_mpi.data.shard import SPLITS, Normalise, Split
+from pfedmoe_mpi.device import Device
+from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.flat import Layout
+from pfedmoe_mpi.models import names as model_names
+from pfedmoe_mpi.models import registry
+from pfedmoe_mpi.models.cost import multiply_adds
+from pfedmoe_mpi.parts import Workbench
+from pfedmoe_mpi.training import Engine
+
+
+@dataclass(frozen=True)
+class Federation:
+    """All that a run is made of; everything but `clients` and `device` is equal on every rank.
+
+    `home` is the rank that keeps each client, `costs` the relative cost of training each for one epoch.
+    """
+
+    config: Config
+    dataset: Dataset
+    partition: Partition
+    data_digest: str
+    task: Task
+    method: Algorithm
+    workbench: Workbench
+    engine: Engine
+    device: Device
+    home: Sequence[int]
+    costs: Sequence[float]
+    state_layout: Layout
+    client_layouts: Sequence[Layout]
+    clients: Mapping[int, Client]
+
+
+def build(comm: Comm, settings: Config) -> Federation:
+    """Assemble a federation; collective.
+
+    Raises:
+        UserError: on all ranks alike.
+    """
+    dataset = open_everywhere(comm, settings)
+    threads = device.threads(comm, settings.train.threads)
+    settings = resolved(settings, dataset, threads)
+    chosen = device.choose(comm, settings.train)
+    partition = comm.from_root(lambda: deal(settings, dataset), "partition")
+    task = make_task(settings, dataset, partition)
+    comm.from_root(lambda: check_models(task), "models")
+    method = algorithms.load(settings.algorithm)(task)
+    workbench = Workbench(settings.seed, chosen.device)
+    costs = comm.from_root(lambda: client_costs(task), "costs")
+    home = placement.homes(costs, comm.size)
+    normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), chosen.device)
+    engine = Engine(
+        chosen.device, normalise, settings.train, settings.eval.batch, settings.seed, settings.rounds, comm.poll
+    )
+    shards = distribute(comm, dataset, partition, home, chosen.device)
+    clients = {
+        k: Client(k, spec, pinned(workbench.initial(spec, k), chosen.device), shards[k])
+        for k, spec in ((k, method.client_state(k)) for k in shards)
+    }
+    return Federation(
+        config=settings,
+        dataset=dataset,
+        partition=partition,
+        data_digest=data_digest(comm, clients),
+        task=task,
+        method=method,
+        workbench=workbench,
+        engine=engine,
+        device=chosen,
+        home=home,
+        costs=costs,
+        state_layout=workbench.layout(method.state()),
+        client_layouts=[workbench.layout(method.client_state(k)) for k in range(task.clients)],
+        clients=clients,
+    )
+
+
+def pinned(vector: torch.Tensor, where: torch.device) -> torch.Tensor:
+    """An idle client's vector: host memory, pinned where a GPU will read it."""
+    return vector.pin_memory() if where.type == "cuda" and vector.numel() else vector
+
+
+def open_everywhere(comm: Comm, settings: Config) -> Dataset:
+    """The data set on every rank; where rows lie in the root's memory the others know everything but rows."""
+    held: list[Dataset] = []
+
+    def describe() -> Dataset:
+        held.append(open_dataset(settings.data, settings.seed, clients=settings.clients))
+        return replace(held[0], store=HeldRows(np.empty((0, *held[0].shape), held[0].dtype)))
+
+    known = comm.from_root(describe, "data")
+    distributed = comm.gather(held[0].distributed if held else False, "data store")[0]
+    if comm.rank == 0:
+        return held[0]
+    if distributed:
+        return open_dataset(settings.data, settings.seed, clients=settings.clients)
+    return known
+
+
+def resolved(settings: Config, dataset: Dataset, threads: int) -> Config:
+    """The effective configuration: every `auto` replaced by what it stands for on these data."""
+    kind = algorithms.load(settings.algorithm)
+    model = settings.model
+    shared = model_names.auto_shared(dataset.shape) if model.shared == "auto" else model_names.resolve_name(model.shared)
+    pool: tuple[str, ...] = tuple(model_names.resolve_name(name) for name in model.pool if name != "auto")
+    if model.pool == ("auto",):
+        pool = (shared,) if kind.homogeneous else model_names.auto_pool(dataset.shape, unlike=True)
+    if len(pool) < len(model.pool):
+        raise ConfigError("model.pool = auto stands alone", "name architectures, or leave model.pool out")
+    if kind.homogeneous and len(set(pool)) > 1:
+        raise ConfigError(
+            f"{settings.algorithm} needs equal models, but model.pool has {', '.join(pool)}",
+            f"--model.pool auto takes model.shared ({shared}) for all; --model.pool {pool[0]} another one",
+        )
+    dim = model_names.resolve_dim([*pool, shared], model.dim)
+    flat = config.flatten(config.to_tree(settings))
+    return config.build({**flat, "model.pool": pool, "model.shared": shared, "model.dim": dim, "train.threads": threads})
+
+
+def deal(settings: Config, dataset: Dataset) -> Partition:
+    """The partition; a pure function of settings and labels."""
+    return make_partition(
+        settings.partition,
+        dataset.labels,
+        dataset.classes,
+        settings.clients,
+        settings.seed,
+        client=dataset.client,
+        official_test=dataset.official_test,
+    )
+
+
+def make_task(settings: Config, dataset: Dataset, partition: Partition) -> Task:
+    """What methods may know."""
+    counts = partition.counts(dataset.labels, dataset.classes)
+    model = settings.model
+    return Task(settings, dataset.shape, dataset.classes, counts, model.pool, model.shared, model.dim)
+
+
+def check_models(task: Task) -> None:
+    """Raise ConfigError for an architecture that cannot take the data."""
+    for name in dict.fromkeys([*task.pool, task.shared]):
+        registry.check_model(name, task.shape, task.classes, task.dim, task.config.model.stem)
+
+
+def client_costs(task: Task) -> list[float]:
+    """Relative cost of training each client for one epoch: its samples times its own and the shared model."""
+    by_name = {
+        name: multiply_adds(task.extractor(name).build(), task.shape) for name in {*task.pool, task.shared}
+    }
+    shared = by_name[task.shared]
+    return [task.samples(k) * (by_name[task.architecture(k)] + shared) for k in range(task.clients)]
+
+
+def distribute(
+    comm: Comm, dataset: Dataset, partition: Partition, home: Sequence[int], where: torch.device
+) -> dict[int, dict[str, Split]]:
+    """Every client's samples on its home's device: read there, or sent by the root that holds them."""
+    wanted = {
+        rank: np.concatenate([np.empty(0, np.int64), *_rows(partition, [k for k, r in enumerate(home) if r == rank])])
+        for rank in range(comm.size)
+    }
+    if dataset.distributed:
+        rows = comm.agree(lambda: dataset.rows(wanted[comm.rank]), "data rows")[comm.rank]
+    else:
+        rows = np.empty((len(wanted[comm.rank]), *dataset.shape), dataset.dtype)
+        if comm.rank == 0:
+            outgoing = {rank: dataset.rows(index) for rank, index in wanted.items()}
+            rows = outgoing[0]
+        else:
+            outgoing = {rank: rows if rank == comm.rank else np.empty(0, np.uint8) for rank in wanted}
+        comm.move([(0, rank, outgoing[rank]) for rank in range(1, comm.size)], "data rows")
+    shards: dict[int, dict[str, Split]] = {}
+    at = 0
+    for client in (k for k, rank in enumerate(home) if rank == comm.rank):
+        shards[client] = {}
+        for split in SPLITS:
+            index = getattr(partition, split)[client]
+            shards[client][split] = Split.of(rows[at : at + len(index)], dataset.labels[index], where)
+            at += len(index)
+    return shards
+
+
+def _rows(partition: Partition, clients: Sequence[int]) -> list[np.ndarray]:
+    return [getattr(partition, split)[client] for client in clients for split in SPLITS]
+
+
+def data_digest(comm: Comm, clients: Mapping[int, Client]) -> str:
+    """SHA-256 over every client's samples and labels as used, in client order."""
+    own = {}
+    for k, client in clients.items():
+        state = sha256()
+        for split in client.splits.values():
+            for tensor in (split.x, split.y):
+                state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+                state.update(tensor.cpu().numpy().tobytes())
+        own[k] = state.digest()
+    all_clients: dict[int, bytes] = {}
+    for part in comm.gather(own, "data digest"):
+        all_clients |= part
+    return sha256(b"".join(all_clients[k] for k in sorted(all_clients))).hexdigest()

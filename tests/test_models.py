@@ -1,0 +1,409 @@
+"""Architectures, normalisation and gate: what the papers define, and what a user's data can be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.models import names, registry
+from pfedmoe_mpi.models.gate import Gate
+from pfedmoe_mpi.models.switchnorm import SwitchNorm
+
+SMALL = "small"
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    torch.manual_seed(7)
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# The CNNs of the paper
+
+
+@pytest.mark.parametrize(
+    ("name", "ten", "hundred", "extractor"),
+    [
+        ("cnn1", 2_621_558, 2_666_648, 2_616_548),
+        ("cnn2", 1_815_142, 1_860_232, 1_810_132),
+        ("cnn3", 1_320_558, 1_365_648, 1_315_548),
+        ("cnn4", 1_060_358, 1_105_448, 1_055_348),
+        ("cnn5", 670_058, 715_148, 665_048),
+    ],
+)
+def test_cnns_have_the_papers_parameter_counts(name: str, ten: int, hundred: int, extractor: int) -> None:
+    dim = names.resolve_dim([name], 0)
+    assert parameters(registry.build_model(name, (3, 32, 32), 10, dim, SMALL)) == ten
+    assert parameters(registry.build_model(name, (3, 32, 32), 100, dim, SMALL)) == hundred
+    assert parameters(registry.build_extractor(name, (3, 32, 32), dim, SMALL)) == extractor
+
+
+@pytest.mark.parametrize(
+    ("name", "fc1"), [(f"mnist{k}", w) for k, w in enumerate((300, 200, 150, 100, 50), 1)]
+)
+def test_mnist_family(name: str, fc1: int) -> None:
+    model = registry.build_model(name, (1, 28, 28), 10, names.resolve_dim([name], 0), SMALL)
+    shapes = [tuple(parameter.shape) for parameter in model.parameters() if parameter.dim() > 1]
+    assert shapes == [(20, 1, 5, 5), (20, 20, 5, 5), (fc1, 20 * 4 * 4), (50, fc1), (10, 50)]
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (1, 32, 32), (2, 17, 40)])
+def test_cnn_is_the_published_order_of_layers(shape: tuple[int, ...]) -> None:
+    model = registry.build_model("cnn3", shape, 10, 500, SMALL)
+    x = torch.randn(4, *shape)
+    w = dict(model.extractor.named_parameters())
+    y = F.max_pool2d(F.relu(F.conv2d(x, w["conv1.weight"], w["conv1.bias"])), 2)
+    y = F.max_pool2d(F.relu(F.conv2d(y, w["conv2.weight"], w["conv2.bias"])), 2)
+    y = F.relu(F.linear(y.flatten(1), w["fc1.weight"], w["fc1.bias"]))
+    y = F.relu(F.linear(y, w["fc2.weight"], w["fc2.bias"]))
+    assert torch.equal(model.extractor(x), y)
+    assert torch.equal(model(x), F.linear(y, model.head.weight, model.head.bias))
+
+
+@pytest.mark.parametrize("name", ["cnn1", "cnn5", "mnist2", "mlp1", "mlp5"])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (1, 32, 32), (13,)])
+def test_representation_shapes(name: str, shape: tuple[int, ...]) -> None:
+    if len(shape) == 1 and not name.startswith("mlp"):
+        with pytest.raises(ConfigError, match=rf"model {name} takes images, not samples of shape 13"):
+            registry.check_model(name, shape, 4, 24, SMALL)
+        return
+    registry.check_model(name, shape, 4, 24, SMALL)
+    model = registry.build_model(name, shape, 4, 24, SMALL)
+    x = torch.randn(5, *shape)
+    assert model.extractor(x).shape == (5, 24)
+    assert model.extractor(x).min() >= 0  # the representation ends in ReLU
+    assert model(x).shape == (5, 4)
+
+
+def test_mlps_are_unlike_and_the_fifth_is_the_smallest() -> None:
+    counts = [parameters(registry.build_extractor(f"mlp{k}", (13,), 500, SMALL)) for k in range(1, 6)]
+    assert counts == sorted(set(counts), reverse=True)
+
+
+# Names and lengths
+
+
+@pytest.mark.parametrize(
+    ("given", "known"),
+    [
+        ("cnn_3", "cnn3"),
+        ("CNN-3", "cnn3"),
+        ("mnist_1", "mnist1"),
+        ("resnet_18", "resnet18"),
+        ("vit-b-16", "vit_b_16"),
+        ("wide_resnet50_2", "wide_resnet50_2"),
+        ("regnet_x_1_6gf", "regnet_x_1_6gf"),  # without underscores the same as regnet_x_16gf
+        ("regnet_x_16gf", "regnet_x_16gf"),
+    ],
+)
+def test_spellings(given: str, known: str) -> None:
+    assert names.resolve_name(given) == known
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("resnet17", "resnet18"), ("cnnn3", "cnn3"), ("vit_b16x", "vit_b_16")]
+)
+def test_an_unknown_name_suggests_the_nearest(given: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=rf"there is no model '{given}'; did you mean '{meant}'\?"):
+        registry.check_model(given, (3, 32, 32), 10, 500, SMALL)
+
+
+def test_a_spelling_that_fits_two_names_is_refused() -> None:
+    with pytest.raises(ConfigError, match="there is no model 'regnetx16gf'"):
+        names.resolve_name("regnetx16gf")
+
+
+def test_the_list_is_torchvisions() -> None:
+    from torchvision import models
+
+    assert sorted(names.TORCHVISION) == models.list_models(module=models)
+
+
+def test_names_need_no_torch_and_own_models_no_torchvision() -> None:
+    code = """
+import sys
+from pfedmoe_mpi.models import names
+names.resolve_dim(["cnn1", "resnet18", "vit_b_16"], 0), names.auto_pool((3, 32, 32), True), names.names()
+assert "torch" not in sys.modules
+from pfedmoe_mpi.models import registry
+registry.check_model("cnn1", (3, 32, 32), 10, 500, "small")
+registry.build_model("cnn5", (3, 32, 32), 10, 500, "small")
+assert not {"torchvision", "sympy", "torch._dynamo"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_lengths() -> None:
+    assert names.native_dim("cnn2") == names.native_dim("mlp4") == 500
+    assert names.native_dim("mnist_2") == 50
+    assert names.native_dim("resnet18") is None
+    assert names.resolve_dim(["cnn1", "mlp2", "resnet18"], 0) == 500
+    assert names.resolve_dim(["mnist1", "resnet18", "mnist5"], 0) == 50
+    assert names.resolve_dim(["resnet18"], 0) == 500
+    assert names.resolve_dim(["cnn1", "mnist1"], 64) == 64
+    assert registry.build_extractor("mnist1", (1, 28, 28), 64, SMALL)(torch.zeros(2, 1, 28, 28)).shape == (
+        2,
+        64,
+    )
+
+
+def test_lengths_that_differ_are_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"cnn1 in 500 and mnist3 in 50.*\n.*--model\.dim 500"):
+        names.resolve_dim(["cnn1", "resnet18", "mnist3"], 0)
+
+
+def test_auto_fits_the_data() -> None:
+    cnns, mlps = tuple(f"cnn{k}" for k in range(1, 6)), tuple(f"mlp{k}" for k in range(1, 6))
+    assert names.auto_pool((3, 32, 32), True) == names.auto_pool((1, 16, 16), True) == cnns
+    assert names.auto_pool((1, 15, 16), True) == names.auto_pool((13,), True) == mlps
+    assert names.auto_pool((3, 32, 32), False) == ("cnn5",) == (names.auto_shared((3, 32, 32)),)
+    assert names.auto_pool((13,), False) == ("mlp5",) == (names.auto_shared((13,)),)
+
+
+def test_the_cnns_least_size_is_the_one_auto_knows() -> None:
+    assert registry.build_extractor("cnn5", (1, 16, 16), 9, SMALL)(torch.zeros(2, 1, 16, 16)).shape == (2, 9)
+    with pytest.raises(ConfigError, match="model cnn5 cannot take 1x15x30: needs at least 1x16x16"):
+        registry.check_model("cnn5", (1, 15, 30), 10, 500, SMALL)
+
+
+# torchvision backbones
+
+LEAST = {"alexnet": 63, "inception_v3": 75, "maxvit_t": 221, "vit_h_14": 42}  # of those that cannot take 32
+
+
+@pytest.mark.parametrize("name", names.TORCHVISION)
+def test_every_backbone_takes_small_images_or_names_the_least_size(name: str) -> None:
+    """An odd `dim`, so that the layer that was made to end in it is no other of the same width."""
+    before = torch.get_rng_state()
+    if name not in LEAST:
+        registry.check_model(name, (3, 32, 32), 10, 37, SMALL)
+    else:
+        least = LEAST[name]
+        with pytest.raises(ConfigError, match=rf"model {name} cannot take 3x32x32: .* 3x{least}x{least}\n"):
+            registry.check_model(name, (3, 32, 32), 10, 37, SMALL)
+        registry.check_model(name, (3, least, least), 10, 37, SMALL)
+    assert torch.equal(torch.get_rng_state(), before)  # trying a model draws nothing
+
+
+def test_sizes_a_backbone_cannot_take() -> None:
+    with pytest.raises(
+        ConfigError, match="model vit_b_16 cannot take 1x28x28: the next size it takes is 1x32x32"
+    ):
+        registry.check_model("vit_b_16", (1, 28, 28), 10, 50, SMALL)
+    with pytest.raises(ConfigError, match=r"model vit_b_16 cannot take 3x32x48: .* 3x48x48"):
+        registry.check_model("vit_b_16", (3, 32, 48), 10, 50, SMALL)
+    with pytest.raises(ConfigError, match="model vgg11 cannot take 1x8x8: needs at least 1x32x32"):
+        registry.check_model("vgg11", (1, 8, 8), 10, 50, SMALL)
+    with pytest.raises(ConfigError, match="model resnet18 takes images, not samples of shape 13"):
+        registry.check_model("resnet18", (13,), 10, 50, SMALL)
+    registry.check_model("resnet18", (1, 8, 8), 10, 50, SMALL)
+    registry.check_model("resnet18", (2, 32, 48), 10, 50, "imagenet")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resnet18_trains(channels: int) -> None:
+    model = registry.build_model("resnet18", (channels, 32, 32), 10, 20, SMALL)
+    logits = model(torch.randn(2, channels, 32, 32))
+    F.cross_entropy(logits, torch.tensor([1, 2])).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_stems() -> None:
+    def first(stem: str) -> tuple[int, ...]:
+        network: Any = registry.build_extractor("resnet18", (3, 32, 32), 20, stem)
+        at_layer1: list[tuple[int, ...]] = []
+        network.layer1.register_forward_pre_hook(lambda _, args: at_layer1.append(tuple(args[0].shape[2:])))
+        network.eval()(torch.zeros(1, 3, 32, 32))
+        return (*network.conv1.weight.shape, *at_layer1[0])
+
+    assert first("small") == (64, 3, 3, 3, 32, 32)
+    assert first("imagenet") == (64, 3, 7, 7, 8, 8)
+
+
+def test_a_projection_does_not_start_at_zero() -> None:
+    """torchvision's ViTs start their classifier at zero, which would be one representation for all."""
+    extractor = registry.build_extractor("vit_b_32", (1, 32, 32), 20, SMALL).eval()
+    representation = extractor(torch.randn(2, 1, 32, 32))
+    assert representation.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small", "mnasnet0_5", "googlenet", "swin_v2_t"],
+)
+def test_a_backbone_lives_on_views_of_one_vector(name: str) -> None:
+    """Parameters and float buffers re-pointed, as federated vectors are: same output, and it trains."""
+    model = registry.build_model(name, (1, 32, 32), 10, 20, SMALL)
+    x = torch.randn(2, 1, 32, 32).contiguous(memory_format=torch.channels_last)
+    expected = model.eval()(x)
+    tensors: list[torch.Tensor] = [*model.parameters()]
+    tensors += [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    vector = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    offset = 0
+    for tensor in tensors:
+        tensor.data = vector[offset : offset + tensor.numel()].view(tensor.shape)
+        offset += tensor.numel()
+    assert torch.equal(model(x), expected)
+    before = vector.clone()
+    F.cross_entropy(model.train()(x), torch.tensor([1, 2])).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    weights = parameters(model)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert gradient.any() and torch.equal(vector[:weights], before[:weights].sub(gradient, alpha=0.1))
+    normalised = any(isinstance(part, nn.BatchNorm2d) for part in model.modules())
+    assert torch.equal(vector[weights:], before[weights:]) != normalised  # running statistics are in it
+    vector.zero_()
+    assert not model.head(model.extractor(x)).any()
+
+
+# SwitchNorm
+
+
+def switchnorm(features: int) -> SwitchNorm:
+    """One whose every parameter differs from where it starts."""
+    norm = SwitchNorm(features)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+        norm.bias.normal_()
+        norm.mean_weight.copy_(torch.tensor([0.3, 1.1]))
+        norm.var_weight.copy_(torch.tensor([1.4, -0.2]))
+    return norm
+
+
+def by_hand(norm: SwitchNorm, x: np.ndarray, mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+    """Luo et al., equations 3 and 4, in float64; `mean` and `var` are the batch's."""
+    values = {name: tensor.detach().double().numpy() for name, tensor in norm.named_parameters()}
+    share = {key: np.exp(values[key]) / np.exp(values[key]).sum() for key in ("mean_weight", "var_weight")}
+    result = np.empty_like(x)
+    for row, sample in enumerate(x):
+        centre = share["mean_weight"][0] * sample.mean() + share["mean_weight"][1] * mean
+        spread = share["var_weight"][0] * sample.var() + share["var_weight"][1] * var
+        result[row] = (sample - centre) / np.sqrt(spread + 1e-5) * values["weight"] + values["bias"]
+    return result
+
+
+@pytest.mark.parametrize(("samples", "features", "far"), [(6, 4, 0.0), (128, 3072, 0.0), (33, 13, 1000.0)])
+def test_switchnorm_against_numpy(samples: int, features: int, far: float) -> None:
+    """The last case is features far from zero, where E[x²] - E[x]² has no digits left."""
+    norm = switchnorm(features)
+    batches = [far + torch.randn(samples, features) * torch.rand(features) for _ in range(2)]
+    mean, var = np.zeros(features), np.ones(features)
+    for batch in batches:
+        x = batch.double().numpy()
+        np.testing.assert_allclose(
+            norm(batch).detach(), by_hand(norm, x, x.mean(0), x.var(0)), rtol=0, atol=2e-3
+        )
+        mean, var = 0.9 * mean + 0.1 * x.mean(0), 0.9 * var + 0.1 * x.var(0, ddof=1)
+    np.testing.assert_allclose(norm.running_mean, mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(norm.running_var, var, rtol=1e-4)
+    norm.eval()
+    x = batches[0].double().numpy()
+    np.testing.assert_allclose(norm(batches[0]).detach(), by_hand(norm, x, mean, var), rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(norm.running_mean, mean, rtol=1e-5, atol=1e-6)  # evaluation moves nothing
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_switchnorm_gradients(training: bool) -> None:
+    norm = switchnorm(4).double().train(training)
+    keys = [name for name, _ in norm.named_parameters()]
+
+    def call(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.func.functional_call(norm, dict(zip(keys, values, strict=True)), (x,))
+        return result
+
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(call, (x, *norm.parameters()))
+
+
+def test_switchnorm_edges() -> None:
+    norm = SwitchNorm(3)
+    with pytest.raises(ValueError, match="two samples"):
+        norm(torch.zeros(1, 3))
+    assert norm.eval()(torch.ones(1, 3)).isfinite().all()
+    constant = SwitchNorm(3)(torch.ones(4, 3))  # neither statistic varies
+    assert constant.isfinite().all()
+    assert norm(torch.ones(2, 3, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+# The gate
+
+
+@pytest.mark.parametrize("input_norm", ["switch", "layer", "batch", "none"])
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh", "gelu"])
+@pytest.mark.parametrize(("layers", "experts"), [(1, 2), (2, 2), (3, 5)])
+def test_gate_options(input_norm: str, batch_norm: bool, activation: str, layers: int, experts: int) -> None:
+    gate = Gate(
+        12,
+        experts,
+        hidden=7,
+        layers=layers,
+        input_norm=input_norm,
+        batch_norm=batch_norm,
+        activation=activation,
+    )
+    kinds = [type(part) for part in gate.modules()]
+    assert kinds.count(nn.Linear) == layers
+    assert kinds.count(nn.BatchNorm1d) == layers * batch_norm + (input_norm == "batch")
+    assert kinds.count(SwitchNorm) == (input_norm == "switch")
+    assert kinds.count(nn.LayerNorm) == (input_norm == "layer")
+    active = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}[activation]
+    assert kinds.count(active) == layers - 1
+
+    x = torch.randn(2, 3, 2, 2)
+    weights = gate(x)
+    assert weights.shape == (2, experts)
+    assert torch.allclose(weights.sum(1), torch.ones(2))
+    weights[:, 0].sum().backward()
+    assert all(parameter.grad is not None for parameter in gate.parameters())
+    one = gate.eval()(x[:1])
+    assert torch.allclose(one, gate(x)[:1], atol=1e-6)  # in evaluation a sample does not see the others
+    assert torch.allclose(one.sum(1), torch.ones(1))
+
+
+def test_gate_defaults_are_the_papers() -> None:
+    gate = Gate(3072)
+    kinds = [nn.Linear, nn.BatchNorm1d, nn.Sigmoid, nn.Linear, nn.BatchNorm1d]
+    assert [type(part) for part in gate.layers] == kinds
+    assert isinstance(gate.input_norm, SwitchNorm)
+    assert gate(torch.randn(2, 3, 32, 32)).shape == (2, 2)
+
+
+def test_gate_follows_its_samples() -> None:
+    gate = Gate(12)
+    x = torch.randn(8, 3, 2, 2)
+    order = torch.randperm(8)
+    torch.testing.assert_close(gate(x)[order], gate(x[order]))  # training: statistics do not know the order
+    torch.testing.assert_close(gate(x), gate(x.contiguous(memory_format=torch.channels_last)))
+
+
+def test_gate_weights_are_float32_under_autocast() -> None:
+    gate = Gate(12)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = gate(torch.randn(8, 12))
+    assert weights.dtype == torch.float32
+    assert torch.allclose(weights.sum(1), torch.ones(8), atol=1e-6)
+    weights[:, 0].square().sum().backward()
+    assert all(parameter.grad is not None for parameter in gate.parameters())
+
+
+def test_gate_is_sane_in_evaluation_after_one_epoch() -> None:
+    """It weighs samples as it did in training, and is not saturated by statistics that have yet to arrive."""
+    gate = Gate(64)
+    for _ in range(10):
+        batch = 3 + 5 * torch.randn(32, 64)
+        trained = gate(batch)[:, 0].detach()
+    evaluated = gate.eval()(batch)[:, 0].detach()
+    assert torch.corrcoef(torch.stack([trained, evaluated]))[0, 1] > 0.9
+    assert evaluated.min() > 0.05 and evaluated.max() < 0.95 and evaluated.std() > 0.01
