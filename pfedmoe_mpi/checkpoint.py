@@ -1,18 +1,25 @@
 """HDF5 checkpoints: one sealed file, written by all ranks, readable with any HDF5 tool.
 
 Root lays the datasets out contiguously (early allocation, no fill values, aligned to 4 KiB) and sends their
-byte offsets round; each rank writes its clients' bytes in place with pwrite. So one file is written in parallel
-with an ordinary h5py. A seal in the HDF5 user block holds the file's length and the SHA-256 of every byte range;
-it is checked with plain reads before the HDF5 library opens the file. Every writer fsyncs, then root seals,
-renames and fsyncs the folder: a file with a checkpoint's name is complete or damaged, never half-written.
+byte offsets round; each rank writes its clients' bytes in place with pwrite. So one file is written in
+parallel with an ordinary h5py. A seal in the HDF5 user block holds the file's length and the SHA-256 of every
+byte range; it is checked with plain reads before the HDF5 library opens the file. Every writer fsyncs, then
+root seals, renames and fsyncs the folder: a file with a checkpoint's name is complete or damaged, never
+half-written.
+
+The user block is header, one entry per client with bytes, SHA-256 of all the other bytes behind the user block,
+zeros, and in its last 32 bytes the SHA-256 of all that. Its length follows from the number of entries, so no
+byte of the file is left out.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -27,10 +34,11 @@ from pfedmoe_mpi.flat import Layout
 
 FORMAT = 1
 _MAGIC = b"pfedmoe\x00"
-_HEADER = struct.Struct("<8sIIQ")  # magic, format, number of ranges, length of the file
+_HEADER = struct.Struct("<8sIIQ")  # magic, format, number of entries, length of the file
 _RANGE = struct.Struct("<QQ32s")  # offset, length, SHA-256
 _ALIGN = 4096
 _PIECE = 1 << 24
+_NAME = re.compile(r"round-(\d+)(-partial)?\.h5")
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Content:
     client_layouts: Sequence[Layout]
     partition: Mapping[str, Sequence[np.ndarray]]
     history: Sequence[Mapping[str, Any]]
-    identity: Mapping[str, str]  # digests and conditions of the run: data, partition, versions, threads, device
+    identity: Mapping[str, str]  # digests and conditions of the run: data, partition, versions, threads
     partial: np.ndarray | None = None
     finished: Sequence[int] = ()  # the clients in the partial sum
 
@@ -60,27 +68,38 @@ def name(round: int, partial: bool) -> str:
 def newest_first(folder: Path) -> list[Path]:
     """The checkpoints of a folder; a partial round 21 stands between 20 and 21."""
 
-    def age(path: Path) -> tuple[int, bool]:
-        return int(path.stem.split("-")[1]), "partial" not in path.stem
-
-    return sorted(folder.glob("round-[0-9]*.h5"), key=age, reverse=True)
+    named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("round-*.h5"))
+    aged = [((int(match[1]), not match[2]), path) for match, path in named if match]
+    return [path for _, path in sorted(aged, reverse=True)]
 
 
 # Writing
 
 
-def write(comm: Comm, path: Path, content: Content, vectors: Mapping[int, np.ndarray], home: Sequence[int]) -> None:
+def write(
+    comm: Comm, path: Path, content: Content, vectors: Mapping[int, np.ndarray], home: Sequence[int]
+) -> None:
     """Write one checkpoint; collective. `vectors` are this rank's clients', `home` the rank of every client.
 
     Raises:
         CheckpointError: on all ranks, if any rank could not write; earlier checkpoints are untouched.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    offsets = comm.from_root(_guarded(lambda: _lay_out(temporary, content), path), "checkpoint layout")
     own = [client for client in range(len(home)) if home[client] == comm.rank]
-    hashes = comm.agree(_guarded(lambda: _write_clients(temporary, own, offsets, vectors), path), "checkpoint write")
-    digests = {client: digest for part in hashes if part for client, digest in part.items()}
-    comm.from_root(_guarded(lambda: _finish(temporary, path, content, offsets, digests), path), "checkpoint seal")
+    try:
+        offsets = comm.from_root(_guarded(lambda: _lay_out(temporary, content), path), "checkpoint layout")
+        hashes = comm.agree(
+            _guarded(lambda: _write_clients(temporary, own, offsets, vectors), path), "checkpoint write"
+        )
+        digests = {client: digest for part in hashes if part for client, digest in part.items()}
+        comm.from_root(
+            _guarded(lambda: _finish(temporary, path, content, offsets, digests), path), "checkpoint seal"
+        )
+    except CheckpointError:
+        if comm.rank == 0:
+            with suppress(OSError):
+                temporary.unlink()
+        raise
 
 
 def _guarded(work: Callable[[], Any], path: Path) -> Callable[[], Any]:
@@ -90,27 +109,34 @@ def _guarded(work: Callable[[], Any], path: Path) -> Callable[[], Any]:
         try:
             return work()
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path} cannot be written: {error}", "free space or mend the file system") from error
+            remedy = "free space or mend the file system"
+            raise CheckpointError(f"{path} cannot be written: {error}", remedy) from error
 
     return run
 
 
-def _user_block(clients: int) -> int:
-    """A power of two with room for the seal."""
-    needed = _HEADER.size + clients * _RANGE.size + 64
+def _user_block(entries: int) -> int:
+    """Length of the user block: a power of two with room for the seal."""
+    needed = _HEADER.size + entries * _RANGE.size + 64
     return max(_ALIGN, 1 << (needed - 1).bit_length())
+
+
+def _entries(content: Content) -> int:
+    """How many clients have bytes."""
+    return sum(layout.size > 0 for layout in content.client_layouts)
 
 
 def _lay_out(path: Path, content: Content) -> list[int]:
     """Create the file with everything but the clients' bytes; the byte offset of each client's dataset."""
-    clients = len(content.client_layouts)
+    # Objects are aligned from this size on, so that no two clients' bytes share a page.
+    smallest = min([_ALIGN, *(4 * layout.size for layout in content.client_layouts if layout.size)])
     path.unlink(missing_ok=True)
     with h5py.File(
         path,
         "w",
-        userblock_size=_user_block(clients),
+        userblock_size=_user_block(_entries(content)),
         libver=("v110", "v110"),
-        alignment_threshold=_ALIGN,
+        alignment_threshold=smallest,
         alignment_interval=_ALIGN,
         locking="best-effort",
     ) as file:
@@ -121,8 +147,9 @@ def _lay_out(path: Path, content: Content) -> list[int]:
             file.attrs[key] = value
         file["config"] = json.dumps(content.config)
         file["history"] = "\n".join(json.dumps(row, allow_nan=False) for row in content.history)
-        for layout in {layout.digest: layout for layout in [content.state_layout, *content.client_layouts]}.values():
-            file[f"layouts/{layout.digest}"] = layout.to_json()
+        layouts = {layout.digest: layout for layout in [content.state_layout, *content.client_layouts]}
+        for digest, layout in layouts.items():
+            file[f"layouts/{digest}"] = layout.to_json()
         file["server/state"] = content.state
         file["server/state"].attrs["layout"] = content.state_layout.digest
         for split, rows in content.partition.items():
@@ -179,9 +206,9 @@ def _finish(
     )
     with open(temporary, "r+b") as file:
         length = file.seek(0, os.SEEK_END)
+        start = _user_block(len(ranges))
         seal = _HEADER.pack(_MAGIC, FORMAT, len(ranges), length) + b"".join(_RANGE.pack(*r) for r in ranges)
-        start = _user_block(len(content.client_layouts))
-        seal += _hash_rest(file, start, length, ranges)
+        seal = (seal + _hash_rest(file, start, length, ranges)).ljust(start - 32, b"\0")
         file.seek(0)
         file.write(seal + sha256(seal).digest())
         file.flush()
@@ -225,7 +252,7 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> None:
     """Check this rank's share of the seal with plain reads, before the HDF5 library sees the file.
 
     Raises:
-        CheckpointError: missing, truncated, unfinished, of another format version, or changed since it was written.
+        CheckpointError: missing, truncated, unfinished, of another format version, or changed after the writing.
     """
     other = "use another checkpoint of the run: `restart RUN_DIR` takes the newest good one"
     try:
@@ -235,13 +262,13 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> None:
                 state = sha256()
                 _hash_range(file, offset, size, state)
                 if state.digest() != digest:
-                    raise CheckpointError(f"{path} is damaged: a client's bytes changed after it was written", other)
+                    raise CheckpointError(f"{path} is damaged: a client's bytes have changed", other)
             if rank == 0 and _hash_rest(file, start, length, ranges) != rest:
-                raise CheckpointError(f"{path} is damaged: its bytes changed after it was written", other)
+                raise CheckpointError(f"{path} is damaged: its bytes have changed", other)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {path}", "check the path") from error
     except (OSError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", other) from error
+        raise CheckpointError(f"{path} cannot be read: {error or 'it ends early'}", other) from error
 
 
 def _read_seal(file: Any, path: Path, other: str) -> tuple[int, int, list[tuple[int, int, bytes]], bytes]:
@@ -251,31 +278,17 @@ def _read_seal(file: Any, path: Path, other: str) -> tuple[int, int, list[tuple[
         raise CheckpointError(f"{path} is not a finished checkpoint of this program", other)
     _, version, count, expected = _HEADER.unpack(header)
     if version != FORMAT:
-        raise CheckpointError(
-            f"{path} has format version {version}, this program reads {FORMAT}", "use the version that wrote it"
-        )
+        problem = f"{path} has format version {version}, this program reads {FORMAT}"
+        raise CheckpointError(problem, "use the version of this program that wrote it")
     if length != expected:
         raise CheckpointError(f"{path} is truncated: {length} of {expected} bytes", other)
-    table = file.read(count * _RANGE.size + 32)
-    if len(table) != count * _RANGE.size + 32 or sha256(header + table).digest() != file.read(32):
+    start = _user_block(count)
+    file.seek(0)
+    block = file.read(start) if count * _ALIGN <= length else b""  # a damaged count asks for any length
+    if len(block) < start or sha256(block[:-32]).digest() != block[-32:]:
         raise CheckpointError(f"{path} is damaged: its seal does not match", other)
-    ranges = list(_RANGE.iter_unpack(table[:-32]))
-    with_room = _user_block_from(file, len(header) + len(table) + 32)
-    return length, with_room, ranges, table[-32:]
-
-
-def _user_block_from(file: Any, sealed: int) -> int:
-    """Where the HDF5 signature stands: the first power of two from 4096 that holds the seal and shows it."""
-    start = _ALIGN
-    while start < sealed:
-        start *= 2
-    while True:
-        file.seek(start)
-        if file.read(8) == b"\x89HDF\r\n\x1a\n":
-            return start
-        start *= 2
-        if start > 1 << 40:
-            raise EOFError("no HDF5 signature")
+    table = _HEADER.size + count * _RANGE.size
+    return length, start, list(_RANGE.iter_unpack(block[_HEADER.size : table])), block[table : table + 32]
 
 
 class Checkpoint:

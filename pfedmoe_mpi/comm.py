@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -22,7 +23,6 @@ from pfedmoe_mpi.errors import EXIT_FAULT, LaunchError, StoppedError, UserError
 T = TypeVar("T")
 
 _STOP, _ARRIVED, _MOVE = 1, 2, 3  # message tags
-_CHUNK = 1 << 26  # int64 numbers per reduction: 512 MiB, below MPI's 2 GiB limit
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0002, 0.01
 
 
@@ -51,6 +51,8 @@ class Comm:
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.timeout = 600.0
+        self.grace = 10.0  # rank 0 knows who is missing: rank r speaks up r times as much later, six times at most
+        self.chunk = 1 << 26  # 8-byte numbers per operation: 512 MiB, below MPI's 2 GiB limit
         self.signal_received = 0
         self._stopping = False
         self._sent: list[Any] = []
@@ -113,12 +115,17 @@ class Comm:
             self.stop_requested()
             if arrived is not None and self.rank == 0:
                 self._note_arrivals(arrived)
-            # Rank 0 knows who is missing, so the others leave the word to it for a while.
-            if time.monotonic() > deadline + (30 if self.rank else 0):
-                missing = sorted(set(range(self.size)) - (arrived or set())) if self.rank == 0 else [0]
-                self.abort(f"no sign for {self.timeout:.0f} s at '{purpose}' of rank {', '.join(map(str, missing))}")
+            if time.monotonic() > deadline + self.grace * min(self.rank, 6):
+                self._timed_out(purpose, arrived)
             time.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_SLEEP if arrived is not None else _SHORTEST_SLEEP)
+
+    def _timed_out(self, purpose: str, arrived: set[int] | None) -> NoReturn:
+        """End the job: a barrier lacks somebody, or an exchange that all had entered did not end."""
+        if arrived is None:
+            self.abort(f"the exchange '{purpose}' did not end within {self.timeout:g} s")
+        missing = sorted(set(range(self.size)) - arrived) if self.rank == 0 else [0]
+        self.abort(f"no sign for {self.timeout:g} s at '{purpose}' of rank {', '.join(map(str, missing))}")
 
     def _note_arrivals(self, arrived: set[int]) -> None:
         """One message of each rank; a quick one may already have sent its next."""
@@ -136,8 +143,8 @@ class Comm:
         assert buffer.dtype == np.int64 and buffer.flags.c_contiguous
         waited = self.wait(purpose)
         if self.size > 1:
-            for start in range(0, len(buffer), _CHUNK):
-                piece = buffer[start : start + _CHUNK]
+            for start in range(0, len(buffer), self.chunk):
+                piece = buffer[start : start + self.chunk]
                 self._complete(self._control.Iallreduce(MPI.IN_PLACE, piece, MPI.SUM), purpose)
         return waited
 
@@ -145,9 +152,8 @@ class Comm:
         """Rank 0's numbers to all, in place."""
         self.wait(purpose)
         if self.size > 1:
-            flat = array.reshape(-1).view(np.uint8)
-            for start in range(0, len(flat), 8 * _CHUNK):
-                self._complete(self._control.Ibcast(flat[start : start + 8 * _CHUNK], 0), purpose)
+            for piece in self._pieces(array):
+                self._complete(self._control.Ibcast(piece, 0), purpose)
 
     def gather(self, value: T, purpose: str) -> list[T]:
         """A small Python object of every rank, on all ranks in rank order."""
@@ -179,15 +185,18 @@ class Comm:
         self.wait(purpose)
         requests = []
         for source, destination, array in transfers:
-            flat = array.reshape(-1).view(np.uint8)
-            for start in range(0, len(flat), 8 * _CHUNK):
-                piece = flat[start : start + 8 * _CHUNK]
-                if self.rank == source != destination:
-                    requests.append(self._comm.Isend(piece, destination, _MOVE))
-                elif self.rank == destination != source:
-                    requests.append(self._comm.Irecv(piece, source, _MOVE))
+            if self.rank == source != destination:
+                requests += [self._comm.Isend(piece, destination, _MOVE) for piece in self._pieces(array)]
+            elif self.rank == destination != source:
+                requests += [self._comm.Irecv(piece, source, _MOVE) for piece in self._pieces(array)]
         for request in requests:
             self._complete(request, purpose)
+
+    def _pieces(self, array: np.ndarray) -> list[np.ndarray]:
+        """The bytes of an array, in stretches below MPI's limit."""
+        assert array.flags.c_contiguous, "a copy would be filled in instead of the array"
+        flat, step = array.reshape(-1).view(np.uint8), 8 * self.chunk
+        return [flat[start : start + step] for start in range(0, len(flat), step)]
 
     def local(self) -> tuple[int, int]:
         """(rank on this host, ranks on this host), by a shared-memory split."""
@@ -209,8 +218,10 @@ class Comm:
 
     def abort(self, reason: str) -> NoReturn:
         """End the whole job at once with exit code 1."""
-        sys.stdout.flush()
-        print(f"rank {self.rank}: {reason}", file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # nobody may read what is printed; the job must end all the same
+            sys.stdout.flush()
+        with suppress(OSError, ValueError):
+            print(f"rank {self.rank}: {reason}", file=sys.stderr, flush=True)
         self._comm.Abort(EXIT_FAULT)
         os._exit(EXIT_FAULT)  # an MPI whose Abort returns
 
@@ -229,7 +240,7 @@ def start(allow_singleton: bool = False) -> Comm:
     """Start MPI and take the world.
 
     Raises:
-        LaunchError: no MPI library, or a launcher of another MPI family started ranks that cannot see each other.
+        LaunchError: no MPI library, or a launcher of another MPI family started ranks unknown to each other.
     """
     import mpi4py
 
@@ -248,8 +259,8 @@ def start(allow_singleton: bool = False) -> Comm:
     expected = launched_size(os.environ)
     if world.size == 1 and expected > 1 and not allow_singleton:
         raise LaunchError(
-            f"the launcher started {expected} ranks, but each believes it is alone: it belongs to another MPI than "
-            f"{library()}",
+            f"the launcher started {expected} ranks, but each believes it is alone: it belongs to another MPI "
+            f"than {library()}",
             "use the mpirun of the same MPI, or srun --mpi=pmi2 (MPICH) or pmix (Open MPI); "
             "--run.singleton true if one rank is meant",
         )

@@ -63,7 +63,7 @@ def choose(comm: Comm, train: Train) -> Device:
         model = torch.cuda.get_device_name(index)
         found = Device(torch.device("cuda", index), model, f"{host} GPU {index} of {visible} ({model})")
     else:
-        model = _processor()
+        model = processor()
         shared = f"{cores()} cores for {local_size} ranks, {train.threads} thread(s)"
         found = Device(torch.device("cpu"), model, f"{host} {shared}")
     models = comm.gather(found.model if found else "no GPU", "devices")
@@ -90,7 +90,8 @@ def _repeatable(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:

@@ -94,6 +94,10 @@ class Loop:
                 return False
         return True
 
+    def play(self) -> bool:
+        """Play the next round; False if stopped with a checkpoint."""
+        return self._play(self.round + 1)
+
     def _play(self, round: int) -> bool:
         started = time.perf_counter()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
@@ -291,6 +295,10 @@ class Loop:
         self._observer.round_done(shown)
 
     # Checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint of the rounds done; collective."""
+        self._save()
 
     def _save(self, partial: np.ndarray | None = None, finished: Sequence[int] = ()) -> None:
         if self._checkpoints is None:

@@ -122,27 +122,35 @@ class Bound:
         self.module = module.float().to(device)
         self.layout = Layout.of(self.module)
         self.vector = flatten(self.module).to(device)
-        self._tensors = {**dict(self.module.named_parameters()), **float_buffers(self.module)}
+        tensors = self._tensors()
         for name, view in self.layout.views(self.vector).items():
-            self._tensors[name].data = view
-        self._counters = [(t, t.clone()) for t in self.module.buffers() if not t.is_floating_point()]
+            tensors[name].data = view
+        outside = (t for name, t in self.module.named_buffers() if name not in tensors)
+        self._outside = [(t, t.clone()) for t in outside]
         self.check()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The module's tensors that belong into the vector, in its order."""
+        return {**dict(self.module.named_parameters()), **float_buffers(self.module)}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.module.parameters()]
+        return list(self.module.parameters())
 
     def load(self, vector: Tensor) -> None:
-        """Copy a client's or the server's vector in; integer buffers start afresh."""
+        """Copy a client's or the server's vector in; buffers outside the vector start afresh."""
         self.vector.copy_(vector, non_blocking=True)
-        for counter, initial in self._counters:
-            counter.copy_(initial)
+        for buffer, initial in self._outside:
+            buffer.copy_(initial)
 
     def check(self) -> None:
-        """Assert that every tensor still is a view into the vector."""
+        """Assert that the module's tensors are the layout's, and each a view of its stretch of the vector."""
+        tensors = self._tensors()
+        assert list(tensors) == [entry.name for entry in self.layout.entries], "the module's tensors changed"
         for entry in self.layout.entries:
-            expected = self.vector.data_ptr() + 4 * entry.offset
-            assert self._tensors[entry.name].data_ptr() == expected or not entry.size, f"{entry.name} came unbound"
+            tensor, expected = tensors[entry.name], self.vector.data_ptr() + 4 * entry.offset
+            bound = tensor.shape == entry.shape and tensor.is_contiguous() and tensor.data_ptr() == expected
+            assert bound or not entry.size, f"{entry.name} came unbound"
 
 
 class BoundTensor:

@@ -59,8 +59,8 @@ def summary(accuracy: Sequence[float | None], samples: Sequence[float]) -> dict[
 
 
 def nulls(values: np.ndarray) -> list[float | None]:
-    """NaN as null."""
-    return [None if math.isnan(v) else float(v) for v in values]
+    """NaN and infinity as null: JSON knows neither."""
+    return [float(v) if math.isfinite(v) else None for v in values]
 
 
 def evaluated(evaluation: EvaluationSum) -> Row:
@@ -96,21 +96,22 @@ def row(
     before: list[float | None] = [None] * len(samples)
     for (client, _), value in zip(total.cohort, nulls(member[:, 1]), strict=True):
         before[client] = value
-    weights = np.array([samples[client] for client, _ in total.cohort], float)[members_in]
-    losses = member[members_in, 0]
+    trained = members_in & np.isfinite(member[:, 0])
+    weights = np.array([samples[client] for client, _ in total.cohort], float)[trained]
+    losses = member[trained, 0]
     largest = dict(zip(RANK_METRICS, evaluation.ranks.max(axis=0), strict=True))
     after = evaluated(evaluation)
     return {
         "round": round,
         "cohort": [client for client, _ in total.cohort],
         "dropped": total.clients(DROPPED),
-        "train_loss": float((losses * weights).sum() / weights.sum()) if len(weights) else None,
+        "train_loss": float((losses * weights).sum() / weights.sum()) if weights.any() else None,
         "accuracy": after["accuracy"],
         "accuracy_cohort": summary(before, tested),
         "accuracy_validation": after["accuracy_validation"],
         "clients": {**after["clients"], "accuracy_before": before, "samples": list(samples)},
         "seconds": {**{name: float(largest[name]) for name in RANK_METRICS[:4]}, "write": None, "total": seconds},
-        "bytes": {"up": float(member[members_in, 2].mean()) if len(weights) else None, "down": bytes_down},
+        "bytes": {"up": float(member[members_in, 2].mean()) if members_in.any() else None, "down": bytes_down},
         "mpi_bytes": int(8 * (len(total.buffer) + len(evaluation.buffer))),
         "rss_mb": float(largest["rss_mb"]),
     }

@@ -53,6 +53,7 @@ class Parts:
     def __init__(self, bound: Mapping[str, Bound | BoundTensor]) -> None:
         self._bound = dict(bound)
         for name, part in bound.items():
+            assert not hasattr(Parts, name), f"'{name}' is a method of Parts; call the part something else"
             setattr(self, name, part.module)
 
     def __getattr__(self, name: str) -> Any:
@@ -118,7 +119,7 @@ class Workbench:
             for name, part in spec.items():
                 assert name not in chosen, f"part '{name}' is declared twice"
                 chosen[name] = self._bind(name, part)
-                chosen[name].load(vector[slices[name]])
+                chosen[name].load(vector[slices.get(name, slice(0))])  # a part may hold no numbers
         return Parts(chosen)
 
     def _bind(self, name: str, part: Module | Tensor) -> Bound | BoundTensor:
@@ -127,6 +128,7 @@ class Workbench:
             if isinstance(part, Tensor):
                 self._bound[key] = BoundTensor(part.shape, self.device)
             else:
+                seeds.seed_global(self._seed, f"bound/{name}/{part.kind}")  # for buffers outside the vector
                 self._bound[key] = Bound(part.build(), self.device)
         return self._bound[key]
 

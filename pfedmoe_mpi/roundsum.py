@@ -55,7 +55,7 @@ class RoundSum:
 
     def metrics(self) -> np.ndarray:
         """float64 (members, len(MEMBER_METRICS)); NaN is what was not measured."""
-        return self.buffer[self._metrics].view(np.float64).reshape(len(self.cohort), -1)
+        return self.buffer[self._metrics].view(np.float64).reshape(len(self.cohort), len(MEMBER_METRICS))
 
     def add(self, position: int, values: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:
         """Add one member's contribution; nothing is added if any of it is not finite.
@@ -101,9 +101,9 @@ class RoundSum:
     def _mean(self, name: str, block: Block) -> Mean:
         numbers = torch.from_numpy(self.buffer[self._places[name]])
         if block.slot:
-            by_member = numbers.view(len(self.cohort), -1)
+            by_member = numbers.view(len(self.cohort), block.rows * (1 + block.size))
             value = by_member[:, block.rows :].to(torch.int32).view(torch.float32)
-            return Mean(value.reshape(-1, block.rows, block.size), by_member[:, : block.rows].clone())
+            return Mean(value.reshape(len(self.cohort), block.rows, block.size), by_member[:, : block.rows].clone())
         weight, value = numbers[: block.rows], numbers[block.rows :].view(block.rows, block.size)
         total = self._task.total(block.weight, self.cohort)
         return Mean(fixedpoint.decode(value, weight, total, block.scale), weight.clone())

@@ -114,8 +114,8 @@ def open_everywhere(comm: Comm, settings: Config) -> Dataset:
     distributed = comm.gather(held[0].distributed if held else False, "data store")[0]
     if comm.rank == 0:
         return held[0]
-    if distributed:
-        return open_dataset(settings.data, settings.seed, clients=settings.clients)
+    if distributed:  # the root has checked the content
+        return open_dataset(settings.data, settings.seed, clients=settings.clients, check=False)
     return known
 
 

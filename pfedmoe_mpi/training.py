@@ -64,7 +64,7 @@ class SGD:
                 torch._fused_sgd_(
                     parameters,
                     gradients,
-                    velocities,
+                    velocities if self._phase.momentum else [],
                     weight_decay=self._phase.weight_decay,
                     momentum=self._phase.momentum,
                     lr=lr,

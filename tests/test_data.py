@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 import struct
@@ -144,7 +145,7 @@ def test_size_resizes_rows_of_a_file(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
 def test_hdf5_rows_come_in_the_order_asked(tmp_path: Path, layout: dict[str, Any], dtype: type) -> None:
-    x = images(500, 2, 5, 5).astype(dtype)
+    x: np.ndarray = images(500, 2, 5, 5).astype(dtype)
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("x", data=x, **layout)
         file["y"] = np.arange(500) % 3
@@ -166,18 +167,35 @@ def test_hdf5_rows_come_in_the_order_asked(tmp_path: Path, layout: dict[str, Any
             assert np.array_equal(rows, x[np.array(pick, np.int64)])
 
 
+def damaged_h5(path: Path, x: np.ndarray, block: int, damaged: int) -> Path:
+    """`x` in chunks of `block` rows under checksums, the chunk of row `damaged` spoilt."""
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", data=x, chunks=(block, *x.shape[1:]), fletcher32=True)
+        file["y"] = np.arange(len(x)) % 2
+        place = file["x"].id.get_chunk_info_by_coord((damaged // block * block, 0, 0, 0)).byte_offset
+    with path.open("r+b") as raw:
+        raw.seek(place)
+        raw.write(bytes(64))
+    return path
+
+
 def test_hdf5_reads_a_few_rows_without_the_rest(tmp_path: Path) -> None:
-    """Rows are lazy: what is written over the file's other rows after opening is not noticed."""
+    """Rows around a damaged place are read, as nothing between them is; rows in it are an error."""
     x = images(4000, 3, 16, 16)
-    path = write_h5(tmp_path / "a.h5", x=x, y=np.arange(4000) % 2)
-    with opened("hdf5", path) as data:
-        with h5py.File(path, "r") as file:
-            offset = file["x"].id.get_offset()
-        with path.open("r+b") as raw:
-            raw.seek(offset + 2000 * x[0].nbytes)
-            raw.write(bytes(x[0].nbytes))
-        assert np.array_equal(data.rows(np.array([5, 3999])), x[[5, 3999]])
-        assert not data.rows(np.array([2000])).any()
+    with opened("hdf5", damaged_h5(tmp_path / "a.h5", x, 10, 2005)) as data:
+        asked = np.array([1999, 3999, 5, 2010])
+        assert np.array_equal(data.rows(asked), x[asked])
+        with pytest.raises(DataError, match="rows 2000 to 2010 cannot be read"):
+            data.rows(np.array([2003]))
+
+
+def test_a_refused_file_is_closed(tmp_path: Path) -> None:
+    for labels in (GOOD_Y + 1, GOOD_Y[:2]):
+        path = write_h5(tmp_path / "a.h5", x=GOOD_X, y=labels)
+        with pytest.raises(DataError) as caught:
+            opened("hdf5", path)
+        with h5py.File(path, "r+"):
+            assert caught.value
 
 
 def test_hdf5_shapes(tmp_path: Path) -> None:
@@ -220,8 +238,8 @@ NAN = np.where(np.arange(6 * 16).reshape(6, 1, 4, 4) == 70, np.nan, 1.0)
         ({"x": NAN, "y": GOOD_Y}, "row 4 holds a NaN"),
         ({"x": GOOD_X * 1e300, "y": GOOD_Y}, "NaN or an infinity"),
         ({"x": GOOD_X, "y": GOOD_Y, "client": GOOD_Y + 1}, "client 0 has no row"),
-        ({"x": GOOD_X, "y": GOOD_Y, "client": GOOD_Y[:2]}, "client of .* shape"),
-        ({"x": GOOD_X, "y": GOOD_Y, "official_test": GOOD_Y}, "official_test of"),
+        ({"x": GOOD_X, "y": GOOD_Y, "client": GOOD_Y[:2]}, r"6 rows, client has shape \(2,\)"),
+        ({"x": GOOD_X, "y": GOOD_Y, "official_test": GOOD_Y}, "official_test of .* more than true and false"),
         ({"x": GOOD_X, "y": GOOD_Y, "class_names": ["a", "b"]}, "names 2 classes and has rows of 3"),
         ({"x": GOOD_X, "y": GOOD_Y, "class_names": [1, 2, 3]}, "cannot be read"),
     ],
@@ -370,6 +388,13 @@ def test_npz_train_and_test_of_each_client(tmp_path: Path) -> None:
     assert np.array_equal(data.labels, np.concatenate([part["y"] for part in parts]))
 
 
+def test_npz_labels_of_unlike_integers(tmp_path: Path) -> None:
+    for client, dtype in enumerate((np.uint64, np.int64)):
+        content = {"x": GOOD_X, "y": GOOD_Y.astype(dtype)}
+        write_clients(tmp_path, "train", {client: content})
+    assert opened("npz", tmp_path).labels.tolist() == [*GOOD_Y, *GOOD_Y]
+
+
 def test_npz_of_plain_arrays_and_without_test(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "0.npz", x=images(6, 5, 5), y=GOOD_Y.astype(np.uint64))
@@ -380,7 +405,7 @@ def test_npz_of_plain_arrays_and_without_test(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 def test_pickled_arrays_of_every_kind(protocol: int) -> None:
-    table = {
+    table: dict[str, Any] = {
         "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
         "big": np.arange(4, dtype=">i4"),
         "bool": np.array([True, False]),
@@ -509,6 +534,30 @@ def test_torchvision_from_a_local_root(
     assert snapshot(tmp_path) == before
 
 
+def test_torchvision_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CIFAR's format: pickled rows of a red, green and blue plane, in files whose MD5 torchvision knows."""
+    from torchvision.datasets import CIFAR10
+
+    x, folder = images(25, 3, 32, 32), tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    listed = {}
+    for name, rows in (("data_batch_1", slice(0, 20)), ("test_batch", slice(20, 25))):
+        batch = {"data": x[rows].reshape(-1, 3072), "labels": (np.arange(25)[rows] % 10).tolist()}
+        listed[name] = pickle.dumps(batch)
+    listed["batches.meta"] = pickle.dumps({"label_names": [f"class {label}" for label in range(10)]})
+    for name, raw in listed.items():
+        (folder / name).write_bytes(raw)
+    sums = {name: hashlib.md5(raw).hexdigest() for name, raw in listed.items()}
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", sums["data_batch_1"]]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(
+        CIFAR10, "meta", {**CIFAR10.meta, "filename": "batches.meta", "md5": sums["batches.meta"]}
+    )
+    data = opened("torchvision", tmp_path, name="CIFAR10")
+    assert (data.shape, data.class_names[3], (data.mean, data.std)) == ((3, 32, 32), "class 3", IMAGENET)
+    assert np.array_equal(everything(data), x) and data.labels.tolist() == [*range(10), *range(10), *range(5)]
+
+
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "EMNIST", "SVHN", "CIFAR10", "CIFAR100"])
 def test_torchvision_never_downloads_unasked(tmp_path: Path, name: str) -> None:
     message = refused(f"{name} is not downloaded", "torchvision", tmp_path / "root", name=name)
@@ -584,16 +633,9 @@ def test_prepare_overwrites_nothing_and_leaves_nothing_behind(tmp_path: Path) ->
 
 def test_prepare_that_fails_half_way(tmp_path: Path) -> None:
     """A file damaged behind its header fails while rows are copied: no output, no temporary file."""
-    x = images(5000, 1, 8, 8)
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.create_dataset("x", data=x, chunks=(100, 1, 8, 8), fletcher32=True)
-        file["y"] = np.arange(5000) % 2
-        place = file["x"].id.get_chunk_info(30).byte_offset
-    with (tmp_path / "a.h5").open("r+b") as raw:
-        raw.seek(place)
-        raw.write(bytes(64))
+    path = damaged_h5(tmp_path / "a.h5", images(5000, 1, 8, 8), 100, 3000)
     with pytest.raises(DataError, match="cannot be read"):
-        prepare(configured(data__source="hdf5", data__path=str(tmp_path / "a.h5")), tmp_path / "b.h5")
+        prepare(configured(data__source="hdf5", data__path=str(path)), tmp_path / "b.h5")
     assert snapshot(tmp_path) == ["a.h5"]
 
 

@@ -153,10 +153,18 @@ def test_small_clients_test_on_all_classes_between_them() -> None:
 
 
 def test_a_class_gives_its_only_row_last() -> None:
+    """Of 3.2, 0.4 and 0.4 rows the remainders favour the classes of one row; training needs these more."""
     labels = np.array([0] * 8 + [1, 2])
     for seed in range(20):
-        partition = make_partition(settings_of(kind="iid", test_fraction=0.3), labels, 3, 1, seed)
-        assert labels[partition.test[0]].tolist() == [0, 0, 0]
+        partition = make_partition(settings_of(kind="iid", test_fraction=0.4), labels, 3, 1, seed)
+        assert labels[partition.test[0]].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_the_smallest_clients_train_and_test(fraction: float) -> None:
+    settings = settings_of(kind="iid", test_fraction=fraction, validation=0.9, min_samples=2)
+    partition = make_partition(settings, np.arange(60) % 10, 10, 30, 0)
+    assert [len(rows) for rows in (*partition.train, *partition.test)] == [1] * 60
 
 
 def test_counts_are_of_training_rows() -> None:
@@ -197,6 +205,21 @@ def test_pathological_pairs_are_drawn() -> None:
     assert len(pairs) == 45
 
 
+def test_which_class_has_one_client_more_is_drawn() -> None:
+    labels = np.arange(500) % 10
+    more = set()
+    for seed in range(60):
+        partition = make_partition(settings_of(kind="pathological", classes=3), labels, 10, 7, seed)
+        more.add(int((class_table(partition, labels, 10) > 0).sum(axis=0).argmax()))
+    assert len(more) == 10
+
+
+def test_a_class_of_as_many_rows_as_clients_is_enough() -> None:
+    labels = np.arange(500) % 10
+    partition = make_partition(settings_of(kind="pathological", classes=10, tries=1), labels, 10, 50, 0)
+    assert (class_table(partition, labels, 10) == 1).all()
+
+
 def test_classes_draws_numbers_between_the_bounds() -> None:
     labels = np.arange(6000) % 10
     seen = set()
@@ -226,6 +249,13 @@ def test_dirichlet_proportions_of_one_class() -> None:
     table = class_table(make_partition(settings_of(alpha=2.0), labels, 5, 400, 0), labels, 5)
     shares = table / table.sum(axis=1, keepdims=True)
     assert shares.var() == pytest.approx(0.2 * 0.8 / 11, rel=0.1)
+
+
+def test_dirichlet_deals_classes_that_nobody_drew() -> None:
+    """At this alpha most proportions are 0 in float64; no class is lost for it."""
+    for seed in range(5):
+        partition = make_partition(settings_of(alpha=1e-4), np.arange(600) % 10, 10, 3, seed)
+        assert len(dealt(partition)) == 600
 
 
 def test_iid_parts_are_equal() -> None:

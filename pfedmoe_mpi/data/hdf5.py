@@ -95,29 +95,25 @@ def open_hdf5(path: Path, check: bool) -> Loaded:
 
 
 def _load(file: Any, path: Path, check: bool) -> Loaded:
-    x, labels = _table(file, "x", path), _table(file, "y", path)[()]
+    x = _table(file, "x", path)
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise DataError(f"x of {path} is {x.dtype}", "store uint8 (0 to 255) or float32")
     store = StoredRows(file, x, str(path))
-    if labels.shape != (len(x),):
-        raise DataError(
-            f"x of {path} has {len(x)} rows, y has shape {labels.shape}", "give one label per sample, (n,)"
-        )
+    rows = len(x)
+    labels = _column(file, "y", rows, path)
     if check:
         store.check()
     names = _table(file, "class_names", path).asstr()[()] if "class_names" in file else ()
+    client = check_clients(_column(file, "client", rows, path), rows, str(path)) if "client" in file else None
+    official = _marks(_column(file, "official_test", rows, path), path) if "official_test" in file else None
     return Loaded(
         name=str(file.attrs.get("name", path.stem)),
         where=str(path),
         store=store,
         labels=labels,
         class_names=tuple(map(str, names)),
-        client=check_clients(_table(file, "client", path)[()], len(x), str(path))
-        if "client" in file
-        else None,
-        official_test=_marks(_table(file, "official_test", path)[()], len(x), path)
-        if "official_test" in file
-        else None,
+        client=client,
+        official_test=official,
         mean=tuple(map(float, file.attrs.get("mean", ()))),
         std=tuple(map(float, file.attrs.get("std", ()))),
     )
@@ -133,10 +129,21 @@ def _table(file: Any, name: str, path: Path) -> Any:
     return table
 
 
-def _marks(marks: np.ndarray, rows: int, path: Path) -> np.ndarray:
-    if marks.shape != (rows,) or marks.dtype.kind not in "biu" or not np.isin(marks, (0, 1)).all():
+def _column(file: Any, name: str, rows: int, path: Path) -> np.ndarray:
+    """One value per sample; the shape is compared before anything of a wrong size is read."""
+    table = _table(file, name, path)
+    if table.shape != (rows,):
         raise DataError(
-            f"official_test of {path} is {marks.dtype} of shape {marks.shape}",
-            f"give one true or false per sample, ({rows},)",
+            f"x of {path} has {rows} rows, {name} has shape {table.shape}", f"give one per sample, ({rows},)"
+        )
+    column: np.ndarray = table[()]
+    return column
+
+
+def _marks(marks: np.ndarray, path: Path) -> np.ndarray:
+    if marks.dtype.kind not in "biu" or not np.isin(marks, (0, 1)).all():
+        raise DataError(
+            f"official_test of {path} ({marks.dtype}) holds more than true and false",
+            "give one true or false per sample",
         )
     return marks.astype(bool)

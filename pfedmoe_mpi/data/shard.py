@@ -54,9 +54,12 @@ class Normalise:
         self._scale = 1 / torch.tensor(std, device=device).view(shape) if std else None
 
     def __call__(self, raw: Tensor) -> Tensor:
-        x = raw.float().div_(255) if raw.dtype == torch.uint8 else raw.float()
+        """Always in new memory: bits may depend on the alignment of what a kernel reads."""
+        x = raw.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if raw.dtype == torch.uint8:
+            x.div_(255)
         if self._mean is not None and self._scale is not None:
-            x = (x - self._mean).mul_(self._scale)
+            x.sub_(self._mean).mul_(self._scale)
         return channels_last(x)
 
 

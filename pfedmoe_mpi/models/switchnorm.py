@@ -29,14 +29,15 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         normal, scale, weight = ctx.saved_tensors
-        grad_weight, grad_bias = (grad * normal).sum(0), grad.sum(0)
-        centred = (grad * weight).mul_(scale)  # the gradient of what is divided by the deviation
-        variance = (centred * normal).mul_(scale).mul_(-0.5)
-        means = -centred.sum(1, keepdim=True), -centred.sum(0)
-        variances = variance.sum(1, keepdim=True), variance.sum(0)
-        return centred, *means, *variances, grad_weight, grad_bias
+        work = grad * normal  # the one temporary of full size, used again and again
+        grad_weight, grad_bias = work.sum(0), grad.sum(0)
+        torch.mul(grad, weight, out=work).mul_(scale)  # the gradient of what the deviation divides
+        grad_x = work.clone() if ctx.needs_input_grad[0] else None
+        means = -work.sum(1, keepdim=True), -work.sum(0)
+        work.mul_(normal).mul_(scale).mul_(-0.5)
+        return grad_x, *means, work.sum(1, keepdim=True), work.sum(0), grad_weight, grad_bias
 
 
 class SwitchNorm(nn.Module):
@@ -72,7 +73,7 @@ class SwitchNorm(nn.Module):
         mean_layer = x.mean(1, keepdim=True)
         # Two passes, not E[x²] - E[x]²: features far from zero would lose all digits. torch.var_mean is exact
         # too, but ten times as slow on a CPU.
-        var_layer = (x - mean_layer).square().mean(1, keepdim=True)
+        var_layer = (x - mean_layer).square_().mean(1, keepdim=True)
         mean_batch, var_batch = self.running_mean, self.running_var
         if self.training:
             mean_batch, var_batch = self._batch_statistics(x)
@@ -95,7 +96,7 @@ class SwitchNorm(nn.Module):
         if samples < 2:
             raise ValueError("SwitchNorm needs at least two samples in training")
         mean = x.mean(0)
-        var = (x - mean).square().mean(0)
+        var = (x - mean).square_().mean(0)
         with torch.no_grad():
             self.running_mean.lerp_(mean, MOMENTUM)
             self.running_var.lerp_(var * (samples / (samples - 1)), MOMENTUM)

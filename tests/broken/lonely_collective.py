@@ -1,0 +1,16 @@
+"""A collective stands where only ranks with clients come by.
+
+Fails: idle
+"""
+
+from pfedmoe_mpi.algorithms.fedavg import FedAvg as Base
+
+
+class LonelyCollective(Base):
+    def client_step(self, turn):
+        from mpi4py import MPI
+
+        request = MPI.COMM_WORLD.Ibarrier()
+        while not request.Test():
+            turn._engine.poll()
+        return super().client_step(turn)

@@ -1,0 +1,13 @@
+"""A draw comes from a global generator that no address seeds.
+
+Fails: ranks
+"""
+
+import random
+
+from pfedmoe_mpi.algorithms.fedavg import FedAvg as Base
+
+
+class Unseeded(Base):
+    def loss(self, parts, batch):
+        return super().loss(parts, batch) * (1 + 0.01 * random.random())

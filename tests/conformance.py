@@ -1,0 +1,306 @@
+"""What every method must keep, checked on sub-communicators of one job.
+
+    mpirun -n 4 python tests/conformance.py [METHOD ...] [--check NAME]
+
+Methods are found, not listed; no check has a line for a particular method. Deliberately wrong methods lie in
+`tests/broken/` and are added with --broken. One line per check and method: `pass`, or `FAIL` with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pfedmoe_mpi import algorithms, checkpoint, comm, config, federation, metrics, setup
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.comm import Comm
+from pfedmoe_mpi.federation import Loop, Silent
+from pfedmoe_mpi.flat import Layout
+from pfedmoe_mpi.roundsum import RoundSum
+
+SMALL: dict[str, Any] = {
+    "data.source": "synthetic",
+    "data.samples": 160,
+    "data.size": 8,
+    "data.classes": 4,
+    "partition.alpha": 3.0,
+    "clients": 5,
+    "participation": 0.8,
+    "rounds": 4,
+    "train.batch": 16,
+    "train.lr_gate": 0.05,
+    "gate.hidden": 8,
+    "model.pool": "auto",
+    "model.dim": 12,
+}
+
+
+def settings(name: str, **changes: Any) -> config.Config:
+    """A federation of seconds; `__` stands for the dot."""
+    return config.build({**SMALL, "algorithm": name, **{k.replace("__", "."): v for k, v in changes.items()}})
+
+
+def play(world: Comm, chosen: config.Config, folder: Path | None = None, source: Path | None = None) -> Loop:
+    """A federation from round 1, or from a checkpoint, as far as it goes."""
+    loop = Loop(world, setup.build(world, chosen), Silent(), folder)
+    if source:
+        world.agree(lambda: checkpoint.verify(source, world.rank, world.size), "verify")
+        with Checkpoint(source) as loaded:
+            loop.resume(loaded)
+    loop.run()
+    return loop
+
+
+def digest(loop: Loop) -> str:
+    """SHA-256 of everything that must repeat."""
+    own = {k: client.vector.numpy().tobytes() for k, client in loop.federation.clients.items()}
+    vectors: dict[int, bytes] = {}
+    for part in loop.comm.gather(own, "digest"):
+        vectors |= part
+    state = sha256(loop.state.numpy().tobytes())
+    for k in sorted(vectors):
+        state.update(vectors[k])
+    for row in loop.history:
+        state.update(metrics.dumps(metrics.learning(row)).encode())
+    return state.hexdigest()
+
+
+def on(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
+    """`work` on the first ranks of the world; its result, or its failed assertion, on all."""
+    part = world.split(0 if world.rank < ranks else -1)
+    result: Any = None
+    if part:
+        part.timeout = world.timeout
+        try:
+            result = work(part)
+        except AssertionError as error:
+            result = error
+        part.finish()
+    for found in world.gather(result, "sub-communicator"):
+        if isinstance(found, AssertionError):
+            raise found
+    return result if ranks == world.size else world.gather(result, "result")[0]
+
+
+# The checks
+
+
+def ranks(world: Comm, name: str) -> None:
+    """The same bits on 1, 2 and 4 ranks."""
+    found = [on(world, n, lambda part: digest(play(part, settings(name, rounds=2)))) for n in (1, 2, 4)]
+    assert len(set(found)) == 1, f"digests on 1, 2 and 4 ranks: {found}"
+
+
+def idle(world: Comm, name: str) -> None:
+    """Ranks without clients change nothing."""
+    chosen = settings(name, rounds=2, clients=2, participation=0.5, partition__alpha=100.0)
+    alone, beside_idle = (on(world, n, lambda part: digest(play(part, chosen))) for n in (1, 4))
+    assert alone == beside_idle, "idle ranks changed the result"
+
+
+def restart(world: Comm, name: str) -> None:
+    """Two rounds, restart on another number of ranks, two more: as four at once."""
+    with scratch(world) as folder:
+        whole = on(world, 2, lambda part: digest(play(part, settings(name))))
+        on(world, 4, lambda part: play(part, settings(name, rounds=2), folder).round)
+        source = folder / checkpoint.name(2, partial=False)
+        for n in (1, 3):
+            again = on(world, n, lambda part: digest(play(part, settings(name), source=source)))
+            assert again == whole, f"restart on {n} ranks differs from four rounds at once"
+
+
+def midround(world: Comm, name: str) -> None:
+    """Stopped by a real signal in the middle of a round, restarted on another number of ranks: as undisturbed."""
+    whole = on(world, 1, lambda part: digest(play(part, settings(name))))
+    partial = 0
+    for polls in (3, 7, 11):
+        with scratch(world) as folder:
+            on(world, 2, lambda part, polls=polls, folder=folder: stopped(part, name, polls, folder))
+            source = checkpoint.newest_first(folder)[0]
+            with Checkpoint(source) as loaded:
+                partial += 0 < len(loaded.finished) < 4
+            again = on(world, 3, lambda part, source=source: digest(play(part, settings(name), source=source)))
+            assert again == whole, f"restart of {source.name} differs from the undisturbed run"
+    assert partial, "no stop fell into the middle of a round"
+
+
+def stopped(world: Comm, name: str, polls: int, folder: Path) -> None:
+    """Play until rank 0 gets SIGUSR1 at its `polls`-th look for a stop."""
+    world.catch_signals()
+    left, poll = polls, world.poll
+
+    def counting() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0 and world.rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        poll()
+
+    world.poll = counting  # type: ignore[method-assign]
+    loop = Loop(world, setup.build(world, settings(name)), Silent(), folder)
+    assert not loop.run(), "the signal did not stop the run"
+
+
+def moves(world: Comm, name: str) -> None:
+    """Every shared tensor moves in the first round, running statistics too; also with BatchNorm in the models."""
+    for changes in ({}, {"model__pool": "shufflenet_v2_x0_5", "model__shared": "shufflenet_v2_x0_5"}):
+        bigger = {"data__size": 32, "clients": 2, "data__samples": 60} if changes else {}
+        before, after, layout = on(world, 1, lambda part, c={**changes, **bigger}: first_round(part, name, c))
+        for entry in Layout.from_json(layout).entries:
+            stretch = slice(entry.offset, entry.offset + entry.size)
+            same = np.array_equal(before[stretch].view(np.uint32), after[stretch].view(np.uint32))
+            assert not same, f"shared tensor {entry.name} did not move in the first round"
+
+
+def first_round(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
+    built = setup.build(part, settings(name, rounds=1, participation=1.0, **changes))
+    loop = Loop(part, built, Silent(), None)
+    before = loop.state.numpy().copy()
+    loop.run()
+    return before, loop.state.numpy(), built.state_layout.to_json()
+
+
+def fixpoint(world: Comm, name: str) -> None:
+    """With vanishing steps the mean over a cohort smaller than all clients is what was sent out."""
+    tiny = dict.fromkeys(("train__lr", "train__lr_shared", "train__lr_gate"), 1e-7)
+    chosen = {"participation": 0.4, "rounds": 2, **tiny}
+    before, after, layout = on(world, 2, lambda part: shared_after(part, name, chosen))
+    for entry in Layout.from_json(layout).entries:
+        stretch = slice(entry.offset, entry.offset + entry.size)
+        if entry.trained:
+            np.testing.assert_allclose(after[stretch], before[stretch], rtol=1e-3, atol=1e-5, err_msg=entry.name)
+
+
+def shared_after(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
+    loop = Loop(part, setup.build(part, settings(name, **changes)), Silent(), None)
+    before = loop.state.numpy().copy()
+    loop.run()
+    return before, loop.state.numpy(), loop.federation.state_layout.to_json()
+
+
+def layouts(world: Comm, name: str) -> None:
+    """Module to vector to module keeps every tensor; the layout survives JSON; every client's vector fits it."""
+    built = on(world, 1, lambda part: round_trip(part, name))
+    assert built, "no layout was checked"
+
+
+def round_trip(part: Comm, name: str) -> int:
+    built = setup.build(part, settings(name))
+    method, bench = built.method, built.workbench
+    for client in built.clients.values():
+        for spec in (method.state(), client.spec):
+            layout, vector = bench.layout(spec), torch.randn(bench.layout(spec).size)
+            parts = bench.parts((spec, vector))
+            parts.check()
+            assert torch.equal(bench.read(spec, parts, torch.empty_like(vector)), vector)
+            assert Layout.from_json(layout.to_json()).digest == layout.digest
+        assert client.vector.shape == (built.client_layouts[client.id].size,)
+    return len(built.clients)
+
+
+def wire(world: Comm, name: str) -> None:
+    """Only the declared payload enters the sum, and no private tensor is in it."""
+    on(world, 1, lambda part: watch(part, name))
+
+
+def watch(part: Comm, name: str) -> None:
+    loop = Loop(part, setup.build(part, settings(name, rounds=2, participation=1.0)), Silent(), None)
+    add = RoundSum.add
+
+    def watched(total: RoundSum, position: int, values: Mapping[str, torch.Tensor], measured: Any) -> None:
+        add(total, position, values, measured)
+        size = sum(block.rows * (1 + block.size) for block in total.payload.values() if not block.slot)
+        slots = sum(len(total.cohort) * b.rows * (1 + b.size) for b in total.payload.values() if b.slot)
+        assert len(total.buffer) == 1 + 4 * len(total.cohort) + size + slots, "more is summed than declared"
+        if loop.round == 1:  # in the first round a private difference may be all there is
+            check_private(loop, total.cohort[position][0], values)
+
+    RoundSum.add = watched  # type: ignore[method-assign]
+    try:
+        loop.run()
+    finally:
+        RoundSum.add = add  # type: ignore[method-assign]
+
+
+def check_private(loop: Loop, client: int, values: Mapping[str, torch.Tensor]) -> None:
+    """Look for the bytes of every private tensor, as the step leaves it, in what is sent."""
+    method, bench = loop.federation.method, loop.federation.workbench
+    spec = method.client_state(client)
+    bound = {name: bench._bind(name, part).vector for name, part in spec.items()}
+    for block, value in values.items():
+        sent = value.detach().numpy().tobytes()
+        for name, vector in bound.items():
+            for entry in bench.layout({name: spec[name]}).entries:
+                data = vector[entry.offset : entry.offset + entry.size].numpy()
+                if entry.size >= 16 and data.any():
+                    assert data.tobytes() not in sent, f"private tensor {entry.name} is in payload block '{block}'"
+
+
+CHECKS = {check.__name__: check for check in (layouts, moves, fixpoint, wire, idle, ranks, restart, midround)}
+
+
+class scratch:
+    """A folder of the job, removed at the end."""
+
+    def __init__(self, world: Comm) -> None:
+        self._world = world
+
+    def __enter__(self) -> Path:
+        self._folder = self._world.from_root(lambda: Path(tempfile.mkdtemp()), "scratch")
+        return self._folder
+
+    def __exit__(self, *_: object) -> None:
+        self._world.wait("scratch")
+        if self._world.rank == 0:
+            shutil.rmtree(self._folder)
+
+
+def judge(world: Comm, check: Callable[[Comm, str], None], name: str) -> bool:
+    """Run one check and print its verdict; ranks agree on it."""
+    try:
+        check(world, name)
+        reason = ""
+    except AssertionError as error:
+        reason = str(error) or "assertion"
+    reasons = [r for r in world.gather(reason, "verdict") if r]
+    if world.rank == 0:
+        print(f"{check.__name__} {name}: {'FAIL ' + reasons[0] if reasons else 'pass'}", flush=True)
+    return not reasons
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("methods", nargs="*")
+    parser.add_argument("--check", action="append", choices=list(CHECKS))
+    parser.add_argument("--broken", action="store_true", help="add tests/broken to the methods")
+    options = parser.parse_args()
+    if options.broken:
+        algorithms.__path__.append(str(Path(__file__).parent / "broken"))
+    torch.set_num_threads(1)
+    world = comm.start()
+    world.timeout = 20.0
+    try:
+        good = [
+            judge(world, CHECKS[check], name)
+            for name in options.methods or algorithms.names()
+            for check in options.check or CHECKS
+        ]
+    except BaseException as error:
+        world.fault(error)
+    world.finish()
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

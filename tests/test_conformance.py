@@ -1,0 +1,67 @@
+"""Every method found keeps the contract; every deliberately wrong one is caught by the check meant for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pfedmoe_mpi import algorithms
+
+HERE = Path(__file__).parent
+BROKEN = sorted(path.stem for path in (HERE / "broken").glob("*.py"))
+
+
+def conformance(*arguments: str, timeout: float) -> tuple[int, str]:
+    """One job of four ranks; killed with all it started after `timeout` seconds."""
+    command = [str(Path(sys.executable).parent / "mpirun"), "-n", "4", sys.executable, str(HERE / "conformance.py")]
+    job = subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        output, _ = job.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        output = job.communicate()[0] + "\nkilled: the job hung"
+    return job.returncode, output
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[tuple[str, str], str]:
+    """{(check, method): verdict} of all checks on all methods, in one job."""
+    _, output = conformance(timeout=400)
+    found = re.findall(r"^(\w+) (\w+): (.*)$", output, re.MULTILINE)
+    assert found, output
+    return {(check, method): verdict for check, method, verdict in found}
+
+
+@pytest.mark.parametrize("method", algorithms.names())
+@pytest.mark.parametrize("check", ["layouts", "moves", "fixpoint", "wire", "idle", "ranks", "restart", "midround"])
+def test_method_keeps_the_contract(verdicts: dict[tuple[str, str], str], check: str, method: str) -> None:
+    assert verdicts.get((check, method), "the job ended before") == "pass"
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_method_is_caught(name: str) -> None:
+    meant = re.search(r"^Fails: (\w+)$", (HERE / "broken" / f"{name}.py").read_text(), re.MULTILINE)
+    assert meant, f"{name} does not say which check it fails"
+    code, output = conformance(name, "--broken", "--check", meant[1], timeout=120)
+    caught = f"{meant[1]} {name}: FAIL" in output or (meant[1] == "idle" and "no sign for" in output)
+    assert code != 0 and caught and "killed" not in output, output
+
+
+def test_every_wrong_the_design_names_is_there() -> None:
+    assert set(BROKEN) >= {
+        *("replaced_module", "unseeded", "kept_momentum", "private_payload"),
+        *("lonely_collective", "forgotten_buffers", "all_clients", "float_sum"),
+    }
