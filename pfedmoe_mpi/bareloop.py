@@ -1,8 +1,8 @@
 """pFedMoE's clients in plain PyTorch: what a round costs without this program around it.
 
-The reference of `bench round`. Every client holds ordinary modules, the same architectures with the same first
-values; the loop takes the same batches, the same optimiser settings and the same two evaluations, one after
-the other. There is no sum, no flat vector, no communication, no look for a stop, no check of what came out.
+The reference of `bench round`. Every client holds ordinary modules, the same architectures with the same
+first values; the loop takes the same batches, the same optimiser settings and the same two evaluations. There
+is no sum, no flat vector, no communication, no look for a stop, no check of what came out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from pfedmoe_mpi import seeds
 from pfedmoe_mpi.data import shard
 from pfedmoe_mpi.data.shard import Split
 from pfedmoe_mpi.flat import Layout, float_buffers
+from pfedmoe_mpi.models.registry import Model
 from pfedmoe_mpi.parts import Module, Spec
 from pfedmoe_mpi.setup import Federation
 from pfedmoe_mpi.training import learning_rate_factor
@@ -29,11 +31,11 @@ class BareClient:
 
     id: int
     shared: nn.Module
-    model: nn.Module
+    model: Model
     gate: nn.Module
     splits: Mapping[str, Split]
 
-    def modules(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def modules(self) -> tuple[nn.Module, ...]:
         return self.shared, self.model, self.gate
 
     def predict(self, x: Tensor) -> Tensor:
@@ -74,7 +76,9 @@ class BareLoop:
         for module in client.modules():
             module.train()
         rates = zip(client.modules(), (settings.lr_shared, settings.lr, settings.lr_gate), strict=True)
-        groups = [{"params": list(module.parameters()), "lr": lr * rate} for module, lr in rates]
+        groups: list[dict[str, Any]] = [
+            {"params": [*module.parameters()], "lr": lr * rate} for module, lr in rates
+        ]
         optimiser = torch.optim.SGD(
             groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
         )
@@ -112,9 +116,9 @@ class BareLoop:
         return int(correct) / max(1, len(split))
 
 
-def _modules(federation: Federation, state: Tensor, spec: Spec, vector: Tensor) -> dict[str, nn.Module]:
+def _modules(federation: Federation, state: Tensor, spec: Spec, vector: Tensor) -> dict[str, Any]:
     """Newly built modules with the values of the server's and the client's vectors."""
-    modules: dict[str, nn.Module] = {}
+    modules: dict[str, Any] = {}
     for declared, values in ((federation.method.state(), state), (spec, vector)):
         places = federation.workbench.layout(declared).parts
         for name, part in declared.items():

@@ -7,9 +7,9 @@ byte range; it is checked with plain reads before the HDF5 library opens the fil
 root seals, renames and fsyncs the folder: a file with a checkpoint's name is complete or damaged, never
 half-written.
 
-The user block is header, one entry per client with bytes, SHA-256 of all the other bytes behind the user block,
-zeros, and in its last 32 bytes the SHA-256 of all that. Its length follows from the number of entries, so no
-byte of the file is left out.
+The user block is header, one entry per client with bytes, SHA-256 of all the other bytes behind the user
+block, zeros, and in its last 32 bytes the SHA-256 of all that. Its length follows from the number of entries,
+so no byte of the file is left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -38,6 +38,7 @@ _HEADER = struct.Struct("<8sIIQ")  # magic, format, number of entries, length of
 _RANGE = struct.Struct("<QQ32s")  # offset, length, SHA-256
 _ALIGN = 4096
 _PIECE = 1 << 24
+_PAGE = 1 << 16
 _NAME = re.compile(r"round-(\d+)(-partial)?\.h5")
 
 
@@ -108,7 +109,7 @@ def _guarded(work: Callable[[], Any], path: Path) -> Callable[[], Any]:
     def run() -> Any:
         try:
             return work()
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             remedy = "free space or mend the file system"
             raise CheckpointError(f"{path} cannot be written: {error}", remedy) from error
 
@@ -130,15 +131,14 @@ def _lay_out(path: Path, content: Content) -> list[int]:
     """Create the file with everything but the clients' bytes; the byte offset of each client's dataset."""
     # Objects are aligned from this size on, so that no two clients' bytes share a page.
     smallest = min([_ALIGN, *(4 * layout.size for layout in content.client_layouts if layout.size)])
-    path.unlink(missing_ok=True)
+    memory = _Sparse()
     with h5py.File(
-        path,
+        memory,
         "w",
         userblock_size=_user_block(_entries(content)),
         libver=("v110", "v110"),
         alignment_threshold=smallest,
         alignment_interval=_ALIGN,
-        locking="best-effort",
     ) as file:
         file.attrs["format"] = FORMAT
         file.attrs["round"] = content.round
@@ -158,7 +158,61 @@ def _lay_out(path: Path, content: Content) -> list[int]:
         if content.partial is not None:
             file["partial/sum"] = content.partial
             file["partial/finished"] = np.array(content.finished, np.int64)
-        return [_allocate(file, client, layout) for client, layout in enumerate(content.client_layouts)]
+        offsets = [_allocate(file, client, layout) for client, layout in enumerate(content.client_layouts)]
+    memory.save(path)
+    return offsets
+
+
+class _Sparse:
+    """A file in memory that holds only what was written to it: HDF5 lays out here, not on the disk.
+
+    It leaks the file and reports by way of the interpreter's last resort where a disk is full.
+    """
+
+    def __init__(self) -> None:
+        self._pages: dict[int, bytearray] = {}
+        self._length = self._at = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def flush(self) -> None: ...
+
+    def truncate(self, length: int) -> int:
+        self._length = length
+        return length
+
+    def _stretches(self, length: int) -> Iterator[tuple[slice, int, slice]]:
+        """(stretch of the caller's bytes, page, stretch of the page) for the next bytes."""
+        done = 0
+        while done < length:
+            page, start = divmod(self._at, _PAGE)
+            step = min(_PAGE - start, length - done)
+            yield slice(done, done + step), page, slice(start, start + step)
+            done, self._at = done + step, self._at + step
+
+    def write(self, data: memoryview) -> int:
+        for own, page, inside in self._stretches(len(data)):
+            self._pages.setdefault(page, bytearray(_PAGE))[inside] = data[own]
+        self._length = max(self._length, self._at)
+        return len(data)
+
+    def readinto(self, data: memoryview) -> int:
+        for own, page, inside in self._stretches(len(data)):
+            data[own] = self._pages.get(page, bytearray(_PAGE))[inside]
+        return len(data)
+
+    def save(self, path: Path) -> None:
+        """Write the file, with holes where nothing was written."""
+        with open(path, "wb") as file:
+            for page, data in sorted(self._pages.items()):
+                file.seek(page * _PAGE)
+                file.write(data)
+            file.truncate(self._length)
 
 
 def _allocate(file: h5py.File, client: int, layout: Layout) -> int:
@@ -184,7 +238,7 @@ def _write_clients(
     file = os.open(path, os.O_WRONLY)
     try:
         for client in own:
-            data = memoryview(np.ascontiguousarray(vectors[client], "<f4")).cast("B")
+            data = np.ascontiguousarray(vectors[client], "<f4").view(np.uint8).data
             done = 0
             while done < len(data):
                 done += os.pwrite(file, data[done : done + _PIECE], offsets[client] + done)
@@ -252,7 +306,7 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> None:
     """Check this rank's share of the seal with plain reads, before the HDF5 library sees the file.
 
     Raises:
-        CheckpointError: missing, truncated, unfinished, of another format version, or changed after the writing.
+        CheckpointError: missing, truncated, unfinished, of another format version, or changed since.
     """
     other = "use another checkpoint of the run: `restart RUN_DIR` takes the newest good one"
     try:

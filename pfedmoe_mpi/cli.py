@@ -1,18 +1,18 @@
-"""The command line: one function per command. What needs torch or MPI is imported by the command that needs it."""
+"""The command line: one function per command, which imports what it needs of torch and MPI."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi import __version__, algorithms, config
-from pfedmoe_mpi.comm import launched_rank
+from pfedmoe_mpi import __version__, algorithms, config, launch
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.errors import EXIT_DONE, EXIT_USER, ConfigError, UserError, nearest
+from pfedmoe_mpi.errors import EXIT_DONE, EXIT_USER, ConfigError, LaunchError, UserError, nearest
 
 USAGE = """\
 python -m pfedmoe_mpi [run] [CONFIG.toml] [--section.field VALUE ...] [--dry true]
@@ -30,20 +30,22 @@ Settings = dict[str, Any]
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command; the exit code. What can be checked before MPI is told by the first rank only."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without our characters ends no job
+    if {"-h", "--help", "--version"} & set(arguments):
+        if launch.launched_rank() == 0:
+            print(__version__ if "--version" in arguments else _parser().format_help())
+        return EXIT_DONE
+    named = bool(arguments) and arguments[0] in COMMANDS
+    command = arguments[0] if named else "run"
     try:
-        command, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in COMMANDS else ("run", arguments)
-        if {"-h", "--help"} & set(arguments):
-            if launched_rank() == 0:
-                print(_parser().format_help())
-            return EXIT_DONE
-        if "--version" in arguments:
-            print(__version__)
-            return EXIT_DONE
-        return COMMANDS[command](rest)
+        return COMMANDS[command](arguments[named:])
     except UserError as error:
-        if launched_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER
+        if command in WITHOUT_MPI or isinstance(error, LaunchError):
+            launch.tell(error)
+            return EXIT_USER
+        return launch.refused(error)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -61,7 +63,6 @@ def restart(arguments: Sequence[str]) -> int:
     """Go on from a run folder or a checkpoint."""
     words, flags, _ = _parse(arguments, {})
     source = _exactly(words, "RUN_DIR or CHECKPOINT.h5")[0]
-    config.build({**flags, "data.path": flags.get("data.path", "-")})  # wrong flags are told before MPI starts
     from pfedmoe_mpi import job
 
     return job.restart(Path(source), flags)
@@ -78,8 +79,9 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 def inspect(arguments: Sequence[str]) -> int:
     """Show a checkpoint, or its digest."""
-    words, _, extra = _parse([word for word in arguments if word != "--digest"], {})
+    words, flags, _ = _parse([word for word in arguments if word != "--digest"], {})
     source = _exactly(words, "CHECKPOINT.h5")[0]
+    _no_settings("inspect", flags)
     from pfedmoe_mpi import inspection
 
     return inspection.inspect(Path(source), digest="--digest" in arguments)
@@ -87,8 +89,9 @@ def inspect(arguments: Sequence[str]) -> int:
 
 def export(arguments: Sequence[str]) -> int:
     """Write one client's model by tensor names."""
-    words, _, extra = _parse(arguments, {"client": ""})
+    words, flags, extra = _parse(arguments, {"client": ""})
     source, out = _exactly(words, "CHECKPOINT.h5", "OUT.h5")
+    _no_settings("export", flags)
     if not extra["client"].isdigit():
         raise ConfigError(f"--client {extra['client'] or 'is missing'}", "--client 7 exports client 7")
     from pfedmoe_mpi import inspection
@@ -100,7 +103,8 @@ def data(arguments: Sequence[str]) -> int:
     """Prepare data or draw a partition; needs no MPI, may use the network on a login node."""
     words, flags, _ = _parse(arguments, {})
     if not words or words[0] not in {"prepare", "partition"}:
-        raise ConfigError("data prepare or data partition", "data prepare OUT.h5 --data.source folder --data.path …")
+        example = "data prepare OUT.h5 --data.source folder --data.path FOLDER"
+        raise ConfigError("data what? data prepare or data partition", example)
     if len(words) not in {2, 3}:
         raise ConfigError(f"data {words[0]} needs one output file", f"data {words[0]} [CONFIG.toml] OUT.h5")
     settings = _configured(words[1:-1], flags)
@@ -122,8 +126,9 @@ def bench(arguments: Sequence[str]) -> int:
 
 def check(arguments: Sequence[str]) -> int:
     """Tell what this cluster can do: MPI, file system, GPU, signals."""
-    words, _, _ = _parse(arguments, {})
+    words, flags, _ = _parse(arguments, {})
     _at_most(words, 1, "one FOLDER")
+    _no_settings("check", flags)
     from pfedmoe_mpi import check as room
 
     return room.run(Path(words[0] if words else "."))
@@ -139,6 +144,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "bench": bench,
     "check": check,
 }
+WITHOUT_MPI = {"inspect", "export", "data"}
 
 
 def _parse(arguments: Sequence[str], extra: dict[str, str]) -> tuple[list[str], Settings, dict[str, str]]:
@@ -150,15 +156,15 @@ def _parse(arguments: Sequence[str], extra: dict[str, str]) -> tuple[list[str], 
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--"):
+        if not word.startswith("-"):
             words.append(word)
             continue
-        name, joined, value = word[2:].partition("=")
+        name, joined, value = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if name not in known:
-            raise ConfigError(f"there is no flag --{name}{nearest(name, known)}", "--help lists every flag")
+            raise ConfigError(f"there is no flag {word}{nearest(name, known)}", "--help lists every flag")
         if not joined:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{name} needs a value", f"--{name} VALUE")
             value = rest.pop(0)
         if name in extra:
@@ -167,12 +173,15 @@ def _parse(arguments: Sequence[str], extra: dict[str, str]) -> tuple[list[str], 
             flags[name] = value
     for name in ("data.path", "run.dir"):
         if flags.get(name):
-            flags[name] = os.path.abspath(flags[name])
+            flags[name] = os.path.abspath(os.path.expanduser(flags[name]))
     return words, flags, found
 
 
 def _configured(words: Sequence[str], flags: Settings) -> Config:
     """A TOML file, if any, with the flags over it."""
+    if words and "." not in words[0] and not os.path.exists(words[0]):
+        problem = f"{words[0]} is neither a command nor a configuration file{nearest(words[0], COMMANDS)}"
+        raise ConfigError(problem, f"the commands are {', '.join(COMMANDS)}")
     settings = config.read_toml(Path(words[0])) if words else {}
     return config.build({**settings, **flags})
 
@@ -181,6 +190,11 @@ def _boolean(name: str, value: str) -> bool:
     if value.lower() not in {"true", "false"}:
         raise ConfigError(f"--{name} {value}: neither true nor false", f"--{name} true|false")
     return value.lower() == "true"
+
+
+def _no_settings(command: str, flags: Settings) -> None:
+    if flags:
+        raise ConfigError(f"{command} takes no --{next(iter(flags))}", "leave it out")
 
 
 def _at_most(words: Sequence[str], number: int, what: str) -> None:
@@ -213,7 +227,8 @@ def _parser() -> argparse.ArgumentParser:
             groups[section] = parser.add_argument_group(section)
         choices = config.choices(field)
         text = f"{field.description or ''} [{_shown(field.default)}]".replace("%", "%%")
-        groups[section].add_argument(f"--{name}", metavar="{" + ",".join(choices) + "}" if choices else "VALUE", help=text)
+        metavar = "{" + ",".join(choices) + "}" if choices else "VALUE"
+        groups[section].add_argument(f"--{name}", metavar=metavar, help=text)
     return parser
 
 

@@ -1,7 +1,7 @@
 """The only file that imports mpi4py: start, abort, wait, sum, agree, move. It knows nothing of learning.
 
-Nobody waits inside MPI: a rank blocked there spins, runs no signal handler and cannot time out. Whoever is done
-posts a non-blocking operation and tests it, sleeping in between, looking for a stop and for the time-out.
+Nobody waits inside MPI: a rank blocked there spins, runs no signal handler and cannot time out. Whoever is
+done posts a non-blocking operation and tests it, sleeping in between, looking for a stop and a time-out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -19,27 +20,12 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from pfedmoe_mpi.errors import EXIT_FAULT, LaunchError, StoppedError, UserError
+from pfedmoe_mpi.launch import launched_size
 
 T = TypeVar("T")
 
 _STOP, _ARRIVED, _MOVE = 1, 2, 3  # message tags
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0002, 0.01
-
-
-def launched_rank() -> int:
-    """This process's rank as its launcher says, before MPI is started; 0 where there is none."""
-    for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
-
-
-def launched_size(environment: Mapping[str, str]) -> int:
-    """How many ranks the launcher started: PMI's or Open MPI's variable decides, else Slurm's; else 1."""
-    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        if environment.get(name, "").isdigit():
-            return int(environment[name])
-    return 1
 
 
 class Comm:
@@ -51,7 +37,7 @@ class Comm:
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.timeout = 600.0
-        self.grace = 10.0  # rank 0 knows who is missing: rank r speaks up r times as much later, six times at most
+        self.grace = 10.0  # how much later than rank 0, which knows who is missing, each next rank speaks up
         self.chunk = 1 << 26  # 8-byte numbers per operation: 512 MiB, below MPI's 2 GiB limit
         self.signal_received = 0
         self._stopping = False
@@ -109,16 +95,17 @@ class Comm:
         return time.perf_counter() - started
 
     def _complete(self, request: Any, purpose: str, arrived: set[int] | None = None) -> None:
-        """Test until done, sleeping a little longer each time."""
-        pause, deadline = _SHORTEST_SLEEP, time.monotonic() + self.timeout
+        """Test until done, sleeping a twentieth of the time waited so far."""
+        started = time.monotonic()
+        deadline = started + self.timeout
         while not request.Test():
             self.stop_requested()
             if arrived is not None and self.rank == 0:
                 self._note_arrivals(arrived)
             if time.monotonic() > deadline + self.grace * min(self.rank, 6):
                 self._timed_out(purpose, arrived)
-            time.sleep(pause)
-            pause = min(pause * 1.5, _LONGEST_SLEEP if arrived is not None else _SHORTEST_SLEEP)
+            longest = _SHORTEST_SLEEP if arrived is None else _LONGEST_SLEEP
+            time.sleep(min(max((time.monotonic() - started) / 20, _SHORTEST_SLEEP), longest))
 
     def _timed_out(self, purpose: str, arrived: set[int] | None) -> NoReturn:
         """End the job: a barrier lacks somebody, or an exchange that all had entered did not end."""
@@ -254,13 +241,15 @@ def start(allow_singleton: bool = False) -> Comm:
             "load the cluster's MPI module, or install a runtime: pip install 'pfedmoe_mpi[mpich]'",
         ) from error
     if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_FUNNELED)
+        with warnings.catch_warnings():  # mpi4py suspects a mismatched launcher too, on every rank
+            warnings.simplefilter("ignore", RuntimeWarning)
+            MPI.Init_thread(MPI.THREAD_FUNNELED)
     world = Comm(MPI.COMM_WORLD)
     expected = launched_size(os.environ)
     if world.size == 1 and expected > 1 and not allow_singleton:
         raise LaunchError(
-            f"the launcher started {expected} ranks, but each believes it is alone: it belongs to another MPI "
-            f"than {library()}",
+            f"the launcher started {expected} ranks, but each believes it is alone: it belongs to another "
+            f"MPI than {library()}",
             "use the mpirun of the same MPI, or srun --mpi=pmi2 (MPICH) or pmix (Open MPI); "
             "--run.singleton true if one rank is meant",
         )

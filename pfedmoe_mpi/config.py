@@ -13,10 +13,19 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from pfedmoe_mpi import algorithms
 from pfedmoe_mpi.errors import ConfigError, nearest
+from pfedmoe_mpi.models import names
 
 
 def _name(value: Any) -> Any:
@@ -31,15 +40,20 @@ def _items(value: Any) -> Any:
 
 Name = Annotated[str, BeforeValidator(_name)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_items)]
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_items)]
+Numbers = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], BeforeValidator(_items)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+MOST_THREADS = 1024
 
 
 class Section(BaseModel):
     """A group of settings; unknown names are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class Data(Section):
@@ -81,20 +95,26 @@ class PartitionSettings(Section):
     min_samples: int = Field(10, ge=2)
     """The fewest samples a client may end with."""
     pool: Annotated[Literal["all", "official"], BeforeValidator(_name)] = "all"
-    """`all` deals training and test images together; `official` keeps the data set's own test images as test."""
+    """`all` deals training and test images together; `official` keeps the data's own test images as test."""
     tries: int = Field(100, ge=1, le=100_000)
     """Draws before giving up on `min_samples`."""
 
 
 class ModelSettings(Section):
-    pool: Names = ("auto",)
-    """The clients' architectures, client k takes number k mod length; auto = five unlike ones if the method allows."""
+    pool: Names = Field(("auto",), min_length=1)
+    """Architectures; client k takes number k mod length; auto = five unlike ones if the method allows."""
     shared: Name = "auto"
     """Architecture of the shared model or extractor; auto = the smallest of the family that fits the data."""
     dim: int = Field(0, ge=0)
     """Length d of a representation, the same everywhere; 0 = what the architectures define (CNN 500)."""
     stem: Annotated[Literal["small", "imagenet"], BeforeValidator(_name)] = "small"
     """First layers of torchvision's ResNets: `small` for 32-pixel images, `imagenet` as published."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSettings:
+        named = [names.resolve_name(name) for name in (*self.pool, self.shared) if name != "auto"]
+        names.resolve_dim(named, self.dim)
+        return self
 
 
 class Gate(Section):
@@ -113,11 +133,11 @@ class Gate(Section):
 class Train(Section):
     epochs: int = Field(1, ge=1)
     """Local epochs E per round."""
-    batch: int = Field(64, ge=2)
+    batch: int = Field(16, ge=2)
     """Batch size B."""
-    lr: NotNegative = 0.01
+    lr: NotNegative = 0.05
     """Learning rate η_ω of the client's own model."""
-    lr_shared: NotNegative = 0.01
+    lr_shared: NotNegative = 0.05
     """Learning rate η_θ of what is shared."""
     lr_gate: NotNegative = 0.1
     """Learning rate η_φ of the gate (the paper's grid: 0.001, 0.01, 0.1, 1)."""
@@ -142,8 +162,8 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Train:
-        if isinstance(self.threads, int) and self.threads < 1:
-            raise ValueError("threads must be 1 or more, or auto")
+        if isinstance(self.threads, int) and not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"threads must be 1 to {MOST_THREADS}, or auto")
         unknown = set(self.augment) - {"flip", "erase", "crop"}
         if unknown:
             raise ValueError(f"augment knows flip, erase and crop, not {', '.join(sorted(unknown))}")
@@ -167,7 +187,7 @@ class Run(Section):
     force: bool = False
     """Rename a run folder that is in the way; nothing is ever deleted."""
     timeout: NotNegative = 0.0
-    """Seconds a rank waits for the others before it ends the job; 0 = ten times the longest round, at least 600."""
+    """Seconds to wait for other ranks before the job ends; 0 = ten times the longest round, at least 600."""
     singleton: bool = False
     """Allow one rank where the launcher asked for more (each rank believes it is alone)."""
 
@@ -194,10 +214,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.algorithm not in algorithms.names():
-            hint = nearest(self.algorithm, algorithms.names())
-            raise ValueError(f"there is no algorithm '{self.algorithm}'{hint} Known: {', '.join(algorithms.names())}")
+            known = algorithms.names()
+            hint = nearest(self.algorithm, known)
+            raise ValueError(f"there is no algorithm '{self.algorithm}'{hint}; known: {', '.join(known)}")
         if self.partition.kind == "classes" and self.partition.classes_min > self.partition.classes:
-            raise ValueError("partition.classes_min is above partition.classes; lower the one or raise the other")
+            raise ValueError("partition.classes_min is above partition.classes; lower one or raise the other")
         if self.data.source in {"folder", "hdf5", "npz", "torchvision"} and not self.data.path:
             raise ValueError(f"data.source {self.data.source} needs --data.path, the file or folder to read")
         if len(self.data.mean) != len(self.data.std):
@@ -248,15 +269,19 @@ def choices(field: Any) -> tuple[str, ...]:
 def read_toml(path: Path) -> dict[str, Any]:
     """The file as dotted names; its relative paths become relative to it."""
     try:
-        tree = tomllib.loads(path.read_text())
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no configuration file {path}", "check the path") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as TOML: {error}", "mend the file at that place") from error
+        ours = path.is_dir() or path.suffix == ".h5"
+        remedy = (
+            f"`restart {path}` goes on with it, if it is a run or a checkpoint" if ours else "mend the file"
+        )
+        raise ConfigError(f"{path} cannot be read as TOML: {error}", remedy) from error
     flat = flatten(tree)
     for name in ("data.path", "run.dir"):
         if isinstance(flat.get(name), str) and flat[name]:
-            flat[name] = str(path.resolve().parent / flat[name])
+            flat[name] = str(path.resolve().parent / Path(flat[name]).expanduser())
     return flat
 
 
@@ -280,6 +305,8 @@ def build(settings: Mapping[str, Any]) -> Config:
     if unknown:
         hints = [f"there is no setting '{name}'{nearest(name, known)}" for name in unknown]
         raise ConfigError("\n".join(hints), "`python -m pfedmoe_mpi --help` lists every setting")
+    for name, value in settings.items():
+        _check_truth(name, value, known[name].annotation is bool)
     tree: dict[str, Any] = {}
     for name, value in settings.items():
         *path, last = name.split(".")
@@ -293,20 +320,36 @@ def build(settings: Mapping[str, Any]) -> Config:
         raise ConfigError(*_explain(error)) from None
 
 
+def _check_truth(name: str, value: Any, truth: bool) -> None:
+    """Booleans are true or false, and numbers neither; pydantic takes yes, on and 1, and true for 1."""
+    if truth and str(value).lower() not in {"true", "false"}:
+        raise ConfigError(f"{name} = {value!r}: neither true nor false", f"--{name} true|false")
+    if not truth and isinstance(value, bool):
+        problem = f"{name} = {str(value).lower()}: true and false mean nothing here"
+        raise ConfigError(problem, "`python -m pfedmoe_mpi --help` tells what it accepts")
+
+
 def _explain(error: ValidationError) -> tuple[str, str]:
-    lines = []
+    """One line per wrong setting; a union's alternatives are told together."""
+    known = fields()
+    messages: dict[str, list[str]] = {}
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"] if isinstance(part, str))
-        message = item["msg"].removeprefix("Value error, ")
-        simple = not isinstance(item["input"], dict | BaseModel)
-        lines.append(f"{place} = {item['input']!r}: {message}" if simple and place else f"{place or 'settings'}: {message}")
+        parts = [str(part) for part in item["loc"] if isinstance(part, str)]
+        while len(parts) > 1 and ".".join(parts) not in known:
+            parts.pop()
+        place = ".".join(parts)
+        simple = place and not isinstance(item["input"], dict | BaseModel)
+        subject = f"{place} = {item['input']!r}" if simple else place or "settings"
+        messages.setdefault(subject, []).append(item["msg"].removeprefix("Value error, "))
+    lines = [f"{subject}: {'; or: '.join(found)}" for subject, found in messages.items()]
     return "\n".join(lines), "correct the setting; `python -m pfedmoe_mpi --help` tells what each accepts"
 
 
 def to_tree(config: Config) -> dict[str, Any]:
     """Plain TOML types, all fields, without the sections of other algorithms."""
     tree = config.model_dump(mode="json")
-    return {name: value for name, value in tree.items() if name == config.algorithm or name in Config.model_fields}
+    kept = {config.algorithm, *Config.model_fields}
+    return {name: value for name, value in tree.items() if name in kept}
 
 
 def to_toml(config: Config) -> str:

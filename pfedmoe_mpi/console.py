@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi.flat import Layout
+from pfedmoe_mpi.launch import LOGGER
 from pfedmoe_mpi.metrics import Row, best
-from pfedmoe_mpi.runfolder import LOGGER
-from pfedmoe_mpi.setup import Federation
+
+if TYPE_CHECKING:
+    from pfedmoe_mpi.setup import Federation
 
 
 def megabytes(numbers: float) -> str:
@@ -22,15 +24,17 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
     """What is shared and what is private, one line per rank, and the memory the job will need."""
     settings, task = federation.config, federation.task
     lines = [
-        f"{settings.algorithm} on {federation.dataset.name}: {task.clients} clients, cohort {settings.cohort_size}, "
-        f"{settings.rounds} rounds, sample {'×'.join(map(str, task.shape))}, {task.classes} classes, d = {task.dim}"
+        f"{settings.algorithm} on {federation.dataset.name}: {task.clients} clients, "
+        f"cohort {settings.cohort_size}, {settings.rounds} rounds, "
+        f"sample {'×'.join(map(str, task.shape))}, {task.classes} classes, d = {task.dim}"
     ]
     lines += ["shared:  " + line for line in _describe(federation.state_layout)]
     for number, name in enumerate(task.pool[: task.clients]):
         same = len(range(number, task.clients, len(task.pool)))
-        lines += [f"private: {line} ({name}, {same} clients)" for line in _describe(federation.client_layouts[number])]
+        private = _describe(federation.client_layouts[number])
+        lines += [f"private: {line} ({name}, {same} clients)" for line in private]
     lines += [f"rank {rank}: {line}" for rank, line in enumerate(device_lines)]
-    return lines + [memory(federation, len(device_lines))]
+    return [*lines, memory(federation, len(device_lines))]
 
 
 def _describe(layout: Layout) -> list[str]:
@@ -39,7 +43,8 @@ def _describe(layout: Layout) -> list[str]:
         entries = [e for e in layout.entries if e.name.partition("/")[0] == part]
         parameters = sum(e.size for e in entries if e.trained)
         size = place.stop - place.start
-        lines.append(f"{part}: {len(entries)} tensors, {parameters:,} parameters, {size:,} numbers, {megabytes(size)}")
+        numbers = f"{parameters:,} parameters, {size:,} numbers, {megabytes(size)}"
+        lines.append(f"{part}: {len(entries)} tensors, {numbers}")
     return lines or ["nothing"]
 
 
@@ -51,9 +56,10 @@ def memory(federation: Federation, ranks: int) -> str:
     sample = federation.dataset.dtype.itemsize
     for length in federation.task.shape:
         sample *= length
-    rows = sum(len(r) for split in ("train", "validation", "test") for r in getattr(federation.partition, split))
+    splits = (federation.partition.train, federation.partition.validation, federation.partition.test)
+    data = sample * sum(len(rows) for split in splits for rows in split)
     return (
-        f"memory: clients' vectors {megabytes(vectors)} and data {rows * sample / 1e6:.1f} MB over {ranks} ranks; "
+        f"memory: clients' vectors {megabytes(vectors)} and data {data / 1e6:.1f} MB over {ranks} ranks; "
         f"on each rank about {megabytes(bound)} of bound models, beside torch and activations"
     )
 
@@ -70,7 +76,8 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("round"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+                *(TextColumn("round"), MofNCompleteColumn(), BarColumn()),
+                *(TextColumn("{task.description}"), TimeRemainingColumn()),
             )
             self._bar.start()
             self._task = self._bar.add_task(f"{clients} of its clients here", total=rounds, completed=done)
@@ -79,8 +86,10 @@ class Progress:
         accuracy, before = (_percent(row[name]["mean"]) for name in ("accuracy", "accuracy_cohort"))
         loss = "-" if row["train_loss"] is None else f"{row['train_loss']:.4f}"
         text = f"accuracy {accuracy} (cohort, before the sum, {before})  loss {loss}"
-        left = (time.monotonic() - self._started) / (row["round"] - self._first) * (self._rounds - row["round"])
-        line = f"round {row['round']}/{self._rounds}  {text}  {row['seconds']['total']:.2f} s, {left:.0f} s left"
+        each = (time.monotonic() - self._started) / (row["round"] - self._first)
+        left = each * (self._rounds - row["round"])
+        seconds = row["seconds"]["total"]
+        line = f"round {row['round']}/{self._rounds}  {text}  {seconds:.2f} s, {left:.0f} s left"
         LOGGER.info(line)
         if self._bar:
             self._bar.update(self._task, completed=row["round"], description=text)
@@ -104,7 +113,14 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
     last = history[-1]
     task = federation.task
     shown = Table(title=f"clients after round {last['round']}")
-    for heading in ("client", "architecture", "samples", "classes", "accuracy", "mean α of the shared expert"):
+    for heading in (
+        "client",
+        "architecture",
+        "samples",
+        "classes",
+        "accuracy",
+        "mean α of the shared expert",
+    ):
         shown.add_column(heading, justify="right")
     for k in range(task.clients):
         alpha = last["clients"]["alpha"][k]

@@ -2,7 +2,8 @@
 
 A `Layout` names the stretches of a contiguous float32 vector: parameters first, float buffers last. A `Bound`
 is a module whose parameters and buffers are views into one vector, so that loading a client is a copy into a
-buffer. Moving or deep-copying a bound module would break its views: move first, bind last, assert the binding.
+buffer. Moving or deep-copying a bound module would break its views: move first, bind last, assert the
+binding.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 
@@ -61,7 +62,8 @@ class Layout:
         entries: list[Entry] = []
         offset = 0
         for part, layout in parts.items():
-            entries += [Entry(f"{part}/{e.name}", e.shape, e.offset + offset, e.trained) for e in layout.entries]
+            assert "/" not in part, f"'{part}' cannot name a part"
+            entries += [replace(e, name=f"{part}/{e.name}", offset=e.offset + offset) for e in layout.entries]
             offset += layout.size
         return cls(tuple(entries))
 
@@ -95,7 +97,8 @@ class Layout:
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
-        return cls(tuple(Entry(name, tuple(shape), at, trained) for name, shape, at, trained in json.loads(text)))
+        rows = json.loads(text)
+        return cls(tuple(Entry(name, tuple(shape), offset, trained) for name, shape, offset, trained in rows))
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """The named tensors of a vector, without copying."""

@@ -11,18 +11,18 @@ from typing import Any
 
 import h5py
 
-from pfedmoe_mpi import checkpoint, config, metrics
+from pfedmoe_mpi import checkpoint, metrics
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.comm import Comm
-from pfedmoe_mpi.data.shard import SPLITS
 from pfedmoe_mpi.errors import EXIT_DONE, CheckpointError
+from pfedmoe_mpi.launch import under_mpi
 
 
 def digest(loaded: Checkpoint) -> str:
     """SHA-256 over everything a restart would use; no time, memory, host or path.
 
-    Vectors, round, partial sum, learning metrics (their shortest decimal form stands for the float's bits), data
-    and partition digests, seed, and the method with its section.
+    Vectors, round, partial sum, learning metrics (their shortest decimal form stands for the float's bits),
+    data and partition digests, seed, and the method with its section.
     """
     state = sha256()
     method = loaded.config["algorithm"]
@@ -56,8 +56,9 @@ _digest = digest  # the command's flag has the same name
 def _description(loaded: Checkpoint) -> str:
     settings, identity = loaded.config, loaded.identity
     lines = [
-        f"{loaded.path}: {settings['algorithm']}, round {loaded.round} of {settings['rounds']}, format {checkpoint.FORMAT}",
-        f"data {settings['data']['source']}, digest {identity['data_digest'][:16]}…, partition {settings['partition']['kind']}",
+        f"{loaded.path}: {settings['algorithm']}, round {loaded.round} of {settings['rounds']}",
+        f"data {settings['data']['source']}, partition {settings['partition']['kind']}",
+        f"format: {checkpoint.FORMAT}",
     ]
     if loaded.partial is not None:
         lines.append(f"round {loaded.round + 1} in progress: clients {loaded.finished} are in its sum")
@@ -71,7 +72,9 @@ def _description(loaded: Checkpoint) -> str:
     kinds: dict[str, list[int]] = {}
     for client in range(loaded.clients):
         kinds.setdefault(loaded.layout(client).digest, []).append(client)
-    lines += [f"clients {_numbers(members)}: {_layout(loaded.layout(members[0]))}" for members in kinds.values()]
+    lines += [
+        f"clients {_numbers(members)}: {_layout(loaded.layout(members[0]))}" for members in kinds.values()
+    ]
     lines += [f"{name}: {value}" for name, value in sorted(identity.items())]
     lines.append(f"digest: {_digest(loaded)}")
     return "\n".join(lines)
@@ -93,63 +96,81 @@ def export(path: Path, client: int, out: Path) -> int:
         CheckpointError: no such client, or an output that exists.
     """
     checkpoint.verify(path)
-    if out.exists():
+    if os.path.lexists(out):
         raise CheckpointError(f"{out} exists already", "choose another name")
     with Checkpoint(path) as loaded:
         if client >= loaded.clients:
             raise CheckpointError(f"there is no client {client}", f"clients are 0 to {loaded.clients - 1}")
         temporary = out.with_name(f".{out.name}.tmp")
-        with h5py.File(temporary, "w") as file:
-            file.attrs.update(client=client, round=loaded.round, algorithm=loaded.config["algorithm"])
-            file.attrs["config"] = json.dumps(loaded.config)
-            pool = loaded.config["model"]["pool"]
-            file.attrs["architecture"] = pool[client % len(pool)]
-            for layout, vector in (
-                (loaded.state_layout, loaded.state),
-                (loaded.layout(client), loaded.vector(client)),
-            ):
-                for entry in layout.entries:
-                    tensor = vector[entry.offset : entry.offset + entry.size].reshape(entry.shape)
-                    file[entry.name.rstrip("/")] = tensor
-        os.replace(temporary, out)
+        try:
+            with h5py.File(temporary, "w") as file:
+                _write_client(file, loaded, client)
+            os.replace(temporary, out)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            problem = f"{out} cannot be written: {error}"
+            raise CheckpointError(problem, "check the folder and its space") from error
     print(f"wrote client {client} of {path} to {out}")
     return EXIT_DONE
 
 
+def _write_client(file: Any, loaded: Checkpoint, client: int) -> None:
+    file.attrs.update(client=client, round=loaded.round, algorithm=loaded.config["algorithm"])
+    file.attrs["config"] = json.dumps(loaded.config)
+    pool = loaded.config["model"]["pool"]
+    file.attrs["architecture"] = pool[client % len(pool)]
+    for layout, vector in (
+        (loaded.state_layout, loaded.state),
+        (loaded.layout(client), loaded.vector(client)),
+    ):
+        for entry in layout.entries:
+            tensor = vector[entry.offset : entry.offset + entry.size].reshape(entry.shape)
+            file[entry.name.rstrip("/")] = tensor
+
+
 def evaluate(path: Path, overrides: Mapping[str, Any], as_json: bool) -> int:
     """Measure every client of a checkpoint with the server's state; under MPI the clients are shared out."""
-    from pfedmoe_mpi import job
 
     def work(world: Comm, code: str) -> int:
         world.agree(lambda: checkpoint.verify(path, world.rank, world.size), "checking the checkpoint")
         with Checkpoint(path) as loaded:
             return _evaluate(world, loaded, overrides, as_json)
 
-    return job.under_mpi(work)
+    return under_mpi(work, singleton=True)
 
 
 def _evaluate(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], as_json: bool) -> int:
-    from pfedmoe_mpi import federation, setup
+    from pfedmoe_mpi import federation, job, setup
 
-    settings = config.build({**config.flatten(loaded.config), **overrides})
+    settings, _ = job.continued(loaded.config, overrides, ())
     built = setup.build(world, settings)
-    same = {split: [*map(len, loaded.partition(split))] == [*map(len, getattr(built.partition, split))] for split in SPLITS}
+    layouts = [loaded.state_layout, *map(loaded.layout, range(loaded.clients))]
+    fitting = [built.state_layout, *built.client_layouts]
+    if [layout.digest for layout in layouts] != [layout.digest for layout in fitting]:
+        raise CheckpointError(
+            f"the checkpoint's models do not take samples of {'×'.join(map(str, built.task.shape))} in "
+            f"{built.task.classes} classes",
+            "give --data.path of data like those it was trained on",
+        )
     other = built.data_digest != loaded.identity["data_digest"]
     loop = federation.Loop(world, built, federation.Silent(), None)
     loop.resume(loaded)
     result = loop.evaluation()
     if world.rank == 0:
-        result = {"round": loaded.round, "other_data": other or not all(same.values()), **result}
+        result = {"round": loaded.round, "other_data": other, **result}
         print(json.dumps(result) if as_json else _table(result))
     return EXIT_DONE
 
 
 def _table(result: Mapping[str, Any]) -> str:
-    lines = [f"after round {result['round']}" + (", on other data than it was trained on" if result["other_data"] else "")]
+    other = ", on other data than it was trained on" if result["other_data"] else ""
+    lines = [f"after round {result['round']}{other}"]
     for client, (accuracy, loss) in enumerate(
         zip(result["clients"]["accuracy"], result["clients"]["loss"], strict=True)
     ):
         lines.append(f"client {client:4}  accuracy {accuracy:.4f}  loss {loss:.4f}")
     a = result["accuracy"]
-    lines.append(f"mean {a['mean']:.4f}  weighted {a['weighted']:.4f}  std {a['std']:.4f}  worst {a['worst']:.4f}")
+    lines.append(
+        f"mean {a['mean']:.4f}  weighted {a['weighted']:.4f}  std {a['std']:.4f}  worst {a['worst']:.4f}"
+    )
     return "\n".join(lines)

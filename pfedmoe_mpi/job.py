@@ -3,55 +3,26 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi import __version__, checkpoint, comm, config, console, metrics
+from pfedmoe_mpi import checkpoint, comm, config, console, metrics
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, CheckpointError, ConfigError, UserError
-from pfedmoe_mpi.runfolder import LOGGER, RunFolder, default
+from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ConfigError
+from pfedmoe_mpi.launch import LOGGER, under_mpi
+from pfedmoe_mpi.runfolder import RunFolder, default
 
 # A restart repeats bits only if these stay as they were.
 BITS = ("torch", "device", "threads", "precision")
-
-
-def code_version() -> str:
-    """Version, commit and dirty flag; asked for before MPI starts, which does not allow a subprocess later."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return __version__
-    ask = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
-    found = subprocess.run(ask, capture_output=True, text=True, check=False, timeout=20)
-    return f"{__version__} {found.stdout.strip()}".strip()
-
-
-def under_mpi(work: Callable[[Comm, str], int], singleton: bool = False) -> int:
-    """Start MPI, do `work(world, code version)`, leave together.
-
-    A UserError is met by all ranks and told by one; anything else ends the whole job at once with this rank's
-    traceback.
-    """
-    code = code_version() if comm.launched_rank() == 0 else ""
-    world = comm.start(singleton)
-    world.catch_signals()
-    try:
-        result = work(world, code)
-    except UserError as error:
-        if world.rank == 0:
-            LOGGER.error(str(error))
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        result = EXIT_USER
-    except BaseException as error:
-        LOGGER.exception("the job ends")
-        world.fault(error)
-    world.finish()
-    return result
+# Asked for anew at every start.
+ANEW = ("run.dir", "run.force", "run.singleton")
 
 
 @dataclass
@@ -73,14 +44,16 @@ class Reporter:
             LOGGER.warning("round %d: left out clients %s, not finite", round, clients)
             if self.progress:
                 self.folder.event("dropped", round=round, clients=list(clients))
-                print(f"round {round}: left out clients {list(clients)}, their vectors are not finite", flush=True)
+                listed = ", ".join(map(str, clients))
+                print(f"round {round}: left out clients {listed}: vectors that are not finite", flush=True)
 
     def written(self, path: Path, history: Sequence[metrics.Row], partial: bool) -> None:
         if not self.progress:
             return
         if not partial and history:
             every, last = self.settings.run.checkpoint_every, history[-1]["round"]
-            top = metrics.best(history, [r["round"] for r in history if r["round"] % every == 0 or r["round"] == last])
+            saved = [r["round"] for r in history if r["round"] % every == 0 or r["round"] == last]
+            top = metrics.best(history, saved)
             if top and top["round"] == last:
                 self.folder.mark_best(path)
         self.folder.keep_newest(self.settings.run.keep)
@@ -106,35 +79,33 @@ def restart(source: Path, overrides: Mapping[str, Any]) -> int:
     """Go on from a run folder's newest good checkpoint, or from one file."""
 
     def work(world: Comm, code: str) -> int:
-        path, folder, warnings = _choose(world, source)
+        path, own, warnings = _choose(world, source)
         if world.rank == 0:
             for warning in warnings:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
-        if path is None:
-            settings = _from_toml(source, overrides)
-            return _train(world, settings, source.absolute(), None, code, again=True, warnings=warnings)
-        with Checkpoint(path) as loaded:
-            settings, changes = _continued(loaded, overrides)
-            new = folder is None
-            if new:
-                folder = world.from_root(lambda: _other_folder(path, settings), "run folder")
-            assert folder is not None
+        with Checkpoint(path) if path else nullcontext() as loaded:
+            toml = RunFolder(source.absolute()).config
+            before = (
+                loaded.config if loaded else world.from_root(lambda: config.read_toml(toml), "configuration")
+            )
+            settings, changes = continued(before, overrides, ("partition", "gate"))
+            folder, again = world.from_root(lambda: _goes_on_in(source, own, settings), "run folder")
             settings = config.build({**config.flatten(config.to_tree(settings)), "run.dir": str(folder)})
             return _train(
-                world, settings, folder, loaded, code, again=not new, changes=changes, warnings=warnings
+                world, settings, folder, loaded, code, again=again, changes=changes, warnings=warnings
             )
 
     return under_mpi(work, str(overrides.get("run.singleton", "")).lower() == "true")
 
 
 def _choose(world: Comm, source: Path) -> tuple[Path | None, Path | None, list[str]]:
-    """(checkpoint or None for round 0, folder or None for a new one, warnings), the same on all ranks."""
+    """(checkpoint or None for round 0, its folder if it may go on there, warnings), the same on all ranks."""
     folder = RunFolder(source.absolute())
     is_folder, found, in_folder = world.from_root(lambda: _candidates(source, folder), "checkpoints")
     warnings = []
     for path in found:
         try:
-            world.agree(lambda path=path: checkpoint.verify(path, world.rank, world.size), "checking the checkpoint")
+            world.agree(partial(checkpoint.verify, path, world.rank, world.size), "checking the checkpoint")
         except CheckpointError as error:
             if not is_folder:
                 raise
@@ -151,46 +122,51 @@ def _candidates(source: Path, folder: RunFolder) -> tuple[bool, list[Path], Path
     if source.is_dir():
         found = checkpoint.newest_first(folder.checkpoints)
         if not found and not folder.config.is_file():
-            raise CheckpointError(f"{source} is not a run folder: it has neither checkpoints nor config.toml", "check the path")
+            problem = f"{source} is not a run folder: it has neither checkpoints nor config.toml"
+            raise CheckpointError(problem, "check the path")
         return True, found, None
-    newest = checkpoint.newest_first(source.absolute().parent)[:1]
-    own = source.absolute().parent.parent if newest == [source.absolute()] else None
-    return False, [source.absolute()], own
+    source = source.absolute()
+    run = RunFolder(source.parent.parent)
+    is_newest = checkpoint.newest_first(run.checkpoints)[:1] == [source] and run.config.is_file()
+    return False, [source], run.path if is_newest else None
 
 
-def _other_folder(path: Path, settings: Config) -> Path:
-    """A file that is not the newest of its folder goes on in a new one."""
-    old = path.parent.parent
-    if not settings.run.dir or Path(settings.run.dir).absolute() == old:
+def _goes_on_in(source: Path, own: Path | None, settings: Config) -> tuple[Path, bool]:
+    """The folder to go on in, and whether it is the run's own, which only its newest checkpoint may have."""
+    new = Path(settings.run.dir).absolute() if settings.run.dir else own
+    if new is None or (own is None and new == source.absolute().parent.parent):
         raise CheckpointError(
-            f"{path} is not the newest checkpoint of its run", "--run.dir NEW goes on from it in another folder"
+            f"{source} is not the newest checkpoint of a run folder",
+            "--run.dir NEW goes on from it in another one",
         )
-    RunFolder.refuse_existing(Path(settings.run.dir).absolute(), settings.run.force)
-    return Path(settings.run.dir).absolute()
+    if new != own:
+        RunFolder.refuse_existing(new, settings.run.force)
+    return new, new == own
 
 
-def _from_toml(source: Path, overrides: Mapping[str, Any]) -> Config:
-    path = RunFolder(source.absolute()).config
-    return config.build({**config.read_toml(path), **overrides, "run.dir": str(source.absolute())})
+def continued(
+    before: Mapping[str, Any], overrides: Mapping[str, Any], fixed: Sequence[str]
+) -> tuple[Config, dict[str, list[Any]]]:
+    """An earlier configuration with overrides, and what they change: {name: [before, after]}.
 
-
-def _continued(loaded: Checkpoint, overrides: Mapping[str, Any]) -> tuple[Config, dict[str, list[Any]]]:
-    """The checkpoint's configuration with the overrides, and what they change: {name: [before, after]}.
+    What concerns one start only (run.dir, run.force, run.singleton) is taken from the overrides alone.
 
     Raises:
-        ConfigError: an override that would make it another federation.
+        ConfigError: an override that would make it another federation; `fixed` are more sections that do.
     """
-    before = config.flatten(loaded.config)
-    settings = config.build({**before, **overrides})
-    after = config.flatten(config.to_tree(settings))
-    changes = {name: [before.get(name), value] for name, value in after.items() if before.get(name) != value}
-    fixed = ("clients", "seed", "algorithm", "partition.", "model.", "gate.", f"{loaded.config['algorithm']}.")
-    refused = [f"{name}: {old} → {new}" for name, (old, new) in changes.items() if name.startswith(fixed)]
+    anew = {name: config.fields()[name].default for name in ANEW}
+    old = config.build({**config.flatten(before), **anew})
+    new = config.build({**config.flatten(config.to_tree(old)), **overrides})
+    then, now = (config.flatten(config.to_tree(settings)) for settings in (old, new))
+    names = [name for name in {**then, **now} if name not in ANEW and then.get(name) != now.get(name)]
+    fixed = ("algorithm", "clients", "seed", "model", old.algorithm, *fixed)
+    refused = [
+        f"{name}: {then.get(name)} → {now.get(name)}" for name in names if name.partition(".")[0] in fixed
+    ]
     if refused:
-        raise ConfigError(
-            "a restart cannot change " + "; ".join(refused), "leave that out, or start a new run with it"
-        )
-    return settings, changes
+        problem = "this cannot be changed now: " + "; ".join(refused)
+        raise ConfigError(problem, "leave it out, or start a new run with it")
+    return new, {name: [then.get(name), now.get(name)] for name in names}
 
 
 def _train(
@@ -223,17 +199,18 @@ def _train(
     if dry:
         return EXIT_DONE
     folder = RunFolder(path)
+    history = loaded.history if loaded else []
     done = bool(loaded and loaded.round >= settings.rounds)
     if done:
         if world.rank == 0:
-            print(f"the run is finished: {loaded.round if loaded else 0} of {settings.rounds} rounds are done")
+            print(f"the run is finished: {history[-1]['round']} of {settings.rounds} rounds are done")
         return EXIT_DONE
-    history = loaded.history if loaded else []
     world.from_root(lambda: _open_folder(folder, settings, history, again), "run folder")
     folder.log_to_file(world.rank)
     identity = {"code": code, **_identity(federation)}
     _started(world, folder, loaded, lines, {**identity, "changes": changes or {}, "warnings": list(warnings)})
-    progress = console.Progress(settings.rounds, len(history), len(federation.clients)) if world.rank == 0 else None
+    own = len(federation.clients)
+    progress = console.Progress(settings.rounds, len(history), own) if world.rank == 0 else None
     loop = loop_room.Loop(world, federation, Reporter(world, folder, settings, progress), folder.checkpoints)
     loop.identity = identity
     if loaded:
@@ -243,7 +220,8 @@ def _train(
     finally:
         if progress:
             progress.close()
-    _ended(world, folder, federation, loop.history, loop.round, finished)
+    if world.rank == 0:
+        _ended(world, folder, federation, loop, finished)
     return EXIT_DONE if finished else EXIT_STOPPED
 
 
@@ -261,7 +239,8 @@ def _compare(world: Comm, federation: Any, loaded: Checkpoint | None) -> None:
     now = _identity(federation)
     differing = [f"{k} {loaded.identity[k]} → {now[k]}" for k in BITS if loaded.identity[k] != now[k]]
     if differing and world.rank == 0:
-        print(f"note: bits will differ from an uninterrupted run: {'; '.join(differing)}", file=sys.stderr, flush=True)
+        listed = "; ".join(differing)
+        print(f"note: bits will differ from an uninterrupted run: {listed}", file=sys.stderr, flush=True)
 
 
 def _identity(federation: Any) -> dict[str, str]:
@@ -299,15 +278,14 @@ def _started(
         print(f"run folder {folder.path}", flush=True)
 
 
-def _ended(
-    world: Comm, folder: RunFolder, federation: Any, history: Sequence[metrics.Row], round: int, finished: bool
-) -> None:
-    if world.rank:
-        return
-    folder.event("finish" if finished else "stop", round=round, signal=world.signal_received)
+def _ended(world: Comm, folder: RunFolder, federation: Any, loop: Any, finished: bool) -> None:
+    folder.event("finish" if finished else "stop", round=loop.round, signal=world.signal_received)
     if finished:
-        text = console.table(federation, history)
+        text = console.table(federation, loop.history)
         LOGGER.info("\n%s", text)
         print(text, flush=True)
     else:
-        print(f"stopped after round {round} with a checkpoint; go on with: restart {folder.path}", flush=True)
+        print(
+            f"stopped after round {loop.round} with a checkpoint; go on with: restart {folder.path}",
+            flush=True,
+        )

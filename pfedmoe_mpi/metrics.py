@@ -90,16 +90,20 @@ def row(
     bytes_down: int,
     seconds: float,
 ) -> Row:
-    """One round's metrics from its two sums; `samples` and `tested` are the clients' training and test samples."""
+    """One round's metrics from its two sums; `samples` and `tested`: each client's training and test rows."""
     member = total.metrics()
     members_in = total.flags == IN
     before: list[float | None] = [None] * len(samples)
-    for (client, _), value in zip(total.cohort, nulls(member[:, 1]), strict=True):
+    for (client, _), value in zip(
+        total.cohort, nulls(np.where(members_in, member[:, 1], np.nan)), strict=True
+    ):
         before[client] = value
     trained = members_in & np.isfinite(member[:, 0])
     weights = np.array([samples[client] for client, _ in total.cohort], float)[trained]
     losses = member[trained, 0]
     largest = dict(zip(RANK_METRICS, evaluation.ranks.max(axis=0), strict=True))
+    spent = {name: float(largest[name]) for name in RANK_METRICS[:4]}
+    up = float(member[members_in, 2].mean()) if members_in.any() else None
     after = evaluated(evaluation)
     return {
         "round": round,
@@ -110,8 +114,8 @@ def row(
         "accuracy_cohort": summary(before, tested),
         "accuracy_validation": after["accuracy_validation"],
         "clients": {**after["clients"], "accuracy_before": before, "samples": list(samples)},
-        "seconds": {**{name: float(largest[name]) for name in RANK_METRICS[:4]}, "write": None, "total": seconds},
-        "bytes": {"up": float(member[members_in, 2].mean()) if members_in.any() else None, "down": bytes_down},
+        "seconds": {**spent, "write": None, "total": seconds},
+        "bytes": {"up": up, "down": bytes_down},
         "mpi_bytes": int(8 * (len(total.buffer) + len(evaluation.buffer))),
         "rss_mb": float(largest["rss_mb"]),
     }

@@ -15,6 +15,7 @@ from torch import nn
 
 from pfedmoe_mpi import seeds
 from pfedmoe_mpi.flat import Bound, BoundTensor, Layout, flatten
+from pfedmoe_mpi.models.registry import Weightless
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Module:
     def initial(self) -> torch.Tensor:
         """The vector of a freshly initialised module (draws from torch's global generator)."""
         return flatten(self.build())
+
+    def layout(self) -> Layout:
+        """Where its tensors lie in that vector; takes no memory and draws nothing."""
+        with Weightless():
+            return Layout.of(self.build())
 
 
 @dataclass(frozen=True)
@@ -92,15 +98,14 @@ class Workbench:
         self._layouts: dict[str, Layout] = {}
 
     def layout(self, spec: Spec) -> Layout:
-        """Where each part lies in the vector of `spec`; modules are built on the meta device once per kind."""
+        """Where each part lies in the vector of `spec`; a kind is built once, on the meta device."""
         return Layout.join({name: self._layout(part) for name, part in spec.items()})
 
     def _layout(self, part: Module | Tensor) -> Layout:
         if isinstance(part, Tensor):
             return Layout.of_tensor(part.shape)
         if part.kind not in self._layouts:
-            with torch.device("meta"):
-                self._layouts[part.kind] = Layout.of(part.build())
+            self._layouts[part.kind] = part.layout()
         return self._layouts[part.kind]
 
     def initial(self, spec: Spec, client: int = seeds.SERVER) -> torch.Tensor:

@@ -23,8 +23,8 @@ def trainers(costs: Mapping[int, float], home: Sequence[int], ranks: int) -> dic
         costs: cost by cohort member.
         home: the rank that keeps each client.
 
-    Clients stay at home up to the bound of a balanced round (the mean load, or the costliest client); the rest,
-    costliest first, go to the least loaded ranks.
+    Clients stay at home up to the bound of a balanced round (the mean load, or the costliest client); the
+    rest, costliest first, go to the least loaded ranks.
     """
     bound = max(sum(costs.values()) / ranks, max(costs.values(), default=0.0))
     load = [0.0] * ranks

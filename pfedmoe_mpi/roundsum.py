@@ -1,8 +1,8 @@
 """What a round adds up: flags, metric slots and the payload's blocks in one int64 buffer, one reduction.
 
-Every rank sends the same length every round, zeros if it trained nobody. Position 0 counts the ranks that were
-asked to stop; then one flag per cohort member, so that all ranks read from the result whether to update or to
-save; then the members' metrics as float64 bits; then the blocks.
+Every rank sends the same length every round, zeros if it trained nobody. Position 0 counts the ranks that
+were asked to stop; then one flag per cohort member, so that all ranks read from the result whether to update
+or to save; then the members' metrics as float64 bits; then the blocks.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class RoundSum:
         if block.slot:
             by_member = numbers.view(len(self.cohort), block.rows * (1 + block.size))
             value = by_member[:, block.rows :].to(torch.int32).view(torch.float32)
-            return Mean(value.reshape(len(self.cohort), block.rows, block.size), by_member[:, : block.rows].clone())
+            value = value.reshape(len(self.cohort), block.rows, block.size)
+            return Mean(value, by_member[:, : block.rows].clone())
         weight, value = numbers[: block.rows], numbers[block.rows :].view(block.rows, block.size)
         total = self._task.total(block.weight, self.cohort)
         return Mean(fixedpoint.decode(value, weight, total, block.scale), weight.clone())

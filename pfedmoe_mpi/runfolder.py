@@ -1,4 +1,4 @@
-"""The run folder: configuration, metrics, events, logs and checkpoints of one run. Rank 0 writes, but for logs.
+"""The run folder: configuration, metrics, events, logs, checkpoints of one run. Rank 0 writes, but for logs.
 
 A folder that is in the way is refused or, with `run.force`, renamed; nothing is ever deleted but checkpoints
 beyond `run.keep`.
@@ -16,8 +16,7 @@ from typing import Any
 
 from pfedmoe_mpi import checkpoint, metrics
 from pfedmoe_mpi.errors import ConfigError
-
-LOGGER = logging.getLogger("pfedmoe_mpi")
+from pfedmoe_mpi.launch import LOGGER
 
 
 def default(algorithm: str) -> Path:
@@ -58,23 +57,24 @@ class RunFolder:
         """Raise ConfigError if the folder holds anything and may not be renamed."""
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file, not a run folder", "choose another --run.dir")
-        if path.is_dir() and any(path.iterdir()) and not force:
+        if _holds_anything(path) and not force:
             raise ConfigError(
                 f"the run folder {path} exists already",
                 f"`restart {path}` goes on with it, --run.force true renames it, --run.dir chooses another",
             )
 
     def create(self, config_toml: str, force: bool) -> None:
-        """Make the folder; `config.toml` appears last and whole, so a folder that has one can be restarted."""
+        """Make the folder; `config.toml` appears last and whole: a folder that has one can be restarted."""
         try:
             self.refuse_existing(self.path, force)
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if _holds_anything(self.path):
                 self.path.rename(_free(self.path.with_name(self.path.name + ".old"), "."))
             (self.path / "log").mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             self.write_config(config_toml)
         except OSError as error:
-            raise ConfigError(f"the run folder cannot be made: {error}", "choose another --run.dir") from error
+            problem = f"the run folder cannot be made: {error}"
+            raise ConfigError(problem, "choose another --run.dir") from error
 
     def write_config(self, config_toml: str) -> None:
         _replace(self.config, config_toml)
@@ -82,11 +82,11 @@ class RunFolder:
     def event(self, kind: str, **facts: Any) -> None:
         """Append one line to events.jsonl."""
         line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "event": kind, **facts}
-        with open(self.path / "events.jsonl", "a") as file:
+        with open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        with open(self.path / "metrics.jsonl", "a") as file:
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(metrics.dumps(row) + "\n")
 
     def rewrite_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
@@ -116,16 +116,23 @@ class RunFolder:
 
     def log_to_file(self, rank: int) -> None:
         """log/rank-0003.txt."""
-        handler = logging.FileHandler(self.path / "log" / f"rank-{rank:04d}.txt")
+        handler = logging.FileHandler(self.path / "log" / f"rank-{rank:04d}.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         LOGGER.addHandler(handler)
         LOGGER.setLevel(logging.INFO)
-        LOGGER.propagate = False
+
+
+def _holds_anything(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and any(folder.iterdir())
+    except OSError as error:
+        problem = f"{folder} cannot be listed: {error.strerror}"
+        raise ConfigError(problem, "choose another --run.dir") from error
 
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -2,15 +2,17 @@
 
 Tan, Long, Liu, Zhou, Lu, Jiang, Zhang: "FedProto: Federated Prototype Learning across Heterogeneous Clients",
 AAAI 2022. Client prototypes C_i^(j) = mean of the representations of class j (eq. 3); global prototype
-C̄^(j) = mean over the clients that hold class j (eq. 6); local loss = cross-entropy + λ·distance to the global
-prototype of the sample's class (eq. 7).
+C̄^(j) = mean over the clients that hold class j, weighted by |D_ij| / N_j, their samples of it (eq. 6); local
+loss = cross-entropy + λ·distance of own prototypes to global ones (eqs. 7 and 8).
 
 Shared: one vector of length d per class held, per client and round; no module travels.
 
-Departures: the mean over clients is weighted by their samples of the class (eq. 6 prints an extra factor
-1/|N_j| that the authors' code does not have). The distance is the mean squared error over d, as in the authors'
-code; samples whose class has no global prototype yet carry no distance. The answer is the model's own head, not
-the nearest prototype, as in the tables of arXiv 2402.01350.
+Departures: eq. 6 prints an extra factor 1/|N_j|, which would shrink C̄ with every client that holds the class; the
+authors' code has that factor and no weights, an unweighted mean. N_j counts the cohort. Own prototypes are taken
+after training, in evaluation mode (the authors' code collects them while the last epoch trains). The distance is
+per sample, as in the authors' code: the mean squared difference of its representation to the global prototype of
+its class, over batch and d; samples whose class has none yet carry no distance. The answer is the model's own
+head, not the nearest prototype (eq. 4), as in the tables of arXiv 2402.01350.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class FedProto(Algorithm):
         return logits
 
     def loss(self, parts: Parts, batch: Batch) -> Tensor:
-        """Eq. 7."""
+        """Eq. 7, the distance per sample."""
         r = parts.model.extractor(batch.x)
         loss = functional.cross_entropy(parts.model.head(r), batch.y)
         target = parts.prototypes[batch.y]

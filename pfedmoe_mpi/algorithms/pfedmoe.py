@@ -15,7 +15,8 @@ client; the server sets θ^t = Σ_{k∈S^t} n_k θ_k / Σ_{k∈S^t} n_k.
 What is shared: θ, one float32 vector per client and round (CNN-5 without its head: 665,048 numbers, 2.66 MB).
 
 Departures: the mean is normalised over the cohort (the paper prints the total over all clients, which would
-shrink θ when C < 1). Momentum starts at zero in every client step, for θ too.
+shrink θ when C < 1). Steps are the configured SGD; its momentum starts at zero in every client step, for θ too,
+and the gradient is clipped by its joint norm over θ, ω_k and φ_k.
 """
 
 from __future__ import annotations

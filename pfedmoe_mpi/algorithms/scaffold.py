@@ -2,8 +2,8 @@
 
 Karimireddy, Kale, Mohri, Reddi, Stich, Suresh: "SCAFFOLD: Stochastic Controlled Averaging for Federated
 Learning", ICML 2020, Algorithm 1. Local step y ← y − η_l (g(y) − c_i + c) (line 10); new control, option II:
-c_i⁺ = c_i − c + (x − y) / (M η_l) after M steps (line 12); server x ← x + η_g mean(y − x),
-c ← c + |S|/N mean(c_i⁺ − c_i) (lines 16 and 17).
+c_i⁺ = c_i − c + (x − y) / (K η_l) after K steps (line 12); server x ← x + η_g mean(y − x),
+c ← c + |S|/N mean(c_i⁺ − c_i) (lines 16 and 17), unweighted over the cohort S.
 
 Shared: Δy (the model with its buffers) and Δc (its parameters), two float32 vectors per client and round.
 
@@ -23,7 +23,6 @@ from torch import Tensor
 from pfedmoe_mpi.algorithms.base import Algorithm, Block, Mean, Phase, Spec, Task, TensorPart
 from pfedmoe_mpi.config import Section
 from pfedmoe_mpi.data.shard import Batch
-from pfedmoe_mpi.flat import Layout
 from pfedmoe_mpi.parts import Parts
 from pfedmoe_mpi.training import Turn
 
@@ -39,8 +38,7 @@ class Scaffold(Algorithm):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self._model = task.model(task.pool[0])
-        with torch.device("meta"):
-            self._parameters = Layout.of(self._model.build()).parameters
+        self._parameters = self._model.layout().parameters
 
     def state(self) -> Spec:
         """x, the global model, and c, the server's control (parameters,)."""
@@ -70,7 +68,7 @@ class Scaffold(Algorithm):
         return super().loss(parts, batch) + drift
 
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
-        """Lines 7 to 13."""
+        """Lines 7 to 14."""
         parts = turn.parts
         start = parts.vector("model").clone()
         (phase,) = self.phases(turn.role)
@@ -79,7 +77,7 @@ class Scaffold(Algorithm):
         moved = parts.parameter_vector("model") - start[: parts.control.numel()]
         lr = turn.rate * phase.lr["model"]
         difference = -parts.control - moved / (steps * lr)
-        parts.own_control += difference
+        parts.own_control.add_(difference)
         return {"model": change, "control": difference}
 
     def server_update(self, state: Mapping[str, Tensor], means: Mapping[str, Mean]) -> None:

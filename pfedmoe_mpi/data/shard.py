@@ -1,8 +1,8 @@
 """A client's samples on its device, and the batches drawn from them.
 
 Samples stay as they came (uint8 or float32); a batch is gathered, normalised and augmented on the device, so
-there is no loader process. Every random number comes from a CPU generator with the batch's address, so a batch
-is the same on every device.
+there is no loader process. Every random number comes from a CPU generator with the batch's address, so a
+batch is the same on every device.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ class Normalise:
 def channels_last(x: Tensor) -> Tensor:
     """Images with the strides of channels-last memory, whatever theirs were.
 
-    With one channel several strides describe the same memory, `contiguous` leaves any of them as they are, and
-    torch chooses kernels of unlike rounding by them: bits would depend on how the samples reached this rank.
+    With one channel several strides describe the same memory, `contiguous` leaves any of them as they are,
+    and torch chooses kernels of unlike rounding by them: bits would depend on how the samples came here.
     """
     if x.ndim != 4:
         return x
-    batch, channels, high, wide = x.shape
+    channels, high, wide = x.shape[1:]
     strides = (channels * high * wide, 1, wide * channels, channels)
     x = x.contiguous(memory_format=torch.channels_last)
     return x if x.stride() == strides else x.as_strided(x.shape, strides)
@@ -87,7 +87,7 @@ def batches(split: Split, size: int, normalise: Normalise) -> Iterator[Batch]:
 def epoch(
     split: Split, size: int, normalise: Normalise, augment: Sequence[str], generator: torch.Generator
 ) -> Iterator[Batch]:
-    """The split once, shuffled; the last smaller batch is kept, a last batch of one joins the one before it."""
+    """The split once, shuffled; a smaller last batch is kept, a last batch of one joins the one before it."""
     order = torch.randperm(len(split), generator=generator).to(split.y.device)
     starts = list(range(0, len(split), size))
     if len(starts) > 1 and len(split) - starts[-1] == 1:
@@ -113,7 +113,7 @@ def augmented(x: Tensor, names: Sequence[str], generator: torch.Generator) -> Te
 
 
 def _erased(x: Tensor, draws: Tensor) -> Tensor:
-    """With probability 1/2 a rectangle becomes 0: area 0.04 to 0.2 of the image, ratio 0.5 to 2 (log-uniform)."""
+    """With probability 1/2 a rectangle becomes 0: 0.04 to 0.2 of the image, ratio 0.5 to 2 (log-uniform)."""
     high, wide = x.shape[2:]
     area = (0.04 + 0.16 * draws[:, 1]) * high * wide
     ratio = torch.exp(math.log(0.5) + (math.log(2.0) - math.log(0.5)) * draws[:, 2])

@@ -82,7 +82,7 @@ def check_model(name: str, shape: tuple[int, ...], classes: int, dim: int, stem:
     )
 
 
-class _Weightless(TorchFunctionMode):
+class Weightless(TorchFunctionMode):
     """Makes what a constructor fills later on the meta device: no memory, no initialisation, no random draw.
 
     `torch.device("meta")` would take the numbers too that a constructor computes with (RegNet's widths).
@@ -97,7 +97,7 @@ class _Weightless(TorchFunctionMode):
 
 def _takes(name: str, shape: tuple[int, ...], classes: int, dim: int, stem: str) -> bool:
     try:
-        with _Weightless():
+        with Weightless():
             model = build_model(name, shape, classes, dim, stem).to("meta")
         if name not in TORCHVISION:
             # Our own constructors refuse what they cannot take; a first forward on the meta device imports

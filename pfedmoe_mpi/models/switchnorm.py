@@ -15,8 +15,8 @@ MOMENTUM = 0.1
 class _Normalise(torch.autograd.Function):
     """(x - mean_row - mean_column) / sqrt(var_row + var_column) · weight + bias.
 
-    As one function because this runs on every batch: autograd's own graph of it makes twice the passes over
-    the data. Rows are (B, 1), columns (D,).
+    As one function because this runs on every batch: autograd's own graph of it makes more passes over the
+    data and keeps more of them. Rows are (B, 1), columns (D,).
     """
 
     @staticmethod
@@ -45,7 +45,7 @@ class SwitchNorm(nn.Module):
 
     Mean and variance each have their own softmax weights over (layer, batch), both starting at one half;
     then an affine map per feature. Source: Luo et al., Differentiable Learning-to-Normalize via Switchable
-    Normalization, ICLR 2019, section 2 (equations 3 and 4), without the instance statistics, which flattened
+    Normalization, ICLR 2019, section 2, without the instance statistics, which flattened
     input does not have. Departures: running statistics by torch's convention (momentum 0.1, mean from 0,
     variance from 1, unbiased) in place of averaging over batches after training; the published code for one
     dimension keeps 0.997 and starts the variance at 0, which evaluates on nonsense after one epoch.

@@ -5,12 +5,11 @@ Fails: moves
 
 from pfedmoe_mpi.algorithms.base import Block
 from pfedmoe_mpi.algorithms.fedavg import FedAvg as Base
-from pfedmoe_mpi.flat import Layout
 
 
 class ForgottenBuffers(Base):
     def parameters(self):
-        return Layout.of(self.task.model(self.task.pool[0]).build()).parameters
+        return self.task.model(self.task.pool[0]).layout().parameters
 
     def payload(self, sizes):
         return {"model": Block(self.parameters())}

@@ -1,0 +1,102 @@
+"""What a launcher tells through the environment, and a command's way under MPI. Needs no torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pfedmoe_mpi import __version__
+from pfedmoe_mpi.errors import EXIT_USER, LaunchError, UserError
+
+if TYPE_CHECKING:
+    from pfedmoe_mpi.comm import Comm
+
+LOGGER = logging.getLogger("pfedmoe_mpi")
+LOGGER.addHandler(logging.NullHandler())  # what people see is printed; log files come with the run folder
+LOGGER.propagate = False
+
+
+def launched_rank() -> int:
+    """This process's rank as its launcher says, before MPI is started; 0 where there is none."""
+    for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def launched_size(environment: Mapping[str, str]) -> int:
+    """How many ranks the launcher started: PMI's or Open MPI's variable decides, else Slurm's; else 1."""
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if environment.get(name, "").isdigit():
+            return int(environment[name])
+    return 1
+
+
+def code_version() -> str:
+    """Version, commit and dirty flag; asked for before MPI starts, which allows no subprocess later."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return __version__
+    ask = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    try:
+        found = subprocess.run(ask, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git here, or a slow file system
+        found = ""
+    return f"{__version__} {found}".strip()
+
+
+def under_mpi(work: Callable[[Comm, str], int], singleton: bool = False, met: UserError | None = None) -> int:
+    """Start MPI, do `work(world, code version)`, leave together.
+
+    A UserError is met by all ranks and told by one; anything else ends the whole job at once with this rank's
+    traceback. `met` is what this rank met before: then no rank works.
+    """
+    from pfedmoe_mpi import comm
+
+    code = code_version() if launched_rank() == 0 and not met else ""
+    world = comm.start(singleton)
+    world.catch_signals()
+    try:
+        world.agree(lambda: _raise(met), "arguments")
+        result = work(world, code)
+    except UserError as error:
+        if world.rank == 0:
+            LOGGER.error(str(error))
+            tell(error)
+        result = EXIT_USER
+    except BaseException as error:
+        LOGGER.exception("the job ends")
+        world.fault(error)
+    world.finish()
+    return result
+
+
+def tell(error: UserError) -> None:
+    """Once, also where every rank believes it is alone."""
+    if launched_rank() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _raise(error: UserError | None) -> None:
+    if error:
+        raise error
+
+
+def refused(error: UserError) -> int:
+    """The end of a command whose arguments are wrong, before MPI is started.
+
+    Ranks meet first: Open MPI's launcher ends all at the first non-zero exit, maybe before rank 0 has spoken,
+    and a file may be missing on one host only.
+    """
+    if launched_size(os.environ) > 1:
+        try:
+            return under_mpi(lambda world, code: EXIT_USER, singleton=True, met=error)
+        except LaunchError:  # no MPI at all
+            pass
+    tell(error)
+    return EXIT_USER

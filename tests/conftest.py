@@ -1,0 +1,39 @@
+"""What tests share: the program as a process, and runs that several tests read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import launcher
+import pytest
+
+SMALL = (
+    *("--data.source", "synthetic", "--data.samples", "200", "--data.size", "8", "--clients", "4"),
+    *("--model.pool", "mlp5,mlp4", "--model.shared", "mlp5", "--rounds", "1", "--train.device", "cpu"),
+)
+
+
+@pytest.fixture(scope="session")
+def small() -> tuple[str, ...]:
+    """Flags of a run of one round that takes less time than its start."""
+    return SMALL
+
+
+@pytest.fixture(scope="session")
+def session() -> Iterator[launcher.Session]:
+    """Command lines in one process without a launcher: `session("inspect", "x.h5", cwd=folder)`."""
+    running = launcher.Session()
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two ranks, three rounds measured every second and saved each; only to be read."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = ("--rounds", "3", "--eval.every", "2", "--run.checkpoint_every", "1", "--run.dir", "run")
+    result = launcher.program(2, *SMALL, *flags, cwd=folder)
+    assert result.code == 0, result.err
+    (folder / "run" / "said.txt").write_text(result.out)
+    return folder / "run"

@@ -1,0 +1,170 @@
+"""The program as its users start it, and many of its command lines in one process, for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAUNCHERS = ("PMI", "OMPI_", "PRTE_", "SLURM_", "MPI4PY_", "OMP_")  # what a job around the tests may have set
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's names and files."""
+    if path.is_file():
+        return sha256(path.read_bytes()).hexdigest()
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return sha256("".join(f"{p.relative_to(path)} {digest(p)}\n" for p in files).encode()).hexdigest()
+
+
+def environment(mpi: str, extra: dict[str, str]) -> dict[str, str]:
+    """The tests' environment without any launcher's words, one thread per rank, and the MPI to load."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+    clean["OMP_NUM_THREADS"] = "1"
+    if mpi == "openmpi":
+        folder = openmpi()
+        clean["PATH"] = f"{folder / 'bin'}{os.pathsep}{clean['PATH']}"
+        clean["MPI4PY_MPIABI"], clean["MPI4PY_LIBMPI"] = "openmpi", str(folder / "lib" / "libmpi.so.40")
+    return {**clean, **extra}
+
+
+def openmpi() -> Path:
+    """Where Open MPI is installed beside MPICH; without it the test is skipped, in CI failed."""
+    folder = Path(os.environ.get("PFEDMOE_OPENMPI") or ROOT / ".openmpi").absolute()
+    if not (folder / "lib" / "libmpi.so.40").exists():
+        reason = (
+            f"no Open MPI in {folder}: pip install --no-deps --ignore-installed --prefix {folder} openmpi, "
+            "or name its folder in PFEDMOE_OPENMPI"
+        )
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder
+
+
+def program(
+    ranks: int,
+    *arguments: str,
+    cwd: Path,
+    mpi: str = "mpich",
+    timeout: float = 120,
+    env: dict[str, str] | None = None,
+) -> Result:
+    """Run `mpirun -n RANKS python -m pfedmoe_mpi ARGUMENTS`, without mpirun for 0 ranks."""
+    command = [sys.executable, "-m", "pfedmoe_mpi", *arguments]
+    if ranks and mpi == "openmpi":
+        flags = ["--oversubscribe", "--allow-run-as-root"]
+        command = [str(openmpi() / "bin" / "mpirun"), *flags, "-n", str(ranks), *command]
+    elif ranks:
+        command = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), *command]
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment(mpi, env or {}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        end(process.pid)
+        out, err = process.communicate()
+        pytest.fail(f"no end within {timeout} s: {' '.join(command)}\n{out}\n{err}")
+    return Result(process.returncode, out, err)
+
+
+def end(pid: int) -> None:
+    """Kill a process with all it started, whatever groups they made."""
+    for process in [pid, *descendants(pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    """Children, grandchildren and so on, by their numbers."""
+    found = []
+    for task in Path("/proc", str(pid), "task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(child) for child in task.read_text().split()]
+    return [*found, *(below for child in found for below in descendants(child))]
+
+
+class Session:
+    """Command lines one after the other in one process without a launcher: what they say costs no start."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def __call__(self, *arguments: str, cwd: Path, timeout: float = 60) -> Result:
+        process = self._started()
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps([str(cwd), *map(str, arguments)]) + "\n")
+        process.stdin.flush()
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            line = process.stdout.readline() if selector.select(timeout) else ""
+        if not line:
+            self.close()
+            pytest.fail(f"the process ended, or said nothing within {timeout} s: {' '.join(arguments)}")
+        return Result(*json.loads(line))
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__],
+                env=environment("mpich", {}),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        return self._process
+
+    def close(self) -> None:
+        """End the process; the next command line starts another."""
+        if self._process:
+            end(self._process.pid)
+            self._process.communicate()
+            self._process = None
+
+
+def serve() -> None:
+    """`Session`'s other side: a JSON list [folder, arguments ...] per line, [code, out, err] back."""
+    from pfedmoe_mpi.cli import main
+
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        cwd, *arguments = json.loads(line)
+        os.chdir(cwd)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(arguments)
+        answers.write(json.dumps([code, out.getvalue(), err.getvalue()]) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()

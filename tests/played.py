@@ -1,0 +1,170 @@
+"""A federation of three small clients, played by the program, and what a round by hand needs of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from oracles.methods import Course, Samples
+from torch import Tensor
+
+from pfedmoe_mpi import comm, config, seeds, setup
+from pfedmoe_mpi.federation import Loop, Silent
+
+SMALL: dict[str, Any] = {
+    "data.source": "hdf5",
+    "data.mean": "0.4,0.5,0.6",
+    "data.std": "0.2,0.25,0.3",
+    "partition.kind": "natural",
+    "clients": 3,
+    "participation": 0.67,
+    "rounds": 3,
+    "train.batch": 16,
+    "train.epochs": 2,
+    "train.lr": 0.03,
+    "train.lr_shared": 0.02,
+    "train.lr_gate": 0.05,
+    "train.threads": 1,
+    "train.device": "cpu",
+    "gate.hidden": 8,
+    "model.dim": 12,
+}
+HELD = ((0, 1), (1, 2), (2, 3))  # classes of each client; client 0 alone has class 0, client 2 alone class 3
+SAMPLES = (50, 61, 41)
+TRAINED = (40, 49, 33)  # of them; 49 and 33 leave a last batch of one, which joins the one before it
+
+world = cache(comm.start)
+
+
+def write_data(path: Path, side: int, spoilt: int | None = None) -> Path:
+    """Samples of three clients whose classes can be told apart, mostly; `spoilt` has values near 1e30."""
+    draw = np.random.default_rng(5)
+    means = draw.uniform(60, 200, (4, 3, side, side))
+    y = np.concatenate([draw.permutation(np.arange(n) % 2 + k) for k, n in enumerate(SAMPLES)])
+    assert all(set(y[client_rows(k)]) == set(HELD[k]) for k in range(3))
+    x = np.clip(means[y] * 0.12 + 110 + draw.normal(0, 60, (len(y), 3, side, side)), 0, 255).astype(np.uint8)
+    if spoilt is not None:
+        x = x.astype(np.float32) / 255
+        x[client_rows(spoilt)] *= 1e30
+    with h5py.File(path, "w") as file:
+        file["x"], file["y"], file["client"] = x, y, np.repeat(np.arange(3), SAMPLES)
+    return path
+
+
+def client_rows(k: int) -> slice:
+    return slice(sum(SAMPLES[:k]), sum(SAMPLES[: k + 1]))
+
+
+def write_all(folder: Path) -> dict[str, Path]:
+    """The files of a test module, by name."""
+    return {
+        "small": write_data(folder / "small.h5", 8),
+        "images": write_data(folder / "images.h5", 16),
+        "spoilt": write_data(folder / "spoilt.h5", 8, spoilt=1),
+    }
+
+
+@dataclass
+class Played:
+    """A federation that was played, and the vectors it started from."""
+
+    loop: Loop
+    state: Tensor
+    private: dict[int, Tensor]
+
+    def of_state(self, part: str, start: bool = True) -> dict[str, Tensor]:
+        """A part of the server's vector by tensor name, before round 1 or now."""
+        layout = self.loop.federation.state_layout
+        return named(layout.views(self.state if start else self.loop.state), part)
+
+    def of_client(self, k: int, part: str, start: bool = True) -> dict[str, Tensor]:
+        """A part of a client's vector by tensor name, before round 1 or now."""
+        layout = self.loop.federation.client_layouts[k]
+        return named(layout.views(self.private[k] if start else self.loop.federation.clients[k].vector), part)
+
+    @property
+    def cohorts(self) -> list[list[int]]:
+        """Who trained in every round, without those left out."""
+        return [[k for k in row["cohort"] if k not in row["dropped"]] for row in self.loop.history]
+
+    @property
+    def course(self) -> Course:
+        """What happened, for the other side."""
+        settings = self.loop.federation.config
+        train, rounds = settings.train, settings.rounds
+        cosine = [0.5 * (1 + np.cos(np.pi * t / rounds)) for t in range(rounds)]
+        return Course(
+            samples=self.samples,
+            cohorts=self.cohorts,
+            rates=cosine if train.schedule == "cosine" else [1.0] * rounds,
+            lr=train.lr,
+            lr_shared=train.lr_shared,
+            lr_gate=train.lr_gate,
+            momentum=train.momentum,
+            weight_decay=train.weight_decay,
+            clip=train.clip,
+        )
+
+    @property
+    def samples(self) -> list[Samples]:
+        """Every client's batches, drawn from their addresses."""
+        return [self._samples(k) for k in range(len(SAMPLES))]
+
+    def _samples(self, k: int) -> Samples:
+        federation = self.loop.federation
+        train, test = (
+            self._pairs(split[k]) for split in (federation.partition.train, federation.partition.test)
+        )
+        assert len(train[1]) == TRAINED[k]
+        epochs = []
+        for t in range(federation.config.rounds):
+            generator = seeds.torch_generator(federation.config.seed, "batches", t + 1, k)
+            shuffles = [
+                torch.randperm(TRAINED[k], generator=generator) for _ in range(federation.config.train.epochs)
+            ]
+            epochs.append(
+                [
+                    [(train[0][rows], train[1][rows]) for rows in cut(order, federation.config.train.batch)]
+                    for order in shuffles
+                ]
+            )
+        return Samples(epochs, train, test)
+
+    def _pairs(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Samples as a model sees them: from bytes to [0, 1], minus mean, over standard deviation."""
+        dataset = self.loop.federation.dataset
+        x = torch.from_numpy(dataset.rows(rows))
+        if x.dtype == torch.uint8:
+            x = x.float() / 255
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (dataset.mean, dataset.std))
+        return (x - mean) / std, torch.from_numpy(dataset.labels[rows])
+
+
+def named(views: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(part + "/"): t for name, t in views.items() if name.startswith(part + "/")}
+
+
+def cut(order: Tensor, size: int) -> list[Tensor]:
+    """Batches of an epoch: a last one of one sample joins the one before it."""
+    pieces = list(order.split(size))
+    return [*pieces[:-2], torch.cat(pieces[-2:])] if len(pieces[-1]) == 1 else pieces
+
+
+def build(path: Path, method: str, **changes: Any) -> Loop:
+    """A federation before its first round; `__` stands for the dot."""
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    chosen = config.build({**SMALL, "data.path": str(path), "algorithm": method, **dotted})
+    return Loop(world(), setup.build(world(), chosen), Silent(), None)
+
+
+def played(path: Path, method: str, **changes: Any) -> Played:
+    loop = build(path, method, **changes)
+    start = {k: client.vector.clone() for k, client in loop.federation.clients.items()}
+    result = Played(loop, loop.state.clone(), start)
+    assert loop.run()
+    return result

@@ -1,0 +1,105 @@
+"""`check`: every finding in one line, FAIL with a remedy and exit code 1."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from pfedmoe_mpi.check import Finding
+
+MPIRUN = str(Path(sys.executable).parent / "mpirun")
+
+
+def check(
+    ranks: int, folder: Path | str, limit: float = 120, environment: Mapping[str, str] | None = None
+) -> tuple[int, list[str]]:
+    """(exit code, lines) of `check FOLDER`; 0 ranks is without mpirun. All of it is killed at the limit."""
+    launcher = (MPIRUN, "-n", str(ranks)) if ranks else ()
+    process = subprocess.Popen(
+        [*launcher, sys.executable, "-m", "pfedmoe_mpi", "check", str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
+    return process.returncode, output.splitlines()
+
+
+@pytest.mark.parametrize("ranks", [0, 1, 2, 4])
+def test_a_good_cluster(tmp_path: Path, ranks: int) -> None:
+    code, lines = check(ranks, tmp_path)
+    assert code == 0, lines
+    assert all(line.startswith("ok   ") for line in lines), lines
+    n = max(1, ranks)
+    expected = [
+        "mpi4py",
+        "h5py",
+        f"{n} rank(s) on 1 host(s)",
+        *(f"rank {rank}: local rank {rank} of {n}" for rank in range(n)),
+        f"integer sum over {n} rank(s) exact",
+        "SIGUSR1 is handled while waiting",
+        f"one file written by {n} rank(s)",
+        "rename is atomic",
+        "hard links",
+        "HDF5 writes and reads",
+    ]
+    for text in expected:
+        assert sum(text in line for line in lines) == 1, (text, lines)
+    assert not list(tmp_path.iterdir()), "check left something behind"
+
+
+def failed(lines: list[str]) -> str:
+    (line,) = [line for line in lines if line.startswith("FAIL ")]
+    assert "; remedy: " in line
+    return line
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_missing_folder(tmp_path: Path, ranks: int) -> None:
+    code, lines = check(ranks, tmp_path / "nowhere")
+    assert code == 1
+    assert "no such folder" in failed(lines)
+    assert any("integer sum" in line for line in lines), "the other findings are told all the same"
+
+
+def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, lines = check(1, tmp_path / "file")
+    assert code == 1
+    assert "no such folder" in failed(lines)
+
+
+def test_a_folder_nobody_may_write_to(tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o555)
+    if os.geteuid() == 0:  # root may write anywhere but where the kernel forbids it
+        folder = Path("/sys")
+        if not folder.is_dir():
+            pytest.skip("no folder that root may not write to")
+    code, lines = check(2, folder)
+    assert code == 1
+    assert "cannot write there" in failed(lines)
+
+
+def test_a_launcher_of_another_mpi() -> None:
+    code, lines = check(0, ".", environment={"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"})
+    assert code == 1
+    assert "each believes it is alone" in failed(lines)
+
+
+def test_a_finding_is_one_line() -> None:
+    assert str(Finding(True, "works")) == "ok   works"
+    assert str(Finding(False, "does not", "mend it")) == "FAIL does not; remedy: mend it"

@@ -1,0 +1,280 @@
+"""The configuration and its flags: what is accepted, what a file and a flag mean, what --help shows."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import launcher
+import pytest
+
+from pfedmoe_mpi import algorithms, config
+from pfedmoe_mpi.errors import ConfigError
+
+FIELDS = config.fields()
+
+
+def parsed(*arguments: str) -> config.Config:
+    """The configuration that `run` would use."""
+    from pfedmoe_mpi import cli
+
+    words, flags, _ = cli._parse(arguments, {})
+    return cli._configured(words, flags)
+
+
+def refused(pattern: str, **settings: Any) -> str:
+    """The message about these settings (`__` for the dot); it matches `pattern` and holds a remedy."""
+    with pytest.raises(ConfigError, match=pattern) as caught:
+        config.build({name.replace("__", "."): value for name, value in settings.items()})
+    assert "remedy: " in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_has_a_sentence_and_its_default_is_accepted(name: str) -> None:
+    text = FIELDS[name].description or ""
+    assert len(text) > 10 and text.endswith((".", ")")) and "\n" not in text, text
+    settings = config.build({name: FIELDS[name].default})
+    assert config.flatten(settings.model_dump())[name] == FIELDS[name].default
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_default_is_accepted_as_a_flag(name: str) -> None:
+    default = FIELDS[name].default
+    text = ",".join(default) if isinstance(default, tuple) else str(default)
+    assert config.flatten(parsed(f"--{name}={text}").model_dump())[name] == default
+
+
+@pytest.mark.parametrize("algorithm", algorithms.names())
+def test_toml_round_trip(algorithm: str, tmp_path: Path) -> None:
+    unlike = {
+        "algorithm": algorithm,
+        "participation": 1 / 3,
+        "train.lr": 1e-7,
+        "train.threads": "auto",
+        "train.augment": "flip,crop",
+        "data.path": str(tmp_path / 'a "quoted" Ünder\\path'),
+        "data.mean": "0.1,0.2,0.3",
+        "data.std": "1,2,3",
+        "gate.batch_norm": "false",
+        "seed": str(2**61),
+    }
+    settings = config.build(unlike)
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml(settings), encoding="utf-8")
+    assert config.build(config.read_toml(path)) == settings
+    written = set(config.read_toml(path))
+    own = {name for name in FIELDS if name.partition(".")[0] not in set(algorithms.names()) - {algorithm}}
+    assert written == own, "the file holds every field but the sections of other algorithms"
+
+
+def test_flags_override_the_file_and_its_paths_are_relative_to_it(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    path = tmp_path / "deep" / "config.toml"
+    path.write_text('rounds = 7\n[data]\nsource = "hdf5"\npath = "d.h5"\n[run]\ndir = "../out"\nkeep = 9\n')
+    settings = parsed(str(path), "--rounds", "8")
+    assert (settings.rounds, settings.run.keep) == (8, 9)
+    assert Path(settings.data.path) == tmp_path / "deep" / "d.h5"
+    assert Path(settings.run.dir).resolve() == tmp_path / "out"
+    assert Path(parsed(str(path), "--data.path", "other.h5").data.path) == Path.cwd() / "other.h5"
+
+
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parsed("--data.path=~/x.h5").data.path == str(tmp_path / "x.h5")
+    (tmp_path / "c.toml").write_text('data.path = "~/x.h5"')
+    assert config.read_toml(tmp_path / "c.toml")["data.path"] == str(tmp_path / "x.h5")
+
+
+def test_hyphens_stand_for_underscores(tmp_path: Path) -> None:
+    settings = parsed("--run.checkpoint-every", "5", "--model.pool", "wide-resnet50-2,Shufflenet-v2-x0_5")
+    assert settings.run.checkpoint_every == 5
+    assert settings.model.pool == ("wide_resnet50_2", "shufflenet_v2_x0_5")
+    (tmp_path / "c.toml").write_text("[train]\nlr-gate = 0.5\n")
+    assert parsed(str(tmp_path / "c.toml")).train.lr_gate == 0.5
+
+
+def test_lists_are_comma_separated(tmp_path: Path) -> None:
+    assert parsed("--model.pool", "cnn1, cnn3").model.pool == ("cnn1", "cnn3")
+    assert parsed("--data.mean", "0.5,-1", "--data.std=1,2").data.mean == (0.5, -1.0)
+    (tmp_path / "c.toml").write_text('[model]\npool = ["cnn2", "cnn4"]\n')
+    assert parsed(str(tmp_path / "c.toml")).model.pool == ("cnn2", "cnn4")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("True", True), ("false", False), ("False", False)]
+)
+def test_booleans(text: str, value: bool) -> None:
+    assert parsed("--run.force", text).run.force is value
+
+
+@pytest.mark.parametrize("value", ["yes", "1", "on", "", 1, 0, None])
+def test_nothing_else_is_a_boolean(value: Any) -> None:
+    refused("run.force = .*: neither true nor false", run__force=value)
+
+
+@pytest.mark.parametrize("name", ["rounds", "train.lr", "data.path", "model.pool"])
+def test_a_boolean_is_nothing_else(name: str) -> None:
+    refused(f"{name} = true", **{name.replace(".", "__"): True})
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("rouns", "rounds"), ("trian.lr", "train.lr"), ("partition.aplha", "partition.alpha")],
+)
+def test_an_unknown_field_names_its_nearest(name: str, meant: str) -> None:
+    refused(f"'{name}'.*did you mean '{meant}'", **{name.replace(".", "__"): 1})
+    with pytest.raises(ConfigError, match=f"no flag --{name}.*did you mean '{meant}'"):
+        parsed(f"--{name}", "1")
+
+
+def test_all_wrong_settings_are_told_at_once() -> None:
+    message = refused("rounds = 'x'", rounds="x", train__lr=-1, data__source="digit")
+    assert "train.lr = -1" in message and "data.source = 'digit'" in message and "'digits'" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        *[
+            (name, 0)
+            for name in ("rounds", "clients", "train.epochs", "eval.every", "eval.batch", "run.keep")
+        ],
+        *[(name, 0) for name in ("run.checkpoint_every", "gate.hidden", "gate.layers", "partition.classes")],
+        *[("participation", value) for value in (0, 1.01, -1, "nan", "inf", "half")],
+        *[
+            (name, value)
+            for name in ("train.lr", "train.lr_shared", "train.lr_gate")
+            for value in (-1, "nan")
+        ],
+        *[(name, value) for name in ("train.clip", "train.weight_decay") for value in (-1, "inf")],
+        *[("train.momentum", value) for value in (1, -0.1, "nan")],
+        *[("train.threads", value) for value in (0, -1, "all", 10**12)],
+        *[("partition.alpha", value) for value in (0, "inf", "nan")],
+        *[("partition.test_fraction", value) for value in (0, 1, "nan")],
+        *[("partition.validation", value) for value in (1, -0.1)],
+        *[("seed", value) for value in (-1, 2**62, 1.5)],
+        *[("data.mean", value) for value in ("nan", "a,b", "inf")],
+        *[("model.pool", value) for value in ("", ",", "cnn9")],
+        *[("model.shared", value) for value in ("", "cnn", "auto,cnn1")],
+        *[("train.augment", value) for value in ("flop",)],
+        *[("clients", value) for value in (2.5, "two", 10**7, [1], {"a": 1})],
+        ("train.batch", 1),
+        ("partition.min_samples", 1),
+        ("data.size", -1),
+        ("algorithm", 3),
+    ],
+)
+def test_out_of_range_or_of_the_wrong_type(name: str, bad: Any) -> None:
+    assert name.partition(".")[0] in refused("", **{name.replace(".", "__"): bad})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "settings"),
+    [
+        ("no algorithm 'fedpoto'; did you mean 'fedproto'", {"algorithm": "fedpoto"}),
+        ("classes_min is above", {"partition.kind": "classes", "partition.classes_min": 3}),
+        ("needs --data.path", {"data.source": "hdf5"}),
+        ("as many numbers", {"data.mean": "0.5"}),
+        ("must be positive", {"data.mean": "0.5", "data.std": "0"}),
+        ("cnn1 in 500 and mnist5 in 50", {"model.pool": "cnn1", "model.shared": "mnist5"}),
+        ("cnn1 in 500 and mnist2 in 50", {"model.pool": "cnn1,mnist2"}),
+    ],
+)
+def test_settings_that_contradict_each_other(pattern: str, settings: dict[str, Any]) -> None:
+    refused(pattern, **{name.replace(".", "__"): value for name, value in settings.items()})
+
+
+def test_a_length_for_all_reconciles_the_families() -> None:
+    assert (
+        config.build({"model.pool": "cnn1,mnist2", "model.shared": "mlp5", "model.dim": 64}).model.dim == 64
+    )
+
+
+@pytest.mark.parametrize("clients", [1, 2, 3, 7, 10, 1000])
+@pytest.mark.parametrize("participation", [0.001, 0.05, 0.1, 0.25, 1 / 3, 0.5, 0.75, 1.0])
+def test_cohort_size(participation: float, clients: int) -> None:
+    settings = config.build({"participation": participation, "clients": clients})
+    assert settings.cohort_size == max(1, math.floor(participation * clients + 0.5))
+    assert 1 <= settings.cohort_size <= clients
+
+
+def test_halves_are_rounded_up() -> None:
+    assert [config.build({"participation": 0.5, "clients": n}).cohort_size for n in (1, 3, 5, 7)] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_an_algorithm_has_a_section_of_its_own() -> None:
+    settings = parsed("--algorithm", "fedproto", "--fedproto.weight", "2")
+    assert settings.options.weight == 2.0  # type: ignore[attr-defined]
+    refused("fedproto.weight = -1", fedproto__weight=-1)
+    refused("pfedmoe.share = 'yes'", pfedmoe__share="yes")
+
+
+@pytest.mark.parametrize("algorithm", algorithms.names())
+def test_options_read_from_the_source_are_those_of_the_class(algorithm: str) -> None:
+    """`--help` compiles them alone; the method's file defines them."""
+    section = getattr(config.build({"algorithm": algorithm}), algorithm)
+    module = sys.modules[algorithms.load(algorithm).__module__]
+    own = getattr(module, "Options", None)
+    defined = {name: field.default for name, field in own.model_fields.items()} if own else {}
+    assert section.model_dump() == defined
+
+
+# --help
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    heavy = (
+        "import sys; from pfedmoe_mpi.cli import main; code = main(['--help']); "
+        "heavy = {'torch', 'mpi4py', 'numpy', 'h5py', 'torchvision', 'rich'} & set(sys.modules); "
+        "methods = [m for m in sys.modules if m.startswith('pfedmoe_mpi.algorithms.')]; "
+        "print('loaded', heavy, methods, file=sys.stderr); sys.exit(code)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", heavy],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env=launcher.environment("mpich", {"COLUMNS": "200"}),
+    )
+    assert found.stderr.strip() == "loaded set() []", "--help needs neither torch nor MPI nor a method"
+    return found.stdout
+
+
+def test_help_lists_every_field_with_its_sentence_and_default(help_text: str) -> None:
+    text = " ".join(help_text.split())
+    for name, field in FIELDS.items():
+        assert f"--{name} " in text
+        assert " ".join((field.description or "").split()) in text, name
+    assert "--train.batch VALUE Batch size B. [64]" in text
+
+
+def test_help_lists_every_algorithm_with_its_first_line(help_text: str) -> None:
+    for name in algorithms.names():
+        document = sys.modules[algorithms.load(name).__module__].__doc__ or ""
+        assert f"{name:12} {document.partition(chr(10))[0]}" in help_text
+    folder = Path(algorithms.__file__).parent
+    assert set(algorithms.names()) == {path.stem for path in folder.glob("[!_]*.py")} - {"base"}
+
+
+@pytest.mark.parametrize("arguments", [(), ("restart",), ("data", "prepare"), ("-h",)])
+def test_help_is_answered_after_any_command(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    result = launcher.program(0, *arguments, "--help", cwd=tmp_path)
+    assert (result.code, result.err) == (0, "") and result.out.startswith("usage: python -m pfedmoe_mpi")
+
+
+def test_help_on_a_terminal_without_our_characters(tmp_path: Path) -> None:
+    result = launcher.program(0, "--help", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    assert (result.code, result.err) == (0, "") and "--train.lr_shared" in result.out
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,61 @@
+"""The same code on CUDA. Run where a GPU is visible: `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_main_job import QUICK, digest, finished
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible"),
+]
+
+CNN = ("--rounds", "3", "--run.checkpoint_every", "1", "--train.device", "cuda", "--clients", "6")
+
+
+def last(folder: Path) -> dict:  # type: ignore[type-arg]
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_ranks_sharing_a_gpu_give_the_same_bits(tmp_path: Path) -> None:
+    found = set()
+    for ranks in (1, 2, 4):
+        output = finished(ranks, *CNN, "--run.dir", str(ranks), cwd=tmp_path)
+        assert "GPU 0 of" in output
+        found.add(digest(tmp_path / str(ranks), 3))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_restart_on_a_gpu(tmp_path: Path, precision: str) -> None:
+    arguments = (*CNN, "--train.precision", precision)
+    finished(2, *arguments, "--run.dir", "whole", cwd=tmp_path)
+    finished(1, *arguments, "--rounds", "1", "--run.dir", "run", cwd=tmp_path)
+    finished(2, "restart", "run", "--rounds", "3", cwd=tmp_path)
+    assert digest(tmp_path / "run", 3) == digest(tmp_path / "whole", 3)
+
+
+def test_gpu_and_cpu_agree_about(tmp_path: Path) -> None:
+    finished(1, *CNN, "--run.dir", "gpu", cwd=tmp_path)
+    finished(1, *CNN, "--train.device", "cpu", "--run.dir", "cpu", cwd=tmp_path)
+    gpu, cpu = last(tmp_path / "gpu"), last(tmp_path / "cpu")
+    assert gpu["train_loss"] == pytest.approx(cpu["train_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["standalone", "fedavg", "fedproto", "scaffold"])
+def test_every_method_runs_on_a_gpu(tmp_path: Path, method: str) -> None:
+    finished(2, *QUICK, "--train.device", "cuda", "--algorithm", method, cwd=tmp_path)
+
+
+def test_idle_clients_lie_in_pinned_memory() -> None:
+    from conformance import settings
+
+    from pfedmoe_mpi import comm, setup
+
+    built = setup.build(comm.start(), settings("pfedmoe", train__device="cuda"))
+    assert all(client.vector.is_pinned() for client in built.clients.values())
+    assert all(split.x.is_cuda for client in built.clients.values() for split in client.splits.values())

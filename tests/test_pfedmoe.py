@@ -1,0 +1,98 @@
+"""pFedMoE's mixture: what the gate weighs, and that every part of it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import nets
+from played import build, played, write_all
+
+from pfedmoe_mpi.algorithms.base import Algorithm
+from pfedmoe_mpi.data.shard import Batch
+from pfedmoe_mpi.federation import Loop
+from pfedmoe_mpi.parts import Parts
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_all(tmp_path_factory.mktemp("pfedmoe"))
+
+
+def bench(loop: Loop, k: int = 0) -> tuple[Algorithm, Parts, Batch]:
+    """The parts of a client, and its first batch."""
+    federation = loop.federation
+    client, method = federation.clients[k], federation.method
+    parts = federation.workbench.parts((method.state(), loop.state), (client.spec, client.vector))
+    split = client.splits["train"]
+    rows = torch.arange(16)
+    return method, parts, Batch(federation.engine.normalise(split.x[:16]), split.y[:16], rows)
+
+
+def gradients(loop: Loop) -> dict[str, float]:
+    """Largest gradient of the loss by tensor, 0 where there is none."""
+    method, parts, batch = bench(loop)
+    for module in parts.modules().values():
+        module.train()
+        module.requires_grad_(True)
+        module.zero_grad(set_to_none=True)
+    method.loss(parts, batch).backward()
+    return {
+        f"{part}/{name}": 0.0 if p.grad is None else float(p.grad.abs().max())
+        for part, module in parts.modules().items()
+        for name, p in module.named_parameters()
+    }
+
+
+def test_gradients_reach_theta_omega_and_phi(data: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = build(data["small"], "pfedmoe", model__pool="mlp5")
+    found = gradients(loop)
+    assert {name.partition("/")[0] for name in found} == {"shared", "model", "gate"}
+    constants = {
+        "gate/input_norm.bias",
+        "gate/layers.0.bias",
+        "gate/layers.3.bias",
+    }  # BatchNorm takes them out
+    assert not [name for name, largest in found.items() if largest < 1e-6 and name not in constants], found
+    kind = type(loop.federation.method)
+    attached = kind.weights
+    monkeypatch.setattr(kind, "weights", lambda self, parts, x: attached(self, parts, x).detach())
+    found = gradients(loop)
+    assert {name.partition("/")[0] for name, largest in found.items() if largest == 0} == {"gate"}
+
+
+@pytest.mark.parametrize(("column", "alone", "silent"), [(0, "shared", "model"), (1, "model", "shared")])
+def test_gate_columns_are_shared_and_local(
+    data: dict[str, Path], column: int, alone: str, silent: str
+) -> None:
+    """With all weight on one column the answer is head ∘ that extractor, whatever the other one is."""
+    loop = build(data["small"], "pfedmoe", model__pool="mlp5")
+    method, parts, batch = bench(loop)
+    last = parts.gate.layers[-1]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(torch.tensor([200.0, -200.0] if column == 0 else [-200.0, 200.0]))
+    for module in parts.modules().values():
+        module.eval()
+    extractor = {"shared": parts.shared, "model": parts.model.extractor}
+    with torch.no_grad():
+        alpha = method.weights(parts, batch.x)
+        assert torch.equal(alpha[:, column], torch.ones(16)) and torch.equal(
+            alpha[:, 1 - column], torch.zeros(16)
+        )
+        logits = method.predict(parts, batch.x)
+        assert torch.allclose(logits, parts.model.head(extractor[alone](batch.x)), atol=1e-6)
+        extractor[silent].fc1.weight.mul_(-3.0)
+        assert torch.equal(method.predict(parts, batch.x), logits)
+        extractor[alone].fc1.weight.mul_(-3.0)
+        assert not torch.allclose(method.predict(parts, batch.x), logits, atol=1e-3)
+
+
+def test_mean_alpha_in_the_rows_is_the_shared_column(data: dict[str, Path]) -> None:
+    it = played(data["small"], "pfedmoe", model__pool="mlp5", rounds=1)
+    for k in range(3):
+        gate = nets.gate(it.of_client(k, "gate", start=False)).eval()
+        with torch.no_grad():
+            alpha = gate(it.samples[k].test[0])[:, 0].mean()
+        assert it.loop.history[0]["clients"]["alpha"][k] == pytest.approx(float(alpha), abs=1e-5)
