@@ -62,7 +62,8 @@ def run(words: Sequence[str], flags: Mapping[str, Any]) -> int:
 
 def _launcher(ranks: int) -> list[str]:
     """The command that starts Python on that many ranks of this host, more than it has cores if need be."""
-    found = shutil.which("mpirun") or shutil.which("mpiexec")
+    beside = str(Path(sys.executable).parent / "mpirun")
+    found = shutil.which("mpirun") or shutil.which("mpiexec") or shutil.which(beside)
     if not found:
         raise LaunchError(
             "there is no mpirun", "load the cluster's MPI module, or pip install 'pfedmoe_mpi[mpich]'"

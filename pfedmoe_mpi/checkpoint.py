@@ -18,7 +18,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -31,6 +31,7 @@ import numpy as np
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.flat import Layout
+from pfedmoe_mpi.sparse import SparseFile
 
 FORMAT = 1
 _MAGIC = b"pfedmoe\x00"
@@ -38,7 +39,6 @@ _HEADER = struct.Struct("<8sIIQ")  # magic, format, number of entries, length of
 _RANGE = struct.Struct("<QQ32s")  # offset, length, SHA-256
 _ALIGN = 4096
 _PIECE = 1 << 24
-_PAGE = 1 << 16
 _NAME = re.compile(r"round-(\d+)(-partial)?\.h5")
 
 
@@ -131,7 +131,9 @@ def _lay_out(path: Path, content: Content) -> list[int]:
     """Create the file with everything but the clients' bytes; the byte offset of each client's dataset."""
     # Objects are aligned from this size on, so that no two clients' bytes share a page.
     smallest = min([_ALIGN, *(4 * layout.size for layout in content.client_layouts if layout.size)])
-    memory = _Sparse()
+    for stale in path.parent.glob(".round-*.h5.tmp"):
+        stale.unlink()
+    memory = SparseFile()
     with h5py.File(
         memory,
         "w",
@@ -161,58 +163,6 @@ def _lay_out(path: Path, content: Content) -> list[int]:
         offsets = [_allocate(file, client, layout) for client, layout in enumerate(content.client_layouts)]
     memory.save(path)
     return offsets
-
-
-class _Sparse:
-    """A file in memory that holds only what was written to it: HDF5 lays out here, not on the disk.
-
-    It leaks the file and reports by way of the interpreter's last resort where a disk is full.
-    """
-
-    def __init__(self) -> None:
-        self._pages: dict[int, bytearray] = {}
-        self._length = self._at = 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def flush(self) -> None: ...
-
-    def truncate(self, length: int) -> int:
-        self._length = length
-        return length
-
-    def _stretches(self, length: int) -> Iterator[tuple[slice, int, slice]]:
-        """(stretch of the caller's bytes, page, stretch of the page) for the next bytes."""
-        done = 0
-        while done < length:
-            page, start = divmod(self._at, _PAGE)
-            step = min(_PAGE - start, length - done)
-            yield slice(done, done + step), page, slice(start, start + step)
-            done, self._at = done + step, self._at + step
-
-    def write(self, data: memoryview) -> int:
-        for own, page, inside in self._stretches(len(data)):
-            self._pages.setdefault(page, bytearray(_PAGE))[inside] = data[own]
-        self._length = max(self._length, self._at)
-        return len(data)
-
-    def readinto(self, data: memoryview) -> int:
-        for own, page, inside in self._stretches(len(data)):
-            data[own] = self._pages.get(page, bytearray(_PAGE))[inside]
-        return len(data)
-
-    def save(self, path: Path) -> None:
-        """Write the file, with holes where nothing was written."""
-        with open(path, "wb") as file:
-            for page, data in sorted(self._pages.items()):
-                file.seek(page * _PAGE)
-                file.write(data)
-            file.truncate(self._length)
 
 
 def _allocate(file: h5py.File, client: int, layout: Layout) -> int:
@@ -335,7 +285,8 @@ def _read_seal(file: Any, path: Path, other: str) -> tuple[int, int, list[tuple[
         problem = f"{path} has format version {version}, this program reads {FORMAT}"
         raise CheckpointError(problem, "use the version of this program that wrote it")
     if length != expected:
-        raise CheckpointError(f"{path} is truncated: {length} of {expected} bytes", other)
+        what = "truncated" if length < expected else "too long"
+        raise CheckpointError(f"{path} is {what}: {length} of {expected} bytes", other)
     start = _user_block(count)
     file.seek(0)
     block = file.read(start) if count * _ALIGN <= length else b""  # a damaged count asks for any length

@@ -162,7 +162,8 @@ def _parse(arguments: Sequence[str], extra: dict[str, str]) -> tuple[list[str], 
         name, joined, value = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if name not in known:
-            raise ConfigError(f"there is no flag {word}{nearest(name, known)}", "--help lists every flag")
+            flag = word.partition("=")[0]
+            raise ConfigError(f"there is no flag {flag}{nearest(name, known)}", "--help lists every flag")
         if not joined:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{name} needs a value", f"--{name} VALUE")
@@ -226,13 +227,13 @@ def _parser() -> argparse.ArgumentParser:
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
         choices = config.choices(field)
-        text = f"{field.description or ''} [{_shown(field.default)}]".replace("%", "%%")
+        text = f"{field.description or ''} [{shown(field.default)}]".replace("%", "%%")
         metavar = "{" + ",".join(choices) + "}" if choices else "VALUE"
         groups[section].add_argument(f"--{name}", metavar=metavar, help=text)
     return parser
 
 
-def _shown(default: Any) -> str:
+def shown(default: Any) -> str:
     if isinstance(default, tuple):
         return ",".join(map(str, default)) or "none"
     return str(default).lower() if isinstance(default, bool) else str(default) or "none"

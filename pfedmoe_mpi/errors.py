@@ -48,5 +48,6 @@ class StoppedError(Exception):
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest of `words`, or nothing."""
-    match = get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean '{match[0]}'?" if match else ""
+    known = {candidate.lower(): candidate for candidate in words}
+    match = get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{known[match[0]]}'?" if match else ""

@@ -80,6 +80,10 @@ def _description(loaded: Checkpoint) -> str:
     return "\n".join(lines)
 
 
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
 def _layout(layout: Any) -> str:
     parts = [f"{name} {place.stop - place.start:,}" for name, place in layout.parts.items()]
     return f"{layout.size:,} numbers ({', '.join(parts)})" if parts else "nothing"
@@ -168,7 +172,7 @@ def _table(result: Mapping[str, Any]) -> str:
     for client, (accuracy, loss) in enumerate(
         zip(result["clients"]["accuracy"], result["clients"]["loss"], strict=True)
     ):
-        lines.append(f"client {client:4}  accuracy {accuracy:.4f}  loss {loss:.4f}")
+        lines.append(f"client {client:4}  accuracy {accuracy:.4f}  loss {_number(loss)}")
     a = result["accuracy"]
     lines.append(
         f"mean {a['mean']:.4f}  weighted {a['weighted']:.4f}  std {a['std']:.4f}  worst {a['worst']:.4f}"

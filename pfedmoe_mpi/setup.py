@@ -21,7 +21,7 @@ from pfedmoe_mpi.data import Dataset, Partition, make_partition, open_dataset
 from pfedmoe_mpi.data.dataset import HeldRows
 from pfedmoe_mpi.data.shard import SPLITS, Normalise, Split
 from pfedmoe_mpi.device import Device
-from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.errors import ConfigError, PartitionError
 from pfedmoe_mpi.flat import Layout
 from pfedmoe_mpi.models import names as model_names
 from pfedmoe_mpi.models import registry
@@ -72,7 +72,13 @@ def build(comm: Comm, settings: Config) -> Federation:
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), chosen.device)
     engine = Engine(
-        chosen.device, normalise, settings.train, settings.eval.batch, settings.seed, settings.rounds, comm.poll
+        chosen.device,
+        normalise,
+        settings.train,
+        settings.eval.batch,
+        settings.seed,
+        settings.rounds,
+        comm.poll,
     )
     shards = distribute(comm, dataset, partition, home, chosen.device)
     clients = {
@@ -110,20 +116,25 @@ def open_everywhere(comm: Comm, settings: Config) -> Dataset:
         held.append(open_dataset(settings.data, settings.seed, clients=settings.clients))
         return replace(held[0], store=HeldRows(np.empty((0, *held[0].shape), held[0].dtype)))
 
+    def open_too() -> None:  # the root has checked the content
+        if comm.rank:
+            held.append(open_dataset(settings.data, settings.seed, clients=settings.clients, check=False))
+
     known = comm.from_root(describe, "data")
-    distributed = comm.gather(held[0].distributed if held else False, "data store")[0]
-    if comm.rank == 0:
-        return held[0]
-    if distributed:  # the root has checked the content
-        return open_dataset(settings.data, settings.seed, clients=settings.clients, check=False)
-    return known
+    if comm.gather(held[0].distributed if held else False, "data store")[0]:
+        comm.agree(open_too, "data of all ranks")
+    return held[0] if held else known
 
 
 def resolved(settings: Config, dataset: Dataset, threads: int) -> Config:
     """The effective configuration: every `auto` replaced by what it stands for on these data."""
     kind = algorithms.load(settings.algorithm)
     model = settings.model
-    shared = model_names.auto_shared(dataset.shape) if model.shared == "auto" else model_names.resolve_name(model.shared)
+    shared = (
+        model_names.auto_shared(dataset.shape)
+        if model.shared == "auto"
+        else model_names.resolve_name(model.shared)
+    )
     pool: tuple[str, ...] = tuple(model_names.resolve_name(name) for name in model.pool if name != "auto")
     if model.pool == ("auto",):
         pool = (shared,) if kind.homogeneous else model_names.auto_pool(dataset.shape, unlike=True)
@@ -136,12 +147,19 @@ def resolved(settings: Config, dataset: Dataset, threads: int) -> Config:
         )
     dim = model_names.resolve_dim([*pool, shared], model.dim)
     flat = config.flatten(config.to_tree(settings))
-    return config.build({**flat, "model.pool": pool, "model.shared": shared, "model.dim": dim, "train.threads": threads})
+    return config.build(
+        {**flat, "model.pool": pool, "model.shared": shared, "model.dim": dim, "train.threads": threads}
+    )
 
 
 def deal(settings: Config, dataset: Dataset) -> Partition:
-    """The partition; a pure function of settings and labels."""
-    return make_partition(
+    """The partition; a pure function of settings and labels.
+
+    Raises:
+        PartitionError: it cannot be met, or leaves a client a single training row, of which no batch
+            normalisation has a variance.
+    """
+    partition = make_partition(
         settings.partition,
         dataset.labels,
         dataset.classes,
@@ -150,6 +168,13 @@ def deal(settings: Config, dataset: Dataset) -> Partition:
         client=dataset.client,
         official_test=dataset.official_test,
     )
+    fewest = min(range(partition.clients), key=lambda client: len(partition.train[client]))
+    if len(partition.train[fewest]) < 2:
+        raise PartitionError(
+            f"client {fewest} has 1 training row, and training needs 2",
+            "raise --partition.min_samples, or lower --clients, --partition.test_fraction or .validation",
+        )
+    return partition
 
 
 def make_task(settings: Config, dataset: Dataset, partition: Partition) -> Task:
@@ -179,11 +204,15 @@ def distribute(
 ) -> dict[int, dict[str, Split]]:
     """Every client's samples on its home's device: read there, or sent by the root that holds them."""
     wanted = {
-        rank: np.concatenate([np.empty(0, np.int64), *_rows(partition, [k for k, r in enumerate(home) if r == rank])])
+        rank: np.concatenate(
+            [np.empty(0, np.int64), *_rows(partition, [k for k, r in enumerate(home) if r == rank])]
+        )
         for rank in range(comm.size)
     }
     if dataset.distributed:
-        rows = comm.agree(lambda: dataset.rows(wanted[comm.rank]), "data rows")[comm.rank]
+        own: list[np.ndarray] = []  # agree would send a result to all ranks
+        comm.agree(lambda: own.append(dataset.rows(wanted[comm.rank])), "data rows")
+        rows = own[0]
     else:
         rows = np.empty((len(wanted[comm.rank]), *dataset.shape), dataset.dtype)
         if comm.rank == 0:

@@ -62,22 +62,17 @@ def openmpi() -> Path:
     return folder
 
 
-def program(
-    ranks: int,
-    *arguments: str,
-    cwd: Path,
-    mpi: str = "mpich",
-    timeout: float = 120,
-    env: dict[str, str] | None = None,
-) -> Result:
-    """Run `mpirun -n RANKS python -m pfedmoe_mpi ARGUMENTS`, without mpirun for 0 ranks."""
+def start(
+    ranks: int, *arguments: str, cwd: Path, mpi: str = "mpich", env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Start `mpirun -n RANKS python -m pfedmoe_mpi ARGUMENTS`, without mpirun for 0 ranks."""
     command = [sys.executable, "-m", "pfedmoe_mpi", *arguments]
     if ranks and mpi == "openmpi":
         flags = ["--oversubscribe", "--allow-run-as-root"]
         command = [str(openmpi() / "bin" / "mpirun"), *flags, "-n", str(ranks), *command]
     elif ranks:
         command = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), *command]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command,
         cwd=cwd,
         env=environment(mpi, env or {}),
@@ -87,13 +82,29 @@ def program(
         text=True,
         start_new_session=True,
     )
+
+
+def ended(process: subprocess.Popen[str], timeout: float) -> Result:
+    """How it ended; the test fails if it does not within `timeout` seconds, with nothing left running."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         end(process.pid)
         out, err = process.communicate()
-        pytest.fail(f"no end within {timeout} s: {' '.join(command)}\n{out}\n{err}")
+        pytest.fail(f"no end within {timeout} s: {process.args}\n{out}\n{err}")
     return Result(process.returncode, out, err)
+
+
+def program(
+    ranks: int,
+    *arguments: str,
+    cwd: Path,
+    mpi: str = "mpich",
+    timeout: float = 120,
+    env: dict[str, str] | None = None,
+) -> Result:
+    """`start` and `ended`."""
+    return ended(start(ranks, *arguments, cwd=cwd, mpi=mpi, env=env), timeout)
 
 
 def end(pid: int) -> None:
@@ -153,7 +164,10 @@ class Session:
 
 def serve() -> None:
     """`Session`'s other side: a JSON list [folder, arguments ...] per line, [code, out, err] back."""
+    import logging
+
     from pfedmoe_mpi.cli import main
+    from pfedmoe_mpi.launch import LOGGER
 
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
@@ -162,6 +176,9 @@ def serve() -> None:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(arguments)
+        for handler in [found for found in LOGGER.handlers if isinstance(found, logging.FileHandler)]:
+            LOGGER.removeHandler(handler)  # of a run folder that the next command line does not know
+            handler.close()
         answers.write(json.dumps([code, out.getvalue(), err.getvalue()]) + "\n")
         answers.flush()
 

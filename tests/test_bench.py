@@ -2,69 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
+from launcher import program
+from played import world
 
+from pfedmoe_mpi import bareloop, config, setup
 from pfedmoe_mpi.bench import Line, side_by_side
+from pfedmoe_mpi.federation import Loop, Silent
+from pfedmoe_mpi.flat import flatten
 
-MPIRUN = str(Path(sys.executable).parent / "mpirun")
 SMALL = (
     *("--data.source", "digits", "--clients", "4", "--partition.kind", "iid", "--train.batch", "32"),
     *("--model.pool", "mlp4,mlp5", "--model.shared", "mlp5"),
 )
-# One client after one round, here and in the bare loop: vectors, losses and accuracies are equal.
-FAIR = """
-import torch
-from pfedmoe_mpi import bareloop, bench, comm, config, federation, setup
-from pfedmoe_mpi.flat import flatten
-world = comm.start()
-settings = config.build({
-    "data.source": "synthetic", "data.samples": 500, "clients": 1, "partition.kind": "iid",
-    "model.pool": "cnn1", "train.batch": 64, "train.clip": 1.0, "train.augment": "flip,crop",
-})
-loop = federation.Loop(world, setup.build(world, settings), federation.Silent(), None)
-start = torch.cat([loop.state, loop.federation.clients[0].vector])
-bare = bareloop.BareLoop(loop.federation, loop.state)
-(client,) = bare.clients
-assert loop.play()
-loss = bare.train(client, 1)
-accuracy = bare.accuracy(client)
-ours = torch.cat([loop.state, loop.federation.clients[0].vector])
-theirs = torch.cat([flatten(module) for module in client.modules()])
-row = loop.history[0]
-torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
-assert (start - ours).abs().max() > 1e-2, "nothing was trained"
-assert abs(row["train_loss"] - loss) < 1e-4
-assert abs(row["clients"]["accuracy_before"][0] - accuracy) < 1e-9
-print("equal")
-"""
-
-
-def launched(ranks: int, *arguments: str, cwd: Path, limit: float = 240) -> tuple[int, str]:
-    """(exit code, output) of Python on some ranks, 0 for no mpirun. All of it is killed at the limit."""
-    command = [*((MPIRUN, "-n", str(ranks)) if ranks else ()), sys.executable, *arguments]
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
-    return process.returncode, output
 
 
 def row(output: str, start: str) -> list[str]:
@@ -77,10 +31,10 @@ def row(output: str, start: str) -> list[str]:
 def table(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bench")
     parts = ("round", "ranks", "sum", "idle", "precision", "write")
-    code, output = launched(2, "-m", "pfedmoe_mpi", "bench", *parts, *SMALL, cwd=folder)
-    assert code == 0, output
+    result = program(2, "bench", *parts, *SMALL, cwd=folder, timeout=240)
+    assert result.code == 0, result.err
     assert not list(folder.iterdir()), "bench left something behind"
-    return output
+    return result.out
 
 
 @pytest.mark.parametrize(
@@ -107,23 +61,49 @@ def test_what_has_no_aim_everywhere_is_shown_too(table: str) -> None:
 
 
 def test_machine_versions_and_date_stand_above_the_table(table: str) -> None:
-    import torch
-
     lines = table.splitlines()
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d", lines[0])
     assert f"torch {torch.__version__}" in lines[1]
     assert "2 rank(s) of 1 thread(s) on 1 host(s)" in lines[2]
 
 
-def test_the_bare_loop_trains_to_the_same_numbers(tmp_path: Path) -> None:
-    code, output = launched(1, "-c", FAIR, cwd=tmp_path)
-    assert (code, output.strip()) == (0, "equal")
+def test_the_bare_loop_trains_to_the_same_numbers() -> None:
+    """One client, one round: the vectors of all three modules, the loss and the accuracy before the sum."""
+    settings = config.build(
+        {
+            **{"data.source": "synthetic", "data.samples": 500, "clients": 1, "partition.kind": "iid"},
+            **{"model.pool": "cnn1", "train.batch": 64, "train.clip": 1.0, "train.augment": "flip,crop"},
+            **{"train.lr_shared": 0.02, "train.schedule": "cosine", "rounds": 3, "train.device": "cpu"},
+        }
+    )
+    loop = Loop(world(), setup.build(world(), settings), Silent(), None)
+    before = torch.cat([loop.state, loop.federation.clients[0].vector])
+    bare = bareloop.BareLoop(loop.federation, loop.state)
+    (client,) = bare.clients
+    for round in (1, 2):
+        assert loop.play()
+        loss, accuracy = bare.train(client, round), bare.accuracy(client)
+        after = torch.cat([loop.state, loop.federation.clients[0].vector])
+        theirs = torch.cat([flatten(module) for module in client.modules()])
+        torch.testing.assert_close(theirs, after, atol=1e-4, rtol=1e-4)
+        assert (after - before).abs().max() > 1e-2, "nothing was trained"
+        assert loop.history[-1]["train_loss"] == pytest.approx(loss, abs=1e-4)
+        assert loop.history[-1]["clients"]["accuracy_before"][0] == pytest.approx(accuracy)
+
+
+def test_the_bare_loop_shares_nothing_with_the_federation() -> None:
+    settings = config.build({"data.source": "synthetic", "data.samples": 100, "clients": 2})
+    loop = Loop(world(), setup.build(world(), settings), Silent(), None)
+    vectors = [loop.state, *(client.vector for client in loop.federation.clients.values())]
+    before = [vector.clone() for vector in vectors]
+    bareloop.BareLoop(loop.federation, loop.state).play(1)
+    assert all(torch.equal(a, b) for a, b in zip(vectors, before, strict=True))
 
 
 def test_on_one_rank_only_what_one_rank_can_tell(tmp_path: Path) -> None:
-    code, output = launched(0, "-m", "pfedmoe_mpi", "bench", *SMALL, cwd=tmp_path)
-    assert code == 0
-    assert "bare loop" in output and "over 1" not in output and "1 client" not in output
+    result = program(0, "bench", *SMALL, cwd=tmp_path, timeout=240)
+    assert result.code == 0, result.err
+    assert "bare loop" in result.out and "over 1" not in result.out and "1 client" not in result.out
 
 
 @pytest.mark.parametrize(
@@ -139,15 +119,15 @@ def test_on_one_rank_only_what_one_rank_can_tell(tmp_path: Path) -> None:
 def test_what_cannot_be_measured_is_refused(
     tmp_path: Path, ranks: int, words: tuple[str, ...], message: str
 ) -> None:
-    code, output = launched(ranks, "-m", "pfedmoe_mpi", "bench", *words, cwd=tmp_path)
-    assert code == 2
-    assert output.count("error:") == 1 and message in output and "remedy:" in output
+    result = program(ranks, "bench", *words, cwd=tmp_path)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.count("error:") == 1 and message in result.err and "remedy:" in result.err
 
 
 def test_start_compares_with_importing_torch(tmp_path: Path) -> None:
-    code, output = launched(0, "-m", "pfedmoe_mpi", "bench", "start", "2", *SMALL, cwd=tmp_path)
-    assert code == 0, output
-    assert re.match(r"≤ 1.2 (met|missed)", row(output, "start of 2 ranks to round 1")[4])
+    result = program(0, "bench", "start", "1", *SMALL, cwd=tmp_path, timeout=240)
+    assert result.code == 0, result.err
+    assert re.match(r"≤ 1.2 (met|missed)", row(result.out, "start of 1 ranks to round 1")[4])
 
 
 def test_sides_are_warmed_up_then_taken_by_turns() -> None:

@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from launcher import program
 
 from pfedmoe_mpi.check import Finding
 
-MPIRUN = str(Path(sys.executable).parent / "mpirun")
-
 
 def check(
-    ranks: int, folder: Path | str, limit: float = 120, environment: Mapping[str, str] | None = None
+    ranks: int, folder: Path, env: dict[str, str] | None = None, mpi: str = "mpich"
 ) -> tuple[int, list[str]]:
-    """(exit code, lines) of `check FOLDER`; 0 ranks is without mpirun. All of it is killed at the limit."""
-    launcher = (MPIRUN, "-n", str(ranks)) if ranks else ()
-    process = subprocess.Popen(
-        [*launcher, sys.executable, "-m", "pfedmoe_mpi", "check", str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
-    return process.returncode, output.splitlines()
+    """(exit code, lines) of `check FOLDER`; 0 ranks is without mpirun."""
+    result = program(ranks, "check", str(folder), cwd=folder.parent, env=env, mpi=mpi)
+    assert not result.err
+    return result.code, result.out.splitlines()
 
 
 @pytest.mark.parametrize("ranks", [0, 1, 2, 4])
@@ -59,6 +41,14 @@ def test_a_good_cluster(tmp_path: Path, ranks: int) -> None:
     for text in expected:
         assert sum(text in line for line in lines) == 1, (text, lines)
     assert not list(tmp_path.iterdir()), "check left something behind"
+
+
+@pytest.mark.openmpi
+def test_a_good_cluster_with_open_mpi(tmp_path: Path) -> None:
+    code, lines = check(2, tmp_path, mpi="openmpi")
+    assert code == 0 and all(line.startswith("ok   ") for line in lines), lines
+    assert any("integer sum over 2 rank(s) exact" in line for line in lines)
+    assert any("Open MPI's mpirun passes it on, SIGTERM ends the job at once" in line for line in lines)
 
 
 def failed(lines: list[str]) -> str:
@@ -94,8 +84,8 @@ def test_a_folder_nobody_may_write_to(tmp_path: Path) -> None:
     assert "cannot write there" in failed(lines)
 
 
-def test_a_launcher_of_another_mpi() -> None:
-    code, lines = check(0, ".", environment={"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"})
+def test_a_launcher_of_another_mpi(tmp_path: Path) -> None:
+    code, lines = check(0, tmp_path, env={"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"})
     assert code == 1
     assert "each believes it is alone" in failed(lines)
 

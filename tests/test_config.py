@@ -170,7 +170,7 @@ def test_all_wrong_settings_are_told_at_once() -> None:
     ],
 )
 def test_out_of_range_or_of_the_wrong_type(name: str, bad: Any) -> None:
-    assert name.partition(".")[0] in refused("", **{name.replace(".", "__"): bad})
+    refused(name.partition(".")[0], **{name.replace(".", "__"): bad})
 
 
 @pytest.mark.parametrize(

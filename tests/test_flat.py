@@ -138,13 +138,13 @@ def test_tied_weights_are_stored_once_and_stay_tied() -> None:
         )
     ]
     bound.vector[:36] = torch.arange(36.0)
-    assert torch.equal(bound.module.decoder.weight, torch.arange(36.0).view(6, 6))  # type: ignore[union-attr, arg-type]
+    assert torch.equal(bound.module.decoder.weight, torch.arange(36.0).view(6, 6))
     bound.module(torch.randn(8, 6)).sum().backward()
     with torch.no_grad():
         for parameter in bound.parameters:
-            parameter -= 0.1 * parameter.grad  # type: ignore[operator]
+            parameter -= 0.1 * parameter.grad
     bound.check()
-    assert bound.module.decoder.weight is bound.module.encoder.weight  # type: ignore[union-attr]
+    assert bound.module.decoder.weight is bound.module.encoder.weight
 
 
 def test_buffers_outside_the_vector_start_afresh_for_every_client() -> None:
@@ -157,9 +157,9 @@ def test_buffers_outside_the_vector_start_afresh_for_every_client() -> None:
 
     counted = Bound(norms(), CPU)
     counted.module(torch.randn(4, 3, 8, 8))
-    assert counted.module[1].num_batches_tracked == 1  # type: ignore[index]
+    assert counted.module[1].num_batches_tracked == 1
     counted.load(counted.vector.clone())
-    assert counted.module[1].num_batches_tracked == 0  # type: ignore[index]
+    assert counted.module[1].num_batches_tracked == 0
 
 
 def test_training_a_bound_module_changes_the_vector_and_the_vector_the_module() -> None:
@@ -320,6 +320,6 @@ def test_random_buffers_outside_the_vector_do_not_depend_on_who_came_before() ->
     def features(draws: int) -> Tensor:
         torch.rand(draws)
         turn = parts.Workbench(3, CPU).parts(({"a": parts.Module("random", Random)}, torch.zeros(2)))
-        return turn.a.features.clone()  # type: ignore[no-any-return]
+        return turn.a.features.clone()
 
     assert torch.equal(features(0), features(5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import launcher
 import pytest
 
 from pfedmoe_mpi import checkpoint, inspection
@@ -22,88 +24,40 @@ from pfedmoe_mpi.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-MPIRUN = Path(sys.executable).parent / "mpirun"
 QUICK = (
     *("--clients", "6", "--rounds", "6", "--model.pool", "mlp4,mlp5", "--model.shared", "mlp5"),
     *("--run.checkpoint_every", "1", "--train.epochs", "2", "--run.dir", "run"),
 )
 
 
-class Job:
-    """A running `mpirun -n N python -m pfedmoe_mpi ...`, killed with all it started when the block ends."""
-
-    def __init__(self, ranks: int, *arguments: str, cwd: Path, launch: tuple[str, ...] = ()) -> None:
-        command = [*(launch or (str(MPIRUN),)), "-n", str(ranks), sys.executable, "-m", "pfedmoe_mpi", *arguments]
-        self.process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def __enter__(self) -> Job:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill_everything()
-
-    def kill_everything(self) -> None:
-        for pid in [*self.ranks(), self.process.pid]:
-            _kill(pid)
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
-
-    def ranks(self) -> list[int]:
-        """The processes of the program below mpirun, by /proc."""
-        children: dict[int, list[int]] = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-        found, below = [], [self.process.pid]
-        while below:
-            pid = below.pop()
-            below += children.get(pid, [])
-            if pid != self.process.pid and "pfedmoe_mpi" in _command(pid):
-                found.append(pid)
-        return [pid for pid in found if "mpirun" not in _command(pid) and "hydra" not in _command(pid)]
-
-    def end(self, timeout: float) -> tuple[int, str]:
-        """Exit code and output."""
-        try:
-            output, _ = self.process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            self.kill_everything()
-            pytest.fail(f"no end within {timeout} s: {self.process.args}\n{self.process.communicate()[0]}")
-        return self.process.returncode, output
-
-
-def _command(pid: int) -> str:
+@contextlib.contextmanager
+def running(ranks: int, *arguments: str, cwd: Path, mpi: str = "mpich") -> Iterator[subprocess.Popen[str]]:
+    """A job, killed with all it started when the block ends."""
+    process = launcher.start(ranks, *arguments, cwd=cwd, mpi=mpi)
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""
+        yield process
+    finally:
+        launcher.end(process.pid)
+        process.communicate()
 
 
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def rank_processes(mpirun: int) -> list[int]:
+    """The ranks below an mpirun."""
+    return [pid for pid in launcher.descendants(mpirun) if b"-m\0pfedmoe_mpi" in _command(pid)]
 
 
-def finished(ranks: int, *arguments: str, cwd: Path, timeout: float = 240) -> str:
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return words if words.startswith(sys.executable.encode()) else b""
+    return b""
+
+
+def finished(ranks: int, *arguments: str, cwd: Path, timeout: float = 240, mpi: str = "mpich") -> str:
     """The output of a job that must end well."""
-    with Job(ranks, *arguments, cwd=cwd) as job:
-        code, output = job.end(timeout)
-    assert code == 0, output
-    return output
+    result = launcher.program(ranks, *arguments, cwd=cwd, timeout=timeout, mpi=mpi)
+    assert result.code == 0, result.out + result.err
+    return result.out + result.err
 
 
 def digest(folder: Path, round: int) -> str:
@@ -134,11 +88,9 @@ def test_participation_below_one_on_any_number_of_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.openmpi
-def test_open_mpi_gives_the_same_bits(tmp_path: Path, program) -> None:  # type: ignore[no-untyped-def]
-    finished(2, *QUICK, cwd=tmp_path)
-    result = program(4, *QUICK, "--run.dir", "open", mpi="openmpi", timeout=240, cwd=tmp_path)
-    assert result.rc == 0, result.stdout + result.stderr
-    assert digest(tmp_path / "open", 6) == digest(tmp_path / "run", 6)
+def test_open_mpi_gives_the_same_bits(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
+    finished(4, *QUICK, cwd=tmp_path, mpi="openmpi")
+    assert digest(tmp_path / "run", 6) == undisturbed[0]
 
 
 # Interruptions
@@ -148,19 +100,21 @@ def test_open_mpi_gives_the_same_bits(tmp_path: Path, program) -> None:  # type:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
     """(digest, seconds from config.toml to the end) of the quick run on two ranks."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    with Job(2, *QUICK, cwd=folder) as job:
+    with running(2, *QUICK, cwd=folder) as job:
         wait_for(folder / "run" / "config.toml", job)
         started = time.monotonic()
-        code, output = job.end(240)
-    assert code == 0, output
-    return digest(folder / "run", 6), time.monotonic() - started
+        result = launcher.ended(job, 240)
+        seconds = time.monotonic() - started
+    assert result.code == 0, result.out + result.err
+    return digest(folder / "run", 6), seconds
 
 
-def wait_for(path: Path, job: Job, timeout: float = 120) -> None:
+def wait_for(path: Path, job: subprocess.Popen[str], timeout: float = 120) -> None:
+    """Until the file has content."""
     deadline = time.monotonic() + timeout
-    while not path.exists():
+    while not (path.exists() and path.stat().st_size):
         assert time.monotonic() < deadline, f"{path} did not appear"
-        assert job.process.poll() is None, job.end(10)[1]
+        assert job.poll() is None, job.communicate()
         time.sleep(0.01)
 
 
@@ -174,16 +128,17 @@ def kills(number: int) -> Iterator[tuple[int, random.Random]]:
 def survive(tmp_path: Path, draw: random.Random, expected: tuple[str, float]) -> str:
     """Kill something at a random moment once config.toml exists, restart, compare; what happened."""
     wanted, seconds = expected
-    with Job(3, *QUICK, cwd=tmp_path) as job:
+    with running(3, *QUICK, cwd=tmp_path) as job:
         wait_for(tmp_path / "run" / "config.toml", job)
         time.sleep(draw.uniform(0, seconds))
-        ranks = job.ranks()
+        ranks = rank_processes(job.pid)
         what = draw.choice(["rank", "rank", "mpirun", "all"])
-        victims = {"rank": ranks and [draw.choice(ranks)], "mpirun": [job.process.pid], "all": ranks}[what]
+        victims = {"rank": ranks and [draw.choice(ranks)], "mpirun": [job.pid], "all": ranks}[what]
         for pid in victims:
-            _kill(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if what != "mpirun":
-            job.end(60)  # the launcher notices by itself
+            launcher.ended(job, 60)  # the launcher notices by itself
     for path in checkpoint.newest_first(tmp_path / "run" / "checkpoints"):
         checkpoint.verify(path)  # whatever has a checkpoint's name is whole
     output = finished(draw.choice([1, 2, 4]), "restart", "run", cwd=tmp_path)
@@ -211,31 +166,15 @@ def test_kill_campaign(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
 
 
 @pytest.mark.parametrize("family", ["mpich", pytest.param("openmpi", marks=pytest.mark.openmpi)])
-def test_usr1_stops_in_the_round_with_75(
-    tmp_path: Path, undisturbed: tuple[str, float], family: str, launchers
-) -> None:  # type: ignore[no-untyped-def]
+def test_usr1_stops_in_the_round_with_75(tmp_path: Path, family: str) -> None:
     """mpirun passes SIGUSR1 on; the run stops within the round, and the restart repeats the bits."""
-    command, environment = launchers(family)
     longer = (*QUICK, "--train.epochs", "40", "--rounds", "2")
-    plain = finished(2, *longer, "--run.dir", "whole", cwd=tmp_path)
-    assert "round 2/2" in plain
-    job = subprocess.Popen(
-        [*command, "-n", "2", sys.executable, "-m", "pfedmoe_mpi", *longer],
-        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        while not (metrics.exists() and metrics.read_text()):
-            assert time.monotonic() < deadline and job.poll() is None, "no first round"
-            time.sleep(0.02)
+    finished(2, *longer, "--run.dir", "whole", cwd=tmp_path)
+    with running(2, *longer, cwd=tmp_path, mpi=family) as job:
+        wait_for(tmp_path / "run" / "metrics.jsonl", job)
         job.send_signal(signal.SIGUSR1)
-        output, _ = job.communicate(timeout=60)
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-    assert job.returncode == 75, output
+        result = launcher.ended(job, 60)
+    assert result.code == 75, result.out + result.err
     newest = checkpoint.newest_first(tmp_path / "run" / "checkpoints")[0]
     assert newest.name in {"round-000001.h5", "round-000002-partial.h5"}
     finished(3, "restart", "run", cwd=tmp_path)
@@ -258,7 +197,9 @@ def test_falls_back_from_a_damaged_checkpoint(tmp_path: Path, undisturbed: tuple
 
 
 def test_first_command_of_the_readme(tmp_path: Path) -> None:
-    line = re.search(r"^ *python -m venv .*'\.\[mpich\]' && (mpirun .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    line = re.search(
+        r"^ *python -m venv .*'\.\[mpich\]' && (mpirun .*)$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
     assert line, "the README does not print the command"
     mpirun, n, ranks, *rest = shlex.split(line[1])
     assert (mpirun, n, ranks, rest) == ("mpirun", "-n", "16", ["python", "-m", "pfedmoe_mpi"])
@@ -281,7 +222,17 @@ def test_cifar10_trains_from_its_images(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "cifar", filter="data")
     (images,) = {path.parent for path in (tmp_path / "cifar").glob("**/train")}
     finished(
-        *(2, "--data.source", "folder", "--data.path", str(images), "--clients", "10", "--participation", "0.2"),
+        *(
+            2,
+            "--data.source",
+            "folder",
+            "--data.path",
+            str(images),
+            "--clients",
+            "10",
+            "--participation",
+            "0.2",
+        ),
         *("--partition.kind", "pathological", "--train.batch", "128", "--rounds", "2", "--run.dir", "run"),
         *("--train.augment", "flip,erase,crop", "--eval.every", "2"),
         cwd=tmp_path,

@@ -141,14 +141,14 @@ def same_measures(it: Played, history: list[methods.Round], clients: frozenset[i
 
 # Rounds by hand
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 3, 4)  # of cohorts of two, the first is clients 0 and 1, the second clients 1 and 2
 
 
 def by_hand(path: Path, method: str, clients: frozenset[int] = ALL, **changes: Any) -> Played:
     """Play, and compare everything with the rounds by hand.
 
     A ReLU within rounding of zero may fall either way on the two sides, and then one unit's weights differ by
-    more than rounding: rare, and not with three seeds. What is wrong is wrong with every seed.
+    more than rounding: rare, and not with three seeds. What is wrong is wrong with each, as their cohorts agree.
     """
     for seed in SEEDS:
         it = played(path, method, **{"model.pool": unlike(method), "seed": seed, **changes})
@@ -182,6 +182,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_rounds_by_hand(data: dict[str, Path], method: str, variant: str) -> None:
     it = by_hand(data["small"], method, **VARIANTS[variant])
     assert {len(cohort) for cohort in it.cohorts} == {{"some": 2, "all": 3, "one": 1}[variant]}
+    if variant == "some":  # in round 2 client 2 has samples of a class with a prototype, and of one without
+        assert it.cohorts[:2] == [[0, 1], [1, 2]]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,12 +1,13 @@
 """FedAvg: every client trains the one global model; the server averages it, weighted by samples.
 
 McMahan, Moore, Ramage, Hampson, Agüera y Arcas: "Communication-Efficient Learning of Deep Networks from
-Decentralized Data", AISTATS 2017, Algorithm 1: w_{t+1} = Σ_{k∈S_t} n_k / m_t · w^k_{t+1}, m_t = Σ_{k∈S_t} n_k,
-as arXiv 1602.05629v4 corrects it (the print of 2017 divides by the samples of all clients).
+Decentralized Data", AISTATS 2017, Algorithm 1: w_{t+1} = Σ_{k∈S_t} n_k / m_t · w^k_{t+1} with m_t =
+Σ_{k∈S_t} n_k, as arXiv 1602.05629v4 corrects it (the print of 2017 divides by the samples of all clients).
 
 Shared: the whole model, running statistics of BatchNorm included, one float32 vector per client and round.
 
-Departures: local steps are the configured SGD, its momentum from zero in every client step; the paper's is plain.
+Departure: local steps are the configured SGD, its momentum from zero in every client step; the paper's SGD
+is plain.
 """
 
 from __future__ import annotations

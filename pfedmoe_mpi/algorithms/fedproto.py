@@ -7,12 +7,13 @@ loss = cross-entropy + λ·distance of own prototypes to global ones (eqs. 7 and
 
 Shared: one vector of length d per class held, per client and round; no module travels.
 
-Departures: eq. 6 prints an extra factor 1/|N_j|, which would shrink C̄ with every client that holds the class; the
-authors' code has that factor and no weights, an unweighted mean. N_j counts the cohort. Own prototypes are taken
-after training, in evaluation mode (the authors' code collects them while the last epoch trains). The distance is
-per sample, as in the authors' code: the mean squared difference of its representation to the global prototype of
-its class, over batch and d; samples whose class has none yet carry no distance. The answer is the model's own
-head, not the nearest prototype (eq. 4), as in the tables of arXiv 2402.01350.
+Departures: eq. 6 prints an extra factor 1/|N_j|, which would shrink C̄ with every client that holds the
+class; the authors' code has that factor and no weights, an unweighted mean. N_j counts the cohort. Own
+prototypes are taken after training, in evaluation mode (the authors' code collects them while the last epoch
+trains). The distance is per sample, as in the authors' code: the mean squared difference of its
+representation to the global prototype of its class, over batch and d; samples whose class has none yet carry
+no distance. The answer is the model's own head, not the nearest prototype (eq. 4), as in the tables of arXiv
+2402.01350.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Yi, Yu, Ren, Zhang, Wang, Liu, Li: "pFedMoE: Data-Level Personalization with Mixture of Experts for
 Model-Heterogeneous Personalized Federated Learning", arXiv 2402.01350, 2024.
 
-Client k owns a model F_k = head(ω_k^hd) ∘ extractor(ω_k^ex) of any architecture and a gate H(φ_k), and holds a
-copy of the shared extractor G(θ). For every sample x
+Client k owns a model F_k = head(ω_k^hd) ∘ extractor(ω_k^ex) of any architecture and a gate H(φ_k), and holds
+a copy of the shared extractor G(θ). For every sample x
 
     r_G = G(x; θ)            r_F = F_k^ex(x; ω_k^ex)            (α_G, α_F) = H(x; φ_k), α_G + α_F = 1
     r   = α_G r_G + α_F r_F        ŷ = F_k^hd(r; ω_k^hd)        loss = cross-entropy(ŷ, y)
@@ -15,7 +15,7 @@ client; the server sets θ^t = Σ_{k∈S^t} n_k θ_k / Σ_{k∈S^t} n_k.
 What is shared: θ, one float32 vector per client and round (CNN-5 without its head: 665,048 numbers, 2.66 MB).
 
 Departures: the mean is normalised over the cohort (the paper prints the total over all clients, which would
-shrink θ when C < 1). Steps are the configured SGD; its momentum starts at zero in every client step, for θ too,
+shrink θ when C < 1). Steps are the configured SGD: momentum starts at zero in every client step, for θ too,
 and the gradient is clipped by its joint norm over θ, ω_k and φ_k.
 """
 

@@ -1,0 +1,200 @@
+"""What ranks do in the tests of checkpoint.py: `mpirun -n 4 python checkpoint_driver.py CHECK FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from pfedmoe_mpi import checkpoint, comm
+from pfedmoe_mpi.checkpoint import Checkpoint, Content
+from pfedmoe_mpi.comm import Comm
+from pfedmoe_mpi.errors import CheckpointError
+from pfedmoe_mpi.flat import Layout
+
+SIZES = (1500, 1, 0, 100, 1024, 5000)
+
+
+def content(
+    clients: int = 12, partial: bool = False, sizes: Sequence[int] = SIZES, state: int = 700
+) -> Content:
+    """What a checkpoint may hold; client k's vector has sizes[k mod length] numbers."""
+    draw = np.random.default_rng(clients)
+    layouts = [Layout.join({"model": Layout.of_tensor((sizes[k % len(sizes)],))}) for k in range(clients)]
+    split = [draw.integers(0, 1000, k % 4) for k in range(clients)]
+    return Content(
+        config={"algorithm": "pfedmoe", "train": {"lr": 0.1, "pool": ["cnn1", "cnn2"]}, "name": "bärbel"},
+        round=3,
+        state=draw.standard_normal(state).astype(np.float32),
+        state_layout=Layout.join({"shared": Layout.of_tensor((state,))}) if state else Layout(()),
+        client_layouts=layouts,
+        partition={"train": split, "validation": [np.empty(0, np.int64)] * clients, "test": split[::-1]},
+        history=[{"round": n, "x": 0.1 * n, "accuracy": {"mean": None}} for n in (1, 2, 3)],
+        identity={"data_digest": "ab" * 32, "torch": "2.6", "notes": "ünicode " * 500},
+        partial=draw.integers(-(2**62), 2**62, 333) if partial else None,
+        finished=[1, 4] if partial else [],
+    )
+
+
+def vector(whole: Content, client: int) -> np.ndarray:
+    """Any bits at all, NaN with payloads among them."""
+    size = whole.client_layouts[client].size
+    return np.random.default_rng(client).integers(0, 2**32, size, np.uint32).view(np.float32)
+
+
+def shared_out(world: Comm, whole: Content) -> tuple[list[int], dict[int, np.ndarray]]:
+    """(home of every client, this rank's vectors)."""
+    home = [client % world.size for client in range(len(whole.client_layouts))]
+    return home, {client: vector(whole, client) for client, rank in enumerate(home) if rank == world.rank}
+
+
+def write_together(world: Comm, folder: str) -> None:
+    whole = content()
+    home, mine = shared_out(world, whole)
+    path = Path(folder, checkpoint.name(3, False))
+    checkpoint.write(world, path, whole, mine, home)
+    world.agree(lambda: checkpoint.verify(path, world.rank, world.size), "verify")
+    with Checkpoint(path) as loaded:
+        for client in range(len(home)):
+            assert np.array_equal(
+                loaded.vector(client).view(np.uint32), vector(whole, client).view(np.uint32)
+            )
+
+
+def write_fails(world: Comm, folder: str) -> None:
+    """A file may not grow on one rank: all hear of it, nothing is left of it, and the next one is good."""
+    write_together(world, folder)
+    whole = content()
+    home, mine = shared_out(world, whole)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for number, failing in enumerate((2, 0), 4):
+        path, heard = Path(folder, checkpoint.name(number, False)), ""
+        if world.rank == failing:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 13, unlimited[1]))
+        try:
+            checkpoint.write(world, path, whole, mine, home)
+        except CheckpointError as error:
+            heard = str(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert f"{path} cannot be written" in heard and "free space" in heard, heard
+        world.wait("removed")
+        assert os.listdir(folder) == ["round-000003.h5"]
+        checkpoint.verify(Path(folder, "round-000003.h5"))
+    world.wait("looked")
+    write_together(world, folder)
+
+
+def damaged_for_one(world: Comm, folder: str) -> None:
+    """The rank whose share is damaged tells all."""
+    write_together(world, folder)
+    path = Path(folder, checkpoint.name(3, False))
+    heard = []
+    for at in (-1, 30000):
+        world.wait("whole")
+        if world.rank == 0:
+            flip(path, at)
+        try:
+            world.agree(lambda: checkpoint.verify(path, world.rank, world.size), "verify")
+        except CheckpointError as error:
+            heard.append(str(error))
+        world.wait("read")
+        if world.rank == 0:
+            flip(path, at)
+    assert len(heard) == 2 and all("damaged" in text for text in heard)
+
+
+def flip(path: Path, at: int, bit: int = 4) -> None:
+    """Turn one bit of a file."""
+    with open(path, "r+b") as file:
+        file.seek(at, os.SEEK_END if at < 0 else os.SEEK_SET)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+def write_limited(world: Comm, folder: str) -> None:
+    """Files limited to any length: an error of ours each time, the old file stays, the next is good."""
+    whole = content()
+    home, mine = shared_out(world, whole)
+    first = Path(folder, checkpoint.name(3, False))
+    checkpoint.write(world, first, whole, mine, home)
+    length, unlimited = first.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in [0, 1, 8, 512, 4095, 4096, 5000, *range(6000, length, length // 30), length - 1]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+        try:
+            checkpoint.write(world, Path(folder, checkpoint.name(4, False)), whole, mine, home)
+        except CheckpointError:
+            pass
+        else:
+            raise AssertionError(f"no error at {limit} of {length} bytes")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert os.listdir(folder) == [first.name], limit
+    write_together(world, folder)
+
+
+def writer_killed(folder: str, seed: str, times: str) -> None:
+    """Children that write checkpoint after checkpoint are killed at any moment; what has a name is good."""
+    draw, number, unfinished = random.Random(seed), 0, 0
+    for _ in range(int(times)):
+        child = os.fork()
+        if not child:
+            _write_for_ever(Path(folder), number)
+        ready = time.monotonic() + 20
+        while not Path(folder, checkpoint.name(number, False)).exists() and time.monotonic() < ready:
+            time.sleep(0.001)
+        time.sleep(draw.random() * 0.05)
+        while draw.random() < 0.999 and not list(Path(folder).glob(".*.tmp")):
+            pass
+        time.sleep(draw.random() * 0.01)
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the writer ended by itself"
+        found = checkpoint.newest_first(Path(folder))
+        for path in found:
+            checkpoint.verify(path)
+            with Checkpoint(path) as loaded:
+                assert loaded.round == int(path.stem.split("-")[1])
+        unfinished += any(name.endswith(".tmp") for name in os.listdir(folder))
+        number = int(found[0].stem.split("-")[1]) + 1
+    print(f"{number} checkpoints, {unfinished} kills in the middle of one")
+
+
+def _write_for_ever(folder: Path, number: int) -> NoReturn:
+    world = comm.start()
+    whole = content(clients=8, sizes=(100_000, 20_000))
+    home, mine = shared_out(world, whole)
+    for round in count(number):
+        checkpoint.write(
+            world, folder / checkpoint.name(round, False), replace(whole, round=round), mine, home
+        )
+        for old in checkpoint.newest_first(folder)[3:]:
+            old.unlink()
+    raise AssertionError
+
+
+def main(check: str, *arguments: str) -> None:
+    if check == "writer_killed":
+        writer_killed(*arguments)
+        return
+    world = comm.start()
+    try:
+        {work.__name__: work for work in (write_together, write_fails, write_limited, damaged_for_one)}[
+            check
+        ](world, *arguments)
+    except BaseException as error:
+        world.fault(error)
+    world.finish()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,65 @@
+"""Jobs of the tests' own scripts under mpirun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import environment, openmpi
+
+HERE = Path(__file__).parent
+MARK = "PFEDMOE_TEST_JOB"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that came to an end: exit code, all it printed, how many of its processes were left behind."""
+
+    code: int
+    output: str
+    left: int
+
+
+def mpirun(script: str, *arguments: str, ranks: int = 4, limit: float = 120, mpi: str = "mpich") -> Ended:
+    """Run a script of this folder; after `limit` seconds everything it started is killed."""
+    token = uuid.uuid4().hex
+    launcher = [str(Path(sys.executable).parent / "mpirun")]
+    if mpi == "openmpi":
+        launcher = [str(openmpi() / "bin" / "mpirun"), "--oversubscribe", "--allow-run-as-root"]
+    job = subprocess.Popen(
+        [*launcher, "-n", str(ranks), sys.executable, str(HERE / script), *arguments],
+        env=environment(mpi, {MARK: token}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = job.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        for process in [job.pid, *marked(token)]:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        output = job.communicate()[0] + f"\nkilled after {limit:g} s"
+    deadline = time.monotonic() + 5
+    while marked(token) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return Ended(job.returncode, output, len(marked(token)))
+
+
+def marked(token: str) -> list[int]:
+    """The live processes of a job."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if token.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found

@@ -1,0 +1,465 @@
+"""The commands from end to end on tiny runs: what they print, what they write, what a restart keeps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from launcher import Result, Session, digest, program
+
+from pfedmoe_mpi import __version__, algorithms, config
+from pfedmoe_mpi.checkpoint import Checkpoint
+
+Row = dict[str, Any]
+
+
+def rows(run: Path) -> list[Row]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(run: Path) -> list[Row]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def keys(value: Any) -> Any:
+    """The names in a tree of objects."""
+    return {name: keys(below) for name, below in value.items()} if isinstance(value, Mapping) else None
+
+
+def learned(run: Path) -> list[Row]:
+    """The rows without what differs between runs of the same bits."""
+    return [
+        {k: v for k, v in row.items() if k not in {"seconds", "rss_mb", "mpi_bytes"}} for row in rows(run)
+    ]
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A finished run of the test's own."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def done(session: Session, tmp_path: Path) -> Callable[..., Result]:
+    """Runs a command line in `tmp_path`; it must end well."""
+
+    def check(*arguments: str | Path) -> Result:
+        result = session(*map(str, arguments), cwd=tmp_path)
+        assert result.code == 0, result.err
+        return result
+
+    return check
+
+
+@pytest.fixture(scope="module", params=algorithms.names())
+def of_each(
+    request: pytest.FixtureRequest,
+    session: Session,
+    small: tuple[str, ...],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A run of one round of every method, half the clients in it; only to be read."""
+    folder = tmp_path_factory.mktemp(request.param)
+    flags = (
+        "--algorithm",
+        request.param,
+        "--model.pool",
+        "mlp5",
+        "--participation",
+        "0.5",
+        "--run.dir",
+        "run",
+    )
+    result = session(*small, *flags, cwd=folder)
+    assert result.code == 0, result.err
+    return folder / "run"
+
+
+# What is said
+
+
+def test_version(tmp_path: Path) -> None:
+    result = program(2, "--version", cwd=tmp_path)
+    assert (result.code, result.out, result.err) == (0, __version__ + "\n", "")
+
+
+def test_the_plan_the_rounds_and_the_table(trained: Path) -> None:
+    text = (trained / "said.txt").read_text()
+    before, after = text.split("round 1/3")
+    for said in (
+        "pfedmoe on synthetic: 4 clients, cohort 4, 3 rounds, sample 3×8×8, 10 classes, d = 500",
+        "shared:  shared: 4 tensors, 139,100 parameters",
+        "private: model: 6 tensors, 144,110 parameters",
+        "(mlp4, 2 clients)",
+        "rank 0: ",
+        "rank 1: ",
+        "memory: ",
+    ):
+        assert said in before, said
+    assert before.count("2 clients\n") == 2, "one line per rank with its clients"
+    assert "round 2/3" in after and "round 3/3" in after and "accuracy -" in after.split("round 2/3")[0]
+    table = after.split("clients after round 3")[1]
+    row = rows(trained)[2]
+    for client, line in enumerate(line for line in table.splitlines() if line.startswith("│")):
+        assert ("mlp5", "mlp4")[client % 2] in line
+        assert f"{100 * row['clients']['accuracy'][client]:.2f} %" in line
+        assert f" {row['clients']['samples'][client]} " in line
+    assert "last  round 3" in table and "best  round" in table
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(
+    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+) -> None:
+    text = done(*small, "--dry", "true", "--run.dir", "new").out
+    assert "4 clients, cohort 4" in text and "memory: " in text and "round 1" not in text
+    assert list(tmp_path.iterdir()) == []
+
+
+# The run folder
+
+
+def test_the_run_folder(trained: Path) -> None:
+    assert {path.name for path in trained.iterdir()} == {
+        *("config.toml", "metrics.jsonl", "events.jsonl", "checkpoints", "log"),
+        "said.txt",  # the test's own
+    }
+    assert [path.name for path in sorted((trained / "log").iterdir())] == ["rank-0000.txt", "rank-0001.txt"]
+    log = (trained / "log" / "rank-0000.txt").read_text()
+    assert [f"round {number}/3" in log for number in (1, 2, 3)] == [
+        True
+    ] * 3 and "clients after round 3" in log
+    names = sorted(path.name for path in (trained / "checkpoints").iterdir())
+    assert names == ["best.h5", *(f"round-{number:06d}.h5" for number in (1, 2, 3))]
+
+
+def test_config_toml_holds_the_effective_configuration(trained: Path) -> None:
+    flat = config.flatten(tomllib.loads((trained / "config.toml").read_text()))
+    others = set(algorithms.names()) - {"pfedmoe"}
+    assert set(flat) == {name for name in config.fields() if name.partition(".")[0] not in others}
+    assert (flat["rounds"], flat["eval.every"], flat["model.dim"]) == (3, 2, 500)
+    assert flat["model.pool"] == ["mlp5", "mlp4"]
+
+
+def test_auto_is_resolved_in_the_effective_configuration(
+    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+) -> None:
+    auto = ("--model.pool", "auto", "--model.shared", "auto", "--train.threads", "auto", "--run.dir", "run")
+    done(*small, *auto)
+    flat = config.flatten(tomllib.loads((tmp_path / "run" / "config.toml").read_text()))
+    assert flat["model.pool"] == ["mlp1", "mlp2", "mlp3", "mlp4", "mlp5"] and flat["model.shared"] == "mlp5"
+    assert flat["train.threads"] == 1, "OMP_NUM_THREADS of the tests"
+
+
+def test_the_default_folder_is_named_after_the_algorithm(
+    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+) -> None:
+    for _ in range(2):
+        done(*small, "--algorithm", "standalone")
+    names = [path.name for path in (tmp_path / "runs").iterdir()]
+    assert len(names) == 2 and all(name.startswith("standalone-20") for name in names)
+
+
+def test_metrics(trained: Path) -> None:
+    table = rows(trained)
+    assert [row["round"] for row in table] == [1, 2, 3]
+    assert all(row["cohort"] == [0, 1, 2, 3] and row["train_loss"] > 0 for row in table)
+    first, second, third = table
+    assert keys(first) == keys(second) == keys(third)
+    nothing = {"mean": None, "weighted": None, "std": None, "worst": None}
+    assert first["accuracy"] == nothing and first["accuracy_cohort"] == nothing, "measured every second round"
+    assert first["clients"]["accuracy"] == [None] * 4
+    for row in (second, third):
+        accuracy = row["clients"]["accuracy"]
+        assert row["accuracy"]["mean"] == pytest.approx(np.mean(accuracy))
+        assert row["accuracy"]["std"] == pytest.approx(np.std(accuracy))
+        assert row["accuracy"]["worst"] == min(accuracy)
+        assert row["accuracy_validation"] == nothing
+        assert all(0 < alpha < 1 for alpha in row["clients"]["alpha"])
+        assert sum(row["clients"]["samples"]) == 160, "8 : 2"
+        assert row["bytes"] == {"up": 4 * 139_100, "down": 4 * 139_100}
+        assert row["seconds"]["write"] > 0 and row["seconds"]["total"] > row["seconds"]["train"] > 0
+        assert row["rss_mb"] > 50
+
+
+def test_the_keys_of_a_row_are_those_of_every_method(of_each: Path, trained: Path) -> None:
+    row = rows(of_each)[0]
+    assert keys(row) == keys(rows(trained)[0])
+    assert len(row["cohort"]) == 2
+    measured = [accuracy is not None for accuracy in row["clients"]["accuracy_before"]]
+    assert measured == [client in row["cohort"] for client in range(4)], (
+        "before the sum: the cohort's members"
+    )
+    assert None not in row["clients"]["accuracy"], "after it: all clients"
+
+
+def test_events(trained: Path) -> None:
+    start, finish = events(trained)
+    assert (start["event"], finish["event"], finish["round"]) == ("start", "finish", 3)
+    assert start["ranks"] == len(start["hosts"]) == 2
+    assert {"python", "torch", "numpy", "h5py", "mpi", "device", "threads", "precision", "code"} <= set(start)
+    assert start["code"].startswith(__version__)
+
+
+def test_the_newest_checkpoints_are_kept(
+    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+) -> None:
+    flags = ("--rounds", "5", "--run.checkpoint_every", "2", "--run.keep", "2", "--run.dir", "run")
+    done(*small, *flags)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["best.h5", "round-000004.h5", "round-000005.h5"], "every second, and the last"
+    saved = [row for row in rows(tmp_path / "run") if row["round"] in {2, 4, 5}]
+    best = max(saved, key=lambda row: (row["accuracy"]["mean"], -row["round"]))
+    with Checkpoint(tmp_path / "run" / "checkpoints" / "best.h5") as loaded:
+        assert loaded.round == best["round"]
+
+
+def test_the_best_is_chosen_on_validation_rows(
+    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+) -> None:
+    flags = (
+        "--rounds",
+        "4",
+        "--run.checkpoint_every",
+        "1",
+        "--partition.validation",
+        "0.3",
+        "--run.dir",
+        "run",
+    )
+    done(*small, *flags, "--train.lr", "0.2")
+    table = rows(tmp_path / "run")
+    best = max(table, key=lambda row: (row["accuracy_validation"]["mean"], -row["round"]))
+    text = done("inspect", tmp_path / "run" / "checkpoints" / "best.h5").out
+    assert f"round {best['round']} of 4" in text and f"best on validation: round {best['round']}" in text
+
+
+# Reading checkpoints
+
+
+def test_inspect(done: Callable[..., Result], trained: Path) -> None:
+    path = trained / "checkpoints" / "round-000003.h5"
+    text = done("inspect", path).out
+    mean = rows(trained)[2]["accuracy"]["mean"]
+    for said in (
+        "pfedmoe, round 3 of 3",
+        "data synthetic, partition dirichlet",
+        f"accuracy mean {mean}",
+        "best on test: round ",
+        "server: 139,100 numbers (shared 139,100)",
+        "clients 0, 2: 157,628 numbers (model 144,110, gate 13,518)",
+        "clients 1, 3: ",
+        "threads: 1",
+    ):
+        assert said in text, said
+    short = done("inspect", path, "--digest").out
+    assert len(short) == 65 and f"digest: {short}" in text
+    assert done("inspect", "--digest", path).out == short
+
+
+def test_the_digest_tells_learning_from_circumstances(
+    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+) -> None:
+    def after(name: str, *flags: str) -> str:
+        done(*small, "--run.dir", name, *flags)
+        return done("inspect", tmp_path / name / "checkpoints" / "round-000001.h5", "--digest").out
+
+    first = after("a")
+    assert after("b", "--run.keep", "7", "--run.checkpoint_every", "2") == first
+    unlike = {
+        after("c", "--seed", "1"),
+        after("d", "--train.lr", "0.02"),
+        after("e", "--pfedmoe.share", "false"),
+    }
+    assert len(unlike | {first}) == 4
+
+
+def test_export_writes_the_checkpoints_tensors(
+    done: Callable[..., Result], of_each: Path, tmp_path: Path
+) -> None:
+    source = of_each / "checkpoints" / "round-000001.h5"
+    done("export", source, "--client", "3", "out.h5")
+    with Checkpoint(source) as loaded, h5py.File(tmp_path / "out.h5") as file:
+        own, state = loaded.layout(3), loaded.state_layout
+        expected = {e.name: loaded.vector(3)[e.offset :][: e.size].reshape(e.shape) for e in own.entries}
+        expected |= {e.name: loaded.state[e.offset :][: e.size].reshape(e.shape) for e in state.entries}
+        assert len(expected) == len(own.entries) + len(state.entries) > 0
+        for name, tensor in expected.items():
+            np.testing.assert_array_equal(file[name.rstrip("/")][()], tensor)
+        found: list[str] = []
+        file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+        assert set(found) == {name.rstrip("/") for name in expected}
+        assert (file.attrs["client"], file.attrs["round"], file.attrs["architecture"]) == (3, 1, "mlp5")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]
+
+
+def test_evaluation_by_several_ranks_repeats_the_last_row(run: Path, tmp_path: Path) -> None:
+    before = digest(run)
+    result = program(
+        2, "evaluate", str(run / "checkpoints" / "round-000003.h5"), "--json", "true", cwd=tmp_path
+    )
+    assert (result.code, result.err) == (0, "")
+    measured, row = json.loads(result.out), rows(run)[2]
+    assert measured["round"] == 3 and measured["other_data"] is False
+    assert measured["accuracy"] == row["accuracy"]
+    for name in ("accuracy", "loss", "alpha"):
+        assert measured["clients"][name] == row["clients"][name]
+    assert digest(run) == before
+
+
+def test_evaluation_as_a_table(done: Callable[..., Result], of_each: Path) -> None:
+    lines = done("evaluate", of_each / "checkpoints" / "round-000001.h5").out.splitlines()
+    row = rows(of_each)[0]
+    assert lines[0] == "after round 1"
+    for client, line in enumerate(lines[1:5]):
+        assert line.split()[:4] == [
+            "client",
+            str(client),
+            "accuracy",
+            f"{row['clients']['accuracy'][client]:.4f}",
+        ]
+    assert lines[5].startswith(f"mean {row['accuracy']['mean']:.4f}")
+
+
+def test_evaluation_on_other_data_says_so(
+    done: Callable[..., Result], small: tuple[str, ...], run: Path
+) -> None:
+    done("data", "prepare", "other.h5", *small, "--seed", "5")
+    flags = ("--data.source", "hdf5", "--data.path", "other.h5")
+    result = json.loads(done("evaluate", run / "checkpoints" / "best.h5", *flags, "--json", "true").out)
+    assert result["other_data"] is True and 0 <= result["accuracy"]["mean"] <= 1
+
+
+# Data
+
+
+def test_prepared_data_give_the_same_run(
+    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert "200 samples of 3 × 8 × 8 uint8, 10 classes" in done("data", "prepare", "d.h5", *small).out
+    done(*small, "--run.dir", "a")
+    done(*small, "--data.source", "hdf5", "--data.path", "d.h5", "--data.size", "0", "--run.dir", "b")
+    first, second = (
+        done("inspect", tmp_path / name / "checkpoints" / "best.h5", "--digest").out for name in "ab"
+    )
+    assert first == second
+
+
+def test_a_partition_without_training(
+    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "c.toml").write_text('[partition]\nkind = "iid"\n')
+    text = done("data", "partition", "c.toml", "p.h5", *small).out
+    assert text.startswith("client  train valid  test") and len(text.splitlines()) == 5
+    with h5py.File(tmp_path / "p.h5") as file:
+        assert file.attrs["kind"] == "iid" and file["train/offsets"][()].tolist() == [0, 40, 80, 120, 160]
+
+
+# Restarts
+
+
+def test_going_on_with_a_run(
+    done: Callable[..., Result], small: tuple[str, ...], run: Path, tmp_path: Path
+) -> None:
+    """Three rounds and one more are four: the same rows, the same bits."""
+    result = done("restart", run, "--rounds", "4", "--run.keep", "9", "--train.lr-gate", "0.1")
+    assert "round 4/4" in result.out and "round 3/4" not in result.out and "warning" not in result.err
+    whole = ("--rounds", "4", "--eval.every", "2", "--run.checkpoint_every", "1", "--run.dir", "whole")
+    done(*small, *whole)
+    # Round 3 was the last of the first run, so it was measured there.
+    assert [row["round"] for row in rows(run)] == [1, 2, 3, 4]
+    assert learned(run)[3] == learned(tmp_path / "whole")[3]
+    with (
+        Checkpoint(run / "checkpoints" / "round-000004.h5") as again,
+        Checkpoint(tmp_path / "whole" / "checkpoints" / "round-000004.h5") as one,
+    ):
+        np.testing.assert_array_equal(again.state, one.state)
+        for client in range(4):
+            np.testing.assert_array_equal(again.vector(client), one.vector(client))
+    restart, end = events(run)[2:]
+    assert (restart["event"], restart["checkpoint"], restart["round"]) == ("restart", "round-000003.h5", 3)
+    assert restart["changes"] == {"rounds": [3, 4], "run.keep": [3, 9]}
+    assert end["event"] == "finish" and end["round"] == 4
+    assert tomllib.loads((run / "config.toml").read_text())["rounds"] == 4
+    assert len(list((run / "checkpoints").glob("round*"))) == 4
+
+
+def test_metrics_are_rewritten_from_the_checkpoint(done: Callable[..., Result], run: Path) -> None:
+    kept = learned(run)
+    (run / "checkpoints" / "round-000003.h5").unlink()
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"round": 99}\n{"rou')
+    done("restart", run)
+    assert learned(run) == kept, "round 3 again, the same bits, and nothing of the broken lines"
+
+
+def test_the_newest_good_checkpoint_is_taken(done: Callable[..., Result], run: Path, tmp_path: Path) -> None:
+    kept = learned(run)
+    newest = run / "checkpoints" / "round-000003.h5"
+    newest.write_bytes(newest.read_bytes()[:-5])
+    result = done("restart", run)
+    assert result.err.startswith("warning: ") and "round-000003.h5 is truncated" in result.err
+    assert events(run)[2]["checkpoint"] == "round-000002.h5"
+    assert "round-000003.h5 is truncated" in events(run)[2]["warnings"][0]
+    assert learned(run) == kept and done("inspect", newest).code == 0
+    for path in (run / "checkpoints").glob("round*"):
+        path.unlink()
+    done("restart", run)
+    assert learned(run) == kept, "without a checkpoint from round 0 of config.toml"
+
+
+def test_one_checkpoint_goes_on_in_another_folder(
+    done: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
+    before = digest(run)
+    for number, name in ((2, "older"), (3, "newest")):
+        done("restart", run / "checkpoints" / f"round-{number:06d}.h5", "--rounds", "4", "--run.dir", name)
+        assert [row["round"] for row in rows(tmp_path / name)] == [1, 2, 3, 4]
+        assert learned(tmp_path / name)[:number] == learned(run)[:number]
+    done("restart", run, "--rounds", "4", "--run.dir", "folder")
+    assert learned(tmp_path / "folder") == learned(tmp_path / "newest")
+    assert digest(run) == before
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(
+    done: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
+    done("restart", run.rename(tmp_path / "moved"), "--rounds", "4")
+    assert not run.exists() and len(rows(tmp_path / "moved")) == 4
+
+
+def test_other_threads_are_allowed_and_said(done: Callable[..., Result], run: Path) -> None:
+    result = done("restart", run, "--rounds", "4", "--train.threads", "2")
+    assert "bits will differ" in result.err and "threads 1 → 2" in result.err
+    assert events(run)[2]["changes"]["train.threads"] == [1, 2]
+    same = done("restart", run, "--rounds", "5")
+    assert "bits will differ" not in same.err
+
+
+def test_a_terminal_without_our_characters_ends_no_job(small: tuple[str, ...], tmp_path: Path) -> None:
+    result = program(0, *small, "--run.dir", "run", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    assert (result.code, result.err) == (0, "") and "clients after round 1" in result.out
+    assert "mlp5" in (tmp_path / "run" / "log" / "rank-0000.txt").read_text(encoding="utf-8")
+
+
+def test_a_vector_that_is_not_finite_is_left_out(
+    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+) -> None:
+    done(*small, "--rounds", "2", "--train.lr", "1e30", "--train.clip", "0", "--run.dir", "run")
+    assert rows(tmp_path / "run")[0]["dropped"] or rows(tmp_path / "run")[1]["dropped"]
+    assert any(event["event"] == "dropped" for event in events(tmp_path / "run"))
+
+
+def test_a_loss_beyond_float_is_null(
+    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+) -> None:
+    wild = ("--algorithm", "standalone", "--train.lr", "1e5", "--train.clip", "0", "--run.dir", "run")
+    done(*small, *wild)
+    assert None in rows(tmp_path / "run")[0]["clients"]["loss"]
+    assert "loss -" in done("evaluate", tmp_path / "run" / "checkpoints" / "round-000001.h5").out

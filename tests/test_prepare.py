@@ -1,0 +1,140 @@
+"""`data prepare` and `data partition`: the same data in one file, and the partition on paper."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from datafiles import (
+    GOOD_X,
+    GOOD_Y,
+    client_data,
+    damaged_h5,
+    everything,
+    image_folder,
+    images,
+    opened,
+    snapshot,
+    write_clients,
+    write_h5,
+)
+from PIL import Image
+
+from pfedmoe_mpi.config import Config, build
+from pfedmoe_mpi.data import Dataset, make_partition, open_dataset
+from pfedmoe_mpi.data.prepare import heat_map, prepare, write_partition
+from pfedmoe_mpi.errors import DataError, PartitionError
+
+
+def configured(**settings: Any) -> Config:
+    names = {"seed", "clients", "rounds"}
+    return build(
+        {name if name in names else name.replace("__", "."): value for name, value in settings.items()}
+    )
+
+
+def same(one: Dataset, other: Dataset) -> None:
+    for name in ("name", "shape", "classes", "class_names", "mean", "std", "dtype"):
+        assert getattr(one, name) == getattr(other, name), name
+    for name in ("labels", "client", "official_test"):
+        ours, theirs = getattr(one, name), getattr(other, name)
+        assert (ours is None and theirs is None) or (
+            np.array_equal(ours, theirs) and ours.dtype == theirs.dtype
+        )
+    assert np.array_equal(everything(one), everything(other))
+
+
+def test_prepared_data_are_the_same_data(tmp_path: Path) -> None:
+    image_folder(tmp_path / "f" / "train", {"ä": 3, "b": 2})
+    image_folder(tmp_path / "f" / "test", {"ä": 1, "b": 2})
+    write_clients(tmp_path / "n", "train", {0: client_data(6), 1: client_data(7)})
+    flat = write_h5(tmp_path / "flat.h5", x=np.arange(60.0).reshape(6, 10), y=GOOD_Y)
+    for number, data in enumerate(
+        (
+            {"data__source": "digits"},
+            {"data__source": "folder", "data__path": str(tmp_path / "f")},
+            {"data__source": "npz", "data__path": str(tmp_path / "n")},
+            {"data__source": "hdf5", "data__path": str(flat)},
+            {"data__source": "synthetic", "data__mean": "0.1,0.2,0.3", "data__std": "1,2,3"},
+        )
+    ):
+        config = configured(clients=2, **data)
+        out = tmp_path / f"{number}.h5"
+        summary = prepare(config, out)
+        assert "\n" not in summary and str(out) in summary
+        with open_dataset(config.data, 0, clients=2) as before, opened("hdf5", out) as after:
+            same(before, after)
+            assert after.distributed
+    with h5py.File(tmp_path / "0.h5") as file:
+        assert file["x"].chunks[1:] == (1, 32, 32) and 1 < file["x"].chunks[0] < 100
+
+
+def test_prepare_overwrites_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    out = tmp_path / "out.h5"
+    out.write_text("mine")
+    for write in (prepare, write_partition):
+        with pytest.raises(DataError, match="exists and is not overwritten"):
+            write(configured(), out)
+        with pytest.raises(DataError, match="no folder"):
+            write(configured(), tmp_path / "sub" / "out.h5")
+    assert out.read_text() == "mine"
+    bad = write_h5(tmp_path / "bad.h5", x=GOOD_X, y=GOOD_Y + 1)
+    with pytest.raises(DataError, match="subtract 1"):
+        prepare(configured(data__source="hdf5", data__path=str(bad)), tmp_path / "new.h5")
+    with pytest.raises(PartitionError):
+        write_partition(configured(partition__kind="natural"), tmp_path / "new.h5")
+    assert snapshot(tmp_path) == ["bad.h5", "out.h5"]
+
+
+def test_prepare_that_fails_half_way(tmp_path: Path) -> None:
+    """A file damaged behind its header fails while rows are copied: no output, no temporary file."""
+    path = damaged_h5(tmp_path / "a.h5", images(5000, 1, 8, 8), 100, 3000)
+    with pytest.raises(DataError, match="cannot be read"):
+        prepare(configured(data__source="hdf5", data__path=str(path)), tmp_path / "b.h5")
+    assert snapshot(tmp_path) == ["a.h5"]
+
+
+def test_partition_is_written_with_its_row_numbers(tmp_path: Path) -> None:
+    config = configured(clients=7, partition__validation=0.2)
+    text = write_partition(config, tmp_path / "p.h5")
+    data = opened("digits")
+    partition = make_partition(config.partition, data.labels, data.classes, 7, 0)
+    with h5py.File(tmp_path / "p.h5") as file:
+        assert file.attrs["digest"] == partition.digest()
+        for name in ("train", "validation", "test"):
+            rows, offsets = file[name]["rows"][()], file[name]["offsets"][()]
+            for client, part in enumerate(getattr(partition, name)):
+                assert np.array_equal(rows[offsets[client] : offsets[client + 1]], part)
+    assert text == heat_map(partition, data)
+
+
+def test_heat_map_shows_who_has_what_and_stops_at_forty() -> None:
+    data = opened("digits")
+    settings = configured(partition__kind="pathological").partition
+    few = heat_map(make_partition(settings, data.labels, 10, 5, 0), data).splitlines()
+    assert len(few) == 6
+    for line in few[1:]:
+        cells = line.split("|")[1]
+        assert len(cells) == 20 and len(cells.replace(" ", "")) == 4, "two classes, two characters each"
+    many = heat_map(make_partition(settings, data.labels, 10, 50, 0), data).splitlines()
+    assert len(many) == 42 and many[-1] == "and 10 more clients"
+
+
+def test_heat_map_as_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_partition(configured(), tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.format == "PNG" and min(image.size) > 300
+    assert snapshot(tmp_path) == ["p.png"]
+
+
+def test_a_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(DataError, match=re.escape("pfedmoe_mpi[report]")):
+        write_partition(configured(), tmp_path / "p.png")
+    assert not snapshot(tmp_path)

@@ -1,0 +1,283 @@
+"""HDF5 and npz files of users: what comes out of them, and what a user hears about unusable ones."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from datafiles import (
+    GOOD_X,
+    GOOD_Y,
+    NAN,
+    client_data,
+    damaged_h5,
+    everything,
+    images,
+    opened,
+    refused,
+    shared,
+    snapshot,
+    write_clients,
+    write_h5,
+)
+
+from pfedmoe_mpi.config import Data
+from pfedmoe_mpi.data import open_dataset
+from pfedmoe_mpi.data.pickles import read_arrays
+from pfedmoe_mpi.errors import DataError
+
+# HDF5
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"chunks": (7, 2, 5, 5)}, {"chunks": (1, 2, 5, 5), "compression": "gzip"}]
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_hdf5_rows_come_in_the_order_asked(tmp_path: Path, layout: dict[str, Any], dtype: type) -> None:
+    x: np.ndarray = images(500, 2, 5, 5).astype(dtype)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", data=x, **layout)
+        file["y"] = np.arange(500) % 3
+    with opened("hdf5", tmp_path / "a.h5") as data:
+        assert (data.shape, data.classes, data.distributed) == ((2, 5, 5), 3, True)
+        assert data.dtype == (np.uint8 if dtype == np.uint8 else np.float32)
+        generator = np.random.default_rng(1)
+        picks = [
+            [],
+            [499],
+            [3, 3, 0, 3],
+            np.arange(500),
+            generator.permutation(500),
+            generator.integers(0, 500, 40),
+        ]
+        for pick in picks:
+            rows = data.rows(np.array(pick, np.int64))
+            assert rows.flags.c_contiguous and rows.dtype == data.dtype
+            assert np.array_equal(rows, x[np.array(pick, np.int64)])
+
+
+def test_hdf5_reads_a_few_rows_without_the_rest(tmp_path: Path) -> None:
+    """Rows around a damaged place are read, as nothing between them is; rows in it are an error."""
+    x = images(4000, 3, 16, 16)
+    with opened("hdf5", damaged_h5(tmp_path / "a.h5", x, 10, 2005)) as data:
+        asked = np.array([1999, 3999, 5, 2010])
+        assert np.array_equal(data.rows(asked), x[asked])
+        with pytest.raises(DataError, match="rows 2000 to 2010 cannot be read"):
+            data.rows(np.array([2003]))
+
+
+def test_a_refused_file_is_closed(tmp_path: Path) -> None:
+    for labels in (GOOD_Y + 1, GOOD_Y[:2]):
+        path = write_h5(tmp_path / "a.h5", x=GOOD_X, y=labels)
+        with pytest.raises(DataError) as caught:
+            opened("hdf5", path)
+        with h5py.File(path, "r+"):
+            assert caught.value
+
+
+def test_hdf5_shapes(tmp_path: Path) -> None:
+    y = np.arange(6) % 2
+    assert opened("hdf5", write_h5(tmp_path / "a.h5", x=images(6, 8, 9), y=y)).shape == (1, 8, 9)
+    data = opened("hdf5", write_h5(tmp_path / "b.h5", x=np.ones((6, 13), np.float32), y=y))
+    assert data.shape == (13,) and data.mean == () and data.name == "b"
+
+
+def test_hdf5_optional_parts(tmp_path: Path) -> None:
+    y, client, test = np.arange(6) % 2, np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 0, 1, 0, 1])
+    path = write_h5(tmp_path / "a.h5", x=images(6, 1, 4, 4), y=y, client=client, official_test=test)
+    data = opened("hdf5", path)
+    assert data.client is not None and data.official_test is not None
+    assert np.array_equal(data.client, client) and np.array_equal(data.official_test, test.astype(bool))
+
+
+@pytest.mark.parametrize(
+    ("tables", "pattern"),
+    [
+        ({"x": GOOD_X}, "no dataset 'y'; it has x"),
+        ({"y": GOOD_Y}, "no dataset 'x'"),
+        ({"x": GOOD_X, "y": GOOD_Y[:5]}, r"6 rows, y has shape \(5,\)"),
+        ({"x": GOOD_X, "y": GOOD_Y[:, None]}, r"y has shape \(6, 1\)"),
+        ({"x": GOOD_X, "y": GOOD_Y + 0.5}, "labels of .* are float64"),
+        ({"x": GOOD_X, "y": GOOD_Y - 1}, "row 0 has -1"),
+        ({"x": GOOD_X, "y": GOOD_Y + 1}, "run from 1 to 3, but class 0(.|\n)*subtract 1 from each"),
+        ({"x": GOOD_X, "y": GOOD_Y * 2}, "class 1 has no row"),
+        ({"x": GOOD_X, "y": GOOD_Y * 0}, "one class only"),
+        ({"x": GOOD_X.astype(np.int64), "y": GOOD_Y}, "x of .* is int64"),
+        ({"x": GOOD_X[..., None], "y": GOOD_Y}, "has shape"),
+        ({"x": np.arange(6.0), "y": GOOD_Y}, "has shape"),
+        ({"x": images(6, 8, 8, 3), "y": GOOD_Y}, "channels in the last place"),
+        ({"x": GOOD_X[:0], "y": GOOD_Y[:0]}, "is empty"),
+        ({"x": NAN, "y": GOOD_Y}, "row 4 holds a NaN"),
+        ({"x": GOOD_X * 1e300, "y": GOOD_Y}, "NaN or an infinity"),
+        ({"x": GOOD_X, "y": GOOD_Y, "client": GOOD_Y + 1}, "client 0 has no row"),
+        ({"x": GOOD_X, "y": GOOD_Y, "client": GOOD_Y[:2]}, r"6 rows, client has shape \(2,\)"),
+        ({"x": GOOD_X, "y": GOOD_Y, "official_test": GOOD_Y}, "official_test of .* more than true and false"),
+        ({"x": GOOD_X, "y": GOOD_Y, "class_names": ["a", "b"]}, "names 2 classes and has rows of 3"),
+        ({"x": GOOD_X, "y": GOOD_Y, "class_names": [1, 2, 3]}, "cannot be read"),
+    ],
+)
+def test_hdf5_refused(tmp_path: Path, tables: dict[str, Any], pattern: str) -> None:
+    refused(pattern, "hdf5", write_h5(tmp_path / "a.h5", **tables))
+    assert snapshot(tmp_path) == ["a.h5"]
+
+
+def test_nan_is_found_by_the_rank_that_reads_it(tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "a.h5", x=NAN, y=GOOD_Y)
+    data = open_dataset(Data(source="hdf5", path=str(path)), 0, clients=2, check=False)
+    assert data.rows(np.array([0, 5])).all()
+    with pytest.raises(DataError, match="row 4"):
+        data.rows(np.array([0, 4]))
+
+
+def test_a_file_that_is_not_hdf5_or_cut_short(tmp_path: Path) -> None:
+    (tmp_path / "text.h5").write_text("hello")
+    refused("cannot be opened as HDF5", "hdf5", tmp_path / "text.h5")
+    path = write_h5(tmp_path / "a.h5", x=images(100, 3, 32, 32), y=np.arange(100) % 2)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    refused("cannot be opened as HDF5", "hdf5", path)
+
+
+@pytest.mark.parametrize("source", ["hdf5", "folder", "npz"])
+def test_missing_path(tmp_path: Path, source: str) -> None:
+    refused("No such file", source, tmp_path / "nothing")
+    assert not snapshot(tmp_path)
+
+
+# npz
+
+
+def test_npz_clients_of_mnist() -> None:
+    path = shared("mnist-20clients")
+    data = opened("npz", path)
+    assert (data.shape, data.classes, data.dtype, len(data)) == ((1, 28, 28), 10, np.float32, 70_000)
+    assert data.mean == () and data.client is not None and data.official_test is not None
+    with np.load(path / "test" / "7.npz", allow_pickle=True) as archive:
+        real = archive["data"].tolist()
+    mine = np.flatnonzero((data.client == 7) & data.official_test)
+    assert np.array_equal(data.rows(mine), real["x"]) and np.array_equal(data.labels[mine], real["y"])
+
+
+def test_npz_train_and_test_of_each_client(tmp_path: Path) -> None:
+    parts = [client_data(n, seed=n) for n in (6, 3, 5, 4)]
+    write_clients(tmp_path, "train", {0: parts[0], 1: parts[2]})
+    write_clients(tmp_path, "test", {0: parts[1], 1: parts[3]})
+    data = opened("npz", tmp_path)
+    assert data.client is not None and data.official_test is not None
+    assert data.client.tolist() == [0] * 9 + [1] * 9
+    assert np.flatnonzero(data.official_test).tolist() == [6, 7, 8, 14, 15, 16, 17]
+    assert np.array_equal(everything(data), np.concatenate([part["x"] for part in parts]))
+    assert np.array_equal(data.labels, np.concatenate([part["y"] for part in parts]))
+
+
+def test_npz_labels_of_unlike_integers(tmp_path: Path) -> None:
+    for client, dtype in enumerate((np.uint64, np.int64)):
+        content = {"x": GOOD_X, "y": GOOD_Y.astype(dtype)}
+        write_clients(tmp_path, "train", {client: content})
+    assert opened("npz", tmp_path).labels.tolist() == [*GOOD_Y, *GOOD_Y]
+
+
+def test_npz_of_plain_arrays_and_without_test(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    np.savez(tmp_path / "train" / "0.npz", x=images(6, 5, 5), y=GOOD_Y.astype(np.uint64))
+    data = opened("npz", tmp_path)
+    assert (data.shape, data.dtype, data.official_test) == ((1, 5, 5), np.uint8, None)
+    assert np.array_equal(everything(data)[:, 0], images(6, 5, 5))
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_pickled_arrays_of_every_kind(protocol: int) -> None:
+    table: dict[str, Any] = {
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "big": np.arange(4, dtype=">i4"),
+        "bool": np.array([True, False]),
+        "empty": np.empty((0, 3), np.float32),
+        "number": np.float64(2.5),
+        "list": [1, (2, "three"), {"four": None}],
+    }
+    found = read_arrays(pickle.dumps(np.array(table, dtype=object), protocol), "here")
+    assert sorted(found) == ["big", "bool", "empty", "fortran"]
+    for name, array in found.items():
+        assert np.array_equal(array, table[name]) and array.shape == np.shape(table[name])
+
+
+class Evil:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def test_npz_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    for function, named in ((Path.touch, "touch|getattr|Path"), (eval, "builtins.eval")):
+        argument = mark if function is Path.touch else f"open({str(mark)!r}, 'w')"
+        content = {**client_data(6), "z": Evil(function, argument)}
+        refused(f"holds a pickled .*({named})", "npz", write_clients(tmp_path / "d", "train", {0: content}))
+    assert not mark.exists()
+
+
+def test_npz_pickle_with_numpy_functions_is_refused(tmp_path: Path) -> None:
+    for evil in (Evil(np.fromfile, "/dev/null"), Evil(np.memmap, "x"), np.ma.masked_array([1]), np.polyval):
+        content = {**client_data(6), "z": evil}
+        refused("holds a pickled numpy", "npz", write_clients(tmp_path, "train", {0: content}))
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        ({"x": GOOD_X}, "no arrays x and y; it has x"),
+        ({"x": GOOD_X, "y": [0, 1, 2, 0, 1, 2]}, "no arrays x and y"),
+        ({1, 2}, "not one dict"),
+        ({"x": GOOD_X, "y": GOOD_Y[:3]}, "6 samples and labels"),
+        ({"x": GOOD_X, "y": GOOD_Y / 2}, "6 samples and labels of float64"),
+        ({"x": NAN, "y": GOOD_Y}, "0.npz: row 4 holds a NaN"),
+        ({"x": GOOD_X.astype(np.int32), "y": GOOD_Y}, "is int32"),
+        ({"x": GOOD_X, "y": GOOD_Y + 1}, "subtract 1"),
+        ({"x": np.array(["a"] * 6), "y": GOOD_Y}, "an array of dtype"),
+        ({"x": np.array([[{}]] * 6), "y": GOOD_Y}, "no arrays x and y; it has y"),
+    ],
+)
+def test_npz_refused(tmp_path: Path, content: Any, pattern: str) -> None:
+    refused(pattern, "npz", write_clients(tmp_path, "train", {0: content}))
+
+
+def test_npz_layout_refused(tmp_path: Path) -> None:
+    refused("has no train/0.npz", "npz", tmp_path)
+    write_clients(tmp_path, "train", {0: client_data(6), 2: client_data(6)})
+    refused("has no train/1.npz", "npz", tmp_path)
+    write_clients(tmp_path, "train", {1: {"x": images(6, 1, 5, 5), "y": GOOD_Y}})
+    refused(r"x of client 1 is uint8 \(1, 5, 5\), of client 0 float32 \(1, 4, 4\)", "npz", tmp_path)
+    write_clients(tmp_path, "train", {1: client_data(6)})
+    write_clients(tmp_path, "test", {5: client_data(6)})
+    refused("test/5.npz without a train part", "npz", tmp_path)
+
+
+def test_npz_damaged(tmp_path: Path) -> None:
+    """Whatever bytes a pickle is made of, the answer is data or one message."""
+    path = write_clients(tmp_path, "train", {0: client_data(6)}) / "train" / "0.npz"
+    with zipfile.ZipFile(path) as archive:
+        raw = archive.read("data.npy")
+    generator = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(300):
+        broken = bytearray(raw)
+        for place in generator.integers(0, len(raw), 3):
+            broken[place] = generator.integers(256)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("data.npy", bytes(broken[: generator.integers(len(raw) // 2, len(raw) + 1)]))
+        try:
+            opened("npz", tmp_path)
+            outcomes.add("read")
+        except DataError:
+            outcomes.add("refused")
+    assert "refused" in outcomes
+    path.write_bytes(path.read_bytes()[:100])
+    refused("cannot be read as npz", "npz", tmp_path)
