@@ -19,6 +19,7 @@ from pfedmoe_mpi import seeds
 from pfedmoe_mpi.client import Client
 from pfedmoe_mpi.data import shard
 from pfedmoe_mpi.data.shard import Batch, Normalise, Split
+from pfedmoe_mpi.fixedpoint import NotFiniteError
 from pfedmoe_mpi.parts import Parts
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class SGD:
         self._momenta = [[torch.zeros_like(p) for p in group] for group, _ in self._groups]
         self._all = [p for group, _ in self._groups for p in group]
         self._first = True
+        self.norms = torch.zeros((), dtype=torch.float64)  # of the gradients so far, added up: finite if all are
 
     def zero_grad(self) -> None:
         for parameter in self._all:
@@ -56,7 +58,8 @@ class SGD:
     def step(self) -> None:
         """One update; parameters without a gradient stay."""
         if self._phase.clip:
-            nn.utils.clip_grad_norm_(self._all, self._phase.clip)
+            norm = nn.utils.clip_grad_norm_(self._all, self._phase.clip)
+            self.norms = self.norms.to(norm.device) + norm
         for (group, lr), momenta in zip(self._groups, self._momenta, strict=True):
             held = [(p, p.grad, v) for p, v in zip(group, momenta, strict=True) if p.grad is not None]
             if held:
@@ -112,7 +115,12 @@ class Turn:
         seeds.seed_global(engine.seed, "step", round, client.id)
 
     def sgd(self, phase: Phase) -> int:
-        """Train the phase's parts in place; the number of steps taken."""
+        """Train the phase's parts in place; the number of steps taken.
+
+        Raises:
+            NotFiniteError: a loss or the norm of a gradient was not finite. Clipping scales a gradient of
+                infinite norm to zero, so that the vectors alone would not show it.
+        """
         modules = self.parts.modules()
         for name, module in modules.items():
             module.train(name in phase.lr)
@@ -131,6 +139,8 @@ class Turn:
                 total += loss.detach().double() * len(batch)
                 steps += 1
             self.loss = float(total) / len(self._split)
+            if not math.isfinite(self.loss + float(optimiser.norms)):
+                raise NotFiniteError("its loss or its gradient is not finite")
         optimiser.zero_grad()
         return steps
 

@@ -592,7 +592,7 @@ def on_rank(number: int, code: str, folder: Path) -> dict[str, str]:
     names = "os.environ.get('PMI_RANK'), os.environ.get('OMPI_COMM_WORLD_RANK')"
     text = f"import os\nif '{number}' in ({names}):\n    {code}\n"
     (folder / "site" / "sitecustomize.py").write_text(text)
-    return {"PYTHONPATH": str(folder / "site")}
+    return {"PYTHONPATH": os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")])}
 
 
 @BOTH

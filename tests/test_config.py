@@ -180,6 +180,7 @@ def test_out_of_range_or_of_the_wrong_type(name: str, bad: Any) -> None:
         ("classes_min is above", {"partition.kind": "classes", "partition.classes_min": 3}),
         ("needs --data.path", {"data.source": "hdf5"}),
         ("as many numbers", {"data.mean": "0.5"}),
+        ("data.mean = 'nan'.*finite number", {"data.mean": "nan", "data.std": "1"}),
         ("must be positive", {"data.mean": "0.5", "data.std": "0"}),
         ("cnn1 in 500 and mnist5 in 50", {"model.pool": "cnn1", "model.shared": "mnist5"}),
         ("cnn1 in 500 and mnist2 in 50", {"model.pool": "cnn1,mnist2"}),

@@ -23,6 +23,7 @@ from torch import Tensor
 from pfedmoe_mpi.algorithms.base import Algorithm, Block, Mean, Phase, Spec, Task, TensorPart
 from pfedmoe_mpi.config import Section
 from pfedmoe_mpi.data.shard import Batch
+from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.parts import Parts
 from pfedmoe_mpi.training import Turn
 
@@ -37,6 +38,8 @@ class Scaffold(Algorithm):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
+        if not task.config.train.lr_shared:
+            raise ConfigError("scaffold divides by train.lr_shared, which is 0", "--train.lr_shared 0.05")
         self._model = task.model(task.pool[0])
         self._parameters = self._model.layout().parameters
 
