@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import launcher
@@ -37,3 +38,34 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.code == 0, result.err
     (folder / "run" / "said.txt").write_text(result.out)
     return folder / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """`trained`, for a test to change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def refused(session: launcher.Session, tmp_path: Path) -> Callable[..., str]:
+    """Runs a command line in `tmp_path`, where nothing may change, and returns its message."""
+
+    def check(pattern: str, *arguments: str | Path) -> str:
+        before = launcher.digest(tmp_path), sorted(tmp_path.rglob("*"))
+        result = session(*map(str, arguments), cwd=tmp_path)
+        assert (launcher.digest(tmp_path), sorted(tmp_path.rglob("*"))) == before, "something was written"
+        return launcher.told(result, pattern)
+
+    return check
+
+
+@pytest.fixture
+def done(session: launcher.Session, tmp_path: Path) -> Callable[..., launcher.Result]:
+    """Runs a command line in `tmp_path`; it must end well."""
+
+    def check(*arguments: str | Path) -> launcher.Result:
+        result = session(*map(str, arguments), cwd=tmp_path)
+        assert result.code == 0, result.err
+        return result
+
+    return check

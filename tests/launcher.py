@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +37,43 @@ def digest(path: Path) -> str:
         return sha256(path.read_bytes()).hexdigest()
     files = sorted(p for p in path.rglob("*") if p.is_file())
     return sha256("".join(f"{p.relative_to(path)} {digest(p)}\n" for p in files).encode()).hexdigest()
+
+
+def told(result: Result, pattern: str) -> str:
+    """The one message of a refused command line; it matches `pattern` and holds a remedy."""
+    assert result.code == 2, f"exit {result.code}\n{result.out}\n{result.err}"
+    assert result.err.count("error: ") == 1 and result.err.count("remedy: ") == 1, result.err
+    assert "Traceback" not in result.err and "Warning" not in result.err
+    message = result.err[result.err.index("error: ") :]
+    assert re.search(pattern, message), message
+    assert message.split("remedy: ")[1].strip(), "an empty remedy"
+    return message
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    """events.jsonl."""
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def learned(run: Path) -> list[dict[str, Any]]:
+    """The rows without what differs between runs of the same bits."""
+    return [
+        {k: v for k, v in row.items() if k not in {"seconds", "rss_mb", "mpi_bytes"}} for row in rows(run)
+    ]
+
+
+def flip(path: Path, place: int) -> None:
+    """Change one bit of a file."""
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 16]))
 
 
 def environment(mpi: str, extra: dict[str, str]) -> dict[str, str]:

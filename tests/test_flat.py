@@ -212,8 +212,12 @@ def _memory_format(module: nn.Sequential) -> None:
     module.to(memory_format=torch.channels_last)
 
 
+def _reshape(module: nn.Sequential) -> None:
+    module[4].weight.data = module[4].weight.data.view(4 * 36, 5)
+
+
 def _transpose(module: nn.Sequential) -> None:
-    module[4].weight.data = module[4].weight.data.t()
+    module[0].weight.data = module[0].weight.data.transpose(2, 3)
 
 
 def _swap(module: nn.Sequential) -> None:
@@ -231,6 +235,7 @@ def _swap(module: nn.Sequential) -> None:
         _add,
         _drop,
         _memory_format,
+        _reshape,
         _transpose,
         _swap,
     ],

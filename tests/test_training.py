@@ -199,7 +199,8 @@ def test_a_turn_does_not_depend_on_draws_made_before_it() -> None:
 def test_frozen_parts_do_not_move_and_neither_do_their_statistics() -> None:
     for trained, frozen in (("shared", "own"), ("own", "shared")):
         player = Player(phase({trained: 0.1}))
-        _, shared, private = player.step()
+        turn, shared, private = player.step()
+        assert all(p.grad is None for p in turn.parts.parameters(frozen)), "no gradient is computed for it"
         moved = {
             "shared": not torch.equal(shared, player.state),
             "own": not torch.equal(private, player.client.vector),

@@ -1,0 +1,199 @@
+"""Checkpoints that are damaged, and restarts that would be another run: refused, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from launcher import Session, digest, flip, told
+
+# Damaged checkpoints
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def unseal(path: Path) -> None:
+    """As a file renamed before it was sealed: HDF5 is whole, the user block is empty."""
+    with open(path, "r+b") as file:
+        file.write(bytes(4096))
+
+
+def another_format(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(8)
+        file.write(struct.pack("<I", 77))
+
+
+def first_half(path: Path) -> None:
+    flip(path, path.stat().st_size // 2)
+
+
+DAMAGE: list[tuple[str, Callable[[Path], object]]] = [
+    ("no checkpoint|no run folder or checkpoint", Path.unlink),
+    ("is truncated", truncate),
+    ("not a finished checkpoint", lambda path: path.write_bytes(b"")),
+    ("not a finished checkpoint", lambda path: path.write_text("rounds = 3")),
+    ("not a finished checkpoint", unseal),
+    ("format version 77", another_format),
+    ("its seal does not match", lambda path: flip(path, 40)),
+    ("is damaged", first_half),
+    ("its bytes", lambda path: flip(path, 4096 + 100)),
+    ("is damaged", lambda path: flip(path, path.stat().st_size - 1)),
+]
+
+
+@pytest.mark.parametrize(("pattern", "damage"), DAMAGE)
+def test_damaged_checkpoints(
+    refused: Callable[..., str], run: Path, pattern: str, damage: Callable[[Path], object]
+) -> None:
+    path = run / "checkpoints" / "round-000003.h5"
+    damage(path)
+    for arguments in (
+        ("restart", path),
+        ("evaluate", path),
+        ("inspect", path),
+        ("inspect", path, "--digest"),
+        ("export", path, "--client", "1", "out.h5"),
+    ):
+        refused(pattern, *arguments)
+
+
+def test_any_flipped_bit_is_found(session: Session, run: Path, tmp_path: Path) -> None:
+    """One byte in each of 60 stretches of the file, the user block's unused rest excepted."""
+    path = run / "checkpoints" / "round-000003.h5"
+    good = path.read_bytes()
+    random = np.random.default_rng(4)
+    for first, last in [
+        (0, 200),
+        *((a, a + len(good) // 60) for a in range(4096, len(good), len(good) // 60)),
+    ]:
+        place = int(random.integers(first, min(last, len(good))))
+        flip(path, place)
+        told(session("inspect", str(path), cwd=tmp_path), "checkpoint|damaged|truncated|format")
+        path.write_bytes(good)
+    assert session("inspect", str(path), cwd=tmp_path).code == 0
+
+
+def test_nothing_to_restart_from(refused: Callable[..., str], run: Path, tmp_path: Path) -> None:
+    refused("no run folder or checkpoint", "restart", "none")
+    (tmp_path / "empty").mkdir()
+    refused("not a run folder", "restart", "empty")
+    (run / "config.toml").unlink()
+    for path in (run / "checkpoints").glob("round*"):
+        truncate(path)
+    assert "config.toml" in refused("no configuration file", "restart", run)
+
+
+# Restarts that would be another run
+
+
+@pytest.mark.parametrize(
+    ("pattern", "arguments"),
+    [
+        ("seed: 0 → 1", ["--seed", "1"]),
+        ("clients: 4 → 5", ["--clients", "5"]),
+        ("algorithm: pfedmoe → standalone", ["--algorithm", "standalone"]),
+        ("pfedmoe.share: True → False", ["--pfedmoe.share", "false"]),
+        ("partition.alpha: 1.0 → 0.5", ["--partition.alpha", "0.5"]),
+        ("partition.kind: dirichlet → iid", ["--partition.kind", "iid"]),
+        ("model.pool: .*mlp5.*mlp4.* → .*mlp5.*mlp3", ["--model.pool", "mlp5,mlp3"]),
+        ("model.dim: 500 → 64", ["--model.dim", "64"]),
+        ("gate.hidden: 64 → 32", ["--gate.hidden", "32"]),
+        ("seed: 0 → 1; clients: 4 → 5|clients: 4 → 5; seed: 0 → 1", ["--seed", "1", "--clients", "5"]),
+        ("rounds = 'x'", ["--rounds", "x"]),
+        ("no flag --sed; did you mean 'seed'", ["--sed", "1"]),
+    ],
+)
+def test_restarts_that_would_be_another_run(
+    refused: Callable[..., str], run: Path, pattern: str, arguments: list[str]
+) -> None:
+    refused(pattern, "restart", run, "--rounds", "4", *arguments)
+    for path in (run / "checkpoints").glob("*.h5"):
+        path.unlink()
+    refused(pattern, "restart", run, "--rounds", "4", *arguments)  # round 0 from config.toml is no other case
+
+
+def test_a_restart_with_other_data_is_refused(
+    refused: Callable[..., str], session: Session, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    made = session("data", "prepare", "d.h5", *small, cwd=tmp_path)
+    assert made.code == 0, made.err
+    flags = (*small, "--data.source", "hdf5", "--data.path", "d.h5", "--run.dir", "run")
+    assert session(*flags, cwd=tmp_path).code == 0
+    moved = tmp_path / "elsewhere.h5"
+    (tmp_path / "d.h5").rename(moved)
+    refused("d.h5", "restart", "run", "--rounds", "2")
+    with h5py.File(moved, "r+") as file:
+        file["x"][7, 0, 0, 0] ^= 1
+    refused(
+        "the data changed .*digest [0-9a-f]+… then, [0-9a-f]+… now", "restart", "run", "--data.path", moved
+    )
+    with h5py.File(moved, "r+") as file:
+        file["x"][7, 0, 0, 0] ^= 1
+    result = session("restart", "run", "--data.path", str(moved), "--rounds", "2", cwd=tmp_path)
+    assert result.code == 0, "the same data in another place: " + result.err
+
+
+def test_a_checkpoint_that_is_not_the_newest_needs_a_folder(
+    refused: Callable[..., str], run: Path, tmp_path: Path
+) -> None:
+    older, best = (run / "checkpoints" / name for name in ("round-000002.h5", "best.h5"))
+    for path in (older, best):
+        assert "--run.dir" in refused("not the newest checkpoint", "restart", path)
+        refused("not the newest checkpoint", "restart", path, "--run.dir", run)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("")
+    refused("exists already", "restart", older, "--run.dir", "used")
+    alone = tmp_path / "alone" / "round-000003.h5"
+    alone.parent.mkdir()
+    shutil.copy(run / "checkpoints" / "round-000003.h5", alone)
+    refused("not the newest checkpoint of a run folder", "restart", alone)
+    moved = run.rename(tmp_path / "moved")
+    refused("not the newest checkpoint", "restart", moved / "checkpoints" / "round-000002.h5")
+
+
+def test_a_finished_run_says_so(session: Session, run: Path, tmp_path: Path) -> None:
+    before = digest(run)
+    for source in (run, run / "checkpoints" / "round-000003.h5"):
+        result = session("restart", str(source), cwd=tmp_path)
+        assert (result.code, result.err) == (0, "") and "the run is finished: 3 of 3 rounds" in result.out
+    assert digest(run) == before
+
+
+def test_evaluation_on_data_the_models_cannot_take(
+    refused: Callable[..., str], run: Path, tmp_path: Path
+) -> None:
+    source = run / "checkpoints" / "best.h5"
+    path = tmp_path / "d.h5"
+    with h5py.File(path, "w") as file:
+        file["x"], file["y"] = np.zeros((200, 3, 8, 8), np.uint8), np.arange(200) % 3
+    refused(
+        "do not take samples of 3×8×8 in 3 classes",
+        "evaluate",
+        source,
+        "--data.source",
+        "hdf5",
+        "--data.path",
+        path,
+    )
+    refused("clients: 4 → 5", "evaluate", source, "--clients", "5")
+    refused("algorithm: pfedmoe → fedavg", "evaluate", source, "--algorithm", "fedavg")
+
+
+def test_the_history_is_untouched_by_a_refused_restart(session: Session, run: Path, tmp_path: Path) -> None:
+    rows = (run / "metrics.jsonl").read_text()
+    told(session("restart", str(run), "--seed", "3", cwd=tmp_path), "seed")
+    assert (run / "metrics.jsonl").read_text() == rows and len(rows.splitlines()) == 3
+    assert [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()] == [
+        "start",
+        "finish",
+    ]
