@@ -169,7 +169,7 @@ class Bench:
 
     def sensible(self) -> list[str]:
         """The parts that tell something on these ranks: with more ranks than cores, not their speed."""
-        crowded = any(self.world.gather(self.world.local()[1] > device.cores(), "cores"))
+        crowded = any(self.world.gather(self.world.local()[1] > launch.CORES, "cores"))
         if crowded:
             return ["idle", "write"]
         unfit = SEVERAL if self.world.size == 1 else set()
@@ -191,7 +191,7 @@ class Bench:
         return [
             f"{datetime.now().astimezone():%Y-%m-%d %H:%M %z}, pfedmoe_mpi {code}",
             f"torch {torch.__version__}, {comm.library()}",
-            f"{device.processor()}{gpu}: {ranks} on {hosts} host(s), {device.cores()} cores on this one",
+            f"{device.processor()}{gpu}: {ranks} on {hosts} host(s), {launch.CORES} cores on this one",
         ]
 
     # The parts

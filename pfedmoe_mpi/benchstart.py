@@ -53,7 +53,7 @@ def run(words: Sequence[str], flags: Mapping[str, Any]) -> int:
         def reference() -> float:
             return _seconds_until([*command, "-c", IMPORT], "imported", ranks)
 
-        print(f"{device.processor()}: {device.cores()} cores, {time.strftime('%Y-%m-%d %H:%M %z')}")
+        print(f"{device.processor()}: {launch.CORES} cores, {time.strftime('%Y-%m-%d %H:%M %z')}")
         print(bench.HEADING, flush=True)
         pair = bench.side_by_side(ours, reference, REPEATS)
     print(pair.line(f"start of {ranks} ranks to round 1 vs importing torch", 1.2).text(), flush=True)

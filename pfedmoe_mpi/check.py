@@ -62,10 +62,9 @@ def _check(world: Comm, folder: Path, code: str) -> int:
 
 def findings(world: Comm, folder: Path, code: str) -> Iterator[Finding]:
     """All checks, one after the other; collective, the same findings on every rank."""
-    cores = device.cores()  # before torch is imported
     yield from _versions(world, code)
     yield _ranks(world)
-    yield from _devices(world, cores)
+    yield from _devices(world)
     yield _sum(world)
     yield _signals(world)
     yield from _files(world, folder)
@@ -119,9 +118,9 @@ def _ranks(world: Comm) -> Finding:
     return Finding(True, f"{world.size} rank(s) on {len(hosts)} host(s) ({listed})")
 
 
-def _devices(world: Comm, cores: int) -> Iterator[Finding]:
-    """One line per rank: host, local rank, GPU or cores and threads. `cores` before torch was imported."""
-    left = world.gather((device.cores(), cores), "cores")
+def _devices(world: Comm) -> Iterator[Finding]:
+    """One line per rank: host, local rank, GPU or cores and threads."""
+    left = world.gather((launch.cores(), launch.CORES), "cores")
     shrunk = [rank for rank, (now, then) in enumerate(left) if now < then]
     if shrunk:
         text = f"importing torch left rank {shrunk[0]} {left[shrunk[0]][0]} of {left[shrunk[0]][1]} cores"
@@ -137,7 +136,7 @@ def _devices(world: Comm, cores: int) -> Iterator[Finding]:
     kinds = set(world.gather(chosen.device.type, "devices"))
     if len(kinds) > 1:
         yield Finding(False, "some ranks see a GPU, others none", "ask the job for GPUs on every host")
-    crowded = world.gather(beside > cores and chosen.device.type == "cpu", "cores")
+    crowded = world.gather(beside > launch.CORES and chosen.device.type == "cpu", "cores")
     if any(crowded):
         hosts = "there are more ranks than cores"
         yield Finding(True, f"{hosts} (rank {crowded.index(True)}): it works, no faster than one per core")

@@ -104,7 +104,7 @@ class ModelSettings(Section):
     pool: Names = Field(("auto",), min_length=1)
     """Architectures; client k takes number k mod length; auto = five unlike ones if the method allows."""
     shared: Name = "auto"
-    """Architecture of the shared model or extractor; auto = the smallest of the family that fits the data."""
+    """Architecture of the shared model or extractor; auto = the smallest of the pool's family."""
     dim: int = Field(0, ge=0)
     """Length d of a representation, the same everywhere; 0 = what the architectures define (CNN 500)."""
     stem: Annotated[Literal["small", "imagenet"], BeforeValidator(_name)] = "small"

@@ -12,14 +12,10 @@ from typing import TYPE_CHECKING
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.config import Train
 from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.launch import CORES
 
 if TYPE_CHECKING:
     import torch
-
-
-def cores() -> int:
-    """Cores this process may use; read before torch, whose OpenMP may shrink the mask."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads(comm: Comm, setting: int | str) -> int:
@@ -30,7 +26,7 @@ def threads(comm: Comm, setting: int | str) -> int:
     if isinstance(setting, int):
         return setting
     given = os.environ.get("OMP_NUM_THREADS", "")
-    own = int(given) if given.isdigit() and int(given) > 0 else max(1, cores() // comm.local()[1])
+    own = int(given) if given.isdigit() and int(given) > 0 else max(1, CORES // comm.local()[1])
     return min(comm.gather(own, "threads"))
 
 
@@ -64,12 +60,13 @@ def choose(comm: Comm, train: Train) -> Device:
         found = Device(torch.device("cuda", index), model, f"{host} GPU {index} of {visible} ({model})")
     else:
         model = processor()
-        shared = f"{cores()} cores for {local_size} ranks, {train.threads} thread(s)"
+        shared = f"{CORES} cores for {local_size} ranks, {train.threads} thread(s)"
         found = Device(torch.device("cpu"), model, f"{host} {shared}")
     models = comm.gather(found.model if found else "no GPU", "devices")
     if "no GPU" in models:
-        raise ConfigError(f"rank {models.index('no GPU')} sees no GPU", "--train.device cpu, or ask the job for GPUs")
-    if len(set(models)) > 1:
+        rank = models.index("no GPU")
+        raise ConfigError(f"rank {rank} sees no GPU", "--train.device cpu, or ask the job for GPUs")
+    if len(set(models)) > 1 and comm.rank == 0:
         listed = "; ".join(f"rank {models.index(m)}: {m}" for m in dict.fromkeys(models))
         print(f"note: unlike devices, so bits differ from a run on equal ones: {listed}", file=sys.stderr)
     assert found

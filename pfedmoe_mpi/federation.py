@@ -52,11 +52,15 @@ class Silent:
 class Loop:
     """A federation in motion: `round` rounds are done, `state` is the server's vector after them."""
 
-    def __init__(self, comm: Comm, federation: Federation, observer: Observer, checkpoints: Path | None) -> None:
+    def __init__(
+        self, comm: Comm, federation: Federation, observer: Observer, checkpoints: Path | None
+    ) -> None:
         self.comm = comm
         self.federation = federation
         self.round = 0
-        self.state = setup.pinned(federation.workbench.initial(federation.method.state()), federation.device.device)
+        self.state = setup.pinned(
+            federation.workbench.initial(federation.method.state()), federation.device.device
+        )
         self.history: list[Row] = []
         self.identity: dict[str, str] = {}
         self._observer = observer
@@ -138,7 +142,11 @@ class Loop:
         sizes = {name: place.stop - place.start for name, place in federation.state_layout.parts.items()}
         total = RoundSum(federation.task, cohort, self._method.payload(sizes))
         finished = self._take_partial(total)
-        left = {client: federation.costs[client] for (client, _), done in zip(cohort, finished, strict=True) if not done}
+        left = {
+            client: federation.costs[client]
+            for (client, _), done in zip(cohort, finished, strict=True)
+            if not done
+        }
         trainer = placement.trainers(left, federation.home, self.comm.size)
         guests = self._lend(trainer)
         started = time.perf_counter()
@@ -224,7 +232,9 @@ class Loop:
         dtype = torch.from_numpy(np.empty(0, federation.dataset.dtype)).dtype
         lengths = {split: len(getattr(federation.partition, split)[client]) for split in SPLITS}
         splits = {
-            split: Split(torch.empty((n, *federation.dataset.shape), dtype=dtype), torch.empty(n, dtype=torch.int64))
+            split: Split(
+                torch.empty((n, *federation.dataset.shape), dtype=dtype), torch.empty(n, dtype=torch.int64)
+            )
             for split, n in lengths.items()
         }
         vector = torch.empty(federation.client_layouts[client].size)
@@ -284,7 +294,9 @@ class Loop:
         federation = self.federation
         samples = [federation.task.samples(k) for k in range(federation.task.clients)]
         tested = [len(rows) for rows in federation.partition.test]
-        row = metrics.row(self.round, total, evaluation, samples, tested, 4 * federation.state_layout.size, seconds)
+        row = metrics.row(
+            self.round, total, evaluation, samples, tested, 4 * federation.state_layout.size, seconds
+        )
         self.history.append(row)
         shown = dict(row)
         if self.round % federation.config.run.checkpoint_every == 0 or self.round == federation.config.rounds:
@@ -339,5 +351,8 @@ class Loop:
 
 def _arrays(client: Client) -> list[np.ndarray]:
     """What travels with a client that trains away from home."""
-    tensors = [client.vector, *(t for split in client.splits.values() for t in (split.x.cpu(), split.y.cpu()))]
+    tensors = [
+        client.vector,
+        *(t for split in client.splits.values() for t in (split.x.cpu(), split.y.cpu())),
+    ]
     return [t.numpy() for t in tensors]

@@ -182,11 +182,6 @@ def _train(
     warnings: Sequence[str] = (),
 ) -> int:
     """Build, tell, train. `again`: the folder exists and goes on."""
-    import os
-
-    from pfedmoe_mpi import device
-
-    os.environ["OMP_NUM_THREADS"] = str(device.threads(world, settings.train.threads))
     from pfedmoe_mpi import federation as loop_room
     from pfedmoe_mpi import setup
 

@@ -16,6 +16,14 @@ from pfedmoe_mpi.errors import EXIT_USER, LaunchError, UserError
 if TYPE_CHECKING:
     from pfedmoe_mpi.comm import Comm
 
+
+def cores() -> int:
+    """Cores this process may use now, which on a shared machine are fewer than it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+CORES = cores()  # this room is imported before torch, whose OpenMP may shrink the mask
+
 LOGGER = logging.getLogger("pfedmoe_mpi")
 LOGGER.addHandler(logging.NullHandler())  # what people see is printed; log files come with the run folder
 LOGGER.propagate = False

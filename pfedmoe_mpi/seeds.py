@@ -41,7 +41,7 @@ def torch_generator(seed: int, purpose: str, round: int = 0, client: int = SERVE
 def seed_global(seed: int, purpose: str, round: int = 0, client: int = SERVER) -> None:
     """Seed torch's global generators from the address, for initialisation and dropout.
 
-    `torch.manual_seed` would also queue a seed, with a stack trace, for a CUDA that nobody uses: 2 ms each time.
+    `torch.manual_seed` would also queue a seed, with a stack trace, for a CUDA that nobody uses: 2 ms each.
     """
     import torch
 

@@ -130,12 +130,12 @@ def resolved(settings: Config, dataset: Dataset, threads: int) -> Config:
     """The effective configuration: every `auto` replaced by what it stands for on these data."""
     kind = algorithms.load(settings.algorithm)
     model = settings.model
+    pool: tuple[str, ...] = tuple(model_names.resolve_name(name) for name in model.pool if name != "auto")
     shared = (
-        model_names.auto_shared(dataset.shape)
+        model_names.auto_shared(dataset.shape, pool)
         if model.shared == "auto"
         else model_names.resolve_name(model.shared)
     )
-    pool: tuple[str, ...] = tuple(model_names.resolve_name(name) for name in model.pool if name != "auto")
     if model.pool == ("auto",):
         pool = (shared,) if kind.homogeneous else model_names.auto_pool(dataset.shape, unlike=True)
     if len(pool) < len(model.pool):

@@ -1,8 +1,8 @@
 """A client's turn: SGD over its parts, and the measuring of its model.
 
-What decides bits and results: momentum starts at zero in every client step and is never kept; data are shuffled
-every epoch; the last smaller batch is trained; `clip` is the joint norm of what the step trains; weight decay
-and momentum never touch buffers; evaluation uses running statistics.
+What decides bits and results: momentum starts at zero in every client step and is never kept; data are
+shuffled every epoch; the last smaller batch is trained; `clip` is the joint norm of what the step trains;
+weight decay and momentum never touch buffers; evaluation uses running statistics.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pfedmoe_mpi import seeds
 from pfedmoe_mpi.client import Client
@@ -38,8 +38,8 @@ def learning_rate_factor(schedule: str, round: int, rounds: int) -> float:
 class SGD:
     """SGD with momentum and weight decay, in torch's update order, over parts with unlike learning rates.
 
-    v ← m·v + g + λ·w, w ← w − η·v, in one fused pass over each part's parameters. torch.optim's own optimisers
-    import its compiler when they are constructed, which costs every rank as much time as importing torch.
+    v ← m·v + g + λ·w, w ← w − η·v, in one fused pass over each part's parameters. torch.optim's own
+    optimisers import torch's compiler when constructed, which takes every rank as long as importing torch.
     """
 
     def __init__(self, parts: Parts, phase: Phase, factor: float) -> None:
@@ -48,7 +48,7 @@ class SGD:
         self._momenta = [[torch.zeros_like(p) for p in group] for group, _ in self._groups]
         self._all = [p for group, _ in self._groups for p in group]
         self._first = True
-        self.norms = torch.zeros((), dtype=torch.float64)  # of the gradients so far, added up: finite if all are
+        self.norms = torch.zeros((), dtype=torch.float64)  # added up: finite if all are
 
     def zero_grad(self) -> None:
         for parameter in self._all:
@@ -156,7 +156,7 @@ class Turn:
         return len(self._split)
 
     def training_batches(self) -> Iterator[Batch]:
-        """The training samples once, in order, modules in evaluation mode, without gradients or augmentation."""
+        """The training samples once, in order, in evaluation mode, without gradients or augmentation."""
         for module in self.parts.modules().values():
             module.eval()
         with torch.no_grad(), self._engine.autocast():
@@ -167,7 +167,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluation of one client on one split gives; `alpha` is the mean weight of the shared expert."""
+    """One client measured on one split; `alpha` is the mean gate weight of the shared expert."""
 
     correct: int
     samples: int

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pfedmoe_mpi import algorithms, checkpoint, comm, config, federation, metrics, setup
+from pfedmoe_mpi import algorithms, checkpoint, comm, config, metrics, setup
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.federation import Loop, Silent
@@ -121,7 +121,7 @@ def restart(world: Comm, name: str) -> None:
 
 
 def midround(world: Comm, name: str) -> None:
-    """Stopped by a real signal in the middle of a round, restarted on another number of ranks: as undisturbed."""
+    """Stopped by a real signal in the middle of a round, restarted on other ranks: as undisturbed."""
     whole = on(world, 1, lambda part: digest(play(part, settings(name))))
     partial = 0
     for polls in (3, 7, 11):
@@ -130,7 +130,9 @@ def midround(world: Comm, name: str) -> None:
             source = checkpoint.newest_first(folder)[0]
             with Checkpoint(source) as loaded:
                 partial += 0 < len(loaded.finished) < 4
-            again = on(world, 3, lambda part, source=source: digest(play(part, settings(name), source=source)))
+            again = on(
+                world, 3, lambda part, source=source: digest(play(part, settings(name), source=source))
+            )
             assert again == whole, f"restart of {source.name} differs from the undisturbed run"
     assert partial, "no stop fell into the middle of a round"
 
@@ -153,7 +155,7 @@ def stopped(world: Comm, name: str, polls: int, folder: Path) -> None:
 
 
 def moves(world: Comm, name: str) -> None:
-    """Every shared tensor moves in the first round, running statistics too; also with BatchNorm in the models."""
+    """Every shared tensor moves in the first round, running statistics of models with BatchNorm too."""
     for changes in ({}, {"model__pool": "shufflenet_v2_x0_5", "model__shared": "shufflenet_v2_x0_5"}):
         bigger = {"data__size": 32, "clients": 2, "data__samples": 60} if changes else {}
         before, after, layout = on(world, 1, lambda part, c={**changes, **bigger}: first_round(part, name, c))
@@ -179,7 +181,9 @@ def fixpoint(world: Comm, name: str) -> None:
     for entry in Layout.from_json(layout).entries:
         stretch = slice(entry.offset, entry.offset + entry.size)
         if entry.trained:
-            np.testing.assert_allclose(after[stretch], before[stretch], rtol=1e-3, atol=1e-5, err_msg=entry.name)
+            np.testing.assert_allclose(
+                after[stretch], before[stretch], rtol=1e-3, atol=1e-5, err_msg=entry.name
+            )
 
 
 def shared_after(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
@@ -190,7 +194,7 @@ def shared_after(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.
 
 
 def layouts(world: Comm, name: str) -> None:
-    """Module to vector to module keeps every tensor; the layout survives JSON; every client's vector fits it."""
+    """Module to vector to module keeps every tensor; layouts survive JSON; every vector fits its layout."""
     built = on(world, 1, lambda part: round_trip(part, name))
     assert built, "no layout was checked"
 
@@ -244,7 +248,9 @@ def check_private(loop: Loop, client: int, values: Mapping[str, torch.Tensor]) -
             for entry in bench.layout({name: spec[name]}).entries:
                 data = vector[entry.offset : entry.offset + entry.size].numpy()
                 if entry.size >= 16 and data.any():
-                    assert data.tobytes() not in sent, f"private tensor {entry.name} is in payload block '{block}'"
+                    assert data.tobytes() not in sent, (
+                        f"private tensor {entry.name} is in payload block '{block}'"
+                    )
 
 
 CHECKS = {check.__name__: check for check in (layouts, moves, fixpoint, wire, idle, ranks, restart, midround)}

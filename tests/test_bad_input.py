@@ -94,7 +94,7 @@ def test_a_checkpoint_or_a_run_folder_is_no_configuration(refused: Callable[...,
         ),
         (
             "one length, but mnist1 in 50 and cnn5 in 500",
-            ["--model.pool", "mnist1", "--model.shared", "auto", "--data.size", "32"],
+            ["--model.pool", "mnist1,cnn5", "--model.shared", "auto", "--data.size", "32"],
         ),
         ("model cnn1 cannot take 3x8x8: needs at least 3x16x16", ["--model.pool", "cnn1"]),
         ("model vgg11 cannot take 3x8x8", ["--model.pool", "vgg11"]),

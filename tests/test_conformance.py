@@ -19,7 +19,13 @@ BROKEN = sorted(path.stem for path in (HERE / "broken").glob("*.py"))
 
 def conformance(*arguments: str, timeout: float) -> tuple[int, str]:
     """One job of four ranks; killed with all it started after `timeout` seconds."""
-    command = [str(Path(sys.executable).parent / "mpirun"), "-n", "4", sys.executable, str(HERE / "conformance.py")]
+    command = [
+        str(Path(sys.executable).parent / "mpirun"),
+        "-n",
+        "4",
+        sys.executable,
+        str(HERE / "conformance.py"),
+    ]
     job = subprocess.Popen(
         [*command, *arguments],
         stdout=subprocess.PIPE,
@@ -46,7 +52,9 @@ def verdicts() -> dict[tuple[str, str], str]:
 
 
 @pytest.mark.parametrize("method", algorithms.names())
-@pytest.mark.parametrize("check", ["layouts", "moves", "fixpoint", "wire", "idle", "ranks", "restart", "midround"])
+@pytest.mark.parametrize(
+    "check", ["layouts", "moves", "fixpoint", "wire", "idle", "ranks", "restart", "midround"]
+)
 def test_method_keeps_the_contract(verdicts: dict[tuple[str, str], str], check: str, method: str) -> None:
     assert verdicts.get((check, method), "the job ended before") == "pass"
 

@@ -11,13 +11,17 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_every_default_stands_in_the_table() -> None:
-    listed = re.findall(r"^\| `([\w.]+)` \| (.*?) \| .* \|$", README.partition("## Every default")[2], re.MULTILINE)
+    listed = re.findall(
+        r"^\| `([\w.]+)` \| (.*?) \| .* \|$", README.partition("## Every default")[2], re.MULTILINE
+    )
     shown = [(name, cli.shown(field.default)) for name, field in config.fields().items()]
     assert listed == shown
 
 
 def test_every_method_and_source_is_named() -> None:
-    assert re.findall(r"^\| `(\w+)` \| .* \| .* \|$", README.partition("## Methods")[2].partition("## Data")[0], re.M)
+    assert re.findall(
+        r"^\| `(\w+)` \| .* \| .* \|$", README.partition("## Methods")[2].partition("## Data")[0], re.M
+    )
     for name in algorithms.names():
         assert f"| `{name}` |" in README
     for source in config.choices(config.fields()["data.source"]):

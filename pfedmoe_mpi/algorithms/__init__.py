@@ -47,12 +47,13 @@ def options(name: str, section: type) -> Any:
 
     for node in _source(name).body:
         if isinstance(node, ast.ClassDef) and node.name == "Options":
-            scope: dict[str, Any] = {"Section": section, "Field": Field, "Annotated": Annotated, "Literal": Literal}
-            scope["__name__"] = __name__
+            scope: dict[str, Any] = {"Section": section, "Field": Field, "__name__": __name__}
+            scope |= {"Annotated": Annotated, "Literal": Literal}
             exec(compile(ast.Module([node], []), name, "exec"), scope)
             for item, text in zip(node.body, node.body[1:], strict=False):
-                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(text, ast.Expr):
-                    scope["Options"].model_fields[item.target.id].description = ast.literal_eval(text.value)
+                if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    field = scope["Options"].model_fields[ast.unparse(item.target)]
+                    field.description = ast.literal_eval(text.value)
             return scope["Options"]
     return type("Options", (section,), {"__module__": __name__})
 

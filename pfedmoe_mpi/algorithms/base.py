@@ -33,11 +33,11 @@ __all__ = ["Algorithm", "Block", "Mean", "Module", "Phase", "Spec", "Task", "Ten
 
 @dataclass(frozen=True)
 class Block:
-    """One stretch of the sum: `rows` weighted means of `size` numbers each, or an exact slot per cohort member.
+    """One stretch of the sum: `rows` weighted means of `size` numbers each, or a slot per cohort member.
 
-    Weight rules: `samples` n_k (training samples), `one` 1, `class_samples` n_kc for row c (training samples of
-    class c). `scale` is the number of bits after the point. A slot carries float32 bit patterns of
-    (rows, size) for every cohort member: the sum is then a gather.
+    Weight rules: `samples` n_k (training samples), `one` 1, `class_samples` n_kc for row c (training samples
+    of class c). `scale` is the number of bits after the point. A slot carries float32 bit patterns of
+    (rows, size) for every cohort member, exactly: the sum is then a gather.
     """
 
     size: int
@@ -150,7 +150,7 @@ class Algorithm:
         return {name: Block(size) for name, size in sizes.items()}
 
     def cohort(self, round: int) -> list[tuple[int, str]]:
-        """(client, role) of those who train in a round, in ascending order. Default: K drawn without replacement."""
+        """(client, role) of those who train in a round, ascending. Default: K drawn without replacement."""
         task = self.task
         draw = seeds.numpy_generator(task.config.seed, "cohort", round)
         chosen = draw.choice(task.clients, task.config.cohort_size, replace=False)
@@ -162,7 +162,9 @@ class Algorithm:
         names = {**self.state(), **self.client_state(0)}
         return [self.phase({name: train.lr for name, part in names.items() if isinstance(part, Module)})]
 
-    def phase(self, lr: Mapping[str, float], epochs: int | None = None, momentum: float | None = None) -> Phase:
+    def phase(
+        self, lr: Mapping[str, float], epochs: int | None = None, momentum: float | None = None
+    ) -> Phase:
         """A phase with the configured optimiser."""
         train = self.task.config.train
         return Phase(
@@ -195,9 +197,9 @@ class Algorithm:
         return {name: turn.parts.vector(name) for name in self.state()}
 
     def server_update(self, state: Mapping[str, Tensor], means: Mapping[str, Mean]) -> None:
-        """Change the state's vectors in place. Default: copy the mean; a row nobody contributed keeps its value.
+        """Change the state's vectors in place. Default: copy the mean; a row nobody contributed stays.
 
-        The default is exact and done by all ranks; an overriding method runs on rank 0 and its result is sent.
+        The default is exact and done by all ranks; an overriding one runs on rank 0 and its result is sent.
         """
         for name, mean in means.items():
             rows = state[name].view(mean.value.shape)

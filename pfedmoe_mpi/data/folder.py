@@ -12,6 +12,7 @@ import numpy as np
 
 from pfedmoe_mpi.data.dataset import IMAGENET_MEAN, IMAGENET_STD, HeldRows, Loaded
 from pfedmoe_mpi.errors import DataError
+from pfedmoe_mpi.launch import CORES
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 _GREY = {"1", "L", "LA"}
@@ -118,7 +119,7 @@ def _read_all(files: Sequence[str], size: int, first: np.ndarray) -> np.ndarray:
                 )
             x[row] = image
 
-    with ThreadPoolExecutor(_cores()) as pool:
+    with ThreadPoolExecutor(CORES) as pool:
         tasks = [pool.submit(fill, start) for start in range(0, len(files), _PER_TASK)]
         try:
             for task in tasks:
@@ -127,11 +128,6 @@ def _read_all(files: Sequence[str], size: int, first: np.ndarray) -> np.ndarray:
             pool.shutdown(cancel_futures=True)
             raise
     return x
-
-
-def _cores() -> int:
-    """Cores this process may use, which on a shared machine are fewer than it has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _decode(file: str, size: int, colour: bool | None) -> np.ndarray:

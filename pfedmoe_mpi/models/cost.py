@@ -9,7 +9,7 @@ BATCH = 64  # samples over which one pass of the optimiser over all parameters i
 
 
 def multiply_adds(module: nn.Module, shape: tuple[int, ...]) -> float:
-    """Multiply-adds of one sample's forward pass through convolutions and linear layers, plus the optimiser's share.
+    """Multiply-adds of one sample forward through convolutions and linear layers, and the optimiser's share.
 
     Args:
         module: (B, *shape) to anything.

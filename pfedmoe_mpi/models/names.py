@@ -107,11 +107,15 @@ def resolve_dim(names: Sequence[str], dim: int) -> int:
     return next(iter(natives), NATIVE_DIM)
 
 
-def auto_shared(shape: tuple[int, ...]) -> str:
-    """The smallest architecture of the family that fits samples of `shape`: images cnn5, all else mlp5.
+def auto_shared(shape: tuple[int, ...], pool: Sequence[str] = ()) -> str:
+    """The smallest architecture of the pool's family, if it is one of ours, else of the one that fits.
 
-    `shape` is (channels, height, width) of images, at least 16 pixels a side for the CNN, or (features,).
+    `shape` is (channels, height, width) of images, at least 16 pixels a side for the CNN, or (features,):
+    images get cnn5, all else mlp5.
     """
+    for family in (CNN, MNIST, MLP):
+        if pool and set(pool) <= set(family):
+            return list(family)[-1]
     return "cnn5" if len(shape) == 3 and min(shape[1:]) >= CNN_SIDE else "mlp5"
 
 
