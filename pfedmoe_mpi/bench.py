@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from pfedmoe_mpi import comm, config, device, launch
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.errors import EXIT_DONE, EXIT_FAULT, ConfigError, StoppedError, nearest
+from pfedmoe_mpi.errors import EXIT_DONE, ConfigError, StoppedError, nearest
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.federation import Loop
@@ -104,13 +104,9 @@ def _measure(bench: Bench, words: Sequence[str], code: str) -> int:
     chosen = [part for part in PARTS if part in words] or bench.sensible()
     if bench.world.size == 1 and SEVERAL & set(chosen):
         raise ConfigError("ranks and idle compare one rank with several", "mpirun -n 2 python -m …")
-    try:
-        bench.show([*heading, HEADING])
-        for part in chosen:
-            bench.show([line.text() for line in getattr(bench, part)()])
-    except StoppedError:
-        bench.show(["stopped"])
-        return EXIT_FAULT
+    bench.show([*heading, HEADING])
+    for part in chosen:
+        bench.show([line.text() for line in getattr(bench, part)()])
     return EXIT_DONE
 
 

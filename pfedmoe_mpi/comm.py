@@ -112,7 +112,11 @@ class Comm:
         if arrived is None:
             self.abort(f"the exchange '{purpose}' did not end within {self.timeout:g} s")
         missing = sorted(set(range(self.size)) - arrived) if self.rank == 0 else [0]
-        self.abort(f"no sign for {self.timeout:g} s at '{purpose}' of rank {', '.join(map(str, missing))}")
+        named = ", ".join(map(str, missing))
+        self.abort(
+            f"no sign for {self.timeout:g} s at '{purpose}' of rank {named}; "
+            "if a client's step may take longer, raise --run.timeout"
+        )
 
     def _note_arrivals(self, arrived: set[int]) -> None:
         """One message of each rank; a quick one may already have sent its next."""
@@ -209,6 +213,7 @@ class Comm:
             sys.stdout.flush()
         with suppress(OSError, ValueError):
             print(f"rank {self.rank}: {reason}", file=sys.stderr, flush=True)
+        time.sleep(0.5)  # MPICH's launcher drops what it has not passed on when the job ends
         self._comm.Abort(EXIT_FAULT)
         os._exit(EXIT_FAULT)  # an MPI whose Abort returns
 

@@ -83,9 +83,15 @@ class Loop:
         self._partial = loaded.partial
 
     def evaluation(self) -> Row:
-        """Measure all clients as they are, with the server's state."""
+        """Measure all clients as they are, with the server's state.
+
+        Raises:
+            StoppedError: on all ranks, if a stop was asked for.
+        """
         evaluation = self._evaluate(self.federation.config.rounds, self.state)
         self._sum(evaluation.buffer, "evaluation")
+        if evaluation.stopped:
+            raise StoppedError
         return metrics.evaluated(evaluation)
 
     # Rounds

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pfedmoe_mpi import __version__
-from pfedmoe_mpi.errors import EXIT_USER, LaunchError, UserError
+from pfedmoe_mpi.errors import EXIT_FAULT, EXIT_USER, LaunchError, StoppedError, UserError
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.comm import Comm
@@ -77,6 +77,10 @@ def under_mpi(work: Callable[[Comm, str], int], singleton: bool = False, met: Us
             LOGGER.error(str(error))
             tell(error)
         result = EXIT_USER
+    except StoppedError:  # met by all ranks, where there is nothing to save
+        if world.rank == 0:
+            print("stopped", file=sys.stderr, flush=True)
+        result = EXIT_FAULT
     except BaseException as error:
         LOGGER.exception("the job ends")
         world.fault(error)

@@ -222,7 +222,7 @@ def parts(world: Comm) -> None:
 
 def missing(world: Comm, *late: str) -> None:
     """Some ranks never come."""
-    world.timeout, world.grace = 1.0, 0.5
+    world.timeout, world.grace = 1.0, 2.0
     world.wait("start")
     if str(world.rank) in late:
         time.sleep(1000)
@@ -231,7 +231,7 @@ def missing(world: Comm, *late: str) -> None:
 
 def unfinished(world: Comm) -> None:
     """All come to the wait, but one does not take part in what follows."""
-    world.timeout, world.grace = 1.0, 0.5
+    world.timeout, world.grace = 1.0, 2.0
     if world.rank == 3:
         world.wait("sum")
         time.sleep(1000)

@@ -44,7 +44,7 @@ def test_a_job_that_is_done_ends_quietly(harmless: Ended) -> None:
 def test_who_does_not_come_is_named_in_bounded_time(mpi: str, late: list[str], named: str) -> None:
     ended = mpirun("comm_driver.py", "missing", *late, mpi=mpi)
     assert ended.code != 0 and ended.left == 0 and "killed" not in ended.output, ended.output
-    assert f"no sign for 1 s at 'sum of round 7' of rank {named}\n" in ended.output
+    assert f"no sign for 1 s at 'sum of round 7' of rank {named};" in ended.output
     assert ended.output.count("no sign") == 1, "said once"
 
 
