@@ -84,7 +84,7 @@ def inspect(arguments: Sequence[str]) -> int:
     _no_settings("inspect", flags)
     from pfedmoe_mpi import inspection
 
-    return inspection.inspect(Path(source), digest="--digest" in arguments)
+    return inspection.inspect(Path(source), digest_only="--digest" in arguments)
 
 
 def export(arguments: Sequence[str]) -> int:

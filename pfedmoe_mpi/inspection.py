@@ -42,15 +42,12 @@ def digest(loaded: Checkpoint) -> str:
     return state.hexdigest()
 
 
-def inspect(path: Path, *, digest: bool) -> int:
+def inspect(path: Path, *, digest_only: bool) -> int:
     """Print what is in a checkpoint, or its digest alone."""
     checkpoint.verify(path)
     with Checkpoint(path) as loaded:
-        print(_digest(loaded) if digest else _description(loaded))
+        print(digest(loaded) if digest_only else _description(loaded))
     return EXIT_DONE
-
-
-_digest = digest  # the command's flag has the same name
 
 
 def _description(loaded: Checkpoint) -> str:
@@ -76,7 +73,7 @@ def _description(loaded: Checkpoint) -> str:
         f"clients {_numbers(members)}: {_layout(loaded.layout(members[0]))}" for members in kinds.values()
     ]
     lines += [f"{name}: {value}" for name, value in sorted(identity.items())]
-    lines.append(f"digest: {_digest(loaded)}")
+    lines.append(f"digest: {digest(loaded)}")
     return "\n".join(lines)
 
 

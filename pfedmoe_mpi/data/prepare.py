@@ -123,6 +123,7 @@ def heat_map(partition: Partition, data: Dataset) -> str:
 def _draw(out: Path, partition: Partition, data: Dataset) -> None:
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ModuleNotFoundError as error:
         raise DataError(
             "drawing needs matplotlib", "pip install 'pfedmoe_mpi[report]', or write to .h5"
@@ -131,7 +132,7 @@ def _draw(out: Path, partition: Partition, data: Dataset) -> None:
     figure = Figure(figsize=(3 + 0.2 * min(data.classes, 60), 2 + 0.15 * min(partition.clients, 80)), dpi=150)
     axes = figure.add_subplot(xlabel="class", ylabel="client", title=f"{data.name}: training samples")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(axes.imshow(counts, aspect="auto", interpolation="nearest", cmap="viridis"))
     figure.tight_layout()
     with _new_file(out) as path:
