@@ -76,11 +76,11 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                *(TextColumn("round"), MofNCompleteColumn(), BarColumn()),
+                *(TextColumn("round"), MofNCompleteColumn(), BarColumn(16)),  # all fits into 80 columns
                 *(TextColumn("{task.description}"), TimeRemainingColumn()),
             )
             self._bar.start()
-            self._task = self._bar.add_task(f"{clients} of its clients here", total=rounds, completed=done)
+            self._task = self._bar.add_task(f"{clients} clients here", total=rounds, completed=done)
 
     def round_done(self, row: Row) -> None:
         accuracy, before = (_percent(row[name]["mean"]) for name in ("accuracy", "accuracy_cohort"))
@@ -92,7 +92,8 @@ class Progress:
         line = f"round {row['round']}/{self._rounds}  {text}  {seconds:.2f} s, {left:.0f} s left"
         LOGGER.info(line)
         if self._bar:
-            self._bar.update(self._task, completed=row["round"], description=text)
+            shown = f"accuracy {accuracy}, {self._clients} clients here"
+            self._bar.update(self._task, completed=row["round"], description=shown)
         else:
             print(line, flush=True)
 

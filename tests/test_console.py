@@ -1,0 +1,54 @@
+"""What rank 0 shows on a terminal: a real pseudo-terminal of 80 columns."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import launcher
+
+
+def on_a_terminal(*arguments: str, cwd: Path, timeout: float = 120) -> str:
+    """What the program without a launcher writes to a terminal."""
+    ours, theirs = pty.openpty()
+    environment = {**launcher.environment("mpich", {}), "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pfedmoe_mpi", *arguments],
+        cwd=cwd,
+        env=environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    written, deadline = b"", time.monotonic() + timeout
+    try:
+        while time.monotonic() < deadline:
+            if select.select([ours], [], [], 1.0)[0]:
+                try:
+                    piece = os.read(ours, 65536)
+                except OSError:  # the other side is closed
+                    break
+                written += piece
+        assert process.wait(10) == 0, written.decode()
+    finally:
+        launcher.end(process.pid)
+        os.close(ours)
+    return written.decode()
+
+
+def test_a_bar_with_rounds_accuracy_clients_and_time_left(tmp_path: Path, small: tuple[str, ...]) -> None:
+    written = on_a_terminal(*small, "--rounds", "12", "--run.dir", "run", cwd=tmp_path)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written)
+    bars = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("round ")]
+    assert re.search(r"12/12 .* accuracy \d+\.\d\d %, 4 clients here +\d:\d\d:\d\d", bars[-1]), bars[-1]
+    assert all(len(bar.rstrip()) <= 80 and "…" not in bar for bar in bars)
+    logged = (tmp_path / "run" / "log" / "rank-0000.txt").read_text()
+    assert len(re.findall(r"round \d+/12 ", logged)) == 12, "one plain line per round in the log"
