@@ -69,6 +69,7 @@ class Loop:
         self._written: Path | None = None
         self._longest_round = 0.0
         self._seconds = dict.fromkeys(("train", "evaluate", "sum", "wait"), 0.0)
+        self._keep_time(0.0)
 
     @property
     def _method(self) -> Algorithm:
@@ -100,15 +101,13 @@ class Loop:
         """Play the rounds that are left; False if stopped with a checkpoint."""
         settings = self.federation.config
         while self.round < settings.rounds:
-            if not self._play(self.round + 1):
+            if not self.play():
                 return False
         return True
 
     def play(self) -> bool:
         """Play the next round; False if stopped with a checkpoint."""
-        return self._play(self.round + 1)
-
-    def _play(self, round: int) -> bool:
+        round = self.round + 1
         started = time.perf_counter()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         total = self._train(round)

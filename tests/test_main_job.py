@@ -165,20 +165,55 @@ def test_kill_campaign(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
     print(count)
 
 
-@pytest.mark.parametrize("family", ["mpich", pytest.param("openmpi", marks=pytest.mark.openmpi)])
-def test_usr1_stops_in_the_round_with_75(tmp_path: Path, family: str) -> None:
-    """mpirun passes SIGUSR1 on; the run stops within the round, and the restart repeats the bits."""
-    longer = (*QUICK, "--train.epochs", "40", "--rounds", "2")
-    finished(2, *longer, "--run.dir", "whole", cwd=tmp_path)
-    with running(2, *longer, cwd=tmp_path, mpi=family) as job:
+LONG_ROUNDS = (*QUICK, "--train.epochs", "40", "--rounds", "2")
+
+
+@pytest.fixture(scope="module")
+def two_long_rounds(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of an undisturbed run whose rounds take long enough to be stopped in."""
+    folder = tmp_path_factory.mktemp("long")
+    finished(2, *LONG_ROUNDS, cwd=folder)
+    return digest(folder / "run", 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "number"),
+    [
+        ("mpich", signal.SIGUSR1),
+        ("mpich", signal.SIGTERM),
+        ("mpich", signal.SIGINT),
+        pytest.param("openmpi", signal.SIGUSR1, marks=pytest.mark.openmpi),
+    ],
+)
+def test_a_signal_to_mpirun_stops_in_the_round_with_75(
+    tmp_path: Path, two_long_rounds: str, family: str, number: signal.Signals
+) -> None:
+    """mpirun passes the signal on; the run stops within the round, and the restart repeats the bits."""
+    with running(2, *LONG_ROUNDS, cwd=tmp_path, mpi=family) as job:
         wait_for(tmp_path / "run" / "metrics.jsonl", job)
-        job.send_signal(signal.SIGUSR1)
+        job.send_signal(number)
         result = launcher.ended(job, 60)
     assert result.code == 75, result.out + result.err
     newest = checkpoint.newest_first(tmp_path / "run" / "checkpoints")[0]
     assert newest.name in {"round-000001.h5", "round-000002-partial.h5"}
     finished(3, "restart", "run", cwd=tmp_path)
-    assert digest(tmp_path / "run", 2) == digest(tmp_path / "whole", 2)
+    assert digest(tmp_path / "run", 2) == two_long_rounds
+
+
+def test_a_rank_that_stands_still_in_the_first_round_is_named(tmp_path: Path) -> None:
+    """run.timeout holds from the first round on."""
+    with running(2, *LONG_ROUNDS, "--run.timeout", "3", cwd=tmp_path) as job:
+        wait_for(tmp_path / "run" / "config.toml", job)
+        ranks = {_rank(pid): pid for pid in rank_processes(job.pid)}
+        os.kill(ranks[1], signal.SIGSTOP)
+        result = launcher.ended(job, 90)
+    assert result.code not in {0, 2, 75}
+    assert "no sign for 3 s" in result.err and "of rank 1" in result.err, result.err
+
+
+def _rank(pid: int) -> int:
+    words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(int(word.partition(b"=")[2]) for word in words if word.startswith(b"PMI_RANK="))
 
 
 def test_falls_back_from_a_damaged_checkpoint(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
