@@ -6,6 +6,7 @@ done posts a non-blocking operation and tests it, sleeping in between, looking f
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -20,11 +21,12 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from pfedmoe_mpi.errors import EXIT_FAULT, LaunchError, StoppedError, UserError
-from pfedmoe_mpi.launch import launched_size
+from pfedmoe_mpi.launch import SIGNALS, launched_size
 
 T = TypeVar("T")
 
-_STOP, _ARRIVED, _MOVE = 1, 2, 3  # message tags
+_STOP, _ARRIVED, _MOVE, _FAULT = 1, 2, 3, 4  # message tags
+_WALL_TIME = 0  # in place of a signal's number
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0002, 0.01
 
 
@@ -39,36 +41,60 @@ class Comm:
         self.timeout = 600.0
         self.grace = 10.0  # how much later than rank 0, which knows who is missing, each next rank speaks up
         self.chunk = 1 << 26  # 8-byte numbers per operation: 512 MiB, below MPI's 2 GiB limit
+        self.stop_at = math.inf  # as time.time(): when to stop by itself, which one rank is enough to know
         self.signal_received = 0
+        self.stopped_by = ""  # for people
         self._stopping = False
         self._sent: list[Any] = []
 
     # Stops
 
     def catch_signals(self) -> None:
-        """SIGUSR1, SIGTERM and Ctrl-C ask for a stop; a second Ctrl-C ends the job."""
+        """SIGUSR1, SIGTERM and Ctrl-C ask for a stop; a second Ctrl-C ends the job.
+
+        Those that came while they were held back are met now.
+        """
 
         def handler(number: int, frame: FrameType | None) -> None:
             if self.signal_received == signal.SIGINT == number:
                 self.abort("interrupted twice")
             self.signal_received = number
 
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def stop_requested(self) -> bool:
         """Whether any rank was asked to stop, as far as this one has heard; passes its own request on."""
         if self._stopping:
             return True
-        if self.signal_received:
-            self._stopping = True
-            token = np.array([self.signal_received], np.int64)
-            others = (rank for rank in range(self.size) if rank != self.rank)
-            self._sent += [(self._control.Isend(token, other, _STOP), token) for other in others]
-        elif self.size > 1 and self._control.Iprobe(tag=_STOP):
-            self._control.Recv(np.empty(1, np.int64), tag=_STOP)
-            self._stopping = True
+        if self.signal_received or time.time() >= self.stop_at:
+            self._stop(self.signal_received or _WALL_TIME, self.rank)
+            self._tell_others(_STOP, self.signal_received or _WALL_TIME)
+        elif self.size > 1:
+            told = self._told(_STOP)
+            if told:
+                self._stop(*told)
         return self._stopping
+
+    def _stop(self, cause: int, rank: int) -> None:
+        self._stopping = True
+        self.stopped_by = f"{signal.Signals(cause).name} to rank {rank}" if cause else "the wall-time limit"
+
+    def _tell_others(self, tag: int, number: int) -> None:
+        token = np.array([number], np.int64)
+        others = (rank for rank in range(self.size) if rank != self.rank)
+        self._sent += [(self._control.Isend(token, other, tag), token) for other in others]
+
+    def _told(self, tag: int) -> tuple[int, int] | None:
+        """(number, rank) of a message that has come, if any."""
+        from mpi4py import MPI
+
+        status, token = MPI.Status(), np.empty(1, np.int64)
+        if not self._control.Iprobe(tag=tag, status=status):
+            return None
+        self._control.Recv(token, status.source, tag)
+        return int(token[0]), status.source
 
     def poll(self) -> None:
         """Raise StoppedError if a stop was asked for on any rank. Called between batches."""
@@ -146,8 +172,19 @@ class Comm:
 
     def gather(self, value: T, purpose: str) -> list[T]:
         """A small Python object of every rank, on all ranks in rank order."""
+        from mpi4py import MPI
+
         self.wait(purpose)
-        return list(self._control.allgather(value))
+        if self.size == 1:
+            return [value]
+        own = np.frombuffer(MPI.pickle.dumps(value), np.uint8)
+        lengths = np.empty(self.size, np.int64)
+        self._complete(self._control.Iallgather(np.array([len(own)], np.int64), lengths), purpose)
+        everyone = np.empty(int(lengths.sum()), np.uint8)
+        counts = [int(length) for length in lengths]
+        self._complete(self._control.Iallgatherv(own, [everyone, counts]), purpose)
+        pieces = np.split(everyone, np.cumsum(lengths)[:-1])
+        return [MPI.pickle.loads(piece.tobytes()) for piece in pieces]
 
     def from_root(self, work: Callable[[], T], purpose: str) -> T:
         """Rank 0's result (a small object) on all ranks; its UserError is raised on all of them."""
@@ -207,21 +244,44 @@ class Comm:
 
     def abort(self, reason: str) -> NoReturn:
         """End the whole job at once with exit code 1."""
-        with suppress(OSError, ValueError):  # nobody may read what is printed; the job must end all the same
-            sys.stdout.flush()
-        with suppress(OSError, ValueError):
-            print(f"rank {self.rank}: {reason}", file=sys.stderr, flush=True)
+        self._last_words(reason)
         time.sleep(0.5)  # MPICH's launcher drops what it has not passed on when the job ends
         self._comm.Abort(EXIT_FAULT)
         os._exit(EXIT_FAULT)  # an MPI whose Abort returns
 
+    def _last_words(self, reason: str) -> None:
+        with suppress(OSError, ValueError):  # nobody may read what is printed; the job must end all the same
+            sys.stdout.flush()
+        with suppress(OSError, ValueError):
+            print(f"rank {self.rank}: {reason}", file=sys.stderr, flush=True)
+
     def fault(self, error: BaseException) -> NoReturn:
-        """End the whole job with this rank's traceback."""
-        self.abort("".join(traceback.format_exception(error)))
+        """End the whole job with this rank's traceback, or silently if another rank is about to."""
+        if not self._faulted_elsewhere():
+            self.abort("".join(traceback.format_exception(error)))
+        time.sleep(2.0)  # the other one ends the job
+        self.abort("ends too")
+
+    def _faulted_elsewhere(self) -> bool:
+        """Whether a rank fails at the same time, and speaks: the first, or the lowest of several."""
+        if self.size == 1:
+            return False
+        if self._told(_FAULT):
+            return True
+        self._tell_others(_FAULT, self.rank)
+        deadline = time.monotonic() + 0.2
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+            told = self._told(_FAULT)
+            if told and told[1] < self.rank:
+                return True
+        return False
 
     def finish(self) -> None:
         """Leave together, so that no launcher kills the others at the first exit code; drop unread stops."""
         self.wait("end")
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # the exit code is settled
         while self.size > 1 and self._control.Iprobe(tag=_STOP):
             self._control.Recv(np.empty(1, np.int64), tag=_STOP)
 

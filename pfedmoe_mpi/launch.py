@@ -1,17 +1,20 @@
-"""What a launcher tells through the environment, and a command's way under MPI. Needs no torch."""
+"""What a launcher and Slurm tell, and a command's way under MPI. Needs no torch."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pfedmoe_mpi import __version__
-from pfedmoe_mpi.errors import EXIT_FAULT, EXIT_USER, LaunchError, StoppedError, UserError
+from pfedmoe_mpi.errors import EXIT_FAULT, EXIT_USER, LaunchError, RunError, StoppedError, Told, UserError
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.comm import Comm
@@ -23,6 +26,8 @@ def cores() -> int:
 
 
 CORES = cores()  # this room is imported before torch, whose OpenMP may shrink the mask
+STARTED = time.time()
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # that ask for a stop
 
 LOGGER = logging.getLogger("pfedmoe_mpi")
 LOGGER.addHandler(logging.NullHandler())  # what people see is printed; log files come with the run folder
@@ -58,25 +63,54 @@ def code_version() -> str:
     return f"{__version__} {found}".strip()
 
 
+def slurm_end() -> float | None:
+    """When Slurm ends this job, as time.time(); None outside of Slurm or without a limit.
+
+    Asked for before MPI starts, which allows no subprocess later.
+    """
+    job = os.environ.get("SLURM_JOB_ID", "")
+    given = os.environ.get("SLURM_JOB_END_TIME", "")  # Slurm 23.02 and newer
+    if given.isdigit() or not job:
+        return float(given) if given.isdigit() else None
+    ask = ["squeue", "--noheader", "--jobs", job, "--format", "%e"]
+    seconds = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
+    try:
+        return float(subprocess.run(ask, env=seconds, capture_output=True, check=False, timeout=20).stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):  # no squeue on this node; NONE or N/A
+        return None
+
+
+def stop_at(walltime: float | str, end: float | None) -> float:
+    """When to stop so that the job is over in time: a tenth of what there is before the limit, at most 60 s.
+
+    Args:
+        walltime: `run.walltime`: seconds since this program started, 0 for no limit, `auto` for Slurm's.
+        end: what `slurm_end` tells.
+    """
+    left = (end or math.inf) - STARTED if walltime == "auto" else float(walltime) or math.inf
+    return STARTED + left - min(60.0, max(0.0, left) / 10)
+
+
 def under_mpi(work: Callable[[Comm, str], int], singleton: bool = False, met: UserError | None = None) -> int:
     """Start MPI, do `work(world, code version)`, leave together.
 
-    A UserError is met by all ranks and told by one; anything else ends the whole job at once with this rank's
-    traceback. `met` is what this rank met before: then no rank works.
+    A UserError or RunError is met by all ranks and told by one; anything else ends the whole job at once with
+    this rank's traceback. `met` is what this rank met before: then no rank works.
     """
     from pfedmoe_mpi import comm
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `catch_signals`
     code = code_version() if launched_rank() == 0 and not met else ""
     world = comm.start(singleton)
     world.catch_signals()
     try:
         world.agree(lambda: _raise(met), "arguments")
         result = work(world, code)
-    except UserError as error:
+    except (UserError, RunError) as error:
         if world.rank == 0:
             LOGGER.error(str(error))
             tell(error)
-        result = EXIT_USER
+        result = EXIT_USER if isinstance(error, UserError) else EXIT_FAULT
     except StoppedError:  # met by all ranks, where there is nothing to save
         if world.rank == 0:
             print("stopped", file=sys.stderr, flush=True)
@@ -88,7 +122,7 @@ def under_mpi(work: Callable[[Comm, str], int], singleton: bool = False, met: Us
     return result
 
 
-def tell(error: UserError) -> None:
+def tell(error: Told) -> None:
     """Once, also where every rank believes it is alone."""
     if launched_rank() == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,205 @@
+"""The seal of a checkpoint: its user block names every dataset with bytes and vouches for every byte.
+
+The user block is a header, one entry per dataset with bytes, their names, SHA-256 of all the other bytes
+behind the user block (HDF5's own structure), zeros, and in its last 32 bytes the SHA-256 of all that. Its
+length follows from the header, so no byte of the file is left out. It is read with plain reads, before the
+HDF5 library sees the file. Anyone can compute a seal: it tells damage, not who wrote the file.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pfedmoe_mpi.errors import CheckpointError
+
+FORMAT = 2
+ALIGN = 4096
+REMEDY = "use another checkpoint of the run: `restart RUN_DIR` takes the newest good one"
+STRUCTURE = "HDF5's own structure"
+_MAGIC = b"pfedmoe\x00"
+_VERSION = struct.Struct("<8sI")
+_HEADER = struct.Struct("<8sIIQQ")  # magic, format, entries, bytes of their names, length of the file
+_RANGE = struct.Struct("<QQ32s")  # offset, length, SHA-256
+_PIECE = 1 << 24
+
+Table = Mapping[str, tuple[int, int]]  # offset and length in bytes of every dataset with bytes
+
+
+@dataclass(frozen=True)
+class Range:
+    """The bytes of one dataset."""
+
+    name: str
+    offset: int
+    length: int
+    digest: bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a user block says: `start` is its length, `rest` the digest of what lies in no range."""
+
+    start: int
+    length: int
+    ranges: tuple[Range, ...]
+    rest: bytes
+
+    def gaps(self) -> Iterator[tuple[int, int]]:
+        """(offset, length) of HDF5's own structure."""
+        at = self.start
+        for one in self.ranges:
+            yield at, one.offset - at
+            at = one.end
+        yield at, self.length - at
+
+
+def block_length(names: Sequence[str]) -> int:
+    """Length of the user block: a power of two with room for the seal."""
+    return _block_length(len(names), len(_joined(names)))
+
+
+def _block_length(entries: int, named: int) -> int:
+    needed = _HEADER.size + entries * _RANGE.size + named + 64
+    return max(ALIGN, 1 << (needed - 1).bit_length())
+
+
+def _joined(names: Sequence[str]) -> bytes:
+    return "\n".join(names).encode()
+
+
+# Writing
+
+
+def put(file: Any, table: Table, known: Mapping[str, bytes]) -> None:
+    """Seal an open file; `known` are digests of datasets that others have written and hashed."""
+    length = file.seek(0, os.SEEK_END)
+    ranges = []
+    for name, (offset, size) in sorted(table.items(), key=lambda item: item[1]):
+        digest = known[name] if name in known else _digest(file, [(offset, size)])
+        ranges.append(Range(name, offset, size, digest))
+    names = [one.name for one in ranges]
+    start, joined = block_length(names), _joined(names)
+    rest = _digest(file, Seal(start, length, tuple(ranges), b"").gaps())
+    header = _HEADER.pack(_MAGIC, FORMAT, len(ranges), len(joined), length)
+    entries = b"".join(_RANGE.pack(one.offset, one.length, one.digest) for one in ranges)
+    block = (header + entries + joined + rest).ljust(start - 32, b"\0")
+    file.seek(0)
+    file.write(block + sha256(block).digest())
+
+
+def _digest(file: Any, places: Iterator[tuple[int, int]] | Sequence[tuple[int, int]]) -> bytes:
+    """SHA-256 of several stretches of a file, one after the other."""
+    state = sha256()
+    for offset, length in places:
+        file.seek(offset)
+        while length > 0:
+            piece = file.read(min(_PIECE, length))
+            if not piece:
+                raise EOFError
+            state.update(piece)
+            length -= len(piece)
+    return bytes(state.digest())
+
+
+# Reading
+
+
+def check(path: Path, rank: int = 0, ranks: int = 1) -> None:
+    """Compare this rank's share of the file with its seal: the clients in turn, the rest rank 0's.
+
+    Raises:
+        CheckpointError: as `read`, and for bytes changed since; it names the dataset.
+    """
+    with plain(path) as file:
+        seal = read(file, path)
+        for number, one in enumerate(seal.ranges):
+            mine = number % ranks == rank if one.name.startswith("clients/") else rank == 0
+            if mine and _digest(file, [(one.offset, one.length)]) != one.digest:
+                raise CheckpointError(f"{path} is damaged: the bytes of {one.name} have changed", REMEDY)
+        if rank == 0 and _digest(file, seal.gaps()) != seal.rest:
+            raise CheckpointError(f"{path} is damaged: {STRUCTURE} has changed", REMEDY)
+
+
+class plain:
+    """A checkpoint open for plain reads; what the system says of it becomes a CheckpointError."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Any:
+        try:  # without waiting, should it be a pipe
+            self._file = open(self._path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))
+        except OSError as error:
+            raise self._told(error) from error
+        return self._file
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._file.close()
+        if isinstance(error, OSError | EOFError):
+            raise self._told(error) from error
+
+    def _told(self, error: BaseException) -> CheckpointError:
+        if isinstance(error, FileNotFoundError):
+            return CheckpointError(f"there is no checkpoint {self._path}", "check the path")
+        return CheckpointError(f"{self._path} cannot be read: {error or 'it ends early'}", REMEDY)
+
+
+def read(file: Any, path: Path) -> Seal:
+    """The seal of an open file, whose bytes behind the user block are not looked at.
+
+    Raises:
+        CheckpointError: no checkpoint, unfinished, of another format version, truncated, or a seal that does
+            not match itself.
+    """
+    length = os.fstat(file.fileno()).st_size
+    header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        raise CheckpointError(f"{path} is not a finished checkpoint of this program", REMEDY)
+    version = _VERSION.unpack_from(header)[1]
+    if version != FORMAT:
+        problem = f"{path} has format version {version}, this program reads {FORMAT}"
+        raise CheckpointError(problem, "use the version of this program that wrote it")
+    _, _, count, named, expected = _HEADER.unpack(header)
+    start = _block_length(count, named)
+    block = header + file.read(start - len(header)) if start <= length else header
+    if len(block) < start or sha256(block[:-32]).digest() != block[-32:]:
+        if length < start and length < expected:
+            problem = f"{path} is truncated: {length} of {expected} bytes, its seal is cut"
+        else:
+            problem = f"{path} is damaged: its seal does not match"
+        raise CheckpointError(problem, REMEDY)
+    seal = _parsed(block, count, named, expected)
+    if seal is None:
+        raise CheckpointError(f"{path} is no checkpoint of this program: its seal makes no sense", REMEDY)
+    if length < expected:
+        cut = next((one.name for one in seal.ranges if one.end > length), STRUCTURE)
+        problem = f"{path} is truncated: {length} of {expected} bytes, the first that is cut is {cut}"
+        raise CheckpointError(problem, REMEDY)
+    if length > expected:
+        raise CheckpointError(f"{path} is too long: {length} of {expected} bytes", REMEDY)
+    return seal
+
+
+def _parsed(block: bytes, count: int, named: int, length: int) -> Seal | None:
+    """What a user block says; None if it contradicts itself, which only a stranger's does."""
+    table = _HEADER.size + count * _RANGE.size
+    names = block[table : table + named].decode(errors="replace").split("\n") if count else []
+    if len(names) != count or len({*names}) != count:
+        return None
+    entries = _RANGE.iter_unpack(block[_HEADER.size : table])
+    ranges = tuple(Range(name, *entry) for name, entry in zip(names, entries, strict=True))
+    ends = [len(block), *(place for one in ranges for place in (one.offset, one.end)), length]
+    if not all(before <= after for before, after in pairwise(ends)) or not all(r.length for r in ranges):
+        return None
+    return Seal(len(block), length, ranges, block[table + named : table + named + 32])
