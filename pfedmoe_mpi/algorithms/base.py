@@ -7,7 +7,7 @@ become its configuration section and flags. Everything here has a default: FedAv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pfedmoe_mpi import seeds
 from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.fixedpoint import SCALE
 from pfedmoe_mpi.models import registry
-from pfedmoe_mpi.models.gate import Gate
+from pfedmoe_mpi.models.gate import build_gate
 from pfedmoe_mpi.parts import Module, Parts, Spec
 from pfedmoe_mpi.parts import Tensor as TensorPart
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from pfedmoe_mpi.data.shard import Batch
     from pfedmoe_mpi.training import Turn
 
-__all__ = ["Algorithm", "Block", "Mean", "Module", "Phase", "Spec", "Task", "TensorPart"]
+Inputs = Callable[[], Iterator[Tensor]]
+
+__all__ = ["Algorithm", "Block", "Inputs", "Mean", "Module", "Phase", "Spec", "Task", "TensorPart"]
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,13 @@ class Block:
     """One stretch of the sum: `rows` weighted means of `size` numbers each, or a slot per cohort member.
 
     Weight rules: `samples` n_k (training samples), `one` 1, `class_samples` n_kc for row c (training samples
-    of class c). `scale` is the number of bits after the point. A slot carries float32 bit patterns of
-    (rows, size) for every cohort member, exactly: the sum is then a gather.
+    of class c), `class_one` 1 for row c where n_kc > 0. `scale` is the number of bits after the point. A slot
+    carries float32 bit patterns of (rows, size) for every cohort member, exactly: the sum is then a gather.
     """
 
     size: int
     rows: int = 1
-    weight: Literal["samples", "one", "class_samples"] = "samples"
+    weight: Literal["samples", "one", "class_samples", "class_one"] = "samples"
     scale: int = SCALE
     slot: bool = False
 
@@ -60,20 +63,25 @@ class Mean:
 
 @dataclass(frozen=True)
 class Phase:
-    """SGD over some parts: learning rate by part name. Parts not named are frozen, in evaluation mode."""
+    """SGD over some parts: learning rate by part name. Parts not named are frozen, in evaluation mode.
+
+    `plain` are the parts trained without momentum and weight decay.
+    """
 
     lr: Mapping[str, float]
     epochs: int
     momentum: float
     weight_decay: float
     clip: float
+    plain: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Task:
     """What is known to a method before round 1, the same on every rank.
 
-    `counts` int64 (N, classes) are the clients' training samples of each class.
+    `counts` int64 (N, classes) are the clients' training samples of each class; `unseen` are the clients that
+    never train, `late` those that join in round `join.round`.
     """
 
     config: Config
@@ -83,10 +91,22 @@ class Task:
     pool: tuple[str, ...]
     shared: str
     dim: int
+    unseen: frozenset[int] = frozenset()
+    late: frozenset[int] = frozenset()
+
+    def absent(self, round: int) -> frozenset[int]:
+        """The clients that have not trained by a round, because they never do or join later."""
+        return self.unseen | (self.late if round < self.config.join.round else frozenset())
 
     @property
     def clients(self) -> int:
+        """N, the unseen ones included."""
         return len(self.counts)
+
+    @property
+    def training(self) -> list[int]:
+        """The clients that train, ascending."""
+        return [client for client in range(self.clients) if client not in self.unseen]
 
     def samples(self, client: int) -> int:
         """n_k: training samples of a client."""
@@ -107,21 +127,35 @@ class Task:
         build = partial(registry.build_extractor, name, self.shape, self.dim, self.config.model.stem)
         return Module(f"extractor {name}", build)
 
+    def head(self) -> Module:
+        """The linear head of every architecture, (B, dim) to (B, classes)."""
+        return Module("head", partial(torch.nn.Linear, self.dim, self.classes))
+
     def gate(self, experts: int = 2) -> Module:
-        """A gate on the raw input, (B, *shape) to (B, experts)."""
-        options = self.config.gate.model_dump()
-        build = partial(Gate, int(np.prod(self.shape)), experts, **options)
+        """A gate to weights (B, experts): on the input (B, *shape), or as `gate.input` says.
+
+        Raises:
+            ConfigError: pooled input of samples that are no images.
+        """
+        options = self.config.gate
+        if options.input == "pooled" and len(self.shape) != 3:
+            problem = "gate.input pooled needs images, and these samples are none"
+            raise ConfigError(problem, "--gate.input raw")
+        build = partial(build_gate, self.shape, self.dim, experts, **options.model_dump())
         return Module(f"gate {experts}", build)
 
     def weight(self, rule: str, client: int) -> Tensor:
         """A client's weight under a rule, int64 (rows,)."""
-        if rule == "class_samples":
-            return torch.from_numpy(self.counts[client].astype(np.int64))
+        if rule.startswith("class"):
+            held = torch.from_numpy(self.counts[client].astype(np.int64))
+            return held if rule == "class_samples" else (held > 0).long()
         return torch.tensor([self.samples(client) if rule == "samples" else 1])
 
     def total(self, rule: str, cohort: Sequence[tuple[int, str]]) -> int:
         """The cohort's weight under a rule: its members' shares of it add up to at most 1."""
-        return len(cohort) if rule == "one" else sum(self.samples(client) for client, _ in cohort)
+        if rule.endswith("one"):
+            return len(cohort)
+        return sum(self.samples(client) for client, _ in cohort)
 
 
 class Algorithm:
@@ -129,8 +163,13 @@ class Algorithm:
 
     homogeneous = False  # True where the method presumes equal models: model.pool = auto is then model.shared
 
+    averages_private = False  # True where `unseen.private` average means something
+    bytes_once = 0  # what a deployment sends every client once, before its first round
+    prepared_size = 0  # how many numbers `prepare` gives; 0: there is nothing to prepare
+
     def __init__(self, task: Task) -> None:
         self.task = task
+        self.prepared = torch.zeros(task.clients, self.prepared_size)  # what `prepare` gave, by client
 
     @property
     def options(self) -> Any:
@@ -151,10 +190,17 @@ class Algorithm:
 
     def cohort(self, round: int) -> list[tuple[int, str]]:
         """(client, role) of those who train in a round, ascending. Default: K drawn without replacement."""
-        task = self.task
-        draw = seeds.numpy_generator(task.config.seed, "cohort", round)
-        chosen = draw.choice(task.clients, task.config.cohort_size, replace=False)
-        return [(int(client), "client") for client in np.sort(chosen)]
+        return [(client, "client") for client in self.drawn(round, self.task.training)]
+
+    def drawn(self, round: int, clients: Sequence[int], purpose: str = "cohort") -> list[int]:
+        """max(1, floor(C·n + ½)) of the n clients that have joined, without replacement, ascending."""
+        config, absent = self.task.config, self.task.absent(round)
+        clients = [client for client in clients if client not in absent]
+        if not clients:
+            return []
+        number = max(1, int(config.participation * len(clients) + 0.5))
+        draw = seeds.numpy_generator(config.seed, purpose, round)
+        return sorted(draw.choice(np.array(clients), number, replace=False).tolist())
 
     def phases(self, role: str) -> list[Phase]:
         """What is trained, one after the other. Default: all parts together for E epochs."""
@@ -163,7 +209,11 @@ class Algorithm:
         return [self.phase({name: train.lr for name, part in names.items() if isinstance(part, Module)})]
 
     def phase(
-        self, lr: Mapping[str, float], epochs: int | None = None, momentum: float | None = None
+        self,
+        lr: Mapping[str, float],
+        epochs: int | None = None,
+        momentum: float | None = None,
+        plain: Collection[str] = (),
     ) -> Phase:
         """A phase with the configured optimiser."""
         train = self.task.config.train
@@ -173,6 +223,7 @@ class Algorithm:
             train.momentum if momentum is None else momentum,
             train.weight_decay,
             train.clip,
+            frozenset(plain),
         )
 
     def loss(self, parts: Parts, batch: Batch) -> Tensor:
@@ -183,8 +234,26 @@ class Algorithm:
         """Logits (B, classes) of the client's whole model."""
         raise NotImplementedError
 
+    def answer(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
+        """How a client answers, (B, *shape) to logits (B, classes), decided once per evaluation.
+
+        Default: `predict`. None: a client that never trained has no answer that is natural to the method;
+        by default one whose private parts hold a module. `unseen_null` tells the reason.
+
+        Args:
+            inputs: calls give the client's samples anew, batch by batch, without labels.
+            unseen: the client never trained; its private parts are as they were initialised.
+        """
+        return None if unseen and self.unseen_null else partial(self.predict, parts)
+
+    @property
+    def unseen_null(self) -> str:
+        """Why clients that never trained have no accuracy; empty where they have one."""
+        private = [name for name, part in self.client_state(0).items() if isinstance(part, Module)]
+        return f"a client that never trained has no {' and no '.join(private)}" if private else ""
+
     def weights(self, parts: Parts, x: Tensor) -> Tensor | None:
-        """Gate weights (B, experts), column 0 the shared expert; None where there is no gate."""
+        """Gate weights (B, experts), shared experts first, the local one last; None without such a gate."""
         return None
 
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
@@ -196,7 +265,7 @@ class Algorithm:
             turn.sgd(phase)
         return {name: turn.parts.vector(name) for name in self.state()}
 
-    def server_update(self, state: Mapping[str, Tensor], means: Mapping[str, Mean]) -> None:
+    def server_update(self, state: Mapping[str, Tensor], means: Mapping[str, Mean], round: int) -> None:
         """Change the state's vectors in place. Default: copy the mean; a row nobody contributed stays.
 
         The default is exact and done by all ranks; an overriding one runs on rank 0 and its result is sent.
@@ -205,3 +274,35 @@ class Algorithm:
             rows = state[name].view(mean.value.shape)
             known = mean.weight > 0
             rows[known] = mean.value[known]
+
+    # Before round 1
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether there is something to do for `pretrain`."""
+        return type(self).pretrain is not Algorithm.pretrain
+
+    @classmethod
+    def reserve(cls, config: Config) -> float:
+        """Share of all rows that the server keeps for `pretrain`; no client gets any of them."""
+        return 0.0
+
+    def check(self) -> None:
+        """Raise UserError for files that will not do; on rank 0, before anything of a new run is written."""
+
+    def pretrain(self, turn: Turn) -> str:
+        """Fill or train the state's parts in place, before round 1; runs on rank 0.
+
+        `turn` holds the reserved rows, 8 : 2 as `train` and `test`; a UserError ends the run on all ranks.
+
+        Returns:
+            a line that says how it went.
+        """
+        return ""
+
+    def prepare(self, parts: Parts, inputs: Inputs) -> Tensor:
+        """(prepared_size,) float32 of a client, derived from the initial state, and never saved.
+
+        All clients' are in `self.prepared` before round 1: they leave the clients, once.
+        """
+        raise NotImplementedError

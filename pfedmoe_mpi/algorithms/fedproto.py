@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Block, Phase, Spec, TensorPart
+from pfedmoe_mpi.classwise import class_means
 from pfedmoe_mpi.config import Section
 from pfedmoe_mpi.data.shard import Batch
 from pfedmoe_mpi.parts import Parts
@@ -70,9 +71,4 @@ class FedProto(Algorithm):
         """Train, then take the mean representation of every class over the training samples (eq. 3)."""
         for phase in self.phases(turn.role):
             turn.sgd(phase)
-        sums = torch.zeros((self.task.classes, self.task.dim), device=turn.device)
-        counts = torch.zeros(self.task.classes, device=turn.device)
-        for batch in turn.training_batches():
-            sums.index_add_(0, batch.y, turn.parts.model.extractor(batch.x).float())
-            counts += torch.bincount(batch.y, minlength=self.task.classes)
-        return {"prototypes": sums / counts[:, None]}
+        return {"prototypes": class_means(turn, self.task.classes, turn.parts.model.extractor)}

@@ -83,7 +83,7 @@ class Scaffold(Algorithm):
         parts.own_control.add_(difference)
         return {"model": change, "control": difference}
 
-    def server_update(self, state: Mapping[str, Tensor], means: Mapping[str, Mean]) -> None:
+    def server_update(self, state: Mapping[str, Tensor], means: Mapping[str, Mean], round: int) -> None:
         """Lines 16 and 17."""
         model, control = means["model"], means["control"]
         state["model"] += self.options.lr_server * model.value[0]

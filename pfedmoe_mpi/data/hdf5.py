@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,20 @@ from typing import Any
 import h5py
 import numpy as np
 
+from pfedmoe_mpi import foreign
 from pfedmoe_mpi.data.dataset import Loaded, check_clients, check_finite, sample_shape
 from pfedmoe_mpi.errors import DataError
+from pfedmoe_mpi.foreign import UnfitError
 
 _SPAN = 16 << 20  # bytes read at once
 _BLOCK = 64 << 10  # bytes of a block where the file has no chunks: reading a gap this short beats a seek
+_FREE, _RATIO = 64 << 20, 100  # what a file may unpack to: so many bytes, and so many times its own
+_UNPACKED = 256 << 20  # a chunk that could become more is unpacked piece by piece first
+_PACKED = {h5py.h5z.FILTER_DEFLATE: 1032, h5py.h5z.FILTER_LZF: 90}  # how much longer they can make bytes
+_NAMES = 1 << 16  # class names
+_COPY = "copy the file again, or write it anew with `data prepare`"
+_INSIDE = "store x and y as plain arrays in the file itself"
+_REPACK = "unpack it first: h5repack -f NONE FILE NEW_FILE"
 
 
 class StoredRows:
@@ -72,14 +83,12 @@ class StoredRows:
         return span
 
 
-_COPY = "copy the file again, or write it anew with `data prepare`"
-
-
 def open_hdf5(path: Path, check: bool) -> Loaded:
     """Open `path`; labels, clients and test marks are read, samples stay in the file.
 
     Raises:
-        DataError: not HDF5, no `x` or `y`, unlike lengths, another dtype than uint8 or float, NaN (`check`).
+        DataError: not HDF5, no `x` or `y`, unlike lengths, another dtype than uint8 or float, NaN (`check`);
+            values that lie in other files, or a file that would unpack to far more than it is.
     """
     try:
         file = h5py.File(path, "r", locking="best-effort")
@@ -89,12 +98,16 @@ def open_hdf5(path: Path, check: bool) -> Loaded:
         return _load(file, path, check)
     except BaseException as error:
         file.close()
-        if isinstance(error, OSError | RuntimeError | KeyError | ValueError | TypeError):
+        if isinstance(error, UnfitError):
+            raise DataError(f"{path}: {error}", _INSIDE) from error
+        if isinstance(error, foreign.FROM_HDF5):
             raise DataError(f"{path} cannot be read: {error}", _COPY) from error
         raise
 
 
 def _load(file: Any, path: Path, check: bool) -> Loaded:
+    if check:
+        foreign.check_heaps(file, path)
     x = _table(file, "x", path)
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise DataError(f"x of {path} is {x.dtype}", "store uint8 (0 to 255) or float32")
@@ -102,42 +115,103 @@ def _load(file: Any, path: Path, check: bool) -> Loaded:
     rows = len(x)
     labels = _column(file, "y", rows, path)
     if check:
+        _check_chunks(x, f"x of {path}")
         store.check()
-    names = _table(file, "class_names", path).asstr()[()] if "class_names" in file else ()
-    client = check_clients(_column(file, "client", rows, path), rows, str(path)) if "client" in file else None
-    official = _marks(_column(file, "official_test", rows, path), path) if "official_test" in file else None
+    client, official = (_optional(file, name, rows, path) for name in ("client", "official_test"))
     return Loaded(
-        name=str(file.attrs.get("name", path.stem)),
+        name=_name(file, path),
         where=str(path),
         store=store,
         labels=labels,
-        class_names=tuple(map(str, names)),
-        client=client,
-        official_test=official,
-        mean=tuple(map(float, file.attrs.get("mean", ()))),
-        std=tuple(map(float, file.attrs.get("std", ()))),
+        class_names=_names(file, path) if file.id.links.exists(b"class_names") else (),
+        client=None if client is None else check_clients(client, rows, str(path)),
+        official_test=None if official is None else _marks(official, path),
+        mean=_constants(file, "mean", store),
+        std=_constants(file, "std", store),
     )
 
 
 def _table(file: Any, name: str, path: Path) -> Any:
-    table = file.get(name)
-    if not isinstance(table, h5py.Dataset) or table.shape is None:
+    """A dataset that lies in the file and unpacks to no more than the file can mean."""
+    table = foreign.find(file, name)
+    if table is None:
+        held = ", ".join(ascii(key).strip("'") for key, _ in zip(file, range(8), strict=False))
         raise DataError(
-            f"{path} has no dataset '{name}'; it has {', '.join(file) or 'nothing'}",
+            f"{path} has no dataset '{name}'; it has {held or 'nothing'}",
             "store samples as x and labels as y, optionally client and official_test",
         )
+    limit = _FREE + _RATIO * path.stat().st_size
+    unpacked = max(math.prod(shape) for shape in (table.shape, table.chunks or ()))
+    if unpacked * table.dtype.itemsize > limit:
+        raise DataError(
+            f"{name} of {path} claims {unpacked * table.dtype.itemsize:,} bytes in shape {table.shape}, "
+            f"more than {_RATIO} times the file and {_FREE >> 20} MiB",
+            _REPACK,
+        )
+    _check_filters(table, name, path)
     return table
 
 
+def _filters(table: Any) -> list[int]:
+    plan = table.id.get_create_plist()
+    return [plan.get_filter(number)[0] for number in range(plan.get_nfilters())]
+
+
+def _check_filters(table: Any, name: str, path: Path) -> None:
+    """One compression, gzip or lzf: what others allocate is for the file to say."""
+    known = {*_PACKED, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
+    used = _filters(table)
+    if not {*used} <= known or len({*used}) < len(used) or {*used} >= {*_PACKED}:
+        raise DataError(f"{name} of {path} is packed by HDF5 filters {used}; gzip or lzf are read", _REPACK)
+
+
+def _check_chunks(table: Any, where: str) -> None:
+    """Refuse chunks that unpack to more than they are said to hold: HDF5 would take the memory first."""
+    packed = {*_filters(table)} & {*_PACKED}
+    if not packed:
+        return
+    length = math.prod(table.chunks) * table.dtype.itemsize + 4  # a checksum may be packed with it
+    suspects: list[tuple[int, ...]] = []
+
+    def look(chunk: Any) -> None:
+        if chunk.size * _PACKED[min(packed)] > max(_UNPACKED, length):
+            suspects.append(chunk.chunk_offset)
+
+    table.id.chunk_iter(look)
+    for place in suspects:
+        skipped, raw = table.id.read_direct_chunk(place)
+        if packed == {h5py.h5z.FILTER_LZF} or (not skipped and _unpacked(raw, length) > length):
+            raise DataError(f"{where}: the chunk at {place} could unpack to more than it may hold", _REPACK)
+
+
+def _unpacked(raw: bytes, most: int) -> int:
+    """How many bytes gzip makes of these, counted to a little more than `most`."""
+    unpacker, count = zlib.decompressobj(), 0
+    try:
+        while raw and not unpacker.eof and count <= most:
+            count += len(unpacker.decompress(raw, 1 << 20))
+            raw = unpacker.unconsumed_tail
+    except zlib.error as error:
+        raise UnfitError(f"a chunk cannot be unpacked: {error}") from error
+    return count
+
+
 def _column(file: Any, name: str, rows: int, path: Path) -> np.ndarray:
-    """One value per sample; the shape is compared before anything of a wrong size is read."""
+    """One value per sample; shape and type are compared before anything of a wrong size is read."""
     table = _table(file, name, path)
     if table.shape != (rows,):
         raise DataError(
             f"x of {path} has {rows} rows, {name} has shape {table.shape}", f"give one per sample, ({rows},)"
         )
+    if table.dtype.kind not in "biuf":
+        raise DataError(f"{name} of {path} is {table.dtype}", f"give one integer per sample, ({rows},)")
+    _check_chunks(table, f"{name} of {path}")
     column: np.ndarray = table[()]
     return column
+
+
+def _optional(file: Any, name: str, rows: int, path: Path) -> np.ndarray | None:
+    return _column(file, name, rows, path) if file.id.links.exists(name.encode()) else None
 
 
 def _marks(marks: np.ndarray, path: Path) -> np.ndarray:
@@ -147,3 +221,31 @@ def _marks(marks: np.ndarray, path: Path) -> np.ndarray:
             "give one true or false per sample",
         )
     return marks.astype(bool)
+
+
+def _names(file: Any, path: Path) -> tuple[str, ...]:
+    """Class names, one read after the other: each may point to the same long text."""
+    table = _table(file, "class_names", path)
+    remedy = "give one text per class, (classes,)"
+    if h5py.check_string_dtype(table.dtype) is None or len(table.shape) != 1 or len(table) > _NAMES:
+        problem = f"class_names of {path} cannot be read: {table.dtype} of shape {table.shape}"
+        raise DataError(problem, remedy)
+    names: list[str] = []
+    left = 16 * _NAMES
+    for number in range(len(table)):
+        names.append(foreign.whole(table.asstr()[number], "class_names"))
+        left -= len(names[-1])
+        if left < 0:
+            raise DataError(f"class_names of {path} is longer than {16 * _NAMES} characters", remedy)
+    return tuple(names)
+
+
+def _name(file: Any, path: Path) -> str:
+    name = foreign.attribute(file, "name", _NAMES)
+    return path.stem if name is None else str(name)
+
+
+def _constants(file: Any, name: str, store: StoredRows) -> tuple[float, ...]:
+    """mean or std: numbers, no more than a sample has."""
+    values = foreign.attribute(file, name, 64 + 16 * math.prod(store.shape))
+    return () if values is None else tuple(map(float, np.atleast_1d(values)))

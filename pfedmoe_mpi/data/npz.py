@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,6 +15,7 @@ from pfedmoe_mpi.data.dataset import HeldRows, Loaded, check_finite, sample_shap
 from pfedmoe_mpi.data.pickles import read_arrays
 from pfedmoe_mpi.errors import DataError, UserError
 
+_FREE, _RATIO = 64 << 20, 100  # what an archive may unpack to: so many bytes, and so many times its own
 _LAYOUT = "give train/0.npz, train/1.npz, ... and the same below test/, each with x and y"
 
 
@@ -83,6 +85,10 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an archive by name: its members, or the entries of the one pickled dict."""
     try:
         with zipfile.ZipFile(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+            if claimed > _FREE + _RATIO * path.stat().st_size:
+                problem = f"{path} claims {claimed:,} bytes, {_RATIO} times the file at the least"
+                raise DataError(problem, "write it anew with numpy.savez, not compressed")
             members = {name.removesuffix(".npy"): archive.read(name) for name in archive.namelist()}
     except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
         raise DataError(f"{path} cannot be read as npz: {error}", "copy the file again") from error
@@ -95,8 +101,11 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 def _member(name: str, raw: bytes, path: Path) -> dict[str, np.ndarray]:
     stream = io.BytesIO(raw)
     try:
-        if _header(stream).hasobject:
+        shape, dtype = _header(stream)
+        if dtype.hasobject:
             return read_arrays(stream.read(), str(path))
+        if math.prod(shape) * dtype.itemsize != len(raw) - stream.tell():
+            raise ValueError(f"{dtype} {shape} in {len(raw) - stream.tell()} bytes")
         stream.seek(0)
         return {name: np.lib.format.read_array(stream, allow_pickle=False)}
     except UserError:
@@ -107,7 +116,8 @@ def _member(name: str, raw: bytes, path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _header(stream: io.BytesIO) -> Any:
+def _header(stream: io.BytesIO) -> tuple[tuple[int, ...], Any]:
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(stream)[2]
+    shape, _, dtype = read(stream)
+    return shape, dtype

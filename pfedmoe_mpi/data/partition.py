@@ -6,7 +6,8 @@ Draws are bounded: what cannot be met ends in an error that says which numbers t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 import numpy as np
@@ -20,11 +21,16 @@ NOBODY = -1  # owner of a row that is dealt to no client
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """Row numbers per client, ascending int64; no row is in two places."""
+    """Row numbers per client, ascending int64; no row is in two places.
+
+    `unseen` are clients that never train, `reserved` rows that no client has.
+    """
 
     train: tuple[np.ndarray, ...]
     validation: tuple[np.ndarray, ...]
     test: tuple[np.ndarray, ...]
+    unseen: frozenset[int] = frozenset()
+    reserved: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def clients(self) -> int:
@@ -35,6 +41,12 @@ class Partition:
         """Training samples per client and class, (N, classes) int64."""
         return np.stack([np.bincount(labels[rows], minlength=classes) for rows in self.train])
 
+    def check(self) -> None:
+        """Assert that no row is in two places: pretraining, training and unseen clients share none."""
+        rows = np.concatenate([self.reserved, *self.train, *self.validation, *self.test])
+        assert len(np.unique(rows)) == len(rows), "a row is in two places"
+        assert self.unseen < set(range(self.clients))
+
     def digest(self) -> str:
         """SHA-256 over all row numbers and their places, in hexadecimal."""
         digest = sha256()
@@ -42,6 +54,8 @@ class Partition:
             for rows in part:
                 digest.update(len(rows).to_bytes(8, "little"))
                 digest.update(rows.astype("<i8").tobytes())
+        if self.unseen or len(self.reserved):
+            digest.update(json.dumps([sorted(self.unseen), self.reserved.tolist()]).encode())
         return digest.hexdigest()
 
 

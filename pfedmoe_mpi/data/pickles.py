@@ -17,6 +17,7 @@ import numpy as np
 
 from pfedmoe_mpi.errors import DataError, UserError
 
+_RATIO = 4  # arrays may share bytes, but not add up to more times the pickle's length
 _REMEDY = "convert the file with the program that wrote it: numpy arrays in plain containers only"
 
 
@@ -43,26 +44,35 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for an array: made empty, then given (version, shape, dtype, Fortran order, bytes or list)."""
+    """Stands for an array: made empty, then given (version, shape, dtype, Fortran order, bytes or list).
+
+    The bytes are kept as they came, maybe shared: a few of a pickle can name them a million times.
+    """
 
     def __init__(self, *_: Any) -> None:
-        self.value: np.ndarray | list[Any] = []
+        self.objects: list[Any] | None = None
+        self.data: bytes | _Bytes = b""
+        self._made: tuple[Any, ...] = ((0,), np.dtype("u1"), False)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, data = state
         if dtype.value.hasobject:
-            self.value = list(data)
+            self.objects = data if isinstance(data, list) else []
         else:
-            flat = np.frombuffer(data, dtype.value) if data else np.empty(0, dtype.value)
-            native = flat.astype(dtype.value.newbyteorder("="))
-            self.value = native.reshape(shape, order="F" if fortran else "C")
+            self._made, self.data = (shape, dtype.value, fortran), data
+
+    def array(self) -> np.ndarray:
+        shape, dtype, fortran = self._made
+        data = self.data.text.encode("latin1") if isinstance(self.data, _Bytes) else self.data
+        flat = np.frombuffer(data, dtype) if data else np.empty(0, dtype)
+        return flat.astype(dtype.newbyteorder("=")).reshape(shape, order="F" if fortran else "C")
 
 
 class _Scalar:
-    """Stands for numpy.core.multiarray.scalar."""
+    """Stands for numpy.core.multiarray.scalar, which no data are made of."""
 
-    def __new__(cls, dtype: _Dtype, data: bytes) -> Any:
-        return np.frombuffer(data, dtype.value)[0]
+    def __init__(self, *_: Any) -> None:
+        pass
 
     __setstate__ = _Type.__setstate__
 
@@ -70,8 +80,11 @@ class _Scalar:
 class _Bytes:
     """Stands for _codecs.encode and bytes, by which old pickle protocols write bytes."""
 
-    def __new__(cls, text: str = "", encoding: str = "latin1") -> Any:
-        return text.encode("latin1")
+    def __init__(self, text: str = "", encoding: str = "latin1") -> None:
+        self.text = text
+
+    def __len__(self) -> int:
+        return len(self.text)
 
     __setstate__ = _Type.__setstate__
 
@@ -109,16 +122,19 @@ def read_arrays(raw: bytes, where: str) -> dict[str, np.ndarray]:
     """
     try:
         outer = _Reader(raw, where).load()
+        content = outer.objects if isinstance(outer, _Array) else None
+        table = content[0] if content and len(content) == 1 else None
+        if not isinstance(table, dict):
+            raise DataError(f"{where} holds a pickle that is not one dict of arrays", _REMEDY)
+        arrays = {
+            name: item
+            for name, item in table.items()
+            if isinstance(name, str) and isinstance(item, _Array) and item.objects is None
+        }
+        if sum(len(array.data) for array in arrays.values()) > _RATIO * len(raw):
+            raise DataError(f"{where} holds a pickle that names the same bytes again and again", _REMEDY)
+        return {name: array.array() for name, array in arrays.items()}
     except UserError:
         raise
     except Exception as error:  # a damaged or hostile pickle may raise anything
         raise DataError(f"{where} holds a pickle that cannot be read: {error}", _REMEDY) from error
-    content = outer.value if isinstance(outer, _Array) else None
-    table = content[0] if isinstance(content, list) and len(content) == 1 else None
-    if not isinstance(table, dict):
-        raise DataError(f"{where} holds a pickle that is not one dict of arrays", _REMEDY)
-    return {
-        str(name): item.value
-        for name, item in table.items()
-        if isinstance(item, _Array) and isinstance(item.value, np.ndarray)
-    }

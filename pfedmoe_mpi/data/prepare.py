@@ -13,7 +13,7 @@ import numpy as np
 
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.data.dataset import Dataset
-from pfedmoe_mpi.data.partition import Partition, make_partition
+from pfedmoe_mpi.data.partition import Partition
 from pfedmoe_mpi.data.sources import open_dataset
 from pfedmoe_mpi.errors import DataError
 
@@ -66,7 +66,8 @@ def write_partition(config: Config, out: Path) -> str:
     """Compute the partition of `config`; write its row numbers as HDF5, or its heat map to a `.png`.
 
     The file has groups `train`, `validation` and `test`, each with `rows`, all clients' row numbers one after
-    the other, and `offsets` (N + 1): client k has rows[offsets[k] : offsets[k + 1]].
+    the other, and `offsets` (N + 1): client k has rows[offsets[k] : offsets[k + 1]]; `unseen` are the clients
+    that never train, `reserved` the rows that no client has.
 
     Returns:
         The heat map client × class as text.
@@ -75,17 +76,11 @@ def write_partition(config: Config, out: Path) -> str:
         DataError: unusable data, `out` exists or cannot be written, or a picture without matplotlib.
         PartitionError: the partition cannot be met.
     """
+    from pfedmoe_mpi.setup import deal  # a method may reserve rows, and methods need torch
+
     _refuse_existing(out)
     with open_dataset(config.data, config.seed, clients=config.clients) as data:
-        partition = make_partition(
-            config.partition,
-            data.labels,
-            data.classes,
-            config.clients,
-            config.seed,
-            client=data.client,
-            official_test=data.official_test,
-        )
+        partition = deal(config, data)
     if out.suffix.lower() == ".png":
         _draw(out, partition, data)
     else:
@@ -98,6 +93,8 @@ def _write_rows(file: Any, partition: Partition, config: Config) -> None:
     for name, clients in parts.items():
         file[f"{name}/rows"] = np.concatenate(clients)
         file[f"{name}/offsets"] = np.cumsum([0, *map(len, clients)])
+    file["unseen"] = np.array(sorted(partition.unseen), np.int64)
+    file["reserved"] = partition.reserved
     file.attrs["digest"] = partition.digest()
     file.attrs["seed"] = config.seed
     for name, value in config.partition.model_dump().items():
@@ -113,10 +110,13 @@ def heat_map(partition: Partition, data: Dataset) -> str:
     for client, shade in enumerate(shades):
         parts = (partition.train, partition.validation, partition.test)
         sizes = "".join(f"{len(part[client]):6d}" for part in parts)
-        lines.append(f"{client:6d} {sizes}  |{''.join(_SHADES[level] * 2 for level in shade)}|")
+        unseen = "  unseen" if client in partition.unseen else ""
+        lines.append(f"{client:6d} {sizes}  |{''.join(_SHADES[level] * 2 for level in shade)}|{unseen}")
     for total, noun in zip(counts.shape, ("clients", "classes"), strict=True):
         if total > _SHOWN:
             lines.append(f"and {total - _SHOWN} more {noun}")
+    if len(partition.reserved):
+        lines.append(f"{len(partition.reserved)} rows are the server's")
     return "\n".join(lines)
 
 

@@ -41,6 +41,10 @@ class Split:
     def of(cls, x: np.ndarray, y: np.ndarray, device: torch.device) -> Split:
         return cls(torch.from_numpy(x.copy()).to(device), torch.from_numpy(y.copy()).to(device))
 
+    def nothing(self) -> Split:
+        """No samples, of the same kind."""
+        return Split(self.x[:0], self.y[:0])
+
     def __len__(self) -> int:
         return len(self.y)
 

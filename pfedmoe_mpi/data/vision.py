@@ -51,6 +51,10 @@ def _known(name: str) -> str:
 def _part(name: str, root: Path, train: bool, download: bool) -> Any:
     from torchvision import datasets
 
+    old = root / name / "processed"
+    if old.is_dir():  # torchvision would still unpickle it
+        raw = root / name / "raw"
+        raise DataError(f"{old} holds files of an old torchvision", f"remove it; {raw} is read")
     choice: dict[str, Any] = {"split": "train" if train else "test"} if name == "SVHN" else {"train": train}
     if name == "EMNIST":
         choice["split"] = "balanced"

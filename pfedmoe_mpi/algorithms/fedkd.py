@@ -1,0 +1,154 @@
+"""FedKD: a private mentor and a shared mentee teach each other; the mentee's updates travel as thin factors.
+
+Wu, Wu, Lyu, Huang, Xie: "Communication-efficient federated learning via knowledge distillation", Nature
+Communications 13, 2022. Mentor t (the client's own model) and mentee s (small, shared), with outputs y_t and
+y_s, representations H_t and H_s of the same length, and a private linear map W_h (eqs. 1 to 7):
+
+    L_t^t = CE(y, y_t)          L_s^t = CE(y, y_s)          D = L_t^t + L_s^t
+    L_t = L_t^t + KL(y_s ‖ y_t) / D + L^h       L_s = L_s^t + KL(y_t ‖ y_s) / D + L^h
+    L^h = MSE(H_t, W_h H_s) / D
+
+The mentor descends ∂L_t/∂Θ_t, the mentee ∂L_s/∂Θ_s, W_h both. What a client sends is its mentee's update, a
+matrix at a time as U Σ V with the fewest singular values whose energy exceeds a share T (eq. 8):
+
+    Σ_{i≤K} σ_i² / Σ_i σ_i² > T          T(t) = T_start + (T_end − T_start)·t, t from 0 to 1
+
+The server rebuilds them, takes their mean, weighted by n_k, and decomposes it in the same way; server and
+clients add the same U Σ V, so all hold the same mentee. A client answers with its mentor; one that never
+trained with the mentee.
+
+Shared: the mentee's update. The sum carries it rebuilt; bytes count factors, K(P + Q + 1) numbers for a P×Q
+matrix, or the matrix itself where that is less, and what is no matrix as it is. Down goes the last global
+update to a client that trained in the round before, else the whole mentee.
+
+Departures: t counts `fedkd.ramp` rounds, not those of the run, so that a run continued equals a longer one. A
+convolution's kernel is a matrix of one row per filter; a matrix that factors would not make smaller travels
+whole. No gradient runs from one model's loss into the other model (the authors' code descends the sum of the
+losses, and leaves W_h, which eq. 5 has, out of it). D is at least 10⁻⁶. No attention maps, no encryption.
+BatchNorm's running statistics travel with the update. W_h has the mentor's learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from pfedmoe_mpi.algorithms.base import Algorithm, Block, Inputs, Mean, Module, Phase, Spec, Task, TensorPart
+from pfedmoe_mpi.algorithms.fml import divergence
+from pfedmoe_mpi.config import Section
+from pfedmoe_mpi.data.shard import Batch
+from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.training import Turn
+
+
+class Options(Section):
+    energy_start: float = Field(0.95, gt=0, le=1)
+    """T_start, share of an update's energy that its factors keep in the first rounds; 1 = all of it."""
+    energy_end: float = Field(0.98, gt=0, le=1)
+    """T_end, the same after `ramp` rounds and from then on."""
+    ramp: int = Field(40, ge=1)
+    """Rounds over which the share goes from T_start to T_end."""
+
+
+class FedKD(Algorithm):
+    unseen_null = ""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self._mentee = task.model(task.shared)
+        self._layout = self._mentee.layout()
+
+    def state(self) -> Spec:
+        """The mentee Θ_s, and how many numbers its last update took to send."""
+        return {"shared": self._mentee, "sent": TensorPart((1,))}
+
+    def client_state(self, client: int) -> Spec:
+        """The mentor Θ_t, W_h (d, d), and the round in which the client last trained."""
+        return {
+            "model": self.task.model(self.task.architecture(client)),
+            "map": Module("map", partial(torch.nn.Linear, self.task.dim, self.task.dim, bias=False)),
+            "seen": TensorPart((1,), fill=-1),
+        }
+
+    def payload(self, sizes: Mapping[str, int]) -> Mapping[str, Block]:
+        """The mentee's update, rebuilt from its factors, weight n_k."""
+        return {"shared": Block(sizes["shared"])}
+
+    def phases(self, role: str) -> list[Phase]:
+        """All together."""
+        train = self.task.config.train
+        return [self.phase({"shared": train.lr_shared, "model": train.lr, "map": train.lr})]
+
+    def predict(self, parts: Parts, x: Tensor) -> Tensor:
+        """The mentor's logits (B, classes)."""
+        logits: Tensor = parts.model(x)
+        return logits
+
+    def answer(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
+        """The mentor; the mentee where the client never trained."""
+        return parts.shared if unseen else super().answer(parts, inputs, unseen)
+
+    def loss(self, parts: Parts, batch: Batch) -> Tensor:
+        """L_t + L_s, in each of which the other model's outputs are given."""
+        h_t, h_s = parts.model.extractor(batch.x), parts.shared.extractor(batch.x)
+        y_t, y_s = parts.model.head(h_t), parts.shared.head(h_s)
+        task_t, task_s = functional.cross_entropy(y_t, batch.y), functional.cross_entropy(y_s, batch.y)
+        to_t = divergence(y_s, y_t).mean() + functional.mse_loss(parts.map(h_s.detach()), h_t)
+        to_s = divergence(y_t, y_s).mean() + functional.mse_loss(parts.map(h_s), h_t.detach())
+        loss_t = task_t + to_t / (task_t + task_s.detach()).clamp(min=1e-6)
+        loss_s = task_s + to_s / (task_t.detach() + task_s).clamp(min=1e-6)
+        return loss_t + loss_s
+
+    def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
+        """Train, and send the mentee's update through its factors."""
+        parts = turn.parts
+        start = parts.vector("shared").clone()
+        follows = int(parts.seen) == turn.round - 1
+        turn.bytes_down = 4 * (int(parts.sent) if follows else self._layout.size)
+        for phase in self.phases(turn.role):
+            turn.sgd(phase)
+        update, numbers = self._through_factors(parts.vector("shared") - start, turn.round)
+        turn.bytes_up = 4 * numbers
+        parts.seen.fill_(turn.round)
+        return {"shared": update}
+
+    def server_update(self, state: Mapping[str, Tensor], means: Mapping[str, Mean], round: int) -> None:
+        """Add the mean update, as its factors give it."""
+        update, numbers = self._through_factors(means["shared"].value[0], round)
+        state["shared"] += update
+        state["sent"].fill_(numbers)
+
+    def _through_factors(self, update: Tensor, round: int) -> tuple[Tensor, int]:
+        """The update (mentee,) as its receiver rebuilds it, on the CPU, and how many numbers travel."""
+        options = self.options
+        share = min(1.0, round / options.ramp)
+        energy = options.energy_start + (options.energy_end - options.energy_start) * share
+        rebuilt = update.cpu().clone()
+        numbers = 0
+        for entry, tensor in zip(self._layout.entries, self._layout.views(rebuilt).values(), strict=True):
+            factored = low_rank(tensor.flatten(1).clone(), energy) if len(entry.shape) > 1 else None
+            if factored:
+                tensor.copy_(factored[0].view(entry.shape))
+            numbers += factored[1] if factored else entry.size
+        return rebuilt, numbers
+
+
+def low_rank(matrix: Tensor, energy: float) -> tuple[Tensor, int] | None:
+    """U Σ V of a matrix (P, Q) with K singular values (eq. 8), and K(P + Q + 1); None where that is no less.
+
+    Also None for a matrix that is not finite, which no decomposition takes.
+    """
+    if not bool(matrix.isfinite().all()):
+        return None
+    u, sigma, v = torch.linalg.svd(matrix, full_matrices=False)
+    kept = sigma.double().square().cumsum(0)
+    rank = min(int((kept <= energy * kept[-1]).sum()) + 1, len(sigma))
+    numbers = rank * (sum(matrix.shape) + 1)
+    if numbers >= matrix.numel():
+        return None
+    return (u[:, :rank] * sigma[:rank]) @ v[:rank], numbers

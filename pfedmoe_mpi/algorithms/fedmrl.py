@@ -1,0 +1,87 @@
+"""FedMRL: nested (Matryoshka) pieces of one fused representation go to a shared and to a private head.
+
+Yi, Yu, Ren, Wang, Liu, Li: "Federated Model Heterogeneous Matryoshka Representation Learning", NeurIPS 2024.
+All clients train one small homogeneous model, extractor G^ex (to d1) and head G^hd, beside their own model,
+extractor F_k^ex (to d2 ≥ d1) and head F_k^hd, and a private linear projector P_k from d1 + d2 to d2:
+
+    R~ = P_k(G^ex(x) ∘ F_k^ex(x)), spliced           ŷ_G = G^hd(R~[:d1])           ŷ_F = F_k^hd(R~)
+    loss = m_1·CE(ŷ_G, y) + m_2·CE(ŷ_F, y)
+
+and one SGD step updates all three. The server averages the small models with weight n_k; a client answers
+with ŷ_F. One that never trained has no answer: the shared head reads what a private projector gives, and no
+step trains the small model to answer by itself.
+
+Shared: the small model with its head, one float32 vector per client and round.
+
+Departures: n_k counts training samples (the authors' code: test samples too). The gradient is clipped by its
+joint norm (there: each of the three by its own). Momentum starts at zero in every client step (there, that of
+the small model and that of the projector go on from client to client).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from pfedmoe_mpi.algorithms.base import Algorithm, Module, Phase, Spec, Task
+from pfedmoe_mpi.config import Section
+from pfedmoe_mpi.data.shard import Batch
+from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.models.registry import build_model
+from pfedmoe_mpi.parts import Parts
+
+
+class Options(Section):
+    dim: int = Field(0, ge=0)
+    """d1, length of the shared model's representation, at most model.dim; 0 = half of it."""
+    weight_shared: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """m_1, weight of the shared head's cross-entropy."""
+    weight_own: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """m_2, weight of the private head's cross-entropy."""
+
+
+class FedMRL(Algorithm):
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self._d1 = self.options.dim or max(1, task.dim // 2)
+        if self._d1 > task.dim:
+            problem = f"fedmrl.dim {self._d1} is above {task.dim}, the length of the private representation"
+            raise ConfigError(problem, f"--fedmrl.dim {task.dim}, or a larger --model.dim")
+
+    def state(self) -> Spec:
+        """The small model, its representation d1 long."""
+        task, name = self.task, self.task.shared
+        build = partial(build_model, name, task.shape, task.classes, self._d1, task.config.model.stem)
+        return {"shared": Module(f"model {name} to {self._d1}", build)}
+
+    def client_state(self, client: int) -> Spec:
+        """The client's own model, and its projector."""
+        build = partial(torch.nn.Linear, self._d1 + self.task.dim, self.task.dim)
+        own = self.task.model(self.task.architecture(client))
+        return {"model": own, "projector": Module("projector", build)}
+
+    def phases(self, role: str) -> list[Phase]:
+        """All three together."""
+        train = self.task.config.train
+        return [self.phase({"shared": train.lr_shared, "model": train.lr, "projector": train.lr})]
+
+    def fused(self, parts: Parts, x: Tensor) -> Tensor:
+        """R~ (B, d2), which both heads read."""
+        spliced = torch.cat([parts.shared.extractor(x), parts.model.extractor(x)], 1)
+        representation: Tensor = parts.projector(spliced)
+        return representation
+
+    def predict(self, parts: Parts, x: Tensor) -> Tensor:
+        """ŷ_F (B, classes)."""
+        logits: Tensor = parts.model.head(self.fused(parts, x))
+        return logits
+
+    def loss(self, parts: Parts, batch: Batch) -> Tensor:
+        r = self.fused(parts, batch.x)
+        coarse = functional.cross_entropy(parts.shared.head(r[:, : self._d1]), batch.y)
+        fine = functional.cross_entropy(parts.model.head(r), batch.y)
+        return self.options.weight_shared * coarse + self.options.weight_own * fine

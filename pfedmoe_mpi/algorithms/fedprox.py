@@ -1,0 +1,61 @@
+"""FedProx: FedAvg whose clients are held near the global model by a proximal term.
+
+Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith: "Federated Optimization in Heterogeneous Networks", MLSys 2020.
+A client minimises h_k(w; w^t) = F_k(w) + μ/2·‖w − w^t‖² from w^t (eq. 2, Algorithm 2); the server averages.
+
+Shared: the whole model, running statistics of BatchNorm included, one float32 vector per client and round.
+
+Departures: the cohort is drawn uniformly and averaged by samples, as in FedAvg; Algorithm 2 draws clients
+with probability p_k and averages without weights. Every client trains the configured epochs, and γ, the
+inexactness of a local solution, is whatever these give; clients that fall behind are left out
+(`faults.deadline`), not cut short. The norm is over parameters; running statistics have no proximal term. The
+term's gradient counts in `train.clip`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pfedmoe_mpi.algorithms.base import Algorithm, Phase, Spec
+from pfedmoe_mpi.config import Section
+from pfedmoe_mpi.data.shard import Batch
+from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.training import Turn
+
+
+class Options(Section):
+    mu: float = Field(0.1, ge=0)
+    """μ, weight of the proximal term; 0 is FedAvg."""
+
+
+class FedProx(Algorithm):
+    homogeneous = True
+
+    def state(self) -> Spec:
+        """w, the global model."""
+        return {"model": self.task.model(self.task.pool[0])}
+
+    def phases(self, role: str) -> list[Phase]:
+        return [self.phase({"model": self.task.config.train.lr_shared})]
+
+    def predict(self, parts: Parts, x: Tensor) -> Tensor:
+        logits: Tensor = parts.model(x)
+        return logits
+
+    def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
+        """SGD on h_k from w^t."""
+        start = turn.parts.parameter_vector("model").clone()
+        parameters = turn.parts.parameters("model")
+        pieces = start.split([p.numel() for p in parameters])
+
+        def loss(batch: Batch) -> Tensor:
+            squares = [(p.view(-1) - w).square().sum() for p, w in zip(parameters, pieces, strict=True)]
+            return self.loss(turn.parts, batch) + self.options.mu / 2 * torch.stack(squares).sum()
+
+        for phase in self.phases(turn.role):
+            turn.sgd(phase, loss)
+        return {"model": turn.parts.vector("model")}

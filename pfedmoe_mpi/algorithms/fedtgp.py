@@ -1,0 +1,144 @@
+"""FedTGP: the server learns well-separated global prototypes, and clients pull their representations to them.
+
+Zhang, Liu, Hua, Cao: "FedTGP: Trainable Global Prototypes with Adaptive-Margin-Enhanced Contrastive Learning
+for Data and Model Heterogeneity in Federated Learning", AAAI 2024. Client i sends P_i^c, the mean
+representation of every class c it holds. The server's generator, a vector per class through an MLP, gives the
+global prototypes P̂; it is trained on the received P_i^c, φ being the Euclidean distance, by
+
+    −log( e^−(φ(P_i^c, P̂^c) + δ) / (e^−(φ(P_i^c, P̂^c) + δ) + Σ_{c'≠c} e^−φ(P_i^c, P̂^c')) )
+    δ = min( max_c min_{c'≠c} φ(Q^c, Q^c'), τ ),    Q^c = unweighted mean of the round's P_i^c
+
+(the adaptive margin). Clients minimise cross-entropy + λ·distance of their representations to P̂.
+
+Shared: one vector of length d per class held up, P̂ of all classes down, per client and round. The generator
+stays with the server; it is in the state to be in checkpoints, and is not counted as sent.
+
+As in the authors' code: δ takes each class's least distance before the largest of them; the generator is
+embedding, linear, ReLU, linear, all of width d; the server's SGD is plain, with the clients' learning rate
+and batch size; the distance of a client is the mean squared difference over batch and d; means are taken
+after training, in evaluation mode.
+
+Departures: until there are prototypes, in the first round, no distance. A squared distance below 1e-12 counts
+as that, where the root has no gradient. The server's gradient is clipped by `train.clip`. The answer is the
+model's own head, as for FedProto; the authors' code answers with the nearest prototype (`fedtgp.answer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pfedmoe_mpi import seeds
+from pfedmoe_mpi.algorithms.base import Algorithm, Block, Mean, Module, Phase, Spec, TensorPart
+from pfedmoe_mpi.classwise import class_means, received, train_on_server
+from pfedmoe_mpi.config import Section
+from pfedmoe_mpi.data.shard import Batch
+from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.training import Turn, learning_rate_factor
+
+
+class Options(Section):
+    weight: float = Field(1.0, ge=0)
+    """λ, weight of the distance to the global prototypes."""
+    epochs: int = Field(100, ge=1)
+    """The server's epochs over the received prototypes, per round."""
+    margin: float = Field(100.0, ge=0)
+    """τ, the largest margin."""
+    answer: Literal["head", "prototype"] = "head"
+    """What a client answers with: its head, or the nearest global prototype."""
+
+
+class Generator(nn.Module):
+    """P̂ (classes, d) from a learned vector per class."""
+
+    def __init__(self, classes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(classes, dim)
+        self.middle = nn.Linear(dim, dim)
+        self.last = nn.Linear(dim, dim)
+
+    def forward(self) -> Tensor:
+        prototypes: Tensor = self.last(torch.relu(self.middle(self.embedding.weight)))
+        return prototypes
+
+
+class FedTGP(Algorithm):
+    def state(self) -> Spec:
+        """The generator, and P̂ (classes, d), NaN before the first round."""
+        size = (self.task.classes, self.task.dim)
+        return {"generator": self._generator(), "prototypes": TensorPart(size, fill=float("nan"))}
+
+    def _generator(self) -> Module:
+        return Module("generator", lambda: Generator(self.task.classes, self.task.dim))
+
+    def client_state(self, client: int) -> Spec:
+        """The client's own model."""
+        return {"model": self.task.model(self.task.architecture(client))}
+
+    def payload(self, sizes: Mapping[str, int]) -> Mapping[str, Block]:
+        """P_i, one row per class, a slot for every member."""
+        size, rows = self.task.dim, self.task.classes
+        return {"prototypes": Block(size, rows=rows, weight="class_samples", slot=True)}
+
+    def phases(self, role: str) -> list[Phase]:
+        return [self.phase({"model": self.task.config.train.lr})]
+
+    def predict(self, parts: Parts, x: Tensor) -> Tensor:
+        """Logits of the head, or minus the mean squared difference to the prototypes once there are any."""
+        r = parts.model.extractor(x)
+        if self.options.answer == "prototype" and not bool(parts.prototypes.isnan().any()):
+            return -torch.stack([(r - p).square().mean(1) for p in parts.prototypes], 1)
+        logits: Tensor = parts.model.head(r)
+        return logits
+
+    def loss(self, parts: Parts, batch: Batch) -> Tensor:
+        """Cross-entropy of the head plus λ·distance."""
+        r = parts.model.extractor(batch.x)
+        target = parts.prototypes[batch.y]
+        distance = torch.where(target.isnan(), 0.0, r.float() - target.nan_to_num()).square().mean()
+        return functional.cross_entropy(parts.model.head(r), batch.y) + self.options.weight * distance
+
+    def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
+        """Train, then take the mean representation of every class."""
+        known = turn.parts.prototypes[~turn.parts.prototypes.isnan().any(1)]
+        turn.bytes_down = 4 * known.numel()
+        for phase in self.phases(turn.role):
+            turn.sgd(phase)
+        return {"prototypes": class_means(turn, self.task.classes, turn.parts.model.extractor)}
+
+    def margin(self, rows: Tensor, labels: Tensor) -> float:
+        """δ; τ where fewer than two classes came."""
+        q = torch.stack([rows[labels == c].mean(0) for c in labels.unique()])
+        apart = (q[:, None] - q).square().sum(2).sqrt()
+        apart.fill_diagonal_(float("inf"))
+        return min(float(apart.min(1).values.max()), self.options.margin)
+
+    def server_update(self, state: Mapping[str, Tensor], means: Mapping[str, Mean], round: int) -> None:
+        """Train the generator on what the cohort sent, and generate."""
+        config, train = self.task.config, self.task.config.train
+        rows, labels = received(means["prototypes"])
+        margin = self.margin(rows, labels)
+
+        def loss(generator: nn.Module, some: Tensor, its: Tensor) -> Tensor:
+            squares = (some[:, None] - generator()).square().sum(2)
+            distance = squares.clamp_min(1e-12).sqrt()
+            widened = distance + margin * functional.one_hot(its, self.task.classes)
+            return functional.cross_entropy(-widened, its)
+
+        generator = train_on_server(
+            self._generator(),
+            state["generator"],
+            Phase({"server": train.lr}, self.options.epochs, 0.0, 0.0, train.clip),
+            learning_rate_factor(train.schedule, round, config.rounds),
+            (rows, labels),
+            train.batch,
+            seeds.torch_generator(config.seed, "server", round),
+            loss,
+        )
+        with torch.no_grad():
+            state["prototypes"].copy_(generator().view(-1))

@@ -1,0 +1,76 @@
+"""FML: a private model and a shared "meme" model teach each other on every client.
+
+Shen, Zhang, Jia, Zhang, Huang, Zhou, Kuang, Wu, Wu: "Federated Mutual Learning", arXiv 2006.16765, 2020. The
+paper's two local objectives, with the outputs p_l of the client's own model and p_m of the meme model:
+
+    L_local = α·CE(p_l, y) + (1 − α)·KL(p_m ‖ p_l)        L_meme = β·CE(p_m, y) + (1 − β)·KL(p_l ‖ p_m)
+
+Each model descends its own objective, the other's output taken as given, both in one step. The global model
+is the mean of the meme models; a client answers with its own model, one that never trained with the global.
+
+Shared: the meme model with its head, one float32 vector per client and round.
+
+Departures: the mean is weighted by n_k (the authors' code: unweighted). KL is per sample, averaged over the
+batch, as in the authors' code. The gradient is clipped by its joint norm over both models; momentum of both
+starts at zero in every client step (the authors' code: that of the meme model alone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from pfedmoe_mpi.algorithms.base import Algorithm, Inputs, Phase, Spec
+from pfedmoe_mpi.config import Section
+from pfedmoe_mpi.data.shard import Batch
+from pfedmoe_mpi.parts import Parts
+
+
+class Options(Section):
+    alpha: float = Field(0.5, ge=0, le=1)
+    """α, share of the cross-entropy in the private model's loss; the rest is distillation."""
+    beta: float = Field(0.5, ge=0, le=1)
+    """β, share of the cross-entropy in the shared model's loss."""
+
+
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(softmax(teacher) ‖ softmax(student)) of every sample (B,); no gradient to the teacher."""
+    known, log_q = functional.log_softmax(teacher.detach(), 1), functional.log_softmax(student, 1)
+    return functional.kl_div(log_q, known, reduction="none", log_target=True).sum(1)
+
+
+class FML(Algorithm):
+    unseen_null = ""
+
+    def state(self) -> Spec:
+        """The meme model."""
+        return {"shared": self.task.model(self.task.shared)}
+
+    def client_state(self, client: int) -> Spec:
+        """The client's own model."""
+        return {"model": self.task.model(self.task.architecture(client))}
+
+    def phases(self, role: str) -> list[Phase]:
+        """Both together."""
+        train = self.task.config.train
+        return [self.phase({"shared": train.lr_shared, "model": train.lr})]
+
+    def predict(self, parts: Parts, x: Tensor) -> Tensor:
+        logits: Tensor = parts.model(x)
+        return logits
+
+    def answer(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
+        """The own model; the global one where the client never trained."""
+        return parts.shared if unseen else super().answer(parts, inputs, unseen)
+
+    def loss(self, parts: Parts, batch: Batch) -> Tensor:
+        """L_local + L_meme: no parameter is in both."""
+        local, meme = parts.model(batch.x), parts.shared(batch.x)
+        alpha, beta = self.options.alpha, self.options.beta
+        private = alpha * functional.cross_entropy(local, batch.y)
+        shared = beta * functional.cross_entropy(meme, batch.y)
+        private = private + (1 - alpha) * divergence(meme, local).mean()
+        return private + shared + (1 - beta) * divergence(local, meme).mean()
