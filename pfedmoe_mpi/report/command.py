@@ -1,0 +1,109 @@
+"""The command `report`: read the runs, then print, or write the page, figures and tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from pfedmoe_mpi.errors import EXIT_DONE, UserError
+from pfedmoe_mpi.report import drawing, page, several, single, terminal
+from pfedmoe_mpi.report.compare import CompareError
+from pfedmoe_mpi.report.load import Run, load_runs
+from pfedmoe_mpi.report.sections import Report
+from pfedmoe_mpi.report.tables import to_csv, to_latex
+
+FIGURES, TABLES = {".png", ".pdf"}, {".csv", ".tex"}
+NEEDED = ("matplotlib", "jinja2")
+
+
+class ReportError(UserError):
+    """A report that cannot be written as asked."""
+
+
+def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str) -> int:
+    """Report on one run, or on several side by side.
+
+    Raises:
+        UserError: folders that are no runs, runs that cannot be compared, an output that is in the way, a
+            missing package; nothing was written.
+    """
+    wanted = _share(target)
+    runs, left_out = load_runs([Path(folder) for folder in folders])
+    if len(runs) == 1 and baseline:
+        raise CompareError("one run has nothing to compare with a baseline", "name the baseline's runs too")
+    if text:
+        print(terminal.text(_made(runs, baseline, wanted, left_out)))
+        return EXIT_DONE
+    missing = [name for name in NEEDED if not find_spec(name)]
+    if missing:
+        remedy = "pip install 'pfedmoe_mpi[report]', or --text true, which needs neither"
+        raise ReportError(f"a report with figures needs {' and '.join(missing)}", remedy)
+    folder = Path(out or (runs[0].path / "report" if len(runs) == 1 else "report"))
+    _refuse_foreign(folder)
+    report = _made(runs, baseline, wanted, left_out)
+    for note in report.notes:
+        print(f"note: {note}")
+    _write(report, folder)
+    print(f"wrote {folder / page.NAME}, {len(report.figures)} figures and {len(report.tables)} tables")
+    return EXIT_DONE
+
+
+def _made(runs: Sequence[Run], baseline: str, target: float | None, notes: Sequence[str]) -> Report:
+    alone = len(runs) == 1
+    made = single.report(runs[0], target) if alone else several.report(runs, baseline, target)
+    return replace(made, notes=[*made.notes, *notes])
+
+
+def _share(target: str) -> float | None:
+    if not target:
+        return None
+    try:
+        value = float(target)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise ReportError(f"--target {target}: an accuracy is above 0 and at most 1", "--target 0.9 for 90 %")
+    return value
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """An earlier report is replaced, anything else is left alone."""
+    if folder.exists() and not folder.is_dir():
+        raise ReportError(f"{folder} is a file", "--out takes a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / page.NAME).is_file():
+        raise ReportError(f"{folder} holds something else than a report", "choose another --out")
+
+
+def _write(report: Report, folder: Path) -> None:
+    """Page, figures and tables; the page last, so that a folder with a page is a whole report."""
+    shown = page.html(report)
+    try:
+        for below in ("figures", "tables"):
+            (folder / below).mkdir(parents=True, exist_ok=True)
+        (folder / page.NAME).unlink(missing_ok=True)
+        for figure in report.figures:
+            drawing.save(figure, folder / "figures")
+        for table in report.tables:
+            (folder / "tables" / f"{table.name}.csv").write_text(to_csv(table), encoding="utf-8")
+            (folder / "tables" / f"{table.name}.tex").write_text(to_latex(table), encoding="utf-8")
+        _drop_stale(folder, report)
+        temporary = folder / f".{page.NAME}.tmp"
+        temporary.write_text(shown, encoding="utf-8")
+        os.replace(temporary, folder / page.NAME)
+    except OSError as error:
+        raise ReportError(f"the report cannot be written: {error}", "choose another --out") from error
+
+
+def _drop_stale(folder: Path, report: Report) -> None:
+    """An earlier report's figures and tables that this one does not have."""
+    kept: Mapping[str, tuple[set[str], set[str]]] = {
+        "figures": ({figure.name for figure in report.figures}, FIGURES),
+        "tables": ({table.name for table in report.tables}, TABLES),
+    }
+    for below, (names, endings) in kept.items():
+        for path in (folder / below).iterdir():
+            if path.suffix in endings and path.stem not in names:
+                path.unlink()
