@@ -1,13 +1,18 @@
 """`python -m pfedmoe_mpi`."""
 
+import signal
 import sys
-
-from pfedmoe_mpi.cli import main as _main
 
 
 def main() -> None:
-    """Entry point of the program and of the console script."""
-    sys.exit(_main(sys.argv[1:]))
+    """Entry point of the program and of the console script.
+
+    A stop that is asked for while Python still starts is held back, not lost: SIGUSR1 would end the process.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    from pfedmoe_mpi import cli
+
+    sys.exit(cli.main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

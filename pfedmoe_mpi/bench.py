@@ -1,6 +1,7 @@
 """`bench`: what this machine reaches, as ratios of two things measured side by side in one run.
 
     mpirun -n 2 python -m pfedmoe_mpi bench [round] [ranks] [sum] [idle] [precision] [write]
+    mpirun -f hostfile -n 2 python -m pfedmoe_mpi bench network
     python -m pfedmoe_mpi bench start [RANKS]
 
 Both sides of a ratio are warmed up, then measured alternately and in alternating order; a time is that of the
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from pfedmoe_mpi.federation import Loop
 
 REPEATS = 5
-PARTS = ("round", "ranks", "sum", "idle", "precision", "write")  # in the order measured; `start` stands alone
+# In the order measured; `start` stands alone.
+PARTS = ("round", "ranks", "sum", "idle", "precision", "write", "network")
 DEFAULTS = {
     "data.source": "synthetic",
     "data.samples": 60_000,
@@ -171,6 +173,8 @@ class Bench:
         unfit = SEVERAL if self.world.size == 1 else set()
         if self.settings.algorithm != "pfedmoe":
             unfit = unfit | {"round", "sum"}
+        if self.hosts == 1:
+            unfit = unfit | {"network"}
         return [part for part in PARTS if part not in unfit]
 
     def heading(self, code: str) -> list[str]:
@@ -180,14 +184,13 @@ class Bench:
         import torch
 
         chosen = device.choose(self.world, self.settings.train.model_copy(update={"threads": threads}))
-        hosts = len(set(self.world.gather(platform.node(), "hosts")))
         gpu = f", {chosen.model}" if chosen.device.type == "cuda" else ""
         ranks = f"{self.world.size} rank(s) of {threads} thread(s)"
         code = self.world.gather(code, "code")[0]
         return [
             f"{datetime.now().astimezone():%Y-%m-%d %H:%M %z}, pfedmoe_mpi {code}",
             f"torch {torch.__version__}, {comm.library()}",
-            f"{device.processor()}{gpu}: {ranks} on {hosts} host(s), {launch.CORES} cores on this one",
+            f"{device.processor()}{gpu}: {ranks} on {self.hosts} host(s), {launch.CORES} cores on this one",
         ]
 
     # The parts
@@ -247,7 +250,7 @@ class Bench:
             if federation.home[client] == self.world.rank:
                 total.add(position, values, zeros)
         waited = self.world.sum(total.buffer, "bench")
-        method.server_update({name: state[place] for name, place in places.items()}, total.means())
+        method.server_update({name: state[place] for name, place in places.items()}, total.means(), 1)
         return float(max(self.world.gather(time.perf_counter() - started - waited, "bench")))
 
     def idle(self) -> list[Line]:
@@ -303,7 +306,18 @@ class Bench:
         what = f"checkpoint of {size:.1f} MB vs plain write and fsync"
         return [Line(what, ours, reference, 1 / pair.ratio)]
 
+    def network(self) -> list[Line]:
+        """What a round sends from host to host, and its time on this link."""
+        from pfedmoe_mpi import benchnetwork
+
+        return benchnetwork.measure(self.world, self.loop)
+
     # What they are made of
+
+    @cached_property
+    def hosts(self) -> int:
+        """How many hosts the ranks are on."""
+        return len(set(self.world.gather(platform.node(), "hosts")))
 
     @cached_property
     def loop(self) -> Loop:
@@ -313,7 +327,10 @@ class Bench:
     def _build(self, comm: Comm, settings: Config) -> Loop:
         from pfedmoe_mpi import federation, setup
 
-        return federation.Loop(comm, setup.build(comm, settings), federation.Silent(), None)
+        loop = federation.Loop(comm, setup.build(comm, settings), federation.Silent(), None)
+        if not loop.begin():
+            raise StoppedError
+        return loop
 
     def _on_one_rank(self, settings: Config) -> Loop | None:
         """The federation on rank 0 alone; None on the others, which learn of a UserError there."""

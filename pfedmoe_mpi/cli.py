@@ -21,6 +21,7 @@ python -m pfedmoe_mpi [run] [CONFIG.toml] [--section.field VALUE ...] [--dry tru
        python -m pfedmoe_mpi inspect CHECKPOINT.h5 [--digest]
        python -m pfedmoe_mpi export CHECKPOINT.h5 --client 7 OUT.h5
        python -m pfedmoe_mpi data prepare|partition [CONFIG.toml] OUT.h5 [--section.field VALUE ...]
+       python -m pfedmoe_mpi report RUN_DIR ... [--out FOLDER] [--text true] [--baseline NAME] [--target 0.9]
        python -m pfedmoe_mpi bench [WHAT ...] [--section.field VALUE ...]
        python -m pfedmoe_mpi check [FOLDER]
 run, restart, evaluate, bench and check run under mpirun or srun too."""
@@ -115,6 +116,18 @@ def data(arguments: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+def report(arguments: Sequence[str]) -> int:
+    """Tables, figures and a page about runs; needs neither torch nor MPI."""
+    words, flags, extra = _parse(arguments, {"out": "", "text": "false", "baseline": "", "target": ""})
+    _no_settings("report", flags)
+    if not words:
+        raise ConfigError("report on which runs?", "report RUN_DIR ...")
+    text = _boolean("text", extra["text"])
+    from pfedmoe_mpi.report import command
+
+    return command.run(words, extra["out"], text, extra["baseline"], extra["target"])
+
+
 def bench(arguments: Sequence[str]) -> int:
     """Measure this machine and print a table."""
     words, flags, _ = _parse(arguments, {})
@@ -141,10 +154,11 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "inspect": inspect,
     "export": export,
     "data": data,
+    "report": report,
     "bench": bench,
     "check": check,
 }
-WITHOUT_MPI = {"inspect", "export", "data"}
+WITHOUT_MPI = {"inspect", "export", "data", "report"}
 
 
 def _parse(arguments: Sequence[str], extra: dict[str, str]) -> tuple[list[str], Settings, dict[str, str]]:
@@ -172,10 +186,7 @@ def _parse(arguments: Sequence[str], extra: dict[str, str]) -> tuple[list[str], 
             found[name] = value
         else:
             flags[name] = value
-    for name in ("data.path", "run.dir"):
-        if flags.get(name):
-            flags[name] = os.path.abspath(os.path.expanduser(flags[name]))
-    return words, flags, found
+    return words, config.located(flags, Path.cwd()), found
 
 
 def _configured(words: Sequence[str], flags: Settings) -> Config:

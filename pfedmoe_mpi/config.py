@@ -46,6 +46,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 MOST_THREADS = 1024
+PATHS = ("data.path", "run.dir", "fedjets.common")
 
 
 class Section(BaseModel):
@@ -128,6 +129,35 @@ class Gate(Section):
     """BatchNorm after every linear layer, the last one before the softmax."""
     activation: Annotated[Literal["sigmoid", "relu", "tanh", "gelu"], BeforeValidator(_name)] = "sigmoid"
     """Activation between the gate's layers."""
+    input: Annotated[Literal["raw", "pooled", "shared"], BeforeValidator(_name)] = "raw"
+    """What the gate sees: the sample, the image averaged down to 8×8, or the shared representation."""
+    temperature: Positive = 1.0
+    """The softmax is over logits / temperature: below 1 sharper, above 1 flatter."""
+    routing: Annotated[Literal["soft", "top1"], BeforeValidator(_name)] = "soft"
+    """soft mixes the experts; top1 takes the best one of each sample (straight-through gradient)."""
+    weights: Annotated[Literal["sample", "learned", "equal"], BeforeValidator(_name)] = "sample"
+    """Weights per sample, or the same for all: learned constants, or equal ones (static fusion)."""
+
+
+class Unseen(Section):
+    clients: NotNegative = 0.0
+    """Clients that never train, with label combinations no training client has: below 1 a share of N."""
+    private: Annotated[Literal["none", "average"], BeforeValidator(_name)] = "none"
+    """What stands in for their private parts; average = the mean of what a method can average (pfedmoe)."""
+
+
+class Join(Section):
+    share: float = Field(0.0, ge=0, lt=1)
+    """Share of the training clients that join late, drawn once."""
+    round: int = Field(10, ge=1)
+    """The first round in which they may train."""
+
+
+class StreamSettings(Section):
+    kind: Annotated[Literal["none", "abrupt", "gradual", "recurring"], BeforeValidator(_name)] = "none"
+    """How a client's training data drift from one half of its classes to the other."""
+    round: int = Field(20, ge=1)
+    """abrupt: first round of the change; gradual: it starts here and takes as long; recurring: the period."""
 
 
 class Train(Section):
@@ -157,8 +187,6 @@ class Train(Section):
     """CPU threads of every rank; auto = the smallest cores ÷ ranks over all hosts."""
     device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(_name)] = "auto"
     """auto takes a GPU where one is visible."""
-    nonfinite: Annotated[Literal["drop", "stop"], BeforeValidator(_name)] = "drop"
-    """A client whose vector is not finite is left out of the round, or ends the run."""
 
     @model_validator(mode="after")
     def _check(self) -> Train:
@@ -168,6 +196,19 @@ class Train(Section):
         if unknown:
             raise ValueError(f"augment knows flip, erase and crop, not {', '.join(sorted(unknown))}")
         return self
+
+
+class FaultSettings(Section):
+    nonfinite: Annotated[Literal["drop", "stop"], BeforeValidator(_name)] = "drop"
+    """A client whose vector is not finite is left out of the round, or ends the run."""
+    dropout: float = Field(0.0, ge=0, le=1)
+    """Probability that a cohort member trains and is lost before the sum, drawn every round."""
+    straggler: float = Field(0.0, ge=0, le=1)
+    """Share of the clients that are slow, drawn once."""
+    slowdown: float = Field(10.0, ge=1, allow_inf_nan=False)
+    """How many times as long a slow client takes, in simulated time."""
+    deadline: NotNegative = 0.0
+    """Members that take longer are left out of the sum: simulated time, 1 = the mean client; 0 = none."""
 
 
 class Eval(Section):
@@ -188,6 +229,8 @@ class Run(Section):
     """Rename a run folder that is in the way; nothing is ever deleted."""
     timeout: NotNegative = 0.0
     """Seconds to wait for other ranks before the job ends; 0 = ten times the longest round, at least 600."""
+    walltime: NotNegative | Literal["auto"] = "auto"
+    """Seconds after which the job must be over; auto = Slurm's end time, if there is one; 0 = no limit."""
     singleton: bool = False
     """Allow one rank where the launcher asked for more (each rank believes it is alone)."""
 
@@ -206,8 +249,12 @@ class Config(Section):
     data: Data = Data()
     partition: PartitionSettings = PartitionSettings()
     model: ModelSettings = ModelSettings()
+    unseen: Unseen = Unseen()
+    join: Join = Join()
+    stream: StreamSettings = StreamSettings()
     gate: Gate = Gate()
     train: Train = Train()
+    faults: FaultSettings = FaultSettings()
     eval: Eval = Eval()
     run: Run = Run()
 
@@ -219,6 +266,8 @@ class Config(Section):
             raise ValueError(f"there is no algorithm '{self.algorithm}'{hint}; known: {', '.join(known)}")
         if self.partition.kind == "classes" and self.partition.classes_min > self.partition.classes:
             raise ValueError("partition.classes_min is above partition.classes; lower one or raise the other")
+        if self.unseen_clients >= self.clients:
+            raise ValueError("unseen.clients leaves nobody to train; lower it or raise clients")
         if self.data.source in {"folder", "hdf5", "npz", "torchvision"} and not self.data.path:
             raise ValueError(f"data.source {self.data.source} needs --data.path, the file or folder to read")
         if len(self.data.mean) != len(self.data.std):
@@ -234,9 +283,15 @@ class Config(Section):
         return section
 
     @property
+    def unseen_clients(self) -> int:
+        """How many of the N clients never train."""
+        wanted = self.unseen.clients
+        return int(wanted * self.clients + 0.5 if wanted < 1 else wanted)
+
+    @property
     def cohort_size(self) -> int:
-        """K = max(1, floor(C·N + ½))."""
-        return max(1, int(self.participation * self.clients + 0.5))
+        """K = max(1, floor(C·n + ½)) of the n clients that train."""
+        return max(1, int(self.participation * (self.clients - self.unseen_clients) + 0.5))
 
 
 @cache
@@ -278,11 +333,17 @@ def read_toml(path: Path) -> dict[str, Any]:
             f"`restart {path}` goes on with it, if it is a run or a checkpoint" if ours else "mend the file"
         )
         raise ConfigError(f"{path} cannot be read as TOML: {error}", remedy) from error
-    flat = flatten(tree)
-    for name in ("data.path", "run.dir"):
-        if isinstance(flat.get(name), str) and flat[name]:
-            flat[name] = str(path.resolve().parent / Path(flat[name]).expanduser())
-    return flat
+    return located(flatten(tree), path.resolve().parent)
+
+
+def located(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings with their paths absolute, relative ones taken from `folder`."""
+    found = dict(settings)
+    for name in PATHS:
+        value = found.get(name)
+        if isinstance(value, str) and value and value != "pretrain":
+            found[name] = str(folder / Path(value).expanduser())
+    return found
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

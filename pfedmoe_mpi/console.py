@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,9 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
         f"cohort {settings.cohort_size}, {settings.rounds} rounds, "
         f"sample {'×'.join(map(str, task.shape))}, {task.classes} classes, d = {task.dim}"
     ]
+    if task.unseen:
+        listed, why = ", ".join(map(str, sorted(task.unseen))), federation.method.unseen_null
+        lines.append(f"unseen clients: {listed}" + (f"; no accuracy, because {why}" if why else ""))
     lines += ["shared:  " + line for line in _describe(federation.state_layout)]
     for number, name in enumerate(task.pool[: task.clients]):
         same = len(range(number, task.clients, len(task.pool)))
@@ -72,7 +77,8 @@ class Progress:
         self._clients = clients
         self._started, self._first = time.monotonic(), done
         self._bar: Any = None
-        if sys.stdout.isatty():
+        # Open MPI gives its ranks a terminal of its own, also where the job's output goes into a file.
+        if sys.stdout.isatty() and "OMPI_COMM_WORLD_SIZE" not in os.environ:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
@@ -86,6 +92,8 @@ class Progress:
         accuracy, before = (_percent(row[name]["mean"]) for name in ("accuracy", "accuracy_cohort"))
         loss = "-" if row["train_loss"] is None else f"{row['train_loss']:.4f}"
         text = f"accuracy {accuracy} (cohort, before the sum, {before})  loss {loss}"
+        if row["accuracy_unseen"]["mean"] is not None:
+            text += f"  unseen {_percent(row['accuracy_unseen']['mean'])}"
         each = (time.monotonic() - self._started) / (row["round"] - self._first)
         left = each * (self._rounds - row["round"])
         seconds = row["seconds"]["total"]
@@ -134,6 +142,15 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
         console.print(shown)
     lines = [capture.get().rstrip(), "last  " + _line(last)]
     top = best(history)
+    if last["drift"]:
+        lost, rounds = last["drift"]["forgetting"], last["drift"]["recovery"]
+        recovery = "not recovered yet" if rounds is None else f"recovered after {rounds} rounds"
+        lines.append(f"drift: {_percent(lost)} of the old concept forgotten, {recovery}")
+    for key, why in (("dropped", "not finite"), ("lost", "lost"), ("late", "after the deadline")):
+        count = Counter(client for row in history for client in row.get(key, []))
+        if count:
+            listed = ", ".join(f"{client} ({times} ×)" for client, times in sorted(count.items()))
+            lines.append(f"left out, {why}: client {listed}")
     return "\n".join(lines + ([f"best  {_line(top)}"] if top else []))
 
 

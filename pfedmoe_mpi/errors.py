@@ -1,7 +1,7 @@
 """What a user can do wrong, and how the program ends.
 
 A `UserError` carries one message with its remedy. It is found before the first round, printed once by one
-rank, and ends the program with exit code 2; nothing was written.
+rank, and ends the program with exit code 2; nothing was written. A `RunError` ends a run later on.
 """
 
 from __future__ import annotations
@@ -15,11 +15,20 @@ EXIT_USER = 2
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: stopped with a checkpoint, submit again
 
 
-class UserError(Exception):
-    """Something the user can mend; `remedy` says how."""
+class Told(Exception):
+    """One message with its remedy, told once by one rank, without a traceback."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         super().__init__(f"{problem}\n  remedy: {remedy}" if remedy else problem)
+        self.problem = problem
+
+
+class UserError(Told):
+    """Something the user can mend before the first round; exit code 2."""
+
+
+class RunError(Told):
+    """A run that cannot go on, met by all ranks alike; what it wrote stands; exit code 1."""
 
 
 class ConfigError(UserError):

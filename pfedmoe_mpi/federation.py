@@ -7,46 +7,53 @@ is read from their result, so all ranks decide alike.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from pfedmoe_mpi import checkpoint, config, metrics, placement, setup
-from pfedmoe_mpi.algorithms.base import Algorithm
-from pfedmoe_mpi.checkpoint import Content
+from pfedmoe_mpi import checkpoint, guests, metrics, placement, prologue, setup
+from pfedmoe_mpi.algorithms.base import Algorithm, Task
 from pfedmoe_mpi.client import Client
 from pfedmoe_mpi.comm import Comm
-from pfedmoe_mpi.data.shard import SPLITS, Split
 from pfedmoe_mpi.device import rss_mb
-from pfedmoe_mpi.errors import StoppedError
+from pfedmoe_mpi.errors import CheckpointError, RunError, StoppedError, Told
+from pfedmoe_mpi.faults import Faults
 from pfedmoe_mpi.fixedpoint import NotFiniteError
+from pfedmoe_mpi.launch import LOGGER
 from pfedmoe_mpi.metrics import EvaluationSum, Row
-from pfedmoe_mpi.roundsum import DROPPED, IN, MISSING, RoundSum
+from pfedmoe_mpi.roundsum import DROPPED, IN, LATE, LOST, MISSING, RoundSum
+from pfedmoe_mpi.saver import Listener, Saver
 from pfedmoe_mpi.setup import Federation
 from pfedmoe_mpi.training import Turn, measure
 
 
-class Observer(Protocol):
+class Observer(Listener, Protocol):
     """Who is told of what happens, on every rank; rank 0's writes the run folder."""
 
-    def round_done(self, row: Row) -> None: ...
+    def pretrained(self, line: str) -> None: ...
+
+    def round_done(self, row: Row, history: Sequence[Row]) -> None: ...
 
     def dropped(self, round: int, clients: Sequence[int]) -> None: ...
-
-    def written(self, path: Path, history: Sequence[Row], partial: bool) -> None: ...
 
 
 class Silent:
     """An observer that does nothing."""
 
-    def round_done(self, row: Row) -> None: ...
+    def pretrained(self, line: str) -> None: ...
+
+    def round_done(self, row: Row, history: Sequence[Row]) -> None: ...
 
     def dropped(self, round: int, clients: Sequence[int]) -> None: ...
 
     def written(self, path: Path, history: Sequence[Row], partial: bool) -> None: ...
+
+    def not_written(self, error: CheckpointError) -> None: ...
 
 
 class Loop:
@@ -62,11 +69,12 @@ class Loop:
             federation.workbench.initial(federation.method.state()), federation.device.device
         )
         self.history: list[Row] = []
-        self.identity: dict[str, str] = {}
+        self.saver = Saver(comm, federation, checkpoints, observer)
+        self.steps = 0  # client steps finished since this program started, on all ranks
+        self._faults = Faults(federation.config.seed, federation.config.faults, federation.costs)
         self._observer = observer
-        self._checkpoints = checkpoints
         self._partial: np.ndarray | None = None
-        self._written: Path | None = None
+        self._pretrained = self._prepared = False
         self._longest_round = 0.0
         self._seconds = dict.fromkeys(("train", "evaluate", "sum", "wait"), 0.0)
         self._keep_time(0.0)
@@ -78,6 +86,7 @@ class Loop:
     def resume(self, loaded: checkpoint.Checkpoint) -> None:
         """Take up a verified checkpoint whose federation is this one; every rank reads its own clients."""
         self.round, self.history = loaded.round, list(loaded.history)
+        self._pretrained = True
         self.state.copy_(torch.from_numpy(loaded.state))
         for client in self.federation.clients.values():
             client.vector.copy_(torch.from_numpy(loaded.vector(client.id)))
@@ -93,29 +102,56 @@ class Loop:
         self._sum(evaluation.buffer, "evaluation")
         if evaluation.stopped:
             raise StoppedError
-        return metrics.evaluated(evaluation)
+        return metrics.evaluated(evaluation, self.federation.task.unseen)
 
     # Rounds
 
     def run(self) -> bool:
-        """Play the rounds that are left; False if stopped with a checkpoint."""
+        """Play the rounds that are left; False if stopped."""
         settings = self.federation.config
+        if not self.begin():
+            return False
         while self.round < settings.rounds:
             if not self.play():
                 return False
         return True
 
+    def begin(self) -> bool:
+        """What a method does before round 1, once; False if stopped, with a checkpoint if it had trained."""
+        with self._named("before round 1"):
+            if not self._pretrained:
+                line = prologue.pretrain(self.comm, self.federation, self.state)
+                if line is None:
+                    return False
+                self._pretrained = True
+                self._observer.pretrained(line)
+            if not self._prepared:
+                self._prepared = prologue.prepare(self.comm, self.federation, self.state)
+            if self._prepared:
+                return True
+            if not self.round and self._partial is None:
+                self.save(last=True)
+            return False
+
     def play(self) -> bool:
-        """Play the next round; False if stopped with a checkpoint."""
-        round = self.round + 1
+        """Play the next round; False if stopped with a checkpoint.
+
+        Raises:
+            RunError: on all ranks: all members diverged, or checkpoints cannot be written.
+        """
+        with self._named(f"round {self.round + 1}"):
+            return self._play(self.round + 1)
+
+    def _play(self, round: int) -> bool:
         started = time.perf_counter()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
-        total = self._train(round)
+        total, before = self._train(round)
         self._sum(total.buffer, f"sum of round {round}")
+        self.steps += int((total.flags != MISSING).sum()) - before
         if total.stopped:
             self._save_stopped(total)
             return False
-        self._observer.dropped(round, total.clients(DROPPED))
+        self._check_divergence(total)
         state = self._updated(total)
         evaluation = self._evaluate(round, state)
         self._sum(evaluation.buffer, f"evaluation of round {round}")
@@ -127,6 +163,18 @@ class Loop:
         self._record(total, evaluation, seconds)
         self._keep_time(seconds)
         return True
+
+    @contextmanager
+    def _named(self, where: str) -> Iterator[None]:
+        """An exception leaves with the rank and the place it comes from, the innermost that is known."""
+        try:
+            yield
+        except (StoppedError, Told):
+            raise
+        except Exception as error:
+            if not getattr(error, "__notes__", None):
+                error.add_note(f"rank {self.comm.rank}, {where}")
+            raise
 
     def _keep_time(self, seconds: float) -> None:
         self._longest_round = max(self._longest_round, seconds)
@@ -140,12 +188,14 @@ class Loop:
 
     # Training
 
-    def _train(self, round: int) -> RoundSum:
-        """This rank's share of the round's contributions; a stop leaves members MISSING."""
+    def _train(self, round: int) -> tuple[RoundSum, int]:
+        """This rank's share of the round's contributions, a stop leaving members MISSING; how many members an
+        interrupted round had already finished.
+        """
         federation = self.federation
         cohort = self._method.cohort(round)
         sizes = {name: place.stop - place.start for name, place in federation.state_layout.parts.items()}
-        total = RoundSum(federation.task, cohort, self._method.payload(sizes))
+        total = RoundSum(self._task(round), cohort, self._method.payload(sizes))
         finished = self._take_partial(total)
         left = {
             client: federation.costs[client]
@@ -153,20 +203,26 @@ class Loop:
             if not done
         }
         trainer = placement.trainers(left, federation.home, self.comm.size)
-        guests = self._lend(trainer)
+        here = {**federation.clients, **guests.lend(self.comm, federation, trainer)}
         started = time.perf_counter()
         try:
             for position, (client, role) in enumerate(cohort):
                 if trainer.get(client) == self.comm.rank:
                     self.comm.poll()
-                    self._step(total, position, guests.get(client) or federation.clients[client], round, role)
+                    with self._named(f"client {client}, round {round}"):
+                        self._step(total, position, here[client], round, role)
         except StoppedError:
             pass
         self._seconds["train"] = time.perf_counter() - started
-        self._return(trainer, guests)
+        guests.give_back(self.comm, federation, trainer, here)
         if self.comm.stop_requested():
             total.request_stop()
-        return total
+        return total, int(finished.sum())
+
+    def _task(self, round: int) -> Task:
+        """The task with the samples that count in a round."""
+        task, stream = self.federation.task, self.federation.stream
+        return replace(task, counts=stream.counts(round)) if stream else task
 
     def _take_partial(self, total: RoundSum) -> np.ndarray:
         """An interrupted round's sum becomes rank 0's contribution; True for each member already in it."""
@@ -184,78 +240,58 @@ class Loop:
         federation, method = self.federation, self._method
         try:
             parts = federation.workbench.parts((method.state(), self.state), (client.spec, client.vector))
-            turn = Turn(federation.engine, method, client, parts, round, role)
+            at_hand = federation.stream.of(client, round) if federation.stream else client
+            turn = Turn(federation.engine, method, at_hand, parts, round, role)
             values = dict(method.client_step(turn))
             parts.check()
             before = float("nan")
             if self._evaluated(round):
                 measured = measure(federation.engine, method, parts, client.splits["test"])
+                assert measured
                 before = measured.correct / measured.samples if measured.samples else before
             vector = federation.workbench.read(client.spec, parts, torch.empty_like(client.vector))
             if not bool(vector.sum().isfinite()):  # one pass; a sum beyond float32 is no model either
                 raise NotFiniteError("its private vector is not finite")
-            total.add(position, values, {"train_loss": turn.loss, "accuracy_before": before})
+            fate = self._faults.fate(round, client.id)
+            if fate == IN:
+                total.add(position, values, self._told(turn, before))
+            else:
+                total.leave_out(position, fate)
             client.vector.copy_(vector)
         except NotFiniteError as error:
-            if federation.config.train.nonfinite == "stop":
-                raise RuntimeError(f"client {client.id} in round {round}: {error}") from error
-            total.drop(position)
-        except StoppedError:
-            raise
-        except Exception as error:
-            error.add_note(f"rank {self.comm.rank}, client {client.id}, round {round}")
-            raise
+            LOGGER.warning("client %d in round %d: %s", client.id, round, error)
+            total.leave_out(position, DROPPED)
+
+    def _told(self, turn: Turn, accuracy: float) -> dict[str, float]:
+        """MEMBER_METRICS, but for what the payload itself tells."""
+        down = 4 * self.federation.state_layout.size if turn.bytes_down is None else turn.bytes_down
+        told = {"train_loss": turn.loss, "accuracy_before": accuracy, "bytes_down": down}
+        return told if turn.bytes_up is None else {**told, "bytes_up": turn.bytes_up}
 
     def _evaluated(self, round: int) -> bool:
         settings = self.federation.config
         return round % settings.eval.every == 0 or round == settings.rounds
 
-    # Guests: cohort members trained away from home, to balance the round
-
-    def _lend(self, trainer: dict[int, int]) -> dict[int, Client]:
-        """Send the clients that train away from home; this rank's guests by client id."""
-        home, rank = self.federation.home, self.comm.rank
-        away = [client for client in sorted(trainer) if trainer[client] != home[client]]
-        guests: dict[int, Client] = {}
-        transfers = []
-        for client in away:
-            arrays: list[np.ndarray] = []
-            if trainer[client] == rank:
-                guests[client] = self._empty_guest(client)
-                arrays = _arrays(guests[client])
-            elif home[client] == rank:
-                arrays = [np.ascontiguousarray(a) for a in _arrays(self.federation.clients[client])]
-            transfers += [(home[client], trainer[client], array) for array in arrays]
-        self.comm.move(transfers, "lending clients")
-        where = self.federation.device.device
-        for guest in guests.values():
-            guest.splits = {s: Split(d.x.to(where), d.y.to(where)) for s, d in guest.splits.items()}
-        return guests
-
-    def _empty_guest(self, client: int) -> Client:
-        federation = self.federation
-        dtype = torch.from_numpy(np.empty(0, federation.dataset.dtype)).dtype
-        lengths = {split: len(getattr(federation.partition, split)[client]) for split in SPLITS}
-        splits = {
-            split: Split(
-                torch.empty((n, *federation.dataset.shape), dtype=dtype), torch.empty(n, dtype=torch.int64)
-            )
-            for split, n in lengths.items()
-        }
-        vector = torch.empty(federation.client_layouts[client].size)
-        return Client(client, self._method.client_state(client), vector, splits)
-
-    def _return(self, trainer: dict[int, int], guests: dict[int, Client]) -> None:
-        """Send the guests' vectors home, changed or not."""
-        home, rank = self.federation.home, self.comm.rank
-        transfers = []
-        for client in sorted(trainer):
-            if trainer[client] != home[client] and rank in (trainer[client], home[client]):
-                at = guests[client] if trainer[client] == rank else self.federation.clients[client]
-                transfers.append((trainer[client], home[client], at.vector.numpy()))
-        self.comm.move(transfers, "returning clients")
-
     # After the sum
+
+    def _check_divergence(self, total: RoundSum) -> None:
+        """Tell who was left out as not finite; that ends the run if it is the whole cohort, or so configured.
+
+        Raises:
+            RunError: on all ranks, with a checkpoint of the rounds before.
+        """
+        diverged = total.clients(DROPPED)
+        self._observer.dropped(self.round + 1, diverged)
+        everyone = len(diverged) == len(total.cohort)
+        if everyone or (diverged and self.federation.config.faults.nonfinite == "stop"):
+            if not self.saver.has(self.round):
+                self.save()
+            who = "every client of the cohort" if everyone else f"client {', '.join(map(str, diverged))}"
+            raise RunError(
+                f"round {self.round + 1}: the loss, gradient or vector of {who} is not finite",
+                "lower --train.lr, --train.lr_shared and --train.lr_gate, or set --train.clip; "
+                "`restart` of the run folder goes on with them from the round before",
+            )
 
     def _updated(self, total: RoundSum) -> torch.Tensor:
         """The server's next vector; nobody's contribution leaves it as it is."""
@@ -266,27 +302,23 @@ class Loop:
         slices = self.federation.state_layout.parts
         overridden = type(method).server_update is not Algorithm.server_update
         if not overridden or self.comm.rank == 0:
-            method.server_update({name: state[place] for name, place in slices.items()}, total.means())
+            by_name = {name: state[place] for name, place in slices.items()}
+            method.server_update(by_name, total.means(), self.round + 1)
         if overridden:
             self.comm.broadcast(state.numpy(), "server state")
         return state
 
     def _evaluate(self, round: int, state: torch.Tensor) -> EvaluationSum:
         """Every client's accuracy with the new state, measured at its home."""
-        federation, method = self.federation, self._method
+        federation = self.federation
         evaluation = EvaluationSum(federation.task.clients, self.comm.size)
         started = time.perf_counter()
         try:
             if self._evaluated(round):
                 for client in federation.clients.values():
                     self.comm.poll()
-                    parts = federation.workbench.parts((method.state(), state), (client.spec, client.vector))
-                    test = measure(federation.engine, method, parts, client.splits["test"])
-                    held = measure(federation.engine, method, parts, client.splits["validation"])
-                    evaluation.clients[client.id] = [
-                        *(test.correct, test.samples, test.loss, test.alpha),
-                        *(held.correct, held.samples),
-                    ]
+                    with self._named(f"evaluation of client {client.id}, round {round}"):
+                        evaluation.clients[client.id] = self._measured(client, state, round)
         except StoppedError:
             pass
         self._seconds["evaluate"] = time.perf_counter() - started
@@ -295,69 +327,60 @@ class Loop:
             evaluation.request_stop()
         return evaluation
 
+    def _measured(self, client: Client, state: torch.Tensor, round: int) -> list[float]:
+        """CLIENT_METRICS; zeros where the method has no answer for a client that has not trained."""
+        federation, method = self.federation, self._method
+        parts = federation.workbench.parts((method.state(), state), (client.spec, client.vector))
+        unseen = client.id in federation.task.absent(round)
+        splits = [client.splits["test"], client.splits["validation"]]
+        splits += federation.stream.concepts(client) if federation.stream else [splits[0].nothing()] * 2
+        found = [measure(federation.engine, method, parts, split, unseen) for split in splits]
+        known = [measured for measured in found if measured]
+        if not known:
+            return [0.0] * len(metrics.CLIENT_METRICS)
+        test = known[0]
+        counted = [number for measured in known[1:] for number in (measured.correct, measured.samples)]
+        return [test.correct, test.samples, test.loss, test.alpha, *counted]
+
     def _record(self, total: RoundSum, evaluation: EvaluationSum, seconds: float) -> None:
         federation = self.federation
-        samples = [federation.task.samples(k) for k in range(federation.task.clients)]
+        task = self._task(self.round)
+        samples = [task.samples(k) for k in range(task.clients)]
         tested = [len(rows) for rows in federation.partition.test]
         row = metrics.row(
-            self.round, total, evaluation, samples, tested, 4 * federation.state_layout.size, seconds
+            self.round,
+            total,
+            evaluation,
+            samples,
+            tested,
+            unseen=task.absent(self.round),
+            share=federation.stream.share(self.round) if federation.stream else None,
+            bytes_once=self._method.bytes_once,
+            seconds=seconds,
+            simulated=self._faults.waited(client for client, _ in total.cohort),
         )
+        row["drift"] = metrics.drift([*self.history, row])
         self.history.append(row)
         shown = dict(row)
-        if self.round % federation.config.run.checkpoint_every == 0 or self.round == federation.config.rounds:
+        last = self.round == federation.config.rounds
+        if self.round % federation.config.run.checkpoint_every == 0 or last:
             started = time.perf_counter()
-            self._save()
+            self.save(last)
             write = time.perf_counter() - started
             shown["seconds"] = {**row["seconds"], "write": write, "total": seconds + write}
-        self._observer.round_done(shown)
+        self._observer.round_done(shown, self.history)
 
     # Checkpoints
 
-    def save(self) -> None:
+    def save(self, last: bool = False) -> None:
         """Write a checkpoint of the rounds done; collective."""
-        self._save()
-
-    def _save(self, partial: np.ndarray | None = None, finished: Sequence[int] = ()) -> None:
-        if self._checkpoints is None:
-            return
-        federation = self.federation
-        content = Content(
-            config=config.to_tree(federation.config),
-            round=self.round,
-            state=self.state.numpy(),
-            state_layout=federation.state_layout,
-            client_layouts=federation.client_layouts,
-            partition={split: getattr(federation.partition, split) for split in SPLITS},
-            history=self.history,
-            identity={
-                "data_digest": federation.data_digest,
-                "partition_digest": federation.partition.digest(),
-                "selected_on": metrics.selected_on(self.history),
-                **self.identity,
-            },
-            partial=partial,
-            finished=finished,
-        )
-        path = self._checkpoints / checkpoint.name(self.round, partial is not None)
-        vectors = {client.id: client.vector.numpy() for client in federation.clients.values()}
-        checkpoint.write(self.comm, path, content, vectors, federation.home)
-        self._written = path
-        self._observer.written(path, self.history, partial is not None)
+        self.saver.rounds(self.round, self.state.numpy(), self.history, last)
 
     def _save_stopped(self, total: RoundSum) -> None:
         """A round in progress as a partial checkpoint; as the complete one before it if nobody finished."""
         total.buffer[0] = 0
-        finished = [*total.clients(IN), *total.clients(DROPPED)]
+        finished = total.clients(IN, DROPPED, LOST, LATE)
         if finished:
-            self._save(total.buffer, finished)
-        elif self._written is None or self._written.name != checkpoint.name(self.round, False):
-            self._save()
-
-
-def _arrays(client: Client) -> list[np.ndarray]:
-    """What travels with a client that trains away from home."""
-    tensors = [
-        client.vector,
-        *(t for split in client.splits.values() for t in (split.x.cpu(), split.y.cpu())),
-    ]
-    return [t.numpy() for t in tensors]
+            self.saver.partial(self.round, self.state.numpy(), self.history, total.buffer, finished)
+        elif not self.saver.has(self.round):
+            self.save(last=True)

@@ -107,7 +107,7 @@ def export(path: Path, client: int, out: Path) -> int:
             with h5py.File(temporary, "w") as file:
                 _write_client(file, loaded, client)
             os.replace(temporary, out)
-        except OSError as error:
+        except (OSError, RuntimeError, ValueError, KeyError) as error:  # tensors may have impossible names
             temporary.unlink(missing_ok=True)
             problem = f"{out} cannot be written: {error}"
             raise CheckpointError(problem, "check the folder and its space") from error
@@ -169,9 +169,12 @@ def _table(result: Mapping[str, Any]) -> str:
     for client, (accuracy, loss) in enumerate(
         zip(result["clients"]["accuracy"], result["clients"]["loss"], strict=True)
     ):
-        lines.append(f"client {client:4}  accuracy {accuracy:.4f}  loss {_number(loss)}")
+        lines.append(f"client {client:4}  accuracy {_number(accuracy)}  loss {_number(loss)}")
     a = result["accuracy"]
     lines.append(
         f"mean {a['mean']:.4f}  weighted {a['weighted']:.4f}  std {a['std']:.4f}  worst {a['worst']:.4f}"
     )
+    unseen = result["accuracy_unseen"]
+    if unseen["mean"] is not None:
+        lines.append(f"unseen clients: mean {_number(unseen['mean'])}  worst {_number(unseen['worst'])}")
     return "\n".join(lines)

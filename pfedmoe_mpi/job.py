@@ -2,69 +2,112 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi import checkpoint, comm, config, console, metrics
+from pfedmoe_mpi import checkpoint, comm, config, console, launch, metrics
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ConfigError
+from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ConfigError, RunError
 from pfedmoe_mpi.launch import LOGGER, under_mpi
 from pfedmoe_mpi.runfolder import RunFolder, default
 
 # A restart repeats bits only if these stay as they were.
 BITS = ("torch", "device", "threads", "precision")
+LEGS_WITHOUT_PROGRESS = 2  # in a row, then the run ends: the job scripts would submit it for ever
+MOST_COUNTS = 100_000  # clients × classes in one line of events.jsonl
+# Sections that make it another federation, beside those that an evaluation needs too.
+WHO_AND_WHEN = ("partition", "gate", "unseen", "join", "stream")
 # Asked for anew at every start.
 ANEW = ("run.dir", "run.force", "run.singleton")
 
 
 @dataclass
 class Reporter:
-    """Rank 0 writes the run folder and the terminal; the other ranks only log."""
+    """Rank 0 writes the run folder and the terminal; the other ranks only log.
 
-    world: Comm
+    A file that cannot be written is told once; training goes on, and `metrics.jsonl` is brought up to date as
+    soon as it can be: all that is in it is in the checkpoints too.
+    """
+
     folder: RunFolder
-    settings: Config
+    keep: int
     progress: console.Progress | None
+    _behind: set[str] = field(default_factory=set)
 
-    def round_done(self, row: metrics.Row) -> None:
+    def pretrained(self, line: str) -> None:
+        if line and self.progress:
+            self.event("pretrained", result=line)
+            print(line, flush=True)
+
+    def round_done(self, row: metrics.Row, history: Sequence[metrics.Row]) -> None:
         if self.progress:
-            self.folder.append_metrics(row)
+            again = "metrics.jsonl" in self._behind
+            write = partial(self.folder.rewrite_metrics, history) if again else None
+            self._careful("metrics.jsonl", write or partial(self.folder.append_metrics, row))
             self.progress.round_done(row)
 
     def dropped(self, round: int, clients: Sequence[int]) -> None:
         if clients:
             LOGGER.warning("round %d: left out clients %s, not finite", round, clients)
             if self.progress:
-                self.folder.event("dropped", round=round, clients=list(clients))
+                self.event("dropped", round=round, clients=list(clients))
                 listed = ", ".join(map(str, clients))
                 print(f"round {round}: left out clients {listed}: vectors that are not finite", flush=True)
 
     def written(self, path: Path, history: Sequence[metrics.Row], partial: bool) -> None:
-        if not self.progress:
-            return
+        if self.progress:
+            self._careful("checkpoints", lambda: self._tidy(path, history, partial))
+
+    def not_written(self, error: CheckpointError) -> None:
+        LOGGER.error(str(error))
+        if self.progress:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+            self.event("not written", error=error.problem)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """A line in events.jsonl, by rank 0."""
+        if self.progress:
+            self._careful("events.jsonl", lambda: self.folder.event(kind, **facts))
+
+    def _tidy(self, path: Path, history: Sequence[metrics.Row], partial: bool) -> None:
         if not partial and history:
-            every, last = self.settings.run.checkpoint_every, history[-1]["round"]
-            saved = [r["round"] for r in history if r["round"] % every == 0 or r["round"] == last]
-            top = metrics.best(history, saved)
-            if top and top["round"] == last:
+            held = self.folder.best_round()
+            rounds = [history[-1]["round"], *([held] if held else [])]
+            top = metrics.best(history, rounds)
+            if top and top["round"] == history[-1]["round"] != held:
                 self.folder.mark_best(path)
-        self.folder.keep_newest(self.settings.run.keep)
+        self.folder.keep_newest(self.keep)
+
+    def _careful(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+            self._behind.discard(name)
+        except OSError as error:
+            LOGGER.error("%s: %s", name, error)
+            if name not in self._behind:
+                print(f"warning: {name} cannot be kept up to date: {error}", file=sys.stderr, flush=True)
+            self._behind.add(name)
 
 
 def run(settings: Config, dry: bool) -> int:
     """A new run."""
 
+    end = launch.slurm_end() if launch.launched_rank() == 0 else None
+
     def work(world: Comm, code: str) -> int:
-        folder = world.from_root(lambda: _new_folder(settings), "run folder")
-        return _train(world, settings, folder, None, code, dry=dry)
+        path = world.from_root(lambda: _new_folder(settings), "run folder")
+        world.stop_at = launch.stop_at(settings.run.walltime, end)
+        with RunFolder(path) as folder:
+            return _train(world, settings, folder, None, code, dry=dry)
 
     return under_mpi(work, settings.run.singleton)
 
@@ -77,25 +120,48 @@ def _new_folder(settings: Config) -> Path:
 
 def restart(source: Path, overrides: Mapping[str, Any]) -> int:
     """Go on from a run folder's newest good checkpoint, or from one file."""
+    end = launch.slurm_end() if launch.launched_rank() == 0 else None
 
     def work(world: Comm, code: str) -> int:
-        path, own, warnings = _choose(world, source)
-        if world.rank == 0:
-            for warning in warnings:
-                print(f"warning: {warning}", file=sys.stderr, flush=True)
-        with Checkpoint(path) if path else nullcontext() as loaded:
-            toml = RunFolder(source.absolute()).config
-            before = (
-                loaded.config if loaded else world.from_root(lambda: config.read_toml(toml), "configuration")
-            )
-            settings, changes = continued(before, overrides, ("partition", "gate"))
-            folder, again = world.from_root(lambda: _goes_on_in(source, own, settings), "run folder")
-            settings = config.build({**config.flatten(config.to_tree(settings)), "run.dir": str(folder)})
-            return _train(
-                world, settings, folder, loaded, code, again=again, changes=changes, warnings=warnings
-            )
+        with _run_of(source) as held:
+            world.from_root(lambda: held.lock() if _stays(source, held, overrides) else None, "lock")
+            path, own, warnings = _choose(world, source)
+            if world.rank == 0:
+                for warning in warnings:
+                    print(f"warning: {warning}", file=sys.stderr, flush=True)
+            with Checkpoint(path) if path else nullcontext() as loaded:
+                toml = held.config
+                before = (
+                    loaded.config
+                    if loaded
+                    else world.from_root(lambda: config.read_toml(toml), "configuration")
+                )
+                settings, changes = continued(before, overrides, WHO_AND_WHEN)
+                world.stop_at = launch.stop_at(settings.run.walltime, end)
+                to, again = world.from_root(lambda: _goes_on_in(source, own, settings), "run folder")
+                settings = config.build({**config.flatten(config.to_tree(settings)), "run.dir": str(to)})
+                with held if again else RunFolder(to) as folder:
+                    return _train(
+                        *(world, settings, folder, loaded, code),
+                        again=again,
+                        changes=changes,
+                        warnings=warnings,
+                    )
 
     return under_mpi(work, str(overrides.get("run.singleton", "")).lower() == "true")
+
+
+def _run_of(source: Path) -> RunFolder:
+    """The folder that a source is, or lies in as a checkpoint."""
+    source = source.absolute()
+    return RunFolder(source if source.is_dir() else source.parent.parent)
+
+
+def _stays(source: Path, held: RunFolder, overrides: Mapping[str, Any]) -> bool:
+    """Whether the restart will write into the run folder that its source belongs to."""
+    new = overrides.get("run.dir")
+    is_run = held.config.is_file() or held.checkpoints.is_dir()
+    return is_run and source.exists() and (not new or Path(new).absolute() == held.path)
 
 
 def _choose(world: Comm, source: Path) -> tuple[Path | None, Path | None, list[str]]:
@@ -172,7 +238,7 @@ def continued(
 def _train(
     world: Comm,
     settings: Config,
-    path: Path,
+    folder: RunFolder,
     loaded: Checkpoint | None,
     code: str,
     *,
@@ -187,13 +253,15 @@ def _train(
 
     federation = setup.build(world, settings)
     settings = federation.config
+    world.timeout = settings.run.timeout or world.timeout
     _compare(world, federation, loaded)
+    if not loaded:
+        world.from_root(federation.method.check, "the method's files")
     lines = world.gather(f"{federation.device.line}, {len(federation.clients)} clients", "hosts")
     if world.rank == 0:
         print("\n".join(console.plan(federation, lines)), flush=True)
     if dry:
         return EXIT_DONE
-    folder = RunFolder(path)
     history = loaded.history if loaded else []
     done = bool(loaded and loaded.round >= settings.rounds)
     if done:
@@ -203,27 +271,34 @@ def _train(
     world.from_root(lambda: _open_folder(folder, settings, history, again), "run folder")
     folder.log_to_file(world.rank)
     identity = {"code": code, **_identity(federation)}
-    _started(world, folder, loaded, lines, {**identity, "changes": changes or {}, "warnings": list(warnings)})
     own = len(federation.clients)
     progress = console.Progress(settings.rounds, len(history), own) if world.rank == 0 else None
-    loop = loop_room.Loop(world, federation, Reporter(world, folder, settings, progress), folder.checkpoints)
-    loop.identity = identity
+    reporter = Reporter(folder, settings.run.keep, progress)
+    known = world.from_root(lambda: _for_reports(federation), "what reports need")
+    facts = {**identity, "changes": changes or {}, "warnings": list(warnings), **known}
+    _started(world, reporter, loaded, lines, facts)
+    loop = loop_room.Loop(world, federation, reporter, folder.checkpoints)
+    loop.saver.identity = identity
     if loaded:
         loop.resume(loaded)
     try:
         finished = loop.run()
+    except RunError as error:
+        reporter.event("error", round=loop.round, error=error.problem)
+        raise
     finally:
         if progress:
             progress.close()
-    if world.rank == 0:
-        _ended(world, folder, federation, loop, finished)
+    _ended(world, reporter, federation, loop, finished)
     return EXIT_DONE if finished else EXIT_STOPPED
 
 
 def _compare(world: Comm, federation: Any, loaded: Checkpoint | None) -> None:
-    """Refuse data or a partition other than the checkpoint's; say what makes bits differ."""
+    """Refuse data, a partition or models other than the checkpoint's; say what makes bits differ."""
     if loaded is None:
         return
+    from pfedmoe_mpi.roundsum import RoundSum
+
     for name, own in (("data", federation.data_digest), ("partition", federation.partition.digest())):
         then = loaded.identity[f"{name}_digest"]
         if own != then:
@@ -231,8 +306,13 @@ def _compare(world: Comm, federation: Any, loaded: Checkpoint | None) -> None:
                 f"the {name} changed since the checkpoint: digest {then[:16]}… then, {own[:16]}… now",
                 "restart with the same data, or start a new run",
             )
+    lengths = {name: place.stop - place.start for name, place in federation.state_layout.parts.items()}
+    cohort, payload = federation.method.cohort(loaded.round + 1), federation.method.payload(lengths)
+    total = RoundSum(federation.task, cohort, payload)
+    loaded.check_fits(federation.state_layout, federation.client_layouts, len(total.buffer))
     now = _identity(federation)
-    differing = [f"{k} {loaded.identity[k]} → {now[k]}" for k in BITS if loaded.identity[k] != now[k]]
+    before = {name: loaded.identity.get(name, "unknown") for name in BITS}
+    differing = [f"{name} {before[name]} → {now[name]}" for name in BITS if before[name] != now[name]]
     if differing and world.rank == 0:
         listed = "; ".join(differing)
         print(f"note: bits will differ from an uninterrupted run: {listed}", file=sys.stderr, flush=True)
@@ -256,6 +336,17 @@ def _identity(federation: Any) -> dict[str, str]:
     }
 
 
+def _for_reports(federation: Any) -> dict[str, Any]:
+    """Training samples by client and class, operations by client; nothing if too many for a figure."""
+    from pfedmoe_mpi import setup
+
+    counts = federation.task.counts
+    if counts.size > MOST_COUNTS:
+        return {}
+    costs = setup.sample_costs(federation.task, federation.method)
+    return {"class_counts": counts.tolist(), "multiply_adds": costs}
+
+
 def _open_folder(folder: RunFolder, settings: Config, history: Sequence[metrics.Row], again: bool) -> None:
     if again:
         folder.write_config(config.to_toml(settings))
@@ -265,22 +356,48 @@ def _open_folder(folder: RunFolder, settings: Config, history: Sequence[metrics.
 
 
 def _started(
-    world: Comm, folder: RunFolder, loaded: Checkpoint | None, lines: Sequence[str], facts: Mapping[str, Any]
+    world: Comm,
+    reporter: Reporter,
+    loaded: Checkpoint | None,
+    lines: Sequence[str],
+    facts: Mapping[str, Any],
 ) -> None:
+    source = {"checkpoint": loaded.path.name, "round": loaded.round} if loaded else {}
+    where = {"host": platform.node(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+    kind = "restart" if loaded else "start"
+    reporter.event(kind, ranks=world.size, hosts=list(lines), **where, **source, **facts)
     if world.rank == 0:
-        source = {"checkpoint": loaded.path.name, "round": loaded.round} if loaded else {}
-        folder.event("restart" if loaded else "start", ranks=world.size, hosts=list(lines), **source, **facts)
-        print(f"run folder {folder.path}", flush=True)
+        print(f"run folder {reporter.folder.path}", flush=True)
 
 
-def _ended(world: Comm, folder: RunFolder, federation: Any, loop: Any, finished: bool) -> None:
-    folder.event("finish" if finished else "stop", round=loop.round, signal=world.signal_received)
+def _ended(world: Comm, reporter: Reporter, federation: Any, loop: Any, finished: bool) -> None:
+    """The last event and the last words.
+
+    Raises:
+        RunError: on all ranks: stopped again before any client's step was done.
+    """
     if finished:
-        text = console.table(federation, loop.history)
+        reporter.event("finish", round=loop.round)
+        text = console.table(federation, loop.history) if world.rank == 0 else ""
         LOGGER.info("\n%s", text)
-        print(text, flush=True)
-    else:
+        if text:
+            print(text, flush=True)
+        return
+    reporter.event("stop", round=loop.round, steps=loop.steps, by=world.stopped_by)
+    folder = reporter.folder
+    idle = world.from_root(folder.stops_without_progress, "legs without progress")
+    if idle >= LEGS_WITHOUT_PROGRESS:
+        raise RunError(
+            f"stopped {idle} times in a row before any client's step was done, so further legs are of no use",
+            "give the job more time, more ranks, or fewer --train.epochs; "
+            f"then `restart {folder.path}` goes on",
+        )
+    if world.rank == 0:
+        done = f"{loop.steps} client steps done" if loop.steps else "no client's step was done"
+        saved = checkpoint.newest_first(folder.checkpoints)
+        where = f"after round {loop.round} with a checkpoint" if saved else "before round 1"
         print(
-            f"stopped after round {loop.round} with a checkpoint; go on with: restart {folder.path}",
+            f"stopped by {world.stopped_by or 'another rank'} {where} "
+            f"({done} since the start); go on with: restart {folder.path}",
             flush=True,
         )

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pfedmoe_mpi.roundsum import DROPPED, IN, RoundSum
+from pfedmoe_mpi.roundsum import DROPPED, IN, LATE, LOST, RoundSum
 
 Row = dict[str, Any]
 
-CLIENT_METRICS = ("correct", "samples", "loss", "alpha", "validation_correct", "validation_samples")
+CLIENT_METRICS = (
+    *("correct", "samples", "loss", "alpha", "validation_correct", "validation_samples"),
+    *("first_correct", "first_samples", "second_correct", "second_samples"),
+)
 RANK_METRICS = ("train", "evaluate", "sum", "wait", "rss_mb")
 UNREPEATABLE = ("seconds", "rss_mb", "mpi_bytes")  # differs between runs with the same bits
 
@@ -63,16 +66,20 @@ def nulls(values: np.ndarray) -> list[float | None]:
     return [float(v) if math.isfinite(v) else None for v in values]
 
 
-def evaluated(evaluation: EvaluationSum) -> Row:
-    """What an evaluation of all clients gives: accuracy, accuracy_validation, and arrays by client id."""
+def evaluated(evaluation: EvaluationSum, unseen: Collection[int] = ()) -> Row:
+    """What an evaluation gives: accuracy of the training and of the unseen clients, and by client id."""
     measured = dict(zip(CLIENT_METRICS, evaluation.clients.T, strict=True))
     tested, validated = measured["samples"], measured["validation_samples"]
     with np.errstate(invalid="ignore", divide="ignore"):
         accuracy = nulls(np.where(tested > 0, measured["correct"] / tested, np.nan))
         validation = nulls(np.where(validated > 0, measured["validation_correct"] / validated, np.nan))
+    new = [k for k in range(len(accuracy)) if k in unseen]
+    old = [k for k in range(len(accuracy)) if k not in unseen]
     return {
-        "accuracy": summary(accuracy, tested.tolist()),
-        "accuracy_validation": summary(validation, validated.tolist()),
+        "accuracy": summary([accuracy[k] for k in old], tested[old].tolist()),
+        "accuracy_unseen": summary([accuracy[k] for k in new], tested[new].tolist()),
+        "accuracy_concepts": {name: _concept(measured, name, old) for name in ("first", "second")},
+        "accuracy_validation": summary([validation[k] for k in old], validated[old].tolist()),
         "clients": {
             "accuracy": accuracy,
             "loss": nulls(np.where(tested > 0, measured["loss"], np.nan)),
@@ -81,14 +88,46 @@ def evaluated(evaluation: EvaluationSum) -> Row:
     }
 
 
+def _concept(measured: Mapping[str, np.ndarray], name: str, clients: Sequence[int]) -> float | None:
+    """Mean accuracy over the clients with test rows of a concept."""
+    correct, samples = (measured[f"{name}_{what}"][clients] for what in ("correct", "samples"))
+    held = samples > 0
+    return float((correct[held] / samples[held]).mean()) if held.any() else None
+
+
+def drift(history: Sequence[Row]) -> dict[str, float | None] | None:
+    """What the last change of concept cost, so far; None without a stream or before a change.
+
+    `forgetting`: the best accuracy on the concept that went away, up to the change, minus its accuracy now.
+    `recovery`: rounds from the change until accuracy on the new concept reached what the old one's was right
+    before it; null if it has not.
+    """
+    known = [row for row in history if row["accuracy_concepts"]["first"] is not None]
+    known = [row for row in known if row["accuracy_concepts"]["share"] is not None]
+    second = [row["accuracy_concepts"]["share"] >= 0.5 for row in known]
+    changes = [n for n in range(1, len(known)) if second[n] != second[n - 1]]
+    if not changes:
+        return None
+    at = changes[-1]
+    new, old = ("second", "first") if second[at] else ("first", "second")
+    gone, come = ([row["accuracy_concepts"][name] for row in known] for name in (old, new))
+    reached = [n for n in range(at, len(known)) if come[n] >= gone[at - 1]]
+    recovery = known[reached[0]]["round"] - known[at]["round"] if reached else None
+    return {"forgetting": max(gone[:at]) - gone[-1], "recovery": recovery}
+
+
 def row(
     round: int,
     total: RoundSum,
     evaluation: EvaluationSum,
     samples: Sequence[int],
     tested: Sequence[int],
-    bytes_down: int,
+    *,
+    unseen: Collection[int] = (),
+    share: float | None = None,
+    bytes_once: int = 0,
     seconds: float,
+    simulated: float,
 ) -> Row:
     """One round's metrics from its two sums; `samples` and `tested`: each client's training and test rows."""
     member = total.metrics()
@@ -103,19 +142,24 @@ def row(
     losses = member[trained, 0]
     largest = dict(zip(RANK_METRICS, evaluation.ranks.max(axis=0), strict=True))
     spent = {name: float(largest[name]) for name in RANK_METRICS[:4]}
-    up = float(member[members_in, 2].mean()) if members_in.any() else None
-    after = evaluated(evaluation)
+    up, down = member[members_in, 2:4].mean(axis=0).tolist() if members_in.any() else (None, None)
+    after = evaluated(evaluation, unseen)
     return {
         "round": round,
         "cohort": [client for client, _ in total.cohort],
         "dropped": total.clients(DROPPED),
+        "lost": total.clients(LOST),
+        "late": total.clients(LATE),
+        "simulated_time": simulated,
         "train_loss": float((losses * weights).sum() / weights.sum()) if weights.any() else None,
         "accuracy": after["accuracy"],
+        "accuracy_unseen": after["accuracy_unseen"],
+        "accuracy_concepts": {**after["accuracy_concepts"], "share": share},
         "accuracy_cohort": summary(before, tested),
         "accuracy_validation": after["accuracy_validation"],
         "clients": {**after["clients"], "accuracy_before": before, "samples": list(samples)},
         "seconds": {**spent, "write": None, "total": seconds},
-        "bytes": {"up": up, "down": bytes_down},
+        "bytes": {"up": up, "down": down, "once": bytes_once},
         "mpi_bytes": int(8 * (len(total.buffer) + len(evaluation.buffer))),
         "rss_mb": float(largest["rss_mb"]),
     }

@@ -16,8 +16,9 @@ from torch import Tensor
 from pfedmoe_mpi import fixedpoint
 from pfedmoe_mpi.algorithms.base import Block, Mean, Task
 
-MISSING, IN, DROPPED = 0, 1, 2
-MEMBER_METRICS = ("train_loss", "accuracy_before", "bytes_up")
+# Not trained yet; in the sum; left out: not finite, lost on the way, after the deadline.
+MISSING, IN, DROPPED, LOST, LATE = range(5)
+MEMBER_METRICS = ("train_loss", "accuracy_before", "bytes_up", "bytes_down")
 
 
 class RoundSum:
@@ -39,7 +40,7 @@ class RoundSum:
 
     @property
     def flags(self) -> np.ndarray:
-        """MISSING, IN or DROPPED, (members,)."""
+        """MISSING, IN, DROPPED, LOST or LATE, (members,)."""
         return self.buffer[1 : 1 + len(self.cohort)]
 
     @property
@@ -49,9 +50,9 @@ class RoundSum:
     def request_stop(self) -> None:
         self.buffer[0] = 1
 
-    def clients(self, flag: int) -> list[int]:
-        """The members with a flag."""
-        return [client for (client, _), its in zip(self.cohort, self.flags, strict=True) if its == flag]
+    def clients(self, *flags: int) -> list[int]:
+        """The members with one of the flags."""
+        return [client for (client, _), its in zip(self.cohort, self.flags, strict=True) if its in flags]
 
     def metrics(self) -> np.ndarray:
         """float64 (members, len(MEMBER_METRICS)); NaN is what was not measured."""
@@ -59,6 +60,9 @@ class RoundSum:
 
     def add(self, position: int, values: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:
         """Add one member's contribution; nothing is added if any of it is not finite.
+
+        Args:
+            metrics: MEMBER_METRICS; without `bytes_up` it is the payload's float32 bytes.
 
         Raises:
             NotFiniteError: a value is NaN, infinite or out of range where its weight is positive.
@@ -70,14 +74,14 @@ class RoundSum:
         for name, (weight, numbers) in pieces.items():
             self._stretch(name, position)[:] += np.concatenate([weight, numbers.ravel()])
             sent += 4 * int((weight > 0).sum()) * self.payload[name].size
-        known = {**metrics, "bytes_up": sent}
+        known = {"bytes_up": sent, **metrics}
         self.metrics()[position] = [known[name] for name in MEMBER_METRICS]
         self.flags[position] = IN
 
-    def drop(self, position: int) -> None:
-        """Leave a member out of this round."""
+    def leave_out(self, position: int, why: int) -> None:
+        """A member that is done but not in the sum: DROPPED, LOST or LATE."""
         self.metrics()[position] = np.nan
-        self.flags[position] = DROPPED
+        self.flags[position] = why
 
     def _encode(self, block: Block, client: int, value: Tensor) -> tuple[np.ndarray, np.ndarray]:
         value = value.detach().cpu().float().reshape(block.rows, block.size)

@@ -1,7 +1,7 @@
 """The run folder: configuration, metrics, events, logs, checkpoints of one run. Rank 0 writes, but for logs.
 
 A folder that is in the way is refused or, with `run.force`, renamed; nothing is ever deleted but checkpoints
-beyond `run.keep`.
+beyond `run.keep`. Whoever writes into it holds its lock.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi import checkpoint, metrics
-from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.errors import CheckpointError, ConfigError
 from pfedmoe_mpi.launch import LOGGER
+from pfedmoe_mpi.lock import Lock
 
 
 def default(algorithm: str) -> Path:
@@ -34,11 +38,23 @@ def _free(base: Path, joint: str = "-") -> Path:
     return path
 
 
+# Seconds that the holder of a lock may take to disappear: the last rank of a killed job on this host, or the
+# lease that a file server grants to a host that has crashed.
+PATIENCE_HERE, PATIENCE_ELSEWHERE = 10.0, 120.0
+
+
 class RunFolder:
-    """The files of a run by their meaning."""
+    """The files of a run by their meaning. As a context manager it is unlocked at the end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: Lock | None = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unlock()
 
     @property
     def config(self) -> Path:
@@ -64,17 +80,52 @@ class RunFolder:
             )
 
     def create(self, config_toml: str, force: bool) -> None:
-        """Make the folder; `config.toml` appears last and whole: a folder that has one can be restarted."""
+        """Make and lock the folder; `config.toml` appears last and whole: with it, it can be restarted."""
         try:
             self.refuse_existing(self.path, force)
             if _holds_anything(self.path):
+                self.lock(patience=0.0)  # not from under a run that goes on
+                self.unlock()
                 self.path.rename(_free(self.path.with_name(self.path.name + ".old"), "."))
-            (self.path / "log").mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            self.refuse_existing(self.path, force=False)  # who held it before may have filled it
+            (self.path / "log").mkdir(exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             self.write_config(config_toml)
         except OSError as error:
             problem = f"the run folder cannot be made: {error}"
             raise ConfigError(problem, "choose another --run.dir") from error
+
+    def lock(self, patience: float | None = None) -> None:
+        """Keep other runs out until this process ends.
+
+        Raises:
+            ConfigError: another run is in, or the folder cannot be written.
+        """
+        last: dict[str, Any] = next(
+            (e for e in reversed(self._events()) if e["event"] in {"start", "restart"}), {}
+        )
+        host = last.get("host", platform.node())
+        if patience is None:
+            patience = PATIENCE_HERE if host == platform.node() else PATIENCE_ELSEWHERE
+        try:
+            self._lock = Lock(self.path / ".lock", patience)
+        except BlockingIOError as error:
+            who = f": process {last['pid']} on {host}, by its last start" if "pid" in last else ""
+            raise ConfigError(
+                f"the run folder {self.path} is in use{who}",
+                "wait for that run or end it, or choose another --run.dir",
+            ) from error
+        except OSError as error:
+            problem = f"the run folder {self.path} cannot be written: {error}"
+            raise ConfigError(problem, "choose another --run.dir") from error
+
+    def unlock(self) -> None:
+        """Let others in."""
+        if self._lock:
+            self._lock.release()
+            self._lock = None
 
     def write_config(self, config_toml: str) -> None:
         _replace(self.config, config_toml)
@@ -84,6 +135,30 @@ class RunFolder:
         line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "event": kind, **facts}
         with open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def stops_without_progress(self) -> int:
+        """How many legs in a row, the newest first, were stopped before a client's step was done."""
+        number, began = 0, None
+        for line in reversed(self._events()):
+            if line.get("event") in {"start", "restart"}:
+                began = line.get("round", 0)
+            elif line.get("event") != "stop" or line.get("steps") or began not in {None, line.get("round")}:
+                break  # steps were done, or rounds by a leg that was killed
+            else:
+                number += 1
+        return number
+
+    def _events(self) -> list[dict[str, Any]]:
+        """The lines of events.jsonl that are whole."""
+        try:
+            lines = (self.path / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return []
+        found = []
+        for line in lines:
+            with suppress(ValueError):  # half a line of a killed run
+                found.append(json.loads(line))
+        return [event for event in found if isinstance(event, dict) and "event" in event]
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -114,17 +189,32 @@ class RunFolder:
         os.replace(temporary, self.best)
         checkpoint.sync_folder(self.checkpoints)
 
+    def best_round(self) -> int | None:
+        """The round of best.h5; None without one."""
+        try:
+            with Checkpoint(self.best) as held:
+                return held.round
+        except (OSError, CheckpointError, KeyError):
+            return None
+
     def log_to_file(self, rank: int) -> None:
         """log/rank-0003.txt."""
-        handler = logging.FileHandler(self.path / "log" / f"rank-{rank:04d}.txt", encoding="utf-8")
+        handler = _LogFile(self.path / "log" / f"rank-{rank:04d}.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         LOGGER.addHandler(handler)
         LOGGER.setLevel(logging.INFO)
 
 
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written, on a full disk, is no reason to fill the terminal with tracebacks."""
+
+    def handleError(self, record: logging.LogRecord) -> None: ...
+
+
 def _holds_anything(folder: Path) -> bool:
+    """Anything but a lock, which a run that did not come to be may have left."""
     try:
-        return folder.is_dir() and any(folder.iterdir())
+        return folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir())
     except OSError as error:
         problem = f"{folder} cannot be listed: {error.strerror}"
         raise ConfigError(problem, "choose another --run.dir") from error

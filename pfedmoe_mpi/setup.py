@@ -12,7 +12,7 @@ from hashlib import sha256
 import numpy as np
 import torch
 
-from pfedmoe_mpi import algorithms, config, device, placement
+from pfedmoe_mpi import algorithms, config, device, placement, seeds
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
 from pfedmoe_mpi.client import Client
 from pfedmoe_mpi.comm import Comm
@@ -20,6 +20,8 @@ from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.data import Dataset, Partition, make_partition, open_dataset
 from pfedmoe_mpi.data.dataset import HeldRows
 from pfedmoe_mpi.data.shard import SPLITS, Normalise, Split
+from pfedmoe_mpi.data.stream import Stream
+from pfedmoe_mpi.data.unseen import choose_unseen, with_reserve
 from pfedmoe_mpi.device import Device
 from pfedmoe_mpi.errors import ConfigError, PartitionError
 from pfedmoe_mpi.flat import Layout
@@ -51,6 +53,8 @@ class Federation:
     state_layout: Layout
     client_layouts: Sequence[Layout]
     clients: Mapping[int, Client]
+    stream: Stream | None
+    reserved: Client | None  # for methods with something to do before round 1: the rows no client has
 
 
 def build(comm: Comm, settings: Config) -> Federation:
@@ -100,6 +104,8 @@ def build(comm: Comm, settings: Config) -> Federation:
         state_layout=workbench.layout(method.state()),
         client_layouts=[workbench.layout(method.client_state(k)) for k in range(task.clients)],
         clients=clients,
+        stream=make_stream(settings, dataset, partition),
+        reserved=reserved(comm, dataset, partition, chosen.device) if method.pretrains else None,
     )
 
 
@@ -129,6 +135,9 @@ def open_everywhere(comm: Comm, settings: Config) -> Dataset:
 def resolved(settings: Config, dataset: Dataset, threads: int) -> Config:
     """The effective configuration: every `auto` replaced by what it stands for on these data."""
     kind = algorithms.load(settings.algorithm)
+    if settings.unseen.private == "average" and not kind.averages_private:
+        problem = f"{settings.algorithm} has nothing private that unseen.private could average"
+        raise ConfigError(problem, "leave --unseen.private out, or take --algorithm pfedmoe")
     model = settings.model
     pool: tuple[str, ...] = tuple(model_names.resolve_name(name) for name in model.pool if name != "auto")
     shared = (
@@ -159,15 +168,23 @@ def deal(settings: Config, dataset: Dataset) -> Partition:
         PartitionError: it cannot be met, or leaves a client a single training row, of which no batch
             normalisation has a variance.
     """
-    partition = make_partition(
-        settings.partition,
-        dataset.labels,
-        dataset.classes,
-        settings.clients,
-        settings.seed,
-        client=dataset.client,
-        official_test=dataset.official_test,
-    )
+
+    def dealt(rows: np.ndarray) -> Partition:
+        return make_partition(
+            settings.partition,
+            dataset.labels[rows],
+            dataset.classes,
+            settings.clients,
+            settings.seed,
+            client=None if dataset.client is None else dataset.client[rows],
+            official_test=None if dataset.official_test is None else dataset.official_test[rows],
+        )
+
+    share = algorithms.load(settings.algorithm).reserve(settings)
+    partition = with_reserve(len(dataset.labels), share, settings.seed, dealt)
+    if settings.unseen_clients:
+        partition = choose_unseen(partition, dataset.labels, settings.unseen_clients, settings.seed)
+    partition.check()
     fewest = min(range(partition.clients), key=lambda client: len(partition.train[client]))
     if len(partition.train[fewest]) < 2:
         raise PartitionError(
@@ -181,7 +198,27 @@ def make_task(settings: Config, dataset: Dataset, partition: Partition) -> Task:
     """What methods may know."""
     counts = partition.counts(dataset.labels, dataset.classes)
     model = settings.model
-    return Task(settings, dataset.shape, dataset.classes, counts, model.pool, model.shared, model.dim)
+    return Task(
+        *(settings, dataset.shape, dataset.classes, counts, model.pool, model.shared, model.dim),
+        unseen=partition.unseen,
+        late=_late(settings, partition),
+    )
+
+
+def _late(settings: Config, partition: Partition) -> frozenset[int]:
+    """floor(share · n + ½) of the n clients that train."""
+    train = [client for client in range(partition.clients) if client not in partition.unseen]
+    number = int(settings.join.share * len(train) + 0.5)
+    drawn = seeds.numpy_generator(settings.seed, "late").choice(train, number, replace=False)
+    return frozenset(drawn.tolist())
+
+
+def make_stream(settings: Config, dataset: Dataset, partition: Partition) -> Stream | None:
+    """What counts in which round, if data drift at all."""
+    if settings.stream.kind == "none":
+        return None
+    labels = [dataset.labels[rows] for rows in partition.train]
+    return Stream(settings.stream, settings.seed, labels, dataset.classes)
 
 
 def check_models(task: Task) -> None:
@@ -197,6 +234,21 @@ def client_costs(task: Task) -> list[float]:
     }
     shared = by_name[task.shared]
     return [task.samples(k) * (by_name[task.architecture(k)] + shared) for k in range(task.clients)]
+
+
+def sample_costs(task: Task, method: Algorithm) -> list[float]:
+    """Multiply-adds of one training sample forward, per client: every model and extractor that it runs.
+
+    Heads and gates beside them are not counted: below a hundredth of a convolutional extractor.
+    """
+    by_kind: dict[str, float] = {}
+    for name in {*task.pool, task.shared}:
+        cost = multiply_adds(task.extractor(name).build(), task.shape)
+        by_kind |= {part.kind: cost for part in (task.model(name), task.extractor(name))}
+    shared = sum(by_kind.get(part.kind, 0.0) for part in method.state().values())
+    own = {k: method.client_state(k) for k in range(min(task.clients, len(task.pool)))}
+    sums = [shared + sum(by_kind.get(part.kind, 0.0) for part in spec.values()) for spec in own.values()]
+    return [sums[k % len(sums)] for k in range(task.clients)]
 
 
 def distribute(
@@ -230,6 +282,17 @@ def distribute(
             shards[client][split] = Split.of(rows[at : at + len(index)], dataset.labels[index], where)
             at += len(index)
     return shards
+
+
+def reserved(comm: Comm, dataset: Dataset, partition: Partition, where: torch.device) -> Client:
+    """The reserved rows as a client of the server's, 8 : 2 for training and test; only rank 0 reads them."""
+    rows = partition.reserved
+    if comm.rank:
+        rows = rows[:0]
+    x, y = dataset.rows(rows), dataset.labels[rows]
+    last = np.arange(len(rows)) % 5 == 4
+    splits = {"train": Split.of(x[~last], y[~last], where), "test": Split.of(x[last], y[last], where)}
+    return Client(seeds.SERVER, {}, torch.empty(0), splits)
 
 
 def _rows(partition: Partition, clients: Sequence[int]) -> list[np.ndarray]:

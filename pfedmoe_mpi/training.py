@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 
 def learning_rate_factor(schedule: str, round: int, rounds: int) -> float:
-    """Factor on every learning rate in round 1..rounds: 1 in round 1, towards 0 after the last."""
-    done = (round - 1) / rounds
+    """Factor on every learning rate in round 1..rounds: 1 before and in round 1, towards 0 after the last."""
+    done = max(0, round - 1) / rounds
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
     return 1 - done if schedule == "linear" else 1.0
@@ -44,9 +45,11 @@ class SGD:
 
     def __init__(self, parts: Parts, phase: Phase, factor: float) -> None:
         self._phase = phase
-        self._groups = [(parts.parameters(name), lr * factor) for name, lr in phase.lr.items()]
-        self._momenta = [[torch.zeros_like(p) for p in group] for group, _ in self._groups]
-        self._all = [p for group, _ in self._groups for p in group]
+        self._groups = [
+            (parts.parameters(name), lr * factor, name not in phase.plain) for name, lr in phase.lr.items()
+        ]
+        self._momenta = [[torch.zeros_like(p) for p in group] for group, _, _ in self._groups]
+        self._all = [p for group, _, _ in self._groups for p in group]
         self._first = True
         self.norms = torch.zeros((), dtype=torch.float64)  # added up: finite if all are
 
@@ -60,16 +63,17 @@ class SGD:
         if self._phase.clip:
             norm = nn.utils.clip_grad_norm_(self._all, self._phase.clip)
             self.norms = self.norms.to(norm.device) + norm
-        for (group, lr), momenta in zip(self._groups, self._momenta, strict=True):
+        for (group, lr, full), momenta in zip(self._groups, self._momenta, strict=True):
+            momentum = self._phase.momentum if full else 0.0
             held = [(p, p.grad, v) for p, v in zip(group, momenta, strict=True) if p.grad is not None]
             if held:
                 parameters, gradients, velocities = (list(column) for column in zip(*held, strict=True))
                 torch._fused_sgd_(
                     parameters,
                     gradients,
-                    velocities if self._phase.momentum else [],
-                    weight_decay=self._phase.weight_decay,
-                    momentum=self._phase.momentum,
+                    velocities if momentum else [],
+                    weight_decay=self._phase.weight_decay if full else 0.0,
+                    momentum=momentum,
                     lr=lr,
                     dampening=0.0,
                     nesterov=False,
@@ -108,14 +112,28 @@ class Turn:
         self.device = engine.device
         self.rate = learning_rate_factor(engine.train.schedule, round, engine.rounds)
         self.loss = float("nan")  # mean training loss per sample of the last epoch trained
+        # Bytes a deployment would send this client, and it would send back, where that is not the whole state
+        # and the payload as it is: a method that compresses, or sends some of its experts, says it here.
+        self.bytes_down: int | None = None
+        self.bytes_up: int | None = None
         self._engine = engine
         self._method = method
+        self._splits = client.splits
         self._split = client.splits["train"]
         self._generator = seeds.torch_generator(engine.seed, "batches", round, client.id)
         seeds.seed_global(engine.seed, "step", round, client.id)
 
-    def sgd(self, phase: Phase) -> int:
+    def sgd(
+        self,
+        phase: Phase,
+        loss: Callable[[Batch], torch.Tensor] | None = None,
+        enough: Callable[[int], bool] | None = None,
+    ) -> int:
         """Train the phase's parts in place; the number of steps taken.
+
+        Args:
+            loss: scalar of a batch; default: the method's.
+            enough: asked after every step, with their number so far; True ends the training.
 
         Raises:
             NotFiniteError: a loss or the norm of a gradient was not finite. Clipping scales a gradient of
@@ -126,21 +144,28 @@ class Turn:
             module.train(name in phase.lr)
             module.requires_grad_(name in phase.lr)
         optimiser = SGD(self.parts, phase, self.rate)
-        steps = 0
+        steps, ended = 0, False
         for _ in range(phase.epochs):
             total = torch.zeros((), dtype=torch.float64, device=self.device)
+            seen = 0
             for batch in self._epoch():
                 self._engine.poll()
                 optimiser.zero_grad()
                 with self._engine.autocast():
-                    loss = self._method.loss(self.parts, batch)
-                loss.backward()
+                    value = loss(batch) if loss else self._method.loss(self.parts, batch)
+                value.backward()
                 optimiser.step()
-                total += loss.detach().double() * len(batch)
+                total += value.detach().double() * len(batch)
+                seen += len(batch)
                 steps += 1
-            self.loss = float(total) / len(self._split)
+                ended = enough is not None and enough(steps)
+                if ended:
+                    break
+            self.loss = float(total) / seen
             if not math.isfinite(self.loss + float(optimiser.norms)):
                 raise NotFiniteError("its loss or its gradient is not finite")
+            if ended:
+                break
         optimiser.zero_grad()
         return steps
 
@@ -155,19 +180,30 @@ class Turn:
         """n_k."""
         return len(self._split)
 
-    def training_batches(self) -> Iterator[Batch]:
-        """The training samples once, in order, in evaluation mode, without gradients or augmentation."""
+    @property
+    def labels(self) -> torch.Tensor:
+        """Classes of the training samples that count in this round, int64 (n_k,), on the device."""
+        return self._split.y
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """A split's samples once, in order, in evaluation mode, without gradients or augmentation."""
         for module in self.parts.modules().values():
             module.eval()
         with torch.no_grad(), self._engine.autocast():
-            for batch in shard.batches(self._split, self._engine.evaluation_batch, self._engine.normalise):
+            for batch in shard.batches(
+                self._splits[split], self._engine.evaluation_batch, self._engine.normalise
+            ):
                 self._engine.poll()
                 yield batch
+
+    def training_batches(self) -> Iterator[Batch]:
+        """`batches` of the training samples."""
+        return self.batches("train")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One client measured on one split; `alpha` is the mean gate weight of the shared expert."""
+    """One client measured on one split; `alpha` is the mean gate weight of the shared experts together."""
 
     correct: int
     samples: int
@@ -175,20 +211,35 @@ class Measured:
     alpha: float
 
 
-def measure(engine: Engine, method: Algorithm, parts: Parts, split: Split) -> Measured:
-    """Accuracy, mean cross-entropy and mean gate weight of the client's whole model on a split."""
+def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:
+    """A split's samples (B, *shape), normalised, without labels."""
+    for batch in shard.batches(split, engine.evaluation_batch, engine.normalise):
+        engine.poll()
+        yield batch.x
+
+
+def measure(
+    engine: Engine, method: Algorithm, parts: Parts, split: Split, unseen: bool = False
+) -> Measured | None:
+    """Accuracy, mean cross-entropy and mean gate weight of a client's answers on a split.
+
+    None where the method has no answer for a client that never trained.
+    """
     correct = torch.zeros((), dtype=torch.int64, device=engine.device)
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     alpha = torch.zeros((), dtype=torch.float64, device=engine.device)
     for module in parts.modules().values():
         module.eval()
     with torch.no_grad(), engine.autocast():
+        answer = method.answer(parts, partial(inputs, engine, split), unseen)
+        if answer is None:
+            return None
         for batch in shard.batches(split, engine.evaluation_batch, engine.normalise):
             engine.poll()
-            logits = method.predict(parts, batch.x).float()
+            logits = answer(batch.x).float()
             correct += (logits.argmax(1) == batch.y).sum()
             loss += nn.functional.cross_entropy(logits, batch.y, reduction="sum").double()
             weights = method.weights(parts, batch.x)
-            alpha += float("nan") if weights is None else weights[:, 0].double().sum()
+            alpha += float("nan") if weights is None else weights[:, :-1].double().sum()
     n = len(split)
     return Measured(int(correct), n, float(loss) / n if n else math.nan, float(alpha) / n if n else math.nan)

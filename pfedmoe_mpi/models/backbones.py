@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 # Their published initialisation (truncated normal) is slow and warns; with BatchNorm torch's default will do.
@@ -74,3 +75,32 @@ def _last_layer(network: nn.Module, dim: int) -> nn.Linear | nn.Conv2d:
     layer = [part for part in network.modules() if isinstance(part, nn.Linear | nn.Conv2d)][-1]
     assert layer.weight.shape[0] == dim
     return layer
+
+
+class Embedding(nn.Module):
+    """A published network without its last layer: images (B, 1 or 3, height, width) to embeddings.
+
+    One channel is repeated to three, so that weights from torchvision fit unchanged.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError: `shape` is not of images, or the network does not end in a linear layer."""
+        super().__init__()
+        from torchvision.models import get_model
+
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            raise ValueError(f"{name} takes images of 1 or 3 channels")
+        self.network: nn.Module = get_model(name, weights=None, **_options(name, (3, *shape[1:])))
+        self.last, layer = [
+            (path, part)
+            for path, part in self.network.named_modules()
+            if isinstance(part, nn.Linear | nn.Conv2d)
+        ][-1]
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"{name} does not end in a linear layer")
+        self.width = layer.in_features
+        self.network.set_submodule(self.last, nn.Identity())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        embedding: torch.Tensor = self.network(x.expand(-1, 3, -1, -1))
+        return embedding.flatten(1)

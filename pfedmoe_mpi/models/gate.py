@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from pfedmoe_mpi.models.switchnorm import SwitchNorm
 
 NORMS = {"switch": SwitchNorm, "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
+POOLED_SIDE = 8
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 
 
@@ -24,7 +27,11 @@ class Gate(nn.Module):
     BatchNorm, sigmoid. The width is not given (readings: 32, 64, 128), hence `hidden`. Departure: a literal
     reading puts the last BatchNorm after the softmax, where the weights would no longer sum to 1. Everything
     is an option because the paper leaves the gate's design open: `input_norm` switch, layer, batch or none,
-    `activation` sigmoid, relu, tanh or gelu, `layers` counts linear layers, the last one included.
+    `activation` sigmoid, relu, tanh or gelu; `layers` counts linear layers, the last one included; the
+    softmax is over logits divided by `temperature`.
+
+    `routing` top1 gives each sample to its best expert alone: weights are one-hot going forward, and the
+    softmax's gradient goes back (straight-through, Bengio, Léonard, Courville, arXiv 1308.3432).
     """
 
     def __init__(
@@ -37,8 +44,12 @@ class Gate(nn.Module):
         input_norm: str = "switch",
         batch_norm: bool = True,
         activation: str = "sigmoid",
+        temperature: float = 1.0,
+        routing: str = "soft",
     ) -> None:
         super().__init__()
+        self.temperature = temperature
+        self.top1 = routing == "top1"
         self.input_norm = nn.Identity() if input_norm == "none" else NORMS[input_norm](features)
         widths = [features, *[hidden] * (layers - 1), experts]
         parts: list[nn.Module] = []
@@ -53,4 +64,56 @@ class Gate(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.layers(self.input_norm(x.flatten(1)))
         # Under autocast logits are bfloat16, whose weights would sum to 1 within 1 % only.
-        return torch.softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+        weights = torch.softmax(logits, 1)
+        return _straight_through(weights) if self.top1 else weights
+
+
+def _straight_through(weights: torch.Tensor) -> torch.Tensor:
+    """One-hot of the largest weight, exactly; its gradient is that of the weights."""
+    hard = torch.zeros_like(weights).scatter_(1, weights.argmax(1, keepdim=True), 1.0)
+    return hard + (weights - weights.detach())
+
+
+class FixedGate(nn.Module):
+    """The same weights (B, experts) for every sample: equal ones, or learned constants (static fusion)."""
+
+    def __init__(self, experts: int, learned: bool) -> None:
+        super().__init__()
+        self.experts = experts
+        self.logits = nn.Parameter(torch.zeros(experts)) if learned else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(self.experts, device=x.device) if self.logits is None else self.logits
+        return torch.softmax(logits, 0).expand(len(x), self.experts)
+
+
+class PooledGate(nn.Module):
+    """A gate on images (B, C, H, W) averaged down to `side` × `side`."""
+
+    def __init__(self, gate: nn.Module, side: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(side)
+        self.gate = gate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights: torch.Tensor = self.gate(self.pool(x))
+        return weights
+
+
+def build_gate(
+    shape: tuple[int, ...],
+    dim: int,
+    experts: int,
+    *,
+    input: str = "raw",
+    weights: str = "sample",
+    **options: Any,
+) -> nn.Module:
+    """The gate of a configuration section: (B, *shape), or (B, dim) for `input` shared, to (B, experts)."""
+    if weights != "sample":
+        return FixedGate(experts, learned=weights == "learned")
+    if input == "pooled":
+        side = min(POOLED_SIDE, *shape[1:])
+        return PooledGate(Gate(shape[0] * side * side, experts, **options), side)
+    return Gate(dim if input == "shared" else prod(shape), experts, **options)
