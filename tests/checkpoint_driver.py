@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -33,17 +33,31 @@ def content(
     layouts = [Layout.join({"model": Layout.of_tensor((sizes[k % len(sizes)],))}) for k in range(clients)]
     split = [draw.integers(0, 1000, k % 4) for k in range(clients)]
     return Content(
-        config={"algorithm": "pfedmoe", "train": {"lr": 0.1, "pool": ["cnn1", "cnn2"]}, "name": "bärbel"},
+        config={
+            **{"algorithm": "pfedmoe", "seed": 0, "clients": clients, "rounds": 9, "name": "bärbel"},
+            **{"model": {"pool": ["cnn1", "cnn2"]}, "train": {"lr": 0.1}},
+            **{"data": {"source": "digits"}, "partition": {"kind": "iid"}},
+        },
         round=3,
         state=draw.standard_normal(state).astype(np.float32),
         state_layout=Layout.join({"shared": Layout.of_tensor((state,))}) if state else Layout(()),
         client_layouts=layouts,
         partition={"train": split, "validation": [np.empty(0, np.int64)] * clients, "test": split[::-1]},
-        history=[{"round": n, "x": 0.1 * n, "accuracy": {"mean": None}} for n in (1, 2, 3)],
-        identity={"data_digest": "ab" * 32, "torch": "2.6", "notes": "ünicode " * 500},
+        history=[row(n) for n in (1, 2, 3)],
+        identity={
+            **{"data_digest": "ab" * 32, "partition_digest": "cd" * 32, "torch": "2.6"},
+            "notes": "ünicode " * 500,
+        },
         partial=draw.integers(-(2**62), 2**62, 333) if partial else None,
         finished=[1, 4] if partial else [],
     )
+
+
+def row(number: int) -> dict[str, Any]:
+    """What a round's row must have."""
+    names = ("accuracy", "accuracy_cohort", "accuracy_validation")
+    summary = dict.fromkeys(("mean", "weighted", "std", "worst"))
+    return {"round": number, "train_loss": 0.1 * number, **{name: {**summary} for name in names}}
 
 
 def vector(whole: Content, client: int) -> np.ndarray:
@@ -174,9 +188,8 @@ def _write_for_ever(folder: Path, number: int) -> NoReturn:
     whole = content(clients=8, sizes=(100_000, 20_000))
     home, mine = shared_out(world, whole)
     for round in count(number):
-        checkpoint.write(
-            world, folder / checkpoint.name(round, False), replace(whole, round=round), mine, home
-        )
+        now = replace(whole, round=round, history=[row(n + 1) for n in range(round)])
+        checkpoint.write(world, folder / checkpoint.name(round, False), now, mine, home)
         for old in checkpoint.newest_first(folder)[3:]:
             old.unlink()
     raise AssertionError

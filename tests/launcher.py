@@ -11,6 +11,8 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -160,6 +162,64 @@ def descendants(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             found += [int(child) for child in task.read_text().split()]
     return [*found, *(below for child in found for below in descendants(child))]
+
+
+@contextlib.contextmanager
+def running(ranks: int, *arguments: str, cwd: Path, mpi: str = "mpich") -> Iterator[subprocess.Popen[str]]:
+    """A job, killed with all it started when the block ends."""
+    process = start(ranks, *arguments, cwd=cwd, mpi=mpi)
+    try:
+        yield process
+    finally:
+        end(process.pid)
+        process.communicate()
+
+
+def rank_processes(mpirun: int) -> dict[int, int]:
+    """The process of every rank below an mpirun."""
+    return {_rank(pid): pid for pid in descendants(mpirun) if b"-m\0pfedmoe_mpi" in _command(pid)}
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return words if words.startswith(sys.executable.encode()) else b""
+    return b""
+
+
+def _rank(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            name, _, value = word.partition(b"=")
+            if name in {b"PMI_RANK", b"OMPI_COMM_WORLD_RANK"}:
+                return int(value)
+    return -1
+
+
+def wait_for(path: Path, job: subprocess.Popen[str], timeout: float = 120) -> None:
+    """Until the file has content."""
+    deadline = time.monotonic() + timeout
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.01)
+
+
+def finished(ranks: int, *arguments: str, cwd: Path, timeout: float = 240, mpi: str = "mpich") -> str:
+    """The output of a job that must end well."""
+    result = program(ranks, *arguments, cwd=cwd, timeout=timeout, mpi=mpi)
+    assert result.code == 0, result.out + result.err
+    return result.out + result.err
+
+
+def learned_digest(run: Path, round: int) -> str:
+    """`inspect --digest` of a whole checkpoint of a run folder."""
+    from pfedmoe_mpi import checkpoint, inspection
+
+    path = run / "checkpoints" / checkpoint.name(round, partial=False)
+    checkpoint.verify(path)
+    with checkpoint.Checkpoint(path) as loaded:
+        return inspection.digest(loaded)
 
 
 class Session:

@@ -8,11 +8,15 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
-from launcher import Session, digest, flip, told
+from launcher import Result, Session, digest, events, flip, told
+from sealed import places, resealed
+
+from pfedmoe_mpi.checkpoint import _put
 
 # Damaged checkpoints
 
@@ -37,6 +41,21 @@ def first_half(path: Path) -> None:
     flip(path, path.stat().st_size // 2)
 
 
+def spoil(path: Path, name: str) -> None:
+    offset, length = places(path)[0][name]
+    flip(path, offset + length // 2)
+
+
+def cut_into(path: Path, name: str) -> None:
+    os.truncate(path, places(path)[0][name][0] + 5)
+
+
+def relinked(file: Any) -> None:
+    """As a stranger may, who can compute a seal too."""
+    del file["config"]
+    file["config"] = h5py.ExternalLink("other.h5", "/config")
+
+
 DAMAGE: list[tuple[str, Callable[[Path], object]]] = [
     ("no checkpoint|no run folder or checkpoint", Path.unlink),
     ("is truncated", truncate),
@@ -46,7 +65,13 @@ DAMAGE: list[tuple[str, Callable[[Path], object]]] = [
     ("format version 77", another_format),
     ("its seal does not match", lambda path: flip(path, 40)),
     ("is damaged", first_half),
-    ("its bytes", lambda path: flip(path, 4096 + 100)),
+    ("HDF5's own structure has changed", lambda path: flip(path, 4096 + 100)),
+    ("the bytes of clients/000002 have changed", lambda path: spoil(path, "clients/000002")),
+    ("the bytes of server/state have changed", lambda path: spoil(path, "server/state")),
+    ("the bytes of config have changed", lambda path: spoil(path, "config")),
+    ("the first that is cut is clients/000003", lambda path: cut_into(path, "clients/000003")),
+    ("config is a link", lambda path: resealed(path, relinked)),
+    ("round is no natural number", lambda path: resealed(path, lambda file: file.attrs.pop("round"))),
     ("is damaged", lambda path: flip(path, path.stat().st_size - 1)),
 ]
 
@@ -65,6 +90,24 @@ def test_damaged_checkpoints(
         ("export", path, "--client", "1", "out.h5"),
     ):
         refused(pattern, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("says", "damage"),
+    [
+        ("the bytes of clients/000001 have changed", lambda path: spoil(path, "clients/000001")),
+        ("the first that is cut is server/state", lambda path: cut_into(path, "server/state")),
+        ("config is a link and not stored here", lambda path: resealed(path, relinked)),
+    ],
+)
+def test_a_run_goes_on_from_the_last_good_checkpoint_and_says_why(
+    done: Callable[..., Result], run: Path, says: str, damage: Callable[[Path], object]
+) -> None:
+    damage(run / "checkpoints" / "round-000003.h5")
+    result = done("restart", run)
+    assert result.err.startswith("warning: ") and says in result.err and "round-000003.h5" in result.err
+    restart = events(run)[2]
+    assert restart["checkpoint"] == "round-000002.h5" and says in restart["warnings"][0]
 
 
 def test_any_flipped_bit_is_found(session: Session, run: Path, tmp_path: Path) -> None:
@@ -197,3 +240,28 @@ def test_the_history_is_untouched_by_a_refused_restart(session: Session, run: Pa
         "start",
         "finish",
     ]
+
+
+@pytest.mark.parametrize(
+    ("says", "change"),
+    [
+        ("its models are not those of its configuration", lambda config: config["model"].update(dim=64)),
+        ("its models are not those of", lambda config: config["model"].update(pool=["mlp5", "mlp3"])),
+        ("no setting 'nonsense'", lambda config: config.update(nonsense=1)),
+        ("train", lambda config: config.update(train=5)),
+        ("algorithm", lambda config: config.update(algorithm="nothing")),
+    ],
+)
+def test_a_strangers_configuration_is_refused(
+    refused: Callable[..., str], run: Path, says: str, change: Callable[[Any], object]
+) -> None:
+    path = run / "checkpoints" / "round-000003.h5"
+
+    def edit(file: Any) -> None:
+        config = json.loads(bytes(file["config"][()]))
+        change(config)
+        del file["config"]
+        _put(file, "config", np.array(json.dumps(config).encode()))
+
+    resealed(path, edit)
+    refused(says, "restart", path, "--rounds", "4")

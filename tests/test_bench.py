@@ -12,6 +12,7 @@ from played import world
 
 from pfedmoe_mpi import bareloop, config, setup
 from pfedmoe_mpi.bench import Line, side_by_side
+from pfedmoe_mpi.benchnetwork import Sent, bytes_sent, crossed, per_round
 from pfedmoe_mpi.federation import Loop, Silent
 from pfedmoe_mpi.flat import flatten
 
@@ -30,7 +31,7 @@ def row(output: str, start: str) -> list[str]:
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bench")
-    parts = ("round", "ranks", "sum", "idle", "precision", "write")
+    parts = ("round", "ranks", "sum", "idle", "precision", "write", "network")
     result = program(2, "bench", *parts, *SMALL, cwd=folder, timeout=240)
     assert result.code == 0, result.err
     assert not list(folder.iterdir()), "bench left something behind"
@@ -58,6 +59,48 @@ def test_what_has_no_aim_everywhere_is_shown_too(table: str) -> None:
     assert row(table, "checkpoint of")[1].endswith("MB/s")
     for part in ("train", "evaluate", "sum", "wait"):
         assert row(table, f"  its {part}")[1].endswith(" s")
+
+
+def test_what_a_deployment_and_mpi_send_stand_against_their_formulas(table: str) -> None:
+    _, client, formula, ratio = row(table, "deployment: one client's bytes, up and down")
+    assert client == formula and ratio == "1.000"
+    assert float(row(table, "deployment: those of a cohort of 4")[1].split()[0]) == pytest.approx(
+        4 * float(client.split()[0]), rel=1e-3
+    )
+    _, _, numbers, ratio = row(table, "MPI: summed, int64")
+    assert numbers == formula, "8 bytes once, or 4 bytes twice"
+    assert 1 <= float(ratio) < 1.01, "flags and metrics"
+    assert row(table, "MPI: one host, so nothing crosses")[1] == "0 MB"
+    assert "rate of the sum" not in table
+    for title in ("round on this link", "  sum, slowest rank"):
+        assert title in table
+
+
+COUNTED = """\
+Inter-|   Receive                                                |  Transmit
+ face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls ...
+    lo:  900000       4    0    0    0     0          0         0   900000       4    0    0    0     0
+  eth0: 5000000      40    0    0    0     0          0         0     7000      30    0    0    0     0
+ bond0:12345678      50    0    0    0     0          0         0     8000      40    0    0    0     0
+"""
+
+
+def test_counters_are_the_bytes_sent_by_the_busiest_interface() -> None:
+    before = bytes_sent(COUNTED)
+    assert before == {"eth0": 7000, "bond0": 8000}
+    after = {"a": {"eth0": 27_000, "bond0": 28_500, "new": 3}, "b": before, "c": {}}
+    assert per_round({"a": before, "b": before, "c": {}}, after, 5) == [
+        Sent("a", "bond0", 4100),
+        Sent("b", "eth0", 0),
+        Sent("c", "no interface", 0),
+    ]
+
+
+def test_an_all_reduce_sends_from_every_host_at_least_its_share() -> None:
+    three = crossed([Sent("a", "eth0", 4e6), Sent("b", "ib0", 0), Sent("c", "eth1", 8e6)], 3_000_000)
+    assert [line.ratio for line in three] == [1, 0, 2]
+    assert three[1].what == "MPI: sent by b over ib0" and three[1].reference == "4 MB"
+    assert [line.ratio for line in crossed([Sent("a", "eth0", 5)], 3_000_000)] == [None]
 
 
 def test_machine_versions_and_date_stand_above_the_table(table: str) -> None:

@@ -91,7 +91,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
 
 def test_the_run_folder(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
-        *("config.toml", "metrics.jsonl", "events.jsonl", "checkpoints", "log"),
+        *("config.toml", "metrics.jsonl", "events.jsonl", "checkpoints", "log", ".lock"),
         "said.txt",  # the test's own
     }
     assert [path.name for path in sorted((trained / "log").iterdir())] == ["rank-0000.txt", "rank-0001.txt"]
@@ -147,7 +147,7 @@ def test_metrics(trained: Path) -> None:
         assert row["accuracy_validation"] == nothing
         assert all(0 < alpha < 1 for alpha in row["clients"]["alpha"])
         assert sum(row["clients"]["samples"]) == 160, "8 : 2"
-        assert row["bytes"] == {"up": 4 * 139_100, "down": 4 * 139_100}
+        assert row["bytes"] == {"up": 4 * 139_100, "down": 4 * 139_100, "once": 0}
         assert row["seconds"]["write"] > 0 and row["seconds"]["total"] > row["seconds"]["train"] > 0
         assert row["rss_mb"] > 50
 
@@ -331,12 +331,16 @@ def test_a_terminal_without_our_characters_ends_no_job(small: tuple[str, ...], t
     assert "mlp5" in (tmp_path / "run" / "log" / "rank-0000.txt").read_text(encoding="utf-8")
 
 
-def test_a_vector_that_is_not_finite_is_left_out(
-    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+def test_all_diverged_ends_the_run_that_goes_on_with_smaller_steps(
+    session: Session, done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
 ) -> None:
-    done(*small, "--rounds", "2", "--train.lr", "1e30", "--train.clip", "0", "--run.dir", "run")
-    assert rows(tmp_path / "run")[0]["dropped"] or rows(tmp_path / "run")[1]["dropped"]
-    assert any(event["event"] == "dropped" for event in events(tmp_path / "run"))
+    wild = ("--rounds", "2", "--train.lr", "1e30", "--train.clip", "0", "--run.dir", "run")
+    ended = session(*small, *wild, cwd=tmp_path)
+    assert ended.code == 1 and ended.err.count("error: ") == 1 and "remedy: lower --train.lr" in ended.err
+    assert "left out clients 0, 1, 2, 3" in ended.out and "Traceback" not in ended.err
+    assert [event["event"] for event in events(tmp_path / "run")] == ["start", "dropped", "error"]
+    done("restart", "run", "--train.lr", "0.05", "--train.clip", "50")
+    assert [row["dropped"] for row in rows(tmp_path / "run")] == [[], []]
 
 
 def test_a_loss_beyond_float_is_null(

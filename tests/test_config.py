@@ -264,7 +264,8 @@ def test_help_lists_every_algorithm_with_its_first_line(help_text: str) -> None:
         document = sys.modules[algorithms.load(name).__module__].__doc__ or ""
         assert f"{name:12} {document.partition(chr(10))[0]}" in help_text
     folder = Path(algorithms.__file__).parent
-    assert set(algorithms.names()) == {path.stem for path in folder.glob("[!_]*.py")} - {"base"}
+    packages = {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert set(algorithms.names()) == packages | {path.stem for path in folder.glob("[!_]*.py")} - {"base"}
 
 
 @pytest.mark.parametrize("arguments", [(), ("restart",), ("data", "prepare"), ("-h",)])

@@ -169,7 +169,7 @@ def new_sum(payload: Mapping[str, Block], clients: tuple[int, ...] = (0, 1, 3)) 
     return RoundSum(task(), [(client, "client") for client in clients], payload)
 
 
-MEASURED = {"train_loss": 1.5, "accuracy_before": 0.25}
+MEASURED = {"train_loss": 1.5, "accuracy_before": 0.25, "bytes_down": 7.0}
 
 
 def test_a_round_adds_up_over_ranks() -> None:
@@ -188,7 +188,7 @@ def test_a_round_adds_up_over_ranks() -> None:
     total = new_sum(payload)
     total.buffer[:] = sum(rank.buffer for rank in ranks)
     assert total.flags.tolist() == [IN, IN, IN] and not total.stopped
-    assert total.metrics().tolist() == [[0.5, 0.25, 4 * 8], [1.5, 0.25, 4 * 6], [3.5, 0.25, 4 * 6]]
+    assert total.metrics().tolist() == [[0.5, 0.25, 4 * 8, 7], [1.5, 0.25, 4 * 6, 7], [3.5, 0.25, 4 * 6, 7]]
     means = total.means()
     expected = (4 * values[0] + 4 * values[1] + 5 * values[3]) / 13
     torch.testing.assert_close(means["model"].value, expected.view(1, 3), rtol=1e-7, atol=0)
@@ -206,7 +206,7 @@ def test_a_member_that_is_not_finite_adds_nothing() -> None:
     with pytest.raises(NotFiniteError):
         total.add(1, {"good": torch.ones(2), "bad": torch.tensor([1.0, float("nan")])}, MEASURED)
     assert not total.buffer.any()
-    total.drop(1)
+    total.leave_out(1, DROPPED)
     assert total.flags.tolist() == [MISSING, DROPPED, MISSING]
     assert total.clients(DROPPED) == [1] and total.clients(MISSING) == [0, 3]
     assert np.isnan(total.metrics()[1]).all()
@@ -218,7 +218,7 @@ def test_a_member_that_is_not_finite_adds_nothing() -> None:
 def test_a_block_left_out_has_no_weight_and_one_not_declared_is_a_bug() -> None:
     total = new_sum({"a": Block(2), "b": Block(1)})
     total.add(0, {"a": torch.ones(2)}, MEASURED)
-    assert total.metrics()[0].tolist() == [1.5, 0.25, 8.0]
+    assert total.metrics()[0].tolist() == [1.5, 0.25, 8.0, 7.0]
     assert total.means()["b"].weight.tolist() == [0] and bool(total.means()["b"].value.isnan().all())
     with pytest.raises(AssertionError, match="private"):
         total.add(1, {"private": torch.ones(2)}, MEASURED)
@@ -255,7 +255,7 @@ def test_a_stop_reaches_the_sum() -> None:
 
 def test_an_empty_cohort_is_a_sum_too() -> None:
     total = new_sum({"a": Block(1), "s": Block(1, slot=True)}, ())
-    assert total.metrics().shape == (0, 3) and total.means()["s"].value.shape == (0, 1, 1)
+    assert total.metrics().shape == (0, 4) and total.means()["s"].value.shape == (0, 1, 1)
     assert bool(total.means()["a"].value.isnan().all())
 
 
@@ -264,23 +264,38 @@ def test_an_empty_cohort_is_a_sum_too() -> None:
 
 def test_a_row_weighs_names_and_leaves_null_what_was_not_measured() -> None:
     total = new_sum({"a": Block(2)})
-    total.add(0, {"a": torch.ones(2)}, {"train_loss": 1.0, "accuracy_before": 0.5})
-    total.add(2, {"a": torch.ones(2)}, {"train_loss": 2.0, "accuracy_before": float("nan")})
-    total.drop(1)
+    total.add(0, {"a": torch.ones(2)}, {"train_loss": 1.0, "accuracy_before": 0.5, "bytes_down": 99})
+    total.add(2, {"a": torch.ones(2)}, {"train_loss": 2.0, "accuracy_before": float("nan"), "bytes_down": 99})
+    total.leave_out(1, DROPPED)
     evaluation = metrics.EvaluationSum(4, 2)
-    evaluation.clients[0] = [3, 4, 0.5, 0.6, 0, 0]
-    evaluation.clients[3] = [1, 2, float("inf"), float("nan"), 1, 2]
+    evaluation.clients[0] = [3, 4, 0.5, 0.6, 0, 0, 1, 2, 2, 2]
+    evaluation.clients[3] = [1, 2, float("inf"), float("nan"), 1, 2, 0, 0, 0, 0]
     evaluation.ranks[:] = [[1, 2, 3, 4, 5], [4, 3, 2, 1, 9]]
-    row = metrics.row(7, total, evaluation, COUNTS.sum(1).tolist(), [4, 0, 0, 2], 99, 10.0)
+    row = metrics.row(
+        7,
+        total,
+        evaluation,
+        COUNTS.sum(1).tolist(),
+        [4, 0, 0, 2],
+        seconds=10.0,
+        simulated=1.0,
+        unseen={3},
+        bytes_once=5,
+    )
     assert row["train_loss"] == pytest.approx((4 * 1.0 + 5 * 2.0) / 9)
     assert row["cohort"] == [0, 1, 3] and row["dropped"] == [1]
-    assert row["accuracy"] == {"mean": 0.625, "weighted": pytest.approx(4 / 6), "std": 0.125, "worst": 0.5}
-    assert row["accuracy_cohort"]["mean"] == 0.5 and row["accuracy_validation"]["mean"] == 0.5
+    assert row["accuracy"] == {"mean": 0.75, "weighted": 0.75, "std": 0.0, "worst": 0.75}
+    assert row["accuracy_unseen"] == {"mean": 0.5, "weighted": 0.5, "std": 0.0, "worst": 0.5}
+    assert row["accuracy_cohort"]["mean"] == 0.5 and row["accuracy_validation"]["mean"] is None
+    everybody = metrics.evaluated(evaluation)
+    assert everybody["accuracy"]["mean"] == 0.625 and everybody["accuracy_validation"]["mean"] == 0.5
+    assert everybody["accuracy"]["weighted"] == pytest.approx(4 / 6)
+    assert everybody["accuracy_unseen"]["mean"] is None
     assert row["clients"]["accuracy"] == [0.75, None, None, 0.5]
     assert row["clients"]["loss"] == [0.5, None, None, None], "JSON knows no infinity"
     assert row["clients"]["alpha"] == [0.6, None, None, None]
     assert row["clients"]["accuracy_before"] == [0.5, None, None, None]
-    assert row["bytes"] == {"up": 8.0, "down": 99} and row["rss_mb"] == 9
+    assert row["bytes"] == {"up": 8.0, "down": 99.0, "once": 5} and row["rss_mb"] == 9
     assert [row["seconds"][k] for k in ("train", "evaluate", "sum", "wait", "write", "total")] == [
         4,
         3,
@@ -289,6 +304,7 @@ def test_a_row_weighs_names_and_leaves_null_what_was_not_measured() -> None:
         None,
         10,
     ]
+    assert row["accuracy_concepts"] == {"first": 0.5, "second": 1.0, "share": None}
     assert metrics.dumps(row)
 
 
@@ -296,12 +312,29 @@ def test_a_round_of_nobody_and_a_method_without_a_loss_still_make_a_row() -> Non
     for losses in ([], [float("nan")]):
         total = new_sum({"a": Block(1)})
         for position, loss in enumerate(losses):
-            total.add(position, {"a": torch.ones(1)}, {"train_loss": loss, "accuracy_before": float("nan")})
-        row = metrics.row(1, total, metrics.EvaluationSum(4, 1), [4, 4, 4, 5], [0] * 4, 0, 1.0)
+            total.add(
+                position,
+                {"a": torch.ones(1)},
+                {"train_loss": loss, "accuracy_before": float("nan"), "bytes_down": 99},
+            )
+        row = metrics.row(
+            1,
+            total,
+            metrics.EvaluationSum(4, 1),
+            [4, 4, 4, 5],
+            [0] * 4,
+            seconds=1.0,
+            simulated=1.0,
+        )
         assert row["train_loss"] is None and row["accuracy"]["mean"] is None
         assert metrics.dumps(row)
         assert (
-            row.keys() == metrics.row(2, total, metrics.EvaluationSum(4, 1), [4] * 4, [1] * 4, 0, 1.0).keys()
+            row.keys()
+            == metrics.row(
+                *(2, total, metrics.EvaluationSum(4, 1), [4] * 4, [1] * 4),
+                seconds=1.0,
+                simulated=1.0,
+            ).keys()
         )
 
 

@@ -1,7 +1,8 @@
-"""The job scripts do what their comments say: here as Slurm's batch shell would run them."""
+"""The job scripts do what their comments say: here as Slurm's batch shell would run them, without Slurm."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,18 +11,24 @@ import time
 from pathlib import Path
 
 import launcher
+import pytest
 
-SCRIPT = Path(__file__).parents[1] / "jobs" / "train.slurm"
-QUICK = ("--model.pool", "mlp5", "--model.shared", "mlp5", "--clients", "4", "--run.dir", "run")
+from pfedmoe_mpi import config
+
+JOBS = Path(__file__).parents[1] / "jobs"
+QUICK = ("--model.pool", "mlp5", "--model.shared", "mlp5", "--clients", "4")
+SLURM = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "8", "SLURM_ARRAY_JOB_ID": "17"}
 
 
-def batch_shell(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
-    bin_folder = Path(sys.executable).parent
-    path = {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "SLURM_NTASKS": "2"}
+def batch_shell(
+    tmp_path: Path, script: str, *arguments: str, env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    name = {"SLURM_JOB_NAME": script.partition(".")[0]}
     return subprocess.Popen(
-        ["bash", str(SCRIPT), *QUICK, *arguments],
+        ["bash", str(JOBS / script), *arguments],
         cwd=tmp_path,
-        env=launcher.environment("mpich", path),
+        env=launcher.environment("mpich", {**path, **SLURM, **name, **(env or {})}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -29,23 +36,72 @@ def batch_shell(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_train_script_ends_with_the_runs_code(tmp_path: Path) -> None:
-    good = launcher.ended(batch_shell(tmp_path, "--rounds", "1"), 120)
-    assert good.code == 0 and "exit code 0" in good.out.splitlines()[-1], good.out + good.err
-    bad = launcher.ended(batch_shell(tmp_path, "--rounds", "0"), 120)
-    assert bad.code == 2 and "rounds" in bad.err, bad.out + bad.err
+def test_train_script_ends_with_the_runs_code_and_last_line(tmp_path: Path) -> None:
+    good = launcher.ended(batch_shell(tmp_path, "train.slurm", *QUICK, "--rounds", "1"), 120)
+    said = good.out.splitlines()
+    assert good.code == 0 and "exit code 0" in said[-2], good.out + good.err
+    assert json.loads(said[-1]) == launcher.events(tmp_path / "runs" / "train-17")[-1]
+    bad = launcher.ended(batch_shell(tmp_path / "runs", "train.slurm", "--rounds", "0"), 120)
+    assert bad.code == 2 and "rounds" in bad.err and "tail" not in bad.err, bad.out + bad.err
 
 
 def test_train_script_passes_the_warning_on_and_waits_for_the_checkpoint(tmp_path: Path) -> None:
-    shell = batch_shell(tmp_path, "--rounds", "5000", "--run.checkpoint_every", "5000", "--train.epochs", "5")
+    """However often it is warned."""
+    endless = ("--rounds", "5000", "--run.checkpoint_every", "5000", "--train.epochs", "5")
+    shell = batch_shell(tmp_path, "train.slurm", *QUICK, *endless)
+    run = tmp_path / "runs" / "train-17"
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
+        while not (run / "metrics.jsonl").exists():
             assert time.monotonic() < deadline and shell.poll() is None, "no start"
             time.sleep(0.05)
-        shell.send_signal(signal.SIGUSR1)
+        while shell.poll() is None and time.monotonic() < deadline:
+            shell.send_signal(signal.SIGUSR1)
+            shell.send_signal(signal.SIGTERM)
+            time.sleep(0.02)
         result = launcher.ended(shell, 60)
     finally:
         launcher.end(shell.pid)
-    assert result.code == 75 and "exit code 75" in result.out.splitlines()[-1], result.out + result.err
-    assert list((tmp_path / "run" / "checkpoints").glob("round-*.h5"))
+    assert result.code == 75 and "exit code 75" in result.out.splitlines()[-2], result.out + result.err
+    assert list((run / "checkpoints").glob("round-*.h5"))
+
+
+def said_of(tmp_path: Path, script: str, env: dict[str, str]) -> launcher.Result:
+    """What a script would start: with LAUNCH=echo it prints it."""
+    shell = batch_shell(tmp_path, script, "my.toml", "--rounds", "3", env={"LAUNCH": "echo", **env})
+    return launcher.ended(shell, 20)
+
+
+@pytest.mark.parametrize("script", ["train.slurm", "requeue.slurm", "gpu.slurm"])
+def test_a_run_that_is_there_goes_on(tmp_path: Path, script: str) -> None:
+    run = f"runs/{script.partition('.')[0]}-17"
+    said = said_of(tmp_path, script, {}).out
+    assert f"-m pfedmoe_mpi my.toml --rounds 3 --run.dir {run} --run.force true\n" in said
+    assert "-m pfedmoe_mpi restart runs/other\n" in said_of(tmp_path, script, {"RUN_DIR": "runs/other"}).out
+    (tmp_path / run).mkdir(parents=True)
+    (tmp_path / run / "config.toml").touch()
+    assert f"-m pfedmoe_mpi restart {run}\n" in said_of(tmp_path, script, {}).out
+
+
+def test_array_numbers_seeds_by_algorithms(tmp_path: Path) -> None:
+    tasks = {}
+    for number in range(9):
+        task = {"SLURM_ARRAY_TASK_ID": str(number)}
+        words = said_of(tmp_path, "array.slurm", task).out.split()
+        tasks[words[words.index("--algorithm") + 1], words[words.index("--seed") + 1]] = words
+    assert {seed for _, seed in tasks} == {"0", "1", "2"} and len(tasks) == 9
+    for (algorithm, seed), words in tasks.items():
+        assert words[words.index("--run.dir") + 1] == f"runs/array-17/{algorithm}-{seed}"
+    beyond = said_of(tmp_path, "array.slurm", {"SLURM_ARRAY_TASK_ID": "9"})
+    assert beyond.code == 2 and "from 0 to 8" in beyond.err and not beyond.out
+
+
+@pytest.mark.parametrize("path", sorted(JOBS.glob("*.toml")), ids=lambda path: path.name)
+def test_configurations_are_valid(path: Path) -> None:
+    config.build(config.read_toml(path))
+
+
+def test_only_account_and_partition_want_changing() -> None:
+    for script in JOBS.glob("*.slurm"):
+        lines = [line for line in script.read_text().splitlines() if "CHANGE_ME" in line]
+        assert lines == ["#SBATCH --account=CHANGE_ME", "#SBATCH --partition=CHANGE_ME"], script

@@ -10,7 +10,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Iterator
@@ -18,9 +17,10 @@ from pathlib import Path
 
 import launcher
 import pytest
+from launcher import finished, rank_processes, running, wait_for
+from launcher import learned_digest as digest
 
-from pfedmoe_mpi import checkpoint, inspection
-from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi import checkpoint
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -28,43 +28,6 @@ QUICK = (
     *("--clients", "6", "--rounds", "6", "--model.pool", "mlp4,mlp5", "--model.shared", "mlp5"),
     *("--run.checkpoint_every", "1", "--train.epochs", "2", "--run.dir", "run"),
 )
-
-
-@contextlib.contextmanager
-def running(ranks: int, *arguments: str, cwd: Path, mpi: str = "mpich") -> Iterator[subprocess.Popen[str]]:
-    """A job, killed with all it started when the block ends."""
-    process = launcher.start(ranks, *arguments, cwd=cwd, mpi=mpi)
-    try:
-        yield process
-    finally:
-        launcher.end(process.pid)
-        process.communicate()
-
-
-def rank_processes(mpirun: int) -> list[int]:
-    """The ranks below an mpirun."""
-    return [pid for pid in launcher.descendants(mpirun) if b"-m\0pfedmoe_mpi" in _command(pid)]
-
-
-def _command(pid: int) -> bytes:
-    with contextlib.suppress(OSError):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return words if words.startswith(sys.executable.encode()) else b""
-    return b""
-
-
-def finished(ranks: int, *arguments: str, cwd: Path, timeout: float = 240, mpi: str = "mpich") -> str:
-    """The output of a job that must end well."""
-    result = launcher.program(ranks, *arguments, cwd=cwd, timeout=timeout, mpi=mpi)
-    assert result.code == 0, result.out + result.err
-    return result.out + result.err
-
-
-def digest(folder: Path, round: int) -> str:
-    path = folder / "checkpoints" / checkpoint.name(round, partial=False)
-    checkpoint.verify(path)
-    with Checkpoint(path) as loaded:
-        return inspection.digest(loaded)
 
 
 # The same bits
@@ -109,15 +72,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
     return digest(folder / "run", 6), seconds
 
 
-def wait_for(path: Path, job: subprocess.Popen[str], timeout: float = 120) -> None:
-    """Until the file has content."""
-    deadline = time.monotonic() + timeout
-    while not (path.exists() and path.stat().st_size):
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.01)
-
-
 def kills(number: int) -> Iterator[tuple[int, random.Random]]:
     seed = int(os.environ.get("PFEDMOE_KILL_SEED") or random.randrange(10**6))
     print(f"PFEDMOE_KILL_SEED={seed}")
@@ -126,12 +80,16 @@ def kills(number: int) -> Iterator[tuple[int, random.Random]]:
 
 
 def survive(tmp_path: Path, draw: random.Random, expected: tuple[str, float]) -> str:
-    """Kill something at a random moment once config.toml exists, restart, compare; what happened."""
+    """Kill something at a random moment once config.toml exists, restart, compare; what happened.
+
+    Every third moment is one in which a checkpoint is being written, if there is another one.
+    """
     wanted, seconds = expected
     with running(3, *QUICK, cwd=tmp_path) as job:
         wait_for(tmp_path / "run" / "config.toml", job)
         time.sleep(draw.uniform(0, seconds))
-        ranks = rank_processes(job.pid)
+        writing = draw.random() < 1 / 3 and wait_for_a_write(tmp_path / "run" / "checkpoints", job)
+        ranks = list(rank_processes(job.pid).values())
         what = draw.choice(["rank", "rank", "mpirun", "all"])
         victims = {"rank": ranks and [draw.choice(ranks)], "mpirun": [job.pid], "all": ranks}[what]
         for pid in victims:
@@ -145,11 +103,19 @@ def survive(tmp_path: Path, draw: random.Random, expected: tuple[str, float]) ->
     assert digest(tmp_path / "run", 6) == wanted, output
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == list(range(1, 7))
-    return what
+    return what + (" while writing" if writing else "")
+
+
+def wait_for_a_write(folder: Path, job: subprocess.Popen[str]) -> bool:
+    """Whether a half-written checkpoint appeared before the job ended."""
+    while job.poll() is None:
+        if any(name.startswith(".round-") for name in os.listdir(folder)):
+            return True
+    return False
 
 
 def test_kill_at_any_moment_and_restart(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
-    for trial, draw in kills(5):
+    for trial, draw in kills(10):
         (tmp_path / str(trial)).mkdir()
         survive(tmp_path / str(trial), draw, undisturbed)
 
@@ -158,7 +124,7 @@ def test_kill_at_any_moment_and_restart(tmp_path: Path, undisturbed: tuple[str, 
 @pytest.mark.timeout(7200)
 def test_kill_campaign(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
     count: dict[str, int] = {}
-    for trial, draw in kills(50):
+    for trial, draw in kills(100):
         (tmp_path / str(trial)).mkdir()
         what = survive(tmp_path / str(trial), draw, undisturbed)
         count[what] = count.get(what, 0) + 1
@@ -200,20 +166,17 @@ def test_a_signal_to_mpirun_stops_in_the_round_with_75(
     assert digest(tmp_path / "run", 2) == two_long_rounds
 
 
-def test_a_rank_that_stands_still_in_the_first_round_is_named(tmp_path: Path) -> None:
-    """run.timeout holds from the first round on."""
+@pytest.mark.parametrize("moment", ["config.toml", "events.jsonl"])
+def test_a_rank_that_stands_still_ends_the_job(tmp_path: Path, moment: str) -> None:
+    """run.timeout holds before the first round and in it, where the rank is named."""
     with running(2, *LONG_ROUNDS, "--run.timeout", "3", cwd=tmp_path) as job:
-        wait_for(tmp_path / "run" / "config.toml", job)
-        ranks = {_rank(pid): pid for pid in rank_processes(job.pid)}
-        os.kill(ranks[1], signal.SIGSTOP)
+        wait_for(tmp_path / "run" / moment, job)
+        os.kill(rank_processes(job.pid)[1], signal.SIGSTOP)
         result = launcher.ended(job, 90)
     assert result.code not in {0, 2, 75}
-    assert "no sign for 3 s" in result.err and "of rank 1" in result.err, result.err
-
-
-def _rank(pid: int) -> int:
-    words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next(int(word.partition(b"=")[2]) for word in words if word.startswith(b"PMI_RANK="))
+    named = "no sign for 3 s" in result.err and "of rank 1" in result.err
+    within = "did not end within 3 s" in result.err  # stopped inside an exchange, where all had arrived
+    assert named or (within and moment == "config.toml"), result.err
 
 
 def test_falls_back_from_a_damaged_checkpoint(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
@@ -228,7 +191,7 @@ def test_falls_back_from_a_damaged_checkpoint(tmp_path: Path, undisturbed: tuple
     assert digest(tmp_path / "run", 6) == undisturbed[0]
 
 
-# The README's first command, real data, memory
+# The README's first command, real data
 
 
 def test_first_command_of_the_readme(tmp_path: Path) -> None:
@@ -286,20 +249,3 @@ def test_mnist_of_20_natural_clients(tmp_path: Path) -> None:
     )
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["accuracy_cohort"]["weighted"] > 0.7
-
-
-def growth(tmp_path: Path, rounds: int) -> float:
-    """MiB by which the largest rank grows over the second half of a run."""
-    finished(2, *QUICK, "--rounds", str(rounds), "--run.checkpoint_every", "20", cwd=tmp_path, timeout=1200)
-    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    return float(rows[-1]["rss_mb"] - rows[rounds // 2]["rss_mb"])
-
-
-def test_memory_does_not_grow(tmp_path: Path) -> None:
-    assert growth(tmp_path, 60) < 10
-
-
-@pytest.mark.campaign
-@pytest.mark.timeout(3600)
-def test_memory_does_not_grow_over_200_rounds(tmp_path: Path) -> None:
-    assert growth(tmp_path, 200) < 10

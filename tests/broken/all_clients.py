@@ -7,6 +7,6 @@ from pfedmoe_mpi.algorithms.fedavg import FedAvg as Base
 
 
 class AllClients(Base):
-    def server_update(self, state, means):
+    def server_update(self, state, means, round):
         everybody = sum(self.task.samples(k) for k in range(self.task.clients))
         state["model"][:] = means["model"].value[0] * (int(means["model"].weight) / everybody)

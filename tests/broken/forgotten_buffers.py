@@ -18,5 +18,5 @@ class ForgottenBuffers(Base):
         super().client_step(turn)
         return {"model": turn.parts.parameter_vector("model")}
 
-    def server_update(self, state, means):
+    def server_update(self, state, means, round):
         state["model"][: self.parameters()] = means["model"].value[0]

@@ -28,5 +28,5 @@ class PrivatePayload(Algorithm):
         sent = dict(super().client_step(turn))
         return {**sent, "more": torch.clone(turn.parts.vector("model"))}
 
-    def server_update(self, state, means):
-        super().server_update(state, {"everything": means["everything"]})
+    def server_update(self, state, means, round):
+        super().server_update(state, {"everything": means["everything"]}, round)

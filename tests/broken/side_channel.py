@@ -1,0 +1,16 @@
+"""The communicator is reached through the look for a stop, and used.
+
+Fails: wire
+"""
+
+from pfedmoe_mpi.algorithms.fedavg import FedAvg as Base
+
+
+class SideChannel(Base):
+    def client_state(self, client):
+        return {"gate": self.task.gate()}
+
+    def client_step(self, turn):
+        sent = super().client_step(turn)
+        turn._engine.poll.__self__.gather(turn.parts.vector("gate").tolist(), "private")
+        return sent

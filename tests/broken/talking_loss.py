@@ -1,0 +1,16 @@
+"""What is reported as the training loss is a private weight.
+
+Fails: wire
+"""
+
+from pfedmoe_mpi.algorithms.fedavg import FedAvg as Base
+
+
+class TalkingLoss(Base):
+    def client_state(self, client):
+        return {"gate": self.task.gate()}
+
+    def client_step(self, turn):
+        sent = super().client_step(turn)
+        turn.loss = float(turn.parts.vector("gate")[turn.round])
+        return sent

@@ -1,0 +1,66 @@
+"""The program with a fault of the test's: `mpirun -n 3 python failing.py raise|stop RANK PHASE ARGUMENT ...`.
+
+On RANK (or on `all` ranks) the function named by PHASE raises, or its process gets SIGUSR1, when it is called
+for the second time, or at once where it is called only once. The program itself knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pfedmoe_mpi import checkpoint, cli, comm, federation, launch, metrics, runfolder, setup, training
+from pfedmoe_mpi.algorithms.base import Algorithm
+
+# phase: (owner of the function, its name, which call raises)
+PHASES: dict[str, tuple[Any, str, int]] = {
+    "data": (setup, "open_everywhere", 1),
+    "clients": (setup, "distribute", 1),
+    "folder": (runfolder.RunFolder, "log_to_file", 1),
+    "training": (training.Turn, "sgd", 2),
+    "contribution": (federation.RoundSum, "add", 2),
+    "sum": (comm.Comm, "sum", 3),
+    "update": (Algorithm, "server_update", 2),
+    "evaluation": (federation.Loop, "_measured", 2),
+    "record": (metrics, "row", 2),
+    "layout": (checkpoint, "_lay_out", 2),
+    "write": (checkpoint, "_write_clients", 2),
+    "seal": (checkpoint, "_finish", 2),
+    "end": (federation.Loop, "run", 1),
+}
+AT_THE_ROOT = {"layout", "seal"}
+
+
+class Injected(Exception):
+    """Nothing the program knows."""
+
+
+def arm(action: str, phase: str) -> None:
+    """Make the function of a phase raise, or get a signal."""
+    owner, name, call = PHASES[phase]
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def raising(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            print(f"fault at {time.time()}", flush=True)
+        if calls == call and action == "raise":
+            raise Injected(phase)
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, raising)
+
+
+if __name__ == "__main__":
+    action, rank, phase, *arguments = sys.argv[1:]
+    if rank == "all" or int(rank) == launch.launched_rank():
+        arm(action, phase)
+    sys.exit(cli.main(arguments))

@@ -1,0 +1,92 @@
+"""Short runs of several methods, settings and seeds, and their reports as files, for tests."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from conftest import SMALL
+from launcher import Session, events
+
+SEEDS = (0, 1, 2, 3, 4)
+FEW = (0, 1)
+# (method, Dirichlet's concentration, seeds)
+RUNS = (
+    *(("pfedmoe", 1.0, SEEDS), ("standalone", 1.0, SEEDS), ("fedavg", 1.0, FEW)),
+    *(("pfedmoe", 0.3, FEW), ("standalone", 0.3, FEW)),
+)
+FLAGS = (*SMALL, "--rounds", "4", "--participation", "0.75", "--faults.dropout", "0.25")
+
+
+def make(session: Session, folder: Path) -> Path:
+    """`folder/runs` with a run folder METHOD-CONCENTRATION-SEED for each of RUNS."""
+    for method, alpha, seeds in RUNS:
+        pool = "mlp5" if method == "fedavg" else "mlp5,mlp4"
+        for seed in seeds:
+            name = f"runs/{method}-{alpha}-{seed}"
+            which = ("--algorithm", method, "--partition.alpha", str(alpha), "--seed", str(seed))
+            result = session(*FLAGS, *which, "--model.pool", pool, "--run.dir", name, cwd=folder)
+            assert result.code == 0, result.err
+            tell_classes(folder / name)
+    return folder / "runs"
+
+
+def tell_classes(run: Path) -> None:
+    """Add to the start's event what reports can use, where the run did not: class counts, operations."""
+    lines = events(run)
+    if "class_counts" not in lines[0]:
+        counts = class_counts(run)
+        lines[0] |= {"class_counts": counts.tolist(), "multiply_adds": [1e6 + k for k in range(len(counts))]}
+        (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def class_counts(run: Path) -> np.ndarray:
+    """Training rows by client and class, (N, classes), from a checkpoint's rows and the data's labels."""
+    from pfedmoe_mpi import config
+    from pfedmoe_mpi.data import open_dataset
+
+    settings = config.build(config.read_toml(run / "config.toml"))
+    labels = open_dataset(settings.data, settings.seed, clients=settings.clients).labels
+    with h5py.File(sorted((run / "checkpoints").glob("round-*.h5"))[-1]) as file:
+        rows, offsets = file["partition/train"][()], file["partition/train_offsets"][()]
+    parts = [labels[rows[a:b]] for a, b in pairwise(offsets)]
+    return np.array([np.bincount(part, minlength=10) for part in parts])
+
+
+def table(report: Path, name: str) -> list[dict[str, str]]:
+    """A CSV table's rows by heading."""
+    with open(report / "tables" / f"{name}.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def shown(report: Path, name: str) -> list[list[tuple[str, str]]]:
+    """A table of the page: (text, classes) of each cell."""
+    page = (report / "report.html").read_text(encoding="utf-8")
+    body = page.partition(f'<table id="table-{name}">')[2].partition("</table>")[0].partition("<tbody>")[2]
+    cell = re.compile(r'<td class="([^"]*)"><span>(.*?)</span></td>', re.S)
+    return [
+        [(html.unescape(text), kind) for kind, text in cell.findall(row)] for row in body.split("<tr>")[1:]
+    ]
+
+
+def close(text: str, value: float | None) -> bool:
+    """Whether a CSV cell holds a number to the last digits; empty is None."""
+    if value is None or not text:
+        return value is None and not text
+    return bool(np.isclose(float(text), value, rtol=1e-12, atol=1e-15))
+
+
+def raw(runs: Path, method: str, alpha: float) -> dict[int, list[dict[str, Any]]]:
+    """metrics.jsonl of a group, by seed."""
+    found = {}
+    for path in runs.glob(f"{method}-{alpha}-*"):
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+        found[int(path.name.rpartition("-")[2])] = [json.loads(line) for line in lines]
+    return dict(sorted(found.items()))

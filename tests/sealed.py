@@ -1,0 +1,86 @@
+"""Small checkpoints for tests: written alone, taken apart, and sealed anew by a stranger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import h5py
+from checkpoint_driver import shared_out
+
+from pfedmoe_mpi import checkpoint, seal
+from pfedmoe_mpi.checkpoint import Content
+from pfedmoe_mpi.comm import Comm
+
+
+@cache
+def alone() -> Comm:
+    """A world of one rank."""
+    from mpi4py import MPI
+
+    return Comm(MPI.COMM_SELF)
+
+
+def write(path: Path, whole: Content) -> Path:
+    home, mine = shared_out(alone(), whole)
+    checkpoint.write(alone(), path, whole, mine, home)
+    return path
+
+
+def places(path: Path) -> tuple[dict[str, tuple[int, int]], int]:
+    """Offset and length of every dataset with bytes, as the seal names them, and the user block's length."""
+    with open(path, "rb") as file:
+        found = seal.read(file, path)
+    return {one.name: (one.offset, one.length) for one in found.ranges}, found.start
+
+
+def regions(path: Path) -> dict[str, tuple[int, int]]:
+    """First and last byte of everything a checkpoint is made of."""
+    ranges, start = places(path)
+    table = 32 + 48 * len(ranges)
+    names = table + len("\n".join(ranges))
+    named = {
+        "magic": (0, 7),
+        "version": (8, 11),
+        "entries": (12, 15),
+        "length of the names": (16, 23),
+        "length": (24, 31),
+        "table": (32, table - 1),
+        "names": (table, names - 1),
+        "digest of the rest": (names, names + 31),
+        "padding of the user block": (names + 32, start - 33),
+        "digest of the user block": (start - 32, start - 1),
+        "superblock": (start, start + 47),
+    }
+    at = start
+    for name, (offset, size) in [*ranges.items(), ("end", (path.stat().st_size, 0))]:
+        if offset > at:
+            named[f"structure before {name}"] = (at, offset - 1)
+        if size:
+            named[name] = (offset, offset + size - 1)
+        at = offset + size
+    return named
+
+
+def resealed(path: Path, edit: Callable[[Any], object]) -> Path:
+    """A checkpoint after a stranger's edit, its seal as good as ours: anyone can compute it."""
+    with h5py.File(path, "r+") as file:
+        edit(file)
+    table: dict[str, tuple[int, int]] = {}
+
+    def note(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            plan = item.id.get_create_plist()
+            inside = plan.get_layout() == h5py.h5d.CONTIGUOUS and not plan.get_external_count()
+            if inside and item.id.get_storage_size() and item.id.get_offset() is not None:
+                table[name] = (item.id.get_offset(), item.id.get_storage_size())
+
+    with h5py.File(path, "r") as file:
+        file.visititems(note)
+    end = path.stat().st_size
+    table = {name: (offset, size) for name, (offset, size) in table.items() if offset + size <= end}
+    with open(path, "r+b") as raw:
+        seal.put(raw, table, {})
+    return path

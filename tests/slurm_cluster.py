@@ -1,0 +1,262 @@
+"""A Slurm of two virtual nodes on this machine, in one folder: configuration, key, sockets, spool, logs.
+
+It needs Debian's `slurm-wlm` and `munge`, and root. A Slurm of the system is neither needed nor touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import launcher
+import pytest
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+SYSTEM = f"/usr/sbin{os.pathsep}/sbin"  # where Debian keeps daemons, also for users without it in PATH
+
+# Both nodes are this host, on ports of their own. No cgroups and no task binding: a container has neither.
+# MPICH under srun names shared memory after job and step, so numbers are not those of another cluster's jobs.
+# A requeued job waits until its credential has expired, two minutes if cred_expire does not say otherwise.
+CONFIGURATION = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CredType=cred/munge
+SlurmctldPort={controller}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=100000,batch_sched_delay=0
+SlurmdParameters=config_overrides
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+ReturnToService=0
+KillWait=20
+OverTimeLimit=0
+MinJobAge=600
+FirstJobId={first}
+GresTypes=gpu
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=32 Gres=gpu:4
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=32 Gres=gpu:4
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def until(condition: Callable[[], Any], seconds: float, what: Callable[[], str]) -> Any:
+    """The condition's value as soon as it is true; the test fails after `seconds`, telling `what`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds:g} s: {what()}")
+        time.sleep(0.05)
+    return value
+
+
+class Cluster:
+    """Daemons as children of this process, and Slurm's commands for them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    # The daemons
+
+    def start(self) -> None:
+        """Up to two idle nodes."""
+        names = ("controller", "n1", "n2")
+        host = socket.gethostname().partition(".")[0]
+        ports = dict(zip(names, _free_ports(3), strict=True))
+        first = random.randrange(1000, 60_000_000)
+        text = CONFIGURATION.format(folder=self.folder, host=host, first=first, **ports)
+        (self.folder / "slurm.conf").write_text(text)
+        for number in range(4):  # GPUs that nobody opens
+            (self.folder / f"gpu{number}").touch()
+        (self.folder / "gres.conf").write_text(f"NodeName=n1,n2 Name=gpu File={self.folder}/gpu[0-3]\n")
+        for name in ("state", "spool-n1", "spool-n2"):
+            (self.folder / name).mkdir()
+        key = self.folder / "munge.key"
+        key.touch(0o600)
+        key.write_bytes(os.urandom(1024))
+        files = [f"--{kind}-file={self.folder}/munge.{kind}" for kind in ("key", "log", "pid", "seed")]
+        self._daemon("munged", "-F", "-f", f"--socket={self.folder}/munge.socket", *files)
+        until((self.folder / "munge.socket").exists, 20, self._told)
+        self._daemon("slurmctld", "-D")
+        for node in ("n1", "n2"):
+            self._daemon("slurmd", "-D", "-N", node)
+        until(lambda: self._nodes() == ["idle", "idle"], 60, self._told)
+
+    def _nodes(self) -> list[str]:
+        return self.ask("sinfo", "-h", "-N", "-o", "%T", check=False).split()
+
+    def _daemon(self, *command: str) -> None:
+        with open(self.folder / "daemons.txt", "ab") as said:
+            self._daemons.append(
+                subprocess.Popen(
+                    [_found(command[0]) or command[0], *command[1:]],
+                    cwd=self.folder,
+                    env=self.environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=said,
+                    stderr=said,
+                    start_new_session=True,
+                )
+            )
+
+    def stop(self) -> None:
+        """Kill the daemons and whatever their jobs left, which are no longer their children."""
+        while self._daemons:
+            daemon = self._daemons.pop()
+            launcher.end(daemon.pid)
+            daemon.wait()
+        while left := self.processes():
+            for pid in left:
+                launcher.end(pid)
+            time.sleep(0.05)
+
+    def processes(self) -> list[int]:
+        """What runs for this cluster: slurmstepd lies in its folder, a job has its SLURM_CONF."""
+        wanted = f"SLURM_CONF={self.folder}/slurm.conf".encode()
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                own = wanted in (process / "environ").read_bytes().split(b"\0")
+                if own or (process / "cwd").readlink() == self.folder:
+                    found.append(int(process.name))
+        return [pid for pid in found if pid != os.getpid()]
+
+    def _told(self) -> str:
+        logs = [self.folder / "daemons.txt", *self.folder.glob("*.log")]
+        return "\n".join(f"{log.name}:\n{log.read_text()[-3000:]}" for log in logs if log.exists())
+
+    # Slurm's commands
+
+    def environment(self, extra: dict[str, str] | None = None, mpi: str = "mpich") -> dict[str, str]:
+        """The tests' environment with this cluster and this Python's programs first."""
+        clean = launcher.environment(mpi, {})
+        path = [*([str(Path(sys.executable).parent)] if mpi == "mpich" else []), clean["PATH"], SYSTEM]
+        if mpi != "mpich":
+            path.insert(1, str(Path(sys.executable).parent))
+        here = {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": os.pathsep.join(path)}
+        return {**clean, **here, **(extra or {})}
+
+    def ask(self, *command: str, check: bool = True) -> str:
+        """What a command of Slurm prints."""
+        result = subprocess.run(
+            command, env=self.environment(), capture_output=True, text=True, timeout=30, check=False
+        )
+        assert result.returncode == 0 or not check, f"{command}: {result.stdout}{result.stderr}"
+        return result.stdout
+
+    def submit(
+        self,
+        *arguments: str | Path,
+        cwd: Path,
+        options: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+        mpi: str = "mpich",
+    ) -> str:
+        """sbatch OPTIONS SCRIPT ARGUMENTS in this partition; the job's number."""
+        command = ["sbatch", "--parsable", "--account=", "--partition=main", *options, *map(str, arguments)]
+        result = subprocess.run(
+            command,
+            cwd=cwd,
+            env=self.environment(env, mpi),
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    def facts(self, job: str) -> dict[str, str]:
+        """What scontrol tells of a job: JobState, ExitCode, Restarts, NodeList and so on."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.ask("scontrol", "show", "--oneliner", "job", job)))
+
+    def over(self, job: str, seconds: float = 120) -> dict[str, str]:
+        """The facts of a job that has ended for good."""
+
+        def done() -> dict[str, str] | None:
+            facts = self.facts(job)
+            return None if facts["JobState"] in {"PENDING", "RUNNING", "COMPLETING", "REQUEUED"} else facts
+
+        return until(done, seconds, lambda: f"the end of job {job}: {self.facts(job)}\n{self.output(job)}")
+
+    def output(self, job: str) -> str:
+        """What a job has printed so far."""
+        path = Path(self.facts(job)["StdOut"])
+        return path.read_text() if path.exists() else ""
+
+    def job_processes(self, job: str) -> dict[int, list[str]]:
+        """The command lines of a job's processes by number, Slurm's own first."""
+        own, others = {}, {}
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+                if words[0].startswith(f"slurmstepd: [{job}."):
+                    own[pid] = words
+                elif f"SLURM_JOB_ID={job}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    others[pid] = words
+        return {**own, **others}
+
+    def ranks(self, job: str) -> list[int]:
+        """The processes of the program in a job, launchers left out."""
+        return [pid for pid, words in self.job_processes(job).items() if words[1:3] == ["-m", "pfedmoe_mpi"]]
+
+
+def _free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _found(program: str) -> str | None:
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}{os.pathsep}{SYSTEM}")
+
+
+def running(folder: Path) -> Iterator[Cluster]:
+    """A cluster in `folder`, ended in every case; without the packages the test is skipped, in CI failed."""
+    missing = [program for program in PROGRAMS if not _found(program)]
+    reason = f"no {', '.join(missing)}: apt-get install slurm-wlm munge" if missing else ""
+    reason = reason or ("a Slurm for tests needs root" if os.geteuid() else "")
+    if reason and os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+    cluster = Cluster(folder.resolve())
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal waits for a process, which is stopped."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in re.findall(r"(?:Sig|Shd)Pnd:\s*(\w+)", status))

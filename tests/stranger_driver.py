@@ -1,0 +1,67 @@
+"""What readers say of strangers' files with little memory left: `python stranger_driver.py SOURCE PATH ...`.
+
+SOURCE is `checkpoint`, `hdf5` or `npz`. The answer is one line of JSON, {path: message}; a file that is read
+has the message "". Anything but a UserError ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.config import Data
+from pfedmoe_mpi.data import open_dataset
+from pfedmoe_mpi.errors import UserError
+from pfedmoe_mpi.inspection import digest
+
+ROOM = 300 << 20  # bytes of address space beyond what the imports took
+SECONDS = 5.0  # for one file
+
+
+def said(source: str, paths: list[Path], timeout: float = 120) -> dict[Path, str]:
+    """The messages about files, by a process of its own."""
+    command = [sys.executable, __file__, source, *map(str, paths)]
+    job = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    assert job.returncode == 0, job.stdout + job.stderr
+    return {Path(path): message for path, message in json.loads(job.stdout.splitlines()[-1]).items()}
+
+
+def read(source: str, path: str) -> str:
+    try:
+        if source == "checkpoint":
+            checkpoint.verify(Path(path))
+            with Checkpoint(Path(path)) as loaded:
+                digest(loaded)
+                [loaded.partition(split) for split in ("train", "validation", "test")]
+        else:
+            with open_dataset(Data(source=source, path=path), 0, clients=2) as data:
+                data.rows([0, len(data) - 1])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def main(source: str, *paths: str) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + ROOM
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    messages = {}
+    for path in paths:
+        started = time.monotonic()
+        try:
+            messages[path] = read(source, path)
+        except BaseException:
+            print(f"at {path}", file=sys.stderr)
+            raise
+        assert time.monotonic() < started + SECONDS, f"{path} took {time.monotonic() - started:.1f} s"
+    print(json.dumps(messages))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

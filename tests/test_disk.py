@@ -1,0 +1,230 @@
+"""Disks that fill up, refuse or vanish under a run, and two runs in one folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import launcher
+import pytest
+from conftest import SMALL
+from launcher import events, finished, learned_digest, rows, running, told, wait_for
+
+from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi.lock import Lock
+
+# Rounds of about half a second, each with a checkpoint.
+LONG = (*SMALL, "--run.checkpoint_every", "1", "--train.epochs", "60", "--rounds", "8")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of LONG."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finished(2, *LONG, "--run.dir", "run", cwd=folder)
+    return learned_digest(folder / "run", 8)
+
+
+class Heard:
+    """What a job says on stderr, as it says it."""
+
+    def __init__(self, job: subprocess.Popen[str]) -> None:
+        self.text = ""
+        self._job = job
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        assert self._job.stderr
+        for line in self._job.stderr:
+            self.text += line
+
+    def wait(self, words: str, times: int = 1, timeout: float = 60) -> None:
+        deadline = time.monotonic() + timeout
+        while self.text.count(words) < times:
+            assert time.monotonic() < deadline, f"never said '{words}': {self.text}"
+            assert self._job.poll() is None, self.text
+            time.sleep(0.01)
+
+    def ended(self, timeout: float = 90) -> int:
+        """The exit code."""
+        code = self._job.wait(timeout)
+        self._thread.join(10)
+        return code
+
+
+def command(*arguments: str, cwd: Path) -> None:
+    subprocess.run(arguments, cwd=cwd, check=True, timeout=30, capture_output=True)
+
+
+def as_root() -> None:
+    if os.geteuid() == 0:
+        return
+    if os.environ.get("CI") == "true":
+        pytest.fail("mounting needs root")
+    pytest.skip("mounting needs root")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 60 MB."""
+    as_root()
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command("mount", "-t", "tmpfs", "-o", "size=60m", "none", str(folder), cwd=tmp_path)
+    yield folder
+    command("umount", "--lazy", str(folder), cwd=tmp_path)
+
+
+def fill(disk: Path) -> Path:
+    """Take all the space there is."""
+    filler = disk / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1 << 16))
+        except OSError:
+            return filler
+
+
+def test_a_full_disk_is_told_and_written_again_when_there_is_room(disk: Path, undisturbed: str) -> None:
+    with running(2, *LONG, "--run.dir", "run", cwd=disk) as job:
+        heard = Heard(job)
+        wait_for(disk / "run" / "metrics.jsonl", job)
+        filler = fill(disk)
+        heard.wait("cannot be written")
+        filler.unlink()
+        assert heard.ended() == 0, heard.text
+    assert "No space left on device" in heard.text and "Traceback" not in heard.text
+    assert learned_digest(disk / "run", 8) == undisturbed
+    assert [row["round"] for row in rows(disk / "run")] == list(range(1, 9)), "rows missed are added later"
+    assert not list((disk / "run" / "checkpoints").glob(".*")), "nothing half-written"
+
+
+def test_a_disk_that_stays_full_ends_the_run_after_three_checkpoints(disk: Path, undisturbed: str) -> None:
+    with running(2, *LONG, "--run.dir", "run", cwd=disk) as job:
+        heard = Heard(job)
+        wait_for(disk / "run" / "metrics.jsonl", job)
+        filler = fill(disk)
+        assert heard.ended() == 1, heard.text
+    assert heard.text.count("cannot be written: ") == 3 and "Traceback" not in heard.text
+    assert heard.text.count("error: the run ends") == 1 and "remedy: mend" in heard.text
+    left = checkpoint.newest_first(disk / "run" / "checkpoints")
+    assert left
+    for path in left:
+        checkpoint.verify(path)
+    filler.unlink()
+    finished(3, "restart", "run", cwd=disk)
+    assert learned_digest(disk / "run", 8) == undisturbed
+
+
+def test_checkpoints_that_become_read_only(tmp_path: Path, undisturbed: str) -> None:
+    as_root()
+    folder = tmp_path / "run" / "checkpoints"
+    with running(2, *LONG, "--run.dir", "run", cwd=tmp_path) as job:
+        heard = Heard(job)
+        wait_for(tmp_path / "run" / "metrics.jsonl", job)
+        command("mount", "--bind", str(folder), str(folder), cwd=tmp_path)
+        try:
+            while subprocess.run(
+                ["mount", "-o", "remount,bind,ro", folder], check=False, timeout=30
+            ).returncode:
+                time.sleep(0.01)  # busy: a checkpoint is being written
+            heard.wait("Read-only file system")
+            assert heard.ended() == 1, heard.text
+        finally:
+            command("umount", "--lazy", str(folder), cwd=tmp_path)
+    assert "3 in a row" in heard.text and "Traceback" not in heard.text
+    assert [event["event"] for event in events(tmp_path / "run")][-1] == "error"
+    finished(1, "restart", "run", cwd=tmp_path)
+    assert learned_digest(tmp_path / "run", 8) == undisturbed
+
+
+def test_a_run_folder_that_is_removed(tmp_path: Path) -> None:
+    with running(2, *LONG, "--run.dir", "run", cwd=tmp_path) as job:
+        heard = Heard(job)
+        wait_for(tmp_path / "run" / "metrics.jsonl", job)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        assert heard.ended() == 1, heard.text
+    assert heard.text.count("cannot be written: ") == 3 and "Traceback" not in heard.text
+    assert "metrics.jsonl cannot be kept up to date" in heard.text
+
+
+# A file system that refuses single ranks
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`refusing.c` as a library."""
+    if not shutil.which("cc"):
+        pytest.fail("no C compiler") if os.environ.get("CI") == "true" else pytest.skip("no C compiler")
+    folder = tmp_path_factory.mktemp("refusing")
+    source = Path(__file__).with_name("refusing.c")
+    command("cc", "-shared", "-fPIC", "-o", "refusing.so", str(source), "-ldl", cwd=folder)
+    return folder / "refusing.so"
+
+
+@pytest.mark.parametrize(("number", "rank"), [(errno.EDQUOT, 1), (errno.EIO, 0), (errno.ENOSPC, -1)])
+def test_writes_refused_for_a_while(
+    tmp_path: Path, refusing: Path, undisturbed: str, number: int, rank: int
+) -> None:
+    """A quota of one rank's host, a broken fsync, a full server: told with its reason, then written."""
+    flag = tmp_path / "refuse"
+    shim = {"LD_PRELOAD": str(refusing), "REFUSE": str(flag)}
+    job = launcher.start(2, *LONG, "--run.dir", "run", cwd=tmp_path, env=shim)
+    try:
+        heard = Heard(job)
+        wait_for(tmp_path / "run" / "metrics.jsonl", job)
+        flag.write_text(f"{number} {rank}")
+        heard.wait("cannot be written: ")
+        flag.unlink()
+        assert heard.ended() == 0, heard.text
+    finally:
+        launcher.end(job.pid)
+    assert os.strerror(number) in heard.text and "Traceback" not in heard.text
+    assert learned_digest(tmp_path / "run", 8) == undisturbed
+    assert any(event["event"] == "not written" for event in events(tmp_path / "run"))
+
+
+# Two runs in one folder
+
+
+def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    endless = (*LONG, "--rounds", "5000", "--run.dir", "run")
+    with running(2, *endless, cwd=tmp_path) as job:
+        wait_for(tmp_path / "run" / "metrics.jsonl", job)
+        force = launcher.program(1, *endless, "--run.force", "true", cwd=tmp_path)
+        again = launcher.program(2, "restart", "run", cwd=tmp_path)
+        seen = len(rows(tmp_path / "run"))
+        job.send_signal(signal.SIGUSR1)
+        assert launcher.ended(job, 60).code == 75
+    for second in (force, again):
+        told(second, r"the run folder .*run is in use: process \d+ on ")
+    assert [row["round"] for row in rows(tmp_path / "run")][:seen] == list(range(1, seen + 1))
+    assert [event["event"] for event in events(tmp_path / "run")] == ["start", "stop"]
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    holder = "import sys, time; from pathlib import Path; from pfedmoe_mpi.lock import Lock; "
+    holder += "held = Lock(Path('lock'), 0.0); print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+
+    try:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError):
+            Lock(tmp_path / "lock", 0.3)
+        process.kill()
+        Lock(tmp_path / "lock", 10.0).release()
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,138 @@
+"""Variants of pFedMoE that its paper leaves open: other gates, fixed weights, several shared extractors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from launcher import finished, learned_digest
+from played import build, played, write_all
+from test_pfedmoe import bench, gradients
+
+from pfedmoe_mpi import config
+from pfedmoe_mpi.algorithms.base import Task
+from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.models.gate import Gate, build_gate
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_all(tmp_path_factory.mktemp("gates"))
+
+
+def alpha_of(path: Path, **changes: Any) -> torch.Tensor:
+    """Gate weights (16, experts) of a client's first samples after a round."""
+    it = played(path, "pfedmoe", model__pool="mlp5", rounds=1, **changes)
+    method, parts, batch = bench(it.loop)
+    for module in parts.modules().values():
+        module.eval()
+    with torch.no_grad():
+        alpha = method.weights(parts, batch.x)
+    assert alpha is not None and torch.allclose(alpha.sum(1), torch.ones(16))
+    return alpha
+
+
+def gate_of(**options: Any) -> Gate:
+    torch.manual_seed(0)
+    return Gate(12, 3, hidden=8, **options).eval()
+
+
+def test_temperature_divides_the_logits() -> None:
+    x = torch.randn(20, 12, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        one, two = gate_of(temperature=1.0)(x), gate_of(temperature=2.0)(x)
+    torch.testing.assert_close(two, torch.softmax(one.log() / 2, 1))
+    assert not torch.allclose(one, two, atol=1e-3)
+
+
+def test_top1_takes_one_expert_forward_and_learns_as_the_softmax() -> None:
+    x = torch.randn(20, 12, generator=torch.Generator().manual_seed(1))
+    soft, hard = gate_of(), gate_of(routing="top1")
+    weights, chosen = soft(x), hard(x)
+    assert torch.equal(chosen.detach(), torch.nn.functional.one_hot(weights.argmax(1), 3).float())
+    value = torch.randn(20, 3, generator=torch.Generator().manual_seed(2))
+    for gate, out in ((soft, weights), (hard, chosen)):
+        (out * value).sum().backward()
+        assert float(gate.layers[0].weight.grad.abs().max()) > 0
+    torch.testing.assert_close(soft.layers[0].weight.grad, hard.layers[0].weight.grad)
+
+
+def test_top1_answers_with_one_expert(data: dict[str, Path]) -> None:
+    alpha = alpha_of(data["small"], gate__routing="top1")
+    assert set(alpha.flatten().tolist()) == {0.0, 1.0}
+
+
+def test_equal_weights_have_nothing_to_learn(data: dict[str, Path]) -> None:
+    assert torch.equal(alpha_of(data["small"], gate__weights="equal"), torch.full((16, 2), 0.5))
+    loop = build(data["small"], "pfedmoe", model__pool="mlp5", gate__weights="equal")
+    assert "gate" not in {name.partition("/")[0] for name in gradients(loop)}
+
+
+def test_learned_constants_move_and_are_the_same_for_all_samples(data: dict[str, Path]) -> None:
+    alpha = alpha_of(data["small"], gate__weights="learned", participation=1.0)
+    assert torch.equal(alpha, alpha[:1].expand(16, 2)) and not torch.allclose(alpha[0], torch.tensor(0.5))
+
+
+def test_a_pooled_gate_sees_the_image_averaged_down() -> None:
+    torch.manual_seed(0)
+    gate = build_gate((3, 32, 32), 50, 2, input="pooled", hidden=4).eval()
+    x = torch.randn(5, 3, 32, 32)
+    same = torch.nn.functional.interpolate(torch.nn.functional.adaptive_avg_pool2d(x, 8), scale_factor=4)
+    with torch.no_grad():
+        assert torch.allclose(gate(x), gate(same), atol=1e-6)
+        assert not torch.allclose(gate(x), gate(x + torch.randn(5, 3, 1, 1)), atol=1e-3)
+
+
+def test_a_pooled_gate_needs_images() -> None:
+    task = Task(config.build({"gate.input": "pooled"}), (7,), 2, np.ones((2, 2), int), ("mlp5",), "mlp5", 5)
+    with pytest.raises(ConfigError, match="needs images"):
+        task.gate()
+
+
+def test_a_gate_on_the_shared_representation_sends_it_no_gradient(data: dict[str, Path]) -> None:
+    """With the mixture's own path cut, nothing reaches θ."""
+    loop = build(data["small"], "pfedmoe", model__pool="mlp5", gate__input="shared", model__dim=30)
+    method, parts, batch = bench(loop)
+    assert parts.gate.layers[0].in_features == 30
+    weights = method.weights(parts, batch.x)
+    assert weights is not None
+    (weights[:, 0] * torch.arange(16)).sum().backward()
+    assert all(p.grad is None for p in parts.shared.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in parts.gate.parameters())
+    assert all(largest > 0 for name, largest in gradients(loop).items() if name.startswith("shared/"))
+
+
+def test_several_shared_extractors_all_learn_and_differ(data: dict[str, Path]) -> None:
+    it = played(
+        data["small"], "pfedmoe", model__pool="mlp5", rounds=1, pfedmoe__extractors=3, participation=1.0
+    )
+    names = ["shared", "shared2", "shared3"]
+    before, after = ([it.of_state(name, start)["fc1.weight"] for name in names] for start in (True, False))
+    for number in range(3):
+        assert not torch.equal(before[number], after[number])
+        assert not torch.allclose(before[number], before[number - 1], atol=1e-3)
+    assert alpha_of(data["small"], pfedmoe__extractors=3).shape == (16, 4)
+    sizes = sum(t.numel() for name in names for t in it.of_state(name).values())
+    assert it.loop.history[0]["bytes"]["up"] == 4 * sizes
+
+
+def test_mean_alpha_is_that_of_all_shared_extractors(data: dict[str, Path]) -> None:
+    it = played(
+        data["small"], "pfedmoe", model__pool="mlp5", rounds=1, pfedmoe__extractors=2, gate__weights="equal"
+    )
+    assert it.loop.history[0]["clients"]["alpha"] == [pytest.approx(2 / 3)] * 3
+
+
+VARIANT = ("--pfedmoe.extractors", "2", "--gate.routing", "top1", "--gate.input", "shared", "--rounds", "3")
+
+
+def test_variants_repeat_on_other_ranks(tmp_path: Path) -> None:
+    found = set()
+    for ranks in (1, 3):
+        finished(ranks, *SMALL, *VARIANT, "--run.dir", str(ranks), cwd=tmp_path)
+        found.add(learned_digest(tmp_path / str(ranks), 3))
+    assert len(found) == 1

@@ -1,0 +1,339 @@
+"""Every table of a report, computed again from the raw rows with numpy alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from launcher import Session, events, rows
+from report_runs import RUNS, class_counts, close, make, raw, shown, table
+
+T_4 = 2.7764451051977987  # Student's t: 95 % of 4 degrees of freedom lie within, Fisher and Yates
+GROUPS = [(method, alpha) for method, alpha, _ in RUNS]
+
+
+@pytest.fixture(scope="module")
+def runs(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folders of several methods, settings and seeds; only to be read."""
+    return make(session, tmp_path_factory.mktemp("several"))
+
+
+@pytest.fixture(scope="module")
+def target(runs: Path) -> float:
+    """An accuracy that some seeds of one group reach, and others do not."""
+    tops = [max(row["accuracy"]["mean"] for row in history) for history in raw(runs, "pfedmoe", 1.0).values()]
+    return round((min(tops) + max(tops)) / 2, 4)
+
+
+@pytest.fixture(scope="module")
+def several(session: Session, runs: Path, target: float) -> Path:
+    """The report on all of them."""
+    result = session("report", "runs", "--target", str(target), cwd=runs.parent)
+    assert result.code == 0, result.err
+    assert "wrote report/report.html" in result.out
+    return runs.parent / "report"
+
+
+@pytest.fixture(scope="module")
+def single(session: Session, runs: Path) -> Path:
+    """The report on one."""
+    result = session("report", "runs/pfedmoe-1.0-0", "--out", "one", cwd=runs.parent)
+    assert result.code == 0, result.err
+    return runs.parent / "one"
+
+
+def setting(alpha: float) -> str:
+    return f"partition.alpha = {alpha}"
+
+
+def by_group(found: list[dict[str, str]]) -> dict[tuple[str, str], dict[str, str]]:
+    return {(row["method"], row["setting"]): row for row in found}
+
+
+def moments(values: list[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1))
+
+
+def traffic(history: list[dict[str, Any]]) -> np.ndarray:
+    """(rounds, 3) bytes up, down and once of all cohort members."""
+    found, met = [], set()
+    for row in history:
+        members = len(row["cohort"])
+        summed = members - len(row["dropped"]) - len(row["lost"]) - len(row["late"])
+        new = set(row["cohort"]) - met
+        met |= new
+        sent = row["bytes"]
+        found.append(((sent["up"] or 0) * summed, (sent["down"] or 0) * members, sent["once"] * len(new)))
+    return np.array(found, float)
+
+
+def operations(run: Path) -> np.ndarray:
+    """Floating-point operations of each round's training."""
+    each = events(run)[0]["multiply_adds"]
+    return np.array(
+        [6 * sum(each[k] * row["clients"]["samples"][k] for k in row["cohort"]) for row in rows(run)]
+    )
+
+
+def reached(history: list[dict[str, Any]], target: float) -> int | None:
+    """Index of the first row that reaches it."""
+    there = np.flatnonzero([row["accuracy"]["mean"] >= target for row in history])
+    return int(there[0]) if len(there) else None
+
+
+# Several runs
+
+
+def test_results(runs: Path, several: Path) -> None:
+    found = {row["method"]: row for row in table(several, "results")}
+    page = {row[0][0]: row[1:] for row in shown(several, "results")}
+    assert list(found) == list(page) == ["fedavg", "pfedmoe", "standalone"]
+    for place, alpha in enumerate((0.3, 1.0)):
+        finals = {
+            method: [history[-1]["accuracy"]["mean"] for history in raw(runs, method, alpha).values()]
+            for method in found
+        }
+        means = {method: np.mean(values) for method, values in finals.items() if values}
+        best, second = sorted(means.values())[::-1][:2]
+        for method, values in finals.items():
+            text, kind = page[method][place]
+            row = found[method]
+            if not values:
+                assert text == "–" and row[f"{setting(alpha)} mean"] == "", "not run in this setting"
+                continue
+            mean, std = moments(values)
+            assert text == f"{100 * mean:.2f} ± {100 * std:.2f}"
+            assert close(row[f"{setting(alpha)} mean"], mean) and close(row[f"{setting(alpha)} std"], std)
+            assert row[f"{setting(alpha)} seeds"] == str(len(values))
+            assert ("best" in kind) == (mean == best) and ("second" in kind) == (mean == second)
+    latex = (several / "tables" / "results.tex").read_text()
+    assert latex.count(r"\textbf{") == 2 and latex.count(r"\underline{") == 2
+
+
+def test_accuracies(runs: Path, several: Path) -> None:
+    found = by_group(table(several, "accuracies"))
+    assert set(found) == {(method, setting(alpha)) for method, alpha in GROUPS}
+    for method, alpha in GROUPS:
+        row = found[method, setting(alpha)]
+        columns = [np.array(h[-1]["clients"]["accuracy"]) for h in raw(runs, method, alpha).values()]
+        for name, value in {
+            "mean": np.mean,
+            "worst": np.min,
+            "std": np.std,
+        }.items():
+            mean, std = moments([float(value(column)) for column in columns])  # type: ignore[operator]
+            assert close(row[f"{name} mean"], mean) and close(row[f"{name} std"], std), (method, name)
+        weighted = [h[-1]["accuracy"]["weighted"] for h in raw(runs, method, alpha).values()]
+        assert close(row["weighted mean"], float(np.mean(weighted)))
+
+
+def test_differences(runs: Path, several: Path) -> None:
+    found = by_group(table(several, "differences"))
+    assert set(found) == {key for key in ((m, setting(a)) for m, a in GROUPS) if key[0] != "standalone"}
+    for (method, words), row in found.items():
+        alpha = float(words.rpartition(" ")[2])
+        own, other = raw(runs, method, alpha), raw(runs, "standalone", alpha)
+        seeds = sorted(set(own) & set(other))
+        values = [own[s][-1]["accuracy"]["mean"] - other[s][-1]["accuracy"]["mean"] for s in seeds]
+        mean, std = moments(values)
+        assert row["seeds"] == str(len(values)) and close(row["difference, points"], mean)
+        if len(values) < 5:
+            assert (row["95 % interval low"], row["verdict"]) == ("", "too few to tell")
+            continue
+        half = T_4 * std / np.sqrt(len(values))
+        assert np.allclose(
+            [float(row[f"95 % interval {end}"]) for end in ("low", "high")], [mean - half, mean + half]
+        )
+        expected = "better" if mean > half else "worse" if mean < -half else "no difference shown"
+        assert row["verdict"] == expected
+    assert sum(row["verdict"] != "too few to tell" for row in found.values()) == 1
+
+
+def test_client_differences(runs: Path, several: Path) -> None:
+    found = by_group(table(several, "client_differences"))
+    assert len(found) == 3
+    for (method, words), row in found.items():
+        alpha = float(words.rpartition(" ")[2])
+        own, other = raw(runs, method, alpha), raw(runs, "standalone", alpha)
+        pairs = [
+            [np.array(side[seed][-1]["clients"]["accuracy"]) for side in (own, other)]
+            for seed in set(own) & set(other)
+        ]
+        values = np.mean([a - b for a, b in pairs], axis=0)
+        assert row["clients"] == str(len(values)) == "4"
+        counts = [int(row[name]) for name in ("better", "equal", "worse")]
+        assert counts == [(values > 0).sum(), (values == 0).sum(), (values < 0).sum()]
+        for name, share in (("10th percentile", 10), ("median", 50), ("90th percentile", 90)):
+            assert close(row[name], float(np.percentile(values, share)))
+
+
+def test_to_a_target(runs: Path, several: Path, target: float) -> None:
+    found = by_group(table(several, "target"))
+    some, all_of_them = 0, 0
+    for method, alpha in GROUPS:
+        row = found[method, setting(alpha)]
+        histories = raw(runs, method, alpha)
+        at = {seed: reached(history, target) for seed, history in histories.items()}
+        there = [seed for seed, index in at.items() if index is not None]
+        assert row["reached by"] == str(len(there)) and close(row["target, %"], target)
+        some += 0 < len(there) < len(at)
+        if len(there) < len(at):
+            assert row["round mean"] == row["MB sent mean"] == row["GFLOP mean"] == ""
+            continue
+        all_of_them += 1
+        index = [i for i in at.values() if i is not None]
+        spent = [
+            traffic(history)[: i + 1].sum() / 1e6
+            for history, i in zip(histories.values(), index, strict=True)
+        ]
+        folders = [runs / f"{method}-{alpha}-{seed}" for seed in at]
+        work = [operations(run)[: i + 1].sum() / 1e9 for run, i in zip(folders, index, strict=True)]
+        for name, values in (("round", [i + 1.0 for i in index]), ("MB sent", spent), ("GFLOP", work)):
+            mean, std = moments(values)
+            assert close(row[f"{name} mean"], mean) and close(row[f"{name} std"], std), (method, name)
+    assert all_of_them and some, "the target separates runs"
+
+
+def test_without_a_target_it_is_what_all_reach(session: Session, runs: Path) -> None:
+    result = session("report", "runs", "--out", "untold", cwd=runs.parent)
+    assert result.code == 0
+    for row in table(runs.parent / "untold", "target"):
+        alpha = float(row["setting"].rpartition(" ")[2])
+        tops = [
+            max(line["accuracy"]["mean"] for line in history)
+            for method, other in GROUPS
+            if other == alpha
+            for history in raw(runs, method, other).values()
+        ]
+        assert close(row["target, %"], np.floor(100 * min(tops)) / 100)
+        assert int(row["reached by"]) == int(row["round seeds"]) > 1
+
+
+def test_cost_of_a_round(runs: Path, several: Path) -> None:
+    found = by_group(table(several, "cost"))
+    for method, alpha in GROUPS:
+        row = found[method, setting(alpha)]
+        histories = raw(runs, method, alpha)
+        folders = [runs / f"{method}-{alpha}-{seed}" for seed in histories]
+        expected = {
+            "seconds per round": [
+                float(np.mean([r["seconds"]["total"] for r in h])) for h in histories.values()
+            ],
+            "MB per round": [float(traffic(h).sum(axis=1).mean() / 1e6) for h in histories.values()],
+            "GFLOP per round": [float(operations(run).mean() / 1e9) for run in folders],
+            "MiB, largest rank": [max(r["rss_mb"] for r in h) for h in histories.values()],
+        }
+        for name, values in expected.items():
+            mean, std = moments(values)
+            assert close(row[f"{name} mean"], mean) and close(row[f"{name} std"], std), (method, name)
+
+
+def test_every_run_is_listed(runs: Path, several: Path) -> None:
+    found = {row["run"]: row for row in table(several, "runs")}
+    assert set(found) == {path.name for path in runs.iterdir()}
+    for name, row in found.items():
+        assert name == f"{row['method']}-{row['setting'].rpartition(' ')[2]}-{row['seed']}"
+        assert (row["rounds"], row["of"]) == ("4", "4")
+        assert close(row["accuracy, %"], rows(runs / name)[-1]["accuracy"]["mean"])
+
+
+# One run
+
+
+def test_clients_and_architectures(runs: Path, single: Path) -> None:
+    run = runs / "pfedmoe-1.0-0"
+    last = rows(run)[-1]["clients"]
+    counts = class_counts(run)
+    found = table(single, "clients")
+    accuracy = [float(row["accuracy, %"]) for row in found]
+    assert accuracy == sorted(last["accuracy"]), "worst first"
+    for row in found:
+        k = int(row["client"])
+        assert row["architecture"] == ("mlp5", "mlp4")[k % 2]
+        assert row["samples"] == str(last["samples"][k]) == str(counts[k].sum())
+        assert row["classes"] == str((counts[k] > 0).sum())
+        for name, key in {
+            "accuracy, %": "accuracy",
+            "before the sum, %": "accuracy_before",
+            "loss": "loss",
+            "α shared": "alpha",
+        }.items():
+            assert close(row[name], last[key][k])
+    for row, own in zip(
+        table(single, "architectures"), (last["accuracy"][0::2], last["accuracy"][1::2]), strict=True
+    ):
+        mean, std = moments(own)
+        assert row["clients"] == "2" and close(row["mean, %"], mean) and close(row["std"], std)
+        assert close(row["worst, %"], min(own)) and close(row["best, %"], max(own))
+
+
+def test_class_counts(runs: Path, single: Path) -> None:
+    counts = class_counts(runs / "pfedmoe-1.0-0")
+    found = table(single, "partition")
+    table_of = [[int(row[f"class {c}"]) for c in range(10)] for row in found]
+    assert (
+        table_of == counts.tolist() and [int(row["samples"]) for row in found] == counts.sum(axis=1).tolist()
+    )
+
+
+def test_gate_weights(runs: Path, single: Path) -> None:
+    history = rows(runs / "pfedmoe-1.0-0")
+    found = table(single, "alpha")
+    assert [row["round"] for row in found] == ["1", "3", "4"], "first, middle, last"
+    for row in found:
+        alpha = history[int(row["round"]) - 1]["clients"]["alpha"]
+        mean, std = moments(alpha)
+        assert close(row["mean α"], mean) and close(row["std over clients"], std)
+        assert close(row["lowest"], min(alpha)) and close(row["highest"], max(alpha))
+
+
+def test_cost(runs: Path, single: Path) -> None:
+    history = rows(runs / "pfedmoe-1.0-0")
+    found = {row["what"]: row for row in table(single, "cost")}
+    columns = {f"seconds, {name}": [r["seconds"][name] for r in history] for name in history[0]["seconds"]}
+    columns |= {
+        f"MB, {n}": list(c / 1e6) for n, c in zip(("up", "down", "once"), traffic(history).T, strict=True)
+    }
+    assert set(found) == {*columns, "MiB, largest rank"}
+    for name, column in columns.items():
+        values = np.array([value for value in column if value is not None])
+        got = [float(found[name][key]) for key in ("sum", "mean of a round", "largest")]
+        assert np.allclose(got, [values.sum(), values.mean(), values.max()], rtol=1e-12), name
+    memory = [row["rss_mb"] for row in history]
+    assert close(found["MiB, largest rank"]["largest"], max(memory))
+
+
+def test_targets_of_one_run(runs: Path, single: Path) -> None:
+    run = runs / "pfedmoe-1.0-0"
+    history = rows(run)
+    found = table(single, "target")
+    top = max(row["accuracy"]["mean"] for row in history)
+    assert [row["target, %"] for row in found] == [str(t / 10) for t in range(1, int(10 * top) + 1)] != []
+    for row in found:
+        at = reached(history, float(row["target, %"]))
+        assert at is not None and row["round"] == str(at + 1)
+        assert close(row["MB sent"], traffic(history)[: at + 1].sum() / 1e6)
+        assert close(row["GFLOP"], operations(run)[: at + 1].sum() / 1e9)
+
+
+def test_events_and_who_was_left_out(runs: Path, single: Path) -> None:
+    run = runs / "pfedmoe-1.0-0"
+    assert [(r["event"], r["round"]) for r in table(single, "events")] == [("start", ""), ("finish", "4")]
+    lost = [client for row in rows(run) for client in row["lost"]]
+    assert lost, "the test has lost clients"
+    found = {(row["why"], int(row["client"])): int(row["rounds"]) for row in table(single, "left_out")}
+    assert found == {("lost before the sum", client): lost.count(client) for client in set(lost)}
+
+
+def test_settings_and_versions(runs: Path, single: Path) -> None:
+    changed = {row["setting"]: (row["value"], row["default"]) for row in table(single, "changed")}
+    assert changed["model.pool"] == ("mlp5,mlp4", "auto") and changed["rounds"] == ("4", "40")
+    assert "train.lr" not in changed
+    every = {row["setting"]: row["value"] for row in table(single, "settings")}
+    assert set(changed) < set(every) and every["train.lr"] == "0.05"
+    versions = {row["what"]: row["at the first start"] for row in table(single, "versions")}
+    start = json.loads((runs / "pfedmoe-1.0-0" / "events.jsonl").read_text().splitlines()[0])
+    assert all(versions[name] == str(start[name]) for name in ("torch", "python", "mpi", "threads", "ranks"))

@@ -1,0 +1,171 @@
+"""Reports opened in a real browser: what they ask for, how they fit, light, dark, on a phone, on paper."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from browser import Browser
+from launcher import Session, rows
+from report_runs import tell_classes
+
+# Text of a figure as rectangles (left, top, right, bottom), with that of the figure, in CSS pixels.
+TEXTS = """[...document.querySelectorAll('figure svg')].map(svg => {
+  const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
+  return [svg.getAttribute('aria-label'), box(svg), [...svg.querySelectorAll('g[id*="-text_"]')].map(box)];
+})"""
+# Blocks that follow each other within the page or a section.
+BLOCKS = """[...document.querySelectorAll('body, section, details[open], figure')].flatMap(parent => {
+  const all = [...parent.children].map(e => [e.tagName, e.getBoundingClientRect()]);
+  const boxes = all.filter(b => b[1].height);
+  return boxes.slice(1).map((b, n) => [boxes[n][0], b[0], b[1].top - boxes[n][1].bottom]);
+})"""
+WIDTHS = "[document.documentElement.scrollWidth, innerWidth]"
+CUT = """[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1)
+  .map(e => e.querySelector('table, svg').id)"""
+COLORS = """(() => {
+  const root = getComputedStyle(document.documentElement), found = {};
+  for (const name of ['ink', 'paper', 'soft', 'grid', ...[...Array(7).keys()].map(n => 'series-' + n)])
+    found[name] = root.getPropertyValue('--' + name).trim();
+  const text = document.querySelector('figure svg g[id*="-text_"] g');
+  return [found, getComputedStyle(document.body).backgroundColor, getComputedStyle(text).fill];
+})()"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def pages(
+    session: Session, small: tuple[str, ...], trained: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The page of one run, that of several with long names and two settings, and that of many clients."""
+    folder = tmp_path_factory.mktemp("pages")
+    shutil.copytree(trained, folder / "one")
+    runs = ["one"]
+    for method, alpha, seed in (
+        *(("pfedmoe", "1.0", "0"), ("pfedmoe", "1.0", "1"), ("standalone", "1.0", "0")),
+        *(("standalone", "1.0", "1"), ("pfedmoe", "0.3", "0"), ("standalone", "0.3", "0")),
+    ):
+        runs.append(f"several/{method}-{alpha}-{seed}")
+        which = ("--algorithm", method, "--partition.alpha", alpha, "--seed", seed, "--run.dir", runs[-1])
+        assert session(*small, *which, "--rounds", "3", cwd=folder).code == 0
+    runs.append("several/unshared")
+    which = ("--pfedmoe.share", "false", "--rounds", "3", "--run.dir", runs[-1])
+    assert session(*small, *which, cwd=folder).code == 0
+    runs.append("many")
+    which = ("--clients", "60", "--data.samples", "1500", "--rounds", "2", "--run.dir", "many")
+    assert session(*small, *which, "--model.pool", "mlp1,mlp2,mlp3,mlp4,mlp5", cwd=folder).code == 0
+    for run in runs:
+        tell_classes(folder / run)
+    found = {}
+    for name in ("one", "several", "many"):
+        assert session("report", name, "--out", f"report-{name}", cwd=folder).code == 0
+        found[name] = folder / f"report-{name}" / "report.html"
+    return found
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #rrggbb; WCAG 2."""
+    parts = np.array([int(color[n : n + 2], 16) / 255 for n in (1, 3, 5)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("name", ["one", "several", "many"])
+@pytest.mark.parametrize("width", [400, 900, 1600])
+def test_nothing_is_asked_for_cut_or_overlapping(
+    browser: Browser, pages: dict[str, Path], name: str, width: int
+) -> None:
+    browser.open(pages[name], width)
+    browser.value("document.querySelectorAll('details').forEach(e => e.open = true)")
+    addresses = {address.partition(":")[0] for address in browser.requests}
+    assert addresses <= {"file", "data"} and len([a for a in browser.requests if a.startswith("file")]) == 1
+    assert browser.problems == []
+    inner, window = browser.value(WIDTHS)
+    assert inner <= window == width, "the page scrolls sideways"
+    assert [step for step in browser.value(BLOCKS) if step[2] < -0.5] == [], "blocks overlap"
+    if width == 1600:
+        assert browser.value(CUT) in ([], ["table-partition"]), "only the widest table scrolls"
+    figures = browser.value(TEXTS)
+    assert len(figures) >= 5
+    for label, frame, texts in figures:
+        assert len(texts) > 4, label
+        check_texts(label, np.array(frame), np.array(texts))
+
+
+def check_texts(label: str, frame: np.ndarray, texts: np.ndarray) -> None:
+    """All within the figure, no two over each other; half a pixel is rounding."""
+    inside = (texts[:, :2] >= frame[:2] - 0.5).all() and (texts[:, 2:] <= frame[2:] + 0.5).all()
+    assert inside, f"{label}: text is cut off"
+    low = np.maximum(texts[:, None, :2], texts[None, :, :2])
+    high = np.minimum(texts[:, None, 2:], texts[None, :, 2:])
+    common = np.clip(high - low - 0.5, 0, None).prod(axis=2)
+    np.fill_diagonal(common, 0)
+    assert common.max() == 0, f"{label}: texts overlap"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark_are_readable(
+    browser: Browser, pages: dict[str, Path], scheme: str, tmp_path: Path
+) -> None:
+    browser.open(pages["one"], 1000, scheme)
+    colors, behind, text = browser.value(COLORS)
+    assert (luminance(colors["paper"]) > 0.9) == (scheme == "light")
+    for painted, name in ((behind, "paper"), (text, "ink")):
+        numbers = ", ".join(str(int(colors[name][n : n + 2], 16)) for n in (1, 3, 5))
+        assert painted == f"rgb({numbers})", f"figures and page follow --{name}"
+    paper = colors["paper"]
+    assert contrast(colors["ink"], paper) > 10 and contrast(colors["soft"], paper) > 4.5
+    assert min(contrast(colors[f"series-{n}"], paper) for n in range(7)) > 3
+    browser.screenshot(tmp_path / "page.png")
+    picture = matplotlib.image.imread(tmp_path / "page.png")[:, :, :3]
+    common = np.median(picture.reshape(-1, 3), axis=0)
+    assert np.allclose(common, [int(paper[n : n + 2], 16) / 255 for n in (1, 3, 5)], atol=0.02)
+
+
+def test_paper_is_white_whatever_the_screen(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
+    browser.open(pages["several"], 700, "dark", media="print")
+    colors, _, _ = browser.value(COLORS)
+    assert colors["paper"] == "#ffffff"
+    inner, window = browser.value(WIDTHS)
+    assert inner <= window, "tables fit on paper"
+    browser.pdf(tmp_path / "page.pdf")
+    written = (tmp_path / "page.pdf").read_bytes()
+    assert written.startswith(b"%PDF-") and len(written) > 20_000
+
+
+def test_the_page_shows_what_the_run_measured(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["one"], 1000)
+    facts = dict(
+        browser.value("[...document.querySelectorAll('.facts div')].map(e => e.innerText.split('\\n'))")
+    )
+    last: dict[str, Any] = rows(pages["one"].parents[1] / "one")[-1]
+    assert facts["rounds"] == "3 of 3"
+    assert facts["accuracy, round 3"] == f"{100 * last['accuracy']['mean']:.2f} %"
+    assert facts["worst client"] == f"{100 * last['accuracy']['worst']:.2f} %"
+    heading = browser.value("[...document.querySelectorAll('h2')].map(e => e.innerText)")
+    assert heading == ["The run", "Data", "Convergence", "Clients", "Gates", "Cost", "Events"]
+
+
+def test_figures_for_a_paper_have_ink_to_no_edge(pages: dict[str, Path]) -> None:
+    found = [path for page in pages.values() for path in (page.parent / "figures").glob("*.png")]
+    assert len(found) >= 15
+    for path in found:
+        picture = matplotlib.image.imread(path)[:, :, :3]
+        edges = (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:])
+        assert all((edge > 0.99).all() for edge in edges), f"{path.name} is cut"
+        assert (picture < 0.5).any(), f"{path.name} is empty"

@@ -1,0 +1,263 @@
+"""Checkpoints from strangers, whose seal is right: refused before memory is taken.
+
+Every file is read by a process with 300 MiB to spare: what took memory first would end it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from checkpoint_driver import content, row
+from sealed import resealed, write
+from stranger_driver import said
+
+from pfedmoe_mpi import seal
+from pfedmoe_mpi.checkpoint import Checkpoint, _put
+from pfedmoe_mpi.errors import CheckpointError
+from pfedmoe_mpi.flat import Layout
+
+Edit = Callable[[Any], object]
+
+
+def replaced(key: str, *arguments: Any, **options: Any) -> Edit:
+    """Another dataset in the place of one; its layout is still named."""
+
+    def edit(file: Any) -> None:
+        layout = file[key].attrs.get("layout")
+        del file[key]
+        made = file.create_dataset(key, *arguments, **options)
+        if layout is not None:
+            made.attrs["layout"] = layout
+
+    return edit
+
+
+def linked(key: str, link: Any) -> Edit:
+    def edit(file: Any) -> None:
+        del file[key]
+        file[key] = link
+
+    return edit
+
+
+def texted(key: str, text: str | bytes) -> Edit:
+    """Another text, written as the program writes texts."""
+
+    def edit(file: Any) -> None:
+        del file[key]
+        _put(file, key, np.array(text.encode() if isinstance(text, str) else text))
+
+    return edit
+
+
+def configured(**changes: Any) -> Edit:
+    return texted("config", json.dumps({**content().config, **changes}))
+
+
+def lived(*rows: Any) -> Edit:
+    return texted("history", "\n".join(json.dumps(item) for item in rows))
+
+
+def laid_out(text: str) -> Edit:
+    """Another layout of client 1, under the digest that it has."""
+
+    def edit(file: Any) -> None:
+        layout = Layout.from_json(text) if text.startswith("[[") else None
+        name = layout.digest if layout else "ab" * 32
+        _put(file, f"layouts/{name}", np.array(text.encode()))
+        file["clients/000001"].attrs["layout"] = name
+
+    return edit
+
+
+def attributed(name: str, value: Any) -> Edit:
+    return lambda file: file.attrs.__setitem__(name, value(file) if callable(value) else value)
+
+
+def virtual(key: str) -> Edit:
+    def edit(file: Any) -> None:
+        layout = h5py.VirtualLayout((700,), "<f4")
+        layout[:] = h5py.VirtualSource("/dev/shm/elsewhere.h5", "x", (700,))
+        attribute = file[key].attrs["layout"]
+        del file[key]
+        file.create_virtual_dataset(key, layout).attrs["layout"] = attribute
+
+    return edit
+
+
+def grouped(key: str) -> Edit:
+    def edit(file: Any) -> None:
+        del file[key]
+        file.create_group(key)
+
+    return edit
+
+
+STATE, OFFSETS = "server/state", "partition/train_offsets"
+ZEROS = np.zeros(700, "<f4")
+ROWS = [row(1), row(2), row(3)]
+CHECKPOINTS: dict[str, tuple[str, Edit]] = {
+    "soft link": ("config is a link", linked("config", h5py.SoftLink("/history"))),
+    "soft loop": ("server/state is a link", linked(STATE, h5py.SoftLink("/server/state"))),
+    "loop of groups": ("server/state is a link", linked("server", h5py.SoftLink("/server"))),
+    "external link": ("is a link", linked("clients/000001", h5py.ExternalLink("other.h5", "/x"))),
+    "external group": ("no group clients|a link", linked("clients", h5py.ExternalLink("other.h5", "/x"))),
+    "external layouts": ("layouts/.* is a link", linked("layouts", h5py.ExternalLink("other.h5", "/x"))),
+    "one for two": ("lies elsewhere", lambda f: linked("clients/000006", f["clients/000000"])(f)),
+    "external storage": (
+        "server/state lies in external files",
+        replaced(STATE, (700,), "<f4", external=[("/etc/passwd", 0, 2800)]),
+    ),
+    "virtual": ("server/state is virtual", virtual(STATE)),
+    "giant": ("clients/000000 lies elsewhere", replaced("clients/000000", (1 << 50,), "<f4")),
+    "giant rows": ("partition/train lies elsewhere", replaced("partition/train", (1 << 50,), "<i8")),
+    "bomb": (
+        "not stored in one piece",
+        replaced(STATE, (1 << 44,), "<f4", chunks=(1 << 20,), compression="gzip"),
+    ),
+    "packed": ("not stored in one piece", replaced(STATE, data=ZEROS, compression="gzip")),
+    "float64": ("server/state is float64", replaced(STATE, data=ZEROS.astype("f8"))),
+    "integers": ("server/state is int32", replaced(STATE, data=ZEROS.astype("i4"))),
+    "big endian": ("server/state is >f4", replaced(STATE, data=ZEROS.astype(">f4"))),
+    "two dimensions": (r"shape \(7, 100\)", replaced(STATE, data=ZEROS.reshape(7, 100))),
+    "scalar": (r"shape \(\)", replaced(STATE, data=np.float32(1))),
+    "null": ("server/state holds nothing", replaced(STATE, data=h5py.Empty("<f4"))),
+    "compound": ("server/state is", replaced(STATE, data=ZEROS.view([("a", "<f4")]))),
+    "opaque": ("server/state is", replaced(STATE, data=ZEROS.view("V4"))),
+    "references": ("server/state is object", replaced(STATE, (700,), h5py.ref_dtype)),
+    "unlike lengths": ("server/state is object", replaced(STATE, (700,), h5py.vlen_dtype("f4"))),
+    "texts": ("server/state is object", replaced(STATE, (700,), h5py.string_dtype())),
+    "group for dataset": ("history is no dataset", grouped("history")),
+    "dataset for group": ("no group clients", replaced("clients", data=ZEROS)),
+    "no history": ("it has no history", lambda file: file.pop("history")),
+    "no client": ("clients holds 11", lambda file: file["clients"].pop("000003")),
+    "another client": ("it has no clients/000003", lambda file: file["clients"].move("000003", "x")),
+    "more": ("it holds 'more'", lambda file: file.create_dataset("more", data=ZEROS)),
+    "more in a group": ("its seal names 'server/x'", lambda f: f.create_dataset("server/x", data=ZEROS)),
+    "no round": ("round is no natural", lambda file: file.attrs.pop("round")),
+    "negative round": ("round is no natural", attributed("round", -1)),
+    "half a round": ("round is no natural", attributed("round", 2.5)),
+    "round as text": ("round is no natural", attributed("round", "3")),
+    "round as reference": ("'round' is neither", attributed("round", lambda file: file.ref)),
+    "round as rows": ("round is no natural", attributed("round", [1, 2])),
+    "no digest": ("no attribute 'data_digest'", lambda file: file.attrs.pop("data_digest")),
+    "digest as number": ("no attribute 'data_digest'", attributed("data_digest", 3)),
+    "attribute of references": (
+        "'x' is neither",
+        lambda f: f.attrs.create("x", [f.ref], None, h5py.ref_dtype),
+    ),
+    "attribute of structures": ("'x' is neither", attributed("x", np.zeros(2, [("a", "i4")]))),
+    "attribute of texts": ("'x' is neither", attributed("x", ["a", "b"])),
+    "long attribute": ("longer than", attributed("x", np.zeros(300_000))),
+    "attribute of bytes": ("not UTF-8", attributed("x", np.bytes_(b"\xff\xfe"))),
+    "config in a heap": ("config is no text", replaced("config", data=json.dumps(content().config))),
+    "config as numbers": ("config is no text", replaced("config", data=7)),
+    "config of bytes": ("config is not UTF-8", texted("config", b'{"a": "\xff\xfe"}')),
+    "config of half a character": ("config is not JSON", configured(name="\ud800")),
+    "config cut": ("config is not JSON", texted("config", '{"algorithm": "pfed')),
+    "config nested": ("config is not JSON", texted("config", "[" * 100_000)),
+    "config NaN": ("config is not JSON: the number NaN", configured(x=float("nan"))),
+    "config as list": ("no usable algorithm", texted("config", "[1]")),
+    "config empty": ("no usable algorithm", texted("config", "{}")),
+    "algorithm": ("no usable algorithm", configured(algorithm=5)),
+    "pool": ("no usable model.pool", configured(model={"pool": []})),
+    "pool of numbers": ("no usable clients or model.pool", configured(model={"pool": [1]})),
+    "no clients": ("no usable clients", configured(clients=0)),
+    "more clients": ("clients holds 12, config says 13", configured(clients=13)),
+    "a trillion clients": ("clients holds 12, config says 1000000000000", configured(clients=10**12)),
+    "clients true": ("no usable clients", configured(clients=True)),
+    "history short": ("history has 2 rows", lived(*ROWS[:2])),
+    "history mixed": ("no row of round 1", lived(ROWS[1], ROWS[0], ROWS[2])),
+    "history of numbers": ("no row of round 2", lived(ROWS[0], 5, ROWS[2])),
+    "history without accuracy": ("no accuracy of round 3", lived(*ROWS[:2], {"round": 3})),
+    "accuracy as text": ("no accuracy of", lived(*ROWS[:2], {**ROWS[2], "accuracy": {"mean": "x"}})),
+    "infinite": ("history is not JSON: the number 1e999", texted("history", '{"round": 1e999}')),
+    "layout of text": ("is no layout", laid_out('{"a": 1}')),
+    "layout of another size": ("has 1 numbers, its layout 2", laid_out('[["model/", [2], 0, false]]')),
+    "layout with a gap": ("is no layout", laid_out('[["model/", [1], 1, false]]')),
+    "layout below zero": ("is no layout", laid_out('[["model/", [-1, -1], 0, false]]')),
+    "layout with twins": ("not the layout", laid_out('[["a/", [1], 0, true], ["a/", [0], 1, true]]')),
+    "layout of another name": ("is not the layout of", laid_out(" []")),
+    "layout elsewhere": (
+        "names no layout",
+        lambda file: file[STATE].attrs.__setitem__("layout", "../config"),
+    ),
+    "offsets falling": ("does not divide", lambda file: file[OFFSETS].__setitem__(3, -5)),
+    "offsets beyond": ("does not divide", lambda file: file[OFFSETS].__setitem__(-1, 1 << 60)),
+    "offsets short": ("does not divide", replaced(OFFSETS, data=np.arange(3))),
+    "offsets of floats": ("partition/train_offsets is float64", replaced(OFFSETS, data=np.zeros(13))),
+    "rows below zero": ("does not divide", lambda file: file["partition/train"].__setitem__(0, -1)),
+    "no test rows": ("it has no partition/test", lambda file: file["partition"].pop("test")),
+    "sum of floats": ("partial/sum is float64", replaced("partial/sum", data=np.zeros(333))),
+    "sum of nothing": ("partial/sum has no place", replaced("partial/sum", data=np.zeros(1, "<i8"))),
+    "finished beyond": ("more than clients", replaced("partial/finished", data=np.array([1, 12]))),
+    "finished twice": ("more than clients", replaced("partial/finished", data=np.array([1, 1]))),
+    "no sum": ("it has no partial/sum", lambda file: file["partial"].pop("sum")),
+    "unsaid sum": ("'partial' and its datasets", attributed("partial", np.False_)),
+    "promised sum": ("'partial' and its datasets", lambda file: file.pop("partial")),
+    "partial as rows": ("no checkpoint of this program", attributed("partial", [1, 2])),
+}
+
+
+@pytest.fixture(scope="module")
+def partial(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A checkpoint with everything in it."""
+    return write(
+        tmp_path_factory.mktemp("partial") / "round-000004-partial.h5", content(partial=True)
+    ).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def answers(partial: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What is said of each of CHECKPOINTS, and of one that nobody edited."""
+    folder = tmp_path_factory.mktemp("strangers")
+    paths = {}
+    for name, (_, edit) in {**CHECKPOINTS, "good": ("", lambda file: None)}.items():
+        paths[name] = folder / f"{name}.h5"
+        paths[name].write_bytes(partial)
+        resealed(paths[name], edit)
+    messages = said("checkpoint", list(paths.values()))
+    return {name: messages[path] for name, path in paths.items()}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_strangers_checkpoint_is_refused(answers: dict[str, str], name: str) -> None:
+    message = answers[name]
+    assert re.search(CHECKPOINTS[name][0], message), message
+    assert f"{name}.h5 is no checkpoint of this program: " in message and "remedy: " in message
+    assert "damaged" not in message and "truncated" not in message, "the seal was right"
+
+
+def test_what_nobody_edited_is_read(answers: dict[str, str]) -> None:
+    assert not answers["good"]
+
+
+def test_a_seal_that_names_the_same_bytes_twice_is_refused(partial: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "twice.h5"
+    path.write_bytes(partial)
+    with open(path, "r+b") as file:
+        table = {one.name: (one.offset, one.length) for one in seal.read(file, path).ranges}
+        table["config"] = (table["history"][0], table["config"][1])
+        seal.put(file, table, {})
+    assert "its seal makes no sense" in said("checkpoint", [path])[path]
+
+
+def test_other_models_than_the_federations_are_refused(partial: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "round-000004-partial.h5"
+    path.write_bytes(partial)
+    whole = content(partial=True)
+    state, clients = whole.state_layout, list(whole.client_layouts)
+    with Checkpoint(path) as loaded:
+        loaded.check_fits(state, clients, 333)
+        with pytest.raises(CheckpointError, match="sum has 333 numbers, its round sums 334"):
+            loaded.check_fits(state, clients, 334)
+        for other in ((clients[1], clients), (state, clients[1:]), (state, [*clients[1:], clients[0]])):
+            with pytest.raises(CheckpointError, match="its models are not those of its configuration"):
+                loaded.check_fits(*other, 333)

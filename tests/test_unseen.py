@@ -1,0 +1,440 @@
+"""Clients that never train, rows that only the server has, and what happens before round 1."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import launcher
+import numpy as np
+import pytest
+import torch
+from launcher import finished, learned_digest, rows, told
+from oracles import nets
+from played import Played, played, write_all
+
+from pfedmoe_mpi import algorithms, comm, config, setup
+from pfedmoe_mpi.algorithms.base import Algorithm, Inputs, Spec
+from pfedmoe_mpi.data.partition import Partition
+from pfedmoe_mpi.data.unseen import choose_unseen, with_reserve
+from pfedmoe_mpi.errors import ConfigError, PartitionError, StoppedError
+from pfedmoe_mpi.federation import Loop, Silent
+from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.training import Turn
+
+SMALL = {
+    "data.source": "synthetic",
+    "data.samples": 400,
+    "data.size": 8,
+    "data.classes": 6,
+    "partition.kind": "pathological",
+    "clients": 12,
+    "unseen.clients": 4,
+    "rounds": 2,
+    "model.dim": 12,
+    "train.device": "cpu",
+}
+FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_all(tmp_path_factory.mktemp("unseen"))
+
+
+def built(**changes: Any) -> setup.Federation:
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    return setup.build(comm.start(), config.build({**SMALL, **dotted}))
+
+
+def combination(federation: setup.Federation, k: int) -> frozenset[int]:
+    return frozenset(federation.dataset.labels[federation.partition.train[k]].tolist())
+
+
+# Who is unseen
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("wanted", "number"), [(4, 4), (0.25, 3), (1, 1)])
+def test_unseen_clients_never_train_and_have_combinations_of_their_own(
+    seed: int, wanted: float, number: int
+) -> None:
+    federation = built(algorithm="fedavg", unseen__clients=wanted, seed=seed, participation=0.5)
+    task = federation.task
+    assert len(task.unseen) == number and sorted(task.unseen | set(task.training)) == list(range(12))
+    theirs = {combination(federation, k) for k in task.unseen}
+    assert not theirs & {combination(federation, k) for k in task.training}
+    drawn = {k for t in range(1, 40) for k, _ in federation.method.cohort(t)}
+    assert drawn == set(task.training)
+    assert all(len(federation.method.cohort(t)) == federation.config.cohort_size for t in range(1, 5))
+
+
+def test_another_seed_chooses_others() -> None:
+    assert len({built(algorithm="fedavg", seed=seed).task.unseen for seed in range(4)}) > 1
+
+
+def test_groups_of_equal_combinations_stay_together() -> None:
+    labels = np.repeat(np.arange(5), 4)
+    train = tuple(
+        np.flatnonzero(np.isin(labels, held))[k % 2 :: 2]
+        for k, held in enumerate([[0, 1], [0, 1], [2], [3, 4]])
+    )
+    partition = Partition(train, (), ())
+    assert choose_unseen(partition, labels, 2, 0).unseen in ({0, 1}, {2, 3})
+    assert choose_unseen(partition, labels, 3, 0).unseen in ({0, 1, 2}, {0, 1, 3})
+    assert choose_unseen(partition, labels, 1, 0).unseen in ({2}, {3})
+
+
+def test_impossible_numbers_are_told(refused: Callable[..., str]) -> None:
+    flags = ("--partition.kind", "iid", "--unseen.clients", "4")
+    message = refused("4 unseen clients cannot have label combinations of their own", *flags)
+    assert "--partition.kind pathological" in message
+    flags = ("--unseen.clients", "4", "--partition.alpha", "1000")
+    assert "20 clients have 1 combinations" in refused("unseen clients", *flags)
+    refused("leaves nobody to train", "--unseen.clients", "20")
+
+
+def test_a_partition_written_is_that_of_the_run(tmp_path: Path, session: launcher.Session) -> None:
+    flags = [*FLAGS, "--algorithm", "fedjets"]
+    said = session("data", "partition", "p.h5", *flags, cwd=tmp_path)
+    assert said.code == 0 and said.out.count("|  unseen\n") == 4, said.err
+    assert "80 rows are the server's" in said.out
+    partition = built(algorithm="fedjets").partition
+    with h5py.File(tmp_path / "p.h5") as file:
+        assert file.attrs["digest"] == partition.digest()
+        assert set(file["unseen"][()]) == partition.unseen
+        assert np.array_equal(file["reserved"][()], partition.reserved)
+
+
+# What is reported of them
+
+
+def test_unseen_accuracy_is_that_of_the_global_model() -> None:
+    loop = Loop(comm.start(), built(algorithm="fedavg"), Silent(), None)
+    assert loop.run()
+    federation, row = loop.federation, loop.history[-1]
+    accuracy = row["clients"]["accuracy"]
+    for name, who in (
+        ("accuracy_unseen", sorted(federation.task.unseen)),
+        ("accuracy", federation.task.training),
+    ):
+        n = [len(federation.partition.test[k]) for k in who]
+        assert row[name]["mean"] == pytest.approx(np.mean([accuracy[k] for k in who]))
+        assert row[name]["weighted"] == pytest.approx(np.average([accuracy[k] for k in who], weights=n))
+    it = Played(loop, loop.state, {})
+    model = nets.model(it.of_state("model", start=False)).eval()
+    for k in federation.task.unseen:
+        x, y = it._pairs(federation.partition.test[k])
+        with torch.no_grad():
+            assert accuracy[k] == float((model(x).argmax(1) == y).double().mean())
+    assert loop.evaluation()["accuracy_unseen"] == row["accuracy_unseen"]
+
+
+@pytest.mark.parametrize("method", algorithms.names())
+def test_every_method_has_an_accuracy_or_a_reason(method: str) -> None:
+    loop = Loop(comm.start(), built(algorithm=method, rounds=1), Silent(), None)
+    before = {k: client.vector.clone() for k, client in loop.federation.clients.items()}
+    assert loop.run()
+    row, reason = loop.history[-1], loop.federation.method.unseen_null
+    assert (row["accuracy_unseen"]["mean"] is None) == bool(reason)
+    assert row["accuracy"]["mean"] is not None and len(row["clients"]["accuracy"]) == 12
+    for k in loop.federation.task.unseen:
+        assert torch.equal(loop.federation.clients[k].vector, before[k]), "an unseen client changed"
+        assert (row["clients"]["accuracy"][k] is None) == bool(reason)
+
+
+def test_the_reason_is_printed(tmp_path: Path, session: launcher.Session) -> None:
+    for method, why in (
+        ("pfedmoe", "a client that never trained has no model and no gate"),
+        ("standalone", "a client that never trained has no model"),
+    ):
+        said = session(*FLAGS, "--algorithm", method, "--run.dir", method, cwd=tmp_path)
+        assert f"; no accuracy, because {why}\n" in said.out, said.err
+        assert rows(tmp_path / method)[-1]["accuracy_unseen"]["mean"] is None
+        newest = tmp_path / method / "checkpoints" / "round-000002.h5"
+        again = session("evaluate", str(newest), cwd=tmp_path)
+        assert again.code == 0 and "accuracy -" in again.out, again.err
+    said = session(*FLAGS, "--algorithm", "fedavg", "--run.dir", "fedavg", cwd=tmp_path)
+    assert "unseen clients: " in said.out and "no accuracy" not in said.out
+    assert "  unseen " in said.out, "the line of a round tells their accuracy"
+    newest = tmp_path / "fedavg" / "checkpoints" / "round-000002.h5"
+    assert "unseen clients: mean" in session("evaluate", str(newest), cwd=tmp_path).out
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedjets", "pfedmoe"])
+def test_the_same_bits_on_any_ranks_and_after_a_restart(tmp_path: Path, method: str) -> None:
+    flags = [*FLAGS, "--algorithm", method, "--participation", "0.5", "--run.checkpoint_every", "1"]
+    flags += ["--fedjets.anchors", "clusters"] if method == "fedjets" else []
+    flags += ["--unseen.private", "average"] if method == "pfedmoe" else []
+    for ranks in (1, 3):
+        finished(ranks, *flags, "--run.dir", f"r{ranks}", cwd=tmp_path)
+    finished(2, *flags, "--rounds", "1", "--run.dir", "again", cwd=tmp_path)
+    finished(3, "restart", "again", "--rounds", "2", cwd=tmp_path)
+    digests = {learned_digest(tmp_path / name, 2) for name in ("r1", "r3", "again")}
+    assert len(digests) == 1
+    assert rows(tmp_path / "r1")[-1]["accuracy_unseen"]["mean"] is not None
+
+
+def test_a_restart_keeps_who_is_unseen(tmp_path: Path, session: launcher.Session) -> None:
+    assert session(*FLAGS, "--algorithm", "fedavg", "--run.dir", "run", cwd=tmp_path).code == 0
+    again = session("restart", "run", "--rounds", "3", "--unseen.clients", "2", cwd=tmp_path)
+    assert "unseen.clients: 4.0 → 2.0" in told(again, "cannot be changed now")
+
+
+# pFedMoE's means
+
+
+def test_mean_gate_and_head_by_hand(data: dict[str, Path]) -> None:
+    """After a round of everyone: means over n_k of what the clients keep; the answer from them alone."""
+    path = data["small"]
+    it = played(
+        path, "pfedmoe", model__pool="mlp5,mlp4", rounds=1, participation=1.0, unseen__private="average"
+    )
+    n = [it.samples[k].n for k in range(3)]
+    heads = [
+        {x: it.of_client(k, "model", start=False)[f"head.{x}"] for x in ("weight", "bias")} for k in range(3)
+    ]
+    gates = [it.of_client(k, "gate", start=False) for k in range(3)]
+    for part, held in (("mean_head", heads), ("mean_gate", gates)):
+        found = it.of_state(part, start=False)
+        for name, tensor in found.items():
+            expected = sum(w * own[name].double() for w, own in zip(n, held, strict=True)) / sum(n)
+            torch.testing.assert_close(tensor, expected.float(), rtol=1e-5, atol=1e-6)
+        assert set(found) == set(held[0])
+    method, federation = it.loop.federation.method, it.loop.federation
+    parts = federation.workbench.parts(
+        (method.state(), it.loop.state), (federation.clients[0].spec, torch.zeros_like(it.private[0]))
+    )
+    x, _ = it.samples[0].test
+    for module in parts.modules().values():
+        module.eval()
+    answer = method.answer(parts, lambda: iter([x]), True)
+    assert answer and not method.unseen_null
+    gate, theta = (
+        nets.gate(it.of_state("mean_gate", start=False)),
+        nets.extractor(it.of_state("shared", start=False)),
+    )
+    head = it.of_state("mean_head", start=False)
+    with torch.no_grad():
+        r = gate.eval()(x)[:, :1] * theta(x)
+        torch.testing.assert_close(answer(x), r @ head["weight"].T + head["bias"], rtol=1e-5, atol=1e-5)
+
+
+def test_means_are_declared_and_counted(data: dict[str, Path]) -> None:
+    usual, means = (
+        played(data["small"], "pfedmoe", model__pool="mlp5", rounds=2, unseen__private=private)
+        for private in ("none", "average")
+    )
+    size = {
+        part: sum(t.numel() for t in means.of_state(part).values())
+        for part in ("shared", "mean_gate", "mean_head")
+    }
+    assert usual.loop.history[0]["bytes"] == {"up": 4 * size["shared"], "down": 4 * size["shared"], "once": 0}
+    assert means.loop.history[0]["bytes"] == {
+        "up": 4 * sum(size.values()),
+        "down": 4 * size["shared"],
+        "once": 0,
+    }
+    for k in range(3):
+        assert torch.equal(usual.loop.federation.clients[k].vector, means.loop.federation.clients[k].vector)
+    agree = usual.of_state("shared", start=False), means.of_state("shared", start=False)
+    assert all(torch.equal(agree[0][name], agree[1][name]) for name in agree[0]), "the training is another"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"gate__weights": "equal"},
+        {"gate__weights": "learned"},
+        {"gate__input": "shared"},
+        {"pfedmoe__extractors": 2},
+        {"gate__routing": "top1"},
+    ],
+)
+def test_means_of_other_gates(flags: dict[str, Any]) -> None:
+    chosen = {"algorithm": "pfedmoe", "unseen__private": "average", "rounds": 1, **flags}
+    loop = Loop(comm.start(), built(**chosen), Silent(), None)
+    assert loop.run() and loop.history[-1]["accuracy_unseen"]["mean"] is not None
+
+
+def test_without_the_sum_there_are_no_means() -> None:
+    method = built(algorithm="pfedmoe", unseen__private="average", pfedmoe__share=False).method
+    assert method.unseen_null and not method.state()
+
+
+# Rows of the server's own
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"partition.kind": "dirichlet", "unseen.clients": 0}, {"partition.validation": 0.2}]
+)
+def test_pretraining_training_and_unseen_clients_share_no_row(changes: dict[str, Any]) -> None:
+    federation = built(algorithm="fedjets", **changes)
+    partition = federation.partition
+    kinds = {
+        "reserved": set(partition.reserved.tolist()),
+        "unseen": {
+            r
+            for k in partition.unseen
+            for part in (partition.train, partition.validation, partition.test)
+            for r in part[k].tolist()
+        },
+        "training": {
+            r
+            for k in federation.task.training
+            for part in (partition.train, partition.validation, partition.test)
+            for r in part[k].tolist()
+        },
+    }
+    assert sum(map(len, kinds.values())) == len(set().union(*kinds.values()))
+    assert len(kinds["reserved"]) == 80 and len(kinds["training"]) > 100
+    assert federation.reserved and not federation.reserved.spec
+    own = {name: len(split) for name, split in federation.reserved.splits.items()}
+    assert own == {"train": 64, "test": 16}
+    held = federation.dataset.labels[partition.reserved]
+    assert (np.bincount(held, minlength=6) > 0).all()
+
+
+def test_a_row_in_two_places_is_a_bug() -> None:
+    good = Partition((np.array([0, 1]),), (np.array([2]),), (np.array([3]),), reserved=np.array([4, 5]))
+    good.check()
+    for bad in (3, 1, 2):
+        with pytest.raises(AssertionError, match="a row is in two places"):
+            Partition(good.train, good.validation, good.test, reserved=np.array([4, bad])).check()
+
+
+def test_reserving_is_a_pure_function_and_bounded() -> None:
+    def deal(rows: np.ndarray) -> Partition:
+        return Partition((np.arange(len(rows)),), (np.empty(0, np.int64),), (np.empty(0, np.int64),))
+
+    first, again, other = (with_reserve(100, 0.3, seed, deal) for seed in (0, 0, 1))
+    assert np.array_equal(first.reserved, again.reserved) and len(first.reserved) == 30
+    assert not np.array_equal(first.reserved, other.reserved)
+    assert sorted([*first.reserved, *first.train[0]]) == list(range(100))
+    assert len(with_reserve(100, 0.0, 0, deal).reserved) == 0
+    with pytest.raises(PartitionError, match="reserves 5 for the server"):
+        with_reserve(100, 0.05, 0, deal)
+
+
+def test_methods_without_pretraining_reserve_nothing() -> None:
+    federation = built(algorithm="fedavg")
+    assert not len(federation.partition.reserved) and federation.reserved is None
+
+
+# Before round 1
+
+
+def test_a_wrong_file_is_told_before_anything_is_written(refused: Callable[..., str]) -> None:
+    message = refused("there is no file", *FLAGS, "--algorithm", "fedjets", "--fedjets.common", "none.h5")
+    assert "check the path" in message
+
+
+def test_a_divergence_before_round_1_is_told() -> None:
+    federation = built(
+        algorithm="fedjets", train__lr_shared=1e30, train__clip=0.0, fedjets__common_target=1.0
+    )
+    with pytest.raises(ConfigError, match="training before round 1 diverged"):
+        Loop(comm.start(), federation, Silent(), None).run()
+
+
+def test_what_pretraining_reached_is_told(tmp_path: Path, session: launcher.Session) -> None:
+    flags = ("--algorithm", "fedjets", "--fedjets.common_target", "1", "--fedjets.common_epochs", "1")
+    said = session(*FLAGS, *flags, "--run.dir", "run", cwd=tmp_path)
+    assert "common expert: accuracy " in said.out and "below fedjets.common_target 1" in said.out
+    (line,) = [
+        event["result"] for event in launcher.events(tmp_path / "run") if event["event"] == "pretrained"
+    ]
+    assert line in said.out
+
+
+class Two(Algorithm):
+    """Prepares the sum of a client's samples; its pretraining fills the state with 7."""
+
+    prepared_size = 2
+
+    def state(self) -> Spec:
+        return {"model": self.task.model(self.task.pool[0])}
+
+    def pretrain(self, turn: Turn) -> str:
+        for _ in turn.batches("test"):
+            turn.parts.vector("model").fill_(7.0)
+        return "filled"
+
+    def prepare(self, parts: Parts, inputs: Inputs) -> torch.Tensor:
+        total = sum(float(x.double().sum()) for x in inputs())
+        return torch.tensor([total, float(parts.vector("model").mean())])
+
+
+def with_two(monkeypatch: pytest.MonkeyPatch) -> setup.Federation:
+    monkeypatch.setattr(Two, "reserve", classmethod(lambda cls, config: 0.2))
+    monkeypatch.setattr(algorithms, "load", lambda name: Two)
+    return built(algorithm="fedavg")
+
+
+def test_prepare_sees_the_pretrained_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = with_two(monkeypatch)
+    loop = Loop(comm.start(), federation, Silent(), None)
+    assert loop.begin() and (loop.state == 7).all()
+    for k, client in federation.clients.items():
+        x = federation.engine.normalise(client.splits["train"].x)
+        assert float(federation.method.prepared[k, 0]) == pytest.approx(float(x.double().sum()), rel=1e-5)
+        assert float(federation.method.prepared[k, 1]) == 7
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_a_stop_before_round_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: int) -> None:
+    """In pretraining it leaves nothing; after it, a checkpoint of round 0."""
+    left = [after]
+
+    def poll() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise StoppedError
+
+    world = comm.start()
+    monkeypatch.setattr(world, "poll", poll)
+    monkeypatch.setattr(comm, "start", lambda: world)
+    federation = with_two(monkeypatch)
+    loop = Loop(world, federation, Silent(), tmp_path)
+    start = loop.state.clone()
+    assert not loop.run() and not loop.history
+    if after == 0:
+        assert not list(tmp_path.iterdir()) and torch.equal(loop.state, start)
+    else:
+        assert [path.name for path in tmp_path.iterdir()] == ["round-000000.h5"] and (loop.state == 7).all()
+
+
+@pytest.mark.parametrize("anchors", ["labels", "clusters"])
+def test_a_signal_in_pretraining(tmp_path: Path, anchors: str) -> None:
+    """75; the restart on other ranks does it again, to the same bits."""
+    slow = ("--fedjets.common_target", "1", "--fedjets.common_epochs", "400", "--fedjets.common_rate", "1e-9")
+    flags = (*FLAGS, "--algorithm", "fedjets", "--fedjets.anchors", anchors, *slow)
+    finished(1, *flags, "--run.dir", "whole", cwd=tmp_path)
+    with launcher.running(2, *flags, "--run.dir", "run", cwd=tmp_path) as job:
+        launcher.wait_for(tmp_path / "run" / "events.jsonl", job)
+        ranks = launcher.rank_processes(job.pid)
+        os.kill(ranks[1], signal.SIGUSR1)
+        ended = launcher.ended(job, 60)
+    assert ended.code == 75 and "stopped by SIGUSR1 to rank 1 before round 1" in ended.out, (
+        ended.out + ended.err
+    )
+    finished(3, "restart", "run", cwd=tmp_path)
+    assert learned_digest(tmp_path / "run", 2) == learned_digest(tmp_path / "whole", 2)
+
+
+def test_nobody_is_missed_while_rank_0_pretrains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time-out is that of rounds; before the first one it is set aside, or what the user asked for."""
+    world, seen = comm.start(), []
+    monkeypatch.setattr(comm, "start", lambda: world)
+    agree = world.agree
+    monkeypatch.setattr(world, "agree", lambda *given: seen.append(world.timeout) or agree(*given))
+    for changes, expected in (({}, float("inf")), ({"run__timeout": 77.0}, 77.0)):
+        federation = built(algorithm="fedjets", fedjets__common_target=0.0, **changes)
+        loop = Loop(world, federation, Silent(), None)
+        before = world.timeout
+        seen.clear()
+        assert loop.begin() and seen == [expected] and world.timeout == before

@@ -1,0 +1,395 @@
+"""What crosses between ranks during whole rounds: recorded at the communicator and taken apart.
+
+A sum must be made of flags, the metrics of members and what `client_step` returned under the declared weights
+and scales, every integer of it; the evaluation's sum of the declared metrics; a broadcast of the server's
+vector, as a server that never saw a client computes it. Clients lent to another rank and the digests of a
+checkpoint are the simulator's own traffic. Nothing else is sent. What is wrong becomes a sentence.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pfedmoe_mpi import placement, setup
+from pfedmoe_mpi.algorithms.base import Algorithm, Block
+from pfedmoe_mpi.comm import Comm
+from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.federation import Loop, Silent
+from pfedmoe_mpi.metrics import CLIENT_METRICS, RANK_METRICS
+from pfedmoe_mpi.roundsum import IN, MEMBER_METRICS, MISSING, RoundSum
+from pfedmoe_mpi.training import Turn, measure
+
+CALLS = ("sum", "broadcast", "gather", "from_root", "agree", "move", "wait", "local", "split")
+OUTSIDE = {"mpi4py", "h5py", "socket", "subprocess", "multiprocessing", "ctypes", "os", "tempfile", "pickle"}
+
+
+def wrongs(comm: Comm, chosen: Config, folder: Path) -> list[str]:
+    """Play a federation with its checkpoints; what crossed and should not have, on all ranks. Collective."""
+    loop = Loop(comm, setup.build(comm, chosen), Silent(), folder)
+    assert loop.begin()
+    tap = Tap(loop)
+    with tap.attached():
+        loop.run()
+    tap.check_calls(chosen)
+    return [wrong for found in comm.gather(tap.wrong, "wire") for wrong in found]
+
+
+def fresh(method: Algorithm) -> Algorithm:
+    """The method from its source, so that it remembers nothing."""
+    spec = importlib.util.spec_from_file_location("fresh", inspect.getfile(type(method)))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made: Algorithm = getattr(module, type(method).__name__)(method.task)
+    return made
+
+
+class Tap:
+    """Stands before the communicator and the method of a loop and compares what passes."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.wrong: list[str] = []
+        self._loop, self._comm, self._made = loop, loop.comm, loop.federation
+        self._method, self._fresh = self._made.method, fresh(self._made.method)
+        self._fresh.prepared = self._method.prepared
+        self._calls: list[str] = []
+        self._depth = self._inside = 0
+        self._turns: dict[int, Given] = {}
+        self._before: set[int] = set()  # who trained in earlier rounds
+        self._state = loop.state  # after this round's sum, as the fresh method computes it
+        self._sums = self._moves = 0
+        self._check_source()
+
+    def _say(self, problem: str) -> None:
+        self.wrong.append(f"rank {self._comm.rank}, round {self._loop.round + 1}: {problem}")
+
+    def _check_source(self) -> None:
+        tree = ast.parse(Path(inspect.getfile(type(self._method))).read_text())
+        for node in ast.walk(tree):
+            names = [item.name for item in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                if name.partition(".")[0] in OUTSIDE or name == "pfedmoe_mpi.comm":
+                    self._say(f"the method imports {name}")
+
+    # Standing between
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The communicator's and the method's calls come by here."""
+        for name in CALLS:
+            setattr(self._comm, name, self._call(name, getattr(self._comm, name)))
+        method: Any = self._method
+        method.client_step = self._step(method.client_step)
+        for name in ("server_update", "loss", "predict", "weights", "answer"):
+            setattr(method, name, self._method_call(getattr(method, name)))
+        try:
+            yield
+        finally:
+            for item in (self._comm, method):
+                for name in [name for name in vars(item) if hasattr(type(item), name)]:
+                    delattr(item, name)
+
+    def _call(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def passing(*arguments: Any) -> Any:
+            if self._inside:  # not performed: the other ranks do not come by
+                self._say(f"the method called {name} of the communicator")
+                return [arguments[0]] * self._comm.size
+            if self._depth:
+                return call(*arguments)
+            self._calls.append(name)
+            check = getattr(self, f"_check_{name}", None)
+            self._depth += 1
+            try:
+                if check:
+                    check(*arguments)
+                result = call(*arguments)
+                if name in ("from_root", "agree"):
+                    self._check_checkpoint(name, result)
+                if name == "sum" and self._sums % 2 == 1:
+                    self._update(arguments[0])
+                return result
+            finally:
+                self._depth -= 1
+
+        return passing
+
+    def _method_call(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def passing(*arguments: Any) -> Any:
+            self._inside += 1
+            try:
+                return call(*arguments)
+            finally:
+                self._inside -= 1
+
+        return passing
+
+    def _step(self, call: Callable[[Turn], Mapping[str, torch.Tensor]]) -> Callable[..., Any]:
+        call = self._method_call(call)
+
+        def passing(turn: Turn) -> Any:
+            given = self._turns[turn.client] = Given(turn)
+            sgd = turn.sgd
+            turn.sgd = lambda *a, **k: given.recording(sgd, *a, **k)  # type: ignore[method-assign]
+            values = call(turn)
+            given.values = {name: value.detach().clone() for name, value in values.items()}
+            spec = self._method.client_state(turn.client)
+            layout = self._made.workbench.layout(spec)
+            given.vector = self._made.workbench.read(spec, turn.parts, torch.empty(layout.size))
+            if turn.client in self._before:  # at first a private difference may be all there is
+                self._check_private(turn.client, given)
+            return values
+
+        return passing
+
+    # Sums
+
+    def _check_sum(self, buffer: np.ndarray, purpose: str) -> None:
+        self._sums += 1
+        (self._check_round if self._sums % 2 else self._check_evaluation)(buffer.copy())
+
+    def _empty(self) -> RoundSum:
+        """A sum of the round that nobody has added to."""
+        method = self._fresh
+        parts = self._made.state_layout.parts
+        payload = method.payload({name: place.stop - place.start for name, place in parts.items()})
+        return RoundSum(self._made.task, method.cohort(self._loop.round + 1), payload)
+
+    def _check_round(self, buffer: np.ndarray) -> None:
+        """Before the reduction: only what this rank's clients returned, as their declaration says."""
+        total = self._empty()
+        if len(buffer) != len(total.buffer):
+            return self._say(f"{len(buffer)} numbers are summed, declared are {len(total.buffer)}")
+        members = len(total.cohort)
+        parts = {"stop": 1, "flags": members, "metrics": members * len(MEMBER_METRICS)}
+        parts |= {f"block '{name}'": length for name, length in self._lengths(total).items()}
+        expected = np.zeros_like(buffer)
+        for position, (client, _) in enumerate(total.cohort):
+            flag = buffer[1 + position]
+            if client in self._turns and flag != MISSING:
+                expected[1 + position] = flag
+                width = len(MEMBER_METRICS)
+                place = slice(1 + members + width * position, 1 + members + width * (position + 1))
+                expected[place] = self._metrics(client, total, flag == IN, buffer[place]).view(np.int64)
+                if flag == IN:
+                    self._contribute(expected, total, position)
+        at = 0
+        for name, length in parts.items():
+            if not np.array_equal(buffer[at : at + length], expected[at : at + length]):
+                self._say(f"{name} of the sum: more than the method returned under its declaration")
+            at += length
+
+    def _lengths(self, total: RoundSum) -> dict[str, int]:
+        members = len(total.cohort)
+        return {n: b.rows * (1 + b.size) * (members if b.slot else 1) for n, b in total.payload.items()}
+
+    def _metrics(self, client: int, total: RoundSum, is_in: bool, found: np.ndarray) -> np.ndarray:
+        """A member's: the loss that was returned, some share of its test samples, the bytes of its blocks."""
+        if not is_in:
+            return np.full(len(MEMBER_METRICS), np.nan)
+        given, tested = self._turns[client], len(self._made.partition.test[client])
+        seen = found.view(np.float64)[1]
+        if not np.isnan(seen) and not any(seen == right / tested for right in range(tested + 1)):
+            self._say(f"the accuracy of client {client} is no share of its {tested} samples")
+        blocks = [block for name, block in total.payload.items() if name in given.values]
+        sent = sum(4 * int((self._weight(block, client) > 0).sum()) * block.size for block in blocks)
+        down = 4 * self._made.state_layout.size if given.turn.bytes_down is None else given.turn.bytes_down
+        up = sent if given.turn.bytes_up is None else given.turn.bytes_up
+        return np.array([given.loss(), seen, up, down], np.float64)
+
+    def _weight(self, block: Block, client: int) -> np.ndarray:
+        counts = self._made.task.counts[client]
+        rules = {"samples": [counts.sum()], "one": [1], "class_samples": counts, "class_one": counts > 0}
+        return np.array(rules[block.weight], np.int64)
+
+    def _contribute(self, buffer: np.ndarray, total: RoundSum, position: int) -> None:
+        """Add what a member returned, weighted and scaled by the declaration's own words."""
+        client, counts = total.cohort[position][0], self._made.task.counts
+        at = 1 + len(total.cohort) * (1 + len(MEMBER_METRICS))
+        for name, block in total.payload.items():
+            length = block.rows * (1 + block.size)
+            if name in self._turns[client].values:
+                weight = self._weight(block, client)
+                value = self._turns[client].values[name].float().numpy().reshape(block.rows, block.size)
+                if block.slot:
+                    numbers = np.ascontiguousarray(value).view(np.int32).astype(np.int64)
+                else:
+                    cohort = [k for k, _ in total.cohort]
+                    whole = len(cohort) if block.weight.endswith("one") else counts[cohort].sum()
+                    share = weight.astype(float) / float(whole)
+                    counted = np.where(weight[:, None] > 0, value, 0.0).astype(float)
+                    numbers = np.rint(counted * (share * 2.0**block.scale)[:, None]).astype(np.int64)
+                start = at + (position * length if block.slot else 0)
+                buffer[start : start + length] += np.concatenate([weight, numbers.ravel()])
+            at += self._lengths(total)[name]
+
+    def _update(self, buffer: np.ndarray) -> None:
+        """After the reduction: the next state, by a method that remembers nothing."""
+        total = self._empty()
+        total.buffer[:] = buffer
+        self._state = self._loop.state.clone()
+        if total.clients(IN):
+            parts = self._made.state_layout.parts
+            stretches = {name: self._state[place] for name, place in parts.items()}
+            try:
+                self._fresh.server_update(stretches, total.means(), self._loop.round + 1)
+            except Exception as error:
+                self._say(f"the server's update needs more than the state before and the sum: {error!r}")
+
+    def _check_broadcast(self, array: np.ndarray, purpose: str) -> None:
+        if array.dtype != np.float32 or array.shape != (self._made.state_layout.size,):
+            self._say(f"a broadcast of {array.dtype} {array.shape}, which is not the server's state")
+        elif self._comm.rank == 0 and array.tobytes() != self._state.numpy().tobytes():
+            self._say("the server's state holds more than the update makes of the state before and the sum")
+
+    def _check_evaluation(self, buffer: np.ndarray) -> None:
+        """Only the declared metrics: of this rank's clients, as measured once more, and of this rank."""
+        made, width = self._made, len(CLIENT_METRICS)
+        clients, ranks = made.task.clients * width, self._comm.size * len(RANK_METRICS)
+        if len(buffer) != 1 + clients + ranks or buffer[0]:
+            return self._say(f"the evaluation sums {len(buffer)} numbers, declared are {1 + clients + ranks}")
+        expected = np.zeros((made.task.clients, width))
+        for client in made.clients.values():
+            specs = ((self._fresh.state(), self._state), (client.spec, client.vector))
+            parts = made.workbench.parts(*specs)
+            test, held = (
+                measure(made.engine, self._fresh, parts, client.splits[s]) for s in ("test", "validation")
+            )
+            assert test and held, "every client of this federation trains"
+            row = [test.correct, test.samples, test.loss, test.alpha, held.correct, held.samples]
+            expected[client.id] = [*row, *[0.0] * (width - len(row))]  # no stream, no concepts
+        found = buffer[1 : 1 + clients].view(np.float64).reshape(expected.shape)
+        if not np.array_equal(found, expected, equal_nan=True):
+            self._say("the metrics of clients are not those measured")
+        own = buffer[1 + clients :].view(np.float64).reshape(-1, len(RANK_METRICS))
+        if np.delete(own, self._comm.rank, 0).any() or not (own >= 0).all():
+            self._say("the metrics of ranks are more than seconds and memory of this one")
+        cohort = self._method.cohort(self._loop.round + 1)
+        self._before |= {client for client, _ in cohort}
+        self._turns.clear()
+
+    # The simulator's own traffic
+
+    def _check_move(self, transfers: Sequence[tuple[int, int, np.ndarray]], purpose: str) -> None:
+        """Clients that train away from home, whole, and their vectors back."""
+        self._moves += 1
+        made, rank, back = self._made, self._comm.rank, self._moves % 2 == 0
+        cohort = {client: made.costs[client] for client, _ in self._method.cohort(self._loop.round + 1)}
+        trainer = placement.trainers(cohort, made.home, self._comm.size)
+        expected: list[tuple[int, int, bytes | None]] = []
+        for client in sorted(k for k in trainer if trainer[k] != made.home[k]):
+            way = (trainer[client], made.home[client])
+            if rank in way and back:
+                vector = self._turns[client].vector if rank == way[0] else None
+                expected.append((*way, None if vector is None else vector.numpy().tobytes()))
+            elif rank in way:
+                here = made.clients.get(client)
+                held = [s for split in here.splits.values() for s in (split.x, split.y)] if here else []
+                sent = [tensor.numpy().tobytes() for tensor in (here.vector, *held)] if here else [None] * 7
+                expected += [(made.home[client], trainer[client], raw) for raw in sent]
+        found = [
+            (a, b, None if raw is None else array.tobytes())
+            for (a, b, array), (_, _, raw) in zip(transfers, expected, strict=False)
+        ]
+        if len(transfers) != len(expected) or found != expected:
+            self._say(f"'{purpose}' moves more than clients between home and trainer")
+
+    def _check_checkpoint(self, name: str, result: Any) -> None:
+        """Where datasets lie, and the digests of clients' vectors."""
+        clients = {f"clients/{client:06d}" for client in range(self._made.task.clients)}
+        for part in result if name == "agree" else [result]:
+            for key, value in (part or {}).items():
+                place = isinstance(value, tuple) and [type(number) for number in value] == [int, int]
+                hashed = key in clients and isinstance(value, bytes) and len(value) == sha256().digest_size
+                if not (place if name == "from_root" else hashed):
+                    self._say(f"a checkpoint's {name} sends {key}: {value!r}")
+
+    def check_calls(self, chosen: Config) -> None:
+        """Each round the same calls in the same order, and no others."""
+        expected: list[str] = []
+        overridden = type(self._method).server_update is not Algorithm.server_update
+        for round in range(1, chosen.rounds + 1):
+            expected += ["move", "move", "sum", *(["broadcast"] if overridden else []), "sum"]
+            if round % chosen.run.checkpoint_every == 0 or round == chosen.rounds:
+                expected += ["from_root", "agree", "from_root"]
+        if self._calls != expected:
+            self._say(f"the calls between ranks are {self._calls}, not {expected}")
+
+    # Private tensors
+
+    def _check_private(self, client: int, given: Given) -> None:
+        """Look in what is sent for every private tensor, as the step leaves it, scaled or shifted or not."""
+        layout = self._made.workbench.layout(self._method.client_state(client))
+        for name, value in given.values.items():
+            sent = value.double().numpy().ravel()
+            for entry in layout.entries:
+                private = given.vector[entry.offset : entry.offset + entry.size].double().numpy()
+                if contains(np.nan_to_num(sent), private):
+                    self._say(f"private tensor {entry.name} is in payload block '{name}'")
+
+
+class Given:
+    """What a client's step returned and left, and the losses on its way."""
+
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
+        self.samples = turn.samples
+        self.losses: list[tuple[float, int]] = []
+        self.values: dict[str, torch.Tensor] = {}
+        self.vector = torch.empty(0)
+
+    def recording(self, sgd: Callable[..., int], phase: Any, loss: Any = None, **others: Any) -> int:
+        """`Turn.sgd`, with every batch's loss written down."""
+        method, parts = self.turn._method, self.turn.parts
+
+        def noted(batch: Any) -> torch.Tensor:
+            value: torch.Tensor = loss(batch) if loss else method.loss(parts, batch)
+            self.losses.append((float(value.detach().double()), len(batch)))
+            return value
+
+        return sgd(phase, noted, **others)
+
+    def loss(self) -> float:
+        """Mean per sample of the last epoch; NaN if none was trained."""
+        left, last = self.samples, 0
+        while left > 0 and last < len(self.losses):
+            last += 1
+            left -= self.losses[-last][1]
+        if left or not self.losses:
+            return float("nan")
+        total = 0.0
+        for loss, size in self.losses[len(self.losses) - last :]:
+            total += loss * size
+        return total / self.samples
+
+
+def contains(haystack: np.ndarray, needle: np.ndarray) -> bool:
+    """Whether a stretch of (n,) is a·needle + b for any a ≠ 0 and b; a few numbers prove nothing."""
+    size, length = len(needle), len(haystack)
+    varied = needle != np.median(needle)
+    if length < size or not np.isfinite(needle).all() or varied.sum() < 16:
+        return False
+    centred = needle - needle.mean()
+    width = 1 << (length + size - 1).bit_length()
+    spectrum = np.fft.rfft(haystack - haystack.mean(), width) * np.fft.rfft(centred[::-1], width)
+    products = np.fft.irfft(spectrum, width)[size - 1 : length]
+    sums, squares = (np.concatenate([[0.0], np.cumsum((haystack - haystack.mean()) ** k)]) for k in (1, 2))
+    spread = squares[size:] - squares[:-size] - (sums[size:] - sums[:-size]) ** 2 / size
+    norm = np.sqrt(np.maximum(spread, 0.0)) * np.linalg.norm(centred)
+    for place in np.flatnonzero(np.abs(products) > 0.999 * norm):  # a few large numbers can make it so
+        stretch = haystack[place : place + size]
+        a = np.dot(stretch - stretch.mean(), centred) / np.dot(centred, centred)
+        rest = np.abs(stretch - stretch.mean() - a * centred)[varied]
+        if a and np.median(rest) < 1e-4 * np.median(np.abs(a * centred[varied])):
+            return True
+    return False
