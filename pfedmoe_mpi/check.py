@@ -25,8 +25,8 @@ import numpy as np
 
 from pfedmoe_mpi import comm, device, launch
 from pfedmoe_mpi.comm import Comm
-from pfedmoe_mpi.config import Train
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_FAULT, UserError
+from pfedmoe_mpi.sections import Train
 
 SUM_SIZES = (1, 1_000, 665_048, 4_000_000)  # int64 numbers; the third is pFedMoE's shared extractor
 PIECE = 1 << 22  # bytes each rank writes

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pfedmoe_mpi.comm import Comm
-from pfedmoe_mpi.config import Train
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.launch import CORES
+from pfedmoe_mpi.sections import Train
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from pfedmoe_mpi import seeds
-from pfedmoe_mpi.config import FaultSettings
 from pfedmoe_mpi.roundsum import IN, LATE, LOST
+from pfedmoe_mpi.sections import FaultSettings
 
 
 class Faults:

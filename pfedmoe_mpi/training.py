@@ -25,7 +25,7 @@ from pfedmoe_mpi.parts import Parts
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.algorithms.base import Algorithm, Phase
-    from pfedmoe_mpi.config import Train
+    from pfedmoe_mpi.sections import Train
 
 
 def learning_rate_factor(schedule: str, round: int, rounds: int) -> float:

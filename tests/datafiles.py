@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pfedmoe_mpi.config import Data
 from pfedmoe_mpi.data import Dataset, open_dataset
 from pfedmoe_mpi.errors import DataError
+from pfedmoe_mpi.sections import Data
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

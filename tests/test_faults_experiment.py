@@ -11,11 +11,11 @@ from conftest import SMALL
 from launcher import learned, learned_digest, rows
 from played import build, write_all
 
-from pfedmoe_mpi.config import FaultSettings
 from pfedmoe_mpi.errors import EXIT_DONE
 from pfedmoe_mpi.faults import Faults
 from pfedmoe_mpi.federation import Loop
 from pfedmoe_mpi.roundsum import IN, LATE, LOST
+from pfedmoe_mpi.sections import FaultSettings
 
 UNEQUAL = [1.0, 2.0, 3.0, 2.0] * 25  # mean 2
 EXPERIMENT = (

@@ -15,9 +15,9 @@ from played import HELD, build, write_all
 
 from pfedmoe_mpi import metrics
 from pfedmoe_mpi.client import Client
-from pfedmoe_mpi.config import StreamSettings
 from pfedmoe_mpi.data.shard import Split
 from pfedmoe_mpi.data.stream import Stream
+from pfedmoe_mpi.sections import StreamSettings
 
 LABELS = [np.repeat([0, 1, 2, 3], 25), np.repeat([1, 3], 50), np.zeros(10, int)]
 

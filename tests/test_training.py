@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from pfedmoe_mpi import seeds
 from pfedmoe_mpi.algorithms.base import Algorithm, Phase
 from pfedmoe_mpi.client import Client
-from pfedmoe_mpi.config import FaultSettings, Train
 from pfedmoe_mpi.data.shard import Batch, Normalise, Split
 from pfedmoe_mpi.errors import StoppedError
 from pfedmoe_mpi.faults import Faults
@@ -21,6 +20,7 @@ from pfedmoe_mpi.federation import Loop
 from pfedmoe_mpi.parts import Module, Parts, Spec, Workbench
 from pfedmoe_mpi.parts import Tensor as TensorPart
 from pfedmoe_mpi.roundsum import DROPPED, IN, MISSING, RoundSum
+from pfedmoe_mpi.sections import FaultSettings, Train
 from pfedmoe_mpi.training import SGD, Engine, Turn, learning_rate_factor, measure
 
 CPU = torch.device("cpu")

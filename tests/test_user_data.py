@@ -26,10 +26,10 @@ from datafiles import (
     write_h5,
 )
 
-from pfedmoe_mpi.config import Data
 from pfedmoe_mpi.data import open_dataset
 from pfedmoe_mpi.data.pickles import read_arrays
 from pfedmoe_mpi.errors import DataError
+from pfedmoe_mpi.sections import Data
 
 # HDF5
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from pfedmoe_mpi import seeds
 from pfedmoe_mpi.algorithms.base import Algorithm, Phase, Spec, Task
-from pfedmoe_mpi.config import Section
 from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.sections import Section
 from pfedmoe_mpi.training import Turn
 
 

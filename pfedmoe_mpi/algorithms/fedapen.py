@@ -35,9 +35,9 @@ from torch.nn import functional
 from pfedmoe_mpi import seeds
 from pfedmoe_mpi.algorithms.base import Algorithm, Inputs, Phase, Spec, TensorPart
 from pfedmoe_mpi.algorithms.fml import divergence
-from pfedmoe_mpi.config import Section
 from pfedmoe_mpi.data.shard import Batch
 from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.sections import Section
 from pfedmoe_mpi.training import Turn
 
 

@@ -40,9 +40,9 @@ from torch.nn import functional
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Block, Inputs, Mean, Module, Phase, Spec, Task, TensorPart
 from pfedmoe_mpi.algorithms.fml import divergence
-from pfedmoe_mpi.config import Section
 from pfedmoe_mpi.data.shard import Batch
 from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.sections import Section
 from pfedmoe_mpi.training import Turn
 
 

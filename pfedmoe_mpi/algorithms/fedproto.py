@@ -27,9 +27,9 @@ from torch.nn import functional
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Block, Phase, Spec, TensorPart
 from pfedmoe_mpi.classwise import class_means
-from pfedmoe_mpi.config import Section
 from pfedmoe_mpi.data.shard import Batch
 from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.sections import Section
 from pfedmoe_mpi.training import Turn
 
 

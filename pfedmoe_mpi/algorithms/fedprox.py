@@ -21,9 +21,9 @@ from pydantic import Field
 from torch import Tensor
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Phase, Spec
-from pfedmoe_mpi.config import Section
 from pfedmoe_mpi.data.shard import Batch
 from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.sections import Section
 from pfedmoe_mpi.training import Turn
 
 

@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Phase, Spec
-from pfedmoe_mpi.config import Section
 from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.sections import Section
 
 
 class Options(Section):

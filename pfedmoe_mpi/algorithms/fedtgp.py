@@ -36,9 +36,9 @@ from torch.nn import functional
 from pfedmoe_mpi import seeds
 from pfedmoe_mpi.algorithms.base import Algorithm, Block, Mean, Module, Phase, Spec, TensorPart
 from pfedmoe_mpi.classwise import class_means, received, train_on_server
-from pfedmoe_mpi.config import Section
 from pfedmoe_mpi.data.shard import Batch
 from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.sections import Section
 from pfedmoe_mpi.training import Turn, learning_rate_factor
 
 

@@ -34,8 +34,8 @@ from pydantic import Field
 from torch import Tensor
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Inputs, Phase, Spec, Task
-from pfedmoe_mpi.config import Section
 from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.sections import Section
 from pfedmoe_mpi.training import Turn
 
 

@@ -8,9 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
-from pfedmoe_mpi.config import Data
 from pfedmoe_mpi.data.resize import resize
 from pfedmoe_mpi.errors import DataError
+from pfedmoe_mpi.sections import Data
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

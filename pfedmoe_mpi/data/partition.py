@@ -12,8 +12,8 @@ from hashlib import sha256
 
 import numpy as np
 
-from pfedmoe_mpi.config import PartitionSettings
 from pfedmoe_mpi.errors import PartitionError
+from pfedmoe_mpi.sections import PartitionSettings
 from pfedmoe_mpi.seeds import numpy_generator
 
 NOBODY = -1  # owner of a row that is dealt to no client

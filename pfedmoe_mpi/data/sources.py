@@ -7,13 +7,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from pfedmoe_mpi.config import Data
 from pfedmoe_mpi.data.dataset import Dataset, HeldRows, Loaded, describe, user_path
 from pfedmoe_mpi.data.folder import load_folder
 from pfedmoe_mpi.data.hdf5 import open_hdf5
 from pfedmoe_mpi.data.npz import load_npz
 from pfedmoe_mpi.data.vision import load_torchvision
 from pfedmoe_mpi.errors import DataError
+from pfedmoe_mpi.sections import Data
 from pfedmoe_mpi.seeds import numpy_generator
 
 _DIGITS = Path(__file__).parents[1] / "assets" / "digits.h5"

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from pfedmoe_mpi.client import Client
-from pfedmoe_mpi.config import StreamSettings
 from pfedmoe_mpi.data.shard import Split
+from pfedmoe_mpi.sections import StreamSettings
 from pfedmoe_mpi.seeds import numpy_generator
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoe_mpi.config import Data
 from pfedmoe_mpi.data.dataset import IMAGENET_MEAN, IMAGENET_STD, HeldRows, Loaded
 from pfedmoe_mpi.errors import DataError, nearest
+from pfedmoe_mpi.sections import Data
 
 NAMES = ("MNIST", "FashionMNIST", "EMNIST", "SVHN", "CIFAR10", "CIFAR100")
 

@@ -46,10 +46,11 @@ from pfedmoe_mpi import seeds
 from pfedmoe_mpi.algorithms.base import Algorithm, Block, Inputs, Module, Phase, Spec, Task, TensorPart
 from pfedmoe_mpi.algorithms.fedjets import common
 from pfedmoe_mpi.algorithms.fedjets.anchors import by_cluster, by_label
-from pfedmoe_mpi.config import Config, Section
+from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.data.shard import Batch
 from pfedmoe_mpi.models.gate import Gate
 from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.sections import Section
 from pfedmoe_mpi.training import Turn
 
 
