@@ -76,7 +76,7 @@ class Config(Section):
             raise ValueError("partition.classes_min is above partition.classes; lower one or raise the other")
         if self.unseen_clients >= self.clients:
             raise ValueError("unseen.clients leaves nobody to train; lower it or raise clients")
-        if self.data.source in {"folder", "hdf5", "npz", "torchvision"} and not self.data.path:
+        if self.data.source not in {"digits", "synthetic"} and not self.data.path:
             raise ValueError(f"data.source {self.data.source} needs --data.path, the file or folder to read")
         if len(self.data.mean) != len(self.data.std):
             raise ValueError("data.mean and data.std need as many numbers as each other, one per channel")
@@ -212,6 +212,12 @@ def _explain(error: ValidationError) -> tuple[str, str]:
         messages.setdefault(subject, []).append(item["msg"].removeprefix("Value error, "))
     lines = [f"{subject}: {'; or: '.join(found)}" for subject, found in messages.items()]
     return "\n".join(lines), "correct the setting; `python -m pfedmoe_mpi --help` tells what each accepts"
+
+
+def given(config: Config, name: str) -> bool:
+    """Whether a setting, by its dotted name, was in what `config` was built from."""
+    section, _, field = name.rpartition(".")
+    return field in (getattr(config, section) if section else config).model_fields_set
 
 
 def to_tree(config: Config) -> dict[str, Any]:

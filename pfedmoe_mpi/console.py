@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pfedmoe_mpi import config
 from pfedmoe_mpi.flat import Layout
 from pfedmoe_mpi.launch import LOGGER
 from pfedmoe_mpi.metrics import Row, best
@@ -33,6 +34,13 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
     if task.unseen:
         listed, why = ", ".join(map(str, sorted(task.unseen))), federation.method.unseen_null
         lines.append(f"unseen clients: {listed}" + (f"; no accuracy, because {why}" if why else ""))
+    if federation.dataset.client_names:
+        named = ", ".join(f"{k} {name}" for k, name in enumerate(federation.dataset.client_names))
+        lines.append(f"the data's own clients: {named}")
+    flat = config.flatten(config.to_tree(settings))
+    taken = [f"{name} {value}" for name, value in federation.dataset.proposals.items() if flat[name] == value]
+    if taken:
+        lines.append(f"as the data propose: {', '.join(taken)}")
     lines += ["shared:  " + line for line in _describe(federation.state_layout)]
     for number, name in enumerate(task.pool[: task.clients]):
         same = len(range(number, task.clients, len(task.pool)))
@@ -121,6 +129,7 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
 
     last = history[-1]
     task = federation.task
+    binary = last["auc"]["mean"] is not None
     shown = Table(title=f"clients after round {last['round']}")
     for heading in (
         "client",
@@ -128,14 +137,16 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
         "samples",
         "classes",
         "accuracy",
+        *(["AUC"] if binary else []),
         "mean α of the shared expert",
     ):
         shown.add_column(heading, justify="right")
     for k in range(task.clients):
-        alpha = last["clients"]["alpha"][k]
+        alpha, auc = last["clients"]["alpha"][k], last["clients"]["auc"][k]
+        ranked = ["-" if auc is None else f"{auc:.3f}"] if binary else []
         shown.add_row(
             *(str(k), task.architecture(k), str(task.samples(k)), str(int((task.counts[k] > 0).sum()))),
-            *(_percent(last["clients"]["accuracy"][k]), "-" if alpha is None else f"{alpha:.3f}"),
+            *(_percent(last["clients"]["accuracy"][k]), *ranked, "-" if alpha is None else f"{alpha:.3f}"),
         )
     console = Console(width=100, no_color=True)
     with console.capture() as capture:

@@ -340,7 +340,7 @@ class Loop:
             return [0.0] * len(metrics.CLIENT_METRICS)
         test = known[0]
         counted = [number for measured in known[1:] for number in (measured.correct, measured.samples)]
-        return [test.correct, test.samples, test.loss, test.alpha, *counted]
+        return [test.correct, test.samples, test.loss, test.alpha, test.auc, *counted]
 
     def _record(self, total: RoundSum, evaluation: EvaluationSum, seconds: float) -> None:
         federation = self.federation

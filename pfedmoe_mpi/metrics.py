@@ -19,7 +19,7 @@ from pfedmoe_mpi.roundsum import DROPPED, IN, LATE, LOST, RoundSum
 Row = dict[str, Any]
 
 CLIENT_METRICS = (
-    *("correct", "samples", "loss", "alpha", "validation_correct", "validation_samples"),
+    *("correct", "samples", "loss", "alpha", "auc", "validation_correct", "validation_samples"),
     *("first_correct", "first_samples", "second_correct", "second_samples"),
 )
 RANK_METRICS = ("train", "evaluate", "sum", "wait", "rss_mb")
@@ -73,6 +73,7 @@ def evaluated(evaluation: EvaluationSum, unseen: Collection[int] = ()) -> Row:
     with np.errstate(invalid="ignore", divide="ignore"):
         accuracy = nulls(np.where(tested > 0, measured["correct"] / tested, np.nan))
         validation = nulls(np.where(validated > 0, measured["validation_correct"] / validated, np.nan))
+    auc = nulls(np.where(tested > 0, measured["auc"], np.nan))
     new = [k for k in range(len(accuracy)) if k in unseen]
     old = [k for k in range(len(accuracy)) if k not in unseen]
     return {
@@ -80,10 +81,12 @@ def evaluated(evaluation: EvaluationSum, unseen: Collection[int] = ()) -> Row:
         "accuracy_unseen": summary([accuracy[k] for k in new], tested[new].tolist()),
         "accuracy_concepts": {name: _concept(measured, name, old) for name in ("first", "second")},
         "accuracy_validation": summary([validation[k] for k in old], validated[old].tolist()),
+        "auc": summary([auc[k] for k in old], tested[old].tolist()),
         "clients": {
             "accuracy": accuracy,
             "loss": nulls(np.where(tested > 0, measured["loss"], np.nan)),
             "alpha": nulls(np.where(tested > 0, measured["alpha"], np.nan)),
+            "auc": auc,
         },
     }
 
@@ -157,6 +160,7 @@ def row(
         "accuracy_concepts": {**after["accuracy_concepts"], "share": share},
         "accuracy_cohort": summary(before, tested),
         "accuracy_validation": after["accuracy_validation"],
+        "auc": after["auc"],
         "clients": {**after["clients"], "accuracy_before": before, "samples": list(samples)},
         "seconds": {**spent, "write": None, "total": seconds},
         "bytes": {"up": up, "down": down, "once": bytes_once},

@@ -39,7 +39,8 @@ class Section(BaseModel):
 
 class Data(Section):
     source: Annotated[
-        Literal["digits", "torchvision", "folder", "hdf5", "npz", "synthetic"], BeforeValidator(_name)
+        Literal["digits", "torchvision", "folder", "hdf5", "npz", "heart", "synthetic"],
+        BeforeValidator(_name),
     ] = "digits"
     """Where samples come from; `digits` is inside the program and needs no download."""
     path: str = ""

@@ -6,7 +6,7 @@ Everything a user can get wrong is found here, on all ranks alike, before anythi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 
 import numpy as np
@@ -18,7 +18,6 @@ from pfedmoe_mpi.client import Client
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.data import Dataset, Partition, make_partition, open_dataset
-from pfedmoe_mpi.data.dataset import HeldRows
 from pfedmoe_mpi.data.shard import SPLITS, Normalise, Split
 from pfedmoe_mpi.data.stream import Stream
 from pfedmoe_mpi.data.unseen import choose_unseen, with_reserve
@@ -68,6 +67,7 @@ def build(comm: Comm, settings: Config) -> Federation:
     settings = resolved(settings, dataset, threads)
     chosen = device.choose(comm, settings.train)
     partition = comm.from_root(lambda: deal(settings, dataset), "partition")
+    dataset = fit_everywhere(comm, dataset, partition)
     task = make_task(settings, dataset, partition)
     comm.from_root(lambda: check_models(task), "models")
     method = algorithms.load(settings.algorithm)(task)
@@ -120,7 +120,7 @@ def open_everywhere(comm: Comm, settings: Config) -> Dataset:
 
     def describe() -> Dataset:
         held.append(open_dataset(settings.data, settings.seed, clients=settings.clients))
-        return replace(held[0], store=HeldRows(np.empty((0, *held[0].shape), held[0].dtype)))
+        return held[0].without_rows()
 
     def open_too() -> None:  # the root has checked the content
         if comm.rank:
@@ -132,8 +132,29 @@ def open_everywhere(comm: Comm, settings: Config) -> Dataset:
     return held[0] if held else known
 
 
+def fit_everywhere(comm: Comm, dataset: Dataset, partition: Partition) -> Dataset:
+    """The data as the clients use them; what they learn from training rows is learnt once, by the root."""
+    if dataset.fit is None:
+        return dataset
+    held: list[Dataset] = []
+
+    def fit() -> Dataset:
+        held.append(dataset.fitted(partition))
+        return held[0].without_rows()
+
+    known = comm.from_root(fit, "fitting the data")
+    return held[0] if held else known
+
+
+def proposed(settings: Config, dataset: Dataset) -> Config:
+    """The settings with what the data propose wherever the user gave nothing."""
+    changes = {name: value for name, value in dataset.proposals.items() if not config.given(settings, name)}
+    return config.build({**config.flatten(config.to_tree(settings)), **changes}) if changes else settings
+
+
 def resolved(settings: Config, dataset: Dataset, threads: int) -> Config:
     """The effective configuration: every `auto` replaced by what it stands for on these data."""
+    settings = proposed(settings, dataset)
     kind = algorithms.load(settings.algorithm)
     if settings.unseen.private == "average" and not kind.averages_private:
         problem = f"{settings.algorithm} has nothing private that unseen.private could average"
@@ -286,12 +307,11 @@ def distribute(
 
 def reserved(comm: Comm, dataset: Dataset, partition: Partition, where: torch.device) -> Client:
     """The reserved rows as a client of the server's, 8 : 2 for training and test; only rank 0 reads them."""
-    rows = partition.reserved
+    rows, train = partition.reserved, partition.reserved_train
     if comm.rank:
-        rows = rows[:0]
+        rows, train = rows[:0], train[:0]
     x, y = dataset.rows(rows), dataset.labels[rows]
-    last = np.arange(len(rows)) % 5 == 4
-    splits = {"train": Split.of(x[~last], y[~last], where), "test": Split.of(x[last], y[last], where)}
+    splits = {"train": Split.of(x[train], y[train], where), "test": Split.of(x[~train], y[~train], where)}
     return Client(seeds.SERVER, {}, torch.empty(0), splits)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from pfedmoe_mpi import seeds
+from pfedmoe_mpi.auc import auc
 from pfedmoe_mpi.client import Client
 from pfedmoe_mpi.data import shard
 from pfedmoe_mpi.data.shard import Batch, Normalise, Split
@@ -203,12 +204,16 @@ class Turn:
 
 @dataclass(frozen=True)
 class Measured:
-    """One client measured on one split; `alpha` is the mean gate weight of the shared experts together."""
+    """One client measured on one split; `alpha` is the mean gate weight of the shared experts together.
+
+    `auc` is NaN unless the task has two classes and the split samples of both.
+    """
 
     correct: int
     samples: int
     loss: float
     alpha: float
+    auc: float
 
 
 def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:
@@ -221,13 +226,14 @@ def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:
 def measure(
     engine: Engine, method: Algorithm, parts: Parts, split: Split, unseen: bool = False
 ) -> Measured | None:
-    """Accuracy, mean cross-entropy and mean gate weight of a client's answers on a split.
+    """Accuracy, mean cross-entropy, mean gate weight and AUC of a client's answers on a split.
 
     None where the method has no answer for a client that never trained.
     """
     correct = torch.zeros((), dtype=torch.int64, device=engine.device)
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     alpha = torch.zeros((), dtype=torch.float64, device=engine.device)
+    scores: list[torch.Tensor] = []  # of class 1 against class 0
     for module in parts.modules().values():
         module.eval()
     with torch.no_grad(), engine.autocast():
@@ -241,5 +247,9 @@ def measure(
             loss += nn.functional.cross_entropy(logits, batch.y, reduction="sum").double()
             weights = method.weights(parts, batch.x)
             alpha += float("nan") if weights is None else weights[:, :-1].double().sum()
+            if logits.shape[1] == 2:
+                scores.append(logits[:, 1] - logits[:, 0])
     n = len(split)
-    return Measured(int(correct), n, float(loss) / n if n else math.nan, float(alpha) / n if n else math.nan)
+    ranked = auc(torch.cat(scores).cpu().numpy(), split.y.cpu().numpy()) if scores else math.nan
+    mean_loss, mean_alpha = (float(total) / n if n else math.nan for total in (loss, alpha))
+    return Measured(int(correct), n, mean_loss, mean_alpha, ranked)

@@ -266,7 +266,7 @@ class Tap:
                 measure(made.engine, self._fresh, parts, client.splits[s]) for s in ("test", "validation")
             )
             assert test and held, "every client of this federation trains"
-            row = [test.correct, test.samples, test.loss, test.alpha, held.correct, held.samples]
+            row = [test.correct, test.samples, test.loss, test.alpha, test.auc, held.correct, held.samples]
             expected[client.id] = [*row, *[0.0] * (width - len(row))]  # no stream, no concepts
         found = buffer[1 : 1 + clients].view(np.float64).reshape(expected.shape)
         if not np.array_equal(found, expected, equal_nan=True):

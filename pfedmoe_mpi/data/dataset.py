@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pfedmoe_mpi.data.resize import resize
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.sections import Data
+
+if TYPE_CHECKING:
+    from pfedmoe_mpi.data.partition import Partition
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -25,7 +29,7 @@ class RowStore(Protocol):
 
     @property
     def dtype(self) -> np.dtype:
-        """uint8 or float32."""
+        """uint8 or float32; int32 where samples are tokens."""
 
     @property
     def distributed(self) -> bool:
@@ -40,7 +44,7 @@ class RowStore(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class HeldRows:
-    """Samples in memory, (n, *shape) uint8 or float32."""
+    """Samples in memory, (n, *shape) uint8, float32 or int32."""
 
     x: np.ndarray
 
@@ -89,6 +93,17 @@ class ResizedRows:
         self.store.close()
 
 
+class Fit(Protocol):
+    """What a source can do only when it is known which rows train whom: impute, standardise, number words.
+
+    It learns from training rows alone. Only the root calls it; like all of a `Dataset` but rows, it is sent
+    to the other ranks.
+    """
+
+    def __call__(self, data: Dataset, partition: Partition) -> Dataset:
+        """The data as their clients use them; rows and their owners stay the same."""
+
+
 @dataclass(frozen=True, eq=False)
 class Loaded:
     """What a source gives before the common checks; `where` names it in messages."""
@@ -102,16 +117,24 @@ class Loaded:
     official_test: np.ndarray | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    client_names: tuple[str, ...] = ()
+    proposals: Mapping[str, Any] = field(default_factory=dict)
+    fit: Fit | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """n labelled samples.
 
-    `shape` is (C, H, W) or (features,); `labels` (n,) int64 in 0..classes-1, every class present; `client`
-    (n,) int64 where the data have natural clients; `official_test` (n,) bool where they have a test part of
-    their own. `mean` and `std` hold one number per channel (per feature), meant for x / 255 when `dtype` is
-    uint8 and for x itself when it is float32; empty means no normalisation.
+    `shape` is (C, H, W), (features,) or (tokens,); `labels` (n,) int64 in 0..classes-1, every class present;
+    `client` (n,) int64 where the data have natural clients; `official_test` (n,) bool where they have a test
+    part of their own. `mean` and `std` hold one number per channel (per feature), meant for x / 255 when
+    `dtype` is uint8 and for x itself when it is float32; empty means no normalisation.
+
+    `client_names` name the natural clients where they have names, such as hospitals. `proposals` are settings
+    by dotted name that suit the data, for those the user has not given. With a `fit` the data are not ready
+    before `fitted`: samples may hold NaN. `vocabulary` is the number of tokens there may be, 0 where samples
+    are no tokens.
     """
 
     name: str
@@ -125,6 +148,10 @@ class Dataset:
     std: tuple[float, ...]
     dtype: np.dtype
     store: RowStore = field(repr=False)
+    client_names: tuple[str, ...] = ()
+    proposals: Mapping[str, Any] = field(default_factory=dict)
+    fit: Fit | None = None
+    vocabulary: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -134,8 +161,21 @@ class Dataset:
         """True: every rank opens the data and reads its rows; False: only the root does, and sends rows."""
         return self.store.distributed
 
+    @property
+    def tokens(self) -> bool:
+        """Whether samples are texts: (length,) tokens, 0 for padding."""
+        return self.dtype == np.int32
+
+    def fitted(self, partition: Partition) -> Dataset:
+        """The data as their clients use them, once it is known which rows train whom."""
+        return replace(self.fit(self, partition), fit=None) if self.fit else self
+
+    def without_rows(self) -> Dataset:
+        """All that is known of the data but the rows themselves."""
+        return replace(self, store=HeldRows(np.empty((0, *self.shape), self.dtype)))
+
     def rows(self, index: np.ndarray) -> np.ndarray:
-        """Samples `index` (m,) in the order asked: (m, *shape), uint8 or float32, contiguous.
+        """Samples `index` (m,) in the order asked: (m, *shape), of `dtype`, contiguous.
 
         Raises:
             DataError: the file cannot be read any more, or holds a NaN or an infinity in one of these rows.
@@ -180,6 +220,9 @@ def describe(loaded: Loaded, settings: Data) -> Dataset:
         std=std,
         dtype=store.dtype,
         store=store,
+        client_names=loaded.client_names,
+        proposals=loaded.proposals,
+        fit=loaded.fit,
     )
 
 
@@ -199,6 +242,12 @@ def _normalisation(
     loaded: Loaded, settings: Data, store: RowStore
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     channels = store.shape[0]
+    if loaded.fit and settings.mean:
+        raise DataError(
+            f"data.mean and data.std do not apply to {loaded.where}, whose samples are made ready by what "
+            "clients train on",
+            "leave them out",
+        )
     mean, std = (settings.mean, settings.std) if settings.mean else (loaded.mean, loaded.std)
     if not mean and store.dtype == np.uint8:
         mean = std = (0.5,) * channels

@@ -7,6 +7,7 @@ Draws are bounded: what cannot be met ends in an error that says which numbers t
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -36,6 +37,18 @@ class Partition:
     def clients(self) -> int:
         """The number of clients N."""
         return len(self.train)
+
+    @property
+    def reserved_train(self) -> np.ndarray:
+        """Which of the reserved rows the server trains on, (reserved,) bool: 8 of 10."""
+        return np.arange(len(self.reserved)) % 5 != 4
+
+    def trainers(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(training rows, all rows) of every client, then of the server, if rows are reserved for it."""
+        for train, *rest in zip(self.train, self.validation, self.test, strict=True):
+            yield train, np.concatenate([train, *rest])
+        if len(self.reserved):
+            yield self.reserved[self.reserved_train], self.reserved
 
     def counts(self, labels: np.ndarray, classes: int) -> np.ndarray:
         """Training samples per client and class, (N, classes) int64."""

@@ -36,6 +36,11 @@ def prepare(config: Config, out: Path) -> str:
     """
     _refuse_existing(out)
     with open_dataset(config.data, config.seed, clients=config.clients, download=True) as data:
+        if data.fit:
+            raise DataError(
+                f"{data.name} is made ready by what each client trains on, and cannot be prepared before",
+                f"run on --data.source {config.data.source} itself; the first rank reads it and sends rows",
+            )
         _write(out, lambda file: _write_data(file, data))
         return (
             f"{out}: {len(data)} samples of {' × '.join(map(str, data.shape))} {data.dtype}, "
@@ -76,10 +81,11 @@ def write_partition(config: Config, out: Path) -> str:
         DataError: unusable data, `out` exists or cannot be written, or a picture without matplotlib.
         PartitionError: the partition cannot be met.
     """
-    from pfedmoe_mpi.setup import deal  # a method may reserve rows, and methods need torch
+    from pfedmoe_mpi.setup import deal, proposed  # a method may reserve rows, and methods need torch
 
     _refuse_existing(out)
     with open_dataset(config.data, config.seed, clients=config.clients) as data:
+        config = proposed(config, data)
         partition = deal(config, data)
     if out.suffix.lower() == ".png":
         _draw(out, partition, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -10,6 +11,7 @@ import numpy as np
 from pfedmoe_mpi.data.dataset import Dataset, HeldRows, Loaded, describe, user_path
 from pfedmoe_mpi.data.folder import load_folder
 from pfedmoe_mpi.data.hdf5 import open_hdf5
+from pfedmoe_mpi.data.heart import load_heart
 from pfedmoe_mpi.data.npz import load_npz
 from pfedmoe_mpi.data.vision import load_torchvision
 from pfedmoe_mpi.errors import DataError
@@ -40,19 +42,16 @@ def open_dataset(
 
 
 def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) -> Loaded:
-    match settings.source:
-        case "digits":
-            return load_digits(settings)
-        case "synthetic":
-            return draw_synthetic(settings, seed, clients)
-        case "torchvision":
-            return load_torchvision(settings, download)
-        case "folder":
-            return load_folder(user_path(settings), settings.size)
-        case "hdf5":
-            return open_hdf5(user_path(settings), check)
-        case "npz":
-            return load_npz(user_path(settings))
+    readers: dict[str, Callable[[], Loaded]] = {
+        "digits": lambda: load_digits(settings),
+        "synthetic": lambda: draw_synthetic(settings, seed, clients),
+        "torchvision": lambda: load_torchvision(settings, download),
+        "folder": lambda: load_folder(user_path(settings), settings.size),
+        "hdf5": lambda: open_hdf5(user_path(settings), check),
+        "npz": lambda: load_npz(user_path(settings)),
+        "heart": lambda: load_heart(user_path(settings)),
+    }
+    return readers[settings.source]()
 
 
 def load_digits(settings: Data) -> Loaded:

@@ -1,0 +1,30 @@
+"""Text files of users: read whole, or refused with file, line and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pfedmoe_mpi.errors import DataError
+
+
+def text_of(path: Path) -> str:
+    """The file's text, without a byte order mark.
+
+    Raises:
+        DataError: it cannot be read, is empty, or is not UTF-8; names the first line that is not.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", "check --data.path") from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8",
+            "store the file as UTF-8: iconv -f LATIN1 -t UTF-8 FILE > NEW_FILE",
+        ) from error
+    if not text.strip():
+        raise DataError(f"{path} is empty", "give a file with rows, or remove it")
+    return text
