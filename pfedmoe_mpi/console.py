@@ -15,6 +15,7 @@ from pfedmoe_mpi.launch import LOGGER
 from pfedmoe_mpi.metrics import Row, best
 
 if TYPE_CHECKING:
+    from pfedmoe_mpi.algorithms.base import Task
     from pfedmoe_mpi.setup import Federation
 
 
@@ -29,7 +30,7 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
     lines = [
         f"{settings.algorithm} on {federation.dataset.name}: {task.clients} clients, "
         f"cohort {settings.cohort_size}, {settings.rounds} rounds, "
-        f"sample {'×'.join(map(str, task.shape))}, {task.classes} classes, d = {task.dim}"
+        f"sample {_sample(task)}, {task.classes} classes, d = {task.dim}"
     ]
     if task.unseen:
         listed, why = ", ".join(map(str, sorted(task.unseen))), federation.method.unseen_null
@@ -48,6 +49,11 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
         lines += [f"private: {line} ({name}, {same} clients)" for line in private]
     lines += [f"rank {rank}: {line}" for rank, line in enumerate(device_lines)]
     return [*lines, memory(federation, len(device_lines))]
+
+
+def _sample(task: Task) -> str:
+    shape = "×".join(map(str, task.shape))
+    return f"{shape} of {task.vocabulary} tokens" if task.vocabulary else shape
 
 
 def _describe(layout: Layout) -> list[str]:

@@ -154,6 +154,11 @@ def _evaluate(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], as_
             "give --data.path of data like those it was trained on",
         )
     other = built.data_digest != loaded.identity["data_digest"]
+    if other and built.task.vocabulary:
+        raise CheckpointError(
+            "these are not the texts of the training, and a model's tokens are those of its training rows",
+            "evaluate on the data it was trained on",
+        )
     loop = federation.Loop(world, built, federation.Silent(), None)
     loop.resume(loaded)
     result = loop.evaluation()

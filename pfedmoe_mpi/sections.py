@@ -39,7 +39,7 @@ class Section(BaseModel):
 
 class Data(Section):
     source: Annotated[
-        Literal["digits", "torchvision", "folder", "hdf5", "npz", "heart", "synthetic"],
+        Literal["digits", "torchvision", "folder", "hdf5", "npz", "heart", "text", "synthetic"],
         BeforeValidator(_name),
     ] = "digits"
     """Where samples come from; `digits` is inside the program and needs no download."""
@@ -53,6 +53,10 @@ class Data(Section):
     """Subtracted from each channel of [0, 1] images; empty = the source's own constants."""
     std: Numbers = ()
     """Divides each channel after the mean; empty = the source's own constants."""
+    length: int = Field(64, ge=1, le=4096)
+    """Texts: how many words of a text are read."""
+    vocabulary: int = Field(10_000, ge=1, le=1_000_000)
+    """Texts: how many words have a token of their own, the most frequent in training rows."""
     samples: int = Field(2000, ge=10)
     """`synthetic`: how many samples to draw."""
     classes: int = Field(10, ge=2)

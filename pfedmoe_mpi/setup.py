@@ -162,12 +162,13 @@ def resolved(settings: Config, dataset: Dataset, threads: int) -> Config:
     model = settings.model
     pool: tuple[str, ...] = tuple(model_names.resolve_name(name) for name in model.pool if name != "auto")
     shared = (
-        model_names.auto_shared(dataset.shape, pool)
+        model_names.auto_shared(dataset.shape, pool, dataset.tokens)
         if model.shared == "auto"
         else model_names.resolve_name(model.shared)
     )
     if model.pool == ("auto",):
-        pool = (shared,) if kind.homogeneous else model_names.auto_pool(dataset.shape, unlike=True)
+        unlike = model_names.auto_pool(dataset.shape, True, dataset.tokens, shared)
+        pool = (shared,) if kind.homogeneous else unlike
     if len(pool) < len(model.pool):
         raise ConfigError("model.pool = auto stands alone", "name architectures, or leave model.pool out")
     if kind.homogeneous and len(set(pool)) > 1:
@@ -223,6 +224,7 @@ def make_task(settings: Config, dataset: Dataset, partition: Partition) -> Task:
         *(settings, dataset.shape, dataset.classes, counts, model.pool, model.shared, model.dim),
         unseen=partition.unseen,
         late=_late(settings, partition),
+        vocabulary=dataset.vocabulary,
     )
 
 
@@ -245,16 +247,19 @@ def make_stream(settings: Config, dataset: Dataset, partition: Partition) -> Str
 def check_models(task: Task) -> None:
     """Raise ConfigError for an architecture that cannot take the data."""
     for name in dict.fromkeys([*task.pool, task.shared]):
-        registry.check_model(name, task.shape, task.classes, task.dim, task.config.model.stem)
+        sizes = (task.classes, task.dim, task.config.model.stem, task.vocabulary)
+        registry.check_model(name, task.shape, *sizes)
 
 
 def client_costs(task: Task) -> list[float]:
     """Relative cost of training each client for one epoch: its samples times its own and the shared model."""
-    by_name = {
-        name: multiply_adds(task.extractor(name).build(), task.shape) for name in {*task.pool, task.shared}
-    }
+    by_name = {name: _cost(task, name) for name in {*task.pool, task.shared}}
     shared = by_name[task.shared]
     return [task.samples(k) * (by_name[task.architecture(k)] + shared) for k in range(task.clients)]
+
+
+def _cost(task: Task, name: str) -> float:
+    return multiply_adds(task.extractor(name).build(), task.shape, bool(task.vocabulary))
 
 
 def sample_costs(task: Task, method: Algorithm) -> list[float]:
@@ -264,7 +269,7 @@ def sample_costs(task: Task, method: Algorithm) -> list[float]:
     """
     by_kind: dict[str, float] = {}
     for name in {*task.pool, task.shared}:
-        cost = multiply_adds(task.extractor(name).build(), task.shape)
+        cost = _cost(task, name)
         by_kind |= {part.kind: cost for part in (task.model(name), task.extractor(name))}
     shared = sum(by_kind.get(part.kind, 0.0) for part in method.state().values())
     own = {k: method.client_state(k) for k in range(min(task.clients, len(task.pool)))}

@@ -22,6 +22,7 @@ from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.fixedpoint import SCALE
 from pfedmoe_mpi.models import registry
 from pfedmoe_mpi.models.gate import build_gate
+from pfedmoe_mpi.models.names import EMBEDDING
 from pfedmoe_mpi.parts import Module, Parts, Spec
 from pfedmoe_mpi.parts import Tensor as TensorPart
 
@@ -81,7 +82,8 @@ class Task:
     """What is known to a method before round 1, the same on every rank.
 
     `counts` int64 (N, classes) are the clients' training samples of each class; `unseen` are the clients that
-    never train, `late` those that join in round `join.round`.
+    never train, `late` those that join in round `join.round`; `vocabulary` is how many tokens there are where
+    samples are texts, else 0.
     """
 
     config: Config
@@ -93,6 +95,7 @@ class Task:
     dim: int
     unseen: frozenset[int] = frozenset()
     late: frozenset[int] = frozenset()
+    vocabulary: int = 0
 
     def absent(self, round: int) -> frozenset[int]:
         """The clients that have not trained by a round, because they never do or join later."""
@@ -116,15 +119,16 @@ class Task:
         """Client k takes number k mod length of the pool."""
         return self.pool[client % len(self.pool)]
 
-    def model(self, name: str) -> Module:
-        """Extractor and head of an architecture."""
-        stem = self.config.model.stem
-        build = partial(registry.build_model, name, self.shape, self.classes, self.dim, stem)
-        return Module(f"model {name}", build)
+    def model(self, name: str, dim: int = 0) -> Module:
+        """Extractor and head of an architecture; `dim` gives the representation another length."""
+        sizes = (self.classes, dim or self.dim, self.config.model.stem, self.vocabulary)
+        build = partial(registry.build_model, name, self.shape, *sizes)
+        return Module(f"model {name} to {dim}" if dim else f"model {name}", build)
 
     def extractor(self, name: str) -> Module:
         """The extractor alone, (B, *shape) to (B, dim)."""
-        build = partial(registry.build_extractor, name, self.shape, self.dim, self.config.model.stem)
+        sizes = (self.dim, self.config.model.stem, self.vocabulary)
+        build = partial(registry.build_extractor, name, self.shape, *sizes)
         return Module(f"extractor {name}", build)
 
     def head(self) -> Module:
@@ -132,7 +136,7 @@ class Task:
         return Module("head", partial(torch.nn.Linear, self.dim, self.classes))
 
     def gate(self, experts: int = 2) -> Module:
-        """A gate to weights (B, experts): on the input (B, *shape), or as `gate.input` says.
+        """A gate to weights (B, experts): on what `seen` gives of the input, or as `gate.input` says.
 
         Raises:
             ConfigError: pooled input of samples that are no images.
@@ -141,8 +145,20 @@ class Task:
         if options.input == "pooled" and len(self.shape) != 3:
             problem = "gate.input pooled needs images, and these samples are none"
             raise ConfigError(problem, "--gate.input raw")
-        build = partial(build_gate, self.shape, self.dim, experts, **options.model_dump())
+        shape = (EMBEDDING,) if self.vocabulary else self.shape
+        build = partial(build_gate, shape, self.dim, experts, **options.model_dump())
         return Module(f"gate {experts}", build)
+
+    def seen(self, x: Tensor, extractor: Any) -> Tensor:
+        """What a gate on the raw input sees of samples (B, *shape): these themselves.
+
+        The numbers of words mean nothing; of texts it is the mean of the embeddings (B, 64) that `extractor`
+        begins with, into which the gate sends no gradient.
+        """
+        if not self.vocabulary:
+            return x
+        means: Tensor = extractor.embedded(x)
+        return means.detach()
 
     def weight(self, rule: str, client: int) -> Tensor:
         """A client's weight under a rule, int64 (rows,)."""

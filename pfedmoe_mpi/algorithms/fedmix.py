@@ -58,7 +58,7 @@ class FedMix(Algorithm):
 
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
         """log p(y | x) (B, classes)."""
-        weights: Tensor = parts.gate(x)
+        weights: Tensor = parts.gate(self.task.seen(x, getattr(parts, self._names[0]).extractor))
         each = [getattr(parts, name)(x).float().log_softmax(1) for name in self._names]
         return (torch.stack(each, 1) + weights.clamp_min(LEAST).log().unsqueeze(2)).logsumexp(1)
 

@@ -30,7 +30,6 @@ from torch.nn import functional
 from pfedmoe_mpi.algorithms.base import Algorithm, Module, Phase, Spec, Task
 from pfedmoe_mpi.data.shard import Batch
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.models.registry import build_model
 from pfedmoe_mpi.parts import Parts
 from pfedmoe_mpi.sections import Section
 
@@ -54,9 +53,7 @@ class FedMRL(Algorithm):
 
     def state(self) -> Spec:
         """The small model, its representation d1 long."""
-        task, name = self.task, self.task.shared
-        build = partial(build_model, name, task.shape, task.classes, self._d1, task.config.model.stem)
-        return {"shared": Module(f"model {name} to {self._d1}", build)}
+        return {"shared": self.task.model(self.task.shared, self._d1)}
 
     def client_state(self, client: int) -> Spec:
         """The client's own model, and its projector."""

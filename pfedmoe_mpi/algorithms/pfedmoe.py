@@ -18,6 +18,9 @@ Departures: the mean is normalised over the cohort (the paper prints the total o
 shrink θ when C < 1). Steps are the configured SGD: momentum starts at zero in every client step, for θ too,
 and the gradient is clipped by its joint norm over θ, ω_k and φ_k.
 
+The gate sees the raw sample; of a text, whose token numbers mean nothing, it sees the mean of the shared
+extractor's embedding of the tokens, and sends no gradient into it.
+
 Beyond the paper, off by default: several shared extractors, and the variants of the gate (`gate.*`) that it
 leaves as open questions. `unseen.private` average makes gate and head cross too (for the digits 70,094 and
 5,010 numbers, up only): a client that never trained answers with their means, ŷ = head(Σ_i α_Gi r_Gi). It
@@ -111,7 +114,7 @@ class PFedMoE(Algorithm):
     def _without_own(self, parts: Parts, x: Tensor) -> Tensor:
         """head(Σ_i α_Gi r_Gi) (B, classes), with the mean gate and head."""
         general = self._shared(parts, x)
-        alpha = parts.mean_gate(general[0] if self._gate_sees_shared else x)
+        alpha = parts.mean_gate(self._seen(parts, x, general))
         r = sum(alpha[:, i : i + 1] * g for i, g in enumerate(general))
         logits: Tensor = parts.mean_head(r)
         return logits
@@ -125,6 +128,13 @@ class PFedMoE(Algorithm):
         return [getattr(parts, name)(x) for name in self._names]
 
     def _alpha(self, parts: Parts, x: Tensor, general: list[Tensor]) -> Tensor:
-        """The gate on x, or on the first shared representation, into which it sends no gradient."""
-        alpha: Tensor = parts.gate(general[0].detach() if self._gate_sees_shared else x)
+        """The gate's weights (B, m + 1)."""
+        alpha: Tensor = parts.gate(self._seen(parts, x, general))
         return alpha
+
+    def _seen(self, parts: Parts, x: Tensor, general: list[Tensor]) -> Tensor:
+        """What the gate sees, and sends no gradient into: x, or the first shared representation.
+
+        Of a text, x is the mean embedding of its tokens by the first shared extractor.
+        """
+        return general[0].detach() if self._gate_sees_shared else self.task.seen(x, parts.shared)

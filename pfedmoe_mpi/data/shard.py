@@ -1,8 +1,8 @@
 """A client's samples on its device, and the batches drawn from them.
 
-Samples stay as they came (uint8 or float32); a batch is gathered, normalised and augmented on the device, so
-there is no loader process. Every random number comes from a CPU generator with the batch's address, so a
-batch is the same on every device.
+Samples stay as they came (uint8, float32, or int32 tokens); a batch is gathered, normalised and augmented on
+the device, so there is no loader process. Every random number comes from a CPU generator with the batch's
+address, so a batch is the same on every device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Batch:
-    """x (B, *shape) float32 normalised, y (B,) int64, rows (B,) positions in the client's split."""
+    """x (B, *shape) float32 normalised (int32 tokens as they are), y (B,) int64, rows (B,) positions in the
+    client's split.
+    """
 
     x: Tensor
     y: Tensor
@@ -32,7 +34,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Split:
-    """Samples of one client and one purpose: x (n, *shape) uint8 or float32, y (n,) int64."""
+    """Samples of one client and one purpose: x (n, *shape) uint8, float32 or int32, y (n,) int64."""
 
     x: Tensor
     y: Tensor
@@ -50,7 +52,10 @@ class Split:
 
 
 class Normalise:
-    """Raw samples to float32: uint8 to [0, 1], minus mean, over standard deviation, each per channel."""
+    """Raw samples to float32: uint8 to [0, 1], minus mean, over standard deviation, each per channel.
+
+    Tokens, int32, stay what they are.
+    """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], rank: int, device: torch.device) -> None:
         shape = (1, -1, *[1] * (rank - 1))
@@ -59,6 +64,8 @@ class Normalise:
 
     def __call__(self, raw: Tensor) -> Tensor:
         """Always in new memory: bits may depend on the alignment of what a kernel reads."""
+        if raw.dtype == torch.int32:
+            return raw.clone(memory_format=torch.contiguous_format)
         x = raw.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if raw.dtype == torch.uint8:
             x.div_(255)

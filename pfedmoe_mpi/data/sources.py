@@ -13,6 +13,7 @@ from pfedmoe_mpi.data.folder import load_folder
 from pfedmoe_mpi.data.hdf5 import open_hdf5
 from pfedmoe_mpi.data.heart import load_heart
 from pfedmoe_mpi.data.npz import load_npz
+from pfedmoe_mpi.data.text import load_text
 from pfedmoe_mpi.data.vision import load_torchvision
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.sections import Data
@@ -50,6 +51,7 @@ def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) 
         "hdf5": lambda: open_hdf5(user_path(settings), check),
         "npz": lambda: load_npz(user_path(settings)),
         "heart": lambda: load_heart(user_path(settings)),
+        "text": lambda: load_text(user_path(settings), settings),
     }
     return readers[settings.source]()
 

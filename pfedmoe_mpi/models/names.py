@@ -25,8 +25,19 @@ MNIST = {
     "mnist5": (20, 20, 50),
 }
 MLP = {"mlp1": 1000, "mlp2": 800, "mlp3": 600, "mlp4": 400, "mlp5": 200}  # width of fc1
+TEXT = ("fasttext", "lstm", "gru", "transformer")
+LSTM = ("lstm1", "lstm2", "lstm3")
+RECURRENT = {  # kind and width
+    "lstm": ("lstm", 64),
+    "gru": ("gru", 64),
+    "lstm1": ("lstm", 128),
+    "lstm2": ("lstm", 96),
+    "lstm3": ("lstm", 64),
+}
+EMBEDDING = 64  # width of every text model's embedding
 CNN_SIDE = 16  # the fewest pixels a side that leave one after two 5×5 convolutions and two 2×2 poolings
 NATIVE_DIM = 500
+TEXT_DIM = 64
 
 # fmt: off
 TORCHVISION = (
@@ -58,7 +69,7 @@ SIZED = ("vit_", "maxvit_")  # families built for one size of image; the others 
 
 def names() -> tuple[str, ...]:
     """Every architecture there is."""
-    return (*CNN, *MNIST, *MLP, *TORCHVISION)
+    return (*CNN, *MNIST, *MLP, *TEXT, *LSTM, *TORCHVISION)
 
 
 def resolve_name(name: str) -> str:
@@ -75,15 +86,18 @@ def resolve_name(name: str) -> str:
         return same[0]
     raise ConfigError(
         f"there is no model '{name}'{nearest(word, names())}",
-        f"use cnn1 to cnn5, mnist1 to mnist5, mlp1 to mlp5, or torchvision's {', '.join(TORCHVISION)}",
+        f"use cnn1 to cnn5, mnist1 to mnist5, mlp1 to mlp5, for texts {', '.join((*TEXT, *LSTM))}, "
+        f"or torchvision's {', '.join(TORCHVISION)}",
     )
 
 
 def native_dim(name: str) -> int | None:
-    """Length d the architecture defines (500; MNIST family 50); None where a projection gives any length."""
+    """Length d the architecture defines (500; MNIST family 50, text 64); None where any length will do."""
     name = resolve_name(name)
     if name in TORCHVISION:
         return None
+    if name in TEXT or name in LSTM:
+        return TEXT_DIM
     return 50 if name in MNIST else NATIVE_DIM
 
 
@@ -107,20 +121,30 @@ def resolve_dim(names: Sequence[str], dim: int) -> int:
     return next(iter(natives), NATIVE_DIM)
 
 
-def auto_shared(shape: tuple[int, ...], pool: Sequence[str] = ()) -> str:
+def auto_shared(shape: tuple[int, ...], pool: Sequence[str] = (), tokens: bool = False) -> str:
     """The smallest architecture of the pool's family, if it is one of ours, else of the one that fits.
 
     `shape` is (channels, height, width) of images, at least 16 pixels a side for the CNN, or (features,):
-    images get cnn5, all else mlp5.
+    images get cnn5, tokens fasttext, all else mlp5.
     """
+    if tokens:
+        return LSTM[-1] if pool and set(pool) <= set(LSTM) else TEXT[0]
     for family in (CNN, MNIST, MLP):
         if pool and set(pool) <= set(family):
             return list(family)[-1]
     return "cnn5" if len(shape) == 3 and min(shape[1:]) >= CNN_SIDE else "mlp5"
 
 
-def auto_pool(shape: tuple[int, ...], unlike: bool) -> tuple[str, ...]:
-    """The five architectures of the family that fits, or, for methods that need them alike, its smallest."""
+def auto_pool(
+    shape: tuple[int, ...], unlike: bool, tokens: bool = False, shared: str = ""
+) -> tuple[str, ...]:
+    """The architectures of the family that fits, or, for methods that need them alike, its smallest.
+
+    For tokens it is the family of the shared extractor: the LSTMs, or fastText, LSTM, GRU and Transformer.
+    """
+    if tokens:
+        family = LSTM if shared in LSTM else TEXT
+        return family if unlike else (auto_shared(shape, family, tokens),)
     smallest = auto_shared(shape)
     if not unlike:
         return (smallest,)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.models.names import CNN, MLP, MNIST, SIZED, TORCHVISION, resolve_name
+from pfedmoe_mpi.models.names import CNN, LSTM, MLP, MNIST, SIZED, TEXT, TORCHVISION, resolve_name
 
 LARGEST_SIDE = 512  # where the search for a size an architecture takes ends
 
@@ -28,11 +28,12 @@ class Model(nn.Module):
         return logits
 
 
-def build_extractor(name: str, shape: tuple[int, ...], dim: int, stem: str) -> nn.Module:
+def build_extractor(name: str, shape: tuple[int, ...], dim: int, stem: str, vocabulary: int = 0) -> nn.Module:
     """The extractor `name`, (B, *shape) → (B, dim), initialised from torch's global generator.
 
-    `shape` is (channels, height, width) or (features,); `dim` comes from `resolve_dim`; `stem` is small or
-    imagenet, for torchvision's ResNets only.
+    `shape` is (channels, height, width), (features,) or (tokens,); `dim` comes from `resolve_dim`; `stem` is
+    small or imagenet, for torchvision's ResNets only; `vocabulary` is how many tokens there are, 0 where
+    samples are none.
 
     Raises:
         ConfigError: there is no such name.
@@ -48,24 +49,38 @@ def build_extractor(name: str, shape: tuple[int, ...], dim: int, stem: str) -> n
         from pfedmoe_mpi.models.mlp import MLPExtractor
 
         return MLPExtractor(name, shape, dim)
+    if name in TEXT or name in LSTM:
+        from pfedmoe_mpi.models.text import build_text
+
+        return build_text(name, shape[0], dim, vocabulary)
     from pfedmoe_mpi.models.backbones import build_backbone
 
     return build_backbone(name, shape, dim, stem)
 
 
-def build_model(name: str, shape: tuple[int, ...], classes: int, dim: int, stem: str) -> Model:
+def build_model(
+    name: str, shape: tuple[int, ...], classes: int, dim: int, stem: str, vocabulary: int = 0
+) -> Model:
     """The extractor `name` with a linear head; arguments and errors as in `build_extractor`."""
-    return Model(build_extractor(name, shape, dim, stem), nn.Linear(dim, classes))
+    return Model(build_extractor(name, shape, dim, stem, vocabulary), nn.Linear(dim, classes))
 
 
-def check_model(name: str, shape: tuple[int, ...], classes: int, dim: int, stem: str) -> None:
+def check_model(
+    name: str, shape: tuple[int, ...], classes: int, dim: int, stem: str, vocabulary: int = 0
+) -> None:
     """Build `name` without memory, on the meta device, and send a training batch of two samples through it.
 
     Raises:
         ConfigError: there is no such name, or it cannot take `shape`; names the least square size it takes.
     """
     name = resolve_name(name)
-    if _takes(name, shape, classes, dim, stem):
+    for_text = name in TEXT or name in LSTM
+    if for_text != bool(vocabulary):
+        takes, given, use = ("texts", "none", "mlp1 to mlp5, or cnn1 to cnn5 for images")
+        if not for_text:
+            takes, given, use = ("numbers", "texts", ", ".join(TEXT))
+        raise ConfigError(f"model {name} takes {takes}, and these samples are {given}", f"use {use}")
+    if for_text or _takes(name, shape, classes, dim, stem):
         return
     given = "x".join(map(str, shape))
     if len(shape) != 3:

@@ -32,7 +32,8 @@ class Common:
         if self._published:
             self.part, self.width, self._last = _published(name, task.shape)
         else:
-            registry.check_model(name, task.shape, task.classes, task.dim, task.config.model.stem)
+            sizes = (task.classes, task.dim, task.config.model.stem, task.vocabulary)
+            registry.check_model(name, task.shape, *sizes)
             self.part, self.width = task.model(name), task.dim
 
     def from_file(self) -> Tensor | None:
