@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi import __version__, algorithms, config, launch
+from pfedmoe_mpi import __version__, algorithms, config, launch, tables
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_USER, ConfigError, LaunchError, UserError, nearest
 
@@ -122,15 +122,15 @@ def reproduce(arguments: Sequence[str]) -> int:
     own = {"scale": "1", "out": "", "only": "", "task": "", "dry": "false", "list": "false"}
     words, flags, extra = _parse(arguments, own)
     table = Path(_exactly(words, "TABLE.toml")[0])
-    listed, dry = _boolean("list", extra["list"]), _boolean("dry", extra["dry"])
+    scale, dry = _number("scale", extra["scale"]), _boolean("dry", extra["dry"])
+    if _boolean("list", extra["list"]):
+        runs = tables.chosen(tables.expand(tables.read(table), flags, scale), extra["only"], extra["task"])
+        if launch.launched_rank() == 0:
+            print("\n".join(run.name for run in runs))
+        return EXIT_DONE
     from pfedmoe_mpi import reproduce as room
 
-    scale = _number("scale", extra["scale"])
     asked = room.Asked(extra["out"], scale, extra["only"], extra["task"], dry)
-    if listed:
-        if launch.launched_rank() == 0:
-            print("\n".join(room.names(table, flags, asked)))
-        return EXIT_DONE
     return room.run(table, flags, asked)
 
 

@@ -36,11 +36,6 @@ class Asked:
     dry: bool = False
 
 
-def names(path: Path, settings: Mapping[str, Any], asked: Asked) -> list[str]:
-    """The names of the runs that are asked for; their number is that of a Slurm array's tasks."""
-    return [run.name for run in _runs(tables.read(path), settings, asked)]
-
-
 def run(path: Path, settings: Mapping[str, Any], asked: Asked) -> int:
     """Show what a table costs, then play its runs.
 
@@ -48,7 +43,7 @@ def run(path: Path, settings: Mapping[str, Any], asked: Asked) -> int:
         UserError: a table or a setting that will not do; nothing was written.
     """
     table = tables.read(path)
-    runs = _runs(table, settings, asked)
+    runs = tables.chosen(tables.expand(table, settings, asked.scale), asked.only, asked.task)
     end = launch.slurm_end() if launch.launched_rank() == 0 else None
     out = Path(asked.out or f"runs/{table.name}").absolute()
 
@@ -67,10 +62,6 @@ def run(path: Path, settings: Mapping[str, Any], asked: Asked) -> int:
         return _play(world, left, out, lambda run: _play_one(world, run, out / run.name, anew, code, end))
 
     return launch.under_mpi(work, runs[0].config.run.singleton)
-
-
-def _runs(table: Table, settings: Mapping[str, Any], asked: Asked) -> list[TableRun]:
-    return tables.chosen(tables.expand(table, settings, asked.scale), asked.only, asked.task)
 
 
 def _tell(world: Comm, lines: Sequence[str]) -> None:
