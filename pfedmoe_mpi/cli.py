@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi import __version__, algorithms, config, launch
+from pfedmoe_mpi import __version__, algorithms, config, launch, tables
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_USER, ConfigError, LaunchError, UserError, nearest
 
@@ -21,10 +21,11 @@ python -m pfedmoe_mpi [run] [CONFIG.toml] [--section.field VALUE ...] [--dry tru
        python -m pfedmoe_mpi inspect CHECKPOINT.h5 [--digest]
        python -m pfedmoe_mpi export CHECKPOINT.h5 --client 7 OUT.h5
        python -m pfedmoe_mpi data prepare|partition [CONFIG.toml] OUT.h5 [--section.field VALUE ...]
+       python -m pfedmoe_mpi reproduce TABLE.toml [--scale 0.1] [--out FOLDER] [--only PATTERN] [--dry true]
        python -m pfedmoe_mpi report RUN_DIR ... [--out FOLDER] [--text true] [--baseline NAME] [--target 0.9]
        python -m pfedmoe_mpi bench [WHAT ...] [--section.field VALUE ...]
        python -m pfedmoe_mpi check [FOLDER]
-run, restart, evaluate, bench and check run under mpirun or srun too."""
+run, restart, evaluate, reproduce, bench and check run under mpirun or srun too."""
 
 Settings = dict[str, Any]
 
@@ -116,6 +117,23 @@ def data(arguments: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+def reproduce(arguments: Sequence[str]) -> int:
+    """Train a table of a paper: its runs one after the other, those that are finished passed over."""
+    own = {"scale": "1", "out": "", "only": "", "task": "", "dry": "false", "list": "false"}
+    words, flags, extra = _parse(arguments, own)
+    table = Path(_exactly(words, "TABLE.toml")[0])
+    scale, dry = _number("scale", extra["scale"]), _boolean("dry", extra["dry"])
+    if _boolean("list", extra["list"]):
+        runs = tables.chosen(tables.expand(tables.read(table), flags, scale), extra["only"], extra["task"])
+        if launch.launched_rank() == 0:
+            print("\n".join(run.name for run in runs))
+        return EXIT_DONE
+    from pfedmoe_mpi import reproduce as room
+
+    asked = room.Asked(extra["out"], scale, extra["only"], extra["task"], dry)
+    return room.run(table, flags, asked)
+
+
 def report(arguments: Sequence[str]) -> int:
     """Tables, figures and a page about runs; needs neither torch nor MPI."""
     words, flags, extra = _parse(arguments, {"out": "", "text": "false", "baseline": "", "target": ""})
@@ -154,6 +172,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "inspect": inspect,
     "export": export,
     "data": data,
+    "reproduce": reproduce,
     "report": report,
     "bench": bench,
     "check": check,
@@ -202,6 +221,13 @@ def _boolean(name: str, value: str) -> bool:
     if value.lower() not in {"true", "false"}:
         raise ConfigError(f"--{name} {value}: neither true nor false", f"--{name} true|false")
     return value.lower() == "true"
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(f"--{name} {value} is no number", f"--{name} 0.1") from None
 
 
 def _no_settings(command: str, flags: Settings) -> None:

@@ -100,16 +100,16 @@ class Reporter:
 
 def run(settings: Config, dry: bool) -> int:
     """A new run."""
-
     end = launch.slurm_end() if launch.launched_rank() == 0 else None
+    return under_mpi(lambda world, code: begin(world, settings, code, end, dry), settings.run.singleton)
 
-    def work(world: Comm, code: str) -> int:
-        path = world.from_root(lambda: _new_folder(settings), "run folder")
-        world.stop_at = launch.stop_at(settings.run.walltime, end)
-        with RunFolder(path) as folder:
-            return _train(world, settings, folder, None, code, dry=dry)
 
-    return under_mpi(work, settings.run.singleton)
+def begin(world: Comm, settings: Config, code: str, end: float | None, dry: bool = False) -> int:
+    """Play a new run; collective. `code`: this program's version; `end`: when Slurm ends the job (rank 0)."""
+    path = world.from_root(lambda: _new_folder(settings), "run folder")
+    world.stop_at = launch.stop_at(settings.run.walltime, end)
+    with RunFolder(path) as folder:
+        return _train(world, settings, folder, None, code, dry=dry)
 
 
 def _new_folder(settings: Config) -> Path:
@@ -121,34 +121,30 @@ def _new_folder(settings: Config) -> Path:
 def restart(source: Path, overrides: Mapping[str, Any]) -> int:
     """Go on from a run folder's newest good checkpoint, or from one file."""
     end = launch.slurm_end() if launch.launched_rank() == 0 else None
+    singleton = str(overrides.get("run.singleton", "")).lower() == "true"
+    return under_mpi(lambda world, code: resume(world, source, overrides, code, end), singleton)
 
-    def work(world: Comm, code: str) -> int:
-        with _run_of(source) as held:
-            world.from_root(lambda: held.lock() if _stays(source, held, overrides) else None, "lock")
-            path, own, warnings = _choose(world, source)
-            if world.rank == 0:
-                for warning in warnings:
-                    print(f"warning: {warning}", file=sys.stderr, flush=True)
-            with Checkpoint(path) if path else nullcontext() as loaded:
-                toml = held.config
-                before = (
-                    loaded.config
-                    if loaded
-                    else world.from_root(lambda: config.read_toml(toml), "configuration")
-                )
-                settings, changes = continued(before, overrides, WHO_AND_WHEN)
-                world.stop_at = launch.stop_at(settings.run.walltime, end)
-                to, again = world.from_root(lambda: _goes_on_in(source, own, settings), "run folder")
-                settings = config.build({**config.flatten(config.to_tree(settings)), "run.dir": str(to)})
-                with held if again else RunFolder(to) as folder:
-                    return _train(
-                        *(world, settings, folder, loaded, code),
-                        again=again,
-                        changes=changes,
-                        warnings=warnings,
-                    )
 
-    return under_mpi(work, str(overrides.get("run.singleton", "")).lower() == "true")
+def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, end: float | None) -> int:
+    """Play on; collective. Arguments as of `begin`."""
+    with _run_of(source) as held:
+        world.from_root(lambda: held.lock() if _stays(source, held, overrides) else None, "lock")
+        path, own, warnings = _choose(world, source)
+        if world.rank == 0:
+            for warning in warnings:
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
+        with Checkpoint(path) if path else nullcontext() as loaded:
+            toml = held.config
+            before = (
+                loaded.config if loaded else world.from_root(lambda: config.read_toml(toml), "configuration")
+            )
+            settings, changes = continued(before, overrides, WHO_AND_WHEN)
+            world.stop_at = launch.stop_at(settings.run.walltime, end)
+            to, again = world.from_root(lambda: _goes_on_in(source, own, settings), "run folder")
+            settings = config.build({**config.flatten(config.to_tree(settings)), "run.dir": str(to)})
+            with held if again else RunFolder(to) as folder:
+                told = partial(_train, again=again, changes=changes, warnings=warnings)
+                return told(world, settings, folder, loaded, code)
 
 
 def _run_of(source: Path) -> RunFolder:

@@ -148,6 +148,11 @@ class RunFolder:
                 number += 1
         return number
 
+    @property
+    def finished(self) -> bool:
+        """Whether the last thing that happened is that the run came to its end."""
+        return [line["event"] for line in self._events()][-1:] == ["finish"]
+
     def _events(self) -> list[dict[str, Any]]:
         """The lines of events.jsonl that are whole."""
         try:
@@ -198,7 +203,10 @@ class RunFolder:
             return None
 
     def log_to_file(self, rank: int) -> None:
-        """log/rank-0003.txt."""
+        """log/rank-0003.txt, and no longer that of an earlier run of this process."""
+        for earlier in [found for found in LOGGER.handlers if isinstance(found, _LogFile)]:
+            LOGGER.removeHandler(earlier)
+            earlier.close()
         handler = _LogFile(self.path / "log" / f"rank-{rank:04d}.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         LOGGER.addHandler(handler)

@@ -218,3 +218,11 @@ class Run(Section):
     """Seconds after which the job must be over; auto = Slurm's end time, if there is one; 0 = no limit."""
     singleton: bool = False
     """Allow one rank where the launcher asked for more (each rank believes it is alone)."""
+    table: str = ""
+    """Which table of a paper the run belongs to; written by `reproduce`, for reports."""
+    cell: str = ""
+    """Its place there, COLUMN/ROW; written by `reproduce`."""
+    scale: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Its rounds as a share of the table's; written by `reproduce`."""
+    altered: Names = ()
+    """Settings it has otherwise than the table; written by `reproduce`."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import launcher
 import pytest
 
-from pfedmoe_mpi import config
+from pfedmoe_mpi import config, tables
 
 JOBS = Path(__file__).parents[1] / "jobs"
 QUICK = ("--model.pool", "mlp5", "--model.shared", "mlp5", "--clients", "4")
@@ -94,6 +94,99 @@ def test_array_numbers_seeds_by_algorithms(tmp_path: Path) -> None:
         assert words[words.index("--run.dir") + 1] == f"runs/array-17/{algorithm}-{seed}"
     beyond = said_of(tmp_path, "array.slurm", {"SLURM_ARRAY_TASK_ID": "9"})
     assert beyond.code == 2 and "from 0 to 8" in beyond.err and not beyond.out
+
+
+TABLE = """\
+[base]
+rounds = 1
+clients = 4
+model.pool = ["mlp5"]
+model.shared = "mlp5"
+[axis]
+algorithm = ["standalone", "pfedmoe"]
+seed = [0, 1]
+"""
+
+
+def test_table_plays_a_run_per_task(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text(TABLE)
+    for task, name in ((0, "standalone-seed0"), (3, "pfedmoe-seed1")):
+        env = {"SLURM_ARRAY_TASK_ID": str(task), "LAUNCH": "echo"}
+        (tmp_path / "runs" / "table-17" / name).mkdir(parents=True)
+        (tmp_path / "runs" / "table-17" / name / "events.jsonl").write_text(f"of {name}\n")
+        said = launcher.ended(batch_shell(tmp_path, "table.slurm", "my.toml", "--rounds", "3", env=env), 20)
+        wanted = f"reproduce my.toml --rounds 3 --task {task} --out runs/table-17\n"
+        assert said.code == 0 and f"-m pfedmoe_mpi {wanted}" in said.out, said.err
+        assert said.out.splitlines()[-1] == f"of {name}", "the last words are the run's"
+    env = {"SLURM_ARRAY_TASK_ID": "4", "LAUNCH": "echo"}
+    beyond = launcher.ended(batch_shell(tmp_path, "table.slurm", "my.toml", env=env), 20)
+    assert beyond.code == 2 and "from 0 to 3" in beyond.err and not beyond.out
+
+
+def test_table_stops_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text(TABLE)
+    endless = ("--run.checkpoint_every", "5000", "--train.epochs", "5")
+    env = {"SLURM_ARRAY_TASK_ID": "2"}
+    shell = batch_shell(tmp_path, "table.slurm", "my.toml", *endless, "--rounds", "5000", env=env)
+    run = tmp_path / "runs" / "table-17" / "pfedmoe-seed0"
+    try:
+        launcher.wait_for(run / "metrics.jsonl", shell)
+        shell.send_signal(signal.SIGUSR1)
+        result = launcher.ended(shell, 60)
+    finally:
+        launcher.end(shell.pid)
+    assert result.code == 75 and json.loads(result.out.splitlines()[-1])["event"] == "stop", result.err
+    done = len(launcher.rows(run))
+    env |= {"RUN_DIR": "runs/table-17"}
+    again = batch_shell(tmp_path, "table.slurm", "my.toml", *endless, "--rounds", "5000", env=env)
+    try:
+        deadline = time.monotonic() + 60
+        while len(launcher.rows(run)) < done + 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        again.send_signal(signal.SIGTERM)
+        result = launcher.ended(again, 60)
+    finally:
+        launcher.end(again.pid)
+    assert result.code == 75 and len(launcher.rows(run)) >= done + 2, result.out + result.err
+
+
+# What the tables of the papers hold, and what of it the papers say.
+TABLES = {"fedjets": 30, "fedjets-ablation": 21, "pfedmoe-classes": 132, "pfedmoe-dirichlet": 120}
+TABLES |= {
+    "pfedmoe-extractor": 30,
+    "pfedmoe-gate": 84,
+    "pfedmoe-heterogeneous": 270,
+    "pfedmoe-homogeneous": 270,
+}
+
+
+@pytest.mark.parametrize("path", sorted((JOBS / "tables").glob("*.toml")), ids=lambda path: path.stem)
+def test_tables_of_the_papers_are_valid(path: Path) -> None:
+    runs = tables.expand(tables.read(path), {})
+    assert len(runs) == TABLES[path.stem]
+    for run in runs:
+        made = run.config
+        assert made.data.path == str(path.parent.resolve() / "../data")
+        assert made.train.momentum == 0.9 and made.train.lr == made.train.lr_shared == 0.01
+        assert made.cohort_size == 10, "in both papers ten clients train in a round"
+        jets = path.stem.startswith("fedjets")
+        assert (made.train.batch, made.train.epochs) == ((256, 1) if jets else (512, 10))
+        assert run.planned == (2000 if jets and made.data.name == "CIFAR100" else 1250 if jets else 500)
+    assert {run.config.seed for run in runs} == {0, 1, 2}
+
+
+def test_the_main_tables_are_the_papers() -> None:
+    for kind, cifar in (("homogeneous", 1), ("heterogeneous", 5)):
+        runs = tables.expand(tables.read(JOBS / "tables" / f"pfedmoe-{kind}.toml"), {})
+        cells = {run.config.run.cell for run in runs}
+        assert len(cells) == 3 * 3 * 10
+        for run in runs:
+            made = run.config
+            sizes = (made.clients, made.participation)
+            assert sizes in {(10, 1.0), (50, 0.2), (100, 0.1)} and len(made.model.pool) == cifar
+            assert made.partition.kind == "pathological"
+            assert made.partition.classes == (10 if made.data.name == "CIFAR100" else 2)
+            assert made.model.pool[0] == ("mnist1" if made.data.name == "MNIST" else "cnn1")
 
 
 @pytest.mark.parametrize("path", sorted(JOBS.glob("*.toml")), ids=lambda path: path.name)

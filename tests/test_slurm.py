@@ -217,6 +217,23 @@ def test_array_trains_seeds_by_algorithms(cluster: Cluster, work: Path) -> None:
         assert (settings["algorithm"], settings["seed"]) == (algorithm, seed)
 
 
+def test_table_plays_a_run_per_task(cluster: Cluster, work: Path) -> None:
+    (work / "table.toml").write_text(
+        '[base]\nrounds = 1\nclients = 2\nmodel.pool = ["mlp5"]\nmodel.shared = "mlp5"\n'
+        '[axis]\nalgorithm = ["standalone", "pfedmoe"]\nseed = [0, 1]\n'
+    )
+    options = [TWO, "--array=1,2"]
+    job = cluster.submit(JOBS / "table.slurm", "table.toml", *MODEL[4:], cwd=work, options=options)
+    for task, name in ((1, "standalone-seed1"), (2, "pfedmoe-seed0")):
+        facts = cluster.over(f"{job}_{task}")
+        said = Path(facts["StdOut"]).read_text()
+        assert facts["ExitCode"] == "0:0", said
+        assert json.loads(said.splitlines()[-1])["event"] == "finish"
+        settings = tomllib.loads((work / "runs" / f"table-{job}" / name / "config.toml").read_text())
+        assert settings["run"]["cell"] == f"/{name.partition('-')[0]}"
+    assert len(list((work / "runs" / f"table-{job}").iterdir())) == 2
+
+
 @pytest.mark.parametrize("env", [{"SLURM_MPI_TYPE": "pmi2"}, {"LAUNCH": "mpirun -n 2 -ppn 1 -bind-to core"}])
 def test_gpu_example_on_two_nodes(
     cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session, env: dict[str, str]

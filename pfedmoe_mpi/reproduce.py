@@ -1,0 +1,175 @@
+"""`reproduce`: the runs of a table one after the other, each in a run folder of its own below one folder.
+
+All runs are played in one MPI session. A run is a function of its configuration alone, whatever the process
+did before it, so that no launcher has to start between two runs, a signal has one place to arrive, and
+`mpirun -n K` means what it means for a single run. A fault ends the whole job; called again, `reproduce`
+passes over finished runs and takes the others up from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pfedmoe_mpi import config, job, launch, tables
+from pfedmoe_mpi.comm import Comm
+from pfedmoe_mpi.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, ConfigError, RunError, StoppedError
+from pfedmoe_mpi.runfolder import RunFolder
+from pfedmoe_mpi.tables import Table, TableRun
+
+NEW, BEGUN, FINISHED = "new", "begun", "finished"
+# What an earlier start of a run may have otherwise: paths and speed, and what was `auto` then.
+FREE = (*(name for name in tables.HARMLESS if name not in {"rounds", "run."}), "model.", "run.")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says beside the table's name and the settings."""
+
+    out: str = ""
+    scale: float = 1.0
+    only: str = ""
+    task: str = ""
+    dry: bool = False
+
+
+def run(path: Path, settings: Mapping[str, Any], asked: Asked) -> int:
+    """Show what a table costs, then play its runs.
+
+    Raises:
+        UserError: a table or a setting that will not do; nothing was written.
+    """
+    table = tables.read(path)
+    runs = tables.chosen(tables.expand(table, settings, asked.scale), asked.only, asked.task)
+    end = launch.slurm_end() if launch.launched_rank() == 0 else None
+    out = Path(asked.out or f"runs/{table.name}").absolute()
+
+    def work(world: Comm, code: str) -> int:
+        world.stop_at = launch.stop_at(runs[0].config.run.walltime, end)
+        states = world.from_root(lambda: {run.name: _state(out / run.name, run) for run in runs}, "runs")
+        left = [run for run in runs if states[run.name] != FINISHED]
+        _tell(world, _heading(table, runs, left, out))
+        try:
+            _tell(world, _plan(world, left))
+        except StoppedError:  # met by all ranks; nothing is lost
+            return EXIT_STOPPED
+        if asked.dry:
+            return EXIT_DONE
+        anew = {name: value for name, value in settings.items() if name.startswith(tables.HARMLESS)}
+        return _play(world, left, out, lambda run: _play_one(world, run, out / run.name, anew, code, end))
+
+    return launch.under_mpi(work, runs[0].config.run.singleton)
+
+
+def _tell(world: Comm, lines: Sequence[str]) -> None:
+    if world.rank == 0 and lines:
+        print("\n".join(lines), flush=True)
+
+
+def _state(folder: Path, run: TableRun) -> str:
+    """How far a run is, by its folder.
+
+    Raises:
+        ConfigError: the folder is that of a run with other settings.
+    """
+    held = RunFolder(folder)
+    if not held.config.is_file():
+        return NEW
+    then, now = config.read_toml(held.config), config.flatten(config.to_tree(run.config))
+    differing = [
+        f"{name} {then[name]} → {value}"
+        for name, value in now.items()
+        if name in then and then[name] != value and not name.startswith(FREE)
+    ]
+    if differing:
+        problem = f"{folder} holds a run with other settings: {'; '.join(differing)}"
+        raise ConfigError(problem, "choose another --out, or give the flags of the first time")
+    return FINISHED if held.finished else BEGUN
+
+
+# What is said before
+
+
+def _heading(table: Table, runs: Sequence[TableRun], left: Sequence[TableRun], out: Path) -> list[str]:
+    done = len(runs) - len(left)
+    lines = [f"{table.title}\n{len(runs)} runs in {out}" + (f", {done} of them finished" if done else "")]
+    shrunk = {(run.planned, run.config.rounds) for run in runs if run.planned != run.config.rounds}
+    for planned, rounds in sorted(shrunk):
+        share = f"{100 * rounds / planned:.3g} %"
+        lines.append(
+            f"reduced scale: {rounds} rounds where the table has {planned} ({share}), marked in reports"
+        )
+    altered = runs[0].config.run.altered
+    if altered:
+        lines.append(f"other settings than the table's: {', '.join(altered)}, marked in reports")
+    return lines
+
+
+def _plan(world: Comm, left: Sequence[TableRun]) -> list[str]:
+    """A line per group of runs that differ in their seed, and the sum."""
+    if not left:
+        return []
+    from pfedmoe_mpi import estimate
+
+    costs = estimate.costs(world, left)
+    groups: dict[str, list[TableRun]] = {}
+    for run in left:
+        groups.setdefault(run.group, []).append(run)
+    width = max(map(len, groups))
+    lines = [f"{'run':{width}}  runs  rounds  samples trained     hours"]
+    for group, members in groups.items():
+        samples = sum(costs[run.name].samples for run in members)
+        hours = sum(costs[run.name].seconds for run in members) / 3600
+        rounds = members[0].config.rounds
+        lines.append(f"{group:{width}}  {len(members):4}  {rounds:6}  {samples:15,.0f}  {hours:8.3g}")
+    rounds = sum(run.config.rounds for run in left)
+    samples = sum(cost.samples for cost in costs.values())
+    hours = sum(cost.seconds for cost in costs.values()) / 3600
+    where = f"{world.size} rank{'s' if world.size > 1 else ''} of this machine"
+    lines.append(
+        f"left to do: {len(left)} runs, {rounds:,} rounds, {samples:,.0f} training samples, "
+        f"about {hours:.3g} hours on {where}"
+    )
+    return lines
+
+
+# The runs
+
+
+def _play(world: Comm, left: Sequence[TableRun], out: Path, play: Callable[[TableRun], int]) -> int:
+    """The runs in order; one that cannot go on is told, and the others are played all the same."""
+    failed: list[str] = []
+    for number, run in enumerate(left, 1):
+        if any(world.gather(world.stop_requested(), "stop")):
+            _tell(world, [f"stopped before run {run.name}; the same command goes on"])
+            return EXIT_STOPPED
+        _tell(world, ["", f"run {number} of {len(left)}: {run.name}"])
+        try:
+            result = play(run)
+        except RunError as error:
+            if any(world.gather(world.stop_requested(), "stop")):
+                raise
+            failed.append(run.name)
+            if world.rank == 0:
+                print(f"error: {run.name}: {error}", file=sys.stderr, flush=True)
+            continue
+        if result != EXIT_DONE:
+            _tell(world, ["the same command goes on with it"])
+            return result
+    ended = f"{len(left) - len(failed)} runs are finished; `report {out}` compares all that lie there"
+    _tell(world, ["", ended, *(f"could not go on: {name}" for name in failed)])
+    return EXIT_FAULT if failed else EXIT_DONE
+
+
+def _play_one(
+    world: Comm, run: TableRun, folder: Path, anew: Mapping[str, Any], code: str, end: float | None
+) -> int:
+    """From the start, or from where its folder stands, with the flags that a restart may have otherwise."""
+    if world.from_root(RunFolder(folder).config.is_file, "run folder"):
+        return job.resume(world, folder, anew, code, end)
+    flat = config.flatten(config.to_tree(run.config))
+    ours = {"run.dir": str(folder), "run.force": True}  # without config.toml it holds nothing of a run
+    return job.begin(world, config.build({**flat, **ours}), code, end)

@@ -1,0 +1,191 @@
+"""Tables as files, and `reproduce`, which trains them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import launcher
+import pytest
+
+from pfedmoe_mpi import tables
+from pfedmoe_mpi.errors import ConfigError
+
+TABLE = """\
+title = "Two methods, two numbers of clients"
+floor = 2
+in_rounds = ["fedkd.ramp"]
+
+[base]
+rounds = 10
+data.source = "synthetic"
+data.samples = 200
+data.size = 8
+model.pool = ["mlp5", "mlp4"]
+model.shared = "mlp5"
+train.device = "cpu"
+
+[axis.clients.n4]
+clients = 4
+[axis.clients.n8]
+clients = 8
+participation = 0.5
+
+[axis]
+algorithm = ["pfedmoe", "standalone"]
+seed = [0, 1]
+"""
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "two.toml"
+    path.write_text(TABLE)
+    return path
+
+
+# The file
+
+
+def test_runs_are_the_product_of_the_axes_in_order(table: Path) -> None:
+    runs = tables.expand(tables.read(table), {})
+    names = [f"{n}-{a}-seed{s}" for n in ("n4", "n8") for a in ("pfedmoe", "standalone") for s in (0, 1)]
+    assert [run.name for run in runs] == names
+    last = runs[-1].config
+    assert (last.clients, last.participation, last.algorithm, last.seed) == (8, 0.5, "standalone", 1)
+    assert (last.rounds, last.data.samples, last.model.pool) == (10, 200, ("mlp5", "mlp4"))
+    assert (last.run.table, last.run.cell, last.run.scale) == ("two", "n8/standalone", 1.0)
+    assert [run.group for run in runs[-2:]] == ["n8-standalone"] * 2
+
+
+def test_scale_shrinks_rounds_and_stops_at_the_floor(table: Path) -> None:
+    table.write_text(TABLE.replace('"standalone"]', '"fedkd"]').replace("rounds = 10", "rounds = 100"))
+    read = tables.read(table)
+    for scale, rounds in ((0.3, 30), (0.101, 11), (0.001, 2)):
+        run = tables.expand(read, {"fedkd.ramp": 40} if rounds == 2 else {}, scale)[2].config
+        assert (run.algorithm, run.rounds, run.run.scale) == ("fedkd", rounds, rounds / 100)
+        ramp = getattr(run, "fedkd").ramp  # noqa: B009
+        assert ramp == (40 if rounds == 2 else round(rounds / 100) or 1), "as asked for, or scaled too"
+    own = tables.expand(read, {"rounds": "50", "train.epochs": "2", "run.keep": "1"})[0].config.run
+    assert own.scale == 0.5 and own.altered == ("train.epochs",), (
+        "what makes it another table, and nothing else"
+    )
+
+
+def test_only_and_task_choose_runs(table: Path) -> None:
+    runs = tables.expand(tables.read(table), {})
+    assert [run.name for run in tables.chosen(runs, "n8-*0, *alone-seed1", "")] == [
+        *("n4-standalone-seed1", "n8-pfedmoe-seed0", "n8-standalone-seed0", "n8-standalone-seed1")
+    ]
+    assert [run.name for run in tables.chosen(runs, "n8-*", "2")] == ["n8-standalone-seed0"]
+    for only, task in (("n9-*", ""), ("", "8"), ("n8-*", "4"), ("", "x")):
+        with pytest.raises(ConfigError):
+            tables.chosen(runs, only, task)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("rounds = 10", "rounds = 0"), r"run n4-pfedmoe-seed0: rounds"),
+        (('"standalone"', '"fedavk"'), "no algorithm 'fedavk'.*fedavg"),
+        (("clients = 8\n", "clienst = 8\n"), r"unknown clienst in \[axis.clients.n8\].*clients"),
+        (("floor = 2", "flor = 2"), "unknown key 'flor'.*floor"),
+        (("floor = 2", "floor = 0"), "floor = 0"),
+        (('"fedkd.ramp"', '"fedkd.rump"'), "in_rounds"),
+        (("seed = [0, 1]", "seed = []"), "axis seed without points"),
+        (("seed = [0, 1]", "seed = [0, 0]"), "two runs of the same name"),
+        (("clients = 8\nparticipation = 0.5", "clients = 4"), "two runs of the same configuration"),
+        (("[axis.clients.n4]", "[axis.clients.'../n4']"), r"label '\.\./n4'"),
+        (("train.device", "run.dir"), "sets run.dir"),
+        (("[base]", "[base"), "cannot be read as TOML"),
+    ],
+)
+def test_a_bad_table_is_told_once(
+    table: Path, refused: Callable[..., str], change: tuple[str, str], said: str
+) -> None:
+    assert change[0] in TABLE
+    table.write_text(TABLE.replace(*change))
+    refused(said, "reproduce", table)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--scale", "0"), "--scale 0"),
+        (("--scale", "x"), "--scale x is no number"),
+        (("--seed", "5"), "--seed is on the axis seed"),
+        (("--run.dir", "here"), "--run.dir is set by"),
+        (("--rounds", "5", "--scale", "0.5"), "both change the rounds"),
+        (("--only", "n5*"), "no run of the table"),
+        (("--task", "8"), "no such run"),
+        (("--clients", "8"), "on the axis clients"),
+        (("--partition.min_samples", "60"), "run n4-pfedmoe-seed0: 4 clients"),
+        (("--data.source", "hdf5", "--data.path", "none.h5"), "none.h5"),
+    ],
+)
+def test_bad_flags_are_told_before_anything_is_written(
+    table: Path, refused: Callable[..., str], flags: tuple[str, ...], said: str
+) -> None:
+    refused(said, "reproduce", table, *flags)
+
+
+# The command
+
+
+def test_dry_tells_runs_and_cost_and_writes_nothing(
+    table: Path, done: Callable[..., launcher.Result]
+) -> None:
+    before = sorted(table.parent.rglob("*"))
+    said = done("reproduce", table, "--scale", "0.5", "--dry", "true", "--only", "*seed0").out
+    assert sorted(table.parent.rglob("*")) == before
+    assert "reduced scale: 5 rounds where the table has 10 (50 %)" in said
+    lines = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.startswith("n")}
+    assert set(lines) == {"n4-pfedmoe", "n4-standalone", "n8-pfedmoe", "n8-standalone"}
+    # 200 rows, 8 : 2, 5 rounds; half of eight clients a round
+    counted = {name: (words[0], words[1], int(words[2].replace(",", ""))) for name, words in lines.items()}
+    assert counted["n4-pfedmoe"] == ("1", "5", 800)
+    assert counted["n8-standalone"][2] == pytest.approx(400, abs=10)
+    assert all(float(words[3]) > 0 for words in lines.values())
+    assert "left to do: 4 runs, 20 rounds, 2,3" in said and "training samples, about" in said
+    assert done("reproduce", table, "--list", "true", "--task", "3").out == "n4-standalone-seed1\n"
+
+
+def test_a_table_is_stopped_taken_up_and_finished(table: Path, session: launcher.Session) -> None:
+    """Its runs are those of `run`, bit for bit, whatever was played in the same process before."""
+    folder = table.parent
+    flags = ("--only", "n8-*", "--out", "out", "--rounds", "30", "--run.checkpoint_every", "100")
+    with launcher.running(2, "reproduce", str(table), *flags, cwd=folder) as job:
+        second = folder / "out" / "n8-pfedmoe-seed1"
+        launcher.wait_for(second / "metrics.jsonl", job)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(60) == 75
+    assert launcher.events(second)[-1]["event"] == "stop"
+    assert not (folder / "out" / "n8-standalone-seed0").exists()
+    first = launcher.digest(folder / "out" / "n8-pfedmoe-seed0")
+    again = session("reproduce", str(table), *flags, cwd=folder, timeout=120)
+    assert again.code == 0, again.err
+    assert "4 runs in" in again.out and "1 of them finished" in again.out
+    assert launcher.digest(folder / "out" / "n8-pfedmoe-seed0") == first, "a finished run is left alone"
+    assert launcher.events(second)[-2]["event"] == "restart"
+    for name in ("n8-pfedmoe-seed1", "n8-standalone-seed1"):
+        assert launcher.events(folder / "out" / name)[-1]["event"] == "finish"
+        alone = ("--run.dir", f"alone/{name}", "--run.table", "", "--run.cell", "")
+        result = session(str(folder / "out" / name / "config.toml"), *alone, cwd=folder)
+        assert result.code == 0, result.err
+        ours = launcher.learned_digest(folder / "out" / name, 30)
+        assert ours == launcher.learned_digest(folder / "alone" / name, 30)
+        said = (folder / "out" / name / "log" / "rank-0000.txt").read_text()
+        assert "round 30/30" in said and said.count("clients after round") == 1, "each run has its own log"
+    other = session("reproduce", str(table), "--only", "n8-*", "--out", "out", "--scale", "0.5", cwd=folder)
+    launcher.told(other, "holds a run with other settings: rounds 30 → 5")
+
+
+def test_a_run_that_diverges_does_not_end_the_others(table: Path, session: launcher.Session) -> None:
+    table.write_text(TABLE.replace("seed = [0, 1]", '"train.lr" = [1e30, 0.05]'))
+    result = session("reproduce", str(table), "--only", "n4-pfedmoe-*", "--out", "out", cwd=table.parent)
+    out = table.parent / "out"
+    kinds = {path.name: launcher.events(path)[-1]["event"] for path in out.iterdir()}
+    assert list(kinds.values()).count("finish") == 1 and list(kinds.values()).count("error") == 1, kinds
+    assert result.code == 1 and "could not go on: n4-pfedmoe-lr1e+30" in result.out, result.err
+    assert result.err.count("error: ") == 1
