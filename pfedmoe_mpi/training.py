@@ -20,7 +20,7 @@ from pfedmoe_mpi import seeds
 from pfedmoe_mpi.client import Client
 from pfedmoe_mpi.data import shard
 from pfedmoe_mpi.data.shard import Batch, Normalise, Split
-from pfedmoe_mpi.fixedpoint import NotFiniteError
+from pfedmoe_mpi.fixedpoint import SCALE, NotFiniteError
 from pfedmoe_mpi.parts import Parts
 
 if TYPE_CHECKING:
@@ -203,12 +203,16 @@ class Turn:
 
 @dataclass(frozen=True)
 class Measured:
-    """One client measured on one split; `alpha` is the mean gate weight of the shared experts together."""
+    """One client measured on one split; `alpha` is the mean gate weight of the shared experts together.
+
+    `gate` int64 (2, classes), on the CPU: by class the samples, and Σ α·2^SCALE of them; None without gate.
+    """
 
     correct: int
     samples: int
     loss: float
     alpha: float
+    gate: torch.Tensor | None
 
 
 def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:
@@ -228,6 +232,7 @@ def measure(
     correct = torch.zeros((), dtype=torch.int64, device=engine.device)
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     alpha = torch.zeros((), dtype=torch.float64, device=engine.device)
+    gate: torch.Tensor | None = None
     for module in parts.modules().values():
         module.eval()
     with torch.no_grad(), engine.autocast():
@@ -241,5 +246,18 @@ def measure(
             loss += nn.functional.cross_entropy(logits, batch.y, reduction="sum").double()
             weights = method.weights(parts, batch.x)
             alpha += float("nan") if weights is None else weights[:, :-1].double().sum()
+            if weights is not None:
+                found = _by_class(weights[:, :-1].double().sum(1), batch.y, logits.shape[1])
+                gate = found if gate is None else gate + found
     n = len(split)
-    return Measured(int(correct), n, float(loss) / n if n else math.nan, float(alpha) / n if n else math.nan)
+    means = (float(loss) / n, float(alpha) / n) if n else (math.nan, math.nan)
+    return Measured(int(correct), n, means[0], means[1], None if gate is None else gate.cpu())
+
+
+def _by_class(alpha: torch.Tensor, y: torch.Tensor, classes: int) -> torch.Tensor:
+    """Integers, so that no order of clients and batches matters; α that are not finite are left out."""
+    finite = alpha.isfinite()
+    numbers = torch.stack([finite.double(), torch.where(finite, alpha, 0.0) * 2.0**SCALE])
+    return torch.zeros((2, classes), dtype=torch.int64, device=y.device).index_add_(
+        1, y, numbers.round().long()
+    )
