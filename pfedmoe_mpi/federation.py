@@ -311,14 +311,14 @@ class Loop:
     def _evaluate(self, round: int, state: torch.Tensor) -> EvaluationSum:
         """Every client's accuracy with the new state, measured at its home."""
         federation = self.federation
-        evaluation = EvaluationSum(federation.task.clients, self.comm.size)
+        evaluation = EvaluationSum(federation.task.clients, self.comm.size, federation.task.classes)
         started = time.perf_counter()
         try:
             if self._evaluated(round):
                 for client in federation.clients.values():
                     self.comm.poll()
                     with self._named(f"evaluation of client {client.id}, round {round}"):
-                        evaluation.clients[client.id] = self._measured(client, state, round)
+                        evaluation.clients[client.id] = self._measured(client, state, round, evaluation.gates)
         except StoppedError:
             pass
         self._seconds["evaluate"] = time.perf_counter() - started
@@ -327,8 +327,11 @@ class Loop:
             evaluation.request_stop()
         return evaluation
 
-    def _measured(self, client: Client, state: torch.Tensor, round: int) -> list[float]:
-        """CLIENT_METRICS; zeros where the method has no answer for a client that has not trained."""
+    def _measured(self, client: Client, state: torch.Tensor, round: int, gates: np.ndarray) -> list[float]:
+        """CLIENT_METRICS; zeros where the method has no answer for a client that has not trained.
+
+        Adds the weights of a client's gate to `gates`, unless it is as it was initialised.
+        """
         federation, method = self.federation, self._method
         parts = federation.workbench.parts((method.state(), state), (client.spec, client.vector))
         unseen = client.id in federation.task.absent(round)
@@ -339,6 +342,8 @@ class Loop:
         if not known:
             return [0.0] * len(metrics.CLIENT_METRICS)
         test = known[0]
+        if test.gate is not None and not unseen:
+            gates += test.gate.numpy()
         counted = [number for measured in known[1:] for number in (measured.correct, measured.samples)]
         return [test.correct, test.samples, test.loss, test.alpha, test.auc, *counted]
 

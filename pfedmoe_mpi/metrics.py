@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pfedmoe_mpi.fixedpoint import SCALE
 from pfedmoe_mpi.roundsum import DROPPED, IN, LATE, LOST, RoundSum
 
 Row = dict[str, Any]
@@ -22,16 +23,21 @@ CLIENT_METRICS = (
     *("correct", "samples", "loss", "alpha", "auc", "validation_correct", "validation_samples"),
     *("first_correct", "first_samples", "second_correct", "second_samples"),
 )
-RANK_METRICS = ("train", "evaluate", "sum", "wait", "rss_mb")
-UNREPEATABLE = ("seconds", "rss_mb", "mpi_bytes")  # differs between runs with the same bits
+PHASES = ("train", "evaluate", "sum", "wait")  # what a rank's seconds of a round go into
+RANK_METRICS = (*PHASES, "rss_mb")
+UNREPEATABLE = ("seconds", "seconds_ranks", "rss_mb", "mpi_bytes")  # differs between runs with the same bits
 
 
 class EvaluationSum:
-    """Position 0 counts stops; a slot of float64 bits per client and per rank: the sum is a gather."""
+    """Position 0 counts stops; a slot of float64 bits per client and per rank: there the sum is a gather.
 
-    def __init__(self, clients: int, ranks: int) -> None:
+    Last the gate weights by class, which are added up as integers.
+    """
+
+    def __init__(self, clients: int, ranks: int, classes: int) -> None:
         self._split = 1 + clients * len(CLIENT_METRICS)
-        self.buffer = np.zeros(self._split + ranks * len(RANK_METRICS), np.int64)
+        self._gates = self._split + ranks * len(RANK_METRICS)
+        self.buffer = np.zeros(self._gates + 2 * classes, np.int64)
 
     @property
     def stopped(self) -> bool:
@@ -48,7 +54,12 @@ class EvaluationSum:
     @property
     def ranks(self) -> np.ndarray:
         """float64 (ranks, len(RANK_METRICS))."""
-        return self.buffer[self._split :].view(np.float64).reshape(-1, len(RANK_METRICS))
+        return self.buffer[self._split : self._gates].view(np.float64).reshape(-1, len(RANK_METRICS))
+
+    @property
+    def gates(self) -> np.ndarray:
+        """int64 (2, classes): test samples with a gate weight, and Σ α·2^SCALE of them, over clients."""
+        return self.buffer[self._gates :].reshape(2, -1)
 
 
 def summary(accuracy: Sequence[float | None], samples: Sequence[float]) -> dict[str, float | None]:
@@ -82,6 +93,7 @@ def evaluated(evaluation: EvaluationSum, unseen: Collection[int] = ()) -> Row:
         "accuracy_concepts": {name: _concept(measured, name, old) for name in ("first", "second")},
         "accuracy_validation": summary([validation[k] for k in old], validated[old].tolist()),
         "auc": summary([auc[k] for k in old], tested[old].tolist()),
+        "alpha_class": _alpha_class(evaluation.gates),
         "clients": {
             "accuracy": accuracy,
             "loss": nulls(np.where(tested > 0, measured["loss"], np.nan)),
@@ -89,6 +101,14 @@ def evaluated(evaluation: EvaluationSum, unseen: Collection[int] = ()) -> Row:
             "auc": auc,
         },
     }
+
+
+def _alpha_class(gates: np.ndarray) -> list[float | None] | None:
+    """Mean gate weight of the samples of each class, null for a class without; None if nobody has a gate."""
+    samples, sums = gates
+    if not samples.any():
+        return None
+    return nulls(np.where(samples > 0, sums / np.maximum(samples, 1) / 2.0**SCALE, np.nan))
 
 
 def _concept(measured: Mapping[str, np.ndarray], name: str, clients: Sequence[int]) -> float | None:
@@ -144,7 +164,8 @@ def row(
     weights = np.array([samples[client] for client, _ in total.cohort], float)[trained]
     losses = member[trained, 0]
     largest = dict(zip(RANK_METRICS, evaluation.ranks.max(axis=0), strict=True))
-    spent = {name: float(largest[name]) for name in RANK_METRICS[:4]}
+    spent = {name: float(largest[name]) for name in PHASES}
+    ranks = dict(zip(RANK_METRICS, evaluation.ranks.T.round(6).tolist(), strict=True))
     up, down = member[members_in, 2:4].mean(axis=0).tolist() if members_in.any() else (None, None)
     after = evaluated(evaluation, unseen)
     return {
@@ -161,8 +182,10 @@ def row(
         "accuracy_cohort": summary(before, tested),
         "accuracy_validation": after["accuracy_validation"],
         "auc": after["auc"],
+        "alpha_class": after["alpha_class"],
         "clients": {**after["clients"], "accuracy_before": before, "samples": list(samples)},
         "seconds": {**spent, "write": None, "total": seconds},
+        "seconds_ranks": {name: ranks[name] for name in PHASES},
         "bytes": {"up": up, "down": down, "once": bytes_once},
         "mpi_bytes": int(8 * (len(total.buffer) + len(evaluation.buffer))),
         "rss_mb": float(largest["rss_mb"]),

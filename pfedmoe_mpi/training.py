@@ -21,7 +21,7 @@ from pfedmoe_mpi.auc import auc
 from pfedmoe_mpi.client import Client
 from pfedmoe_mpi.data import shard
 from pfedmoe_mpi.data.shard import Batch, Normalise, Split
-from pfedmoe_mpi.fixedpoint import NotFiniteError
+from pfedmoe_mpi.fixedpoint import SCALE, NotFiniteError
 from pfedmoe_mpi.parts import Parts
 
 if TYPE_CHECKING:
@@ -207,6 +207,7 @@ class Measured:
     """One client measured on one split; `alpha` is the mean gate weight of the shared experts together.
 
     `auc` is NaN unless the task has two classes and the split samples of both.
+    `gate` int64 (2, classes), on the CPU: by class the samples, and Σ α·2^SCALE of them; None without gate.
     """
 
     correct: int
@@ -214,6 +215,7 @@ class Measured:
     loss: float
     alpha: float
     auc: float
+    gate: torch.Tensor | None
 
 
 def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:
@@ -234,6 +236,7 @@ def measure(
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     alpha = torch.zeros((), dtype=torch.float64, device=engine.device)
     scores: list[torch.Tensor] = []  # of class 1 against class 0
+    gate: torch.Tensor | None = None
     for module in parts.modules().values():
         module.eval()
     with torch.no_grad(), engine.autocast():
@@ -247,9 +250,21 @@ def measure(
             loss += nn.functional.cross_entropy(logits, batch.y, reduction="sum").double()
             weights = method.weights(parts, batch.x)
             alpha += float("nan") if weights is None else weights[:, :-1].double().sum()
+            if weights is not None:
+                found = _by_class(weights[:, :-1].double().sum(1), batch.y, logits.shape[1])
+                gate = found if gate is None else gate + found
             if logits.shape[1] == 2:
                 scores.append(logits[:, 1] - logits[:, 0])
     n = len(split)
     ranked = auc(torch.cat(scores).cpu().numpy(), split.y.cpu().numpy()) if scores else math.nan
     mean_loss, mean_alpha = (float(total) / n if n else math.nan for total in (loss, alpha))
-    return Measured(int(correct), n, mean_loss, mean_alpha, ranked)
+    return Measured(int(correct), n, mean_loss, mean_alpha, ranked, None if gate is None else gate.cpu())
+
+
+def _by_class(alpha: torch.Tensor, y: torch.Tensor, classes: int) -> torch.Tensor:
+    """Integers, so that no order of clients and batches matters; α that are not finite are left out."""
+    finite = alpha.isfinite()
+    numbers = torch.stack([finite.double(), torch.where(finite, alpha, 0.0) * 2.0**SCALE])
+    return torch.zeros((2, classes), dtype=torch.int64, device=y.device).index_add_(
+        1, y, numbers.round().long()
+    )

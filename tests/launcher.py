@@ -65,7 +65,8 @@ def events(run: Path) -> list[dict[str, Any]]:
 def learned(run: Path) -> list[dict[str, Any]]:
     """The rows without what differs between runs of the same bits."""
     return [
-        {k: v for k, v in row.items() if k not in {"seconds", "rss_mb", "mpi_bytes"}} for row in rows(run)
+        {k: v for k, v in row.items() if k not in {"seconds", "seconds_ranks", "rss_mb", "mpi_bytes"}}
+        for row in rows(run)
     ]
 
 

@@ -267,10 +267,11 @@ def test_a_row_weighs_names_and_leaves_null_what_was_not_measured() -> None:
     total.add(0, {"a": torch.ones(2)}, {"train_loss": 1.0, "accuracy_before": 0.5, "bytes_down": 99})
     total.add(2, {"a": torch.ones(2)}, {"train_loss": 2.0, "accuracy_before": float("nan"), "bytes_down": 99})
     total.leave_out(1, DROPPED)
-    evaluation = metrics.EvaluationSum(4, 2)
+    evaluation = metrics.EvaluationSum(4, 2, 3)
     evaluation.clients[0] = [3, 4, 0.5, 0.6, 0, 0, 1, 2, 2, 2]
     evaluation.clients[3] = [1, 2, float("inf"), float("nan"), 1, 2, 0, 0, 0, 0]
     evaluation.ranks[:] = [[1, 2, 3, 4, 5], [4, 3, 2, 1, 9]]
+    evaluation.gates[:] = [[2, 0, 4], [2**40, 0, 2**40]]
     row = metrics.row(
         7,
         total,
@@ -304,6 +305,8 @@ def test_a_row_weighs_names_and_leaves_null_what_was_not_measured() -> None:
         None,
         10,
     ]
+    assert row["seconds_ranks"] == {"train": [1, 4], "evaluate": [2, 3], "sum": [3, 2], "wait": [4, 1]}
+    assert row["alpha_class"] == [0.5, None, 0.25]
     assert row["accuracy_concepts"] == {"first": 0.5, "second": 1.0, "share": None}
     assert metrics.dumps(row)
 
@@ -320,18 +323,18 @@ def test_a_round_of_nobody_and_a_method_without_a_loss_still_make_a_row() -> Non
         row = metrics.row(
             1,
             total,
-            metrics.EvaluationSum(4, 1),
+            metrics.EvaluationSum(4, 1, 3),
             [4, 4, 4, 5],
             [0] * 4,
             seconds=1.0,
             simulated=1.0,
         )
-        assert row["train_loss"] is None and row["accuracy"]["mean"] is None
+        assert row["train_loss"] is None and row["accuracy"]["mean"] is None and row["alpha_class"] is None
         assert metrics.dumps(row)
         assert (
             row.keys()
             == metrics.row(
-                *(2, total, metrics.EvaluationSum(4, 1), [4] * 4, [1] * 4),
+                *(2, total, metrics.EvaluationSum(4, 1, 3), [4] * 4, [1] * 4),
                 seconds=1.0,
                 simulated=1.0,
             ).keys()

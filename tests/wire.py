@@ -24,8 +24,10 @@ from pfedmoe_mpi import placement, setup
 from pfedmoe_mpi.algorithms.base import Algorithm, Block
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.data.shard import Split, batches
 from pfedmoe_mpi.federation import Loop, Silent
 from pfedmoe_mpi.metrics import CLIENT_METRICS, RANK_METRICS
+from pfedmoe_mpi.parts import Parts
 from pfedmoe_mpi.roundsum import IN, MEMBER_METRICS, MISSING, RoundSum
 from pfedmoe_mpi.training import Turn, measure
 
@@ -256,9 +258,11 @@ class Tap:
         """Only the declared metrics: of this rank's clients, as measured once more, and of this rank."""
         made, width = self._made, len(CLIENT_METRICS)
         clients, ranks = made.task.clients * width, self._comm.size * len(RANK_METRICS)
-        if len(buffer) != 1 + clients + ranks or buffer[0]:
-            return self._say(f"the evaluation sums {len(buffer)} numbers, declared are {1 + clients + ranks}")
+        declared = 1 + clients + ranks + 2 * made.task.classes
+        if len(buffer) != declared or buffer[0]:
+            return self._say(f"the evaluation sums {len(buffer)} numbers, declared are {declared}")
         expected = np.zeros((made.task.clients, width))
+        gates = np.zeros((2, made.task.classes), np.int64)
         for client in made.clients.values():
             specs = ((self._fresh.state(), self._state), (client.spec, client.vector))
             parts = made.workbench.parts(*specs)
@@ -268,15 +272,28 @@ class Tap:
             assert test and held, "every client of this federation trains"
             row = [test.correct, test.samples, test.loss, test.alpha, test.auc, held.correct, held.samples]
             expected[client.id] = [*row, *[0.0] * (width - len(row))]  # no stream, no concepts
+            gates += self._gates(parts, client.splits["test"])
         found = buffer[1 : 1 + clients].view(np.float64).reshape(expected.shape)
         if not np.array_equal(found, expected, equal_nan=True):
             self._say("the metrics of clients are not those measured")
-        own = buffer[1 + clients :].view(np.float64).reshape(-1, len(RANK_METRICS))
+        if not np.array_equal(buffer[1 + clients + ranks :], gates.ravel()):
+            self._say("the gate weights by class are not those of this rank's clients")
+        own = buffer[1 + clients : 1 + clients + ranks].view(np.float64).reshape(-1, len(RANK_METRICS))
         if np.delete(own, self._comm.rank, 0).any() or not (own >= 0).all():
             self._say("the metrics of ranks are more than seconds and memory of this one")
         cohort = self._method.cohort(self._loop.round + 1)
         self._before |= {client for client, _ in cohort}
         self._turns.clear()
+
+    def _gates(self, parts: Parts, split: Split) -> np.ndarray:
+        """(2, classes) samples of each class and the sum of their shared gate weights, one by one."""
+        found = np.zeros((2, self._made.task.classes), np.int64)
+        with torch.no_grad():
+            for batch in batches(split, self._made.engine.evaluation_batch, self._made.engine.normalise):
+                weights = self._fresh.weights(parts, batch.x)
+                for row, label in zip([] if weights is None else weights.double(), batch.y, strict=False):
+                    found[:, label] += (1, round(float(row[:-1].sum()) * 2**40))
+        return found
 
     # The simulator's own traffic
 
