@@ -39,7 +39,7 @@ class Section(BaseModel):
 
 class Data(Section):
     source: Annotated[
-        Literal["digits", "torchvision", "folder", "hdf5", "npz", "heart", "text", "synthetic"],
+        Literal["digits", "torchvision", "folder", "hdf5", "npz", "heart", "text", "words", "synthetic"],
         BeforeValidator(_name),
     ] = "digits"
     """Where samples come from; `digits` is inside the program and needs no download."""

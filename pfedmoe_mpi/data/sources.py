@@ -15,6 +15,7 @@ from pfedmoe_mpi.data.heart import load_heart
 from pfedmoe_mpi.data.npz import load_npz
 from pfedmoe_mpi.data.text import load_text
 from pfedmoe_mpi.data.vision import load_torchvision
+from pfedmoe_mpi.data.words import load_words
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.sections import Data
 from pfedmoe_mpi.seeds import numpy_generator
@@ -52,6 +53,7 @@ def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) 
         "npz": lambda: load_npz(user_path(settings)),
         "heart": lambda: load_heart(user_path(settings)),
         "text": lambda: load_text(user_path(settings), settings),
+        "words": lambda: load_words(user_path(settings), settings),
     }
     return readers[settings.source]()
 

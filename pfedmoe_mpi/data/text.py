@@ -43,7 +43,8 @@ def load_text(path: Path, settings: Data) -> Loaded:
         store=HeldRows(padded(rows, settings.length)),
         labels=np.array([known[label] for label in labels], np.int64),
         class_names=names,
-        fit=Vocabulary(words, settings.vocabulary),
+        proposals={"rounds": 12},
+        fit=Vocabulary(len(words), settings.vocabulary),
     )
 
 

@@ -20,11 +20,11 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def numbered(texts: Sequence[Sequence[str]]) -> tuple[list[np.ndarray], int]:
-    """Every text as numbers (words,) int32 from 1, in alphabetical order of all words; how many words."""
+def numbered(texts: Sequence[Sequence[str]]) -> tuple[list[np.ndarray], list[str]]:
+    """Every text as numbers (words,) int32, and all words in alphabetical order: number k is the k-th."""
     words = sorted({word for text in texts for word in text})
     number = {word: place for place, word in enumerate(words, 1)}
-    return [np.array([number[word] for word in text], np.int32) for text in texts], len(words)
+    return [np.array([number[word] for word in text], np.int32) for text in texts], words
 
 
 def padded(texts: Sequence[np.ndarray], length: int) -> np.ndarray:
@@ -33,6 +33,16 @@ def padded(texts: Sequence[np.ndarray], length: int) -> np.ndarray:
     for row, text in zip(rows, texts, strict=True):
         row[: len(text)] = text[:length]
     return rows
+
+
+def counted(numbers: np.ndarray, partition: Partition, words: int) -> np.ndarray:
+    """How often each number stands in the training rows of clients that train, (words + 1,).
+
+    Args:
+        numbers: (n,) or (n, length), of all rows.
+    """
+    trained = [rows for k, rows in enumerate(partition.train) if k not in partition.unseen]
+    return np.bincount(numbers[np.concatenate(trained)].ravel(), minlength=words + 1)
 
 
 def table(counts: np.ndarray, limit: int) -> tuple[np.ndarray, int]:
@@ -61,7 +71,5 @@ class Vocabulary:
 
     def __call__(self, data: Dataset, partition: Partition) -> Dataset:
         x = data.rows(np.arange(len(data)))
-        trained = [rows for k, rows in enumerate(partition.train) if k not in partition.unseen]
-        counts = np.bincount(x[np.concatenate(trained)].ravel(), minlength=self.words + 1)
-        tokens, vocabulary = table(counts, self.limit)
+        tokens, vocabulary = table(counted(x, partition, self.words), self.limit)
         return replace(data, store=HeldRows(tokens[x]), vocabulary=vocabulary)

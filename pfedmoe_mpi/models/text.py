@@ -13,11 +13,14 @@ from torch.nn import functional as F
 from pfedmoe_mpi.models.names import EMBEDDING, RECURRENT
 
 HEADS = 4
-DEVIATION = 0.1  # of fresh embeddings: words that training hardly saw stay small beside those it saw
+DEVIATION = 0.02  # of fresh embeddings; see `TextExtractor`
 
 
 class TextExtractor(nn.Module):
     """Tokens (B, length) to representations (B, dim), by what stands between embedding and last layer.
+
+    Embeddings start small and are normalised (LayerNorm) wherever they are read, so that a step of plain SGD
+    turns those of the few words it saw by much: without it they hardly move in the steps a client has.
 
     Raises:
         ValueError: samples are no tokens (`vocabulary` 0).
@@ -29,11 +32,17 @@ class TextExtractor(nn.Module):
             raise ValueError("this model takes tokens")
         self.embedding = nn.Embedding(vocabulary, EMBEDDING, padding_idx=0)
         nn.init.normal_(self.embedding.weight, std=DEVIATION)
+        self.norm = nn.LayerNorm(EMBEDDING)
         self.last = nn.Linear(width, dim)
 
+    def words(self, x: Tensor) -> Tensor:
+        """Normalised embeddings (B, length, 64)."""
+        normalised: Tensor = self.norm(self.embedding(x))
+        return normalised
+
     def embedded(self, x: Tensor) -> Tensor:
-        """The mean embedding of a text's tokens, padding apart, (B, 64)."""
-        return _mean(self.embedding(x), x)
+        """The embeddings of a text as one, (B, 64)."""
+        return pooled(self.words(x), x)
 
     def encoded(self, x: Tensor) -> Tensor:
         """(B, width)."""
@@ -43,14 +52,21 @@ class TextExtractor(nn.Module):
         return F.relu(self.last(self.encoded(x)))
 
 
-def _mean(values: Tensor, x: Tensor) -> Tensor:
-    """Values (B, length, width) of tokens x (B, length), padding apart, as their mean (B, width)."""
+def pooled(values: Tensor, x: Tensor, power: float = 0.5) -> Tensor:
+    """Σ values / n^power over the n tokens of x (B, length) that are no padding.
+
+    With ½ its size does not depend on the length of a text where words have little in common, and its
+    gradient does not vanish with it as a mean's does; a mean, with 1, is for values that share much.
+
+    Args:
+        values: (B, length, width).
+    """
     held = (x != 0).unsqueeze(2)
-    return (values * held).sum(1) / held.sum(1).clamp_min(1)
+    return (values * held).sum(1) / held.sum(1).clamp_min(1) ** power
 
 
 class FastText(TextExtractor):
-    """The mean embedding alone.
+    """The embeddings of a text as one, and no more.
 
     Source: Joulin, Grave, Bojanowski, Mikolov: "Bag of Tricks for Efficient Text Classification", EACL 2017.
     Departure: words only, no n-grams; a hidden layer, for a representation of the common length.
@@ -61,7 +77,7 @@ class FastText(TextExtractor):
 
 
 class Recurrent(TextExtractor):
-    """One layer of LSTM or GRU; its mean output and its last one, side by side."""
+    """One layer of LSTM or GRU; its outputs as one and its last output, side by side."""
 
     def __init__(self, name: str, vocabulary: int, dim: int) -> None:
         kind, width = RECURRENT[name]
@@ -71,10 +87,10 @@ class Recurrent(TextExtractor):
         )
 
     def encoded(self, x: Tensor) -> Tensor:
-        outputs, _ = self.recurrent(self.embedding(x))
+        outputs, _ = self.recurrent(self.words(x))
         end = ((x != 0).sum(1) - 1).clamp_min(0)
         last = outputs[torch.arange(len(x), device=x.device), end]
-        return torch.cat([_mean(outputs, x), last], 1)
+        return torch.cat([pooled(outputs, x), last], 1)
 
 
 class Transformer(TextExtractor):
@@ -93,10 +109,10 @@ class Transformer(TextExtractor):
         self.wide, self.narrow = nn.Linear(EMBEDDING, 2 * EMBEDDING), nn.Linear(2 * EMBEDDING, EMBEDDING)
 
     def encoded(self, x: Tensor) -> Tensor:
-        h = self.embedding(x) + self.position.weight
+        h = self.words(x) + self.position.weight
         h = h + self._attention(self.norm1(h), x)
         h = h + self.narrow(F.relu(self.wide(self.norm2(h))))
-        return _mean(h, x)
+        return pooled(h, x, power=1.0)
 
     def _attention(self, h: Tensor, x: Tensor) -> Tensor:
         """Every token's mixture of the others (B, length, 64); nobody looks at padding."""
