@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from pfedmoe_mpi.report import compare, versus
+from pfedmoe_mpi.report import compare, paper, versus
 from pfedmoe_mpi.report.compare import ENOUGH, Comparison, Group, accuracy, known, mean_std
 from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
 from pfedmoe_mpi.report.load import Run
@@ -27,6 +27,7 @@ def report(runs: Sequence[Run], baseline: str, target: float | None) -> Report:
     drawn = [versus.curves(comparison, setting, n) for n, setting in enumerate(comparison.settings)]
     sections = [
         Section("Results", [results(comparison), names(comparison)], drawn),
+        *paper.sections(runs),
         _differences(comparison, base),
         Section("Target accuracy", targets(comparison, target)),
         Section("Cost", [cost(comparison)]),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoe_mpi.report import figures
+from pfedmoe_mpi.report import figures, paper
 from pfedmoe_mpi.report.compare import mean_std, value_text
 from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
 from pfedmoe_mpi.report.load import Run
@@ -38,6 +38,7 @@ def report(run: Run, target: float | None) -> Report:
     state = "finished" if run.finished else f"unfinished: {run.done} of {run.planned} rounds"
     sections = [
         Section("The run", [*_settings(run), _versions(run)]),
+        *paper.sections([run]),
         _data(run),
         Section("Convergence", [_target(run, target)], [figures.convergence(run)]),
         Section("Clients", [_architectures(run), _clients(run)], [figures.clients(run)]),

@@ -1,0 +1,93 @@
+"""Runs of the papers' tables beside the figures that the papers print."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import launcher
+import pytest
+import report_runs
+from conftest import SMALL
+
+from pfedmoe_mpi import tables
+from pfedmoe_mpi.report import paper
+
+JOBS = Path(__file__).parents[1] / "jobs" / "tables"
+# (algorithm, cell, seeds, further flags)
+RUNS = (
+    ("standalone", "cifar10-n10/standalone", (0, 1), ()),
+    (
+        "pfedmoe",
+        "cifar10-n10/pfedmoe",
+        (0,),
+        ("--run.scale", "0.1", "--run.altered", "train.epochs,data.size"),
+    ),
+    ("pfedmoe", "cifar10-n50/pfedmoe", (0,), ("--clients", "5")),
+)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, session: launcher.Session) -> Path:
+    folder = tmp_path_factory.mktemp("paper")
+    for algorithm, cell, seeds, flags in RUNS:
+        for seed in seeds:
+            place = ("--run.table", "pfedmoe-homogeneous", "--run.cell", cell)
+            name = f"runs/{cell.replace('/', '-')}-{seed}"
+            which = ("--algorithm", algorithm, "--seed", str(seed), "--run.dir", name)
+            result = session(*SMALL, *which, *place, *flags, cwd=folder)
+            assert result.code == 0, result.err
+    result = session("report", "runs", "--out", "page", cwd=folder)
+    assert result.code == 0, result.err
+    return folder / "page"
+
+
+def test_ours_beside_the_papers(report: Path) -> None:
+    rows = {
+        (row["setting"], row["method"]): row for row in report_runs.table(report, "paper_pfedmoe-homogeneous")
+    }
+    assert len(rows) == 3
+    row = rows["cifar10-n10", "standalone"]
+    runs = report.parent / "runs"
+    own = [launcher.rows(runs / f"cifar10-n10-standalone-{seed}")[-1]["accuracy"]["mean"] for seed in (0, 1)]
+    assert report_runs.close(row["ours mean"], sum(own) / 2) and row["ours seeds"] == "2"
+    assert report_runs.close(row["paper"], 0.9635), "Standalone, N = 10, CIFAR-10"
+    assert report_runs.close(row["difference, points"], sum(own) / 2 - 0.9635)
+    assert row["as run"] == "as the table"
+    reduced = rows["cifar10-n10", "pfedmoe"]
+    assert report_runs.close(reduced["paper"], 0.968)
+    assert reduced["as run"] == "reduced scale: 1 of 10 rounds; other train.epochs, data.size"
+    unknown = rows["cifar10-n50", "pfedmoe"]
+    assert unknown["ours mean"] and not unknown["paper"] and not unknown["difference, points"]
+
+
+def test_the_page_latex_and_the_terminal_show_it(report: Path, session: launcher.Session) -> None:
+    shown = report_runs.shown(report, "paper_pfedmoe-homogeneous")
+    cells = {(row[0][0], row[1][0]): [text for text, _ in row] for row in shown}
+    assert cells["cifar10-n10", "standalone"][3] == "96.35"
+    assert cells["cifar10-n10", "pfedmoe"][3] == "96.80*", "no table prints it"
+    assert cells["cifar10-n50", "pfedmoe"][3:5] == ["–", "–"]
+    assert "96.35" in (report / "tables" / "paper_pfedmoe-homogeneous.tex").read_text()
+    said = session("report", "runs", "--text", "true", cwd=report.parent).out
+    assert "solved from ranges" in said and "reduced scale: 1 of 10 rounds" in said
+    alone = session("report", "runs/cifar10-n10-standalone-0", "--text", "true", cwd=report.parent).out
+    assert "96.35" in alone and "96.80" not in alone
+
+
+def test_runs_of_no_table_have_no_such_section(trained: Path, session: launcher.Session) -> None:
+    said = session("report", str(trained), "--text", "true", cwd=trained.parent).out
+    assert "paper" not in said
+
+
+def test_every_figure_belongs_to_a_cell_of_a_table() -> None:
+    figures = tomllib.loads(paper.FIGURES.read_text())
+    number = 0
+    for name, held in figures.items():
+        runs = tables.expand(tables.read(JOBS / f"{name}.toml"), {})
+        cells = {run.config.run.cell for run in runs}
+        known = {f"{column}/{row}" for column, rows in held["cells"].items() for row in rows}
+        assert known <= cells and set(held.get("solved", ())) <= known
+        assert all(0 < value <= 100 for rows in held["cells"].values() for value in rows.values())
+        number += len(known)
+    # nine baselines in nine settings, twice, less what did not converge, three cells of pFedMoE, FedJETs
+    assert number == 2 * 81 - 7 - 19 + 3 + 12
