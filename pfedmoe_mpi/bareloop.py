@@ -8,7 +8,7 @@ is no sum, no flat vector, no communication, no look for a stop, no check of wha
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,13 @@ from pfedmoe_mpi.training import learning_rate_factor
 
 @dataclass(frozen=True)
 class BareClient:
-    """A client's modules: its copy of the shared extractor, its own model, its gate."""
+    """A client: its copy of the shared extractor, its own model, its gate and what that sees of x."""
 
     id: int
     shared: nn.Module
     model: Model
     gate: nn.Module
+    seen: Callable[[Tensor, nn.Module], Tensor]
     splits: Mapping[str, Split]
 
     def modules(self) -> tuple[nn.Module, ...]:
@@ -40,7 +41,7 @@ class BareClient:
 
     def predict(self, x: Tensor) -> Tensor:
         """Logits (B, classes)."""
-        alpha = self.gate(x)
+        alpha = self.gate(self.seen(x, self.shared))
         representation = alpha[:, :1] * self.shared(x) + alpha[:, 1:] * self.model.extractor(x)
         logits: Tensor = self.model.head(representation)
         return logits
@@ -54,7 +55,12 @@ class BareLoop:
         self._train = federation.config.train
         self.seconds = {"train": 0.0, "evaluate": 0.0}  # of the last round
         self.clients = [
-            BareClient(k, **_modules(federation, state, client.spec, client.vector), splits=client.splits)
+            BareClient(
+                k,
+                **_modules(federation, state, client.spec, client.vector),
+                seen=federation.task.seen,
+                splits=client.splits,
+            )
             for k, client in federation.clients.items()
         ]
 

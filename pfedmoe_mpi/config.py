@@ -49,7 +49,7 @@ class Config(Section):
     rounds: int = Field(40, ge=1)
     """Communication rounds T, in total."""
     clients: int = Field(20, ge=1, le=1_000_000)
-    """Number of clients N."""
+    """Number of clients N; heart and words propose as many as they have."""
     participation: float = Field(1.0, gt=0, le=1)
     """Share C of the clients in a round; the cohort is max(1, floor(C·N + ½))."""
     seed: int = Field(0, ge=0, lt=2**62)

@@ -179,6 +179,8 @@ def _table(result: Mapping[str, Any]) -> str:
     lines.append(
         f"mean {a['mean']:.4f}  weighted {a['weighted']:.4f}  std {a['std']:.4f}  worst {a['worst']:.4f}"
     )
+    if result["auc"]["mean"] is not None:
+        lines.append(f"AUC mean {_number(result['auc']['mean'])}  worst {_number(result['auc']['worst'])}")
     unseen = result["accuracy_unseen"]
     if unseen["mean"] is not None:
         lines.append(f"unseen clients: mean {_number(unseen['mean'])}  worst {_number(unseen['worst'])}")

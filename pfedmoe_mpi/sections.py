@@ -42,7 +42,7 @@ class Data(Section):
         Literal["digits", "torchvision", "folder", "hdf5", "npz", "heart", "text", "words", "synthetic"],
         BeforeValidator(_name),
     ] = "digits"
-    """Where samples come from; `digits` is inside the program and needs no download."""
+    """Where samples come from; digits is inside the program; heart, text and words propose settings."""
     path: str = ""
     """File or folder of the source (torchvision: the root that holds the downloaded data)."""
     name: str = "CIFAR10"
@@ -67,7 +67,7 @@ class PartitionSettings(Section):
     kind: Annotated[
         Literal["iid", "pathological", "dirichlet", "classes", "natural"], BeforeValidator(_name)
     ] = "dirichlet"
-    """How samples are dealt to clients."""
+    """How samples are dealt to clients; heart and words propose natural: their own clients."""
     classes: int = Field(2, ge=1)
     """`pathological`: classes per client; `classes`: the most a client may draw."""
     classes_min: int = Field(1, ge=1)
@@ -88,11 +88,11 @@ class PartitionSettings(Section):
 
 class ModelSettings(Section):
     pool: Names = Field(("auto",), min_length=1)
-    """Architectures; client k takes number k mod length; auto = five unlike ones if the method allows."""
+    """Architectures; client k takes number k mod length; auto = unlike ones if the method allows."""
     shared: Name = "auto"
-    """Architecture of the shared model or extractor; auto = the smallest of the pool's family."""
+    """Architecture of the shared model or extractor; auto = the smallest of the family (texts: fasttext)."""
     dim: int = Field(0, ge=0)
-    """Length d of a representation, the same everywhere; 0 = what the architectures define (CNN 500)."""
+    """Length d of a representation, the same everywhere; 0 = what the models define (CNN 500, text 64)."""
     stem: Annotated[Literal["small", "imagenet"], BeforeValidator(_name)] = "small"
     """First layers of torchvision's ResNets: `small` for 32-pixel images, `imagenet` as published."""
 
@@ -115,7 +115,7 @@ class Gate(Section):
     activation: Annotated[Literal["sigmoid", "relu", "tanh", "gelu"], BeforeValidator(_name)] = "sigmoid"
     """Activation between the gate's layers."""
     input: Annotated[Literal["raw", "pooled", "shared"], BeforeValidator(_name)] = "raw"
-    """What the gate sees: the sample, the image averaged down to 8×8, or the shared representation."""
+    """What the gate sees: the sample (of a text its embeddings), the image at 8×8, or the shared features."""
     temperature: Positive = 1.0
     """The softmax is over logits / temperature: below 1 sharper, above 1 flatter."""
     routing: Annotated[Literal["soft", "top1"], BeforeValidator(_name)] = "soft"

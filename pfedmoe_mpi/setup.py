@@ -159,6 +159,9 @@ def resolved(settings: Config, dataset: Dataset, threads: int) -> Config:
     if settings.unseen.private == "average" and not kind.averages_private:
         problem = f"{settings.algorithm} has nothing private that unseen.private could average"
         raise ConfigError(problem, "leave --unseen.private out, or take --algorithm pfedmoe")
+    if settings.train.augment and len(dataset.shape) != 3:
+        given = ",".join(settings.train.augment)
+        raise ConfigError(f"train.augment {given} is for images, and these samples are none", "leave it out")
     model = settings.model
     pool: tuple[str, ...] = tuple(model_names.resolve_name(name) for name in model.pool if name != "auto")
     shared = (

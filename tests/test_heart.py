@@ -1,0 +1,256 @@
+"""Hospitals as clients: what becomes of missing values, who is a client, AUC, and bad files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from datafiles import everything, opened, refused, shared
+from launcher import Result, Session, program, rows, told
+from played import world
+from textfiles import HEADER, HOSPITALS, write_hospitals
+
+from pfedmoe_mpi import algorithms, config, setup
+from pfedmoe_mpi.auc import auc
+from pfedmoe_mpi.data.heart import ATTRIBUTES
+from pfedmoe_mpi.federation import Loop, Silent
+from pfedmoe_mpi.metrics import learning
+
+FLAGS = ("--data.source", "heart", "--rounds", "2", "--model.dim", "16", "--train.device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hospitals(tmp_path_factory.mktemp("hospitals"))
+
+
+def settings(folder: Path, **changes: Any) -> config.Config:
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    small = {"data.source": "heart", "data.path": str(folder), "rounds": 2, "model.dim": 16}
+    return config.build({**small, "train.device": "cpu", "train.threads": 1, **dotted})
+
+
+def loop_of(folder: Path, **changes: Any) -> Loop:
+    return Loop(world(), setup.build(world(), settings(folder, **changes)), Silent(), None)
+
+
+# What a client sees
+
+
+def test_columns_are_numbers_and_one_per_code(hospitals: Path) -> None:
+    data = opened("heart", hospitals)
+    x = everything(data)
+    assert data.shape == (22,) and data.class_names == ("healthy", "sick")
+    assert data.client is not None and np.bincount(data.client).tolist() == list(HOSPITALS.values())
+    alpha = np.loadtxt(hospitals / "processed.alpha.data", delimiter=",", skiprows=1)
+    assert np.array_equal(data.labels[:48], alpha[:, -1] > 0)
+    columns = []
+    for values, codes in zip(alpha.T, ATTRIBUTES.values(), strict=False):
+        columns += [values == code for code in codes] or [values]
+    assert np.array_equal(x[:48], np.stack(columns, 1).astype(np.float32))
+
+
+def test_missing_values_and_scale_come_from_the_clients_own_training_rows(hospitals: Path) -> None:
+    """Computed anew for every client and column, from its training rows and nothing else."""
+    data = opened("heart", hospitals)
+    raw = everything(data).astype(float)
+    partition = setup.deal(setup.proposed(settings(hospitals), data), data)
+    x = everything(data.fitted(partition))
+    assert np.isnan(raw).any() and not np.isnan(x).any()
+    starts = np.cumsum([0, *(max(1, len(codes)) for codes in ATTRIBUTES.values())])
+    for k in range(3):
+        train, test = partition.train[k], partition.test[k]
+        for start, codes in zip(starts, ATTRIBUTES.values(), strict=False):
+            held = raw[train, start][~np.isnan(raw[train, start])]
+            known = raw[train][~np.isnan(raw[train, start])]
+            for place in range(max(1, len(codes))):
+                column, fill = raw[:, start + place].copy(), 0.0
+                if not len(held):
+                    assert not x[np.r_[train, test], start + place].any()
+                    continue
+                if codes:
+                    fill = float(known[:, start : start + len(codes)].sum(axis=0).argmax() == place)
+                else:
+                    fill = float(np.median(held))
+                column[np.isnan(column)] = fill
+                spread = column[train].std()
+                expected = (column - column[train].mean()) / spread if spread else 0 * column
+                np.testing.assert_allclose(
+                    x[np.r_[train, test], start + place], expected[np.r_[train, test]], 1e-5, 1e-6
+                )
+
+
+def test_test_rows_and_other_clients_teach_nothing(hospitals: Path, tmp_path: Path) -> None:
+    """One test patient and one other hospital changed: all other samples stay the same, bit for bit."""
+    data = opened("heart", hospitals)
+    partition = setup.deal(setup.proposed(settings(hospitals), data), data)
+    before = everything(data.fitted(partition))
+    other = write_hospitals(tmp_path / "other")
+    path = other / "processed.alpha.data"
+    lines = path.read_text().splitlines()
+    changed = int(partition.test[0][0])
+    lines[1 + changed] = "99," + lines[1 + changed].partition(",")[2]
+    path.write_text("\n".join(lines))
+    path = other / "processed.beta.data"
+    path.write_text(
+        "\n".join("9" + line if line[0] != "?" else line for line in path.read_text().splitlines())
+    )
+    after = everything(opened("heart", other).fitted(partition))
+    same = np.r_[0:changed, changed + 1 : 48, 88:124]
+    assert np.array_equal(before[same], after[same])
+    assert not np.array_equal(before[changed], after[changed]) and not np.array_equal(
+        before[48:88], after[48:88]
+    )
+
+
+# Who is a client
+
+
+def test_hospitals_are_the_clients_unless_the_user_says_otherwise(hospitals: Path) -> None:
+    made = loop_of(hospitals).federation.config
+    assert (made.partition.kind, made.clients, made.train.lr) == ("natural", 3, 0.005)
+    made = loop_of(hospitals, partition__kind="iid", clients=5, train__lr=0.05).federation.config
+    assert (made.partition.kind, made.clients, made.train.lr) == ("iid", 5, 0.05)
+
+
+def test_the_plan_names_the_hospitals(done: Callable[..., Result], hospitals: Path) -> None:
+    said = done(*FLAGS, "--data.path", hospitals, "--dry", "true").out
+    assert "0 alpha, 1 beta, 2 gamma" in said
+    assert "as the data propose: partition.kind natural, clients 3, train.lr 0.005" in said
+
+
+def test_a_wrong_number_of_clients_is_refused(refused: Callable[..., str], hospitals: Path) -> None:
+    refused("3 natural clients, not 7", *FLAGS, "--data.path", hospitals, "--clients", "7")
+    refused("unseen.clients leaves nobody", *FLAGS, "--data.path", hospitals, "--unseen.clients", "3")
+
+
+# AUC
+
+
+def test_auc_is_the_share_of_pairs_in_order() -> None:
+    draw = np.random.default_rng(1)
+    for size in (2, 7, 40):
+        labels = np.r_[0, 1, draw.integers(0, 2, size - 2)]
+        scores = draw.integers(0, 5, size).astype(np.float32)  # with ties
+        pairs = [(a > b) + (a == b) / 2 for a in scores[labels == 1] for b in scores[labels == 0]]
+        assert auc(scores, labels) == sum(pairs) / len(pairs)
+        order = draw.permutation(size)
+        assert auc(scores[order], labels[order]) == auc(scores, labels)
+    assert np.isnan(auc(np.ones(3), np.ones(3))) and np.isnan(auc(np.array([np.nan, 1]), np.array([0, 1])))
+
+
+def test_every_client_has_its_auc(hospitals: Path) -> None:
+    """As scikit-learn has it, from the logits of the client's own answers."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    loop = loop_of(hospitals, eval__batch=3)
+    loop.run()
+    federation, row = loop.federation, loop.history[-1]
+    for k, client in federation.clients.items():
+        parts = federation.workbench.parts(
+            (federation.method.state(), loop.state), (client.spec, client.vector)
+        )
+        for module in parts.modules().values():
+            module.eval()
+        test = client.splits["test"]
+        scores = [
+            federation.method.predict(parts, test.x[i : i + 3]).detach() for i in range(0, len(test), 3)
+        ]
+        scores = np.concatenate([(s[:, 1] - s[:, 0]).numpy() for s in scores])
+        assert row["clients"]["auc"][k] == pytest.approx(metrics.roc_auc_score(test.y.numpy(), scores))
+    assert row["auc"]["mean"] == pytest.approx(np.mean(row["clients"]["auc"]))
+    assert row["auc"]["worst"] == min(row["clients"]["auc"])
+
+
+def test_more_than_two_classes_have_no_auc(trained: Path) -> None:
+    for row in rows(trained):
+        assert row["auc"] == dict.fromkeys(("mean", "weighted", "std", "worst"))
+        assert row["clients"]["auc"] == [None] * 4
+
+
+# Methods, ranks, commands
+
+
+@pytest.mark.parametrize("method", algorithms.names())
+def test_every_method_runs(hospitals: Path, method: str) -> None:
+    loop = loop_of(hospitals, algorithm=method, rounds=1)
+    assert loop.run()
+    row = learning(loop.history[-1])
+    assert not row["dropped"] and None not in row["clients"]["auc"]
+
+
+def test_ranks_and_a_restart_change_no_bit(
+    done: Callable[..., Result], session: Session, hospitals: Path, tmp_path: Path
+) -> None:
+    flags = (*FLAGS, "--data.path", str(hospitals))
+    done(*flags, "--run.dir", "whole")
+    for result in (
+        program(2, *flags, "--rounds", "1", "--run.dir", "half", cwd=tmp_path),
+        program(2, "restart", "half", "--rounds", "2", cwd=tmp_path),
+    ):
+        assert result.code == 0, result.err
+    found = {
+        done("inspect", f"{run}/checkpoints/round-000002.h5", "--digest").out for run in ("whole", "half")
+    }
+    assert len(found) == 1
+    evaluated = done("evaluate", "half/checkpoints/round-000002.h5", "--json", "true").out
+    assert f'"auc": {rows(tmp_path / "half")[-1]["clients"]["auc"]}' in evaluated
+    done("export", "half/checkpoints/round-000002.h5", "--client", "1", "beta.h5")
+    with h5py.File(tmp_path / "beta.h5") as file:
+        assert file["model/extractor.fc1.weight"].shape[1] == 22
+    told(
+        session("data", "prepare", "x.h5", *flags[:2], *flags[-2:], cwd=tmp_path), "cannot be prepared before"
+    )
+    assert not (tmp_path / "x.h5").exists()
+    assert "  " in done("data", "partition", "p.h5", *flags[:2], *flags[-2:]).out
+
+
+def test_the_four_hospitals(done: Callable[..., Result]) -> None:
+    data = opened("heart", shared("heart-disease"))
+    assert data.client_names == ("cleveland", "hungarian", "switzerland", "va")
+    assert data.client is not None and np.bincount(data.client).tolist() == [303, 294, 123, 200]
+    assert np.bincount(data.client[data.labels == 0]).tolist() == [164, 188, 8, 51]
+
+
+# Bad files
+
+GOOD = "63,1,1,145,233,1,2,150,0,2.3,3,0,6,0"
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        ("", "processed.a.data is empty"),
+        (HEADER + "\n", "no patient"),
+        (f"{GOOD}\n{GOOD},1\n", "line 2: 15 values, where 14 are expected"),
+        (f"{HEADER}\n{GOOD}\n\nold{GOOD}\n", "line 4: age 'old63' is no number"),
+        (f"{GOOD}\n{GOOD.replace('145', 'nan')}\n", "line 2: trestbps 'nan' is no number"),
+        (GOOD[:-1] + "5\n", "line 1: target '5' is no label"),
+        (GOOD[:-1] + "?\n", r"line 1: target '\?' is no label"),
+        (GOOD.replace("1,1,145", "1,9,145"), "line 1: cp is 9(.|\n)*its codes are 1, 2, 3, 4"),
+        (f"{GOOD}\n{GOOD}\n", "hold one class only"),
+        (f"{GOOD}\n".encode() + b"63,\xe9", "line 2: byte 0xe9 is not UTF-8"),
+    ],
+)
+def test_bad_files_are_told_with_their_line(tmp_path: Path, content: str | bytes, pattern: str) -> None:
+    raw = content.encode() if isinstance(content, str) else content
+    (tmp_path / "processed.a.data").write_bytes(raw)
+    refused(pattern, "heart", tmp_path)
+
+
+def test_a_folder_without_hospitals(tmp_path: Path, hospitals: Path, refused: Callable[..., str]) -> None:
+    refused("has no file processed.HOSPITAL.data", *FLAGS, "--data.path", tmp_path)
+    refused("data.source heart needs --data.path", *FLAGS)
+    refused(
+        "data.mean and data.std do not apply",
+        *FLAGS,
+        "--data.path",
+        hospitals,
+        "--data.mean",
+        "1",
+        "--data.std",
+        "1",
+    )

@@ -1,0 +1,255 @@
+"""Texts from CSV: whose words the vocabulary has, the models for tokens, what the gate sees, bad files."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datafiles import everything, opened, refused, shared
+from launcher import Result, Session, program, rows, told
+from played import world
+from textfiles import TOPICS, write_hospitals, write_news
+
+from pfedmoe_mpi import algorithms, config, setup
+from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.federation import Loop, Silent
+from pfedmoe_mpi.models import names, registry
+from pfedmoe_mpi.models.cost import multiply_adds
+
+SMALL = {"clients": 4, "rounds": 2, "data.length": 12, "data.vocabulary": 30, "train.device": "cpu"}
+FLAGS = (
+    "--data.source",
+    "text",
+    *(word for name, value in SMALL.items() for word in (f"--{name}", str(value))),
+)
+
+
+@pytest.fixture(scope="module")
+def news(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_news(tmp_path_factory.mktemp("news") / "news.csv")
+
+
+def settings(path: Path, **changes: Any) -> config.Config:
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    given = {"data.source": "text", "data.path": str(path), "train.threads": 1}
+    return config.build({**given, **SMALL, **dotted})
+
+
+def loop_of(path: Path, **changes: Any) -> Loop:
+    return Loop(world(), setup.build(world(), settings(path, **changes)), Silent(), None)
+
+
+def written(path: Path) -> list[list[str]]:
+    """Every row's words, read by other means."""
+    with open(path, newline="") as file:
+        return [re.findall(r"\w+", " ".join(row[1:]).lower()) for row in csv.reader(file)]
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("unseen", [0, 1])
+def test_the_vocabulary_is_that_of_training_rows(news: Path, unseen: int) -> None:
+    """The 30 most frequent words of the first 12 of every training row, in their order; 1 for all others."""
+    kind = {"partition__kind": "pathological"} if unseen else {}
+    chosen = settings(news, unseen__clients=unseen, clients=3, **kind)
+    data = opened("text", news, length=12, vocabulary=30)
+    partition = setup.deal(chosen, data)
+    texts = [words[:12] for words in written(news)]
+    clients = [k for k in range(3) if k not in partition.unseen]
+    assert len(clients) == 3 - unseen
+    counts = Counter(word for k in clients for row in partition.train[k] for word in texts[row])
+    kept = sorted(counts, key=lambda word: (-counts[word], word))[:30]
+    token = {word: place for place, word in enumerate(kept, 2)}
+    ready = data.fitted(partition)
+    assert (ready.vocabulary, ready.shape, ready.dtype, ready.tokens) == (32, (12,), np.int32, True)
+    for row, words in zip(everything(ready), texts, strict=True):
+        expected = [token.get(word, 1) for word in words]
+        assert row.tolist() == expected + [0] * (12 - len(expected))
+
+
+def test_a_small_vocabulary_has_no_empty_places(news: Path) -> None:
+    data = opened("text", news, vocabulary=10_000)
+    ready = data.fitted(setup.deal(settings(news), data))
+    assert set(np.unique(everything(ready))) >= set(range(2, ready.vocabulary)) and ready.vocabulary < 60
+
+
+def test_labels_are_numbers_or_names(news: Path, tmp_path: Path) -> None:
+    data = opened("text", news)
+    assert data.class_names == tuple(TOPICS) and data.labels[:4].tolist() == [0, 1, 2, 0]
+    lines = ['b,"one, two"', "a,three", "b,", "a,five six"]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    data = opened("text", tmp_path / "t.csv")
+    assert data.class_names == ("a", "b") and data.labels.tolist() == [1, 0, 1, 0]
+    assert (everything(data)[:, :3] > 0).sum(axis=1).tolist() == [2, 1, 0, 2]
+    (tmp_path / "t.csv").write_text("10,x\n9,y\n")
+    assert opened("text", tmp_path / "t.csv").class_names == ("9", "10")
+    (tmp_path / "classes.txt").write_text("b\na\n")
+    (tmp_path / "t.csv").write_text("a,x\n1,y\n")
+    assert opened("text", tmp_path / "t.csv").labels.tolist() == [1, 0]
+
+
+# Models
+
+
+@pytest.mark.parametrize("name", [*names.TEXT, *names.LSTM])
+def test_text_models(name: str) -> None:
+    """Padding and what stands in it change nothing; the order of words does, but for fastText."""
+    torch.manual_seed(0)
+    model = registry.build_extractor(name, (9,), 5, "small", 20).eval()
+    x = torch.tensor([[2, 3, 4, 5, 0, 0, 0, 0, 0], [7, 1, 1, 8, 9, 2, 3, 4, 5], [0] * 9], dtype=torch.int32)
+    found = model(x)
+    assert found.shape == (3, 5) and bool(found.isfinite().all())
+    alone = registry.build_extractor(name, (9,), 5, "small", 20).eval()
+    alone.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        alone.embedding.weight[0] = 7.0  # type: ignore[union-attr]
+    torch.testing.assert_close(alone(x)[:2], found[:2])
+    mixed = x.clone()
+    mixed[:, :4] = x[:, :4].flip(1)
+    assert torch.allclose(model(mixed)[0], found[0], atol=1e-6) == (name == "fasttext")
+
+
+def test_auto_models_of_texts() -> None:
+    assert names.auto_pool((9,), True, tokens=True, shared="fasttext") == (
+        "fasttext",
+        "lstm",
+        "gru",
+        "transformer",
+    )
+    assert names.auto_pool((9,), True, tokens=True, shared="lstm3") == ("lstm1", "lstm2", "lstm3")
+    assert names.auto_shared((9,), tokens=True) == "fasttext" == names.auto_pool((9,), False, tokens=True)[0]
+    assert names.auto_shared((9,), ("lstm1", "lstm2"), tokens=True) == "lstm3"
+    assert {names.native_dim(name) for name in (*names.TEXT, *names.LSTM)} == {64}
+
+
+def test_models_take_what_they_are_for(news: Path, tmp_path: Path) -> None:
+    for name in ("cnn5", "mlp1", "resnet18"):
+        with pytest.raises(ConfigError, match=f"model {name} takes numbers(.|\n)*use fasttext"):
+            loop_of(news, model__pool=name, model__dim=8)
+    with pytest.raises(ConfigError, match=r"model gru takes texts(.|\n)*use mlp1"):
+        loop_of(
+            write_hospitals(tmp_path / "h"), data__source="heart", clients=3, model__pool="gru", model__dim=8
+        )
+    with pytest.raises(ConfigError, match=r"train\.augment flip is for images"):
+        loop_of(news, train__augment="flip")
+    with pytest.raises(ConfigError, match=r"gate\.input pooled needs images"):
+        loop_of(news, gate__input="pooled")
+
+
+def test_cost_counts_recurrent_steps() -> None:
+    gru, lstm = (registry.build_extractor(name, (10,), 5, "small", 20) for name in ("gru", "lstm"))
+    per_step = 64 * 64 * 2
+    difference = multiply_adds(lstm, (10,), True) - multiply_adds(gru, (10,), True)
+    parameters = [sum(p.numel() for p in model.parameters()) for model in (lstm, gru)]
+    assert difference == pytest.approx(10 * per_step + 8 * (parameters[0] - parameters[1]) / 64)
+
+
+def test_the_gate_sees_the_shared_embedding_and_sends_no_gradient_there(news: Path) -> None:
+    loop = loop_of(news, gate__hidden=8)
+    federation = loop.federation
+    client, method = federation.clients[1], federation.method
+    parts = federation.workbench.parts((method.state(), loop.state), (client.spec, client.vector))
+    for module in parts.modules().values():
+        module.train().requires_grad_(True)
+    x = client.splits["train"].x[:16]
+    alpha = method.weights(parts, x)
+    assert alpha is not None and alpha.shape == (16, 2)
+    alpha[:, 0].square().sum().backward()
+    assert all(p.grad is None for name in ("shared", "model") for p in getattr(parts, name).parameters())
+    assert any(p.grad is not None and bool(p.grad.any()) for p in parts.gate.parameters())
+    with torch.no_grad():
+        parts.model.extractor.embedding.weight.mul_(-2)
+    torch.testing.assert_close(method.weights(parts, x), alpha)
+    with torch.no_grad():
+        parts.shared.embedding.weight[2:9].neg_()
+    assert not torch.allclose(method.weights(parts, x), alpha)  # type: ignore[arg-type]
+
+
+# Methods, ranks, commands
+
+
+@pytest.mark.parametrize("method", algorithms.names())
+def test_every_method_runs(news: Path, method: str) -> None:
+    loop = loop_of(news, algorithm=method, rounds=1, partition__kind="iid")
+    assert loop.run()
+    assert loop.history[-1]["accuracy"]["mean"] is not None and not loop.history[-1]["dropped"]
+
+
+def test_every_client_learns(news: Path) -> None:
+    """All four models, five rounds: every client beats the majority of its test rows by 20 points."""
+    loop = loop_of(news, rounds=5, partition__kind="iid", data__vocabulary=100)
+    assert loop.run()
+    federation = loop.federation
+    assert federation.task.pool == names.TEXT and federation.task.shared == "fasttext"
+    for k, accuracy in enumerate(loop.history[-1]["clients"]["accuracy"]):
+        labels = federation.dataset.labels[federation.partition.test[k]]
+        assert accuracy > np.bincount(labels).max() / len(labels) + 0.2
+
+
+def test_ranks_and_a_restart_change_no_bit(
+    done: Callable[..., Result], session: Session, news: Path, tmp_path: Path
+) -> None:
+    flags = (*FLAGS, "--data.path", str(news))
+    done(*flags, "--run.dir", "whole")
+    for result in (
+        program(2, *flags, "--rounds", "1", "--run.dir", "half", cwd=tmp_path),
+        program(2, "restart", "half", "--rounds", "2", cwd=tmp_path),
+    ):
+        assert result.code == 0, result.err
+    found = {
+        done("inspect", f"{run}/checkpoints/round-000002.h5", "--digest").out for run in ("whole", "half")
+    }
+    assert len(found) == 1
+    newest = "half/checkpoints/round-000002.h5"
+    again = done("evaluate", newest, "--json", "true").out
+    assert f'"accuracy": {rows(tmp_path / "half")[-1]["clients"]["accuracy"]}' in again
+    (tmp_path / "other").mkdir()
+    other = write_news(tmp_path / "other" / "news.csv", rows=120)
+    told(
+        session("evaluate", newest, "--data.path", str(other), cwd=tmp_path), "not the texts of the training"
+    )
+    done("export", newest, "--client", "0", "client.h5")
+    told(session("data", "prepare", "x.h5", *flags, cwd=tmp_path), "cannot be prepared before")
+
+
+def test_ag_news() -> None:
+    data = opened("text", shared("ag-news") / "test.csv")
+    assert len(data) == 7600 and data.class_names == ("World", "Sports", "Business", "Sci/Tech")
+    assert np.bincount(data.labels).tolist() == [1900] * 4 and data.labels[0] == 2
+
+
+# Bad files
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        ("", "t.csv is empty"),
+        ("1,a\n\n2\n", "line 3: a label and a text are expected"),
+        ("Class,Title\n1,a\n2,b\n", "line 1: label 'Class' is not known(.|\n)*remove a line of headings"),
+        ('1,a\n2,"b" c\n', "line 2: not CSV"),
+        ('1,a\n2,"b\nc', "line 3: not CSV"),
+        ("1,a\n1,b\n", "hold one class only"),
+        (b"1,a\n2,caf\xe9\n", "line 2: byte 0xe9 is not UTF-8"),
+    ],
+)
+def test_bad_files_are_told_with_their_line(tmp_path: Path, content: str | bytes, pattern: str) -> None:
+    (tmp_path / "t.csv").write_bytes(content.encode() if isinstance(content, str) else content)
+    refused(pattern, "text", tmp_path / "t.csv")
+
+
+def test_labels_and_their_names_must_fit(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("1,a\n2,b\n4,c\n")
+    (tmp_path / "classes.txt").write_text("one\ntwo\nthree\n")
+    refused("line 3: label '4' is not known(.|\n)*one, two, three", "text", tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("1,a\n2,b\n")
+    refused("names 3 classes and has rows of 2", "text", tmp_path / "t.csv")
+    refused("cannot be read", "text", tmp_path)

@@ -1,0 +1,108 @@
+"""Next words of text files: windows, classes, whose test rows they are, and bad files."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datafiles import everything, opened, refused
+from launcher import Result, program
+from played import world
+from textfiles import write_stories
+
+from pfedmoe_mpi import config, setup
+from pfedmoe_mpi.federation import Loop, Silent
+
+SMALL = {"rounds": 2, "data.length": 4, "data.vocabulary": 9, "train.device": "cpu"}
+FLAGS = (
+    "--data.source",
+    "words",
+    *(word for name, value in SMALL.items() for word in (f"--{name}", str(value))),
+)
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stories(tmp_path_factory.mktemp("stories"))
+
+
+def loop_of(path: Path, **changes: Any) -> Loop:
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    given = {"data.source": "words", "data.path": str(path), "train.threads": 1}
+    return Loop(world(), setup.build(world(), config.build({**given, **SMALL, **dotted})), Silent(), None)
+
+
+@pytest.mark.parametrize("limit", [9, 5])
+def test_windows_tokens_and_classes(stories: Path, limit: int) -> None:
+    """Of every file a row per word after four others, the last fifth for testing; from the text again."""
+    federation = loop_of(stories, data__vocabulary=limit).federation
+    data, partition = federation.dataset, federation.partition
+    texts = [
+        re.findall(r"\w+", (stories / f"{name}.txt").read_text().lower()) for name in ("one", "three", "two")
+    ]
+    windows = [[text[i : i + 5] for i in range(len(text) - 4)] for text in texts]
+    cuts = [len(own) - round(len(own) / 5) for own in windows]
+    counts = Counter(window[-1] for own, cut in zip(windows, cuts, strict=True) for window in own[:cut])
+    kept = sorted(counts, key=lambda word: (-counts[word], word))[:limit]
+    assert (
+        data.class_names == ("unknown", *kept) and data.classes == limit + 1 and data.vocabulary == limit + 2
+    )
+    token = {word: place for place, word in enumerate(kept, 2)}
+    rows = [[token.get(word, 1) for word in window] for own in windows for window in own]
+    assert everything(data).tolist() == [row[:-1] for row in rows]
+    assert data.labels.tolist() == [row[-1] - 1 for row in rows]
+    start = 0
+    for k, (own, cut) in enumerate(zip(windows, cuts, strict=True)):
+        assert partition.train[k].tolist() == list(range(start, start + cut))
+        assert partition.test[k].tolist() == list(range(start + cut, start + len(own)))
+        start += len(own)
+
+
+def test_files_are_clients_with_lstms_of_unlike_width(stories: Path) -> None:
+    """A cat meows: of four words two follow from those before, and two are one of three each."""
+    loop = loop_of(stories, rounds=12, data__vocabulary=20)
+    made = loop.federation
+    assert (made.config.partition.kind, made.config.clients) == ("natural", 3)
+    assert made.task.pool == ("lstm1", "lstm2", "lstm3") and made.task.shared == "lstm3"
+    assert loop.run()
+    assert loop.history[-1]["accuracy"]["worst"] > 0.5
+
+
+def test_a_method_of_equal_models(stories: Path) -> None:
+    loop = loop_of(stories, algorithm="fedavg", rounds=1)
+    assert loop.federation.task.pool == ("lstm3",) and loop.run()
+
+
+def test_ranks_and_a_restart_change_no_bit(
+    done: Callable[..., Result], stories: Path, tmp_path: Path
+) -> None:
+    flags = (*FLAGS, "--data.path", str(stories))
+    done(*flags, "--run.dir", "whole")
+    for result in (
+        program(2, *flags, "--rounds", "1", "--run.dir", "half", cwd=tmp_path),
+        program(2, "restart", "half", "--rounds", "2", cwd=tmp_path),
+    ):
+        assert result.code == 0, result.err
+    found = {
+        done("inspect", f"{run}/checkpoints/round-000002.h5", "--digest").out for run in ("whole", "half")
+    }
+    assert len(found) == 1
+
+
+def test_bad_folders_are_told(tmp_path: Path) -> None:
+    refused(r"has no file \*.txt", "words", tmp_path)
+    (tmp_path / "a.txt").write_text("one two three four five six\n" * 9)
+    (tmp_path / "b.txt").write_text("")
+    refused("b.txt is empty", "words", tmp_path)
+    (tmp_path / "b.txt").write_text("one two three four five six")
+    refused("b.txt has 6 words(.|\n)*lower --data.length to 4", "words", tmp_path, length=5)
+    opened("words", tmp_path, length=4)
+    (tmp_path / "b.txt").write_bytes(b"one\ntwo \xff three")
+    refused("b.txt, line 2: byte 0xff is not UTF-8", "words", tmp_path)
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "a.txt").write_text("one " * 40)
+    refused("hold one class only", "words", tmp_path, length=4)

@@ -1,0 +1,72 @@
+"""Patients and texts for tests: files whose classes can be told apart, mostly."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+HEADER = "age,sex,cp,trestbps,chol,fbs,restecg,thalach,exang,oldpeak,slope,ca,thal,target"
+HOSPITALS = {"alpha": 48, "beta": 40, "gamma": 36}
+TOPICS = {
+    "sport": "match team goal coach league score player season",
+    "money": "market bank shares profit trade stocks price dollar",
+    "space": "rocket orbit moon launch planet star probe comet",
+}
+FILLER = "the a of in on and for with at by to from said was is it that this as new"
+
+
+def write_hospitals(folder: Path) -> Path:
+    """Three hospitals; beta writes `?` for a tenth of all values, gamma never measures `ca` and `thal`."""
+    folder.mkdir(exist_ok=True)
+    draw = np.random.default_rng(3)
+    for name, patients in HOSPITALS.items():
+        lines = [HEADER] if name != "beta" else []
+        for number in range(patients):
+            sick = number % 2
+            values = [
+                draw.normal(50 + 8 * sick, 6),
+                draw.integers(2),
+                draw.choice([4, 4, 3] if sick else [1, 2]),
+            ]
+            values += [draw.normal(130, 10), draw.normal(240, 30), draw.integers(2), draw.integers(3)]
+            values += [draw.normal(160 - 20 * sick, 10), draw.integers(2), draw.normal(1 + sick, 0.5)]
+            values += [draw.integers(1, 4), draw.integers(4), draw.choice([3, 6, 7])]
+            words = [f"{value:.1f}" for value in values]
+            if name == "beta":
+                words = ["?" if draw.random() < 0.1 else word for word in words]
+            if name == "gamma":
+                words[-2:] = ["", "?"]
+            lines.append(",".join([*words, str(sick * int(draw.integers(1, 5)))]))
+        (folder / f"processed.{name}.data").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_news(path: Path, rows: int = 180) -> Path:
+    """Rows of a label, a title and a text, labels numbered from 1, with a `classes.txt` beside them."""
+    draw = np.random.default_rng(4)
+    path.with_name("classes.txt").write_text("\n".join(TOPICS) + "\n")
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+        for number in range(rows):
+            topic = number % len(TOPICS)
+            words = TOPICS[list(TOPICS)[topic]].split()
+            text = draw.permutation(
+                [*draw.choice(words, 4), *draw.choice(FILLER.split(), draw.integers(3, 9))]
+            )
+            writer.writerow([topic + 1, text[0].title(), ", ".join(text[1:])])
+    return path
+
+
+def write_stories(folder: Path) -> Path:
+    """Three files of sentences whose last word follows from the one before it."""
+    folder.mkdir(exist_ok=True)
+    draw = np.random.default_rng(5)
+    for name in ("one", "three", "two"):
+        lines = []
+        for _ in range(60):
+            animal, says = [("cat", "meows"), ("dog", "barks"), ("cow", "moos")][draw.integers(3)]
+            lines.append(f"The {draw.choice(['old', 'big', 'red'])} {animal} {says}.")
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    return folder
