@@ -320,7 +320,10 @@ def _identity(federation: Any) -> dict[str, str]:
     import numpy
     import torch
 
+    from pfedmoe_mpi import clientmodel
+
     return {
+        "samples": clientmodel.described(federation),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": numpy.__version__,
