@@ -1,6 +1,27 @@
 """Personalised federated learning with mixtures of experts under MPI."""
 
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
 from pfedmoe_mpi.report.load import load_run
 
+if TYPE_CHECKING:
+    from pfedmoe_mpi.clientmodel import ClientModel
+
 __version__ = "0.1.0"
-__all__ = ["load_run"]
+__all__ = ["load_client", "load_run"]
+
+
+def load_client(path: str | os.PathLike[str], client: int) -> ClientModel:
+    """A client's whole personalised model from a checkpoint, as a torch module with `predict`.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, no such client, or one for which its method has no answer.
+    """
+    from pathlib import Path
+
+    from pfedmoe_mpi import clientmodel  # needs torch, which the command line often does not
+
+    return clientmodel.load(Path(path), client)

@@ -207,7 +207,7 @@ class _Stopwatch:
         return algorithms.load(settings.algorithm)(task)
 
     def _engine(self, method: Algorithm) -> Engine:
-        normalise = Normalise((), (), 1 + len(self._task.shape), self._where)
+        normalise = Normalise((), (), len(self._task.shape), self._where)
         return Engine(self._where, normalise, method.task.config.train, MANY, 0, 2, self._poll)
 
     def _split(self, samples: int) -> Split:

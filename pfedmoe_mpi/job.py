@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi import checkpoint, comm, config, console, launch, metrics
+from pfedmoe_mpi import checkpoint, comm, config, console, launch, live, metrics
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.config import Config
@@ -41,6 +41,7 @@ class Reporter:
     folder: RunFolder
     keep: int
     progress: console.Progress | None
+    curves: live.Curves | None = None
     _behind: set[str] = field(default_factory=set)
 
     def pretrained(self, line: str) -> None:
@@ -54,6 +55,8 @@ class Reporter:
             write = partial(self.folder.rewrite_metrics, history) if again else None
             self._careful("metrics.jsonl", write or partial(self.folder.append_metrics, row))
             self.progress.round_done(row)
+        if self.curves:
+            self.curves.round_done(row)
 
     def dropped(self, round: int, clients: Sequence[int]) -> None:
         if clients:
@@ -247,6 +250,7 @@ def _train(
     from pfedmoe_mpi import federation as loop_room
     from pfedmoe_mpi import setup
 
+    world.from_root(lambda: live.check(settings), "packages")
     federation = setup.build(world, settings)
     settings = federation.config
     world.timeout = settings.run.timeout or world.timeout
@@ -269,7 +273,8 @@ def _train(
     identity = {"code": code, **_identity(federation)}
     own = len(federation.clients)
     progress = console.Progress(settings.rounds, len(history), own) if world.rank == 0 else None
-    reporter = Reporter(folder, settings.run.keep, progress)
+    curves = live.Curves(folder.path, history) if progress and settings.run.tensorboard else None
+    reporter = Reporter(folder, settings.run.keep, progress, curves)
     known = world.from_root(lambda: _for_reports(federation), "what reports need")
     facts = {**identity, "changes": changes or {}, "warnings": list(warnings), **known}
     _started(world, reporter, loaded, lines, facts)
@@ -283,8 +288,9 @@ def _train(
         reporter.event("error", round=loop.round, error=error.problem)
         raise
     finally:
-        if progress:
-            progress.close()
+        for shown in (progress, curves):
+            if shown:
+                shown.close()
     _ended(world, reporter, federation, loop, finished)
     return EXIT_DONE if finished else EXIT_STOPPED
 
@@ -320,7 +326,10 @@ def _identity(federation: Any) -> dict[str, str]:
     import numpy
     import torch
 
+    from pfedmoe_mpi import clientmodel
+
     return {
+        "samples": clientmodel.described(federation),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": numpy.__version__,

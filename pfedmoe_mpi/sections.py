@@ -218,6 +218,8 @@ class Run(Section):
     """Seconds after which the job must be over; auto = Slurm's end time, if there is one; 0 = no limit."""
     singleton: bool = False
     """Allow one rank where the launcher asked for more (each rank believes it is alone)."""
+    tensorboard: bool = False
+    """Write accuracy, loss, seconds and bytes of every round into RUN/tensorboard, to be watched."""
     table: str = ""
     """Which table of a paper the run belongs to; written by `reproduce`, for reports."""
     cell: str = ""

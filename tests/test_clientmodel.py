@@ -1,0 +1,117 @@
+"""A client's model in a notebook: it answers as the run measured it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import launcher
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+
+from pfedmoe_mpi import checkpoint, config, load_client
+from pfedmoe_mpi.data import open_dataset
+from pfedmoe_mpi.errors import CheckpointError, DataError
+
+METHODS = {
+    "pfedmoe": (),
+    "fedavg": (),
+    "fedproto": (),
+    "fedtgp": ("--fedtgp.answer", "prototype"),
+    "fedjets": ("--clients", "6", "--unseen.clients", "2", "--partition.kind", "pathological"),
+    "fedmrl": (),
+    "ensemble": ("--ensemble.models", "2"),
+    "lg_fedavg": ("--train.precision", "bf16"),
+    "fedapen": (),
+    "fedmix": ("--unseen.clients", "1"),
+}
+
+
+def trained_by(session: launcher.Session, folder: Path, algorithm: str, *flags: str) -> Path:
+    alike = algorithm in {"fedavg", "fedjets", "fedmix", "ensemble"}
+    pool = ("--model.pool", "mlp5") if alike else ()
+    more = ("--data.size", "12", "--data.samples", "300", "--rounds", "2", "--eval.batch", "7")
+    name = ("--algorithm", algorithm, "--run.dir", algorithm)
+    result = session(*SMALL, *more, *pool, *flags, *name, cwd=folder)
+    assert result.code == 0, result.err
+    return folder / algorithm
+
+
+def test_rows(run: Path, client: int) -> tuple[np.ndarray, np.ndarray]:
+    """Raw samples and labels of a client's test part, from the data themselves."""
+    settings = config.build(config.read_toml(run / "config.toml"))
+    dataset = open_dataset(settings.data, settings.seed, clients=settings.clients)
+    with checkpoint.Checkpoint(run / "checkpoints" / "round-000002.h5") as loaded:
+        rows = loaded.partition("test")[client]
+    return dataset.rows(rows), dataset.labels[rows]
+
+
+test_rows.__test__ = False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("algorithm", METHODS)
+def test_answers_as_the_run_measured(session: launcher.Session, tmp_path: Path, algorithm: str) -> None:
+    run = trained_by(session, tmp_path, algorithm, *METHODS[algorithm])
+    measured = launcher.rows(run)[-1]["clients"]
+    assert any(value is not None for value in measured["accuracy"])
+    for client, accuracy in enumerate(measured["accuracy"]):
+        x, y = test_rows(run, client)
+        model = load_client(run / "checkpoints" / "round-000002.h5", client)
+        logits = model.predict(x)
+        assert logits.shape == (len(x), 10) and logits.dtype == torch.float32
+        right = (logits.argmax(1).numpy() == y).sum()
+        assert right / len(y) == accuracy, f"client {client}"
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(y)).item()
+        assert loss == pytest.approx(measured["loss"][client], rel=1e-5)
+
+
+def test_it_is_a_module_like_any_other(trained: Path, tmp_path: Path) -> None:
+    path = trained / "checkpoints" / "best.h5"
+    before = launcher.digest(path)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model, other = load_client(str(path), 1), load_client(path, 3)
+    assert torch.equal(torch.rand(3), expected), "the user's random numbers are the user's"
+    assert {name for name, _ in model.named_children()} == {"shared", "model", "gate"}
+    assert not model.training
+    x = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), np.uint8)
+    first = model.predict(x)
+    assert not torch.equal(first, other.predict(x))
+    assert torch.equal(first, model.predict(torch.from_numpy(x)))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert torch.equal(first, other.predict(x))
+    model.train()
+    loss = torch.nn.functional.cross_entropy(model(torch.from_numpy(x)), torch.zeros(5, dtype=torch.long))
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters()), "fine-tuning reaches every part"
+    model.predict(x)
+    assert model.training, "predict leaves the mode as it was"
+    assert launcher.digest(path) == before
+
+
+def test_samples_of_the_original_size_are_resized(trained: Path) -> None:
+    model = load_client(trained / "checkpoints" / "best.h5", 0)
+    x = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16), np.uint8)
+    assert model.predict(x).shape == (2, 10)
+    wrong: tuple[tuple[np.ndarray, str], ...] = (
+        (x[:, :1], "shape"),
+        (x.astype(np.float32) / 255, "float32"),
+        (x[0], "shape"),
+    )
+    for samples, said in wrong:
+        with pytest.raises(DataError, match=said):
+            model.predict(samples)
+
+
+def test_what_has_no_answer_is_refused(session: launcher.Session, tmp_path: Path, trained: Path) -> None:
+    with pytest.raises(CheckpointError, match="no client 9"):
+        load_client(trained / "checkpoints" / "best.h5", 9)
+    flags = ("--unseen.clients", "1", "--partition.kind", "pathological", "--clients", "6")
+    run = trained_by(session, tmp_path, "pfedmoe", *flags)
+    never = [k for k, value in enumerate(launcher.rows(run)[-1]["clients"]["accuracy"]) if value is None]
+    assert len(never) == 1
+    with pytest.raises(CheckpointError, match="never trained"):
+        load_client(run / "checkpoints" / "round-000002.h5", never[0])
