@@ -135,15 +135,18 @@ def reproduce(arguments: Sequence[str]) -> int:
 
 
 def report(arguments: Sequence[str]) -> int:
-    """Tables, figures and a page about runs; needs neither torch nor MPI."""
-    words, flags, extra = _parse(arguments, {"out": "", "text": "false", "baseline": "", "target": ""})
+    """Tables, figures and a page about runs; only `--models true` needs torch and MPI."""
+    words, flags, extra = _parse(
+        arguments, {"out": "", "text": "false", "baseline": "", "target": "", "models": "true"}
+    )
     _no_settings("report", flags)
     if not words:
         raise ConfigError("report on which runs?", "report RUN_DIR ...")
     text = _boolean("text", extra["text"])
     from pfedmoe_mpi.report import command
 
-    return command.run(words, extra["out"], text, extra["baseline"], extra["target"])
+    models = _boolean("models", extra["models"])
+    return command.run(words, extra["out"], text, extra["baseline"], extra["target"], models)
 
 
 def bench(arguments: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 
@@ -16,6 +16,9 @@ from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.errors import EXIT_DONE, CheckpointError
 from pfedmoe_mpi.launch import under_mpi
+
+if TYPE_CHECKING:
+    from pfedmoe_mpi.federation import Loop
 
 
 def digest(loaded: Checkpoint) -> str:
@@ -141,6 +144,21 @@ def evaluate(path: Path, overrides: Mapping[str, Any], as_json: bool) -> int:
 
 
 def _evaluate(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], as_json: bool) -> int:
+    loop = taken_up(world, loaded, overrides)
+    other = loop.federation.data_digest != loaded.identity["data_digest"]
+    result = loop.evaluation()
+    if world.rank == 0:
+        result = {"round": loaded.round, "other_data": other, **result}
+        print(json.dumps(result) if as_json else _table(result))
+    return EXIT_DONE
+
+
+def taken_up(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any]) -> Loop:
+    """The federation of a verified checkpoint, to measure and not to train; collective.
+
+    Raises:
+        UserError: on all ranks: data that are not there, or that its models do not take.
+    """
     from pfedmoe_mpi import federation, job, setup
 
     settings, _ = job.continued(loaded.config, overrides, ())
@@ -153,19 +171,14 @@ def _evaluate(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], as_
             f"{built.task.classes} classes",
             "give --data.path of data like those it was trained on",
         )
-    other = built.data_digest != loaded.identity["data_digest"]
-    if other and built.task.vocabulary:
+    if built.task.vocabulary and built.data_digest != loaded.identity["data_digest"]:
         raise CheckpointError(
             "these are not the texts of the training, and a model's tokens are those of its training rows",
             "evaluate on the data it was trained on",
         )
     loop = federation.Loop(world, built, federation.Silent(), None)
     loop.resume(loaded)
-    result = loop.evaluation()
-    if world.rank == 0:
-        result = {"round": loaded.round, "other_data": other, **result}
-        print(json.dumps(result) if as_json else _table(result))
-    return EXIT_DONE
+    return loop
 
 
 def _table(result: Mapping[str, Any]) -> str:

@@ -132,7 +132,7 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
     """Play on; collective. Arguments as of `begin`."""
     with _run_of(source) as held:
         world.from_root(lambda: held.lock() if _stays(source, held, overrides) else None, "lock")
-        path, own, warnings = _choose(world, source)
+        path, own, warnings = choose(world, source)
         if world.rank == 0:
             for warning in warnings:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -163,7 +163,7 @@ def _stays(source: Path, held: RunFolder, overrides: Mapping[str, Any]) -> bool:
     return is_run and source.exists() and (not new or Path(new).absolute() == held.path)
 
 
-def _choose(world: Comm, source: Path) -> tuple[Path | None, Path | None, list[str]]:
+def choose(world: Comm, source: Path) -> tuple[Path | None, Path | None, list[str]]:
     """(checkpoint or None for round 0, its folder if it may go on there, warnings), the same on all ranks."""
     folder = RunFolder(source.absolute())
     is_folder, found, in_folder = world.from_root(lambda: _candidates(source, folder), "checkpoints")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from pfedmoe_mpi.errors import EXIT_DONE, UserError
 from pfedmoe_mpi.report import drawing, page, several, single, terminal
 from pfedmoe_mpi.report.compare import CompareError
 from pfedmoe_mpi.report.load import Run, load_runs
+from pfedmoe_mpi.report.looked import Looked
 from pfedmoe_mpi.report.sections import Report
 from pfedmoe_mpi.report.tables import to_csv, to_latex
 
@@ -23,8 +25,8 @@ class ReportError(UserError):
     """A report that cannot be written as asked."""
 
 
-def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str) -> int:
-    """Report on one run, or on several side by side.
+def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str, models: bool) -> int:
+    """Report on one run, or on several side by side; `models`: look into those of one run.
 
     Raises:
         UserError: folders that are no runs, runs that cannot be compared, an output that is in the way, a
@@ -35,7 +37,7 @@ def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str
     if len(runs) == 1 and baseline:
         raise CompareError("one run has nothing to compare with a baseline", "name the baseline's runs too")
     if text:
-        print(terminal.text(_made(runs, baseline, wanted, left_out)))
+        _say(terminal.text(_made(runs, baseline, wanted, left_out)))
         return EXIT_DONE
     missing = [name for name in NEEDED if not find_spec(name)]
     if missing:
@@ -43,7 +45,7 @@ def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str
         raise ReportError(f"a report with figures needs {' and '.join(missing)}", remedy)
     folder = Path(out or (runs[0].path / "report" if len(runs) == 1 else "report"))
     _refuse_foreign(folder)
-    report = _made(runs, baseline, wanted, left_out)
+    report = _made(runs, baseline, wanted, left_out, models)
     for note in report.notes:
         print(f"note: {note}")
     _write(report, folder)
@@ -51,10 +53,34 @@ def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str
     return EXIT_DONE
 
 
-def _made(runs: Sequence[Run], baseline: str, target: float | None, notes: Sequence[str]) -> Report:
-    alone = len(runs) == 1
-    made = single.report(runs[0], target) if alone else several.report(runs, baseline, target)
+def _say(text: str) -> None:
+    """Print; a reader who has seen enough, as `head`, is no fault."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+
+
+def _made(
+    runs: Sequence[Run], baseline: str, target: float | None, notes: Sequence[str], models: bool = False
+) -> Report:
+    if len(runs) == 1:
+        made = single.report(runs[0], target, _look(runs[0]) if models else "")
+    else:
+        made = several.report(runs, baseline, target)
     return replace(made, notes=[*made.notes, *notes])
+
+
+def _look(run: Run) -> Looked | str:
+    """What is in its models, or why that cannot be seen."""
+    if not find_spec("torch"):
+        return "Nobody looked into the models: torch is not installed here."
+    from pfedmoe_mpi.report import models
+
+    try:
+        return models.look(run)
+    except UserError as error:
+        return f"Nobody looked into the models: {error.problem}."
 
 
 def _share(target: str) -> float | None:

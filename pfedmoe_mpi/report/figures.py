@@ -121,37 +121,6 @@ def clients(run: Run) -> Figure:
     return Figure("clients", "Accuracy by client", caption, draw, (WIDTH, 3.2))
 
 
-def gates(run: Run) -> Figure:
-    """α of the shared expert, per client over rounds."""
-
-    def draw(canvas: Any, paint: Paint) -> None:
-        above, below = canvas.subplots(2, 1, height_ratios=(2, 3))
-        table = column(run, "alpha")
-        rounds = np.array([row["round"] for row in run.history])
-        known = ~np.isnan(table).all(axis=1)
-        x, table = rounds[known], table[known]
-        look = style(0, paint)
-        low, high = band(table)
-        above.fill_between(
-            x, low, high, color=look.color, alpha=0.2, linewidth=0, label="80 % of the clients"
-        )
-        above.plot(x, np.nanmean(table, axis=1), label="mean over clients", **look.line(len(x)))
-        above.set_ylim(0, 1)
-        above.set_ylabel("α of the shared expert")
-        rounds_axis(above)
-        legend_above(canvas, above, 2)
-        heat_map(canvas, below, table.T, "mean α", (0, 1))
-        below.set_ylabel("client")
-        below.set_xlabel("round")
-        ticks = np.unique(np.linspace(0, len(x) - 1, min(len(x), 8)).astype(int))
-        below.set_xticks(ticks, x[ticks])
-
-    caption = (
-        "Mean weight α of the shared expert over a client's test samples: 1 = shared alone, 0 = local alone."
-    )
-    return Figure("gates", "Gate weights", caption, draw, (WIDTH, 5.0))
-
-
 def heat_map(canvas: Any, axes: Any, table: np.ndarray, label: str, limits: tuple[float, float]) -> Any:
     """Cells with a bar that explains them; cells without a value stay empty. Rows and columns by number."""
     from matplotlib.ticker import MaxNLocator

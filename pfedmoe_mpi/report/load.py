@@ -15,6 +15,7 @@ from typing import Any
 from pfedmoe_mpi.errors import UserError
 
 STARTS = ("start", "restart")
+DRIFT = ["drift.forgetting", "drift.recovery"]  # columns of runs without a change of concept too
 
 
 class RunFolderError(UserError):
@@ -80,11 +81,12 @@ class Run:
     def rows(self) -> list[dict[str, Any]]:
         """One flat dict per round: `round`, `accuracy.mean`, `seconds.train`, …; lists stay lists."""
         who = {"seed": self.seed, "algorithm": self.algorithm}
-        calm = {"forgetting": None, "recovery": None}  # before a drift; the same keys in every row
-        return [
-            {**who, **_flat({**row, "clients": {}, "drift": row.get("drift") or calm})}
-            for row in self.history
-        ]
+        flat = [_flat({**row, "clients": {}}) for row in self.history]
+        # What is null in one row may be an object in another: every name of any row, but for such a null.
+        names = dict.fromkeys(name for row in flat for name in row)
+        inner = {name.rpartition(".")[0] for name in names}
+        names = dict.fromkeys([name for name in names if name not in inner] + DRIFT)
+        return [{**who, **{name: row.get(name) for name in names}} for row in flat]
 
     @cached_property
     def client_rows(self) -> list[dict[str, Any]]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoe_mpi.report import figures, paper
+from pfedmoe_mpi.report import figures, gates, inside, paper, ranks
 from pfedmoe_mpi.report.compare import mean_std, value_text
 from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
+from pfedmoe_mpi.report.drawing import Figure
 from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi.report.looked import Looked
 from pfedmoe_mpi.report.sections import Report, Section
 from pfedmoe_mpi.report.tables import Column, Table, number, percent, word
 
@@ -33,17 +35,19 @@ VERSIONS = (
 LEFT_OUT = (("dropped", "not finite"), ("lost", "lost before the sum"), ("late", "after the deadline"))
 
 
-def report(run: Run, target: float | None) -> Report:
-    """Everything about one run."""
+def report(run: Run, target: float | None, looked: Looked | str = "") -> Report:
+    """Everything about one run, and of its models what was seen, or why nothing was."""
+    models = looked if isinstance(looked, Looked) else None
     state = "finished" if run.finished else f"unfinished: {run.done} of {run.planned} rounds"
     sections = [
         Section("The run", [*_settings(run), _versions(run)]),
         *paper.sections([run]),
         _data(run),
         Section("Convergence", [_target(run, target)], [figures.convergence(run)]),
-        Section("Clients", [_architectures(run), _clients(run)], [figures.clients(run)]),
-        _gates(run),
-        Section("Cost", [_costs(run)], [figures.seconds(run), figures.burden(run)]),
+        Section("Clients", [_architectures(run), _clients(run, models)], [figures.clients(run)]),
+        gates.section(run),
+        inside.section(models) if models else Section("Models", text=str(looked)),
+        Section("Cost", [_costs(run), *_ranks(run)], _cost_figures(run)),
         Section("Events", [_events(run), *_left_out(run)]),
     ]
     return Report(
@@ -168,7 +172,7 @@ def _architectures(run: Run) -> Table:
     return Table("architectures", f"Accuracy by architecture, round {run.last['round']}", columns, rows)
 
 
-def _clients(run: Run) -> Table:
+def _clients(run: Run, models: Looked | None) -> Table:
     """Sorted from the worst: why a client is bad starts with how many samples and classes it has."""
     held = run.last["clients"]
     counts = run.started_with("class_counts")
@@ -184,25 +188,12 @@ def _clients(run: Run) -> Table:
         ]
         for k in order
     ]
-    return Table(
-        "clients", f"Clients after round {run.last['round']}, worst first", columns, rows, open=False
-    )
-
-
-def _gates(run: Run) -> Section:
-    """Nothing for methods without a gate."""
-    known = [row for row in run.history if any(a is not None for a in row["clients"]["alpha"])]
-    if not known:
-        return Section("Gates")
-    columns = [Column("round"), *map(Column, ("mean α", "std over clients", "lowest", "highest"))]
-    rows = []
-    for row in (known[0], known[len(known) // 2], known[-1]) if len(known) > 2 else known:
-        values = [a for a in row["clients"]["alpha"] if a is not None]
-        mean, std = mean_std(values)
-        shown = (number(value, "{:.3f}") for value in (mean, std, min(values), max(values)))
-        rows.append([number(row["round"]), *shown])
-    table = Table("alpha", "Weight α of the shared expert, mean over a client's test samples", columns, rows)
-    return Section("Gates", [table], [figures.gates(run)])
+    if models and len(models.shared) == run.clients:
+        columns.append(Column("shared test, %"))
+        rows = [[*row, inside.share(models.shared[k])] for row, k in zip(rows, order, strict=True)]
+    notes = [inside.shared_note(models)] if models else []
+    title = f"Clients after round {run.last['round']}, worst first"
+    return Table("clients", title, columns, rows, notes, open=False)
 
 
 def _costs(run: Run) -> Table:
@@ -232,6 +223,26 @@ def _costs(run: Run) -> Table:
         "MB: what a deployment would send, all members of the cohort together",
     ]
     return Table("cost", "Time, bytes, memory", columns, rows, notes)
+
+
+def _ranks(run: Run) -> list[Table]:
+    """Each rank's seconds of a mean round; nothing for one rank, whose seconds are those of the round."""
+    spent = ranks.seconds(run)
+    if spent is None or len(spent["train"]) < 2:
+        return []
+    with np.errstate(invalid="ignore"):
+        means = {name: np.nanmean(table, axis=1) for name, table in spent.items()}
+    columns = [Column("rank"), *(Column(f"{name}, s") for name in means)]
+    rows = [
+        [number(rank), *(number(float(values[rank]), "{:.4g}") for values in means.values())]
+        for rank in range(len(spent["train"]))
+    ]
+    notes = ["means of a round; wait: for the other ranks, before the sum"]
+    return [Table("ranks", "Seconds by rank", columns, rows, notes, open=len(rows) <= 16)]
+
+
+def _cost_figures(run: Run) -> list[Figure]:
+    return [figures.seconds(run), *ranks.figures(run), figures.burden(run)]
 
 
 def _events(run: Run) -> Table:
