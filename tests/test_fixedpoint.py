@@ -268,8 +268,8 @@ def test_a_row_weighs_names_and_leaves_null_what_was_not_measured() -> None:
     total.add(2, {"a": torch.ones(2)}, {"train_loss": 2.0, "accuracy_before": float("nan"), "bytes_down": 99})
     total.leave_out(1, DROPPED)
     evaluation = metrics.EvaluationSum(4, 2)
-    evaluation.clients[0] = [3, 4, 0.5, 0.6, 0, 0, 1, 2, 2, 2]
-    evaluation.clients[3] = [1, 2, float("inf"), float("nan"), 1, 2, 0, 0, 0, 0]
+    evaluation.clients[0] = [3, 4, 0.5, 0.6, 0.7, 0, 0, 1, 2, 2, 2]
+    evaluation.clients[3] = [1, 2, float("inf"), float("nan"), float("nan"), 1, 2, 0, 0, 0, 0]
     evaluation.ranks[:] = [[1, 2, 3, 4, 5], [4, 3, 2, 1, 9]]
     row = metrics.row(
         7,
@@ -294,6 +294,7 @@ def test_a_row_weighs_names_and_leaves_null_what_was_not_measured() -> None:
     assert row["clients"]["accuracy"] == [0.75, None, None, 0.5]
     assert row["clients"]["loss"] == [0.5, None, None, None], "JSON knows no infinity"
     assert row["clients"]["alpha"] == [0.6, None, None, None]
+    assert row["clients"]["auc"] == [0.7, None, None, None] and row["auc"]["weighted"] == pytest.approx(0.7)
     assert row["clients"]["accuracy_before"] == [0.5, None, None, None]
     assert row["bytes"] == {"up": 8.0, "down": 99.0, "once": 5} and row["rss_mb"] == 9
     assert [row["seconds"][k] for k in ("train", "evaluate", "sum", "wait", "write", "total")] == [
