@@ -23,6 +23,7 @@ python -m pfedmoe_mpi [run] [CONFIG.toml] [--section.field VALUE ...] [--dry tru
        python -m pfedmoe_mpi data prepare|partition [CONFIG.toml] OUT.h5 [--section.field VALUE ...]
        python -m pfedmoe_mpi reproduce TABLE.toml [--scale 0.1] [--out FOLDER] [--only PATTERN] [--dry true]
        python -m pfedmoe_mpi report RUN_DIR ... [--out FOLDER] [--text true] [--baseline NAME] [--target 0.9]
+       python -m pfedmoe_mpi translate -- python main.py -data Cifar10 -algo FedProto ...
        python -m pfedmoe_mpi bench [WHAT ...] [--section.field VALUE ...]
        python -m pfedmoe_mpi check [FOLDER]
 run, restart, evaluate, reproduce, bench and check run under mpirun or srun too."""
@@ -149,6 +150,14 @@ def report(arguments: Sequence[str]) -> int:
     return command.run(words, extra["out"], text, extra["baseline"], extra["target"], models)
 
 
+def translate(arguments: Sequence[str]) -> int:
+    """A command line of HtFLlib or PFLlib in this program's words."""
+    from pfedmoe_mpi import translate as room
+
+    print(room.translate([word for word in arguments if word != "--"]).text())
+    return EXIT_DONE
+
+
 def bench(arguments: Sequence[str]) -> int:
     """Measure this machine and print a table."""
     words, flags, _ = _parse(arguments, {})
@@ -177,10 +186,11 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "data": data,
     "reproduce": reproduce,
     "report": report,
+    "translate": translate,
     "bench": bench,
     "check": check,
 }
-WITHOUT_MPI = {"inspect", "export", "data", "report"}
+WITHOUT_MPI = {"inspect", "export", "data", "report", "translate"}
 
 
 def _parse(arguments: Sequence[str], extra: dict[str, str]) -> tuple[list[str], Settings, dict[str, str]]:

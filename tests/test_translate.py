@@ -1,0 +1,92 @@
+"""Command lines of HtFLlib and PFLlib in this program's words."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import launcher
+import pytest
+
+from pfedmoe_mpi import algorithms, config, translate
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+HTFLLIB = (
+    "nohup python -u main.py -t 3 -ab 1 -lr 0.02 -jr 0.5 -lbs 32 -ls 5 -nc 30 -ncl 100 -data Cifar100 "
+    "-m HtFE-img-8 -fd 512 -did 4 -gr 300 -eg 10 -algo {} > out.txt 2>&1 &"
+)
+
+
+def settings(line: str) -> tuple[config.Config, str]:
+    """The configuration of the command that is printed, and its notes."""
+    text = translate.translate(shlex.split(line)).text()
+    notes = "\n".join(part for part in text.splitlines() if part.startswith("#"))
+    words = shlex.split(text.replace(notes, "").replace("\\\n", " "))
+    assert words[:6] == ["mpirun", "-n", "2", "python", "-m", "pfedmoe_mpi"]
+    flags = words[6:]
+    return config.build(
+        {n.removeprefix("--"): v for n, v in zip(flags[::2], flags[1::2], strict=True)}
+    ), notes
+
+
+def test_a_line_of_htfllib() -> None:
+    made, notes = settings(HTFLLIB.format("FedTGP -lam 10 -se 50 -mart 90"))
+    assert (made.algorithm, made.clients, made.participation, made.rounds) == ("fedtgp", 30, 0.5, 300)
+    train = made.train
+    assert (train.lr, train.lr_shared, train.batch, train.epochs) == (0.02, 0.02, 32, 5)
+    assert (train.momentum, train.weight_decay, train.clip) == (0, 0, 0), "plain SGD"
+    assert (made.data.source, made.data.name, made.data.mean) == ("torchvision", "CIFAR100", (0.5, 0.5, 0.5))
+    assert made.model.pool[0] == "cnn1" and made.model.pool[-1] == "resnet152" and len(made.model.pool) == 8
+    assert (made.model.dim, made.model.stem, made.eval.every) == (512, "imagenet", 10)
+    own = made.options
+    assert (own.weight, own.epochs, own.margin, own.answer) == (10, 50, 90, "prototype")  # type: ignore[attr-defined]
+    for flag in ("-t 3", "-ab 1", "-ncl 100", "-did 4", "four-layer CNN"):
+        assert flag in notes, "what has no counterpart is named"
+    assert "-fd" not in notes
+
+
+def test_flags_mean_what_their_method_makes_of_them() -> None:
+    assert settings(HTFLLIB.format("FedProto -lam 10"))[0].options.weight == 10  # type: ignore[attr-defined]
+    made, notes = settings(HTFLLIB.format("FedKD -mlr 0.03 -Ts 0.9 -Te 0.99 -lam 2"))
+    assert (made.train.lr, made.train.lr_shared, made.train.clip) == (0.02, 0.03, 10)
+    assert "-lam 2: no counterpart in fedkd" in notes
+    assert settings("main.py -algo FedGH -slr 0.1 -se 2")[0].options.lr == 0.1  # type: ignore[attr-defined]
+    assert settings(HTFLLIB.format("Local"))[0].algorithm == "standalone"
+    assert settings(HTFLLIB.format("LG-FedAvg"))[0].algorithm == "lg_fedavg"
+
+
+def test_defaults_are_theirs() -> None:
+    made, _ = settings("python main.py -algo FD")
+    assert (made.rounds, made.clients, made.train.batch, made.train.lr) == (2000, 20, 10, 0.01)
+    assert made.data.name == "MNIST" and made.partition.test_fraction == 0.25
+
+
+def test_a_line_of_pfllib() -> None:
+    made, notes = settings(
+        "python main.py --dataset=FashionMNIST --model ResNet18 --algorithm FedProx -mu 0.01 -ld 1"
+    )
+    assert (made.algorithm, made.data.name, made.model.pool) == ("fedprox", "FashionMNIST", ("resnet18",))
+    assert made.options.mu == 0.01 and "-ld 1: no counterpart" in notes  # type: ignore[attr-defined]
+    made, notes = settings("main.py -data TinyImagenet -m LSTM -algo SCAFFOLD")
+    assert made.data.path.endswith("TinyImagenet.h5") and "-m LSTM: no counterpart" in notes
+
+
+def test_the_command_prints_it(done: Callable[..., launcher.Result], refused: Callable[..., str]) -> None:
+    said = done("translate", "--", *shlex.split("main.py -data Cifar10 -algo FedProto -m HtFE-img-4")).out
+    assert "--algorithm fedproto" in said and said.splitlines()[0].startswith("# ")
+    refused("-algo FedGen is no method here", "translate", "--", "python", "main.py", "-algo", "FedGen")
+    refused("-algos is no flag of theirs.*algo", "translate", "--", "main.py", "-algos", "FedAvg")
+    refused("-lr needs a value", "translate", "main.py", "-lr")
+
+
+@pytest.mark.parametrize("flag", translate.FLAGS, ids=lambda flag: flag.long)
+def test_every_flag_stands_in_the_readme(flag: translate.Flag) -> None:
+    section = README.partition("## Coming from HtFLlib")[2].partition("\n## ")[0]
+    row = re.search(rf"^\|.*`-{flag.short}`.*$", section, re.M)
+    assert row, flag
+    own = [name for (method, long), name in translate.OF_METHODS.items() if long == flag.long]
+    for name in (*flag.ours, *own):
+        assert f"`--{name}`" in row[0] and name in config.fields()
+    assert {method for method, _ in translate.OF_METHODS} <= set(algorithms.names())
