@@ -21,7 +21,8 @@ python -m pfedmoe_mpi [run] [CONFIG.toml] [--section.field VALUE ...] [--dry tru
        python -m pfedmoe_mpi inspect CHECKPOINT.h5 [--digest]
        python -m pfedmoe_mpi export CHECKPOINT.h5 --client 7 OUT.h5
        python -m pfedmoe_mpi data prepare|partition [CONFIG.toml] OUT.h5 [--section.field VALUE ...]
-       python -m pfedmoe_mpi report RUN_DIR ... [--out FOLDER] [--text true] [--baseline NAME] [--target 0.9]
+       python -m pfedmoe_mpi report RUN_DIR ... [--out FOLDER] [--text true] [--baseline NAME]
+               [--target 0.9] [--models false]
        python -m pfedmoe_mpi bench [WHAT ...] [--section.field VALUE ...]
        python -m pfedmoe_mpi check [FOLDER]
 run, restart, evaluate, bench and check run under mpirun or srun too."""
