@@ -22,7 +22,8 @@ python -m pfedmoe_mpi [run] [CONFIG.toml] [--section.field VALUE ...] [--dry tru
        python -m pfedmoe_mpi export CHECKPOINT.h5 --client 7 OUT.h5
        python -m pfedmoe_mpi data prepare|partition [CONFIG.toml] OUT.h5 [--section.field VALUE ...]
        python -m pfedmoe_mpi reproduce TABLE.toml [--scale 0.1] [--out FOLDER] [--only PATTERN] [--dry true]
-       python -m pfedmoe_mpi report RUN_DIR ... [--out FOLDER] [--text true] [--baseline NAME] [--target 0.9]
+       python -m pfedmoe_mpi report RUN_DIR ... [--out FOLDER] [--text true] [--baseline NAME]
+               [--target 0.9] [--models false]
        python -m pfedmoe_mpi translate -- python main.py -data Cifar10 -algo FedProto ...
        python -m pfedmoe_mpi bench [WHAT ...] [--section.field VALUE ...]
        python -m pfedmoe_mpi check [FOLDER]

@@ -158,7 +158,7 @@ def test_the_page_shows_what_the_run_measured(browser: Browser, pages: dict[str,
     assert facts["accuracy, round 3"] == f"{100 * last['accuracy']['mean']:.2f} %"
     assert facts["worst client"] == f"{100 * last['accuracy']['worst']:.2f} %"
     heading = browser.value("[...document.querySelectorAll('h2')].map(e => e.innerText)")
-    assert heading == ["The run", "Data", "Convergence", "Clients", "Gates", "Cost", "Events"]
+    assert heading == ["The run", "Data", "Convergence", "Clients", "Gates", "Models", "Cost", "Events"]
 
 
 def test_figures_for_a_paper_have_ink_to_no_edge(pages: dict[str, Path]) -> None:

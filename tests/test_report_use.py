@@ -44,8 +44,9 @@ def both(two: Path, tmp_path: Path) -> Path:
 def test_a_report_is_one_page_with_figures_and_tables(done: Callable[..., Result], both: Path) -> None:
     said = done("report", both / "pfedmoe").out
     folder = both / "pfedmoe" / "report"
-    assert said == f"wrote {folder / 'report.html'}, 6 figures and 10 tables\n"
-    figures = {"partition", "convergence", "clients", "gates", "seconds", "burden"}
+    assert said == f"wrote {folder / 'report.html'}, 11 figures and 13 tables\n"
+    figures = {"partition", "convergence", "clients", "gates", "gates_class", "seconds", "burden"}
+    figures |= {"generalisation", "alpha_samples", "representations_class", "representations_client"}
     for name in figures:
         assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n")
         assert (folder / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF-")
@@ -63,7 +64,8 @@ def test_a_method_without_a_gate_and_without_class_counts(done: Callable[..., Re
     (both / "standalone" / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done("report", both / "standalone", "--out", "out")
     names = {path.stem for path in (both.parent / "out" / "figures").iterdir()}
-    assert names == {"convergence", "clients", "seconds", "burden"}
+    seen = {"generalisation", "representations_class", "representations_client"}
+    assert names == {"convergence", "clients", "seconds", "burden", *seen}
     assert "does not tell its clients" in (both.parent / "out" / "report.html").read_text()
     assert list(table(both.parent / "out", "target")[0]) == ["target, %", "round", "MB sent"]
 

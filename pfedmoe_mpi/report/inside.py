@@ -85,7 +85,7 @@ def pictures(looked: Looked) -> Figure:
         "Test samples with the highest (above) and the lowest (below) weight α of the shared expert, each "
         "with its class and the client whose gate decided."
     )
-    return Figure("alpha_samples", "Samples at both ends of the gate", caption, draw, (WIDTH, 3.0))
+    return Figure("alpha_samples", "Samples at both ends of the gate", caption, draw, (WIDTH, 2.7))
 
 
 def plane(looked: Looked, by: str) -> Figure:
@@ -97,20 +97,14 @@ def plane(looked: Looked, by: str) -> Figure:
         grid = canvas.subplots(1, len(embeddings), squeeze=False)[0]
         for axes, (name, places) in zip(grid, embeddings.items(), strict=True):
             for value in np.unique(numbers):
-                own = places[numbers == value]
-                color = style(int(value), paint).color
-                axes.plot(
-                    *own.T,
-                    linestyle="none",
-                    marker=glyph(int(value)),
-                    markersize=4.5,
-                    color=color,
-                    markeredgewidth=0,
-                )
+                outline, wide = glyph(int(value))
+                look = {"color": style(int(value), paint).color, "marker": outline, "markeredgewidth": 0}
+                axes.plot(*places[numbers == value].T, linestyle="none", markersize=4.5 * wide, **look)
             axes.set_title(name)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.grid(visible=False)
+            axes.spines[:].set(visible=True, color=paint.grid)
             axes.margins(0.04)
 
     how = f"{looked.method} of {', '.join(looked.representations)}"
@@ -121,17 +115,24 @@ def plane(looked: Looked, by: str) -> Figure:
     }
     known = [f"{name}: {meaning[name]}" for name in looked.representations if name in meaning]
     caption = f"{how}; every test sample is written as the number of its {by}. {'; '.join(known)}".rstrip()
-    return Figure(f"representations_{by}", f"Representations by {by}", caption, draw, (WIDTH, 2.6))
+    return Figure(
+        f"representations_{by}",
+        f"Representations by {by}",
+        caption,
+        draw,
+        (WIDTH, 3.4 if len(looked.representations) == 1 else 2.6),
+    )
 
 
-def glyph(value: int) -> Any:
-    """A number as a marker: its outline about the origin, one unit high."""
+def glyph(value: int) -> tuple[Any, float]:
+    """A number as a marker: its outline about the origin, and how much wider than high, at least 1."""
     from matplotlib.path import Path
     from matplotlib.textpath import TextPath
 
     outline = TextPath((0, 0), str(value), size=1)
     low, high = outline.vertices.min(axis=0), outline.vertices.max(axis=0)
-    return Path((outline.vertices - (low + high) / 2) / (high - low)[1], outline.codes)
+    wide, tall = high - low
+    return Path((outline.vertices - (low + high) / 2) / tall, outline.codes), max(1.0, wide / tall)
 
 
 def generalisation(looked: Looked) -> Figure:

@@ -83,10 +83,9 @@ class Run:
         who = {"seed": self.seed, "algorithm": self.algorithm}
         flat = [_flat({**row, "clients": {}}) for row in self.history]
         # What is null in one row may be an object in another: every name of any row, but for such a null.
-        names = dict.fromkeys(name for row in flat for name in row)
+        names = dict.fromkeys([*(name for row in flat for name in row), *DRIFT])
         inner = {name.rpartition(".")[0] for name in names}
-        names = dict.fromkeys([name for name in names if name not in inner] + DRIFT)
-        return [{**who, **{name: row.get(name) for name in names}} for row in flat]
+        return [{**who, **{name: row.get(name) for name in names if name not in inner}} for row in flat]
 
     @cached_property
     def client_rows(self) -> list[dict[str, Any]]:
