@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pfedmoe_mpi.setup import Federation
 
 
+NAMES = 10  # of the data's own clients in the plan
+
+
 def megabytes(numbers: float) -> str:
     """float32 numbers as MB."""
     return f"{4 * numbers / 1e6:.2f} MB"
@@ -36,8 +39,9 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
         listed, why = ", ".join(map(str, sorted(task.unseen))), federation.method.unseen_null
         lines.append(f"unseen clients: {listed}" + (f"; no accuracy, because {why}" if why else ""))
     if federation.dataset.client_names:
-        named = ", ".join(f"{k} {name}" for k, name in enumerate(federation.dataset.client_names))
-        lines.append(f"the data's own clients: {named}")
+        names = federation.dataset.client_names
+        named = ", ".join(f"{k} {name}" for k, name in enumerate(names[:NAMES]))
+        lines.append(f"the data's own clients: {named}{', …' if len(names) > NAMES else ''}")
     flat = config.flatten(config.to_tree(settings))
     taken = [f"{name} {value}" for name, value in federation.dataset.proposals.items() if flat[name] == value]
     if taken:

@@ -70,7 +70,7 @@ def _last(rows: int) -> np.ndarray:
 class NextWord:
     """A `Fit` for windows: tokens and classes of the words that training clients' windows ask for most.
 
-    Class 0 is any word without a token of its own, class c the word of token c + 1.
+    Class 0 is any word without a token of its own, and may have no row; class c is the word of token c + 1.
     """
 
     words: Sequence[str]
