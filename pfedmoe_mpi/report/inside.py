@@ -16,11 +16,10 @@ from pfedmoe_mpi.report.tables import Cell, Column, Table, number, percent, word
 
 def section(looked: Looked) -> Section:
     """Samples at both ends of the gate, representations, and everybody on one test set."""
-    text = (
-        f"The models after round {looked.round}; gate weights and representations of {len(looked.labels):,} "
-        f"of the {looked.samples:,} test samples."
-    )
     gated = looked.alpha is not None
+    what = "gate weights and representations" if gated else "representations"
+    counts = f"{len(looked.labels):,} of the {looked.samples:,} test samples"
+    text = f"The models after round {looked.round}; {what} of {counts}."
     figures = [generalisation(looked)]
     figures += [pictures(looked)] if gated and looked.images else []
     figures += [plane(looked, "class"), plane(looked, "client")] if looked.representations else []
