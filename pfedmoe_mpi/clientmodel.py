@@ -26,13 +26,15 @@ MOST_ABSENT = 5_000  # clients that never train or join late, in an attribute of
 
 
 def described(federation: Federation) -> str:
-    """What a model must know of the samples it was trained on, as JSON for the checkpoint: shape (C, H, W) or
-    (features,), classes, dtype, mean and std; who never trains or joins late, null if these are too many.
+    """What a model must know of the samples it was trained on, as JSON for the checkpoint: shape (C, H, W),
+    (features,) or (tokens,), classes, dtype, how many tokens there are, mean and std; who never trains or
+    joins late, null if these are too many.
     """
     data, task = federation.dataset, federation.task
     absent = [sorted(task.unseen), sorted(task.late)]
     few = sum(map(len, absent)) <= MOST_ABSENT
     facts = {"shape": data.shape, "classes": data.classes, "dtype": data.dtype.name}
+    facts["vocabulary"] = data.vocabulary
     return json.dumps({**facts, "mean": data.mean, "std": data.std, "absent": absent if few else None})
 
 
@@ -57,6 +59,9 @@ class ClientModel(nn.Module):
     def predict(self, x: np.ndarray | Tensor) -> Tensor:
         """Logits (n, classes), float32, of n raw samples as they are in the data, not normalised; `argmax(1)`
         is the class. In evaluation mode, without gradients, in the batches of the run's evaluations.
+
+        Of patients these are the columns standardised as the client's were, of texts the tokens of the run's
+        vocabulary: what `Dataset.fitted` gives.
 
         FedJETs chooses a client's experts by all samples of the call: give it the client's samples together.
 
@@ -123,7 +128,8 @@ def _facts(loaded: Checkpoint) -> dict[str, Any]:
     """What `described` wrote."""
     try:
         facts: dict[str, Any] = json.loads(loaded.identity["samples"])
-        return {**facts, "shape": tuple(map(int, facts["shape"])), "classes": int(facts["classes"])}
+        numbers = {name: int(facts[name]) for name in ("classes", "vocabulary")}
+        return {**facts, **numbers, "shape": tuple(map(int, facts["shape"]))}
     except (KeyError, ValueError, TypeError) as error:
         problem = f"{loaded.path} does not say what its samples are"
         remedy = "`restart` of its run with a higher --rounds writes one that does"
@@ -138,9 +144,8 @@ def _built(loaded: Checkpoint, client: int, facts: dict[str, Any]) -> ClientMode
     never, late = map(frozenset, facts["absent"])
     model = settings.model
     counts = np.zeros((loaded.clients, facts["classes"]), np.int64)  # no method answers by them
-    task = Task(
-        settings, facts["shape"], facts["classes"], counts, model.pool, model.shared, model.dim, never, late
-    )
+    known = (settings, facts["shape"], facts["classes"], counts, model.pool, model.shared, model.dim)
+    task = Task(*known, never, late, facts["vocabulary"])
     method = algorithms.load(settings.algorithm)(task)
     unseen = client in task.absent(loaded.round)
     bench = Workbench(settings.seed, torch.device("cpu"))

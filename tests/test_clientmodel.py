@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from played import world
+from textfiles import write_hospitals, write_news
 
-from pfedmoe_mpi import checkpoint, config, load_client
+from pfedmoe_mpi import checkpoint, config, load_client, setup
 from pfedmoe_mpi.data import open_dataset
 from pfedmoe_mpi.errors import CheckpointError, DataError
 
@@ -64,6 +66,22 @@ def test_answers_as_the_run_measured(session: launcher.Session, tmp_path: Path, 
         assert right / len(y) == accuracy, f"client {client}"
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(y)).item()
         assert loss == pytest.approx(measured["loss"][client], rel=1e-5)
+
+
+@pytest.mark.parametrize("source", ["heart", "text"])
+def test_patients_and_texts(session: launcher.Session, tmp_path: Path, source: str) -> None:
+    heart = source == "heart"
+    path = write_hospitals(tmp_path / "data") if heart else write_news(tmp_path / "news.csv")
+    few = ("--clients", "3", "--partition.alpha", "100") if not heart else ()
+    flags = ("--data.source", source, "--data.path", str(path), *few, "--rounds", "2", "--run.dir", "run")
+    result = session(*flags, "--train.device", "cpu", cwd=tmp_path)
+    assert result.code == 0, result.err
+    run = tmp_path / "run"
+    built = setup.build(world(), config.build(config.read_toml(run / "config.toml")))
+    for client, accuracy in enumerate(launcher.rows(run)[-1]["clients"]["accuracy"]):
+        test = built.clients[client].splits["test"]
+        answers = load_client(run / "checkpoints" / "round-000002.h5", client).predict(test.x).argmax(1)
+        assert (answers == test.y).double().mean() == accuracy
 
 
 def test_it_is_a_module_like_any_other(trained: Path, tmp_path: Path) -> None:
