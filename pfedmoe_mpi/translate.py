@@ -51,8 +51,8 @@ FLAGS = (
     Flag("ldg", "learning_rate_decay_gamma", (), "no counterpart, as learning_rate_decay"),
     Flag("rjr", "random_join_ratio", (), "no counterpart: the cohort's size is fixed"),
     Flag("fs", "few_shot", (), "no counterpart"),
-    Flag("vs", "vocab_size", (), "no counterpart: the data tell"),
-    Flag("ml", "max_len", (), "no counterpart: the data tell"),
+    Flag("vs", "vocab_size", ("data.vocabulary",)),
+    Flag("ml", "max_len", ("data.length",)),
     Flag("mfn", "models_folder_name", (), "no counterpart: clients start from drawn weights"),
     Flag(
         "tsr", "train_slow_rate", (), "no counterpart that sleeps; --faults.straggler simulates slow clients"
