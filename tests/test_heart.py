@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,16 @@ def test_ranks_and_a_restart_change_no_bit(
     )
     assert not (tmp_path / "x.h5").exists()
     assert "  " in done("data", "partition", "p.h5", *flags[:2], *flags[-2:]).out
+
+
+def test_a_report_shows_it(session: Session, tmp_path: Path, hospitals: Path) -> None:
+    pytest.importorskip("jinja2")
+    flags = (*FLAGS, "--data.path", str(hospitals), "--run.dir", "run")
+    assert session(*flags, cwd=tmp_path).code == 0
+    assert session("report", "run", "--models", "false", cwd=tmp_path).code == 0
+    with open(tmp_path / "run" / "report" / "tables" / "clients.csv", newline="") as file:
+        shown = {int(row["client"]): float(row["AUC, %"]) for row in csv.DictReader(file)}
+    assert shown == dict(enumerate(rows(tmp_path / "run")[-1]["clients"]["auc"]))
 
 
 def test_the_four_hospitals(done: Callable[..., Result]) -> None:

@@ -89,7 +89,7 @@ class Run:
 
     @cached_property
     def client_rows(self) -> list[dict[str, Any]]:
-        """One flat dict per round and client: `accuracy`, `accuracy_before`, `loss`, `alpha`, `samples`."""
+        """One flat dict per round and client: `accuracy`, `loss`, `alpha`, `auc`, …"""
         found = []
         for row in self.history:
             held = row["clients"]

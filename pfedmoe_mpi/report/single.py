@@ -188,6 +188,10 @@ def _clients(run: Run, models: Looked | None) -> Table:
         ]
         for k in order
     ]
+    auc = held.get("auc", [])
+    if any(value is not None for value in auc):
+        columns.append(Column("AUC, %"))
+        rows = [[*row, percent(auc[k])] for row, k in zip(rows, order, strict=True)]
     if models and len(models.shared) == run.clients:
         columns.append(Column("shared test, %"))
         rows = [[*row, inside.share(models.shared[k])] for row, k in zip(rows, order, strict=True)]
