@@ -219,22 +219,10 @@ def test_cifar10_trains_from_its_images(tmp_path: Path) -> None:
     with tarfile.open(shared("cifar10-images.tar")) as archive:
         archive.extractall(tmp_path / "cifar", filter="data")
     (images,) = {path.parent for path in (tmp_path / "cifar").glob("**/train")}
-    finished(
-        *(
-            2,
-            "--data.source",
-            "folder",
-            "--data.path",
-            str(images),
-            "--clients",
-            "10",
-            "--participation",
-            "0.2",
-        ),
-        *("--partition.kind", "pathological", "--train.batch", "128", "--rounds", "2", "--run.dir", "run"),
-        *("--train.augment", "flip,erase,crop", "--eval.every", "2"),
-        cwd=tmp_path,
-    )
+    source = ("--data.source", "folder", "--data.path", str(images), "--partition.kind", "pathological")
+    few = ("--clients", "10", "--participation", "0.2", "--rounds", "3", "--eval.every", "3")
+    steps = ("--train.batch", "128", "--train.epochs", "3", "--train.augment", "flip,erase,crop")
+    finished(2, *source, *few, *steps, "--run.dir", "run", cwd=tmp_path)
     rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["accuracy_cohort"]["mean"] > 0.6, "two classes per client: chance is 0.5"
     assert sum(rows[-1]["clients"]["samples"]) == 48_000
