@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from datafiles import everything, opened, refused, shared
-from launcher import Result, Session, program, rows, told
+from launcher import Result, Session, rows, told
 from played import world
-from textfiles import TOPICS, write_hospitals, write_news
+from textfiles import TOPICS, same_bits, write_hospitals, write_news
 
 from pfedmoe_mpi import algorithms, config, setup
 from pfedmoe_mpi.errors import ConfigError
@@ -198,17 +198,7 @@ def test_ranks_and_a_restart_change_no_bit(
     done: Callable[..., Result], session: Session, news: Path, tmp_path: Path
 ) -> None:
     flags = (*FLAGS, "--data.path", str(news))
-    done(*flags, "--run.dir", "whole")
-    for result in (
-        program(2, *flags, "--rounds", "1", "--run.dir", "half", cwd=tmp_path),
-        program(2, "restart", "half", "--rounds", "2", cwd=tmp_path),
-    ):
-        assert result.code == 0, result.err
-    found = {
-        done("inspect", f"{run}/checkpoints/round-000002.h5", "--digest").out for run in ("whole", "half")
-    }
-    assert len(found) == 1
-    newest = "half/checkpoints/round-000002.h5"
+    newest = same_bits(done, flags, tmp_path)
     again = done("evaluate", newest, "--json", "true").out
     assert f'"accuracy": {rows(tmp_path / "half")[-1]["clients"]["accuracy"]}' in again
     (tmp_path / "other").mkdir()

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from datafiles import everything, opened, refused
-from launcher import Result, program
+from launcher import Result
 from played import world
-from textfiles import write_stories
+from textfiles import same_bits, write_stories
 
 from pfedmoe_mpi import config, setup
 from pfedmoe_mpi.federation import Loop, Silent
@@ -81,16 +81,7 @@ def test_ranks_and_a_restart_change_no_bit(
     done: Callable[..., Result], stories: Path, tmp_path: Path
 ) -> None:
     flags = (*FLAGS, "--data.path", str(stories))
-    done(*flags, "--run.dir", "whole")
-    for result in (
-        program(2, *flags, "--rounds", "1", "--run.dir", "half", cwd=tmp_path),
-        program(2, "restart", "half", "--rounds", "2", cwd=tmp_path),
-    ):
-        assert result.code == 0, result.err
-    found = {
-        done("inspect", f"{run}/checkpoints/round-000002.h5", "--digest").out for run in ("whole", "half")
-    }
-    assert len(found) == 1
+    same_bits(done, flags, tmp_path)
 
 
 def test_bad_folders_are_told(tmp_path: Path) -> None:

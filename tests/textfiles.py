@@ -1,11 +1,13 @@
-"""Patients and texts for tests: files whose classes can be told apart, mostly."""
+"""Patients and texts for tests: files whose classes can be told apart, and what holds on all of them."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from launcher import Result, program
 
 HEADER = "age,sex,cp,trestbps,chol,fbs,restecg,thalach,exang,oldpeak,slope,ca,thal,target"
 HOSPITALS = {"alpha": 48, "beta": 40, "gamma": 36}
@@ -70,3 +72,14 @@ def write_stories(folder: Path) -> Path:
             lines.append(f"The {draw.choice(['old', 'big', 'red'])} {animal} {says}.")
         (folder / f"{name}.txt").write_text("\n".join(lines))
     return folder
+
+
+def same_bits(done: Callable[..., Result], flags: Sequence[str], cwd: Path) -> str:
+    """Two rounds on one rank, or on two with a restart between them, have one digest; returns such a file."""
+    newest = "checkpoints/round-000002.h5"
+    done(*flags, "--run.dir", "whole")
+    for words in ([*flags, "--rounds", "1", "--run.dir", "half"], ["restart", "half", "--rounds", "2"]):
+        result = program(2, *words, cwd=cwd)
+        assert result.code == 0, result.err
+    assert len({done("inspect", f"{run}/{newest}", "--digest").out for run in ("whole", "half")}) == 1
+    return f"half/{newest}"
