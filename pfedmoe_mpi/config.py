@@ -220,6 +220,12 @@ def given(config: Config, name: str) -> bool:
     return field in (getattr(config, section) if section else config).model_fields_set
 
 
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The configuration with other values of some settings, all of which then count as given."""
+    kept = flatten(config.model_dump(mode="json", exclude_unset=True))
+    return build({**kept, **changes})
+
+
 def to_tree(config: Config) -> dict[str, Any]:
     """Plain TOML types, all fields, without the sections of other algorithms."""
     tree = config.model_dump(mode="json")

@@ -16,6 +16,7 @@ from typing import Any
 
 from pfedmoe_mpi import config, job, launch, tables
 from pfedmoe_mpi.comm import Comm
+from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, ConfigError, RunError, StoppedError
 from pfedmoe_mpi.runfolder import RunFolder
 from pfedmoe_mpi.tables import Table, TableRun
@@ -78,16 +79,30 @@ def _state(folder: Path, run: TableRun) -> str:
     held = RunFolder(folder)
     if not held.config.is_file():
         return NEW
-    then, now = config.read_toml(held.config), config.flatten(config.to_tree(run.config))
-    differing = [
-        f"{name} {then[name]} → {value}"
-        for name, value in now.items()
-        if name in then and then[name] != value and not name.startswith(FREE)
-    ]
+    then = config.read_toml(held.config)
+    differing = _differing(then, run.config)
+    if differing:
+        differing = _differing(then, _with_proposals(run.config))
     if differing:
         problem = f"{folder} holds a run with other settings: {'; '.join(differing)}"
         raise ConfigError(problem, "choose another --out, or give the flags of the first time")
     return FINISHED if held.finished else BEGUN
+
+
+def _differing(then: Mapping[str, Any], now: Config) -> list[str]:
+    return [
+        f"{name} {then[name]} → {value}"
+        for name, value in config.flatten(config.to_tree(now)).items()
+        if name in then and then[name] != value and not name.startswith(FREE)
+    ]
+
+
+def _with_proposals(settings: Config) -> Config:
+    from pfedmoe_mpi import setup
+    from pfedmoe_mpi.data import open_dataset
+
+    with open_dataset(settings.data, settings.seed, clients=settings.clients) as dataset:
+        return setup.proposed(settings, dataset)
 
 
 # What is said before
@@ -170,6 +185,5 @@ def _play_one(
     """From the start, or from where its folder stands, with the flags that a restart may have otherwise."""
     if world.from_root(RunFolder(folder).config.is_file, "run folder"):
         return job.resume(world, folder, anew, code, end)
-    flat = config.flatten(config.to_tree(run.config))
     ours = {"run.dir": str(folder), "run.force": True}  # without config.toml it holds nothing of a run
-    return job.begin(world, config.build({**flat, **ours}), code, end)
+    return job.begin(world, config.changed(run.config, ours), code, end)

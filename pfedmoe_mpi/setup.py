@@ -149,7 +149,7 @@ def fit_everywhere(comm: Comm, dataset: Dataset, partition: Partition) -> Datase
 def proposed(settings: Config, dataset: Dataset) -> Config:
     """The settings with what the data propose wherever the user gave nothing."""
     changes = {name: value for name, value in dataset.proposals.items() if not config.given(settings, name)}
-    return config.build({**config.flatten(config.to_tree(settings)), **changes}) if changes else settings
+    return config.changed(settings, changes) if changes else settings
 
 
 def resolved(settings: Config, dataset: Dataset, threads: int) -> Config:

@@ -19,8 +19,8 @@
 
 The runs are the product of the axes in the order of the file, the last one fastest, and are named by their
 labels: `n50-pfedmoe-seed0` (a word is its own label, a number gets the setting's last name in front).
-Relative paths count from the file. What a data source proposes is not taken: a run is what its table says.
-Needs neither torch nor MPI.
+Relative paths count from the file. What a data source proposes for settings that the table leaves out is
+taken as in any run, but for the rounds, which are the table's. Needs neither torch nor MPI.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import launcher
 import pytest
+from textfiles import HOSPITALS, write_hospitals
 
-from pfedmoe_mpi import tables
+from pfedmoe_mpi import config, tables
 from pfedmoe_mpi.errors import ConfigError
 
 TABLE = """\
@@ -189,3 +190,25 @@ def test_a_run_that_diverges_does_not_end_the_others(table: Path, session: launc
     assert list(kinds.values()).count("finish") == 1 and list(kinds.values()).count("error") == 1, kinds
     assert result.code == 1 and "could not go on: n4-pfedmoe-lr1e+30" in result.out, result.err
     assert result.err.count("error: ") == 1
+
+
+def test_a_run_of_a_table_takes_what_its_data_propose(tmp_path: Path, session: launcher.Session) -> None:
+    """It is the run of the same settings without a table; the table's own settings and rounds win."""
+    write_hospitals(tmp_path / "hospitals")
+    settings = 'data.source = "heart"\ndata.path = "hospitals"\nmodel.dim = 16\ntrain.lr_shared = 0.02\n'
+    (tmp_path / "wards.toml").write_text(f"[base]\n{settings}rounds = 2\n[axis]\nseed = [1]\n")
+    table = ("reproduce", "wards.toml", "--out", "out")
+    played = session(*table, cwd=tmp_path)
+    assert played.code == 0, played.err
+    ours = tmp_path / "out" / "seed1"
+    taken = config.read_toml(ours / "config.toml")
+    assert (taken["clients"], taken["partition.kind"]) == (len(HOSPITALS), "natural")
+    assert (taken["train.lr"], taken["train.lr_shared"], taken["rounds"]) == (0.005, 0.02, 2)
+    (tmp_path / "alone.toml").write_text(settings)
+    alone = session("alone.toml", "--seed", "1", "--rounds", "2", "--run.dir", "alone", cwd=tmp_path)
+    assert alone.code == 0, alone.err
+    assert launcher.learned_digest(ours, 2) == launcher.learned_digest(tmp_path / "alone", 2)
+    again = session(*table, cwd=tmp_path)
+    assert again.code == 0 and "1 of them finished" in again.out, again.err
+    other = session(*table, "--train.weight_decay", "0.5", cwd=tmp_path)
+    launcher.told(other, "holds a run with other settings: train.weight_decay 0.03 → 0.5")
