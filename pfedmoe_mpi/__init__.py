@@ -14,11 +14,14 @@ __version__ = "0.1.0"
 __all__ = ["load_client", "load_run"]
 
 
-def load_client(path: str | os.PathLike[str], client: int) -> ClientModel:
-    """A client's whole personalised model from a checkpoint, as a torch module with `predict`.
+def load_client(path: str | os.PathLike[str], client: int | None = None) -> ClientModel:
+    """A client's whole personalised model, as a torch module with `predict`.
+
+    Args:
+        path: a checkpoint, of which `client` says whose, or a file that `export` wrote.
 
     Raises:
-        CheckpointError: a damaged checkpoint, no such client, or one for which its method has no answer.
+        CheckpointError: a damaged file, no such client, or one for which its method has no answer.
     """
     from pathlib import Path
 

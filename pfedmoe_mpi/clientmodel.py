@@ -1,9 +1,11 @@
-"""A client of a checkpoint as a torch module that answers raw samples; needs no MPI and no data."""
+"""A client's model as a torch module that answers raw samples; needs no MPI and no data."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pfedmoe_mpi import algorithms, checkpoint, config
+from pfedmoe_mpi import algorithms, checkpoint, config, exports
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.data.resize import resize
 from pfedmoe_mpi.data.shard import Normalise
 from pfedmoe_mpi.errors import CheckpointError, DataError
+from pfedmoe_mpi.exports import Exported
+from pfedmoe_mpi.flat import Layout
 from pfedmoe_mpi.parts import Module, Workbench
 
 if TYPE_CHECKING:
@@ -109,67 +113,96 @@ class ClientModel(nn.Module):
         return torch.from_numpy(np.ascontiguousarray(given))
 
 
-def load(path: Path, client: int) -> ClientModel:
-    """A client's model from a checkpoint, on the CPU, in evaluation mode.
+def load(path: Path, client: int | None = None) -> ClientModel:
+    """A client's model from a checkpoint or from a file of `export`, on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: a damaged or older checkpoint, no such client, or one without an answer.
+        CheckpointError: a damaged or older file, no such client, or one without an answer.
     """
+    if exports.is_export(path):
+        with Exported(path) as own:
+            if client not in {None, own.client}:
+                raise CheckpointError(f"{path} holds client {own.client} alone", "leave the number out")
+            return _Source(
+                path, own.config, own.round, own.client, own.samples, own.vector, own.vector
+            ).model()
     checkpoint.verify(path)
     with Checkpoint(path) as loaded:
+        which = f"clients are 0 to {loaded.clients - 1}"
+        if client is None:
+            raise CheckpointError(f"{path} is a checkpoint: which client?", f"load_client(path, 0); {which}")
         if not 0 <= client < loaded.clients:
-            raise CheckpointError(f"there is no client {client}", f"clients are 0 to {loaded.clients - 1}")
-        facts = _facts(loaded)
+            raise CheckpointError(f"there is no client {client}", which)
+        state = partial(_fitting, path, loaded.state_layout, loaded.state)
+        vector = partial(_fitting, path, loaded.layout(client), loaded.vector(client))
+        samples = loaded.identity.get("samples", "")
+        return _Source(path, loaded.config, loaded.round, client, samples, state, vector).model()
+
+
+def _fitting(path: Path, held: Layout, vector: np.ndarray, wanted: Layout) -> np.ndarray:
+    if held.digest != wanted.digest:
+        problem = f"the models of {path} are not those of its configuration"
+        raise CheckpointError(problem, "take another checkpoint")
+    return vector
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a file has for one client's model; `state` and `own` give the vectors of a layout."""
+
+    path: Path
+    config: Mapping[str, Any]
+    round: int
+    client: int
+    samples: str  # what `described` wrote
+    state: Callable[[Layout], np.ndarray]
+    own: Callable[[Layout], np.ndarray]
+
+    def model(self) -> ClientModel:
+        facts = self._facts()
+        method = self._method(facts)
+        unseen = self.client in method.task.absent(self.round)
+        if unseen and method.unseen_null:
+            problem = f"client {self.client} has no answer: {method.unseen_null}"
+            raise CheckpointError(problem, "take one that trains")
         with torch.random.fork_rng(devices=[]):  # building modules draws
-            return _built(loaded, client, facts)
+            return self._fill(ClientModel(method, self.client, facts, unseen), method)
 
+    def _facts(self) -> dict[str, Any]:
+        try:
+            facts: dict[str, Any] = json.loads(self.samples)
+            numbers = {name: int(facts[name]) for name in ("classes", "vocabulary")}
+            return {**facts, **numbers, "shape": tuple(map(int, facts["shape"]))}
+        except (KeyError, ValueError, TypeError) as error:
+            problem = f"{self.path} does not say what its samples are"
+            remedy = "`restart` of its run with a higher --rounds writes one that does"
+            raise CheckpointError(problem, remedy) from error
 
-def _facts(loaded: Checkpoint) -> dict[str, Any]:
-    """What `described` wrote."""
-    try:
-        facts: dict[str, Any] = json.loads(loaded.identity["samples"])
-        numbers = {name: int(facts[name]) for name in ("classes", "vocabulary")}
-        return {**facts, **numbers, "shape": tuple(map(int, facts["shape"]))}
-    except (KeyError, ValueError, TypeError) as error:
-        problem = f"{loaded.path} does not say what its samples are"
-        remedy = "`restart` of its run with a higher --rounds writes one that does"
-        raise CheckpointError(problem, remedy) from error
+    def _method(self, facts: Mapping[str, Any]) -> Algorithm:
+        settings = config.build(config.flatten(self.config))
+        if facts["absent"] is None:
+            problem = f"{self.path} does not say which clients never train: there are too many"
+            raise CheckpointError(problem, "`evaluate` measures them all")
+        never, late = map(frozenset, facts["absent"])
+        model = settings.model
+        counts = np.zeros((settings.clients, facts["classes"]), np.int64)  # no method answers by them
+        known = (settings, facts["shape"], facts["classes"], counts, model.pool, model.shared, model.dim)
+        return algorithms.load(settings.algorithm)(Task(*known, never, late, facts["vocabulary"]))
 
-
-def _built(loaded: Checkpoint, client: int, facts: dict[str, Any]) -> ClientModel:
-    settings = config.build(config.flatten(loaded.config))
-    if facts["absent"] is None:
-        problem = f"{loaded.path} does not say which clients never train: there are too many"
-        raise CheckpointError(problem, "`evaluate` measures them all")
-    never, late = map(frozenset, facts["absent"])
-    model = settings.model
-    counts = np.zeros((loaded.clients, facts["classes"]), np.int64)  # no method answers by them
-    known = (settings, facts["shape"], facts["classes"], counts, model.pool, model.shared, model.dim)
-    task = Task(*known, never, late, facts["vocabulary"])
-    method = algorithms.load(settings.algorithm)(task)
-    unseen = client in task.absent(loaded.round)
-    bench = Workbench(settings.seed, torch.device("cpu"))
-    state, own = method.state(), method.client_state(client)
-    if [bench.layout(state).digest, bench.layout(own).digest] != [
-        loaded.state_layout.digest,
-        loaded.layout(client).digest,
-    ]:
-        raise CheckpointError(
-            f"the models of {loaded.path} are not those of its configuration", "take another checkpoint"
+    def _fill(self, made: ClientModel, method: Algorithm) -> ClientModel:
+        bench = Workbench(method.task.config.seed, torch.device("cpu"))
+        state, own = method.state(), method.client_state(self.client)
+        parts = bench.parts(
+            (state, torch.from_numpy(self.state(bench.layout(state)))),
+            (own, torch.from_numpy(self.own(bench.layout(own)))),
         )
-    parts = bench.parts(
-        (state, torch.from_numpy(loaded.state)), (own, torch.from_numpy(loaded.vector(client)))
-    )
-    made = ClientModel(method, client, facts, unseen)
-    for name, part in {**state, **own}.items():
-        assert not hasattr(made, name), f"'{name}' is a name of modules"
-        bound = getattr(parts, name)
-        if isinstance(part, Module):
-            plain = part.build().float()
-            plain.load_state_dict(bound.state_dict())  # not the bound one, whose tensors share a vector
-            made.add_module(name, plain)
-        else:
-            made.register_buffer(name, bound.clone())
-    if unseen and method.unseen_null:
-        raise CheckpointError(f"client {client} has no answer: {method.unseen_null}", "take one that trains")
-    return made.eval()
+        for name, part in {**state, **own}.items():
+            assert not hasattr(made, name), f"'{name}' is a name of modules"
+            bound = getattr(parts, name)
+            if isinstance(part, Module):
+                plain = part.build().float()
+                plain.load_state_dict(bound.state_dict())  # not the bound one, whose tensors share a vector
+                made.add_module(name, plain)
+            else:
+                made.register_buffer(name, bound.clone())
+        return made.eval()

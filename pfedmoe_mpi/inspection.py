@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import h5py
-
-from pfedmoe_mpi import checkpoint, metrics
+from pfedmoe_mpi import checkpoint, exports, metrics
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.errors import EXIT_DONE, CheckpointError
@@ -94,42 +91,16 @@ def _numbers(members: list[int]) -> str:
 
 
 def export(path: Path, client: int, out: Path) -> int:
-    """Write the server's and one client's tensors as an HDF5 file: /PART/TENSOR by their torch names.
+    """Write one client's model as a file of its own.
 
     Raises:
-        CheckpointError: no such client, or an output that exists.
+        CheckpointError: a damaged checkpoint, no such client, or an output that exists or cannot be written.
     """
     checkpoint.verify(path)
-    if os.path.lexists(out):
-        raise CheckpointError(f"{out} exists already", "choose another name")
     with Checkpoint(path) as loaded:
-        if client >= loaded.clients:
-            raise CheckpointError(f"there is no client {client}", f"clients are 0 to {loaded.clients - 1}")
-        temporary = out.with_name(f".{out.name}.tmp")
-        try:
-            with h5py.File(temporary, "w") as file:
-                _write_client(file, loaded, client)
-            os.replace(temporary, out)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:  # tensors may have impossible names
-            temporary.unlink(missing_ok=True)
-            problem = f"{out} cannot be written: {error}"
-            raise CheckpointError(problem, "check the folder and its space") from error
+        exports.write(loaded, client, out)
     print(f"wrote client {client} of {path} to {out}")
     return EXIT_DONE
-
-
-def _write_client(file: Any, loaded: Checkpoint, client: int) -> None:
-    file.attrs.update(client=client, round=loaded.round, algorithm=loaded.config["algorithm"])
-    file.attrs["config"] = json.dumps(loaded.config)
-    pool = loaded.config["model"]["pool"]
-    file.attrs["architecture"] = pool[client % len(pool)]
-    for layout, vector in (
-        (loaded.state_layout, loaded.state),
-        (loaded.layout(client), loaded.vector(client)),
-    ):
-        for entry in layout.entries:
-            tensor = vector[entry.offset : entry.offset + entry.size].reshape(entry.shape)
-            file[entry.name.rstrip("/")] = tensor
 
 
 def evaluate(path: Path, overrides: Mapping[str, Any], as_json: bool) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import launcher
 import numpy as np
 import pytest
@@ -108,6 +110,55 @@ def test_it_is_a_module_like_any_other(trained: Path, tmp_path: Path) -> None:
     model.predict(x)
     assert model.training, "predict leaves the mode as it was"
     assert launcher.digest(path) == before
+
+
+@pytest.mark.parametrize("algorithm", ["pfedmoe", "fedtgp", "standalone"])
+def test_an_exported_client_answers_alike(
+    done: Callable[..., launcher.Result], session: launcher.Session, tmp_path: Path, algorithm: str
+) -> None:
+    path = trained_by(session, tmp_path, algorithm) / "checkpoints" / "round-000002.h5"
+    done("export", path, "--client", "2", "two.h5")
+    whole, alone = load_client(path, 2), load_client(tmp_path / "two.h5")
+    assert alone.client == 2
+    ours, theirs = whole.state_dict(), alone.state_dict()
+    assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    x = np.random.default_rng(0).integers(0, 256, (9, 3, 12, 12), np.uint8)
+    assert torch.equal(whole.predict(x), alone.predict(x))
+
+
+def test_what_is_no_exported_client_is_refused(done: Callable[..., launcher.Result], run: Path) -> None:
+    path = run / "checkpoints" / "best.h5"
+    with pytest.raises(CheckpointError, match="which client"):
+        load_client(path)
+    out = run.parent / "one.h5"
+
+    def refused(said: str, client: int | None = None) -> None:
+        with pytest.raises(CheckpointError, match=said):
+            load_client(out, client)
+
+    refused("one.h5")
+    done("export", path, "--client", "1", out)
+    assert load_client(out, 1).client == 1
+    refused("holds client 1 alone", 2)
+    with h5py.File(out, "r+") as file:
+        samples = file.attrs.pop("samples")
+    refused("no text 'samples'")
+    with h5py.File(out, "r+") as file:
+        file.attrs["samples"] = "[]"
+    refused("what its samples are")
+    with h5py.File(out, "r+") as file:
+        file.attrs["samples"] = samples
+        name = next(f"model/{key}" for key in file["model"] if isinstance(file["model"][key], h5py.Dataset))
+        file[name][...] = np.nan
+    refused(f"{name} is not finite")
+    with h5py.File(out, "r+") as file:
+        del file[name]
+        file[name] = np.zeros(3, np.float32)
+    refused(f"{name} is not")
+    with h5py.File(out, "r+") as file:
+        del file[name]
+        file[name] = h5py.ExternalLink(path, "server/state")
+    refused("is a link")
 
 
 def test_samples_of_the_original_size_are_resized(trained: Path) -> None:
