@@ -123,9 +123,8 @@ def load(path: Path, client: int | None = None) -> ClientModel:
         with Exported(path) as own:
             if client not in {None, own.client}:
                 raise CheckpointError(f"{path} holds client {own.client} alone", "leave the number out")
-            return _Source(
-                path, own.config, own.round, own.client, own.samples, own.vector, own.vector
-            ).model()
+            said = own.config, own.round, own.client, own.samples
+            return _Source(path, *said, state=own.vector, own=own.vector).model()
     checkpoint.verify(path)
     with Checkpoint(path) as loaded:
         which = f"clients are 0 to {loaded.clients - 1}"

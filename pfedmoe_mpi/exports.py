@@ -116,9 +116,7 @@ class Exported:
             CheckpointError: one is missing, of another shape or not finite.
         """
         try:
-            return np.concatenate(
-                [self._tensor(entry) for entry in layout.entries] or [np.empty(0)], dtype="f4"
-            )
+            return np.concatenate([np.empty(0, np.float32), *map(self._tensor, layout.entries)])
         except foreign.FROM_HDF5 as error:
             raise self._unfit(error) from error
 
