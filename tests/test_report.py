@@ -266,7 +266,7 @@ def test_clients_and_architectures(runs: Path, single: Path) -> None:
         table(single, "architectures"), (last["accuracy"][0::2], last["accuracy"][1::2]), strict=True
     ):
         mean, std = moments(own)
-        assert row["clients"] == "2" and close(row["mean, %"], mean) and close(row["std"], std)
+        assert row["clients"] == "2" and close(row["mean, %"], mean) and close(row["std, %"], std)
         assert close(row["worst, %"], min(own)) and close(row["best, %"], max(own))
 
 

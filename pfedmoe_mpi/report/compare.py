@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -47,6 +48,11 @@ class Group:
     def finished(self) -> tuple[Run, ...]:
         """The replicates that tables are made of."""
         return tuple(run for run in self.runs if run.finished)
+
+    @property
+    def drawn(self) -> tuple[Run, ...]:
+        """The replicates whose curve is drawn: one that has just started would cut that of the finished."""
+        return self.finished or self.runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,10 +203,12 @@ def value_text(value: Any) -> str:
 
 
 def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation of the sample (n - 1), which one value does not have."""
+    """Mean and standard deviation of the sample (n - 1), which one value does not have; exact, so that equal
+    values have none.
+    """
     if not values:
         return None, None
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return float(statistics.mean(values)), float(statistics.stdev(values)) if len(values) > 1 else None
 
 
 def known(runs: Iterable[Run], value: Callable[[Run], float | None]) -> list[float]:
@@ -218,7 +226,7 @@ def curve(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rounds measured by every seed, the mean over seeds, and their standard deviation (0 for one seed)."""
     measured = [
         {row["round"]: row["accuracy"]["mean"] for row in run.history if row["accuracy"]["mean"] is not None}
-        for run in group.runs
+        for run in group.drawn
     ]
     rounds = sorted(set.intersection(*map(set, measured)))
     table = np.array([[found[number] for number in rounds] for found in measured])
@@ -270,8 +278,9 @@ def client_differences(group: Group, base: Group) -> np.ndarray:
         other = others.get(run.seed)
         if other is None or run.last["clients"]["samples"] != other.last["clients"]["samples"]:
             continue
-        sides = [np.array(side.last["clients"]["accuracy"], float) for side in (run, other)]
-        tables.append(sides[0] - sides[1])
+        own, theirs = (np.array(side.last["clients"]["accuracy"], float) for side in (run, other))
+        own[sorted(run.absent(run.last["round"]))] = np.nan
+        tables.append(own - theirs)
     if not tables or len({len(table) for table in tables}) > 1:
         return np.empty(0)
     stacked = np.stack(tables)

@@ -13,7 +13,7 @@ from pfedmoe_mpi.report.compare import ENOUGH, Comparison, Group, accuracy, know
 from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.report.sections import Report, Section
-from pfedmoe_mpi.report.tables import SPREAD, Cell, Column, Table, number, percent, ranks, spread, word
+from pfedmoe_mpi.report.tables import SPREAD, Cell, Column, Table, number, percent, ranks, short, spread, word
 
 
 def report(runs: Sequence[Run], baseline: str, target: float | None) -> Report:
@@ -61,12 +61,12 @@ def results(comparison: Comparison) -> Table:
     for setting in comparison.settings:
         found = {method: _accuracies(comparison.group(method, setting)) for method in comparison.methods}
         middle = {method: mean_std(values) for method, values in found.items()}
-        marks = ranks([mean for mean, _ in middle.values()])
+        marks = ranks([None if mean is None else round(mean, 4) for mean, _ in middle.values()])
         for (method, values), mark in zip(found.items(), marks, strict=True):
             cells[method].append(spread(*middle[method], len(values), mark))
     notes = [
         "test accuracy in %, mean over all clients, last round; mean ± standard deviation over seeds",
-        "best bold, second underlined, per column; no test behind it",
+        "best bold, second underlined, per column, equals as shown alike; no test behind it",
     ]
     return Table("results", "Accuracy", columns, list(cells.values()), notes)
 
@@ -217,7 +217,7 @@ def plain_spread(values: Sequence[float]) -> Cell:
     if mean is None:
         return Cell("–", (None, None, 0))
     places = max(0, 1 - math.floor(math.log10(std))) if std else None
-    shown = f"{mean:.4g}" if places is None else f"{mean:.{places}f} ± {std:.{places}f}"
+    shown = short(mean) if places is None else f"{mean:.{places}f} ± {std:.{places}f}"
     return Cell(shown, (mean, std, len(values)))
 
 
@@ -233,7 +233,7 @@ def cost(comparison: Comparison) -> Table:
     for group in comparison.groups:
         cells = [word(group.method), word(group.setting)]
         for value in (_seconds, _megabytes, _giga_operations, _memory):
-            cells.append(plain_spread(known(group.runs, value)))
+            cells.append(plain_spread(known(group.finished, value)))
         rows.append(cells)
     if all(row[4].values[0] is None for row in rows):
         columns, rows = [*columns[:4], *columns[5:]], [[*row[:4], *row[5:]] for row in rows]

@@ -45,7 +45,7 @@ def curves(comparison: Comparison, setting: str, number: int) -> Figure:
         for group in comparison.of(setting):
             rounds, mean, std = compare.curve(group)
             own = look(comparison, group.method, paint)
-            name = f"{group.method} ({len(group.runs)})"
+            name = f"{group.method} ({len(group.drawn)})"
             axes.plot(rounds, per_cent(mean), label=name, **own.line(len(rounds)))
             axes.fill_between(
                 rounds, per_cent(mean - std), per_cent(mean + std), color=own.color, alpha=0.18, linewidth=0
@@ -95,7 +95,7 @@ def by_client(comparison: Comparison, setting: str, found: Sequence[Pair], base:
                     **look(comparison, group.method, paint).line(len(x)),
                 )
         axes.axhline(0, color=paint.ink, linewidth=1)
-        whole_numbers(axes)
+        whole_numbers(axes.xaxis)
         axes.set_xlabel("clients, sorted for each method")
         axes.set_ylabel(f"points over {base}")
         legend_above(canvas, axes, _columns(comparison))
