@@ -10,8 +10,9 @@ import pytest
 import report_runs
 from conftest import SMALL
 
-from pfedmoe_mpi import tables
-from pfedmoe_mpi.report import paper
+from pfedmoe_mpi import config, load_run, tables
+from pfedmoe_mpi.report import compare, paper
+from pfedmoe_mpi.report.load import Run
 
 JOBS = Path(__file__).parents[1] / "jobs" / "tables"
 # (algorithm, cell, seeds, further flags)
@@ -77,6 +78,17 @@ def test_the_page_latex_and_the_terminal_show_it(report: Path, session: launcher
 def test_runs_of_no_table_have_no_such_section(trained: Path, session: launcher.Session) -> None:
     said = session("report", str(trained), "--text", "true", cwd=trained.parent).out
     assert "paper" not in said
+
+
+def test_the_papers_table_is_one_table(trained: Path) -> None:
+    """Ten methods in nine settings, though data sets are augmented otherwise."""
+    run = load_run(trained)
+    cells = tables.expand(tables.read(JOBS / "pfedmoe-heterogeneous.toml"), {})
+    found = compare.compare(
+        [Run(Path(c.name), config.flatten(config.to_tree(c.config)), run.history, ()) for c in cells]
+    )
+    assert (len(found.methods), len(found.settings), len(found.groups)) == (10, 9, 90)
+    assert found.baseline("") == "standalone" and "clients = 10, data.name = MNIST" in found.settings
 
 
 def test_every_figure_belongs_to_a_cell_of_a_table() -> None:

@@ -309,15 +309,34 @@ def test_what_varies_within_a_method_names_it(trained: Path) -> None:
     )
     labels = [(group.method, group.setting, len(group.runs)) for group in found.groups]
     share, unshared = "pfedmoe (share = true)", "pfedmoe (share = false)"
-    plain = "clients = 4, participation = 1.0"
+    plain = "clients = 4"
     assert labels[:3] == [(share, plain, 2), (unshared, plain, 1), ("standalone", plain, 1)]
-    assert [label[1] for label in labels[3:]] == [f"clients = {n}, participation = 0.1" for n in (20, 100)]
+    assert [label[1] for label in labels[3:]] == [f"clients = {n}" for n in (20, 100)]
     assert found.notes == (
+        "differing between settings as well: participation (1.0; 0.1)",
         f"train.lr differs between methods: pfedmoe {run.config['train.lr']}; standalone 0.01",
     )
     assert found.baseline("") == found.baseline("standalone") == "standalone"
     with pytest.raises(compare.CompareError, match="'pfedmoe' means several methods"):
         found.baseline("pfedmoe")
+
+
+def test_most_variants_name_a_method_and_settings_name_no_variant(trained: Path) -> None:
+    run = load_run(trained)
+    wide, deep = like(run, "b", gate__hidden=128), like(run, "c", gate__layers=3)
+    other = like(run, "d", data__name="MNIST", train__augment=["flip"])
+    found = compare.compare([run, wide, deep, other, like(other, "e", algorithm="standalone")])
+    assert {(group.setting, group.method) for group in found.groups} == {
+        *(
+            ("data.name = CIFAR10", f"pfedmoe{more}")
+            for more in ("", " (gate.hidden = 128)", " (gate.layers = 3)")
+        ),
+        *(("data.name = MNIST", method) for method in ("pfedmoe", "standalone")),
+    }
+    assert found.notes == (
+        "pfedmoe, where its name does not say otherwise: gate.hidden = 64, gate.layers = 2",
+        "differing between settings as well: train.augment (none; flip)",
+    )
 
 
 def test_other_models_are_another_setting_where_a_method_has_several(trained: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.report import figures, gates, inside, paper, ranks
-from pfedmoe_mpi.report.compare import mean_std, value_text
+from pfedmoe_mpi.report.compare import mean_std
 from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
 from pfedmoe_mpi.report.drawing import Figure
+from pfedmoe_mpi.report.labels import value_text
 from pfedmoe_mpi.report.load import STARTS, Run
 from pfedmoe_mpi.report.looked import Looked
 from pfedmoe_mpi.report.sections import Report, Section

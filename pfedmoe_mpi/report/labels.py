@@ -1,0 +1,143 @@
+"""What runs side by side are called: the method and the setting, each by what tells it from the others."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pfedmoe_mpi.report.load import Run
+
+# What makes no other configuration: the replicate, the folder, and what changes bits or speed but no method.
+IGNORED = ("seed", "run.", "train.threads", "train.device", "eval.batch")
+# What is the same problem for every method; all else belongs to the method.
+SETTING = (
+    "data.",
+    "partition.",
+    "clients",
+    "participation",
+    "unseen.",
+    "join.",
+    "stream.",
+    "faults.",
+    "rounds",
+)
+
+
+def counted(run: Run) -> dict[str, Any]:
+    """The configuration without what makes no other one."""
+    return {name: value for name, value in run.config.items() if not name.startswith(IGNORED)}
+
+
+def labels(firsts: Sequence[Run]) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
+    """(method, setting) of runs of unlike configurations, and notes on what these leave out.
+
+    A setting is called by no more than tells it from the others, a method by what most of its variants do not
+    have. What a method has otherwise in another setting only, as augmentation by data set, makes no variant.
+    """
+    by_algorithm: dict[str, list[Run]] = {}
+    for run in firsts:
+        by_algorithm.setdefault(run.algorithm, []).append(run)
+    within = {name for same in by_algorithm.values() for name in _varying(same)}
+    overall = [name for name in _varying(firsts) if name != "algorithm"]
+    setting = [name for name in overall if _is_setting(name, within)]
+    telling = _telling(setting, firsts)
+    variant = [name for name in overall if name in within and _varies_in_a_setting(name, setting, firsts)]
+    own = {algorithm: [n for n in _varying(same) if n in variant] for algorithm, same in by_algorithm.items()}
+    usual = {algorithm: _usual(own[algorithm], same) for algorithm, same in by_algorithm.items()}
+    found = [
+        (_method(run, own[run.algorithm], usual[run.algorithm]), _shown(run.config, telling) or _problem(run))
+        for run in firsts
+    ]
+    notes = [
+        f"{algorithm}, where its name does not say otherwise: {_shown(settings, list(settings))}"
+        for algorithm, settings in usual.items()
+        if settings
+    ]
+    with_it = [name for name in overall if name in {*within, *setting} - {*telling, *variant}]
+    if with_it:
+        listed = ", ".join(f"{name} ({_values(name, firsts)})" for name in with_it)
+        notes.append(f"differing between settings as well: {listed}")
+    between = [name for name in overall if name not in {*within, *setting} and not _is_section(name, firsts)]
+    for name in between:
+        values = (f"{run.algorithm} {value_text(run.config.get(name))}" for run, *_ in by_algorithm.values())
+        notes.append(f"{name} differs between methods: {'; '.join(values)}")
+    return found, tuple(notes)
+
+
+def _varying(runs: Sequence[Run]) -> list[str]:
+    configs = [counted(run) for run in runs]
+    names = dict.fromkeys(name for settings in configs for name in settings)
+    return [name for name in names if len({repr(settings.get(name)) for settings in configs}) > 1]
+
+
+def _is_setting(name: str, within: set[str]) -> bool:
+    """Models are part of the setting where one method was run with several."""
+    return name.startswith(SETTING) or (name.startswith("model.") and name in within)
+
+
+def _is_section(name: str, firsts: Sequence[Run]) -> bool:
+    """A method's own section is absent from the others' configurations."""
+    return name.partition(".")[0] in {run.algorithm for run in firsts}
+
+
+def _key(run: Run, names: Sequence[str]) -> str:
+    return repr([run.config.get(name) for name in names])
+
+
+def _telling(names: Sequence[str], firsts: Sequence[Run]) -> list[str]:
+    """Names enough to tell the settings apart: of two that change together, the one SETTING has first."""
+    left = list(names)
+    for name in sorted(names, key=_rank, reverse=True):
+        fewer = [other for other in left if other != name]
+        if len({_key(run, fewer) for run in firsts}) == len({_key(run, names) for run in firsts}):
+            left = fewer
+    return left
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Rounds and models, which follow from a problem rather than make it, are last."""
+    return next((n for n, start in enumerate(SETTING) if name.startswith(start)), len(SETTING)), name
+
+
+def _varies_in_a_setting(name: str, setting: Sequence[str], firsts: Sequence[Run]) -> bool:
+    """Whether a method has several values of it in one setting; what is the setting's own never has."""
+    places = {(run.algorithm, _key(run, setting)) for run in firsts}
+    return len({(run.algorithm, _key(run, setting), _key(run, [name])) for run in firsts}) > len(places)
+
+
+def _usual(names: Sequence[str], same: Sequence[Run]) -> dict[str, Any]:
+    """What more than half of the variants of a method have."""
+    variants = list({_key(run, names): run for run in same}.values())
+    found = {}
+    for name in names:
+        key, number = Counter(_key(run, [name]) for run in variants).most_common(1)[0]
+        if 2 * number > len(variants):
+            found[name] = next(run.config.get(name) for run in variants if _key(run, [name]) == key)
+    return found
+
+
+def _method(run: Run, names: Sequence[str], usual: Mapping[str, Any]) -> str:
+    told = [name for name in names if name not in usual or repr(run.config.get(name)) != repr(usual[name])]
+    return run.algorithm + (f" ({_shown(run.config, told)})".replace(f"{run.algorithm}.", "") if told else "")
+
+
+def _problem(run: Run) -> str:
+    """What a setting is called when there is one only."""
+    data = run.config.get("data.name" if run.config.get("data.source") == "torchvision" else "data.source")
+    return f"{data}, N = {run.clients}"
+
+
+def _values(name: str, firsts: Sequence[Run]) -> str:
+    return "; ".join(dict.fromkeys(value_text(run.config[name]) for run in firsts if name in run.config))
+
+
+def _shown(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} = {value_text(settings.get(name))}" for name in names)
+
+
+def value_text(value: Any) -> str:
+    """A setting as the flags take it."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) else "none" if value in ("", None) else str(value)
