@@ -339,6 +339,13 @@ def test_most_variants_name_a_method_and_settings_name_no_variant(trained: Path)
     )
 
 
+def test_data_name_a_setting_before_what_comes_with_them(trained: Path) -> None:
+    run = load_run(trained)
+    found = compare.compare([run, like(run, "b", data__source="heart", clients=10, rounds=8)])
+    assert found.settings == ["data.source = heart", "data.source = synthetic"]
+    assert found.notes == ("differing between settings as well: rounds (3; 8), clients (4; 10)",)
+
+
 def test_other_models_are_another_setting_where_a_method_has_several(trained: Path) -> None:
     run = load_run(trained)
     same = like(run, "b", model__pool=["mlp5"])

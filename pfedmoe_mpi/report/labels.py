@@ -86,18 +86,15 @@ def _key(run: Run, names: Sequence[str]) -> str:
 
 
 def _telling(names: Sequence[str], firsts: Sequence[Run]) -> list[str]:
-    """Names enough to tell the settings apart: of two that change together, the one SETTING has first."""
-    left = list(names)
-    for name in sorted(names, key=_rank, reverse=True):
-        fewer = [other for other in left if other != name]
-        if len({_key(run, fewer) for run in firsts}) == len({_key(run, names) for run in firsts}):
-            left = fewer
-    return left
-
-
-def _rank(name: str) -> tuple[int, str]:
-    """Rounds and models, which follow from a problem rather than make it, are last."""
-    return next((n for n, start in enumerate(SETTING) if name.startswith(start)), len(SETTING)), name
+    """Names enough to tell the settings apart: of those that change together the first in SETTING, so that
+    data are always named; models are last.
+    """
+    found: list[str] = []
+    places = [*SETTING, "model."]
+    for name in sorted(names, key=lambda name: next(n for n, at in enumerate(places) if name.startswith(at))):
+        if len({_key(run, [*found, name]) for run in firsts}) > len({_key(run, found) for run in firsts}):
+            found.append(name)
+    return [name for name in names if name in found]
 
 
 def _varies_in_a_setting(name: str, setting: Sequence[str], firsts: Sequence[Run]) -> bool:

@@ -105,15 +105,13 @@ def _differences(comparison: Comparison, base: str | None) -> Section:
     pairs = versus.pairs(comparison, base)
     if not pairs:
         return Section("Differences", text=f"No other method shares a setting and a seed with {base}.")
-    figures = [versus.intervals(comparison, pairs, base)]
-    figures += [
-        versus.by_client(comparison, setting, pairs, base, n)
-        for n, setting in enumerate(comparison.settings)
-        if any(
-            group.setting == setting and len(compare.client_differences(group, other))
-            for group, other, _ in pairs
-        )
-    ]
+    figures = []
+    for n, setting in enumerate(comparison.settings):
+        here = [pair for pair in pairs if pair[0].setting == setting]
+        if here:
+            figures.append(versus.intervals(comparison, setting, here, base, n))
+        if any(len(compare.client_differences(group, other)) for group, other, _ in here):
+            figures.append(versus.by_client(comparison, setting, here, base, n))
     return Section(
         f"Differences from {base}", [_paired(pairs, base), _spread_of_clients(pairs, base)], figures
     )
