@@ -40,9 +40,11 @@ def labels(firsts: Sequence[Run]) -> tuple[list[tuple[str, str]], tuple[str, ...
         by_algorithm.setdefault(run.algorithm, []).append(run)
     within = {name for same in by_algorithm.values() for name in _varying(same)}
     overall = [name for name in _varying(firsts) if name != "algorithm"]
-    setting = [name for name in overall if _is_setting(name, within)]
+    problem = [name for name in overall if name.startswith(SETTING)]
+    models = [n for n in overall if n.startswith("model.") and _varies_in_a_setting(n, problem, firsts)]
+    setting = problem + models
     telling = _telling(setting, firsts)
-    variant = [name for name in overall if name in within and _varies_in_a_setting(name, setting, firsts)]
+    variant = [name for name in overall if _varies_in_a_setting(name, setting, firsts)]
     own = {algorithm: [n for n in _varying(same) if n in variant] for algorithm, same in by_algorithm.items()}
     usual = {algorithm: _usual(own[algorithm], same) for algorithm, same in by_algorithm.items()}
     found = [
@@ -54,26 +56,34 @@ def labels(firsts: Sequence[Run]) -> tuple[list[tuple[str, str]], tuple[str, ...
         for algorithm, settings in usual.items()
         if settings
     ]
-    with_it = [name for name in overall if name in {*within, *setting} - {*telling, *variant}]
-    if with_it:
-        listed = ", ".join(f"{name} ({_values(name, firsts)})" for name in with_it)
-        notes.append(f"differing between settings as well: {listed}")
-    between = [name for name in overall if name not in {*within, *setting} and not _is_section(name, firsts)]
+    left = [name for name in overall if name not in telling and name not in variant]
+    return found, (*notes, *_unsaid(left, within, setting, by_algorithm))
+
+
+def _unsaid(
+    left: Sequence[str], within: set[str], setting: Sequence[str], by_algorithm: Mapping[str, Sequence[Run]]
+) -> list[str]:
+    """Notes on what varies and is in no name: along with the settings, or between methods."""
+    firsts = [run for same in by_algorithm.values() for run in same]
+    other = [name for name in left if name in within or name in setting]
+    between = [
+        name
+        for name in left
+        if not _is_section(name, firsts)
+        and (name not in other or _varies_between_methods(name, setting, firsts))
+    ]
+    along = [f"{name} ({'; '.join(_values(name, firsts))})" for name in other if name not in between]
+    notes = [f"differing between settings as well: {', '.join(along)}"] if along else []
     for name in between:
-        values = (f"{run.algorithm} {value_text(run.config.get(name))}" for run, *_ in by_algorithm.values())
+        values = (f"{kind} {' or '.join(_values(name, same))}" for kind, same in by_algorithm.items())
         notes.append(f"{name} differs between methods: {'; '.join(values)}")
-    return found, tuple(notes)
+    return notes
 
 
 def _varying(runs: Sequence[Run]) -> list[str]:
     configs = [counted(run) for run in runs]
     names = dict.fromkeys(name for settings in configs for name in settings)
     return [name for name in names if len({repr(settings.get(name)) for settings in configs}) > 1]
-
-
-def _is_setting(name: str, within: set[str]) -> bool:
-    """Models are part of the setting where one method was run with several."""
-    return name.startswith(SETTING) or (name.startswith("model.") and name in within)
 
 
 def _is_section(name: str, firsts: Sequence[Run]) -> bool:
@@ -100,7 +110,12 @@ def _telling(names: Sequence[str], firsts: Sequence[Run]) -> list[str]:
 def _varies_in_a_setting(name: str, setting: Sequence[str], firsts: Sequence[Run]) -> bool:
     """Whether a method has several values of it in one setting; what is the setting's own never has."""
     places = {(run.algorithm, _key(run, setting)) for run in firsts}
-    return len({(run.algorithm, _key(run, setting), _key(run, [name])) for run in firsts}) > len(places)
+    return len({(run.algorithm, _key(run, [*setting, name])) for run in firsts}) > len(places)
+
+
+def _varies_between_methods(name: str, setting: Sequence[str], firsts: Sequence[Run]) -> bool:
+    places = {_key(run, setting) for run in firsts}
+    return len({_key(run, [*setting, name]) for run in firsts}) > len(places)
 
 
 def _usual(names: Sequence[str], same: Sequence[Run]) -> dict[str, Any]:
@@ -125,8 +140,8 @@ def _problem(run: Run) -> str:
     return f"{data}, N = {run.clients}"
 
 
-def _values(name: str, firsts: Sequence[Run]) -> str:
-    return "; ".join(dict.fromkeys(value_text(run.config[name]) for run in firsts if name in run.config))
+def _values(name: str, runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(value_text(run.config[name]) for run in runs if name in run.config))
 
 
 def _shown(settings: Mapping[str, Any], names: Sequence[str]) -> str:
