@@ -76,26 +76,26 @@ def _accuracies(group: Group | None) -> list[float]:
 
 
 def names(comparison: Comparison) -> Table:
-    """The other accuracies by their names."""
-    wanted = ("mean", "weighted", "worst", "std")
+    """The other accuracies by their names, and the area under the ROC curve; no column that is all empty."""
+    wanted = {name: partial(accuracy, name=name) for name in ("mean", "weighted", "worst", "std")}
+    for name, key in (("unseen", "accuracy_unseen"), ("AUC", "auc")):
+        own = partial(_mean_of, key=key)
+        wanted |= {name: own} if any(known(group.finished, own) for group in comparison.groups) else {}
     columns = [Column("method", words=True), Column("setting", words=True), Column("seeds")]
-    columns += [Column(name, SPREAD) for name in (*wanted, "unseen")]
+    columns += [Column(name, SPREAD) for name in wanted]
     rows = []
     for group in comparison.groups:
         cells = [word(group.method), word(group.setting), number(len(group.finished))]
-        for name in wanted:
-            values = known(group.finished, partial(accuracy, name=name))
+        for value in wanted.values():
+            values = known(group.finished, value)
             cells.append(spread(*mean_std(values), len(values)))
-        values = known(group.finished, _unseen)
-        rows.append([*cells, spread(*mean_std(values), len(values))])
-    if all(row[-1].values[0] is None for row in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
+        rows.append(cells)
     notes = ["each over the clients of a run, in %, then mean ± standard deviation over seeds"]
     return Table("accuracies", "Accuracy by name", columns, rows, notes)
 
 
-def _unseen(run: Run) -> float | None:
-    found = (run.last.get("accuracy_unseen") or {}).get("mean")
+def _mean_of(run: Run, key: str) -> float | None:
+    found = (run.last.get(key) or {}).get("mean")
     return None if found is None else float(found)
 
 

@@ -23,7 +23,7 @@ from pfedmoe_mpi.report.tables import Column, Table, amount, number, percent, wo
 # What the table of events has no details of: its own columns, and of a start what is shown elsewhere.
 APART = (
     *("time", "event", "round", "ranks", "host", "hosts", "pid"),
-    *("samples", "class_counts", "multiply_adds"),
+    *("samples", "class_counts", "multiply_adds", "client_names"),
 )
 VERSIONS = (
     "code",
@@ -200,6 +200,10 @@ def _clients(run: Run, models: Looked | None) -> Table:
         ]
         for k in order
     ]
+    names = run.started_with("client_names") or []
+    if len(names) == run.clients:
+        columns.insert(1, Column("name", words=True))
+        rows = [[row[0], word(names[k]), *row[1:]] for row, k in zip(rows, order, strict=True)]
     auc = held.get("auc", [])
     if any(value is not None for value in auc):
         columns.append(Column("AUC, %"))
