@@ -170,6 +170,12 @@ def test_client_differences(runs: Path, several: Path) -> None:
             assert close(row[name], float(np.percentile(values, share)))
 
 
+def test_figures_by_setting(several: Path) -> None:
+    kinds = ("curves", "intervals", "client_differences")
+    stems = {path.stem for path in (several / "figures").iterdir()}
+    assert stems == {f"{kind}_{number}" for kind in kinds for number in (1, 2)}
+
+
 def test_to_a_target(runs: Path, several: Path, target: float) -> None:
     found = by_group(table(several, "target"))
     some, all_of_them = 0, 0
