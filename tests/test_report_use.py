@@ -428,9 +428,11 @@ def test_clients_that_have_not_trained_are_in_no_mean(trained: Path) -> None:
 def test_a_restart_tells_what_was_otherwise(trained: Path) -> None:
     run = load_run(trained)
     start = run.events[0]
-    again = Run(run.path, run.config, run.history, [start, {**start, "event": "restart", "torch": "9.9"}])
+    again = Run(
+        run.path, run.config, run.history, [start, {**start, "event": "restart", "ranks": 4, "torch": "9"}]
+    )
     (found,) = [table for table in single.report(again, None).tables if table.name == "events"]
-    assert [row[3].text for row in found.rows] == ["2 ranks", "2 ranks; torch: 9.9"]
+    assert [row[3].text for row in found.rows] == ["", "ranks: 4; torch: 9"]
 
 
 def test_axes_of_counts_have_whole_numbers(trained: Path) -> None:

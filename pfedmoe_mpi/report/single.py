@@ -22,7 +22,7 @@ from pfedmoe_mpi.report.tables import Column, Table, amount, number, percent, wo
 
 # What the table of events has no details of: its own columns, and of a start what is shown elsewhere.
 APART = (
-    *("time", "event", "round", "ranks", "host", "hosts", "pid"),
+    *("time", "event", "round", "host", "hosts", "pid"),
     *("samples", "class_counts", "multiply_adds", "client_names"),
 )
 VERSIONS = (
@@ -278,12 +278,10 @@ def _events(run: Run) -> Table:
             for name, value in event.items()
             if name not in APART
             and value not in (None, [], {})
-            and not (name in VERSIONS and value == first.get(name))
+            and (name not in VERSIONS or value != first.get(name))
         }
         details = "; ".join(f"{name}: {_detail(value)}" for name, value in more.items())
-        ranks = f"{event['ranks']} ranks" if "ranks" in event else ""
         at = event.get("round")
-        details = "; ".join(filter(None, (ranks, details)))
         rows.append(
             [
                 word(event.get("time", "")),
