@@ -48,11 +48,11 @@ def labels(firsts: Sequence[Run]) -> tuple[list[tuple[str, str]], tuple[str, ...
     own = {algorithm: [n for n in _varying(same) if n in variant] for algorithm, same in by_algorithm.items()}
     usual = {algorithm: _usual(own[algorithm], same) for algorithm, same in by_algorithm.items()}
     found = [
-        (_method(run, own[run.algorithm], usual[run.algorithm]), _shown(run.config, telling) or _problem(run))
+        (_method(run, own[run.algorithm], usual[run.algorithm]), shown(run.config, telling) or _problem(run))
         for run in firsts
     ]
     notes = [
-        f"{algorithm}, where its name does not say otherwise: {_shown(settings, list(settings))}"
+        f"{algorithm}, where its name does not say otherwise: {shown(settings, list(settings))}"
         for algorithm, settings in usual.items()
         if settings
     ]
@@ -131,7 +131,7 @@ def _usual(names: Sequence[str], same: Sequence[Run]) -> dict[str, Any]:
 
 def _method(run: Run, names: Sequence[str], usual: Mapping[str, Any]) -> str:
     told = [name for name in names if name not in usual or repr(run.config.get(name)) != repr(usual[name])]
-    return run.algorithm + (f" ({_shown(run.config, told)})".replace(f"{run.algorithm}.", "") if told else "")
+    return run.algorithm + (f" ({shown(run.config, told)})".replace(f"{run.algorithm}.", "") if told else "")
 
 
 def _problem(run: Run) -> str:
@@ -144,7 +144,8 @@ def _values(name: str, runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(value_text(run.config[name]) for run in runs if name in run.config))
 
 
-def _shown(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+def shown(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+    """`name = value, …` of some settings."""
     return ", ".join(f"{name} = {value_text(settings.get(name))}" for name in names)
 
 
