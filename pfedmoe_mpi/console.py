@@ -148,7 +148,7 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
         "classes",
         "accuracy",
         *(["AUC"] if binary else []),
-        "mean α of the shared expert",
+        "α shared",
     ):
         shown.add_column(heading, justify="right")
     for k in range(task.clients):

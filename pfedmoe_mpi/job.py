@@ -271,14 +271,17 @@ def _identity(federation: Any) -> dict[str, str]:
 
 
 def _for_reports(federation: Any) -> dict[str, Any]:
-    """Training samples by client and class, operations by client; nothing if too many for a figure."""
+    """Training samples by client and class, operations by client, the names that the data give their clients;
+    nothing if too many for a figure.
+    """
     from pfedmoe_mpi import setup
 
     counts = federation.task.counts
     if counts.size > MOST_COUNTS:
         return {}
     costs = setup.sample_costs(federation.task, federation.method)
-    return {"class_counts": counts.tolist(), "multiply_adds": costs}
+    named = {"client_names": list(federation.dataset.client_names)} if federation.dataset.client_names else {}
+    return {"class_counts": counts.tolist(), "multiply_adds": costs, **named}
 
 
 def _open_folder(folder: RunFolder, settings: Config, history: Sequence[metrics.Row], again: bool) -> None:

@@ -206,8 +206,16 @@ def test_a_report_shows_it(session: Session, tmp_path: Path, hospitals: Path) ->
     assert session(*flags, cwd=tmp_path).code == 0
     assert session("report", "run", "--models", "false", cwd=tmp_path).code == 0
     with open(tmp_path / "run" / "report" / "tables" / "clients.csv", newline="") as file:
-        shown = {int(row["client"]): float(row["AUC, %"]) for row in csv.DictReader(file)}
-    assert shown == dict(enumerate(rows(tmp_path / "run")[-1]["clients"]["auc"]))
+        shown = {int(row["client"]): (row["name"], float(row["AUC, %"])) for row in csv.DictReader(file)}
+    auc = rows(tmp_path / "run")[-1]["clients"]["auc"]
+    names = [path.name.split(".")[1] for path in sorted(hospitals.glob("*.data"))]
+    assert shown == dict(enumerate(zip(names, auc, strict=True)))
+    assert session(*flags[:-1], "alone", "--algorithm", "standalone", cwd=tmp_path).code == 0
+    assert session("report", "run", "alone", "--out", "both", cwd=tmp_path).code == 0
+    with open(tmp_path / "both" / "tables" / "accuracies.csv", newline="") as file:
+        compared = {row["method"]: float(row["AUC mean"]) for row in csv.DictReader(file)}
+    for method, folder in (("pfedmoe", "run"), ("standalone", "alone")):
+        assert compared[method] == pytest.approx(rows(tmp_path / folder)[-1]["auc"]["mean"])
 
 
 def test_the_four_hospitals(done: Callable[..., Result]) -> None:

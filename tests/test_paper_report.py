@@ -10,8 +10,9 @@ import pytest
 import report_runs
 from conftest import SMALL
 
-from pfedmoe_mpi import tables
-from pfedmoe_mpi.report import paper
+from pfedmoe_mpi import config, load_run, tables
+from pfedmoe_mpi.report import compare, paper
+from pfedmoe_mpi.report.load import Run
 
 JOBS = Path(__file__).parents[1] / "jobs" / "tables"
 # (algorithm, cell, seeds, further flags)
@@ -56,7 +57,7 @@ def test_ours_beside_the_papers(report: Path) -> None:
     assert row["as run"] == "as the table"
     reduced = rows["cifar10-n10", "pfedmoe"]
     assert report_runs.close(reduced["paper"], 0.968)
-    assert reduced["as run"] == "reduced scale: 1 of 10 rounds; other train.epochs, data.size"
+    assert reduced["as run"] == "reduced scale: 1 of 10 rounds; other train.epochs = 1, data.size = 8"
     unknown = rows["cifar10-n50", "pfedmoe"]
     assert unknown["ours mean"] and not unknown["paper"] and not unknown["difference, points"]
 
@@ -74,9 +75,32 @@ def test_the_page_latex_and_the_terminal_show_it(report: Path, session: launcher
     assert "96.35" in alone and "96.80" not in alone
 
 
+def test_runs_altered_in_unlike_ways_are_no_replicates(trained: Path) -> None:
+    run = load_run(trained)
+    place = {"run.table": "t", "run.cell": "c/pfedmoe", "run.altered": ["train.epochs"]}
+    made = [
+        Run(Path(str(epochs)), {**run.config, **place, "train.epochs": epochs}, run.history, ())
+        for epochs in (1, 5)
+    ]
+    ((found,),) = [section.tables for section in paper.sections(made)]
+    assert [row[-1].text for row in found.rows] == [f"other train.epochs = {n}" for n in (1, 5)]
+    assert [row[2].values[2] for row in found.rows] == [1, 1]
+
+
 def test_runs_of_no_table_have_no_such_section(trained: Path, session: launcher.Session) -> None:
     said = session("report", str(trained), "--text", "true", cwd=trained.parent).out
     assert "paper" not in said
+
+
+def test_the_papers_table_is_one_table(trained: Path) -> None:
+    """Ten methods in nine settings, though data sets are augmented otherwise."""
+    run = load_run(trained)
+    cells = tables.expand(tables.read(JOBS / "pfedmoe-heterogeneous.toml"), {})
+    found = compare.compare(
+        [Run(Path(c.name), config.flatten(config.to_tree(c.config)), run.history, ()) for c in cells]
+    )
+    assert (len(found.methods), len(found.settings), len(found.groups)) == (10, 9, 90)
+    assert found.baseline("") == "standalone" and "clients = 10, data.name = MNIST" in found.settings
 
 
 def test_every_figure_belongs_to_a_cell_of_a_table() -> None:

@@ -170,6 +170,12 @@ def test_client_differences(runs: Path, several: Path) -> None:
             assert close(row[name], float(np.percentile(values, share)))
 
 
+def test_figures_by_setting(several: Path) -> None:
+    kinds = ("curves", "intervals", "client_differences")
+    stems = {path.stem for path in (several / "figures").iterdir()}
+    assert stems == {f"{kind}_{number}" for kind in kinds for number in (1, 2)}
+
+
 def test_to_a_target(runs: Path, several: Path, target: float) -> None:
     found = by_group(table(several, "target"))
     some, all_of_them = 0, 0
@@ -266,7 +272,7 @@ def test_clients_and_architectures(runs: Path, single: Path) -> None:
         table(single, "architectures"), (last["accuracy"][0::2], last["accuracy"][1::2]), strict=True
     ):
         mean, std = moments(own)
-        assert row["clients"] == "2" and close(row["mean, %"], mean) and close(row["std"], std)
+        assert row["clients"] == "2" and close(row["mean, %"], mean) and close(row["std, %"], std)
         assert close(row["worst, %"], min(own)) and close(row["best, %"], max(own))
 
 

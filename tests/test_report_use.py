@@ -11,12 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
+import numpy as np
 import pytest
 from launcher import Result, Session, digest, environment, events, rows
 from report_runs import shown, table, tell_classes
 
 from pfedmoe_mpi import load_run
-from pfedmoe_mpi.report import compare, costs, drawing, page, sections, tables, terminal, versus
+from pfedmoe_mpi.report import (
+    command,
+    compare,
+    costs,
+    drawing,
+    figures,
+    page,
+    sections,
+    several,
+    single,
+    tables,
+    terminal,
+    versus,
+)
 from pfedmoe_mpi.report.load import Run
 
 
@@ -85,6 +100,17 @@ def test_a_report_replaces_an_earlier_one(done: Callable[..., Result], two: Path
     assert digest(tmp_path / "out") == digest(tmp_path / "fresh"), "nothing of the earlier one is left"
 
 
+def test_a_report_that_was_interrupted_is_replaced(
+    done: Callable[..., Result], refused: Callable[..., str], two: Path, tmp_path: Path
+) -> None:
+    done("report", two, "--out", "out")
+    (tmp_path / "out" / "report.html").rename(tmp_path / "out" / command.UNFINISHED)
+    done("report", two, "--out", "out")
+    assert (tmp_path / "out" / "report.html").exists()
+    (tmp_path / "out" / "report.html").unlink()
+    refused("holds something else than a report", "report", two, "--out", tmp_path / "out")
+
+
 def test_on_a_terminal(done: Callable[..., Result], two: Path, tmp_path: Path) -> None:
     text = done("report", two, "--text", "true").out
     assert text.startswith("pfedmoe · standalone\n2 runs, seeds 0\n")
@@ -115,6 +141,17 @@ def test_the_terminal_needs_no_extra_no_torch_and_no_mpi(two: Path) -> None:
         command, capture_output=True, text=True, timeout=60, check=True, env=environment("mpich", {})
     )
     assert said.stdout.splitlines()[-1] == "[] 0"
+
+
+def test_a_wide_table_goes_on_below() -> None:
+    columns = [tables.Column("method", words=True), *map(tables.Column, ("first number", "second", "third"))]
+    made = tables.Table("t", "T", columns, [[tables.word("pfedmoe"), *map(tables.number, (1, 2, 3))]], ["n"])
+    assert tables.to_text(made, 24).splitlines() == [
+        *("T", "", "method   first number", "-------  ------------", "pfedmoe             1"),
+        *("", "method   second  third", "-------  ------  -----", "pfedmoe       2      3", "(n)"),
+    ]
+    assert len(tables.to_text(made, 1).split("\n\n")) == 4, "one number at least"
+    assert len(tables.to_text(made).splitlines()) == 6
 
 
 def test_the_curve() -> None:
@@ -174,6 +211,12 @@ def test_a_replicate_counts_once(refused: Callable[..., str], both: Path) -> Non
             "line 1 of .*metrics.jsonl is not the row of a round",
         ),
         ("metrics.jsonl", "[]\n", "line 1 of .*metrics.jsonl is not"),
+        (
+            "metrics.jsonl",
+            '{"round": 1, "accuracy": {"mean": null}, "accuracy_cohort": {"mean": null}, "seconds": {}, '
+            '"bytes": {}, "clients": {"accuracy": [], "loss": [], "alpha": [], "samples": []}}\n',
+            "line 1 of .*metrics.jsonl is not",
+        ),
         ("metrics.jsonl", "half", "no finished round yet"),
     ],
 )
@@ -266,15 +309,41 @@ def test_what_varies_within_a_method_names_it(trained: Path) -> None:
     )
     labels = [(group.method, group.setting, len(group.runs)) for group in found.groups]
     share, unshared = "pfedmoe (share = true)", "pfedmoe (share = false)"
-    plain = "clients = 4, participation = 1.0"
+    plain = "clients = 4"
     assert labels[:3] == [(share, plain, 2), (unshared, plain, 1), ("standalone", plain, 1)]
-    assert [label[1] for label in labels[3:]] == [f"clients = {n}, participation = 0.1" for n in (20, 100)]
+    assert [label[1] for label in labels[3:]] == [f"clients = {n}" for n in (20, 100)]
     assert found.notes == (
+        "differing between settings as well: participation (1.0; 0.1)",
         f"train.lr differs between methods: pfedmoe {run.config['train.lr']}; standalone 0.01",
     )
     assert found.baseline("") == found.baseline("standalone") == "standalone"
     with pytest.raises(compare.CompareError, match="'pfedmoe' means several methods"):
         found.baseline("pfedmoe")
+
+
+def test_most_variants_name_a_method_and_settings_name_no_variant(trained: Path) -> None:
+    run = load_run(trained)
+    wide, deep = like(run, "b", gate__hidden=128), like(run, "c", gate__layers=3)
+    other = like(run, "d", data__name="MNIST", train__augment=["flip"])
+    found = compare.compare([run, wide, deep, other, like(other, "e", algorithm="standalone")])
+    assert {(group.setting, group.method) for group in found.groups} == {
+        *(
+            ("data.name = CIFAR10", f"pfedmoe{more}")
+            for more in ("", " (gate.hidden = 128)", " (gate.layers = 3)")
+        ),
+        *(("data.name = MNIST", method) for method in ("pfedmoe", "standalone")),
+    }
+    assert found.notes == (
+        "pfedmoe, where its name does not say otherwise: gate.hidden = 64, gate.layers = 2",
+        "differing between settings as well: train.augment (none; flip)",
+    )
+
+
+def test_data_name_a_setting_before_what_comes_with_them(trained: Path) -> None:
+    run = load_run(trained)
+    found = compare.compare([run, like(run, "b", data__source="heart", clients=10, rounds=8)])
+    assert found.settings == ["data.source = heart", "data.source = synthetic"]
+    assert found.notes == ("differing between settings as well: rounds (3; 8), clients (4; 10)",)
 
 
 def test_other_models_are_another_setting_where_a_method_has_several(trained: Path) -> None:
@@ -302,6 +371,92 @@ def test_what_is_sent_once_goes_to_new_members(trained: Path) -> None:
     ]
     sent = costs.traffic(Run(run.path, run.config, history, run.events))
     assert [(t.up, t.down, t.once) for t in sent] == [(10, 200, 2000), (10, 200, 1000), (10, 200, 0)]
+
+
+def test_equal_values_have_no_spread() -> None:
+    """In floating point the mean of 0.1, 0.1 and 0.1 is another number."""
+    assert compare.mean_std([0.1] * 3) == (0.1, 0.0)
+    assert [several.plain_spread(values).text for values in ([0.1] * 3, [53.14] * 6)] == ["0.1", "53.14"]
+
+
+def test_numbers_are_short_and_units_fit() -> None:
+    shown = [tables.short(value) for value in (0.0, 0.012345, 1.0, 999.96, 12345.6, 1e6)]
+    assert shown == ["0", "0.01235", "1", "1000", "12346", "1000000"]
+    assert [single.size(count) for count in (0, 999, 999.7, 999_600)] == ["0 B", "999 B", "1 kB", "1 MB"]
+
+
+@pytest.mark.parametrize("top", [0.29, 0.57, 0.6999999999999999, 0.7, 1.0])
+def test_what_is_reachable_is_reached(trained: Path, top: float) -> None:
+    run = load_run(trained)
+    row = {**run.history[-1], "accuracy": {**run.history[-1]["accuracy"], "mean": top}}
+    changed = Run(run.path, run.config, [row], run.events)
+    target = costs.reachable([changed])
+    assert target is not None and costs.reached(changed, target) and not costs.reached(changed, target + 0.01)
+
+
+def test_a_seed_that_has_just_started_cuts_no_curve(trained: Path) -> None:
+    run = load_run(trained)
+    started = Run(Path("b"), {**run.config, "seed": 1}, run.history[:2], run.events)
+    (group,) = compare.compare([run, started]).groups
+    assert compare.curve(group)[0].tolist() == [2, 3] and len(group.drawn) == 1
+    (alone,) = compare.compare([started]).groups
+    assert compare.curve(alone)[0].tolist() == [2]
+
+
+def test_clients_that_have_not_trained_are_in_no_mean(trained: Path) -> None:
+    """Client 3 never trains, client 2 joins in round 3: of the two architectures of 0 to 3 each lacks one."""
+    run = load_run(trained)
+    told = json.dumps({"absent": [[3], [2]]})
+    events = [{**run.events[0], "samples": told}]
+    run = Run(run.path, {**run.config, "join.round": 3}, run.history, events)
+    assert [run.absent(round) for round in (2, 3)] == [{2, 3}, {3}]
+    accuracy = figures.column(run, "accuracy")
+    assert np.isnan(accuracy).tolist() == [
+        [True] * 4,
+        [False, False, True, True],
+        [False, False, False, True],
+    ]
+    (found,) = [table for table in single.report(run, None).tables if table.name == "architectures"]
+    assert [row[1].text for row in found.rows] == ["2", "1"]
+    (clients,) = [table for table in single.report(run, None).tables if table.name == "clients"]
+    assert clients.rows[-1][0].text == "3" and "in no mean over clients: 3" in clients.notes[0]
+    other = Run(Path("b"), {**run.config, "algorithm": "standalone"}, run.history, run.events)
+    pair = compare.compare([run, other]).groups
+    assert np.isnan(compare.client_differences(*pair)).tolist() == [False, False, False, True]
+
+
+def test_a_restart_tells_what_was_otherwise(trained: Path) -> None:
+    run = load_run(trained)
+    start = run.events[0]
+    again = Run(
+        run.path, run.config, run.history, [start, {**start, "event": "restart", "ranks": 4, "torch": "9"}]
+    )
+    (found,) = [table for table in single.report(again, None).tables if table.name == "events"]
+    assert [row[3].text for row in found.rows] == ["", "ranks: 4; torch: 9"]
+
+
+def test_axes_of_counts_have_whole_numbers(trained: Path) -> None:
+    axes = matplotlib.figure.Figure().subplots()
+    axes.plot([1], [1])
+    figures.whole_numbers(axes.xaxis)
+    assert [tick for tick in axes.get_xticks() if 0.9 < tick < 1.1] == [1]
+
+
+def test_evaluation_takes_time_where_there_was_one(trained: Path) -> None:
+    canvas = matplotlib.figure.Figure()
+    figures.seconds(load_run(trained)).draw(canvas, drawing.PAPER)
+    (line,) = [line for line in canvas.axes[0].lines if line.get_label() == "evaluate"]
+    assert list(line.get_xdata()) == [2, 3], "measured every second round, and in the last"
+
+
+def test_what_looks_equal_is_marked_alike(trained: Path) -> None:
+    run = load_run(trained)
+    found = []
+    for number, value in enumerate((0.70001, 0.70002, 0.6)):
+        row = {**run.history[-1], "accuracy": {**run.history[-1]["accuracy"], "mean": value}}
+        found.append(Run(Path(str(number)), {**run.config, "algorithm": f"m{number}"}, [row], run.events))
+    shown = several.results(compare.compare(found)).rows
+    assert [row[1].mark for row in shown] == ["best", "best", "second"]
 
 
 def test_equal_values_rank_alike() -> None:

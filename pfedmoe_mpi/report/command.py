@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from pfedmoe_mpi.report.sections import Report
 from pfedmoe_mpi.report.tables import to_csv, to_latex
 
 FIGURES, TABLES = {".png", ".pdf"}, {".csv", ".tex"}
+UNFINISHED = f".{page.NAME}.tmp"
 NEEDED = ("matplotlib", "jinja2")
 
 
@@ -37,7 +39,8 @@ def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str
     if len(runs) == 1 and baseline:
         raise CompareError("one run has nothing to compare with a baseline", "name the baseline's runs too")
     if text:
-        _say(terminal.text(_made(runs, baseline, wanted, left_out)))
+        wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+        _say(terminal.text(_made(runs, baseline, wanted, left_out), wide))
         return EXIT_DONE
     missing = [name for name in NEEDED if not find_spec(name)]
     if missing:
@@ -99,26 +102,29 @@ def _refuse_foreign(folder: Path) -> None:
     """An earlier report is replaced, anything else is left alone."""
     if folder.exists() and not folder.is_dir():
         raise ReportError(f"{folder} is a file", "--out takes a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / page.NAME).is_file():
+    ours = any((folder / name).is_file() for name in (page.NAME, UNFINISHED))
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise ReportError(f"{folder} holds something else than a report", "choose another --out")
 
 
 def _write(report: Report, folder: Path) -> None:
-    """Page, figures and tables; the page last, so that a folder with a page is a whole report."""
+    """Page, figures and tables. The page gets its name last, so that a folder with a page is a whole report;
+    until then the folder is known by the page's other name.
+    """
     shown = page.html(report)
     try:
-        for below in ("figures", "tables"):
-            (folder / below).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / UNFINISHED).write_text(shown, encoding="utf-8")
         (folder / page.NAME).unlink(missing_ok=True)
+        for below in ("figures", "tables"):
+            (folder / below).mkdir(exist_ok=True)
         for figure in report.figures:
             drawing.save(figure, folder / "figures")
         for table in report.tables:
             (folder / "tables" / f"{table.name}.csv").write_text(to_csv(table), encoding="utf-8")
             (folder / "tables" / f"{table.name}.tex").write_text(to_latex(table), encoding="utf-8")
         _drop_stale(folder, report)
-        temporary = folder / f".{page.NAME}.tmp"
-        temporary.write_text(shown, encoding="utf-8")
-        os.replace(temporary, folder / page.NAME)
+        os.replace(folder / UNFINISHED, folder / page.NAME)
     except OSError as error:
         raise ReportError(f"the report cannot be written: {error}", "choose another --out") from error
 

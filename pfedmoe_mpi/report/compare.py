@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from pfedmoe_mpi.errors import UserError, nearest
+from pfedmoe_mpi.report.labels import counted, labels
 from pfedmoe_mpi.report.load import Run
 
-# What makes no other configuration: the replicate, the folder, and what changes bits or speed but no method.
-IGNORED = ("seed", "run.", "train.threads", "train.device", "eval.batch")
-# What is the same problem for every method; all else belongs to the method.
-SETTING = (
-    "data.",
-    "partition.",
-    "clients",
-    "participation",
-    "unseen.",
-    "join.",
-    "stream.",
-    "faults.",
-    "rounds",
-)
 ENOUGH = 5  # seeds, to speak of a difference
 
 
@@ -47,6 +34,11 @@ class Group:
     def finished(self) -> tuple[Run, ...]:
         """The replicates that tables are made of."""
         return tuple(run for run in self.runs if run.finished)
+
+    @property
+    def drawn(self) -> tuple[Run, ...]:
+        """The replicates whose curve is drawn: one that has just started would cut that of the finished."""
+        return self.finished or self.runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,15 +90,15 @@ def compare(runs: Sequence[Run]) -> Comparison:
     """
     by_key: dict[str, list[Run]] = {}
     for run in runs:
-        by_key.setdefault(repr(sorted(_counted(run).items())), []).append(run)
+        by_key.setdefault(repr(sorted(counted(run).items())), []).append(run)
     groups = [sorted(same, key=lambda run: run.seed) for same in by_key.values()]
     for same in groups:
         for one, other in pairwise(same):
             if one.seed == other.seed:
                 problem = f"{one.path} and {other.path} are the same configuration and seed"
                 raise CompareError(problem, "name one of them: seeds are the replicates")
-    labels, notes = _labels([same[0] for same in groups])
-    found = [Group(*label, tuple(same)) for label, same in zip(labels, groups, strict=True)]
+    names, notes = labels([same[0] for same in groups])
+    found = [Group(*label, tuple(same)) for label, same in zip(names, groups, strict=True)]
     methods = tuple(dict.fromkeys(group.method for group in found))
     found.sort(key=lambda group: (_natural(group.setting), methods.index(group.method)))
     return Comparison(tuple(found), methods, notes)
@@ -118,89 +110,16 @@ def _natural(text: str) -> list[tuple[bool, float, str]]:
     return [(bool(n % 2), float(part) if n % 2 else 0.0, part) for n, part in enumerate(parts)]
 
 
-def _counted(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.config.items() if not name.startswith(IGNORED)}
-
-
-def _labels(firsts: Sequence[Run]) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
-    """(method, setting) of each group, and a note for each setting that differs between methods only."""
-    by_algorithm: dict[str, list[dict[str, Any]]] = {}
-    for run in firsts:
-        by_algorithm.setdefault(run.algorithm, []).append(_counted(run))
-    within = {name for same in by_algorithm.values() for name in _varying(same)}
-    overall = _varying([_counted(run) for run in firsts])
-    setting = [name for name in overall if _is_setting(name, within)]
-    variant = [name for name in overall if name in within and name not in setting]
-    rest = [
-        name
-        for name in overall
-        if name not in (*setting, *variant, "algorithm") and not _is_section(name, firsts)
-    ]
-    labels = []
-    for run in firsts:
-        own = [name for name in variant if name in _varying(by_algorithm[run.algorithm])]
-        extra = f" ({_shown(run, own)})".replace(f"{run.algorithm}.", "") if own else ""
-        labels.append((run.algorithm + extra, _shown(run, setting) or _problem(run)))
-    notes = tuple(
-        f"{name} differs between methods: "
-        + "; ".join(f"{run.algorithm} {value_text(run.config.get(name))}" for run in _first_of_each(firsts))
-        for name in rest
-    )
-    return labels, notes
-
-
-def _varying(configs: Iterable[Mapping[str, Any]]) -> list[str]:
-    configs = list(configs)
-    names = dict.fromkeys(name for settings in configs for name in settings)
-    return [name for name in names if len({repr(settings.get(name)) for settings in configs}) > 1]
-
-
-def _is_setting(name: str, within: set[str]) -> bool:
-    """Models are part of the setting where one method was run with several."""
-    return name.startswith(SETTING) or (name.startswith("model.") and name in within)
-
-
-def _is_section(name: str, firsts: Sequence[Run]) -> bool:
-    """A method's own section is absent from the others' configurations."""
-    return name.partition(".")[0] in {run.algorithm for run in firsts}
-
-
-def _first_of_each(firsts: Sequence[Run]) -> list[Run]:
-    found: dict[str, Run] = {}
-    for run in firsts:
-        found.setdefault(run.algorithm, run)
-    return list(found.values())
-
-
-def _problem(run: Run) -> str:
-    """What a setting is called when there is one only."""
-    data = (
-        run.config.get("data.name")
-        if run.config.get("data.source") == "torchvision"
-        else run.config.get("data.source")
-    )
-    return f"{data}, N = {run.clients}"
-
-
-def _shown(run: Run, names: Sequence[str]) -> str:
-    return ", ".join(f"{name} = {value_text(run.config.get(name))}" for name in names)
-
-
-def value_text(value: Any) -> str:
-    """A setting as the flags take it."""
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value)) or "none"
-    return str(value).lower() if isinstance(value, bool) else "none" if value in ("", None) else str(value)
-
-
 # Statistics
 
 
 def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation of the sample (n - 1), which one value does not have."""
+    """Mean and standard deviation of the sample (n - 1), which one value does not have; exact, so that equal
+    values have none.
+    """
     if not values:
         return None, None
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return float(statistics.mean(values)), float(statistics.stdev(values)) if len(values) > 1 else None
 
 
 def known(runs: Iterable[Run], value: Callable[[Run], float | None]) -> list[float]:
@@ -218,7 +137,7 @@ def curve(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rounds measured by every seed, the mean over seeds, and their standard deviation (0 for one seed)."""
     measured = [
         {row["round"]: row["accuracy"]["mean"] for row in run.history if row["accuracy"]["mean"] is not None}
-        for run in group.runs
+        for run in group.drawn
     ]
     rounds = sorted(set.intersection(*map(set, measured)))
     table = np.array([[found[number] for number in rounds] for found in measured])
@@ -270,8 +189,9 @@ def client_differences(group: Group, base: Group) -> np.ndarray:
         other = others.get(run.seed)
         if other is None or run.last["clients"]["samples"] != other.last["clients"]["samples"]:
             continue
-        sides = [np.array(side.last["clients"]["accuracy"], float) for side in (run, other)]
-        tables.append(sides[0] - sides[1])
+        own, theirs = (np.array(side.last["clients"]["accuracy"], float) for side in (run, other))
+        own[sorted(run.absent(run.last["round"]))] = np.nan
+        tables.append(own - theirs)
     if not tables or len({len(table) for table in tables}) > 1:
         return np.empty(0)
     stacked = np.stack(tables)

@@ -83,4 +83,5 @@ def reachable(runs: Sequence[Run]) -> float | None:
         if not known:
             return None
         tops.append(max(known))
-    return int(100 * min(tops) + 1e-9) / 100
+    nearest = round(100 * min(tops))
+    return (nearest if nearest / 100 <= min(tops) else nearest - 1) / 100

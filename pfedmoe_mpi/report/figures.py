@@ -16,8 +16,11 @@ FEW_CELLS = 300  # of a heat map: numbers are written into it
 
 
 def column(run: Run, name: str) -> np.ndarray:
-    """(rounds, N) of a client metric, NaN where it was not measured."""
-    return np.array([row["clients"][name] for row in run.history], float)
+    """(rounds, N) of a client metric, NaN where it was not measured and for clients that had not trained."""
+    table = np.array([row["clients"][name] for row in run.history], float)
+    for number, row in enumerate(run.history):
+        table[number, sorted(run.absent(row["round"]))] = np.nan
+    return table
 
 
 def measured(rounds: Sequence[int], values: Sequence[float | None]) -> tuple[list[int], list[float]]:
@@ -30,15 +33,15 @@ def per_cent(values: Any) -> np.ndarray:
     return 100 * np.asarray(values, float)
 
 
-def whole_numbers(axes: Any) -> None:
-    """Below the axis."""
+def whole_numbers(axis: Any, most: int = 8) -> None:
+    """Along an axis, whose only number may be one."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axis.set_major_locator(MaxNLocator(integer=True, nbins=most, min_n_ticks=1))
 
 
 def rounds_axis(axes: Any) -> None:
-    whole_numbers(axes)
+    whole_numbers(axes.xaxis)
     axes.set_xlabel("round")
 
 
@@ -93,7 +96,7 @@ def convergence(run: Run) -> Figure:
 
 
 def clients(run: Run) -> Figure:
-    """Every client's accuracy in the last measured round: sorted, and by architecture."""
+    """The accuracy of every client that trains in the last measured round: sorted, and by architecture."""
 
     def draw(canvas: Any, paint: Paint) -> None:
         left, right = canvas.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -108,7 +111,7 @@ def clients(run: Run) -> Figure:
             right.plot(np.full(len(own), number), accuracy[own], alpha=0.6, **look.dots())
             if own:
                 right.hlines(accuracy[own].mean(), number - 0.3, number + 0.3, color=paint.ink, linewidth=2)
-        whole_numbers(left)
+        whole_numbers(left.xaxis)
         left.set_xlabel("clients, sorted")
         left.set_ylabel("test accuracy, %")
         legend_above(canvas, left, 5)
@@ -117,18 +120,17 @@ def clients(run: Run) -> Figure:
         right.set_xlabel("architecture; bar: mean")
         right.grid(axis="x", visible=False)
 
-    caption = f"Test accuracy of every client after round {run.last['round']}, sorted and by architecture."
+    when = f"after round {run.last['round']}"
+    caption = f"Test accuracy of every client that trains, {when}, sorted and by architecture."
     return Figure("clients", "Accuracy by client", caption, draw, (WIDTH, 3.2))
 
 
 def heat_map(canvas: Any, axes: Any, table: np.ndarray, label: str, limits: tuple[float, float]) -> Any:
     """Cells with a bar that explains them; cells without a value stay empty. Rows and columns by number."""
-    from matplotlib.ticker import MaxNLocator
-
     image = axes.imshow(table, aspect="auto", cmap=MAP, interpolation="none", vmin=limits[0], vmax=limits[1])
     canvas.colorbar(image, ax=axes, label=label, pad=0.02)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+        whole_numbers(axis, 10)
     axes.grid(visible=False)
     return image
 
@@ -168,7 +170,13 @@ def seconds(run: Run) -> Figure:
         axes = canvas.subplots()
         rounds = [row["round"] for row in run.history]
         for number, name in enumerate(("total", "train", "evaluate", "sum", "wait", "write")):
-            x, y = measured(rounds, [row["seconds"].get(name) or None for row in run.history])
+            spent = [row["seconds"].get(name) or None for row in run.history]
+            if name == "evaluate":  # the other rounds have a moment of it, far below on this axis
+                spent = [
+                    s if row["accuracy"]["mean"] is not None else None
+                    for s, row in zip(spent, run.history, strict=True)
+                ]
+            x, y = measured(rounds, spent)
             if not x:
                 continue
             look = style(number, paint)

@@ -41,14 +41,16 @@ def chosen(number: int) -> list[int]:
 
 
 def _of_clients(run: Run) -> Table:
-    known = [row for row in run.history if any(a is not None for a in row["clients"]["alpha"])]
+    """Of the clients that train."""
+    table = column(run, "alpha")
+    known = np.flatnonzero(~np.isnan(table).all(axis=1))
     columns = [Column("round"), *map(Column, ("mean α", "std over clients", "lowest", "highest"))]
     rows = []
-    for row in (known[n] for n in chosen(len(known))):
-        values = [a for a in row["clients"]["alpha"] if a is not None]
+    for at in (known[n] for n in chosen(len(known))):
+        values = table[at][~np.isnan(table[at])].tolist()
         mean, std = mean_std(values)
         shown = (number(value, "{:.3f}") for value in (mean, std, min(values), max(values)))
-        rows.append([number(row["round"]), *shown])
+        rows.append([number(run.history[at]["round"]), *shown])
     return Table("alpha", "Weight α of the shared expert, mean over a client's test samples", columns, rows)
 
 

@@ -145,7 +145,7 @@ def generalisation(looked: Looked) -> Figure:
         axes.vlines(x, own, shared, color=paint.grid, linewidth=1)
         for which, (name, values) in enumerate((("own test rows", own), ("shared test set", shared))):
             axes.plot(x, values, label=name, **style(which, paint).dots())
-        whole_numbers(axes)
+        whole_numbers(axes.xaxis)
         axes.set_xlabel("clients, sorted by the accuracy on their own test rows")
         axes.set_ylabel("test accuracy, %")
         legend_above(canvas, axes)

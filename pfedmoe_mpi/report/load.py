@@ -77,6 +77,16 @@ class Run:
         pool = self.config["model.pool"]
         return str(pool[client % len(pool)])
 
+    def absent(self, round: int) -> frozenset[int]:
+        """The clients that had not trained by a round, as the newest start tells: they never do, or join
+        later. Means over clients are without them.
+        """
+        try:
+            never, late = json.loads(self.started_with("samples"))["absent"]
+            return frozenset(never if round >= int(self.config["join.round"]) else [*never, *late])
+        except (ValueError, KeyError, TypeError):  # an earlier version's run, or too many to tell
+            return frozenset()
+
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """One flat dict per round: `round`, `accuracy.mean`, `seconds.train`, …; lists stay lists."""
@@ -204,8 +214,11 @@ def _is_row(row: Any) -> bool:
         columns = row["clients"]
         return (
             isinstance(row["round"], int)
+            and isinstance(row["cohort"], list)
             and all(isinstance(row[name]["mean"], float | None) for name in ("accuracy", "accuracy_cohort"))
-            and all(isinstance(row[name], dict) for name in ("seconds", "bytes"))
+            and all(isinstance(row[name], float | None) for name in ("train_loss", "rss_mb"))
+            and isinstance(row["seconds"]["total"], float | None)
+            and isinstance(row["bytes"], dict)
             and len({len(columns[name]) for name in ("accuracy", "loss", "alpha", "samples")}) == 1
         )
     except (KeyError, TypeError):

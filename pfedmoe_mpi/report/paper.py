@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi.report.compare import known, mean_std
+from pfedmoe_mpi.report.labels import shown
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.report.sections import Section
 from pfedmoe_mpi.report.tables import SPREAD, Cell, Column, Table, spread, word
@@ -74,7 +75,7 @@ def _as_run(run: Run) -> str:
         kind = "reduced scale" if share < 1 else "other scale"
         told.append(f"{kind}: {run.planned} of {round(run.planned / share)} rounds")
     if run.config.get("run.altered"):
-        told.append(f"other {', '.join(run.config['run.altered'])}")
+        told.append(f"other {shown(run.config, run.config['run.altered'])}")
     return "; ".join(told) or "as the table"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint
-from pfedmoe_mpi.report.figures import heat_map, legend_above
+from pfedmoe_mpi.report.figures import heat_map, legend_above, whole_numbers
 from pfedmoe_mpi.report.load import Run
 
 HATCHES = ("", "////", "....", "xxxx")  # phases differ without colour too
@@ -49,7 +49,7 @@ def _figure(spent: dict[str, np.ndarray], rounds: list[int]) -> Figure:
             look |= {"edgecolor": paint.ink, "linewidth": 0.5, "label": name, "width": 0.8}
             above.bar(np.arange(ranks), means, bottom=bottom, **look)
             bottom += means
-        _rank_ticks(above.xaxis)
+        whole_numbers(above.xaxis)
         above.grid(axis="x", visible=False)
         above.set_xlabel("rank")
         above.set_ylabel("seconds, mean of a round")
@@ -58,7 +58,7 @@ def _figure(spent: dict[str, np.ndarray], rounds: list[int]) -> Figure:
         heat_map(canvas, below, busy, "training, s", (0.0, max(1e-9, float(np.nanmax(busy)))))
         ticks = np.unique(np.linspace(0, len(rounds) - 1, min(len(rounds), 8)).astype(int))
         below.set_xticks(ticks, [rounds[tick] for tick in ticks])
-        _rank_ticks(below.yaxis)
+        whole_numbers(below.yaxis)
         below.set_xlabel("round")
         below.set_ylabel("rank")
 
@@ -68,9 +68,3 @@ def _figure(spent: dict[str, np.ndarray], rounds: list[int]) -> Figure:
     )
     height = 4.2 + min(1.8, 0.05 * ranks)
     return Figure("ranks", "Where the time went by rank", caption, draw, (WIDTH, height))
-
-
-def _rank_ticks(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(integer=True, nbins=8))

@@ -13,7 +13,7 @@ from pfedmoe_mpi.report.compare import ENOUGH, Comparison, Group, accuracy, know
 from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.report.sections import Report, Section
-from pfedmoe_mpi.report.tables import SPREAD, Cell, Column, Table, number, percent, ranks, spread, word
+from pfedmoe_mpi.report.tables import SPREAD, Cell, Column, Table, number, percent, ranks, short, spread, word
 
 
 def report(runs: Sequence[Run], baseline: str, target: float | None) -> Report:
@@ -61,12 +61,12 @@ def results(comparison: Comparison) -> Table:
     for setting in comparison.settings:
         found = {method: _accuracies(comparison.group(method, setting)) for method in comparison.methods}
         middle = {method: mean_std(values) for method, values in found.items()}
-        marks = ranks([mean for mean, _ in middle.values()])
+        marks = ranks([None if mean is None else round(mean, 4) for mean, _ in middle.values()])
         for (method, values), mark in zip(found.items(), marks, strict=True):
             cells[method].append(spread(*middle[method], len(values), mark))
     notes = [
         "test accuracy in %, mean over all clients, last round; mean ± standard deviation over seeds",
-        "best bold, second underlined, per column; no test behind it",
+        "best bold, second underlined, per column, equals as shown alike; no test behind it",
     ]
     return Table("results", "Accuracy", columns, list(cells.values()), notes)
 
@@ -76,26 +76,26 @@ def _accuracies(group: Group | None) -> list[float]:
 
 
 def names(comparison: Comparison) -> Table:
-    """The other accuracies by their names."""
-    wanted = ("mean", "weighted", "worst", "std")
+    """The other accuracies by their names, and the area under the ROC curve; no column that is all empty."""
+    wanted = {name: partial(accuracy, name=name) for name in ("mean", "weighted", "worst", "std")}
+    for name, key in (("unseen", "accuracy_unseen"), ("AUC", "auc")):
+        own = partial(_mean_of, key=key)
+        wanted |= {name: own} if any(known(group.finished, own) for group in comparison.groups) else {}
     columns = [Column("method", words=True), Column("setting", words=True), Column("seeds")]
-    columns += [Column(name, SPREAD) for name in (*wanted, "unseen")]
+    columns += [Column(name, SPREAD) for name in wanted]
     rows = []
     for group in comparison.groups:
         cells = [word(group.method), word(group.setting), number(len(group.finished))]
-        for name in wanted:
-            values = known(group.finished, partial(accuracy, name=name))
+        for value in wanted.values():
+            values = known(group.finished, value)
             cells.append(spread(*mean_std(values), len(values)))
-        values = known(group.finished, _unseen)
-        rows.append([*cells, spread(*mean_std(values), len(values))])
-    if all(row[-1].values[0] is None for row in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
+        rows.append(cells)
     notes = ["each over the clients of a run, in %, then mean ± standard deviation over seeds"]
     return Table("accuracies", "Accuracy by name", columns, rows, notes)
 
 
-def _unseen(run: Run) -> float | None:
-    found = (run.last.get("accuracy_unseen") or {}).get("mean")
+def _mean_of(run: Run, key: str) -> float | None:
+    found = (run.last.get(key) or {}).get("mean")
     return None if found is None else float(found)
 
 
@@ -105,15 +105,13 @@ def _differences(comparison: Comparison, base: str | None) -> Section:
     pairs = versus.pairs(comparison, base)
     if not pairs:
         return Section("Differences", text=f"No other method shares a setting and a seed with {base}.")
-    figures = [versus.intervals(comparison, pairs, base)]
-    figures += [
-        versus.by_client(comparison, setting, pairs, base, n)
-        for n, setting in enumerate(comparison.settings)
-        if any(
-            group.setting == setting and len(compare.client_differences(group, other))
-            for group, other, _ in pairs
-        )
-    ]
+    figures = []
+    for n, setting in enumerate(comparison.settings):
+        here = [pair for pair in pairs if pair[0].setting == setting]
+        if here:
+            figures.append(versus.intervals(comparison, setting, here, base, n))
+        if any(len(compare.client_differences(group, other)) for group, other, _ in here):
+            figures.append(versus.by_client(comparison, setting, here, base, n))
     return Section(
         f"Differences from {base}", [_paired(pairs, base), _spread_of_clients(pairs, base)], figures
     )
@@ -217,7 +215,7 @@ def plain_spread(values: Sequence[float]) -> Cell:
     if mean is None:
         return Cell("–", (None, None, 0))
     places = max(0, 1 - math.floor(math.log10(std))) if std else None
-    shown = f"{mean:.4g}" if places is None else f"{mean:.{places}f} ± {std:.{places}f}"
+    shown = short(mean) if places is None else f"{mean:.{places}f} ± {std:.{places}f}"
     return Cell(shown, (mean, std, len(values)))
 
 
@@ -233,7 +231,7 @@ def cost(comparison: Comparison) -> Table:
     for group in comparison.groups:
         cells = [word(group.method), word(group.setting)]
         for value in (_seconds, _megabytes, _giga_operations, _memory):
-            cells.append(plain_spread(known(group.runs, value)))
+            cells.append(plain_spread(known(group.finished, value)))
         rows.append(cells)
     if all(row[4].values[0] is None for row in rows):
         columns, rows = [*columns[:4], *columns[5:]], [[*row[:4], *row[5:]] for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +11,20 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.report import figures, gates, inside, paper, ranks
-from pfedmoe_mpi.report.compare import mean_std, value_text
+from pfedmoe_mpi.report.compare import mean_std
 from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
 from pfedmoe_mpi.report.drawing import Figure
-from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi.report.labels import value_text
+from pfedmoe_mpi.report.load import STARTS, Run
 from pfedmoe_mpi.report.looked import Looked
 from pfedmoe_mpi.report.sections import Report, Section
-from pfedmoe_mpi.report.tables import Column, Table, number, percent, word
+from pfedmoe_mpi.report.tables import Column, Table, amount, number, percent, word
 
-WHO = ("time", "event", "round")
+# What the table of events has no details of: its own columns, and of a start what is shown elsewhere.
+APART = (
+    *("time", "event", "round", "host", "hosts", "pid"),
+    *("samples", "class_counts", "multiply_adds", "client_names"),
+)
 VERSIONS = (
     "code",
     "python",
@@ -105,7 +111,7 @@ def _settings(run: Run) -> list[Table]:
 
 
 def _versions(run: Run) -> Table:
-    starts = [event for event in run.events if event["event"] in {"start", "restart"}]
+    starts = [event for event in run.events if event["event"] in STARTS]
     first = starts[0] if starts else {}
     rows = [[word(name), word(value_text(first[name]))] for name in VERSIONS if first.get(name) is not None]
     columns = [Column("what", words=True), Column("at the first start", words=True)]
@@ -155,28 +161,34 @@ def _target(run: Run, target: float | None) -> Table:
 
 
 def _architectures(run: Run) -> Table:
+    """Of the clients that train."""
     accuracy = run.last["clients"]["accuracy"]
-    by_name: dict[str, list[float]] = {}
+    absent = run.absent(run.last["round"])
+    by_name: dict[str, list[float]] = {run.architecture(client): [] for client in range(run.clients)}
     for client, value in enumerate(accuracy):
-        if value is not None:
-            by_name.setdefault(run.architecture(client), []).append(value)
+        if value is not None and client not in absent:
+            by_name[run.architecture(client)].append(value)
     columns = [
         Column("architecture", words=True),
-        *map(Column, ("clients", "mean, %", "std", "worst, %", "best, %")),
+        *map(Column, ("clients", "mean, %", "std, %", "worst, %", "best, %")),
     ]
     rows = []
     for name, values in by_name.items():
         mean, std = mean_std(values)
-        shares = [percent(value) for value in (mean, std, min(values), max(values))]
+        shares = [percent(v) for v in (mean, std, min(values, default=None), max(values, default=None))]
         rows.append([word(name), number(len(values)), *shares])
     return Table("architectures", f"Accuracy by architecture, round {run.last['round']}", columns, rows)
 
 
 def _clients(run: Run, models: Looked | None) -> Table:
-    """Sorted from the worst: why a client is bad starts with how many samples and classes it has."""
+    """Sorted from the worst: why a client is bad starts with how many samples and classes it has. Those that
+    have not trained are last.
+    """
     held = run.last["clients"]
     counts = run.started_with("class_counts")
-    order = sorted(range(run.clients), key=lambda k: (held["accuracy"][k] is None, held["accuracy"][k], k))
+    absent = run.absent(run.last["round"])
+    value = held["accuracy"]
+    order = sorted(range(run.clients), key=lambda k: (k in absent, value[k] is None, value[k], k))
     titles = ("client", "samples", "classes", "accuracy, %", "before the sum, %", "loss", "α shared")
     columns = [Column(titles[0]), Column("architecture", words=True), *map(Column, titles[1:])]
     rows = [
@@ -188,6 +200,10 @@ def _clients(run: Run, models: Looked | None) -> Table:
         ]
         for k in order
     ]
+    names = run.started_with("client_names") or []
+    if len(names) == run.clients:
+        columns.insert(1, Column("name", words=True))
+        rows = [[row[0], word(names[k]), *row[1:]] for row, k in zip(rows, order, strict=True)]
     auc = held.get("auc", [])
     if any(value is not None for value in auc):
         columns.append(Column("AUC, %"))
@@ -195,7 +211,9 @@ def _clients(run: Run, models: Looked | None) -> Table:
     if models and len(models.shared) == run.clients:
         columns.append(Column("shared test, %"))
         rows = [[*row, inside.share(models.shared[k])] for row, k in zip(rows, order, strict=True)]
-    notes = [inside.shared_note(models)] if models else []
+    listed = ", ".join(map(str, sorted(absent)))
+    notes = [f"have not trained, and are in no mean over clients: {listed}"] if absent else []
+    notes += [inside.shared_note(models)] if models else []
     title = f"Clients after round {run.last['round']}, worst first"
     return Table("clients", title, columns, rows, notes, open=False)
 
@@ -206,12 +224,12 @@ def _costs(run: Run) -> Table:
     for name in ("train", "evaluate", "sum", "wait", "write", "total"):
         values = [row["seconds"][name] for row in run.history if row["seconds"].get(name) is not None]
         mean, _ = mean_std(values)
-        shown = number(max(values, default=None), "{:.4g}")
-        rows.append([word(f"seconds, {name}"), number(sum(values), "{:.4g}"), number(mean, "{:.4g}"), shown])
+        largest = max(values, default=None)
+        rows.append([word(f"seconds, {name}"), amount(sum(values)), amount(mean), amount(largest)])
     sent = traffic(run)
     for name in ("up", "down", "once"):
         values = [getattr(found, name) / 1e6 for found in sent]
-        rows.append([word(f"MB, {name}"), *(number(f(values), "{:.4g}") for f in (sum, np.mean, max))])
+        rows.append([word(f"MB, {name}"), *(amount(f(values)) for f in (sum, statistics.mean, max))])
     memory = [row["rss_mb"] for row in run.history if row["rss_mb"] is not None]
     rows.append(
         [
@@ -224,6 +242,7 @@ def _costs(run: Run) -> Table:
     columns = [Column("what", words=True), Column("sum"), Column("mean of a round"), Column("largest")]
     notes = [
         "seconds: the largest over ranks, so the parts may add up to more than the total",
+        "means of the rounds that have a value",
         "MB: what a deployment would send, all members of the cohort together",
     ]
     return Table("cost", "Time, bytes, memory", columns, rows, notes)
@@ -238,7 +257,7 @@ def _ranks(run: Run) -> list[Table]:
         means = {name: np.nanmean(table, axis=1) for name, table in spent.items()}
     columns = [Column("rank"), *(Column(f"{name}, s") for name in means)]
     rows = [
-        [number(rank), *(number(float(values[rank]), "{:.4g}") for values in means.values())]
+        [number(rank), *(amount(float(values[rank])) for values in means.values())]
         for rank in range(len(spent["train"]))
     ]
     notes = ["means of a round; wait: for the other ranks, before the sum"]
@@ -250,18 +269,19 @@ def _cost_figures(run: Run) -> list[Figure]:
 
 
 def _events(run: Run) -> Table:
-    skipped = {*WHO, "hosts", "class_counts", "multiply_adds", *VERSIONS, "host", "pid"}
+    """With what a restart found otherwise than the first start; the rest of a start has tables of its own."""
+    first = next((event for event in run.events if event["event"] in STARTS), {})
     rows = []
     for event in run.events:
         more = {
             name: value
             for name, value in event.items()
-            if name not in skipped and value not in (None, [], {})
+            if name not in APART
+            and value not in (None, [], {})
+            and (name not in VERSIONS or value != first.get(name))
         }
         details = "; ".join(f"{name}: {_detail(value)}" for name, value in more.items())
-        ranks = f"{event['ranks']} ranks" if "ranks" in event else ""
         at = event.get("round")
-        details = "; ".join(filter(None, (ranks, details)))
         rows.append(
             [
                 word(event.get("time", "")),
@@ -305,7 +325,7 @@ def duration(seconds: float) -> str:
 def size(count: float) -> str:
     """Bytes in the decimal unit that fits."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

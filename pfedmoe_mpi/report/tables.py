@@ -71,6 +71,16 @@ def number(value: float | None, form: str = "{:.0f}") -> Cell:
     return Cell("–" if value is None else form.format(value), (value,))
 
 
+def short(value: float) -> str:
+    """Four digits, or all of the whole part; never an exponent for a large number."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def amount(value: float | None) -> Cell:
+    """A number as `short` shows it, a dash where there is none."""
+    return Cell("–" if value is None else short(value), (value,))
+
+
 def percent(value: float | None) -> Cell:
     """A share in per cent with two decimals; the value stays a share."""
     return Cell("–" if value is None else f"{100 * value:.2f}", (value,))
@@ -131,8 +141,10 @@ def latex(text: str) -> str:
     return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found[0]], text)
 
 
-def to_text(table: Table) -> str:
-    """Aligned columns; `**best**`, `__second__`."""
+def to_text(table: Table, width: int = 0) -> str:
+    """Aligned columns; `**best**`, `__second__`. What is wider than `width` characters, if given, goes on
+    below, each part after the words that a row begins with.
+    """
     body = [
         [SIGNS.get(cell.mark, "") + cell.text + SIGNS.get(cell.mark, "") for cell in row]
         for row in table.rows
@@ -140,9 +152,24 @@ def to_text(table: Table) -> str:
     cells = [[column.title for column in table.columns], *body]
     widths = [max(len(row[at]) for row in cells) for at in range(len(table.columns))]
 
-    def line(row: Sequence[str]) -> str:
-        sides = zip(row, widths, table.columns, strict=True)
-        return "  ".join(t.ljust(w) if column.words else t.rjust(w) for t, w, column in sides).rstrip()
+    def line(row: Sequence[str], part: Sequence[int]) -> str:
+        shown = (row[n].ljust(widths[n]) if table.columns[n].words else row[n].rjust(widths[n]) for n in part)
+        return "  ".join(shown).rstrip()
 
-    lines = [table.title, "", line(cells[0]), "  ".join("-" * width for width in widths), *map(line, body)]
+    lines = [table.title]
+    for part in _parts(table.columns, widths, width):
+        rule = "  ".join("-" * widths[n] for n in part)
+        lines += ["", line(cells[0], part), rule, *(line(row, part) for row in body)]
     return "\n".join([*lines, *(f"({note})" for note in table.notes)])
+
+
+def _parts(columns: Sequence[Column], widths: Sequence[int], width: int) -> list[list[int]]:
+    """Columns that stand beside each other: the first words, and as many others as fit, at least one."""
+    first = next((n for n, column in enumerate(columns) if n and not column.words), len(columns))
+    parts = [list(range(first))]
+    for n in range(first, len(columns)):
+        wide = sum(widths[at] + 2 for at in parts[-1]) + widths[n]
+        if width and wide > width and len(parts[-1]) > first:
+            parts.append(list(range(first)))
+        parts[-1].append(n)
+    return parts

@@ -11,8 +11,8 @@ WIDTH, HEIGHT = 60, 12  # characters of the curve's field
 SIGNS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def text(report: Report) -> str:
-    """Everything but the figures and the long tables."""
+def text(report: Report, width: int = 0) -> str:
+    """Everything but the figures and the long tables; tables no wider than `width` characters, if given."""
     facts = [f"{name}: {value}" for name, value in report.facts]
     parts = [
         f"{report.title}\n{report.subtitle}",
@@ -22,7 +22,7 @@ def text(report: Report) -> str:
     parts.append(curve(report.curves))
     for section in report.sections:
         parts += [section.text] if section.text else []
-        parts += [to_text(table) for table in section.tables if table.open and table.rows]
+        parts += [to_text(table, width) for table in section.tables if table.open and table.rows]
     return "\n\n".join(filter(None, parts))
 
 

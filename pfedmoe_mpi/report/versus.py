@@ -16,9 +16,9 @@ from pfedmoe_mpi.report.figures import legend_above, per_cent, rounds_axis, whol
 Pair = tuple[Group, Group, Paired]  # a method's group, the baseline's, and their difference
 
 
-def label(comparison: Comparison, group: Group, joint: str = ", ") -> str:
+def label(comparison: Comparison, group: Group) -> str:
     """The method, with its setting where there are several."""
-    return f"{group.method}{joint}{group.setting}" if len(comparison.settings) > 1 else group.method
+    return f"{group.method}, {group.setting}" if len(comparison.settings) > 1 else group.method
 
 
 def pairs(comparison: Comparison, base: str) -> list[Pair]:
@@ -45,7 +45,7 @@ def curves(comparison: Comparison, setting: str, number: int) -> Figure:
         for group in comparison.of(setting):
             rounds, mean, std = compare.curve(group)
             own = look(comparison, group.method, paint)
-            name = f"{group.method} ({len(group.runs)})"
+            name = f"{group.method} ({len(group.drawn)})"
             axes.plot(rounds, per_cent(mean), label=name, **own.line(len(rounds)))
             axes.fill_between(
                 rounds, per_cent(mean - std), per_cent(mean + std), color=own.color, alpha=0.18, linewidth=0
@@ -86,7 +86,7 @@ def by_client(comparison: Comparison, setting: str, found: Sequence[Pair], base:
         for group, other, _ in found:
             table = compare.client_differences(group, other)
             table = np.sort(table[~np.isnan(table)])
-            if group.setting == setting and len(table):
+            if len(table):
                 x = np.arange(1, len(table) + 1)
                 axes.plot(
                     x,
@@ -95,7 +95,7 @@ def by_client(comparison: Comparison, setting: str, found: Sequence[Pair], base:
                     **look(comparison, group.method, paint).line(len(x)),
                 )
         axes.axhline(0, color=paint.ink, linewidth=1)
-        whole_numbers(axes)
+        whole_numbers(axes.xaxis)
         axes.set_xlabel("clients, sorted for each method")
         axes.set_ylabel(f"points over {base}")
         legend_above(canvas, axes, _columns(comparison))
@@ -108,7 +108,7 @@ def by_client(comparison: Comparison, setting: str, found: Sequence[Pair], base:
     return Figure(stem, f"Clients against {base}, {setting}", caption, draw, _size(comparison, 3.0))
 
 
-def intervals(comparison: Comparison, found: Sequence[Pair], base: str) -> Figure:
+def intervals(comparison: Comparison, setting: str, found: Sequence[Pair], base: str, number: int) -> Figure:
     """A dot per seed; the mean with its interval where there are seeds enough."""
 
     def draw(canvas: Any, paint: Paint) -> None:
@@ -122,15 +122,16 @@ def intervals(comparison: Comparison, found: Sequence[Pair], base: str) -> Figur
             if difference.low is not None and difference.high is not None:
                 axes.hlines(place, 100 * difference.low, 100 * difference.high, color=paint.ink, linewidth=2)
         axes.axvline(0, color=paint.ink, linewidth=1)
-        words = [f"{label(comparison, g, chr(10))}\n{d.verdict}" for g, _, d in found]
+        words = [f"{group.method}\n{difference.verdict}" for group, _, difference in found]
         axes.set_yticks(range(len(found)), words, fontsize=8)
         axes.set_ylim(len(found) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"accuracy over {base}, points")
 
     caption = (
-        f"Paired differences from {base}: a dot per seed, the mean as a stroke, its 95 % t interval over "
-        f"seeds as a bar where there are {compare.ENOUGH} seeds or more."
+        f"{setting}: paired differences from {base}: a dot per seed, the mean as a stroke, its 95 % t "
+        f"interval over seeds as a bar where there are {compare.ENOUGH} seeds or more."
     )
-    height = 0.9 + (0.65 if len(comparison.settings) > 1 else 0.5) * len(found)
-    return Figure("intervals", f"Differences from {base}", caption, draw, (WIDTH, height))
+    stem = _stem("intervals", number, comparison)
+    size = (WIDTH, 0.9 + 0.5 * len(found))
+    return Figure(stem, f"Differences from {base}, {setting}", caption, draw, size)
