@@ -18,12 +18,14 @@ from pfedmoe_mpi import config, job, launch, tables
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, ConfigError, RunError, StoppedError
+from pfedmoe_mpi.models.names import resolve_name
 from pfedmoe_mpi.runfolder import RunFolder
 from pfedmoe_mpi.tables import Table, TableRun
 
 NEW, BEGUN, FINISHED = "new", "begun", "finished"
-# What an earlier start of a run may have otherwise: paths and speed, and what was `auto` then.
-FREE = (*(name for name in tables.HARMLESS if name not in {"rounds", "run."}), "model.", "run.")
+# What an earlier start of a run may have otherwise: paths and speed.
+FREE = tuple(name for name in tables.HARMLESS if name != "rounds")
+AUTO = {"model.pool": ["auto"], "model.shared": "auto", "model.dim": 0}  # resolved in a run's folder
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,18 @@ def _differing(then: Mapping[str, Any], now: Config) -> list[str]:
     return [
         f"{name} {then[name]} → {value}"
         for name, value in config.flatten(config.to_tree(now)).items()
-        if name in then and then[name] != value and not name.startswith(FREE)
+        if name in then
+        and then[name] != _resolved(name, value)
+        and value != AUTO.get(name)
+        and not name.startswith(FREE)
     ]
+
+
+def _resolved(name: str, value: Any) -> Any:
+    """Architectures by the names that a run's folder has them."""
+    if name not in {"model.pool", "model.shared"} or value == AUTO[name]:
+        return value
+    return resolve_name(value) if isinstance(value, str) else [resolve_name(each) for each in value]
 
 
 def _with_proposals(settings: Config) -> Config:

@@ -215,7 +215,7 @@ def _run(table: Table, points: Mapping[str, Point], overrides: Mapping[str, Any]
         "rounds": rounds,
         "run.table": table.name,
         "run.cell": _cell(points, config.build(settings).algorithm),
-        "run.scale": round(rounds / planned, 4),
+        "run.scale": rounds / planned,
         "run.altered": [n for n in overrides if not n.startswith(HARMLESS)],
     }
     group = "-".join(point.label for axis, point in points.items() if axis != "seed") or table.name

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import launcher
 import pytest
-from textfiles import HOSPITALS, write_hospitals
+from textfiles import HOSPITALS, write_hospitals, write_news, write_stories
 
 from pfedmoe_mpi import config, tables
 from pfedmoe_mpi.errors import ConfigError
@@ -72,6 +72,9 @@ def test_scale_shrinks_rounds_and_stops_at_the_floor(table: Path) -> None:
     assert own.scale == 0.5 and own.altered == ("train.epochs",), (
         "what makes it another table, and nothing else"
     )
+    table.write_text(TABLE.replace("rounds = 10", "rounds = 3000"))
+    share = tables.expand(tables.read(table), {"rounds": 100})[0].config.run.scale
+    assert round(100 / share) == 3000, "reports tell the table's rounds from it"
 
 
 def test_only_and_task_choose_runs(table: Path) -> None:
@@ -152,6 +155,30 @@ def test_dry_tells_runs_and_cost_and_writes_nothing(
     assert done("reproduce", table, "--list", "true", "--task", "3").out == "n4-standalone-seed1\n"
 
 
+@pytest.mark.parametrize("source", ["text", "words"])
+def test_a_table_of_texts_is_calibrated(
+    tmp_path: Path, done: Callable[..., launcher.Result], source: str
+) -> None:
+    """On models whose tokens and classes are known only when the data are dealt."""
+    path = write_news(tmp_path / "news.csv") if source == "text" else write_stories(tmp_path / "stories")
+    base = f'clients = 3\npartition.alpha = 9.0\nrounds = 2\ndata.source = "{source}"\ndata.path = "{path}"\n'
+    (tmp_path / "t.toml").write_text(f"[base]\n{base}data.length = 6\n[axis]\nseed = [0, 1]\n")
+    assert "left to do: 2 runs, 4 rounds" in done("reproduce", tmp_path / "t.toml", "--dry", "true").out
+
+
+def test_what_a_turn_takes_but_once_does_not_grow_with_its_samples(
+    table: Path, done: Callable[..., launcher.Result]
+) -> None:
+    """FedKD takes its shared model's change apart at the end of a turn, here far longer than an epoch."""
+    one = '"data.samples" = [400, 16000]\nalgorithm = ["fedkd"]\n'
+    large = TABLE.replace('"mlp5", "mlp4"', '"mlp1"').replace('"mlp5"', '"mlp1"').partition("[axis.")[0]
+    large = large.replace("data.samples = 200\n", "").replace("rounds = 10", "rounds = 10\nclients = 4")
+    table.write_text(f"{large}[axis]\n{one}")
+    lines = done("reproduce", table, "--dry", "true").out.splitlines()
+    few, many = (float(line.split()[-1]) for line in lines if line.startswith("samples"))
+    assert few < many < 32 * few, "of 40 times the samples"
+
+
 def test_a_table_is_stopped_taken_up_and_finished(table: Path, session: launcher.Session) -> None:
     """Its runs are those of `run`, bit for bit, whatever was played in the same process before."""
     folder = table.parent
@@ -180,6 +207,11 @@ def test_a_table_is_stopped_taken_up_and_finished(table: Path, session: launcher
         assert "round 30/30" in said and said.count("clients after round") == 1, "each run has its own log"
     other = session("reproduce", str(table), "--only", "n8-*", "--out", "out", "--scale", "0.5", cwd=folder)
     launcher.told(other, "holds a run with other settings: rounds 30 → 5")
+    for pool, code in (('["MLP-5", "mlp4"]', 0), ('["mlp5"]', 2)):
+        table.write_text(TABLE.replace('["mlp5", "mlp4"]', pool))
+        edited = session("reproduce", str(table), *flags, cwd=folder)
+        assert edited.code == code and ("4 of them finished" in edited.out) == (not code), edited.err
+    launcher.told(edited, r"holds a run with other settings: model.pool \['mlp5', 'mlp4'\] → \['mlp5'\]")
 
 
 def test_a_run_that_diverges_does_not_end_the_others(table: Path, session: launcher.Session) -> None:
