@@ -58,6 +58,7 @@ def run(path: Path, settings: Mapping[str, Any], asked: Asked) -> int:
         try:
             _tell(world, _plan(world, left))
         except StoppedError:  # met by all ranks; nothing is lost
+            _tell(world, ["stopped before the first run; the same command goes on"])
             return EXIT_STOPPED
         if asked.dry:
             return EXIT_DONE

@@ -130,6 +130,8 @@ def test_the_plan_names_the_hospitals(done: Callable[..., Result], hospitals: Pa
     said = done(*FLAGS, "--data.path", hospitals, "--dry", "true").out
     assert "0 alpha, 1 beta, 2 gamma" in said
     assert "as the data propose: partition.kind natural, clients 3, train.lr 0.005" in said
+    dealt = done(*FLAGS, "--data.path", hospitals, "--dry", "true", "--partition.kind", "iid").out
+    assert "alpha" not in dealt, "which then are nobody's"
 
 
 def test_a_wrong_number_of_clients_is_refused(refused: Callable[..., str], hospitals: Path) -> None:
