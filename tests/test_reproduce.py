@@ -67,7 +67,7 @@ def test_scale_shrinks_rounds_and_stops_at_the_floor(table: Path) -> None:
         run = tables.expand(read, {"fedkd.ramp": 40} if rounds == 2 else {}, scale)[2].config
         assert (run.algorithm, run.rounds, run.run.scale) == ("fedkd", rounds, rounds / 100)
         ramp = getattr(run, "fedkd").ramp  # noqa: B009
-        assert ramp == (40 if rounds == 2 else round(rounds / 100) or 1), "as asked for, or scaled too"
+        assert ramp == (40 if rounds == 2 else round(0.4 * rounds)), "as asked for, or the default scaled too"
     own = tables.expand(read, {"rounds": "50", "train.epochs": "2", "run.keep": "1"})[0].config.run
     assert own.scale == 0.5 and own.altered == ("train.epochs",), (
         "what makes it another table, and nothing else"
@@ -97,6 +97,7 @@ def test_only_and_task_choose_runs(table: Path) -> None:
         (("floor = 2", "flor = 2"), "unknown key 'flor'.*floor"),
         (("floor = 2", "floor = 0"), "floor = 0"),
         (('"fedkd.ramp"', '"fedkd.rump"'), "in_rounds"),
+        (('"fedkd.ramp"', '"data.path"'), "in_rounds"),
         (("seed = [0, 1]", "seed = []"), "axis seed without points"),
         (("seed = [0, 1]", "seed = [0, 0]"), "two runs of the same name"),
         (("clients = 8\nparticipation = 0.5", "clients = 4"), "two runs of the same configuration"),
