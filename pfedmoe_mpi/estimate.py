@@ -71,6 +71,9 @@ class Cost:
     samples: float
     seconds: float
 
+    def share(self, part: float) -> Cost:
+        return Cost(part * self.samples, part * self.seconds)
+
 
 @dataclass(frozen=True)
 class Pace:

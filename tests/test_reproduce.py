@@ -192,6 +192,9 @@ def test_a_table_is_stopped_taken_up_and_finished(table: Path, session: launcher
     assert launcher.events(second)[-1]["event"] == "stop"
     assert not (folder / "out" / "n8-standalone-seed0").exists()
     first = launcher.digest(folder / "out" / "n8-pfedmoe-seed0")
+    done = launcher.events(second)[-1]["round"]
+    dry = session("reproduce", str(table), *flags, "--dry", "true", cwd=folder)
+    assert f"left to do: 3 runs, {90 - done} rounds" in dry.out
     again = session("reproduce", str(table), *flags, cwd=folder, timeout=120)
     assert again.code == 0, again.err
     assert "4 runs in" in again.out and "1 of them finished" in again.out
