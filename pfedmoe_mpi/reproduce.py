@@ -129,12 +129,13 @@ def _with_proposals(settings: Config) -> Config:
 def _heading(table: Table, runs: Sequence[TableRun], left: Sequence[TableRun], out: Path) -> list[str]:
     done = len(runs) - len(left)
     lines = [f"{table.title}\n{len(runs)} runs in {out}" + (f", {done} of them finished" if done else "")]
-    shrunk = {(run.planned, run.config.rounds) for run in runs if run.planned != run.config.rounds}
-    for planned, rounds in sorted(shrunk):
-        share = f"{100 * rounds / planned:.3g} %"
-        lines.append(
-            f"reduced scale: {rounds} rounds where the table has {planned} ({share}), marked in reports"
-        )
+    for planned, rounds in sorted({(run.planned, run.config.rounds) for run in runs}):
+        if rounds != planned:
+            kind = "reduced" if rounds < planned else "other"
+            share = f"{100 * rounds / planned:.3g} %"
+            lines.append(
+                f"{kind} scale: {rounds} rounds where the table has {planned} ({share}), marked in reports"
+            )
     altered = runs[0].config.run.altered
     if altered:
         lines.append(f"other settings than the table's: {', '.join(altered)}, marked in reports")

@@ -153,6 +153,8 @@ def test_dry_tells_runs_and_cost_and_writes_nothing(
     assert counted["n8-standalone"][2] == pytest.approx(400, abs=10)
     assert all(float(words[3]) > 0 for words in lines.values())
     assert "left to do: 4 runs, 20 rounds, 2,3" in said and "training samples, about" in said
+    more = done("reproduce", table, "--rounds", "20", "--dry", "true", "--task", "3").out
+    assert "\nother scale: 20 rounds where the table has 10 (200 %), marked in reports\n" in more
     assert done("reproduce", table, "--list", "true", "--task", "3").out == "n4-standalone-seed1\n"
 
 
