@@ -159,16 +159,21 @@ def _plan(world: Comm, left: Sequence[TableRun], rounds: Mapping[str, int]) -> l
         samples = sum(costs[run.name].samples for run in members)
         hours = sum(costs[run.name].seconds for run in members) / 3600
         each = members[0].config.rounds
-        lines.append(f"{group:{width}}  {len(members):4}  {each:6}  {samples:15,.0f}  {hours:8.3g}")
+        lines.append(f"{group:{width}}  {len(members):4}  {each:6}  {samples:15,.0f}  {_spelt(hours):>8}")
     total = sum(rounds[run.name] for run in left)
     samples = sum(cost.samples for cost in costs.values())
     hours = sum(cost.seconds for cost in costs.values()) / 3600
     where = f"{world.size} rank{'s' if world.size > 1 else ''} of this machine"
     lines.append(
         f"left to do: {len(left)} runs, {total:,} rounds, {samples:,.0f} training samples, "
-        f"about {hours:.3g} hours of clients' training and tests on {where}"
+        f"about {_spelt(hours)} hours of clients' training and tests on {where}"
     )
     return lines
+
+
+def _spelt(hours: float) -> str:
+    """Three digits, or whole hours where these are thousands."""
+    return f"{hours:.3g}" if hours < 999.5 else f"{hours:,.0f}"
 
 
 # The runs

@@ -243,6 +243,8 @@ def translate(words: Sequence[str]) -> Translation:
             _models(made, value)
         elif long == "goal":
             made.settings["run.dir"] = f"runs/{value}"
+        elif long == "device":  # theirs takes the processor where there is no GPU
+            made.settings["train.device"] = "auto" if value == "cuda" else value
         elif flag.ours or own:
             if long != "algorithm":
                 made.settings |= dict.fromkeys((own,) if own else flag.ours, value)

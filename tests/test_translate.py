@@ -74,8 +74,9 @@ def test_what_theirs_take_from_other_flags() -> None:
     assert made.options.ramp == 300 and made.model.shared == "cnn1"  # type: ignore[attr-defined]
     assert settings(HTFLLIB.format("FedGH"))[0].options.batch == 32  # type: ignore[attr-defined]
     assert settings(HTFLLIB.format("FedMRL").replace("img-8", "img-5"))[0].model.shared == "googlenet"
-    made = settings("main.py -algo FedAvg -nc 20 -nnc 5")[0]
-    assert (made.clients, made.unseen_clients) == (25, 5)
+    made = settings("main.py -algo FedAvg -nc 20 -nnc 5 -dev cuda")[0]
+    assert (made.clients, made.unseen_clients, made.train.device) == (25, 5, "auto")
+    assert settings("main.py -dev cpu")[0].train.device == "cpu"
 
 
 def test_a_line_of_pfllib() -> None:
