@@ -141,11 +141,12 @@ def _points(path: Path, axis: str, given: Any) -> list[Point]:
         setting = axis.replace("-", "_")
         points = [Point(_label(setting, v), _settings(path, "axis", {setting: v})) for v in given]
     else:
-        example = f"{axis} = [1, 2] below [axis], or sections [axis.{axis}.LABEL]"
+        dotted = f'"{axis}.{next(iter(given))}"' if isinstance(given, dict) and given else axis
+        example = f"{dotted} = [1, 2] below [axis], or sections [axis.{axis}.LABEL]"
         raise _wrong(path, f"has an axis {axis} without points", example)
     for point in points:
         if not LABEL.fullmatch(point.label):
-            remedy = "labels name folders: letters, digits, . _ and +"
+            remedy = "labels name folders: letters, digits, . _ and +; [axis.NAME.LABEL] gives it one"
             raise _wrong(path, f"has a label '{point.label}' on the axis {axis}", remedy)
     return points
 

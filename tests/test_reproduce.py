@@ -99,6 +99,8 @@ def test_only_and_task_choose_runs(table: Path) -> None:
         (('"fedkd.ramp"', '"fedkd.rump"'), "in_rounds"),
         (('"fedkd.ramp"', '"data.path"'), "in_rounds"),
         (("seed = [0, 1]", "seed = []"), "axis seed without points"),
+        (("seed = [0, 1]", "train.lr = [1, 2]"), r'axis train without points(.|\n)*"train.lr" = \[1, 2\]'),
+        (("seed = [0, 1]", '"model.pool" = [["mlp5"]]'), r"axis model.pool(.|\n)*\[axis.NAME.LABEL\]"),
         (("seed = [0, 1]", "seed = [0, 0]"), "two runs of the same name"),
         (("clients = 8\nparticipation = 0.5", "clients = 4"), "two runs of the same configuration"),
         (("[axis.clients.n4]", "[axis.clients.'../n4']"), r"label '\.\./n4'"),
