@@ -18,6 +18,7 @@ from played import world
 from textfiles import TOPICS, same_bits, write_hospitals, write_news
 
 from pfedmoe_mpi import algorithms, config, setup
+from pfedmoe_mpi.data.tokens import words_of
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import Loop, Silent
 from pfedmoe_mpi.models import names, registry
@@ -96,6 +97,11 @@ def test_labels_are_numbers_or_names(news: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("b\na\n")
     (tmp_path / "t.csv").write_text("a,x\n1,y\n")
     assert opened("text", tmp_path / "t.csv").labels.tolist() == [1, 0]
+
+
+def test_an_accent_is_part_of_its_word() -> None:
+    found = words_of("Nai\u0308ve, l'\xc9T\xc9; \u65e5\u672c 3_a")
+    assert found == ["na\xefve", "l", "\xe9t\xe9", "\u65e5\u672c", "3_a"]
 
 
 def test_a_text_may_be_a_book_and_end_many_lines_below(tmp_path: Path) -> None:
