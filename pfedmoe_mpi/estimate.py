@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
 from functools import partial
+from statistics import median
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from pfedmoe_mpi.training import Engine, Turn, measure
 
 FEW, MANY = 16, 64  # samples of a timing: the first warms up, and is enough where it is slow
 SLOW = 0.25  # seconds
+TURNS = 5  # of which the median counts
 CLIENTS = 20  # of the federation that is timed: enough for the anchors of ten experts
 # What a mini-batch's time does not depend on.
 ELSEWHERE = {
@@ -197,20 +199,27 @@ class _Stopwatch:
         self._role = "client" if "client" in roles else roles[0]
 
     def pace(self) -> Pace:
-        """A warm-up; then half the samples, or twice the epochs, tell what grows with which.
+        """A warm-up; then few samples, many, and twice the epochs tell what grows with which.
 
         Where an epoch of few samples is slow already, no more are timed.
         """
         slow, _ = self._turn(FEW, 1), self._test(FEW)
+        few = self._steady(FEW, 1)
         if slow > SLOW:  # of what: the samples, or what is done once a turn
-            once, twice = self._turn(FEW, 1), self._turn(FEW, 2)
-            if twice - once > SLOW:
-                step = max(2 * once - twice, 0.0)
-                return Pace(step, 0.0, (twice - once) / FEW, self._test(FEW) / FEW)
-        once, twice, half = self._turn(MANY, 1), self._turn(MANY, 2), self._turn(MANY // 2, 1)
-        step = min(max(2 * half - once, 0.0), once)
+            twice = self._turn(FEW, 2)
+            if twice - few > SLOW:
+                return Pace(max(2 * few - twice, 0.0), 0.0, (twice - few) / FEW, self._test(FEW) / FEW)
+        once, twice = self._steady(MANY, 1), self._steady(MANY, 2)
+        step = min(max((MANY * few - FEW * once) / (MANY - FEW), 0.0), once)
         epoch = min(max(twice - once, 0.0), once - step) / MANY
         return Pace(step, (once - step) / MANY - epoch, epoch, self._test(MANY) / MANY)
+
+    def _steady(self, samples: int, epochs: int) -> float:
+        """The median of a few turns, of fewer where they are slow: others may use the machine too."""
+        times: list[float] = []
+        while len(times) < TURNS and sum(times) < SLOW:
+            times.append(self._turn(samples, epochs))
+        return median(times)
 
     def _method(self, epochs: int) -> Algorithm:
         settings = self._task.config
