@@ -38,7 +38,7 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
     if task.unseen:
         listed, why = ", ".join(map(str, sorted(task.unseen))), federation.method.unseen_null
         lines.append(f"unseen clients: {listed}" + (f"; no accuracy, because {why}" if why else ""))
-    if federation.dataset.client_names:
+    if federation.dataset.client_names and settings.partition.kind == "natural":
         names = federation.dataset.client_names
         named = ", ".join(f"{k} {name}" for k, name in enumerate(names[:NAMES]))
         lines.append(f"the data's own clients: {named}{', …' if len(names) > NAMES else ''}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
 from functools import partial
+from statistics import median
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from pfedmoe_mpi.training import Engine, Turn, measure
 
 FEW, MANY = 16, 64  # samples of a timing: the first warms up, and is enough where it is slow
 SLOW = 0.25  # seconds
+TURNS = 5  # of which the median counts
 CLIENTS = 20  # of the federation that is timed: enough for the anchors of ten experts
 # What a mini-batch's time does not depend on.
 ELSEWHERE = {
@@ -49,6 +51,7 @@ class Size:
     shape: tuple[int, ...]
     classes: int
     dtype: str
+    vocabulary: int
     settings: Mapping[str, object]
 
     @property
@@ -60,7 +63,7 @@ class Size:
         """Equal where a mini-batch takes the same time."""
         tree = {k: v for k, v in config.to_tree(self.config).items() if k not in ELSEWHERE}
         tree["train"] = {k: v for k, v in tree["train"].items() if k != "epochs"}
-        return json.dumps([tree, self.shape, self.classes, self.dtype], sort_keys=True)
+        return json.dumps([tree, self.shape, self.classes, self.dtype, self.vocabulary], sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,9 @@ class Cost:
 
     samples: float
     seconds: float
+
+    def share(self, part: float) -> Cost:
+        return Cost(part * self.samples, part * self.seconds)
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,8 @@ def _size(settings: Config, dataset: Dataset, data: str, known: dict[str, Size])
         partition = setup.deal(settings, dataset)
         train = [0 if k in partition.unseen else len(rows) for k, rows in enumerate(partition.train)]
         test = [len(a) + len(b) for a, b in zip(partition.test, partition.validation, strict=True)]
-        kind = (dataset.shape, dataset.classes, dataset.dtype.name)
+        ready = dataset.fitted(partition)
+        kind = (ready.shape, ready.classes, ready.dtype.name, ready.vocabulary)
         known[key] = Size(train, test, settings.cohort_size, *kind, flat)
     size = replace(known[key], settings=flat, members=settings.cohort_size)
     setup.check_models(_task(size))
@@ -158,7 +165,8 @@ def _task(size: Size) -> Task:
     counts = np.bincount(np.arange(MANY) % size.classes, minlength=size.classes)
     model = settings.model
     table = np.tile(counts, (max(CLIENTS, len(model.pool)), 1))
-    return Task(settings, size.shape, size.classes, table, model.pool, model.shared, model.dim)
+    known = (settings, size.shape, size.classes, table, model.pool, model.shared, model.dim)
+    return Task(*known, vocabulary=size.vocabulary)
 
 
 def _paces(world: Comm, size: Size) -> list[Pace]:
@@ -191,14 +199,27 @@ class _Stopwatch:
         self._role = "client" if "client" in roles else roles[0]
 
     def pace(self) -> Pace:
-        """A warm-up; then half the samples, or twice the epochs, tell what grows with which."""
-        slow, test = self._turn(FEW, 1), self._test(FEW)
-        if slow > SLOW:
-            return Pace(0.0, 0.0, slow / FEW, test / FEW)
-        once, twice, half = self._turn(MANY, 1), self._turn(MANY, 2), self._turn(MANY // 2, 1)
-        step = min(max(2 * half - once, 0.0), once)
+        """A warm-up; then few samples, many, and twice the epochs tell what grows with which.
+
+        Where an epoch of few samples is slow already, no more are timed.
+        """
+        slow, _ = self._turn(FEW, 1), self._test(FEW)
+        few = self._steady(FEW, 1)
+        if slow > SLOW:  # of what: the samples, or what is done once a turn
+            twice = self._turn(FEW, 2)
+            if twice - few > SLOW:
+                return Pace(max(2 * few - twice, 0.0), 0.0, (twice - few) / FEW, self._test(FEW) / FEW)
+        once, twice = self._steady(MANY, 1), self._steady(MANY, 2)
+        step = min(max((MANY * few - FEW * once) / (MANY - FEW), 0.0), once)
         epoch = min(max(twice - once, 0.0), once - step) / MANY
         return Pace(step, (once - step) / MANY - epoch, epoch, self._test(MANY) / MANY)
+
+    def _steady(self, samples: int, epochs: int) -> float:
+        """The median of a few turns, of fewer where they are slow: others may use the machine too."""
+        times: list[float] = []
+        while len(times) < TURNS and sum(times) < SLOW:
+            times.append(self._turn(samples, epochs))
+        return median(times)
 
     def _method(self, epochs: int) -> Algorithm:
         settings = self._task.config
@@ -211,8 +232,12 @@ class _Stopwatch:
         return Engine(self._where, normalise, method.task.config.train, MANY, 0, 2, self._poll)
 
     def _split(self, samples: int) -> Split:
-        raw = torch.rand((samples, *self._task.shape), generator=torch.Generator().manual_seed(0))
-        x = (255 * raw).byte() if self._dtype == "uint8" else raw
+        shape, generator = (samples, *self._task.shape), torch.Generator().manual_seed(0)
+        highest = {"uint8": 256, "int32": self._task.vocabulary}.get(self._dtype)
+        if highest:
+            x = torch.randint(highest, shape, generator=generator).to(getattr(torch, self._dtype))
+        else:
+            x = torch.rand(shape, generator=generator)
         return Split(x.to(self._where), (torch.arange(samples) % self._task.classes).to(self._where))
 
     def _turn(self, samples: int, epochs: int) -> float:

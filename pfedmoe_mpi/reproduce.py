@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi import config, job, launch, tables
+from pfedmoe_mpi import checkpoint, config, job, launch, tables
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, ConfigError, RunError, StoppedError
+from pfedmoe_mpi.models.names import resolve_name
 from pfedmoe_mpi.runfolder import RunFolder
 from pfedmoe_mpi.tables import Table, TableRun
 
-NEW, BEGUN, FINISHED = "new", "begun", "finished"
-# What an earlier start of a run may have otherwise: paths and speed, and what was `auto` then.
-FREE = (*(name for name in tables.HARMLESS if name not in {"rounds", "run."}), "model.", "run.")
+# What an earlier start of a run may have otherwise: paths and speed.
+FREE = tuple(name for name in tables.HARMLESS if name != "rounds")
+AUTO = {"model.pool": ["auto"], "model.shared": "auto", "model.dim": 0}  # resolved in a run's folder
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,15 @@ def run(path: Path, settings: Mapping[str, Any], asked: Asked) -> int:
 
     def work(world: Comm, code: str) -> int:
         world.stop_at = launch.stop_at(runs[0].config.run.walltime, end)
-        states = world.from_root(lambda: {run.name: _state(out / run.name, run) for run in runs}, "runs")
-        left = [run for run in runs if states[run.name] != FINISHED]
+        rounds = world.from_root(
+            lambda: {run.name: _rounds_left(out / run.name, run) for run in runs}, "runs"
+        )
+        left = [run for run in runs if rounds[run.name]]
         _tell(world, _heading(table, runs, left, out))
         try:
-            _tell(world, _plan(world, left))
+            _tell(world, _plan(world, left, rounds))
         except StoppedError:  # met by all ranks; nothing is lost
+            _tell(world, ["stopped before the first run; the same command goes on"])
             return EXIT_STOPPED
         if asked.dry:
             return EXIT_DONE
@@ -70,15 +74,15 @@ def _tell(world: Comm, lines: Sequence[str]) -> None:
         print("\n".join(lines), flush=True)
 
 
-def _state(folder: Path, run: TableRun) -> str:
-    """How far a run is, by its folder.
+def _rounds_left(folder: Path, run: TableRun) -> int:
+    """What a run still has to do, by its folder; 0 where it is finished, else 1 at least.
 
     Raises:
         ConfigError: the folder is that of a run with other settings.
     """
     held = RunFolder(folder)
     if not held.config.is_file():
-        return NEW
+        return run.config.rounds
     then = config.read_toml(held.config)
     differing = _differing(then, run.config)
     if differing:
@@ -86,15 +90,29 @@ def _state(folder: Path, run: TableRun) -> str:
     if differing:
         problem = f"{folder} holds a run with other settings: {'; '.join(differing)}"
         raise ConfigError(problem, "choose another --out, or give the flags of the first time")
-    return FINISHED if held.finished else BEGUN
+    if held.finished:
+        return 0
+    newest = checkpoint.newest_first(held.checkpoints)[:1]
+    done = max((int(path.stem.split("-")[1]) - ("partial" in path.stem) for path in newest), default=0)
+    return max(1, run.config.rounds - done)
 
 
 def _differing(then: Mapping[str, Any], now: Config) -> list[str]:
     return [
         f"{name} {then[name]} → {value}"
         for name, value in config.flatten(config.to_tree(now)).items()
-        if name in then and then[name] != value and not name.startswith(FREE)
+        if name in then
+        and then[name] != _resolved(name, value)
+        and value != AUTO.get(name)
+        and not name.startswith(FREE)
     ]
+
+
+def _resolved(name: str, value: Any) -> Any:
+    """Architectures by the names that a run's folder has them."""
+    if name not in {"model.pool", "model.shared"} or value == AUTO[name]:
+        return value
+    return resolve_name(value) if isinstance(value, str) else [resolve_name(each) for each in value]
 
 
 def _with_proposals(settings: Config) -> Config:
@@ -111,25 +129,27 @@ def _with_proposals(settings: Config) -> Config:
 def _heading(table: Table, runs: Sequence[TableRun], left: Sequence[TableRun], out: Path) -> list[str]:
     done = len(runs) - len(left)
     lines = [f"{table.title}\n{len(runs)} runs in {out}" + (f", {done} of them finished" if done else "")]
-    shrunk = {(run.planned, run.config.rounds) for run in runs if run.planned != run.config.rounds}
-    for planned, rounds in sorted(shrunk):
-        share = f"{100 * rounds / planned:.3g} %"
-        lines.append(
-            f"reduced scale: {rounds} rounds where the table has {planned} ({share}), marked in reports"
-        )
+    for planned, rounds in sorted({(run.planned, run.config.rounds) for run in runs}):
+        if rounds != planned:
+            kind = "reduced" if rounds < planned else "other"
+            share = f"{100 * rounds / planned:.3g} %"
+            lines.append(
+                f"{kind} scale: {rounds} rounds where the table has {planned} ({share}), marked in reports"
+            )
     altered = runs[0].config.run.altered
     if altered:
         lines.append(f"other settings than the table's: {', '.join(altered)}, marked in reports")
     return lines
 
 
-def _plan(world: Comm, left: Sequence[TableRun]) -> list[str]:
-    """A line per group of runs that differ in their seed, and the sum."""
+def _plan(world: Comm, left: Sequence[TableRun], rounds: Mapping[str, int]) -> list[str]:
+    """A line per group of runs that differ in their seed, and the sum, of the rounds that are left."""
     if not left:
         return []
     from pfedmoe_mpi import estimate
 
-    costs = estimate.costs(world, left)
+    whole = estimate.costs(world, left)
+    costs = {run.name: whole[run.name].share(rounds[run.name] / run.config.rounds) for run in left}
     groups: dict[str, list[TableRun]] = {}
     for run in left:
         groups.setdefault(run.group, []).append(run)
@@ -138,17 +158,22 @@ def _plan(world: Comm, left: Sequence[TableRun]) -> list[str]:
     for group, members in groups.items():
         samples = sum(costs[run.name].samples for run in members)
         hours = sum(costs[run.name].seconds for run in members) / 3600
-        rounds = members[0].config.rounds
-        lines.append(f"{group:{width}}  {len(members):4}  {rounds:6}  {samples:15,.0f}  {hours:8.3g}")
-    rounds = sum(run.config.rounds for run in left)
+        each = members[0].config.rounds
+        lines.append(f"{group:{width}}  {len(members):4}  {each:6}  {samples:15,.0f}  {_spelt(hours):>8}")
+    total = sum(rounds[run.name] for run in left)
     samples = sum(cost.samples for cost in costs.values())
     hours = sum(cost.seconds for cost in costs.values()) / 3600
     where = f"{world.size} rank{'s' if world.size > 1 else ''} of this machine"
     lines.append(
-        f"left to do: {len(left)} runs, {rounds:,} rounds, {samples:,.0f} training samples, "
-        f"about {hours:.3g} hours on {where}"
+        f"left to do: {len(left)} runs, {total:,} rounds, {samples:,.0f} training samples, "
+        f"about {_spelt(hours)} hours of clients' training and tests on {where}"
     )
     return lines
+
+
+def _spelt(hours: float) -> str:
+    """Three digits, or whole hours where these are thousands."""
+    return f"{hours:.3g}" if hours < 999.5 else f"{hours:,.0f}"
 
 
 # The runs

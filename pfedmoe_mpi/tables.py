@@ -104,7 +104,8 @@ def read(path: Path) -> Table:
     title, floor, also = tree.get("title", path.stem), tree.get("floor", 1), tree.get("in_rounds", [])
     if type(floor) is not int or floor < 1:
         raise _wrong(path, f"has floor = {floor!r}", "give the fewest rounds that --scale may leave")
-    if not isinstance(also, list) or not all(name in config.fields() for name in also):
+    numbers = [name for name, field in config.fields().items() if field.annotation is int]
+    if not isinstance(also, list) or not set(map(str, also)) <= set(numbers):
         raise _wrong(path, f"has in_rounds = {also!r}", 'name settings counted in rounds: ["fedkd.ramp"]')
     for name in ("base", "axis"):
         if not isinstance(tree.get(name, {}), dict):
@@ -140,11 +141,12 @@ def _points(path: Path, axis: str, given: Any) -> list[Point]:
         setting = axis.replace("-", "_")
         points = [Point(_label(setting, v), _settings(path, "axis", {setting: v})) for v in given]
     else:
-        example = f"{axis} = [1, 2] below [axis], or sections [axis.{axis}.LABEL]"
+        dotted = f'"{axis}.{next(iter(given))}"' if isinstance(given, dict) and given else axis
+        example = f"{dotted} = [1, 2] below [axis], or sections [axis.{axis}.LABEL]"
         raise _wrong(path, f"has an axis {axis} without points", example)
     for point in points:
         if not LABEL.fullmatch(point.label):
-            remedy = "labels name folders: letters, digits, . _ and +"
+            remedy = "labels name folders: letters, digits, . _ and +; [axis.NAME.LABEL] gives it one"
             raise _wrong(path, f"has a label '{point.label}' on the axis {axis}", remedy)
     return points
 
@@ -202,20 +204,22 @@ def _run(table: Table, points: Mapping[str, Point], overrides: Mapping[str, Any]
     try:
         planned = config.build(settings).rounds
         settings |= overrides
-        rounds = config.build(settings).rounds
+        made = config.build(settings)
     except UserError as error:
         remedy = str(error).partition("\n  remedy: ")[2]
         raise TableError(f"{table.path}, run {name}: {error.problem}", remedy) from error
+    rounds = made.rounds
     if scale < 1:
         rounds = min(rounds, max(table.floor, math.ceil(scale * rounds)))
+    unscaled = config.flatten(made.model_dump())
     for other in table.in_rounds if rounds != planned else ():
         if other not in overrides:
-            settings[other] = max(1, round(int(settings.get(other, 1)) * rounds / planned))
+            settings[other] = max(1, round(unscaled[other] * rounds / planned))
     settings |= {
         "rounds": rounds,
         "run.table": table.name,
-        "run.cell": _cell(points, config.build(settings).algorithm),
-        "run.scale": round(rounds / planned, 4),
+        "run.cell": _cell(points, made.algorithm),
+        "run.scale": rounds / planned,
         "run.altered": [n for n in overrides if not n.startswith(HARMLESS)],
     }
     group = "-".join(point.label for axis, point in points.items() if axis != "seed") or table.name

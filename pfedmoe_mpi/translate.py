@@ -1,13 +1,14 @@
 """`translate`: a command line of HtFLlib or PFLlib as the corresponding one of this program.
 
 What is known of both are the names, defaults and meanings of their flags, as their `system/main.py` tells
-them (defaults: HtFLlib's). What has no counterpart here is named, and nothing is run.
+them. A line is HtFLlib's if its models or its method are, else PFLlib's: their defaults differ. What has no
+counterpart here is named, and nothing is run.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pfedmoe_mpi import config
@@ -84,6 +85,29 @@ FLAGS = (
     Flag("mdb", "meta_study_batches"),
     Flag("mqb", "meta_quiz_batches"),
     Flag("wu", "warm_up_rounds"),
+    Flag("dlg", "dlg_eval", (), "no counterpart: nobody attacks the sums"),
+    Flag("dlgg", "dlg_gap", (), "no counterpart, as dlg_eval"),
+    Flag("bnpc", "batch_num_per_client", (), "no counterpart, as dlg_eval"),
+    Flag("ften", "fine_tuning_epoch_new", (), "no counterpart: clients that never train are not tuned"),
+    Flag("K", "K"),
+    Flag("lrp", "p_learning_rate"),
+    Flag("M", "M"),
+    Flag("itk", "itk"),
+    Flag("alk", "alphaK"),
+    Flag("sg", "sigma"),
+    Flag("tau", "tau"),
+    Flag("fte", "fine_tuning_epochs"),
+    Flag("dlr", "dr_learning_rate"),
+    Flag("L", "L"),
+    Flag("lf", "localize_feature_extractor"),
+    Flag("et", "eta"),
+    Flag("s", "rand_percent"),
+    Flag("p", "layer_idx"),
+    Flag("mo", "momentum"),
+    Flag("klw", "kl_weight"),
+    Flag("fsb", "first_stage_bound"),
+    Flag("ca", "fedcross_alpha"),
+    Flag("cmss", "collaberative_model_select_strategy"),
 )
 # Flags without `ours` and `why` belong to single methods: (method here, flag) to the setting here.
 OF_METHODS = {
@@ -132,8 +156,16 @@ OWN_DEFAULTS = {
     "fedmrl": {"fedmrl.dim": "128"},
     "fedgh": {"fedgh.epochs": "100", "fedgh.lr": "0.01"},
     "fedtgp": {"fedtgp.answer": "prototype"},
+    "fedprox": {"fedprox.mu": "0"},
+    "fedrep": {"fedrep.head_epochs": "1"},
 }
-CNN = "cnn1"
+# Where PFLlib differs; its FedGH goes through what came once.
+PFLLIB = {"train.lr": "0.005", "train.lr_shared": "0.005"}
+PFLLIB_OWN = {"fml": {"fml.beta": "0.0"}, "fedgh": {"fedgh.epochs": "1", "fedgh.lr": "1.0"}}
+HTFLLIB_METHODS = ("fedtgp", "fedmrl")
+HTFLLIB_MODELS = ("Ht", "Res34-HtC", "MLP")  # how its families begin, and none of PFLlib's models
+CNN, DNN = "cnn1", "mlp5"
+STAND_INS = {CNN: "CNN of two convolutions", DNN: "DNN of one hidden layer"}
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 EIGHT = (CNN, "googlenet", "mobilenet_v2", *RESNETS)
 MODELS = {
@@ -147,12 +179,15 @@ MODELS = {
     "Res34-HtC-img-4": ("resnet34",),
     "HtM-img-10": (*EIGHT, "vit_b_16", "vit_b_32"),
     "CNN": (CNN,),
-    "DNN": ("mlp5",),
+    "DNN": (DNN,),
     "ResNet18": ("resnet18",),
     "ResNet34": ("resnet34",),
     "AlexNet": ("alexnet",),
     "GoogleNet": ("googlenet",),
     "MobileNet": ("mobilenet_v2",),
+    "fastText": ("fasttext",),
+    "LSTM": ("lstm",),
+    "Transformer": ("transformer",),
 }
 WITHOUT = {
     "HtFE-img-3": "resnet10",
@@ -161,6 +196,7 @@ WITHOUT = {
     "Res34-HtC-img-4": "the heads of several layers",
 }
 DATA = {name.lower(): name for name in ("MNIST", "FashionMNIST", "EMNIST", "SVHN", "CIFAR10", "CIFAR100")}
+TEXTS = ("agnews", "sogounews")
 
 
 @dataclass
@@ -193,7 +229,11 @@ def translate(words: Sequence[str]) -> Translation:
     if method not in KNOWN:
         known = ", ".join(KNOWN)
         raise ConfigError(f"-algo {theirs} is no method here{nearest(method, KNOWN)}", f"known: {known}")
+    family = given.get("model_family", "")
+    htfllib = method in HTFLLIB_METHODS or family.startswith(HTFLLIB_MODELS)
     made = Translation({"algorithm": method, **DEFAULTS, **OWN_DEFAULTS.get(method, {})})
+    if not htfllib:
+        made.settings |= {**PFLLIB, **PFLLIB_OWN.get(method, {})}
     for long, value in given.items():
         flag = next(flag for flag in FLAGS if flag.long == long)
         own = OF_METHODS.get((method, long))
@@ -203,6 +243,8 @@ def translate(words: Sequence[str]) -> Translation:
             _models(made, value)
         elif long == "goal":
             made.settings["run.dir"] = f"runs/{value}"
+        elif long == "device":  # theirs takes the processor where there is no GPU
+            made.settings["train.device"] = "auto" if value == "cuda" else value
         elif flag.ours or own:
             if long != "algorithm":
                 made.settings |= dict.fromkeys((own,) if own else flag.ours, value)
@@ -210,16 +252,33 @@ def translate(words: Sequence[str]) -> Translation:
             made.notes.append(f"-{flag.short} {value}: {flag.why or f'no counterpart in {method}'}")
     if "dataset" not in given:
         _data(made, "MNIST")
-    if method == "fedkd":  # whose shared model never learns at -lr
-        made.settings["train.lr_shared"] = given.get("mentee_learning_rate", "0.01")
-    made.notes.append(
-        "the split: the usual one of their data scripts (Dirichlet 0.1, 3 : 1), drawn here by --partition"
-    )
-    made.notes.append(
-        "their averaged test accuracy is accuracy.weighted here, by samples; mean is by clients"
-    )
+    if "model_family" not in given and not htfllib:
+        _models(made, "CNN")
+    _follow(made, given, "0.01" if htfllib else "0.005")
+    made.notes += [
+        "the split: the usual one of their data scripts (Dirichlet 0.1, 3 : 1), drawn here by --partition",
+        "their own split: --data.source npz --data.path dataset/NAME --partition.kind natural, no data.mean",
+        "their averaged test accuracy is accuracy.weighted here, by samples; mean is by clients",
+    ]
     config.build(made.settings)
     return made
+
+
+def _follow(made: Translation, given: Mapping[str, str], mentee: str) -> None:
+    """What theirs take from other flags, and ours as settings of their own.
+
+    Their shared model is the first of the family, and their new clients are none of those they number.
+    """
+    settings, method = made.settings, made.settings["algorithm"]
+    if method == "fedkd":  # whose shared model never learns at -lr
+        settings["train.lr_shared"] = given.get("mentee_learning_rate", mentee)
+        settings["fedkd.ramp"] = settings["rounds"]
+    if method == "fedgh":
+        settings["fedgh.batch"] = settings["train.batch"]
+    if method in {"fml", "fedkd", "fedmrl"} and "model.pool" in settings:
+        settings["model.shared"] = settings["model.pool"].partition(",")[0]
+    if given.get("num_new_clients", "").isdecimal() and settings["clients"].isdecimal():
+        settings["clients"] = str(int(settings["clients"]) + int(given["num_new_clients"]))
 
 
 def _given(words: Sequence[str]) -> dict[str, str]:
@@ -253,6 +312,12 @@ def _data(made: Translation, name: str) -> None:
         made.settings |= {"data.source": "torchvision", "data.name": ours, "data.path": "data"}
         if ours.startswith("CIFAR"):  # theirs; ours would be ImageNet's
             made.settings |= {"data.mean": "0.5,0.5,0.5", "data.std": "0.5,0.5,0.5"}
+        if ours == "EMNIST":
+            made.notes.append(f"-data {name}: their scripts take its digits, here are all its 47 classes")
+        return
+    if name.lower().replace("_", "") in TEXTS:
+        made.settings |= {"data.source": "text", "data.path": f"{name}.csv"}
+        made.notes.append(f"-data {name}: {name}.csv stands for its CSV file, a label and a text in a row")
         return
     made.settings |= {"data.source": "hdf5", "data.path": f"{name}.h5"}
     made.notes.append(f"-data {name}: make {name}.h5 by `data prepare`, or --data.source folder of images")
@@ -266,7 +331,8 @@ def _models(made: Translation, family: str) -> None:
     made.settings["model.pool"] = ",".join(pool)
     if any(name.startswith("resnet") for name in pool):
         made.settings["model.stem"] = "imagenet"
-    if CNN in pool:
-        made.notes.append(f"-m {family}: their four-layer CNN has no counterpart; {CNN} stands in its place")
+    for name, theirs in STAND_INS.items():
+        if name in pool:
+            made.notes.append(f"-m {family}: their {theirs} has no counterpart; {name} stands in its place")
     if family in WITHOUT:
         made.notes.append(f"-m {family}: {WITHOUT[family]} have no counterpart and are left out")

@@ -55,6 +55,14 @@ def test_columns_are_numbers_and_one_per_code(hospitals: Path) -> None:
     assert np.array_equal(x[:48], np.stack(columns, 1).astype(np.float32))
 
 
+@pytest.mark.parametrize("missing", ["-9", "-9.0", ""])
+def test_a_missing_value_has_four_spellings(hospitals: Path, tmp_path: Path, missing: str) -> None:
+    for path in hospitals.iterdir():
+        (tmp_path / path.name).write_text(path.read_text().replace("?", missing))
+    first, second = everything(opened("heart", hospitals)), everything(opened("heart", tmp_path))
+    assert np.isnan(first).any() and np.array_equal(first, second, equal_nan=True)
+
+
 def test_missing_values_and_scale_come_from_the_clients_own_training_rows(hospitals: Path) -> None:
     """Computed anew for every client and column, from its training rows and nothing else."""
     data = opened("heart", hospitals)
@@ -122,6 +130,8 @@ def test_the_plan_names_the_hospitals(done: Callable[..., Result], hospitals: Pa
     said = done(*FLAGS, "--data.path", hospitals, "--dry", "true").out
     assert "0 alpha, 1 beta, 2 gamma" in said
     assert "as the data propose: partition.kind natural, clients 3, train.lr 0.005" in said
+    dealt = done(*FLAGS, "--data.path", hospitals, "--dry", "true", "--partition.kind", "iid").out
+    assert "alpha" not in dealt, "which then are nobody's"
 
 
 def test_a_wrong_number_of_clients_is_refused(refused: Callable[..., str], hospitals: Path) -> None:

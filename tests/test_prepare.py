@@ -24,6 +24,7 @@ from datafiles import (
     write_h5,
 )
 from PIL import Image
+from textfiles import write_stories
 
 from pfedmoe_mpi.config import Config, build
 from pfedmoe_mpi.data import Dataset, make_partition, open_dataset
@@ -111,6 +112,12 @@ def test_partition_is_written_with_its_row_numbers(tmp_path: Path) -> None:
             for client, part in enumerate(getattr(partition, name)):
                 assert np.array_equal(rows[offsets[client] : offsets[client + 1]], part)
     assert text == heat_map(partition, data)
+
+
+def test_the_classes_of_next_words_are_those_of_a_run(tmp_path: Path) -> None:
+    stories = str(write_stories(tmp_path / "stories"))
+    words = {"data__source": "words", "data__path": stories, "data__length": 4, "data__vocabulary": 5}
+    assert "classes 0 to 5 " in write_partition(configured(**words), tmp_path / "p.h5")
 
 
 def test_heat_map_shows_who_has_what_and_stops_at_forty() -> None:

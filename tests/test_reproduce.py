@@ -8,7 +8,7 @@ from pathlib import Path
 
 import launcher
 import pytest
-from textfiles import HOSPITALS, write_hospitals
+from textfiles import HOSPITALS, write_hospitals, write_news, write_stories
 
 from pfedmoe_mpi import config, tables
 from pfedmoe_mpi.errors import ConfigError
@@ -67,11 +67,14 @@ def test_scale_shrinks_rounds_and_stops_at_the_floor(table: Path) -> None:
         run = tables.expand(read, {"fedkd.ramp": 40} if rounds == 2 else {}, scale)[2].config
         assert (run.algorithm, run.rounds, run.run.scale) == ("fedkd", rounds, rounds / 100)
         ramp = getattr(run, "fedkd").ramp  # noqa: B009
-        assert ramp == (40 if rounds == 2 else round(rounds / 100) or 1), "as asked for, or scaled too"
+        assert ramp == (40 if rounds == 2 else round(0.4 * rounds)), "as asked for, or the default scaled too"
     own = tables.expand(read, {"rounds": "50", "train.epochs": "2", "run.keep": "1"})[0].config.run
     assert own.scale == 0.5 and own.altered == ("train.epochs",), (
         "what makes it another table, and nothing else"
     )
+    table.write_text(TABLE.replace("rounds = 10", "rounds = 3000"))
+    share = tables.expand(tables.read(table), {"rounds": 100})[0].config.run.scale
+    assert round(100 / share) == 3000, "reports tell the table's rounds from it"
 
 
 def test_only_and_task_choose_runs(table: Path) -> None:
@@ -94,7 +97,10 @@ def test_only_and_task_choose_runs(table: Path) -> None:
         (("floor = 2", "flor = 2"), "unknown key 'flor'.*floor"),
         (("floor = 2", "floor = 0"), "floor = 0"),
         (('"fedkd.ramp"', '"fedkd.rump"'), "in_rounds"),
+        (('"fedkd.ramp"', '"data.path"'), "in_rounds"),
         (("seed = [0, 1]", "seed = []"), "axis seed without points"),
+        (("seed = [0, 1]", "train.lr = [1, 2]"), r'axis train without points(.|\n)*"train.lr" = \[1, 2\]'),
+        (("seed = [0, 1]", '"model.pool" = [["mlp5"]]'), r"axis model.pool(.|\n)*\[axis.NAME.LABEL\]"),
         (("seed = [0, 1]", "seed = [0, 0]"), "two runs of the same name"),
         (("clients = 8\nparticipation = 0.5", "clients = 4"), "two runs of the same configuration"),
         (("[axis.clients.n4]", "[axis.clients.'../n4']"), r"label '\.\./n4'"),
@@ -149,7 +155,33 @@ def test_dry_tells_runs_and_cost_and_writes_nothing(
     assert counted["n8-standalone"][2] == pytest.approx(400, abs=10)
     assert all(float(words[3]) > 0 for words in lines.values())
     assert "left to do: 4 runs, 20 rounds, 2,3" in said and "training samples, about" in said
+    more = done("reproduce", table, "--rounds", "20", "--dry", "true", "--task", "3").out
+    assert "\nother scale: 20 rounds where the table has 10 (200 %), marked in reports\n" in more
     assert done("reproduce", table, "--list", "true", "--task", "3").out == "n4-standalone-seed1\n"
+
+
+@pytest.mark.parametrize("source", ["text", "words"])
+def test_a_table_of_texts_is_calibrated(
+    tmp_path: Path, done: Callable[..., launcher.Result], source: str
+) -> None:
+    """On models whose tokens and classes are known only when the data are dealt."""
+    path = write_news(tmp_path / "news.csv") if source == "text" else write_stories(tmp_path / "stories")
+    base = f'clients = 3\npartition.alpha = 9.0\nrounds = 2\ndata.source = "{source}"\ndata.path = "{path}"\n'
+    (tmp_path / "t.toml").write_text(f"[base]\n{base}data.length = 6\n[axis]\nseed = [0, 1]\n")
+    assert "left to do: 2 runs, 4 rounds" in done("reproduce", tmp_path / "t.toml", "--dry", "true").out
+
+
+def test_what_a_turn_takes_but_once_does_not_grow_with_its_samples(
+    table: Path, done: Callable[..., launcher.Result]
+) -> None:
+    """FedKD takes its shared model's change apart at the end of a turn, here far longer than an epoch."""
+    one = '"data.samples" = [400, 16000]\nalgorithm = ["fedkd"]\n'
+    large = TABLE.replace('"mlp5", "mlp4"', '"mlp1"').replace('"mlp5"', '"mlp1"').partition("[axis.")[0]
+    large = large.replace("data.samples = 200\n", "").replace("rounds = 10", "rounds = 10\nclients = 4")
+    table.write_text(f"{large}[axis]\n{one}")
+    lines = done("reproduce", table, "--dry", "true").out.splitlines()
+    few, many = (float(line.split()[-1]) for line in lines if line.startswith("samples"))
+    assert few < many < 32 * few, "of 40 times the samples"
 
 
 def test_a_table_is_stopped_taken_up_and_finished(table: Path, session: launcher.Session) -> None:
@@ -164,6 +196,9 @@ def test_a_table_is_stopped_taken_up_and_finished(table: Path, session: launcher
     assert launcher.events(second)[-1]["event"] == "stop"
     assert not (folder / "out" / "n8-standalone-seed0").exists()
     first = launcher.digest(folder / "out" / "n8-pfedmoe-seed0")
+    done = launcher.events(second)[-1]["round"]
+    dry = session("reproduce", str(table), *flags, "--dry", "true", cwd=folder)
+    assert f"left to do: 3 runs, {90 - done} rounds" in dry.out
     again = session("reproduce", str(table), *flags, cwd=folder, timeout=120)
     assert again.code == 0, again.err
     assert "4 runs in" in again.out and "1 of them finished" in again.out
@@ -180,6 +215,11 @@ def test_a_table_is_stopped_taken_up_and_finished(table: Path, session: launcher
         assert "round 30/30" in said and said.count("clients after round") == 1, "each run has its own log"
     other = session("reproduce", str(table), "--only", "n8-*", "--out", "out", "--scale", "0.5", cwd=folder)
     launcher.told(other, "holds a run with other settings: rounds 30 → 5")
+    for pool, code in (('["MLP-5", "mlp4"]', 0), ('["mlp5"]', 2)):
+        table.write_text(TABLE.replace('["mlp5", "mlp4"]', pool))
+        edited = session("reproduce", str(table), *flags, cwd=folder)
+        assert edited.code == code and ("4 of them finished" in edited.out) == (not code), edited.err
+    launcher.told(edited, r"holds a run with other settings: model.pool \['mlp5', 'mlp4'\] → \['mlp5'\]")
 
 
 def test_a_run_that_diverges_does_not_end_the_others(table: Path, session: launcher.Session) -> None:

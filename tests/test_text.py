@@ -18,6 +18,7 @@ from played import world
 from textfiles import TOPICS, same_bits, write_hospitals, write_news
 
 from pfedmoe_mpi import algorithms, config, setup
+from pfedmoe_mpi.data.tokens import words_of
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import Loop, Silent
 from pfedmoe_mpi.models import names, registry
@@ -91,9 +92,21 @@ def test_labels_are_numbers_or_names(news: Path, tmp_path: Path) -> None:
     assert (everything(data)[:, :3] > 0).sum(axis=1).tolist() == [2, 1, 0, 2]
     (tmp_path / "t.csv").write_text("10,x\n9,y\n")
     assert opened("text", tmp_path / "t.csv").class_names == ("9", "10")
+    (tmp_path / "t.csv").write_text("1,x\n-1,y\n0,z\n")
+    assert opened("text", tmp_path / "t.csv").class_names == ("-1", "0", "1")
     (tmp_path / "classes.txt").write_text("b\na\n")
     (tmp_path / "t.csv").write_text("a,x\n1,y\n")
     assert opened("text", tmp_path / "t.csv").labels.tolist() == [1, 0]
+
+
+def test_an_accent_is_part_of_its_word() -> None:
+    found = words_of("Nai\u0308ve, l'\xc9T\xc9; \u65e5\u672c 3_a")
+    assert found == ["na\xefve", "l", "\xe9t\xe9", "\u65e5\u672c", "3_a"]
+
+
+def test_a_text_may_be_a_book_and_end_many_lines_below(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('1,"' + "one\n" * 40_000 + '"\n2,two\n')
+    assert everything(opened("text", tmp_path / "t.csv", length=70))[:, -1].tolist() == [1, 0]
 
 
 # Models
@@ -226,7 +239,9 @@ def test_ag_news() -> None:
         ("1,a\n\n2\n", "line 3: a label and a text are expected"),
         ("Class,Title\n1,a\n2,b\n", "line 1: label 'Class' is not known(.|\n)*remove a line of headings"),
         ('1,a\n2,"b" c\n', "line 2: not CSV"),
-        ('1,a\n2,"b\nc', "line 3: not CSV"),
+        ('1,a\n2,"b\nc', "line 2: not CSV"),
+        ('1,"a\nb"\n2\n', "line 3: a label and a text are expected"),
+        ("v1,v2\nham,a\nspam,b\nham,c\nspam,d\n", "label 'v1' stands in no other row(.|\n)*headings"),
         ("1,a\n1,b\n", "hold one class only"),
         (b"1,a\n2,caf\xe9\n", "line 2: byte 0xe9 is not UTF-8"),
     ],

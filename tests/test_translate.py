@@ -42,7 +42,7 @@ def test_a_line_of_htfllib() -> None:
     assert (made.model.dim, made.model.stem, made.eval.every) == (512, "imagenet", 10)
     own = made.options
     assert (own.weight, own.epochs, own.margin, own.answer) == (10, 50, 90, "prototype")  # type: ignore[attr-defined]
-    for flag in ("-t 3", "-ab 1", "-ncl 100", "-did 4", "four-layer CNN"):
+    for flag in ("-t 3", "-ab 1", "-ncl 100", "-did 4", "CNN of two convolutions"):
         assert flag in notes, "what has no counterpart is named"
     assert "-fd" not in notes
 
@@ -58,9 +58,25 @@ def test_flags_mean_what_their_method_makes_of_them() -> None:
 
 
 def test_defaults_are_theirs() -> None:
-    made, _ = settings("python main.py -algo FD")
+    made, _ = settings("python main.py -algo FD -m HtFE-img-2 -data Cifar10")
     assert (made.rounds, made.clients, made.train.batch, made.train.lr) == (2000, 20, 10, 0.01)
+    made, notes = settings("python main.py -algo FedRep")
     assert made.data.name == "MNIST" and made.partition.test_fraction == 0.25
+    assert (made.train.lr, made.model.pool) == (0.005, ("cnn1",)) and "their CNN" in notes
+    assert made.options.head_epochs == 1  # type: ignore[attr-defined]
+    assert settings("main.py -algo FedProx")[0].options.mu == 0  # type: ignore[attr-defined]
+    ours, theirs = (settings(f"main.py -algo FedGH {m}")[0].options for m in ("-m HtFE-img-2", "-m CNN"))
+    assert (ours.epochs, ours.lr, theirs.epochs, theirs.lr) == (100, 0.01, 1, 1.0)  # type: ignore[attr-defined]
+
+
+def test_what_theirs_take_from_other_flags() -> None:
+    made = settings(HTFLLIB.format("FedKD"))[0]
+    assert made.options.ramp == 300 and made.model.shared == "cnn1"  # type: ignore[attr-defined]
+    assert settings(HTFLLIB.format("FedGH"))[0].options.batch == 32  # type: ignore[attr-defined]
+    assert settings(HTFLLIB.format("FedMRL").replace("img-8", "img-5"))[0].model.shared == "googlenet"
+    made = settings("main.py -algo FedAvg -nc 20 -nnc 5 -dev cuda")[0]
+    assert (made.clients, made.unseen_clients, made.train.device) == (25, 5, "auto")
+    assert settings("main.py -dev cpu")[0].train.device == "cpu"
 
 
 def test_a_line_of_pfllib() -> None:
@@ -69,8 +85,13 @@ def test_a_line_of_pfllib() -> None:
     )
     assert (made.algorithm, made.data.name, made.model.pool) == ("fedprox", "FashionMNIST", ("resnet18",))
     assert made.options.mu == 0.01 and "-ld 1: no counterpart" in notes  # type: ignore[attr-defined]
-    made, notes = settings("main.py -data TinyImagenet -m LSTM -algo SCAFFOLD")
-    assert made.data.path.endswith("TinyImagenet.h5") and "-m LSTM: no counterpart" in notes
+    made, notes = settings("main.py -data TinyImagenet -m MLR -algo SCAFFOLD -tau 0.5 -K 5 --itk 9 -ften 2")
+    assert made.data.path.endswith("TinyImagenet.h5") and "-m MLR: no counterpart" in notes
+    for said in ("-tau 0.5: no counterpart in scaffold", "-K 5", "-itk 9", "-ften 2: no counterpart"):
+        assert said in notes
+    made, notes = settings("main.py -data AGNews -m LSTM -algo FedAvg -vs 32000 -ml 200")
+    assert (made.data.source, made.data.vocabulary, made.data.length) == ("text", 32000, 200)
+    assert made.model.pool == ("lstm",)
 
 
 def test_the_command_prints_it(done: Callable[..., launcher.Result], refused: Callable[..., str]) -> None:

@@ -152,13 +152,13 @@ class Task:
     def seen(self, x: Tensor, extractor: Any) -> Tensor:
         """What a gate on the raw input sees of samples (B, *shape): these themselves.
 
-        The numbers of words mean nothing; of texts it is the mean of the embeddings (B, 64) that `extractor`
-        begins with, into which the gate sends no gradient.
+        The numbers of words mean nothing; of texts it is the embeddings that `extractor` begins with, as one
+        (B, 64): the mean of a text's n tokens times √n. The gate sends no gradient into them.
         """
         if not self.vocabulary:
             return x
-        means: Tensor = extractor.embedded(x)
-        return means.detach()
+        embedded: Tensor = extractor.embedded(x)
+        return embedded.detach()
 
     def weight(self, rule: str, client: int) -> Tensor:
         """A client's weight under a rule, int64 (rows,)."""

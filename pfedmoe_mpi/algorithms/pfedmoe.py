@@ -18,8 +18,8 @@ Departures: the mean is normalised over the cohort (the paper prints the total o
 shrink θ when C < 1). Steps are the configured SGD: momentum starts at zero in every client step, for θ too,
 and the gradient is clipped by its joint norm over θ, ω_k and φ_k.
 
-The gate sees the raw sample; of a text, whose token numbers mean nothing, it sees the mean of the shared
-extractor's embedding of the tokens, and sends no gradient into it.
+The gate sees the raw sample; of a text, whose token numbers mean nothing, it sees the shared extractor's
+embeddings of the n tokens as one (their mean times √n: `models.text.pooled`), and sends no gradient into it.
 
 Beyond the paper, off by default: several shared extractors, and the variants of the gate (`gate.*`) that it
 leaves as open questions. `unseen.private` average makes gate and head cross too (for the digits 70,094 and
@@ -135,6 +135,6 @@ class PFedMoE(Algorithm):
     def _seen(self, parts: Parts, x: Tensor, general: list[Tensor]) -> Tensor:
         """What the gate sees, and sends no gradient into: x, or the first shared representation.
 
-        Of a text, x is the mean embedding of its tokens by the first shared extractor.
+        Of a text, x is the embeddings of its tokens by the first shared extractor, as one.
         """
         return general[0].detach() if self._gate_sees_shared else self.task.seen(x, parts.shared)

@@ -2,7 +2,8 @@
 
 Source: A. Janosi, W. Steinbrunn, M. Pfisterer, R. Detrano: Heart Disease, UCI Machine Learning Repository,
 1989 (CC BY 4.0): 13 attributes and a target, comma-separated, with or without a line of their names; missing
-values are `?` or empty. Target 0 is healthy, 1 to 4 are degrees of disease, here one class.
+values are `?`, empty, or -9, as its documentation has them. Target 0 is healthy, 1 to 4 are degrees of
+disease, here one class.
 
 Chest pain (cp), resting ECG, the slope of ST and thal become one column per code, as their codes have no
 order; ca counts vessels and stays a number, as do all others. A cholesterol of 0 is kept as the files have
@@ -41,6 +42,7 @@ ATTRIBUTES: dict[str, tuple[int, ...]] = {
 }
 TARGETS = 5  # 0 to 4
 MISSING = ("", "?")
+MISSING_NUMBER = -9.0  # below what any attribute can be
 # A hospital has 100 to 240 training patients: with the default step the large MLPs learn them by heart.
 TRAINING = {"train.lr": 0.005, "train.lr_shared": 0.005, "train.weight_decay": 0.03}
 
@@ -109,6 +111,8 @@ def _number(name: str, value: str, where: str) -> float:
     if not math.isfinite(number):
         remedy = "give a number; `?` or nothing for what is missing"
         raise DataError(f"{where}: {name} '{value}' is no number", remedy)
+    if number == MISSING_NUMBER:
+        return math.nan
     codes = ATTRIBUTES.get(name)
     if codes and number not in codes:
         listed = ", ".join(map(str, codes))

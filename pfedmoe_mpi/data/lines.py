@@ -21,9 +21,10 @@ def text_of(path: Path) -> str:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
+        likely = "UTF-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "LATIN1"
         raise DataError(
             f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8",
-            "store the file as UTF-8: iconv -f LATIN1 -t UTF-8 FILE > NEW_FILE",
+            f"store the file as UTF-8: iconv -f {likely} -t UTF-8 FILE > NEW_FILE",
         ) from error
     if not text.strip():
         raise DataError(f"{path} is empty", "give a file with rows, or remove it")

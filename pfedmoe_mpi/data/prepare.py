@@ -87,6 +87,7 @@ def write_partition(config: Config, out: Path) -> str:
     with open_dataset(config.data, config.seed, clients=config.clients) as data:
         config = proposed(config, data)
         partition = deal(config, data)
+        data = data.fitted(partition)  # of next words this makes the classes
     if out.suffix.lower() == ".png":
         _draw(out, partition, data)
     else:

@@ -49,21 +49,24 @@ def load_text(path: Path, settings: Data) -> Loaded:
 
 
 def _records(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Line number, label and text of every row."""
-    reader = csv.reader(io.StringIO(text_of(path), newline=""), strict=True)
+    """The line where it begins, label and text of every row."""
+    content = text_of(path)
+    csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # a text may be a book
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    line = 1
     try:
         for record in reader:
-            if not record:
-                continue
-            if len(record) < 2:
+            if len(record) == 1:
                 raise DataError(
-                    f"{path}, line {reader.line_num}: a label and a text are expected, not one column",
+                    f"{path}, line {line}: a label and a text are expected, not one column",
                     'give rows such as "3","Title","Text"',
                 )
-            yield reader.line_num, record[0].strip(), " ".join(record[1:])
+            if record:
+                yield line, record[0].strip(), " ".join(record[1:])
+            line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{path}, line {reader.line_num}: not CSV: {error}",
+            f"{path}, line {line}: not CSV: {error}",
             'put a text that holds commas or line breaks in quotes, and write its own quotes twice: ""',
         ) from error
 
@@ -74,10 +77,19 @@ def _classes(path: Path, labels: Sequence[str]) -> tuple[dict[str, int], tuple[s
     if named.exists():
         names = tuple(line.strip() for line in text_of(named).splitlines() if line.strip())
         return {**{str(k): k - 1 for k in range(1, len(names) + 1)}, **_places(names)}, names
-    numbers = labels[-1].isdecimal()
-    found = {label for label in labels if label.isdecimal() == numbers}
-    names = tuple(sorted(found, key=int) if numbers else sorted(found))
+    numbers = _is_number(labels[-1])
+    if not numbers and labels.count(labels[0]) == 1:
+        raise DataError(
+            f"{path}: the first row's label '{labels[0]}' stands in no other row",
+            "remove a line of headings, or give the class more rows",
+        )
+    found = {label for label in labels if _is_number(label) == numbers}
+    names = tuple(sorted(sorted(found), key=int) if numbers else sorted(found))
     return _places(names), names
+
+
+def _is_number(label: str) -> bool:
+    return label.removeprefix("-").isdecimal()
 
 
 def _places(names: Sequence[str]) -> dict[str, int]:

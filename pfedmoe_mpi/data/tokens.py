@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from unicodedata import normalize
 
 import numpy as np
 
@@ -16,8 +17,8 @@ FIRST = 2  # token of the most frequent word
 
 
 def words_of(text: str) -> list[str]:
-    """Runs of letters, digits and underscores, in small letters."""
-    return re.findall(r"\w+", text.lower())
+    """Runs of letters, digits and underscores, in small letters; accents may stand apart from theirs."""
+    return re.findall(r"\w+", normalize("NFC", text.lower()))
 
 
 def numbered(texts: Sequence[Sequence[str]]) -> tuple[list[np.ndarray], list[str]]:
