@@ -1,4 +1,4 @@
-"""Reports as their users meet them: commands, mistakes, files, rows for a notebook, grouping, statistics."""
+"""Reports as their users meet them: commands, mistakes, files, rows for a notebook."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import matplotlib.figure
-import numpy as np
 import pytest
 from launcher import Result, Session, digest, environment, events, rows
 from report_runs import shown, table, tell_classes
@@ -20,19 +17,9 @@ from report_runs import shown, table, tell_classes
 from pfedmoe_mpi import load_run
 from pfedmoe_mpi.report import (
     command,
-    compare,
-    costs,
-    drawing,
-    figures,
-    page,
-    sections,
-    several,
-    single,
     tables,
     terminal,
-    versus,
 )
-from pfedmoe_mpi.report.load import Run
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +252,19 @@ def test_a_run_that_was_never_measured(done: Callable[..., Result], run: Path, t
     assert (tmp_path / "out" / "figures" / "clients.png").stat().st_size > 1000
 
 
+def test_names_are_shown_as_they_are(done: Callable[..., Result], both: Path, tmp_path: Path) -> None:
+    name = r"$\frac{$ <b>&amp; x_1"
+    for run in ("pfedmoe", "standalone"):
+        path = both / run / "config.toml"
+        path.write_text(path.read_text().replace('path = ""', f"path = '{name} {run}'", 1))
+        assert name in load_run(both / run).config["data.path"]
+    done("report", both, "--out", "out")
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>" not in text and r"data.path = $\frac{$ &lt;b&gt;&amp;amp; x_1 pfedmoe" in text
+    latex = (tmp_path / "out" / "tables" / "results.tex").read_text()
+    assert r"\$\textbackslash{}frac\{\$ <b>\&amp; x\_1 pfedmoe" in latex
+
+
 # In a notebook
 
 
@@ -284,227 +284,3 @@ def test_load_run(trained: Path) -> None:
             raw["alpha"][row["client"]],
         )
         assert row["architecture"] == ("mlp5", "mlp4")[row["client"] % 2]
-
-
-# Grouping and statistics
-
-
-def like(run: Run, path: str, **changes: Any) -> Run:
-    """The same run under other settings; `__` stands for the dot."""
-    config = {**run.config, **{name.replace("__", "."): value for name, value in changes.items()}}
-    return Run(Path(path), config, run.history, run.events)
-
-
-def test_what_varies_within_a_method_names_it(trained: Path) -> None:
-    run = load_run(trained)
-    found = compare.compare(
-        [
-            like(run, "a", run__dir="x", train__threads=2),
-            like(run, "b", seed=1),
-            like(run, "c", pfedmoe__share=False),
-            like(run, "d", algorithm="standalone", train__lr=0.01),
-            like(run, "e", clients=100, participation=0.1),
-            like(run, "f", clients=20, participation=0.1),
-        ]
-    )
-    labels = [(group.method, group.setting, len(group.runs)) for group in found.groups]
-    share, unshared = "pfedmoe (share = true)", "pfedmoe (share = false)"
-    plain = "clients = 4"
-    assert labels[:3] == [(share, plain, 2), (unshared, plain, 1), ("standalone", plain, 1)]
-    assert [label[1] for label in labels[3:]] == [f"clients = {n}" for n in (20, 100)]
-    assert found.notes == (
-        "differing between settings as well: participation (1.0; 0.1)",
-        f"train.lr differs between methods: pfedmoe {run.config['train.lr']}; standalone 0.01",
-    )
-    assert found.baseline("") == found.baseline("standalone") == "standalone"
-    with pytest.raises(compare.CompareError, match="'pfedmoe' means several methods"):
-        found.baseline("pfedmoe")
-
-
-def test_most_variants_name_a_method_and_settings_name_no_variant(trained: Path) -> None:
-    run = load_run(trained)
-    wide, deep = like(run, "b", gate__hidden=128), like(run, "c", gate__layers=3)
-    other = like(run, "d", data__name="MNIST", train__augment=["flip"])
-    found = compare.compare([run, wide, deep, other, like(other, "e", algorithm="standalone")])
-    assert {(group.setting, group.method) for group in found.groups} == {
-        *(
-            ("data.name = CIFAR10", f"pfedmoe{more}")
-            for more in ("", " (gate.hidden = 128)", " (gate.layers = 3)")
-        ),
-        *(("data.name = MNIST", method) for method in ("pfedmoe", "standalone")),
-    }
-    assert found.notes == (
-        "pfedmoe, where its name does not say otherwise: gate.hidden = 64, gate.layers = 2",
-        "differing between settings as well: train.augment (none; flip)",
-    )
-
-
-def test_data_name_a_setting_before_what_comes_with_them(trained: Path) -> None:
-    run = load_run(trained)
-    found = compare.compare([run, like(run, "b", data__source="heart", clients=10, rounds=8)])
-    assert found.settings == ["data.source = heart", "data.source = synthetic"]
-    assert found.notes == ("differing between settings as well: rounds (3; 8), clients (4; 10)",)
-
-
-def test_other_models_are_another_setting_where_a_method_has_several(trained: Path) -> None:
-    run = load_run(trained)
-    same = like(run, "b", model__pool=["mlp5"])
-    found = compare.compare([run, same, like(same, "c", algorithm="fedavg")])
-    assert set(found.settings) == {"model.pool = mlp5,mlp4", "model.pool = mlp5"}
-    assert [group.method for group in found.of("model.pool = mlp5")] == ["pfedmoe", "fedavg"]
-
-
-@pytest.mark.parametrize(
-    ("freedom", "expected"),  # published quantiles of Student's t
-    [(1, 12.70620), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227), (100, 1.98397)],
-)
-def test_students_quantile(freedom: int, expected: float) -> None:
-    assert compare.t_quantile(freedom) == pytest.approx(expected, abs=5e-6)
-
-
-def test_what_is_sent_once_goes_to_new_members(trained: Path) -> None:
-    run = load_run(trained)
-    cohorts = [[0, 1], [1, 2], [0, 2]]
-    history = [
-        {**row, "cohort": cohort, "lost": cohort[:1], "bytes": {"up": 10.0, "down": 100.0, "once": 1000}}
-        for row, cohort in zip(run.history, cohorts, strict=True)
-    ]
-    sent = costs.traffic(Run(run.path, run.config, history, run.events))
-    assert [(t.up, t.down, t.once) for t in sent] == [(10, 200, 2000), (10, 200, 1000), (10, 200, 0)]
-
-
-def test_equal_values_have_no_spread() -> None:
-    """In floating point the mean of 0.1, 0.1 and 0.1 is another number."""
-    assert compare.mean_std([0.1] * 3) == (0.1, 0.0)
-    assert [several.plain_spread(values).text for values in ([0.1] * 3, [53.14] * 6)] == ["0.1", "53.14"]
-
-
-def test_numbers_are_short_and_units_fit() -> None:
-    shown = [tables.short(value) for value in (0.0, 0.012345, 1.0, 999.96, 12345.6, 1e6)]
-    assert shown == ["0", "0.01235", "1", "1000", "12346", "1000000"]
-    assert [single.size(count) for count in (0, 999, 999.7, 999_600)] == ["0 B", "999 B", "1 kB", "1 MB"]
-
-
-@pytest.mark.parametrize("top", [0.29, 0.57, 0.6999999999999999, 0.7, 1.0])
-def test_what_is_reachable_is_reached(trained: Path, top: float) -> None:
-    run = load_run(trained)
-    row = {**run.history[-1], "accuracy": {**run.history[-1]["accuracy"], "mean": top}}
-    changed = Run(run.path, run.config, [row], run.events)
-    target = costs.reachable([changed])
-    assert target is not None and costs.reached(changed, target) and not costs.reached(changed, target + 0.01)
-
-
-def test_a_seed_that_has_just_started_cuts_no_curve(trained: Path) -> None:
-    run = load_run(trained)
-    started = Run(Path("b"), {**run.config, "seed": 1}, run.history[:2], run.events)
-    (group,) = compare.compare([run, started]).groups
-    assert compare.curve(group)[0].tolist() == [2, 3] and len(group.drawn) == 1
-    (alone,) = compare.compare([started]).groups
-    assert compare.curve(alone)[0].tolist() == [2]
-
-
-def test_clients_that_have_not_trained_are_in_no_mean(trained: Path) -> None:
-    """Client 3 never trains, client 2 joins in round 3: of the two architectures of 0 to 3 each lacks one."""
-    run = load_run(trained)
-    told = json.dumps({"absent": [[3], [2]]})
-    events = [{**run.events[0], "samples": told}]
-    run = Run(run.path, {**run.config, "join.round": 3}, run.history, events)
-    assert [run.absent(round) for round in (2, 3)] == [{2, 3}, {3}]
-    accuracy = figures.column(run, "accuracy")
-    assert np.isnan(accuracy).tolist() == [
-        [True] * 4,
-        [False, False, True, True],
-        [False, False, False, True],
-    ]
-    (found,) = [table for table in single.report(run, None).tables if table.name == "architectures"]
-    assert [row[1].text for row in found.rows] == ["2", "1"]
-    (clients,) = [table for table in single.report(run, None).tables if table.name == "clients"]
-    assert clients.rows[-1][0].text == "3" and "in no mean over clients: 3" in clients.notes[0]
-    other = Run(Path("b"), {**run.config, "algorithm": "standalone"}, run.history, run.events)
-    pair = compare.compare([run, other]).groups
-    assert np.isnan(compare.client_differences(*pair)).tolist() == [False, False, False, True]
-
-
-def test_a_restart_tells_what_was_otherwise(trained: Path) -> None:
-    run = load_run(trained)
-    start = run.events[0]
-    again = Run(
-        run.path, run.config, run.history, [start, {**start, "event": "restart", "ranks": 4, "torch": "9"}]
-    )
-    (found,) = [table for table in single.report(again, None).tables if table.name == "events"]
-    assert [row[3].text for row in found.rows] == ["", "ranks: 4; torch: 9"]
-
-
-def test_axes_of_counts_have_whole_numbers(trained: Path) -> None:
-    axes = matplotlib.figure.Figure().subplots()
-    axes.plot([1], [1])
-    figures.whole_numbers(axes.xaxis)
-    assert [tick for tick in axes.get_xticks() if 0.9 < tick < 1.1] == [1]
-
-
-def test_evaluation_takes_time_where_there_was_one(trained: Path) -> None:
-    canvas = matplotlib.figure.Figure()
-    figures.seconds(load_run(trained)).draw(canvas, drawing.PAPER)
-    (line,) = [line for line in canvas.axes[0].lines if line.get_label() == "evaluate"]
-    assert list(line.get_xdata()) == [2, 3], "measured every second round, and in the last"
-
-
-def test_what_looks_equal_is_marked_alike(trained: Path) -> None:
-    run = load_run(trained)
-    found = []
-    for number, value in enumerate((0.70001, 0.70002, 0.6)):
-        row = {**run.history[-1], "accuracy": {**run.history[-1]["accuracy"], "mean": value}}
-        found.append(Run(Path(str(number)), {**run.config, "algorithm": f"m{number}"}, [row], run.events))
-    shown = several.results(compare.compare(found)).rows
-    assert [row[1].mark for row in shown] == ["best", "best", "second"]
-
-
-def test_equal_values_rank_alike() -> None:
-    assert tables.ranks([0.5, None, 0.7, 0.7, 0.2]) == ["second", "", "best", "best", ""]
-    assert tables.ranks([0.5, None]) == ["", ""]
-
-
-def test_latex_takes_any_name() -> None:
-    columns = [tables.Column("50 % & more", words=True), tables.Column("x_1")]
-    made = tables.Table(
-        "t", "T", columns, [[tables.word(r"a\b {c}^~#$"), tables.Cell("−1 ± 2", (1,), "best")]]
-    )
-    lines = tables.to_latex(made).splitlines()
-    assert lines[2:4] == [r"\begin{tabular}{lr}", r"\toprule"] and lines[-1] == r"\end{tabular}"
-    assert lines[4] == r"50 \% \& more & x\_1 \\"
-    escaped = r"a\textbackslash{}b \{c\}\textasciicircum{}\textasciitilde{}\#\$"
-    assert lines[6] == escaped + r" & \textbf{$-$1 $\pm$ 2} \\"
-
-
-def test_names_are_shown_as_they_are(done: Callable[..., Result], both: Path, tmp_path: Path) -> None:
-    name = r"$\frac{$ <b>&amp; x_1"
-    for run in ("pfedmoe", "standalone"):
-        path = both / run / "config.toml"
-        path.write_text(path.read_text().replace('path = ""', f"path = '{name} {run}'", 1))
-        assert name in load_run(both / run).config["data.path"]
-    done("report", both, "--out", "out")
-    text = (tmp_path / "out" / "report.html").read_text()
-    assert "<b>" not in text and r"data.path = $\frac{$ &lt;b&gt;&amp;amp; x_1 pfedmoe" in text
-    latex = (tmp_path / "out" / "tables" / "results.tex").read_text()
-    assert r"\$\textbackslash{}frac\{\$ <b>\&amp; x\_1 pfedmoe" in latex
-
-
-def test_a_legend_is_no_formula(trained: Path) -> None:
-    run = load_run(trained)
-    found = compare.compare([run, like(run, "b", train__augment=[r"$\frac{$ --> <b>"])])
-    assert found.methods[1] == r"pfedmoe (train.augment = $\frac{$ --> <b>)"
-    text = drawing.svg(versus.curves(found, found.settings[0], 0))
-    assert text.count("<svg") == text.count("</svg>") == 1 and "<b>" not in text and "<!--" not in text
-
-
-def test_a_table_that_no_browser_likes_stays_in_its_file() -> None:
-    column = tables.Column("n")
-    large = tables.Table("large", "Large", [column], [[tables.number(n)] for n in range(page.MOST_CELLS + 1)])
-    report = sections.Report("R", "", [], [sections.Section("S", [large])], {})
-    assert len(page.html(report)) < 20_000 and "in tables/large.csv" in page.html(report)
-    assert tables.to_csv(large).count("\n") == page.MOST_CELLS + 2
-
-
-def test_series_differ_without_colour() -> None:
-    looks = [drawing.style(n, drawing.PAPER) for n in range(35)]
-    assert len({(str(look.linestyle), look.marker) for look in looks}) == 35
