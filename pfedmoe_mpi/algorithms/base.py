@@ -279,7 +279,8 @@ class Algorithm:
         """
         for phase in self.phases(turn.role):
             turn.sgd(phase)
-        return {name: turn.parts.vector(name) for name in self.state()}
+        vectors = {name: turn.parts.vector(name) for name in self.state()}
+        return {name: vector for name, vector in vectors.items() if vector.numel()}  # equal weights are none
 
     def server_update(self, state: Mapping[str, Tensor], means: Mapping[str, Mean], round: int) -> None:
         """Change the state's vectors in place. Default: copy the mean; a row nobody contributed stays.
