@@ -98,11 +98,11 @@ class Loop:
         Raises:
             StoppedError: on all ranks, if a stop was asked for.
         """
-        evaluation = self._evaluate(self.federation.config.rounds, self.state)
+        evaluation = self._evaluate(self.round, self.state)
         self._sum(evaluation.buffer, "evaluation")
         if evaluation.stopped:
             raise StoppedError
-        return metrics.evaluated(evaluation, self.federation.task.unseen)
+        return metrics.evaluated(evaluation, self.federation.task.absent(self.round))
 
     # Rounds
 
@@ -153,7 +153,7 @@ class Loop:
             return False
         self._check_divergence(total)
         state = self._updated(total)
-        evaluation = self._evaluate(round, state)
+        evaluation = self._evaluate(round, state, self._evaluated(round))
         self._sum(evaluation.buffer, f"evaluation of round {round}")
         if evaluation.stopped:
             self._save_stopped(total)
@@ -283,7 +283,7 @@ class Loop:
         diverged = total.clients(DROPPED)
         self._observer.dropped(self.round + 1, diverged)
         everyone = len(diverged) == len(total.cohort)
-        if everyone or (diverged and self.federation.config.faults.nonfinite == "stop"):
+        if diverged and (everyone or self.federation.config.faults.nonfinite == "stop"):
             if not self.saver.has(self.round):
                 self.save()
             who = "every client of the cohort" if everyone else f"client {', '.join(map(str, diverged))}"
@@ -308,13 +308,13 @@ class Loop:
             self.comm.broadcast(state.numpy(), "server state")
         return state
 
-    def _evaluate(self, round: int, state: torch.Tensor) -> EvaluationSum:
-        """Every client's accuracy with the new state, measured at its home."""
+    def _evaluate(self, round: int, state: torch.Tensor, due: bool = True) -> EvaluationSum:
+        """Every client's accuracy with the state after a round, if it is due, measured at its home."""
         federation = self.federation
         evaluation = EvaluationSum(federation.task.clients, self.comm.size, federation.task.classes)
         started = time.perf_counter()
         try:
-            if self._evaluated(round):
+            if due:
                 for client in federation.clients.values():
                     self.comm.poll()
                     with self._named(f"evaluation of client {client.id}, round {round}"):
