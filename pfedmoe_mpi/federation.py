@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -303,7 +303,8 @@ class Loop:
         overridden = type(method).server_update is not Algorithm.server_update
         if not overridden or self.comm.rank == 0:
             by_name = {name: state[place] for name, place in slices.items()}
-            method.server_update(by_name, total.means(), self.round + 1)
+            with suppress(StoppedError):  # the evaluation meets it too, and this state is never used
+                method.server_update(by_name, total.means(), self.round + 1)
         if overridden:
             self.comm.broadcast(state.numpy(), "server state")
         return state

@@ -71,6 +71,7 @@ def build(comm: Comm, settings: Config) -> Federation:
     task = make_task(settings, dataset, partition)
     comm.from_root(lambda: check_models(task), "models")
     method = algorithms.load(settings.algorithm)(task)
+    method.poll = comm.poll
     workbench = Workbench(settings.seed, chosen.device)
     costs = comm.from_root(lambda: client_costs(task), "costs")
     home = placement.homes(costs, comm.size)

@@ -186,6 +186,8 @@ class Algorithm:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.prepared = torch.zeros(task.clients, self.prepared_size)  # what `prepare` gave, by client
+        # Raises StoppedError if a stop was asked for: for a `server_update` of seconds to call now and then.
+        self.poll: Callable[[], None] = lambda: None
 
     @property
     def options(self) -> Any:
