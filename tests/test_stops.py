@@ -18,7 +18,7 @@ import pytest
 from conftest import SMALL
 from drivers import Ended, mpirun
 from failing import AT_THE_ROOT, PHASES
-from launcher import events, finished, learned_digest, rank_processes, running, wait_for
+from launcher import events, finished, learned_digest, rank_processes, running, told, wait_for
 
 from pfedmoe_mpi import checkpoint, comm, config, setup
 from pfedmoe_mpi.federation import Loop, Silent
@@ -169,11 +169,13 @@ def test_two_legs_without_a_step_end_the_run(tmp_path: Path, undisturbed: str) -
     assert learned_digest(tmp_path / "run", 4) == undisturbed
 
 
-def test_legs_with_a_step_go_on_for_ever(tmp_path: Path) -> None:
-    """A leg of one step between two without any is progress."""
+def test_legs_with_a_step_go_on_for_ever(tmp_path: Path, session: launcher.Session) -> None:
+    """A leg of one step between two without any is progress; a round in progress keeps its cohort."""
     run = str(tmp_path / "run")
     assert stopped(0, "clients", *FLAGS, "--run.dir", run).code == 75
     assert stopped(0, "contribution", "restart", run).code == 75
+    other = session("restart", run, "--participation", "0.5", cwd=tmp_path)
+    told(other, "round 1 is in progress, and its cohort drawn by participation 1.0")
     ended = stopped(0, "clients", "restart", run)
     assert ended.code == 75 and "no client's step was done" in ended.output, ended.output
 
