@@ -331,7 +331,7 @@ class Loop:
     def _measured(self, client: Client, state: torch.Tensor, round: int, gates: np.ndarray) -> list[float]:
         """CLIENT_METRICS; zeros where the method has no answer for a client that has not trained.
 
-        Adds the weights of a client's gate to `gates`, unless it is as it was initialised.
+        Adds the weights of a client's gate to `gates`; one that is as it was initialised has no weight α.
         """
         federation, method = self.federation, self._method
         parts = federation.workbench.parts((method.state(), state), (client.spec, client.vector))
@@ -343,10 +343,11 @@ class Loop:
         if not known:
             return [0.0] * len(metrics.CLIENT_METRICS)
         test = known[0]
+        alpha = float("nan") if unseen else test.alpha
         if test.gate is not None and not unseen:
             gates += test.gate.numpy()
         counted = [number for measured in known[1:] for number in (measured.correct, measured.samples)]
-        return [test.correct, test.samples, test.loss, test.alpha, test.auc, *counted]
+        return [test.correct, test.samples, test.loss, alpha, test.auc, *counted]
 
     def _record(self, total: RoundSum, evaluation: EvaluationSum, seconds: float) -> None:
         federation = self.federation

@@ -288,6 +288,9 @@ def test_means_of_other_gates(flags: dict[str, Any]) -> None:
     chosen = {"algorithm": "pfedmoe", "unseen__private": "average", "rounds": 1, **flags}
     loop = Loop(comm.start(), built(**chosen), Silent(), None)
     assert loop.run() and loop.history[-1]["accuracy_unseen"]["mean"] is not None
+    alpha = loop.history[-1]["clients"]["alpha"]
+    untrained = {k for k, a in enumerate(alpha) if a is None}
+    assert untrained == loop.federation.task.unseen, "the weight of a gate that never trained"
 
 
 def test_without_the_sum_there_are_no_means() -> None:
