@@ -167,11 +167,11 @@ def test_a_stop_before_round_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("anchors", ["labels", "clusters"])
-def test_a_signal_in_pretraining(tmp_path: Path, anchors: str) -> None:
+def test_a_signal_in_pretraining(tmp_path: Path, session: launcher.Session, anchors: str) -> None:
     """75; the restart on other ranks does it again, to the same bits."""
-    slow = ("--fedjets.common_target", "1", "--fedjets.common_epochs", "400", "--fedjets.common_rate", "1e-9")
+    slow = ("--fedjets.common_target", "1", "--fedjets.common_epochs", "200", "--fedjets.common_rate", "1e-9")
     flags = (*FLAGS, "--algorithm", "fedjets", "--fedjets.anchors", anchors, *slow)
-    finished(1, *flags, "--run.dir", "whole", cwd=tmp_path)
+    assert session(*flags, "--run.dir", "whole", cwd=tmp_path).code == 0
     with launcher.running(2, *flags, "--run.dir", "run", cwd=tmp_path) as job:
         launcher.wait_for(tmp_path / "run" / "events.jsonl", job)
         ranks = launcher.rank_processes(job.pid)
