@@ -113,7 +113,9 @@ def test_more_experts_than_clients(data: Path, common: Path) -> None:
     with pytest.raises(ConfigError, match=r"fedjets\.experts is 7"):
         build(data, "fedjets", **{**SIZES, "fedjets.common": str(common), "fedjets.experts": 7})
     own = {"fedjets.common": str(common), "fedjets.experts": 7, "fedjets.anchors_active": 0}
-    assert build(data, "fedjets", **{**SIZES, **own}, rounds=1).run(), "without anchors no expert needs one"
+    loop = build(data, "fedjets", **{**SIZES, **own, "fedjets.anchors": "clusters"}, rounds=1)
+    assert loop.run(), "without anchors no expert needs one"
+    assert not loop.federation.method.prepared_size, "nor the clients' mean embeddings"
 
 
 def test_the_same_expert_from_every_kind_of_file(data: Path, common: Path, tmp_path: Path) -> None:
