@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -98,11 +98,11 @@ class Loop:
         Raises:
             StoppedError: on all ranks, if a stop was asked for.
         """
-        evaluation = self._evaluate(self.federation.config.rounds, self.state)
+        evaluation = self._evaluate(self.round, self.state)
         self._sum(evaluation.buffer, "evaluation")
         if evaluation.stopped:
             raise StoppedError
-        return metrics.evaluated(evaluation, self.federation.task.unseen)
+        return metrics.evaluated(evaluation, self.federation.task.absent(self.round))
 
     # Rounds
 
@@ -153,7 +153,7 @@ class Loop:
             return False
         self._check_divergence(total)
         state = self._updated(total)
-        evaluation = self._evaluate(round, state)
+        evaluation = self._evaluate(round, state, self._evaluated(round))
         self._sum(evaluation.buffer, f"evaluation of round {round}")
         if evaluation.stopped:
             self._save_stopped(total)
@@ -283,7 +283,7 @@ class Loop:
         diverged = total.clients(DROPPED)
         self._observer.dropped(self.round + 1, diverged)
         everyone = len(diverged) == len(total.cohort)
-        if everyone or (diverged and self.federation.config.faults.nonfinite == "stop"):
+        if diverged and (everyone or self.federation.config.faults.nonfinite == "stop"):
             if not self.saver.has(self.round):
                 self.save()
             who = "every client of the cohort" if everyone else f"client {', '.join(map(str, diverged))}"
@@ -303,18 +303,19 @@ class Loop:
         overridden = type(method).server_update is not Algorithm.server_update
         if not overridden or self.comm.rank == 0:
             by_name = {name: state[place] for name, place in slices.items()}
-            method.server_update(by_name, total.means(), self.round + 1)
+            with suppress(StoppedError):  # the evaluation meets it too, and this state is never used
+                method.server_update(by_name, total.means(), self.round + 1)
         if overridden:
             self.comm.broadcast(state.numpy(), "server state")
         return state
 
-    def _evaluate(self, round: int, state: torch.Tensor) -> EvaluationSum:
-        """Every client's accuracy with the new state, measured at its home."""
+    def _evaluate(self, round: int, state: torch.Tensor, due: bool = True) -> EvaluationSum:
+        """Every client's accuracy with the state after a round, if it is due, measured at its home."""
         federation = self.federation
         evaluation = EvaluationSum(federation.task.clients, self.comm.size, federation.task.classes)
         started = time.perf_counter()
         try:
-            if self._evaluated(round):
+            if due:
                 for client in federation.clients.values():
                     self.comm.poll()
                     with self._named(f"evaluation of client {client.id}, round {round}"):
@@ -330,7 +331,7 @@ class Loop:
     def _measured(self, client: Client, state: torch.Tensor, round: int, gates: np.ndarray) -> list[float]:
         """CLIENT_METRICS; zeros where the method has no answer for a client that has not trained.
 
-        Adds the weights of a client's gate to `gates`, unless it is as it was initialised.
+        Adds the weights of a client's gate to `gates`; one that is as it was initialised has no weight α.
         """
         federation, method = self.federation, self._method
         parts = federation.workbench.parts((method.state(), state), (client.spec, client.vector))
@@ -342,10 +343,11 @@ class Loop:
         if not known:
             return [0.0] * len(metrics.CLIENT_METRICS)
         test = known[0]
+        alpha = float("nan") if unseen else test.alpha
         if test.gate is not None and not unseen:
             gates += test.gate.numpy()
         counted = [number for measured in known[1:] for number in (measured.correct, measured.samples)]
-        return [test.correct, test.samples, test.loss, test.alpha, test.auc, *counted]
+        return [test.correct, test.samples, test.loss, alpha, test.auc, *counted]
 
     def _record(self, total: RoundSum, evaluation: EvaluationSum, seconds: float) -> None:
         federation = self.federation

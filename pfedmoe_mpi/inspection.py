@@ -159,10 +159,7 @@ def _table(result: Mapping[str, Any]) -> str:
         zip(result["clients"]["accuracy"], result["clients"]["loss"], strict=True)
     ):
         lines.append(f"client {client:4}  accuracy {_number(accuracy)}  loss {_number(loss)}")
-    a = result["accuracy"]
-    lines.append(
-        f"mean {a['mean']:.4f}  weighted {a['weighted']:.4f}  std {a['std']:.4f}  worst {a['worst']:.4f}"
-    )
+    lines.append("  ".join(f"{name} {_number(value)}" for name, value in result["accuracy"].items()))
     if result["auc"]["mean"] is not None:
         lines.append(f"AUC mean {_number(result['auc']['mean'])}  worst {_number(result['auc']['worst'])}")
     unseen = result["accuracy_unseen"]

@@ -71,6 +71,13 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
                 loaded.config if loaded else world.from_root(lambda: config.read_toml(toml), "configuration")
             )
             settings, changes = continued(before, overrides, WHO_AND_WHEN)
+            if loaded and loaded.partial is not None and "participation" in changes:
+                problem = f"round {loaded.round + 1} is in progress, and its cohort drawn by participation"
+                raise ConfigError(
+                    f"{problem} {changes['participation'][0]}",
+                    "leave --participation out until the round is done, or go on from an earlier "
+                    "checkpoint with --run.dir NEW",
+                )
             world.stop_at = launch.stop_at(settings.run.walltime, end)
             to, again = world.from_root(lambda: _goes_on_in(source, own, settings), "run folder")
             settings = config.build({**config.flatten(config.to_tree(settings)), "run.dir": str(to)})

@@ -125,8 +125,7 @@ def drift(history: Sequence[Row]) -> dict[str, float | None] | None:
     `recovery`: rounds from the change until accuracy on the new concept reached what the old one's was right
     before it; null if it has not.
     """
-    known = [row for row in history if row["accuracy_concepts"]["first"] is not None]
-    known = [row for row in known if row["accuracy_concepts"]["share"] is not None]
+    known = [row for row in history if None not in row["accuracy_concepts"].values()]
     second = [row["accuracy_concepts"]["share"] >= 0.5 for row in known]
     changes = [n for n in range(1, len(known)) if second[n] != second[n - 1]]
     if not changes:

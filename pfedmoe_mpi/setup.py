@@ -71,6 +71,8 @@ def build(comm: Comm, settings: Config) -> Federation:
     task = make_task(settings, dataset, partition)
     comm.from_root(lambda: check_models(task), "models")
     method = algorithms.load(settings.algorithm)(task)
+    method.poll = comm.poll
+    specs = [method.client_state(k) for k in range(task.clients)]  # all ranks alike meet what it refuses
     workbench = Workbench(settings.seed, chosen.device)
     costs = comm.from_root(lambda: client_costs(task), "costs")
     home = placement.homes(costs, comm.size)
@@ -86,8 +88,8 @@ def build(comm: Comm, settings: Config) -> Federation:
     )
     shards = distribute(comm, dataset, partition, home, chosen.device)
     clients = {
-        k: Client(k, spec, pinned(workbench.initial(spec, k), chosen.device), shards[k])
-        for k, spec in ((k, method.client_state(k)) for k in shards)
+        k: Client(k, specs[k], pinned(workbench.initial(specs[k], k), chosen.device), shards[k])
+        for k in shards
     }
     return Federation(
         config=settings,
@@ -102,7 +104,7 @@ def build(comm: Comm, settings: Config) -> Federation:
         home=home,
         costs=costs,
         state_layout=workbench.layout(method.state()),
-        client_layouts=[workbench.layout(method.client_state(k)) for k in range(task.clients)],
+        client_layouts=[workbench.layout(spec) for spec in specs],
         clients=clients,
         stream=make_stream(settings, dataset, partition),
         reserved=reserved(comm, dataset, partition, chosen.device) if method.pretrains else None,
@@ -318,7 +320,9 @@ def reserved(comm: Comm, dataset: Dataset, partition: Partition, where: torch.de
     rows, train = partition.reserved, partition.reserved_train
     if comm.rank:
         rows, train = rows[:0], train[:0]
-    x, y = dataset.rows(rows), dataset.labels[rows]
+    read: list[np.ndarray] = []
+    comm.agree(lambda: read.append(dataset.rows(rows)), "reserved rows")
+    x, y = read[0], dataset.labels[rows]
     splits = {"train": Split.of(x[train], y[train], where), "test": Split.of(x[~train], y[~train], where)}
     return Client(seeds.SERVER, {}, torch.empty(0), splits)
 

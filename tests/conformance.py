@@ -1,6 +1,6 @@
 """What every method must keep, checked on sub-communicators of one job.
 
-    mpirun -n 4 python tests/conformance.py [METHOD ...] [--check NAME]
+    mpirun -n 4 python tests/conformance.py [METHOD ...] [--check NAME] [--set section.field=VALUE]
 
 Methods are found, not listed; no check has a line for a particular method. Deliberately wrong methods lie in
 `tests/broken/` and are added with --broken. One line per check and method: `pass`, or `FAIL` with the reason.
@@ -267,7 +267,9 @@ def main() -> int:
     parser.add_argument("methods", nargs="*")
     parser.add_argument("--check", action="append", choices=list(CHECKS))
     parser.add_argument("--broken", action="store_true", help="add tests/broken to the methods")
+    parser.add_argument("--set", action="append", default=[], help="another setting of all federations")
     options = parser.parse_args()
+    SMALL.update(item.split("=", 1) for item in options.set)
     if options.broken:
         algorithms.__path__.append(str(Path(__file__).parent / "broken"))
     torch.set_num_threads(1)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from launcher import digest, flip, program, told
 
+from pfedmoe_mpi import seeds
+
 # Launchers
 
 
@@ -106,3 +108,25 @@ def test_data_that_one_host_does_not_have(small: tuple[str, ...], tmp_path: Path
     flags = ("--data.source", "hdf5", "--data.path", "d.h5", "--run.dir", "new")
     told(program(2, *small, *flags, cwd=tmp_path, env=lost), "d.h5 cannot be opened")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_row_that_only_the_server_reads(small: tuple[str, ...], tmp_path: Path) -> None:
+    """The other rank hears of it too, and does not wait for ever."""
+    kept = seeds.numpy_generator(0, "reserve").permutation(200)[0]
+    with h5py.File(tmp_path / "d.h5", "w") as file:
+        x = file.create_dataset("x", (200, 3, 8, 8), "u1", chunks=(1, 3, 8, 8), fletcher32=True)
+        x[()], file["y"] = 7, np.arange(200) % 10
+        place = x.id.get_chunk_info_by_coord((int(kept), 0, 0, 0)).byte_offset
+    flip(tmp_path / "d.h5", place)
+    flags = ("--data.source", "hdf5", "--data.path", "d.h5", "--algorithm", "fedjets", "--run.dir", "new")
+    flags = (*flags, "--model.pool", "mlp5")
+    told(program(2, *small, *flags, cwd=tmp_path, timeout=60), f"rows {kept} to {kept + 1} cannot be read")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_rank_without_a_client_would_not_meet(small: tuple[str, ...], tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "d.h5", "w") as file:
+        file["x"], file["y"] = np.zeros((200, 5), np.float32), np.arange(200) % 2
+    flags = ("--data.source", "hdf5", "--data.path", "d.h5", "--clients", "2", "--gate.input", "pooled")
+    flags = (*flags, "--data.size", "0")
+    told(program(3, *small, *flags, cwd=tmp_path, timeout=60), "gate.input pooled needs images")

@@ -263,6 +263,11 @@ def test_bytes_are_those_of_a_deployment(data: dict[str, Path], method: str) -> 
     assert it.loop.history[0]["bytes"]["up"] == 4 * numbers[method]
 
 
+def test_prototypes_come_down_once_there_are_any(data: dict[str, Path]) -> None:
+    it = played(data["small"], "fedproto", model__pool="mlp5", rounds=2, participation=1.0)
+    assert [row["bytes"]["down"] for row in it.loop.history] == [0, 4 * 4 * 12]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_pfedmoe_without_the_sum_is_clients_alone(data: dict[str, Path], variant: str) -> None:
     """θ of every client is its own and is never averaged."""

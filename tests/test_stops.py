@@ -11,15 +11,17 @@ import subprocess
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import launcher
 import pytest
 from conftest import SMALL
 from drivers import Ended, mpirun
 from failing import AT_THE_ROOT, PHASES
-from launcher import events, finished, learned_digest, rank_processes, running, wait_for
+from launcher import events, finished, learned_digest, rank_processes, running, told, wait_for
 
-from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi import checkpoint, comm, config, setup
+from pfedmoe_mpi.federation import Loop, Silent
 
 ROOT = Path(__file__).parents[1]
 FLAGS = (*SMALL, "--clients", "6", "--rounds", "4", "--run.checkpoint_every", "1")
@@ -105,6 +107,38 @@ def test_signals_that_go_on_do_not_change_the_exit_code(tmp_path: Path) -> None:
     assert result.code == 75, result.out + result.err
 
 
+@pytest.mark.parametrize("method", ["fedgh", "fedtgp"])
+def test_a_stop_while_the_server_trains(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left at its next step, and done again from the sum, to the same bits."""
+    flags = dict(zip((word.removeprefix("--") for word in SMALL[::2]), SMALL[1::2], strict=True))
+    chosen = config.build({**flags, "algorithm": method, "rounds": 1})
+
+    def fresh() -> Loop:
+        world = comm.start().split(0)
+        assert world
+        return Loop(world, setup.build(world, chosen), Silent(), tmp_path)
+
+    whole, loop = fresh(), fresh()
+    assert whole.run()
+    (tmp_path / "round-000001.h5").unlink()
+    kind, ended = type(loop.federation.method), []
+
+    def interrupted(*given: Any) -> None:
+        loop.comm.signal_received = signal.SIGUSR1
+        update(loop.federation.method, *given)
+        ended.append(True)
+
+    update = kind.server_update
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "server_update", lambda self, *given: interrupted(*given))
+        assert not loop.run() and not ended, "the server trained to its end"
+    again = fresh()
+    with checkpoint.Checkpoint(tmp_path / "round-000001-partial.h5") as loaded:
+        assert len(loaded.finished) == again.federation.task.clients
+        again.resume(loaded)
+    assert again.run() and again.state.numpy().tobytes() == whole.state.numpy().tobytes()
+
+
 # The wall-time limit
 
 
@@ -135,11 +169,13 @@ def test_two_legs_without_a_step_end_the_run(tmp_path: Path, undisturbed: str) -
     assert learned_digest(tmp_path / "run", 4) == undisturbed
 
 
-def test_legs_with_a_step_go_on_for_ever(tmp_path: Path) -> None:
-    """A leg of one step between two without any is progress."""
+def test_legs_with_a_step_go_on_for_ever(tmp_path: Path, session: launcher.Session) -> None:
+    """A leg of one step between two without any is progress; a round in progress keeps its cohort."""
     run = str(tmp_path / "run")
     assert stopped(0, "clients", *FLAGS, "--run.dir", run).code == 75
     assert stopped(0, "contribution", "restart", run).code == 75
+    other = session("restart", run, "--participation", "0.5", cwd=tmp_path)
+    told(other, "round 1 is in progress, and its cohort drawn by participation 1.0")
     ended = stopped(0, "clients", "restart", run)
     assert ended.code == 75 and "no client's step was done" in ended.output, ended.output
 

@@ -120,13 +120,15 @@ def test_methods_by_class_weigh_the_classes_that_count(data: dict[str, Path]) ->
     assert set(np.flatnonzero(held)) <= set().union(*map(set, HELD))
 
 
-def row(round: int, first: float | None, second: float, share: float | None) -> metrics.Row:
+def row(round: int, first: float | None, second: float | None, share: float | None) -> metrics.Row:
     return {"round": round, "accuracy_concepts": {"first": first, "second": second, "share": share}}
 
 
 def test_forgetting_and_recovery() -> None:
     before = [row(1, 0.5, 0.1, 0.0), row(2, 0.9, 0.1, 0.0), row(3, 0.8, 0.1, 0.0)]
     assert metrics.drift(before) is None and metrics.drift([row(1, None, 0.0, None)]) is None
+    alone = [row(1, 0.5, None, 0.0), row(2, 0.4, None, 1.0)]
+    assert metrics.drift(alone) is None, "nobody who has joined has test rows of the second concept"
     fallen = [*before, row(4, 0.6, 0.4, 1.0), row(5, 0.3, 0.7, 1.0)]
     assert metrics.drift(fallen) == {"forgetting": pytest.approx(0.6), "recovery": None}
     back = [*fallen, row(6, 0.4, 0.85, 1.0), row(7, 0.2, 0.7, 1.0)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,18 +11,15 @@ import launcher
 import numpy as np
 import pytest
 import torch
-from launcher import finished, learned_digest, rows, told
+from launcher import rows, told
 from oracles import nets
 from played import Played, played, write_all
+from test_conformance import conformance
 
 from pfedmoe_mpi import algorithms, comm, config, setup
-from pfedmoe_mpi.algorithms.base import Algorithm, Inputs, Spec
 from pfedmoe_mpi.data.partition import Partition
-from pfedmoe_mpi.data.unseen import choose_unseen, with_reserve
-from pfedmoe_mpi.errors import ConfigError, PartitionError, StoppedError
+from pfedmoe_mpi.data.unseen import choose_unseen
 from pfedmoe_mpi.federation import Loop, Silent
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.training import Turn
 
 SMALL = {
     "data.source": "synthetic",
@@ -134,6 +129,41 @@ def test_unseen_accuracy_is_that_of_the_global_model() -> None:
     assert loop.evaluation()["accuracy_unseen"] == row["accuracy_unseen"]
 
 
+@pytest.mark.parametrize("method", ["fedavg", "pfedmoe"])
+def test_who_has_not_joined_is_evaluated_as_the_run_does(method: str) -> None:
+    """`evaluate` of a round before the join: not as if they had trained."""
+    own = {"unseen__clients": 0, "join__share": 0.5, "join__round": 3, "rounds": 4}
+    loop = Loop(comm.start(), built(algorithm=method, **own), Silent(), None)
+    for _ in range(3):
+        assert loop.begin() and loop.play()
+        found, row = loop.evaluation(), loop.history[-1]
+        assert found["clients"]["accuracy"] == row["clients"]["accuracy"]
+        for name in ("accuracy", "accuracy_unseen", "alpha_class"):
+            assert found[name] == row[name], name
+
+
+def test_a_control_of_those_who_train() -> None:
+    """SCAFFOLD's c is the mean of the c_i of the N clients that train; the unseen have no part in N."""
+    loop = Loop(comm.start(), built(algorithm="scaffold"), Silent(), None)
+    assert loop.run()
+    federation = loop.federation
+    control = loop.state[federation.state_layout.parts["control"]]
+    own = torch.stack([federation.clients[k].vector for k in federation.task.training])
+    torch.testing.assert_close(control, own.mean(0), rtol=1e-4, atol=1e-6)
+    assert len(own) == 8 and control.any()
+
+
+def test_rounds_before_anybody_joins(tmp_path: Path, session: launcher.Session) -> None:
+    """A share of 0.9 of two clients is both of them."""
+    own = ("--unseen.clients", "0", "--clients", "2", "--join.share", "0.9", "--join.round", "2")
+    flags = (*FLAGS, *own, "--run.checkpoint_every", "1", "--run.dir", "run")
+    said = session(*flags, cwd=tmp_path)
+    assert said.code == 0, said.err
+    assert [row["cohort"] for row in rows(tmp_path / "run")] == [[], [0, 1]]
+    before = session("evaluate", str(tmp_path / "run" / "checkpoints" / "round-000001.h5"), cwd=tmp_path)
+    assert before.code == 0 and "mean -  weighted -  std -  worst -" in before.out, before.err
+
+
 @pytest.mark.parametrize("method", algorithms.names())
 def test_every_method_has_an_accuracy_or_a_reason(method: str) -> None:
     loop = Loop(comm.start(), built(algorithm=method, rounds=1), Silent(), None)
@@ -165,18 +195,16 @@ def test_the_reason_is_printed(tmp_path: Path, session: launcher.Session) -> Non
     assert "unseen clients: mean" in session("evaluate", str(newest), cwd=tmp_path).out
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedjets", "pfedmoe"])
-def test_the_same_bits_on_any_ranks_and_after_a_restart(tmp_path: Path, method: str) -> None:
-    flags = [*FLAGS, "--algorithm", method, "--participation", "0.5", "--run.checkpoint_every", "1"]
-    flags += ["--fedjets.anchors", "clusters"] if method == "fedjets" else []
-    flags += ["--unseen.private", "average"] if method == "pfedmoe" else []
-    for ranks in (1, 3):
-        finished(ranks, *flags, "--run.dir", f"r{ranks}", cwd=tmp_path)
-    finished(2, *flags, "--rounds", "1", "--run.dir", "again", cwd=tmp_path)
-    finished(3, "restart", "again", "--rounds", "2", cwd=tmp_path)
-    digests = {learned_digest(tmp_path / name, 2) for name in ("r1", "r3", "again")}
-    assert len(digests) == 1
-    assert rows(tmp_path / "r1")[-1]["accuracy_unseen"]["mean"] is not None
+@pytest.mark.parametrize(
+    ("methods", "own"),
+    [(("fedavg", "fedjets"), "fedjets.anchors=clusters"), (("pfedmoe",), "unseen.private=average")],
+)
+def test_the_same_bits_on_any_ranks_and_after_a_restart(methods: tuple[str, ...], own: str) -> None:
+    given = ("clients=12", "unseen.clients=4", "partition.kind=pathological", "participation=0.5")
+    given = (*given, "data.samples=400", "data.classes=6", own)
+    changes = [word for setting in given for word in ("--set", setting)]
+    code, output = conformance(*methods, "--check", "ranks", "--check", "restart", *changes, timeout=200)
+    assert code == 0 and output.count(": pass\n") == 2 * len(methods), output
 
 
 def test_a_restart_keeps_who_is_unseen(tmp_path: Path, session: launcher.Session) -> None:
@@ -259,182 +287,11 @@ def test_means_of_other_gates(flags: dict[str, Any]) -> None:
     chosen = {"algorithm": "pfedmoe", "unseen__private": "average", "rounds": 1, **flags}
     loop = Loop(comm.start(), built(**chosen), Silent(), None)
     assert loop.run() and loop.history[-1]["accuracy_unseen"]["mean"] is not None
+    alpha = loop.history[-1]["clients"]["alpha"]
+    untrained = {k for k, a in enumerate(alpha) if a is None}
+    assert untrained == loop.federation.task.unseen, "the weight of a gate that never trained"
 
 
 def test_without_the_sum_there_are_no_means() -> None:
     method = built(algorithm="pfedmoe", unseen__private="average", pfedmoe__share=False).method
     assert method.unseen_null and not method.state()
-
-
-# Rows of the server's own
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"partition.kind": "dirichlet", "unseen.clients": 0}, {"partition.validation": 0.2}]
-)
-def test_pretraining_training_and_unseen_clients_share_no_row(changes: dict[str, Any]) -> None:
-    federation = built(algorithm="fedjets", **changes)
-    partition = federation.partition
-    kinds = {
-        "reserved": set(partition.reserved.tolist()),
-        "unseen": {
-            r
-            for k in partition.unseen
-            for part in (partition.train, partition.validation, partition.test)
-            for r in part[k].tolist()
-        },
-        "training": {
-            r
-            for k in federation.task.training
-            for part in (partition.train, partition.validation, partition.test)
-            for r in part[k].tolist()
-        },
-    }
-    assert sum(map(len, kinds.values())) == len(set().union(*kinds.values()))
-    assert len(kinds["reserved"]) == 80 and len(kinds["training"]) > 100
-    assert federation.reserved and not federation.reserved.spec
-    own = {name: len(split) for name, split in federation.reserved.splits.items()}
-    assert own == {"train": 64, "test": 16}
-    held = federation.dataset.labels[partition.reserved]
-    assert (np.bincount(held, minlength=6) > 0).all()
-
-
-def test_a_row_in_two_places_is_a_bug() -> None:
-    good = Partition((np.array([0, 1]),), (np.array([2]),), (np.array([3]),), reserved=np.array([4, 5]))
-    good.check()
-    for bad in (3, 1, 2):
-        with pytest.raises(AssertionError, match="a row is in two places"):
-            Partition(good.train, good.validation, good.test, reserved=np.array([4, bad])).check()
-
-
-def test_reserving_is_a_pure_function_and_bounded() -> None:
-    def deal(rows: np.ndarray) -> Partition:
-        return Partition((np.arange(len(rows)),), (np.empty(0, np.int64),), (np.empty(0, np.int64),))
-
-    first, again, other = (with_reserve(100, 0.3, seed, deal) for seed in (0, 0, 1))
-    assert np.array_equal(first.reserved, again.reserved) and len(first.reserved) == 30
-    assert not np.array_equal(first.reserved, other.reserved)
-    assert sorted([*first.reserved, *first.train[0]]) == list(range(100))
-    assert len(with_reserve(100, 0.0, 0, deal).reserved) == 0
-    with pytest.raises(PartitionError, match="reserves 5 for the server"):
-        with_reserve(100, 0.05, 0, deal)
-
-
-def test_methods_without_pretraining_reserve_nothing() -> None:
-    federation = built(algorithm="fedavg")
-    assert not len(federation.partition.reserved) and federation.reserved is None
-
-
-# Before round 1
-
-
-def test_a_wrong_file_is_told_before_anything_is_written(refused: Callable[..., str]) -> None:
-    message = refused("there is no file", *FLAGS, "--algorithm", "fedjets", "--fedjets.common", "none.h5")
-    assert "check the path" in message
-
-
-def test_a_divergence_before_round_1_is_told() -> None:
-    federation = built(
-        algorithm="fedjets", train__lr_shared=1e30, train__clip=0.0, fedjets__common_target=1.0
-    )
-    with pytest.raises(ConfigError, match="training before round 1 diverged"):
-        Loop(comm.start(), federation, Silent(), None).run()
-
-
-def test_what_pretraining_reached_is_told(tmp_path: Path, session: launcher.Session) -> None:
-    flags = ("--algorithm", "fedjets", "--fedjets.common_target", "1", "--fedjets.common_epochs", "1")
-    said = session(*FLAGS, *flags, "--run.dir", "run", cwd=tmp_path)
-    assert "common expert: accuracy " in said.out and "below fedjets.common_target 1" in said.out
-    (line,) = [
-        event["result"] for event in launcher.events(tmp_path / "run") if event["event"] == "pretrained"
-    ]
-    assert line in said.out
-
-
-class Two(Algorithm):
-    """Prepares the sum of a client's samples; its pretraining fills the state with 7."""
-
-    prepared_size = 2
-
-    def state(self) -> Spec:
-        return {"model": self.task.model(self.task.pool[0])}
-
-    def pretrain(self, turn: Turn) -> str:
-        for _ in turn.batches("test"):
-            turn.parts.vector("model").fill_(7.0)
-        return "filled"
-
-    def prepare(self, parts: Parts, inputs: Inputs) -> torch.Tensor:
-        total = sum(float(x.double().sum()) for x in inputs())
-        return torch.tensor([total, float(parts.vector("model").mean())])
-
-
-def with_two(monkeypatch: pytest.MonkeyPatch) -> setup.Federation:
-    monkeypatch.setattr(Two, "reserve", classmethod(lambda cls, config: 0.2))
-    monkeypatch.setattr(algorithms, "load", lambda name: Two)
-    return built(algorithm="fedavg")
-
-
-def test_prepare_sees_the_pretrained_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    federation = with_two(monkeypatch)
-    loop = Loop(comm.start(), federation, Silent(), None)
-    assert loop.begin() and (loop.state == 7).all()
-    for k, client in federation.clients.items():
-        x = federation.engine.normalise(client.splits["train"].x)
-        assert float(federation.method.prepared[k, 0]) == pytest.approx(float(x.double().sum()), rel=1e-5)
-        assert float(federation.method.prepared[k, 1]) == 7
-
-
-@pytest.mark.parametrize("after", [0, 1, 5])
-def test_a_stop_before_round_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: int) -> None:
-    """In pretraining it leaves nothing; after it, a checkpoint of round 0."""
-    left = [after]
-
-    def poll() -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise StoppedError
-
-    world = comm.start()
-    monkeypatch.setattr(world, "poll", poll)
-    monkeypatch.setattr(comm, "start", lambda: world)
-    federation = with_two(monkeypatch)
-    loop = Loop(world, federation, Silent(), tmp_path)
-    start = loop.state.clone()
-    assert not loop.run() and not loop.history
-    if after == 0:
-        assert not list(tmp_path.iterdir()) and torch.equal(loop.state, start)
-    else:
-        assert [path.name for path in tmp_path.iterdir()] == ["round-000000.h5"] and (loop.state == 7).all()
-
-
-@pytest.mark.parametrize("anchors", ["labels", "clusters"])
-def test_a_signal_in_pretraining(tmp_path: Path, anchors: str) -> None:
-    """75; the restart on other ranks does it again, to the same bits."""
-    slow = ("--fedjets.common_target", "1", "--fedjets.common_epochs", "400", "--fedjets.common_rate", "1e-9")
-    flags = (*FLAGS, "--algorithm", "fedjets", "--fedjets.anchors", anchors, *slow)
-    finished(1, *flags, "--run.dir", "whole", cwd=tmp_path)
-    with launcher.running(2, *flags, "--run.dir", "run", cwd=tmp_path) as job:
-        launcher.wait_for(tmp_path / "run" / "events.jsonl", job)
-        ranks = launcher.rank_processes(job.pid)
-        os.kill(ranks[1], signal.SIGUSR1)
-        ended = launcher.ended(job, 60)
-    assert ended.code == 75 and "stopped by SIGUSR1 to rank 1 before round 1" in ended.out, (
-        ended.out + ended.err
-    )
-    finished(3, "restart", "run", cwd=tmp_path)
-    assert learned_digest(tmp_path / "run", 2) == learned_digest(tmp_path / "whole", 2)
-
-
-def test_nobody_is_missed_while_rank_0_pretrains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time-out is that of rounds; before the first one it is set aside, or what the user asked for."""
-    world, seen = comm.start(), []
-    monkeypatch.setattr(comm, "start", lambda: world)
-    agree = world.agree
-    monkeypatch.setattr(world, "agree", lambda *given: seen.append(world.timeout) or agree(*given))
-    for changes, expected in (({}, float("inf")), ({"run__timeout": 77.0}, 77.0)):
-        federation = built(algorithm="fedjets", fedjets__common_target=0.0, **changes)
-        loop = Loop(world, federation, Silent(), None)
-        before = world.timeout
-        seen.clear()
-        assert loop.begin() and seen == [expected] and world.timeout == before

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from given import Given, contains
 
 from pfedmoe_mpi import placement, setup
 from pfedmoe_mpi.algorithms.base import Algorithm, Block
@@ -353,60 +354,3 @@ class Tap:
                 private = given.vector[entry.offset : entry.offset + entry.size].double().numpy()
                 if contains(np.nan_to_num(sent), private):
                     self._say(f"private tensor {entry.name} is in payload block '{name}'")
-
-
-class Given:
-    """What a client's step returned and left, and the losses on its way."""
-
-    def __init__(self, turn: Turn) -> None:
-        self.turn = turn
-        self.samples = turn.samples
-        self.losses: list[tuple[float, int]] = []
-        self.values: dict[str, torch.Tensor] = {}
-        self.vector = torch.empty(0)
-
-    def recording(self, sgd: Callable[..., int], phase: Any, loss: Any = None, **others: Any) -> int:
-        """`Turn.sgd`, with every batch's loss written down."""
-        method, parts = self.turn._method, self.turn.parts
-
-        def noted(batch: Any) -> torch.Tensor:
-            value: torch.Tensor = loss(batch) if loss else method.loss(parts, batch)
-            self.losses.append((float(value.detach().double()), len(batch)))
-            return value
-
-        return sgd(phase, noted, **others)
-
-    def loss(self) -> float:
-        """Mean per sample of the last epoch; NaN if none was trained."""
-        left, last = self.samples, 0
-        while left > 0 and last < len(self.losses):
-            last += 1
-            left -= self.losses[-last][1]
-        if left or not self.losses:
-            return float("nan")
-        total = 0.0
-        for loss, size in self.losses[len(self.losses) - last :]:
-            total += loss * size
-        return total / self.samples
-
-
-def contains(haystack: np.ndarray, needle: np.ndarray) -> bool:
-    """Whether a stretch of (n,) is a·needle + b for any a ≠ 0 and b; a few numbers prove nothing."""
-    size, length = len(needle), len(haystack)
-    varied = needle != np.median(needle)
-    if length < size or not np.isfinite(needle).all() or varied.sum() < 16:
-        return False
-    centred = needle - needle.mean()
-    width = 1 << (length + size - 1).bit_length()
-    spectrum = np.fft.rfft(haystack - haystack.mean(), width) * np.fft.rfft(centred[::-1], width)
-    products = np.fft.irfft(spectrum, width)[size - 1 : length]
-    sums, squares = (np.concatenate([[0.0], np.cumsum((haystack - haystack.mean()) ** k)]) for k in (1, 2))
-    spread = squares[size:] - squares[:-size] - (sums[size:] - sums[:-size]) ** 2 / size
-    norm = np.sqrt(np.maximum(spread, 0.0)) * np.linalg.norm(centred)
-    for place in np.flatnonzero(np.abs(products) > 0.999 * norm):  # a few large numbers can make it so
-        stretch = haystack[place : place + size]
-        a = np.dot(stretch - stretch.mean(), centred) / np.dot(centred, centred)
-        rest = np.abs(stretch - stretch.mean() - a * centred)[varied]
-        if a and np.median(rest) < 1e-4 * np.median(np.abs(a * centred[varied])):
-            return True
-    return False

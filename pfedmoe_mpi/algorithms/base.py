@@ -186,6 +186,8 @@ class Algorithm:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.prepared = torch.zeros(task.clients, self.prepared_size)  # what `prepare` gave, by client
+        # Raises StoppedError if a stop was asked for: for a `server_update` of seconds to call now and then.
+        self.poll: Callable[[], None] = lambda: None
 
     @property
     def options(self) -> Any:
@@ -279,7 +281,8 @@ class Algorithm:
         """
         for phase in self.phases(turn.role):
             turn.sgd(phase)
-        return {name: turn.parts.vector(name) for name in self.state()}
+        vectors = {name: turn.parts.vector(name) for name in self.state()}
+        return {name: vector for name, vector in vectors.items() if vector.numel()}  # equal weights are none
 
     def server_update(self, state: Mapping[str, Tensor], means: Mapping[str, Mean], round: int) -> None:
         """Change the state's vectors in place. Default: copy the mean; a row nobody contributed stays.

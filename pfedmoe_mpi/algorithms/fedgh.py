@@ -72,6 +72,7 @@ class FedGH(Algorithm):
         """SGD of θ on what the cohort sent."""
 
         def loss(head: nn.Module, rows: Tensor, labels: Tensor) -> Tensor:
+            self.poll()
             return functional.cross_entropy(head(rows), labels)
 
         config, options = self.task.config, self.options

@@ -5,7 +5,8 @@ AAAI 2022. Client prototypes C_i^(j) = mean of the representations of class j (e
 C̄^(j) = mean over the clients that hold class j, weighted by |D_ij| / N_j, their samples of it (eq. 6); local
 loss = cross-entropy + λ·distance of own prototypes to global ones (eqs. 7 and 8).
 
-Shared: one vector of length d per class held, per client and round; no module travels.
+Shared: one vector of length d per class held up, one per class with a prototype down, per client and round;
+no module travels.
 
 Departures: eq. 6 prints an extra factor 1/|N_j|, which would shrink C̄ with every client that holds the
 class; the authors' code has that factor and no weights, an unweighted mean. N_j counts the cohort. Own
@@ -69,6 +70,8 @@ class FedProto(Algorithm):
 
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
         """Train, then take the mean representation of every class over the training samples (eq. 3)."""
+        known = turn.parts.prototypes[~turn.parts.prototypes.isnan().any(1)]
+        turn.bytes_down = 4 * known.numel()
         for phase in self.phases(turn.role):
             turn.sgd(phase)
         return {"prototypes": class_means(turn, self.task.classes, turn.parts.model.extractor)}

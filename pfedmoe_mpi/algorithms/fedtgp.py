@@ -125,6 +125,7 @@ class FedTGP(Algorithm):
         margin = self.margin(rows, labels)
 
         def loss(generator: nn.Module, some: Tensor, its: Tensor) -> Tensor:
+            self.poll()
             squares = (some[:, None] - generator()).square().sum(2)
             distance = squares.clamp_min(1e-12).sqrt()
             widened = distance + margin * functional.one_hot(its, self.task.classes)

@@ -3,7 +3,7 @@
 Karimireddy, Kale, Mohri, Reddi, Stich, Suresh: "SCAFFOLD: Stochastic Controlled Averaging for Federated
 Learning", ICML 2020, Algorithm 1. Local step y ← y − η_l (g(y) − c_i + c) (line 10); new control, option II:
 c_i⁺ = c_i − c + (x − y) / (K η_l) after K steps (line 12); server x ← x + η_g mean(y − x),
-c ← c + |S|/N mean(c_i⁺ − c_i) (lines 16 and 17), unweighted over the cohort S.
+c ← c + |S|/N mean(c_i⁺ − c_i) (lines 16 and 17), unweighted over the cohort S of N that train.
 
 Shared: Δy (the model with its buffers) and Δc (its parameters), two float32 vectors per client and round.
 
@@ -87,4 +87,4 @@ class Scaffold(Algorithm):
         """Lines 16 and 17."""
         model, control = means["model"], means["control"]
         state["model"] += self.options.lr_server * model.value[0]
-        state["control"] += int(control.weight) / self.task.clients * control.value[0]
+        state["control"] += int(control.weight) / len(self.task.training) * control.value[0]

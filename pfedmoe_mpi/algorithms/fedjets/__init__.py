@@ -89,10 +89,11 @@ class FedJETs(Algorithm):
     def __init__(self, task: Task) -> None:
         options: Any = task.config.options
         self._common = common.Common(task, options.common, options.common_model)
-        self.prepared_size = self._common.width if options.anchors == "clusters" else 0
+        clustered = options.anchors == "clusters" and options.anchors_active
+        self.prepared_size = self._common.width if clustered else 0
         super().__init__(task)
         number = options.experts or min(5, max(2, len(task.training) // 2), len(task.training))
-        if number > len(task.training):
+        if number > len(task.training) and options.anchors_active:
             raise common.too_many(number, len(task.training))
         self._names = [f"expert{m}" for m in range(number)]
         self._top = min(options.top, number)

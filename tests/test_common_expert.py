@@ -1,0 +1,154 @@
+"""FedJETs' common expert: trained by hand, from files of every kind, and files that will not do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from oracles import experts, nets
+from played import build, cut
+from sixclients import SIZES, Six, write_common, write_six
+from test_oracles import agree
+from torch import nn
+
+from pfedmoe_mpi import seeds
+from pfedmoe_mpi.errors import ConfigError, PartitionError
+from pfedmoe_mpi.federation import Loop
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_six(tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(scope="module")
+def common(data: Path) -> Path:
+    return write_common(data)
+
+
+def reserve(loop: Loop) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    rows, federation = loop.federation.partition.reserved, loop.federation
+    it = Six(loop, loop.state, {})
+    last = np.arange(len(rows)) % 5 == 4
+    assert federation.reserved and len(federation.reserved.splits["train"]) == (~last).sum()
+    return it._pairs(rows[~last]), it._pairs(rows[last])
+
+
+@pytest.mark.parametrize("target", [0.0, 0.5, 1.0])
+def test_pretraining_by_hand(data: Path, target: float) -> None:
+    own = {"common_target": target, "common_share": 0.3, "common_epochs": 4, "common_rate": 0.5}
+    flags = {f"fedjets.{k}": v for k, v in own.items()} | {"train.weight_decay": 0.0, "train.clip": 0.0}
+    loop = build(data, "fedjets", **{**SIZES, **flags}, rounds=1)
+    it = Six(loop, loop.state.clone(), {})
+    (x, y), (tx, ty) = reserve(loop)
+    model = nets.model(it.of_state("common"))
+
+    def accuracy() -> float:
+        model.eval()
+        with torch.no_grad():
+            return float((model(tx).argmax(1) == ty).double().mean())
+
+    generator = seeds.torch_generator(0, "batches", 0, -1)
+    epochs = [
+        [(x[rows], y[rows]) for rows in cut(torch.randperm(len(y), generator=generator), 16)]
+        for _ in range(4)
+    ]
+    start = accuracy()
+    steps = (
+        experts.pretrained(model, epochs, 0.5 * 0.02, lambda: accuracy() >= target) if start < target else 0
+    )
+    assert loop.begin()
+    agree(it.of_state("common", start=False), nets.tensors(model), "common expert")
+    told = it.of_state("common_accuracy", start=False)[""]
+    assert float(told) == pytest.approx(accuracy()) and (accuracy() >= target or steps == 4 * len(epochs[0]))
+    frozen = loop.state.clone()
+    assert loop.play()
+    place = loop.federation.state_layout.parts["common"]
+    assert torch.equal(loop.state[place], frozen[place]), "the common expert is frozen"
+
+
+def refused(pattern: str, path: Path, **own: Any) -> str:
+    loop = build(path, "fedjets", **{**SIZES, **{f"fedjets.{k}": v for k, v in own.items()}})
+    with pytest.raises(ConfigError, match=pattern) as caught:
+        loop.federation.method.check()
+    with pytest.raises(ConfigError, match=pattern):
+        loop.begin()
+    assert "remedy: " in str(caught.value)
+    return str(caught.value)
+
+
+def test_common_experts_that_will_not_do(data: Path, common: Path, tmp_path: Path) -> None:
+    refused("there is no file", data, common=str(tmp_path / "x.h5"))
+    refused("has no part common or model: it holds no weights", data, common=str(data))
+    (tmp_path / "text.h5").write_text("nothing")
+    refused("is no HDF5 file", data, common=str(tmp_path / "text.h5"))
+    (tmp_path / "text.pt").write_text("nothing")
+    refused("cannot be read as weights", data, common=str(tmp_path / "text.pt"))
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    refused("cannot be read as weights", data, common=str(tmp_path / "module.pt"))
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    refused("is no state_dict", data, common=str(tmp_path / "other.pt"))
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
+    assert "mlp5" in refused("it has no extractor", data, common=str(tmp_path / "linear.pt"))
+    assert "--fedjets.common_model" in refused("fc1.weight is", data, common=str(common), common_model="mlp4")
+    with h5py.File(common) as file:
+        tensors = {name: torch.tensor(t[()]) for name, t in file["model"].items()}
+    torch.save({**tensors, "more": torch.ones(1)}, tmp_path / "more.pt")
+    refused("it has more too", data, common=str(tmp_path / "more.pt"))
+    torch.save({**tensors, "head.bias": torch.full((4,), float("nan"))}, tmp_path / "nan.pt")
+    refused("head.bias is not finite", data, common=str(tmp_path / "nan.pt"))
+
+
+def test_a_share_of_hardly_a_row(data: Path) -> None:
+    with pytest.raises(PartitionError, match="reserves 3 for the server"):
+        build(data, "fedjets", **{**SIZES, "fedjets.common_share": 0.01})
+
+
+def test_more_experts_than_clients(data: Path, common: Path) -> None:
+    with pytest.raises(ConfigError, match=r"fedjets\.experts is 7"):
+        build(data, "fedjets", **{**SIZES, "fedjets.common": str(common), "fedjets.experts": 7})
+    own = {"fedjets.common": str(common), "fedjets.experts": 7, "fedjets.anchors_active": 0}
+    loop = build(data, "fedjets", **{**SIZES, **own, "fedjets.anchors": "clusters"}, rounds=1)
+    assert loop.run(), "without anchors no expert needs one"
+    assert not loop.federation.method.prepared_size, "nor the clients' mean embeddings"
+
+
+def test_the_same_expert_from_every_kind_of_file(data: Path, common: Path, tmp_path: Path) -> None:
+    with h5py.File(common) as file:
+        tensors: Mapping[str, torch.Tensor] = {n: torch.tensor(t[()]) for n, t in file["model"].items()}
+    torch.save(tensors, tmp_path / "plain.pt")
+    torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "wrapped.pth")
+    vectors = []
+    for path in (common, tmp_path / "plain.pt", tmp_path / "wrapped.pth"):
+        loop = build(data, "fedjets", **{**SIZES, "fedjets.common": str(path)})
+        assert loop.begin()
+        vectors.append(loop.state[loop.federation.state_layout.parts["common"]].clone())
+    assert torch.equal(vectors[0], vectors[1]) and torch.equal(vectors[0], vectors[2])
+
+
+def test_a_published_backbone(data: Path, tmp_path: Path) -> None:
+    """resnet18 as torchvision publishes it, for 1000 classes; its last layer is not asked for."""
+    from torchvision.models import resnet18, resnet34
+
+    torch.manual_seed(3)
+    network = resnet18(weights=None)
+    torch.save(network.state_dict(), tmp_path / "resnet18.pth")
+    own = {"fedjets.common": str(tmp_path / "resnet18.pth"), "fedjets.common_model": "resnet18"}
+    loop = build(data, "fedjets", **{**SIZES, **own}, rounds=1)
+    assert loop.begin()
+    federation = loop.federation
+    parts = federation.workbench.parts((federation.method.state(), loop.state))
+    x = torch.randn(3, 3, 8, 8)
+    network.fc = nn.Identity()
+    for module in (network, parts.common):
+        module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(parts.common(x), network(x), rtol=1e-4, atol=1e-4)
+    assert loop.play() and bool(loop.state[federation.state_layout.parts["gate"]].isfinite().all())
+    torch.save(resnet34(weights=None).state_dict(), tmp_path / "resnet34.pth")
+    refused("it has network.layer1.2", data, common=str(tmp_path / "resnet34.pth"), common_model="resnet18")
