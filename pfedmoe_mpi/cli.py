@@ -44,7 +44,14 @@ def main(arguments: Sequence[str]) -> int:
     named = bool(arguments) and arguments[0] in COMMANDS
     command = arguments[0] if named else "run"
     try:
-        return COMMANDS[command](arguments[named:])
+        code = COMMANDS[command](arguments[named:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if command not in WITHOUT_MPI:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return EXIT_DONE  # a reader who has seen enough, as `head`, is no fault
     except UserError as error:
         if command in WITHOUT_MPI or isinstance(error, LaunchError):
             launch.tell(error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from launcher import Result, Session, digest, events, program, rows
+from launcher import ROOT, Result, Session, digest, environment, events, program, rows
 
 from pfedmoe_mpi import __version__, algorithms, config
 from pfedmoe_mpi.checkpoint import Checkpoint
@@ -350,3 +352,20 @@ def test_a_loss_beyond_float_is_null(
     done(*small, *wild)
     assert None in rows(tmp_path / "run")[0]["clients"]["loss"]
     assert "loss -" in done("evaluate", tmp_path / "run" / "checkpoints" / "round-000001.h5").out
+
+
+@pytest.mark.parametrize(
+    "command", [("report", "{}", "--text", "true"), ("inspect", "{}/checkpoints/best.h5")]
+)
+def test_a_reader_who_leaves_is_no_fault(trained: Path, command: tuple[str, ...]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pfedmoe_mpi", *(word.format(trained) for word in command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment("mpich", {}),
+        cwd=ROOT,
+    )
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0 and process.stderr.read() == b""
+    process.stderr.close()

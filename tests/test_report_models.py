@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from launcher import ROOT, Result, Session, environment, flip, rows
+from launcher import ROOT, Result, Session, flip, rows
 from report_runs import close, table
 from sklearn.manifold import trustworthiness
 
@@ -243,17 +241,6 @@ def test_what_is_missing_is_one_sentence(done: Callable[..., Result], run: Path,
 
 
 # Rows and output for other tools
-
-
-def test_a_reader_who_leaves_is_no_fault(trained: Path) -> None:
-    command = [sys.executable, "-m", "pfedmoe_mpi", "report", str(trained), "--text", "true"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment("mpich", {}), cwd=ROOT
-    )
-    assert process.stdout and process.stderr
-    process.stdout.close()
-    assert process.wait(timeout=60) == 0 and process.stderr.read() == b""
-    process.stderr.close()
 
 
 def test_flat_rows_have_the_same_columns(trained: Path, run: Path) -> None:

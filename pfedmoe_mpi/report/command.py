@@ -40,7 +40,7 @@ def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str
         raise CompareError("one run has nothing to compare with a baseline", "name the baseline's runs too")
     if text:
         wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-        _say(terminal.text(_made(runs, baseline, wanted, left_out), wide))
+        print(terminal.text(_made(runs, baseline, wanted, left_out), wide))
         return EXIT_DONE
     missing = [name for name in NEEDED if not find_spec(name)]
     if missing:
@@ -54,14 +54,6 @@ def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str
     _write(report, folder)
     print(f"wrote {folder / page.NAME}, {len(report.figures)} figures and {len(report.tables)} tables")
     return EXIT_DONE
-
-
-def _say(text: str) -> None:
-    """Print; a reader who has seen enough, as `head`, is no fault."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
 
 
 def _made(
