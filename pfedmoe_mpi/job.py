@@ -71,19 +71,30 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
                 loaded.config if loaded else world.from_root(lambda: config.read_toml(toml), "configuration")
             )
             settings, changes = continued(before, overrides, WHO_AND_WHEN)
-            if loaded and loaded.partial is not None and "participation" in changes:
-                problem = f"round {loaded.round + 1} is in progress, and its cohort drawn by participation"
-                raise ConfigError(
-                    f"{problem} {changes['participation'][0]}",
-                    "leave --participation out until the round is done, or go on from an earlier "
-                    "checkpoint with --run.dir NEW",
-                )
+            if loaded:
+                _weigh(world, loaded, settings, changes)
             world.stop_at = launch.stop_at(settings.run.walltime, end)
             to, again = world.from_root(lambda: _goes_on_in(source, own, settings), "run folder")
             settings = config.build({**config.flatten(config.to_tree(settings)), "run.dir": str(to)})
             with held if again else RunFolder(to) as folder:
                 told = partial(_train, again=again, changes=changes, warnings=warnings)
                 return told(world, settings, folder, loaded, code)
+
+
+def _weigh(world: Comm, loaded: Checkpoint, settings: Config, changes: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse what a round in progress cannot have otherwise; say what a schedule makes of other rounds."""
+    if loaded.partial is not None and "participation" in changes:
+        problem = f"round {loaded.round + 1} is in progress, and its cohort drawn by participation"
+        raise ConfigError(
+            f"{problem} {changes['participation'][0]}",
+            "leave --participation out until the round is done, or go on from an earlier "
+            "checkpoint with --run.dir NEW",
+        )
+    schedule = settings.train.schedule
+    if world.rank == 0 and "rounds" in changes and schedule != "constant":
+        then, now = changes["rounds"]
+        said = f"the {schedule} learning rate ends at round {now}, no more at {then}, and jumps here"
+        print(f"note: {said}", file=sys.stderr, flush=True)
 
 
 def _run_of(source: Path) -> RunFolder:

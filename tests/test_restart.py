@@ -88,3 +88,11 @@ def test_other_threads_are_allowed_and_said(done: Callable[..., Result], run: Pa
     assert events(run)[2]["changes"]["train.threads"] == [1, 2]
     same = done("restart", run, "--rounds", "5")
     assert "bits will differ" not in same.err
+
+
+def test_a_schedule_that_is_stretched_is_said(
+    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+) -> None:
+    done(*small, "--train.schedule", "linear", "--run.dir", "run")
+    assert "linear learning rate ends at round 2, no more at 1" in done("restart", "run", "--rounds", "2").err
+    assert "learning rate" not in done("restart", "run").err
