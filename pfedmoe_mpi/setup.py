@@ -192,8 +192,8 @@ def deal(settings: Config, dataset: Dataset) -> Partition:
     """The partition; a pure function of settings and labels.
 
     Raises:
-        PartitionError: it cannot be met, or leaves a client a single training row, of which no batch
-            normalisation has a variance.
+        PartitionError: it cannot be met, leaves a client a single training row, of which no batch
+            normalisation has a variance, or would reserve rows that overlap clients' test rows.
     """
 
     def dealt(rows: np.ndarray) -> Partition:
@@ -205,9 +205,16 @@ def deal(settings: Config, dataset: Dataset) -> Partition:
             settings.seed,
             client=None if dataset.client is None else dataset.client[rows],
             official_test=None if dataset.official_test is None else dataset.official_test[rows],
+            ordered=dataset.ordered,
         )
 
     share = algorithms.load(settings.algorithm).reserve(settings)
+    if share and dataset.ordered:
+        raise PartitionError(
+            f"the rows that {settings.algorithm} reserves for the server would be drawn among windows that "
+            "clients are tested on",
+            "take a method that reserves none (FedJETs with --fedjets.common FILE is one), or other data",
+        )
     partition = with_reserve(len(dataset.labels), share, settings.seed, dealt)
     if settings.unseen_clients:
         partition = choose_unseen(partition, dataset.labels, settings.unseen_clients, settings.seed)

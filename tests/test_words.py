@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datafiles import everything, opened, refused
 from launcher import Result
@@ -15,6 +16,8 @@ from played import world
 from textfiles import same_bits, write_stories
 
 from pfedmoe_mpi import config, setup
+from pfedmoe_mpi.data.dataset import Dataset
+from pfedmoe_mpi.errors import PartitionError
 from pfedmoe_mpi.federation import Loop, Silent
 
 SMALL = {"rounds": 2, "data.length": 4, "data.vocabulary": 9, "train.device": "cpu"}
@@ -60,6 +63,32 @@ def test_windows_tokens_and_classes(stories: Path, limit: int) -> None:
         assert partition.train[k].tolist() == list(range(start, start + cut))
         assert partition.test[k].tolist() == list(range(start + cut, start + len(own)))
         start += len(own)
+
+
+@pytest.mark.parametrize("kind", ["natural", "dirichlet"])
+def test_no_row_shows_the_answers_of_later_parts(stories: Path, kind: str) -> None:
+    """Windows overlap, so a client's test rows follow its training rows, validation between."""
+    made = loop_of(stories, partition__kind=kind, partition__validation=0.25, clients=3).federation
+    last = {row for own, cut in _files(made.dataset) for row in own[cut:]}
+    for train, validation, test in zip(
+        made.partition.train, made.partition.validation, made.partition.test, strict=True
+    ):
+        assert set(test.tolist()) <= last and not last & {*train.tolist(), *validation.tolist()}
+        assert train.max() < validation.min()
+        assert len(validation) == int(0.25 * (len(train) + len(validation)) + 0.5)
+
+
+def _files(data: Dataset) -> Iterator[tuple[list[int], int]]:
+    """A file's rows, and how many of them are not of its last fifth."""
+    assert data.client is not None
+    for file in range(3):
+        own = np.flatnonzero(data.client == file).tolist()
+        yield own, len(own) - round(len(own) / 5)
+
+
+def test_rows_for_the_server_are_refused(stories: Path) -> None:
+    with pytest.raises(PartitionError, match=r"drawn among windows(.|\n)*fedjets.common FILE"):
+        loop_of(stories, algorithm="fedjets")
 
 
 def test_files_are_clients_with_lstms_of_unlike_width(stories: Path) -> None:

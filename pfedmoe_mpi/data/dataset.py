@@ -120,6 +120,7 @@ class Loaded:
     client_names: tuple[str, ...] = ()
     proposals: Mapping[str, Any] = field(default_factory=dict)
     fit: Fit | None = None
+    ordered: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +135,7 @@ class Dataset:
     `client_names` name the natural clients where they have names, such as hospitals. `proposals` are settings
     by dotted name that suit the data, for those the user has not given. With a `fit` the data are not ready
     before `fitted`: samples may hold NaN. `vocabulary` is the number of tokens there may be, 0 where samples
-    are no tokens.
+    are no tokens. `ordered` rows overlap those that follow them: parts are cut from their end and not drawn.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Dataset:
     proposals: Mapping[str, Any] = field(default_factory=dict)
     fit: Fit | None = None
     vocabulary: int = 0
+    ordered: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -223,6 +225,7 @@ def describe(loaded: Loaded, settings: Data) -> Dataset:
         client_names=loaded.client_names,
         proposals=loaded.proposals,
         fit=loaded.fit,
+        ordered=loaded.ordered,
     )
 
 

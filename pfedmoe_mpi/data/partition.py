@@ -81,6 +81,7 @@ def make_partition(
     *,
     client: np.ndarray | None = None,
     official_test: np.ndarray | None = None,
+    ordered: bool = False,
 ) -> Partition:
     """Deal rows with `labels` (n,) in 0..classes-1 to `clients` clients.
 
@@ -102,8 +103,8 @@ def make_partition(
     Within each client `test_fraction` of the rows, the same share of each class as nearly as whole rows
     allow, is the test part, and `validation` of the rest the validation part; training and test have one row
     at least. With `pool` official, and in `natural` wherever there is one, the test part is what
-    `official_test` (n,) marks; for the other kinds both pools are dealt with the same shares. `min_samples`
-    counts all of a client's rows.
+    `official_test` (n,) marks; for the other kinds both pools are dealt with the same shares. Of `ordered`
+    rows the validation part is the last of a client's training rows. `min_samples` counts all its rows.
 
     Raises:
         PartitionError: the numbers cannot be met, or were not in `settings.tries` draws.
@@ -120,7 +121,9 @@ def make_partition(
         test = official
         _check_parts(owner, test, clients)
     rest = np.where(test, NOBODY, owner)
-    if settings.validation:
+    if settings.validation and ordered:
+        validation = _last(rest, settings.validation, clients)
+    elif settings.validation:
         validation = _hold_out(rest, labels, settings.validation, (clients, classes), generator)
     else:
         validation = np.zeros(len(labels), bool)
@@ -344,6 +347,14 @@ def _hold_out(
     place = np.arange(len(rows)) - (np.cumsum(count) - count)[group[order]]
     mask = np.zeros(len(owner), bool)
     mask[rows[order][place < take[group[order]]]] = True
+    return mask
+
+
+def _last(owner: np.ndarray, share: float, clients: int) -> np.ndarray:
+    """Mask (n,) of the last rows of each owner: `share` of them, at least one, never all."""
+    mask = np.zeros(len(owner), bool)
+    for rows in _per_client(owner, clients):
+        mask[rows[len(rows) - np.clip(int(share * len(rows) + 0.5), 1, len(rows) - 1) :]] = True
     return mask
 
 

@@ -1,8 +1,8 @@
 """Texts to continue: a folder of plain text files, one natural client each; words are told by those before.
 
 A row is a window of `data.length` words of one file, its class the word after them. The last fifth of a
-file's rows is its test part: dealt by draw, test windows would lie among training windows that hold their
-answers.
+file's rows is its test part, whoever holds them, and the last training rows of a client are its validation
+part: dealt by draw, these windows would lie among training windows that hold their answers.
 """
 
 from __future__ import annotations
@@ -46,8 +46,14 @@ def load_words(root: Path, settings: Data) -> Loaded:
         client=np.repeat(np.arange(len(files)), [len(own) for own in windows]),
         official_test=np.concatenate([_last(len(own)) for own in windows]),
         client_names=tuple(path.stem for path in files),
-        proposals={"partition.kind": "natural", "clients": len(files), "model.shared": "lstm3"},
+        proposals={
+            "partition.kind": "natural",
+            "partition.pool": "official",
+            "clients": len(files),
+            "model.shared": "lstm3",
+        },
         fit=NextWord(tuple(words), following, settings.vocabulary),
+        ordered=True,
     )
 
 
