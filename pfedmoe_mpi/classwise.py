@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pfedmoe_mpi.algorithms.base import Mean, Phase
+from pfedmoe_mpi.fixedpoint import NotFiniteError
 from pfedmoe_mpi.flat import Bound
 from pfedmoe_mpi.parts import Module, Parts
 from pfedmoe_mpi.training import SGD, Turn
@@ -61,7 +62,7 @@ def train_on_server(
         The trained module, in evaluation mode.
 
     Raises:
-        FloatingPointError: what was trained is not finite.
+        NotFiniteError: what was trained is not finite.
     """
     bound = Bound(part.build(), torch.device("cpu"))
     bound.load(vector)
@@ -74,6 +75,6 @@ def train_on_server(
             optimiser.step()
     optimiser.zero_grad()
     if not bool(bound.vector.isfinite().all()):
-        raise FloatingPointError("what the server trained is not finite; lower its learning rate")
+        raise NotFiniteError("what the server trained is not finite")
     vector.copy_(bound.vector)
     return module.eval()

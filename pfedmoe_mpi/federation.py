@@ -6,12 +6,13 @@ is read from their result, so all ranks decide alike.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -275,23 +276,23 @@ class Loop:
     # After the sum
 
     def _check_divergence(self, total: RoundSum) -> None:
-        """Tell who was left out as not finite; that ends the run if it is the whole cohort, or so configured.
-
-        Raises:
-            RunError: on all ranks, with a checkpoint of the rounds before.
-        """
+        """Tell who was left out as not finite; the run ends if it is the whole cohort, or so configured."""
         diverged = total.clients(DROPPED)
         self._observer.dropped(self.round + 1, diverged)
         everyone = len(diverged) == len(total.cohort)
         if diverged and (everyone or self.federation.config.faults.nonfinite == "stop"):
-            if not self.saver.has(self.round):
-                self.save()
+            total.forget(DROPPED)
             who = "every client of the cohort" if everyone else f"client {', '.join(map(str, diverged))}"
-            raise RunError(
-                f"round {self.round + 1}: the loss, gradient or vector of {who} is not finite",
-                "lower --train.lr, --train.lr_shared and --train.lr_gate, or set --train.clip; "
-                "`restart` of the run folder goes on with them from the round before",
-            )
+            self._end_diverged(total, f"the loss, gradient or vector of {who}")
+
+    def _end_diverged(self, total: RoundSum, what: str) -> NoReturn:
+        """The run's end on all ranks, with a checkpoint of whom this round has trained."""
+        self._save_stopped(total)
+        raise RunError(
+            f"round {self.round + 1}: {what} is not finite",
+            "lower --train.lr, --train.lr_shared and --train.lr_gate, or set --train.clip; "
+            "`restart` of the run folder goes on with them from there",
+        )
 
     def _updated(self, total: RoundSum) -> torch.Tensor:
         """The server's next vector; nobody's contribution leaves it as it is."""
@@ -303,10 +304,16 @@ class Loop:
         overridden = type(method).server_update is not Algorithm.server_update
         if not overridden or self.comm.rank == 0:
             by_name = {name: state[place] for name, place in slices.items()}
-            with suppress(StoppedError):  # the evaluation meets it too, and this state is never used
+            try:
                 method.server_update(by_name, total.means(), self.round + 1)
+            except StoppedError:  # the evaluation meets it too, and this state is never used
+                pass
+            except NotFiniteError:
+                state.fill_(math.inf)  # tells all ranks
         if overridden:
             self.comm.broadcast(state.numpy(), "server state")
+            if bool(state.isinf().any()):
+                self._end_diverged(total, "what the server trained")
         return state
 
     def _evaluate(self, round: int, state: torch.Tensor, due: bool = True) -> EvaluationSum:

@@ -83,6 +83,12 @@ class RoundSum:
         self.metrics()[position] = np.nan
         self.flags[position] = why
 
+    def forget(self, why: int) -> None:
+        """Members left out for this reason become MISSING, to be trained again after a restart."""
+        again = self.flags == why
+        self.metrics()[again] = 0.0
+        self.flags[again] = MISSING
+
     def _encode(self, block: Block, client: int, value: Tensor) -> tuple[np.ndarray, np.ndarray]:
         value = value.detach().cpu().float().reshape(block.rows, block.size)
         weight = self._task.weight(block.weight, client)

@@ -1,0 +1,45 @@
+"""What is not finite ends a run or a member's round with one message, and costs no other client its work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launcher import Result, Session, finished, learned, learned_digest
+from played import build, write_data
+
+from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi.errors import RunError
+
+
+def flags_of(path: Path) -> tuple[str, ...]:
+    """Three clients, of whom client 1 cannot train."""
+    return (
+        *("--data.source", "hdf5", "--data.path", str(path), "--partition.kind", "natural", "--clients", "3"),
+        *("--model.pool", "mlp5", "--model.shared", "mlp5", "--rounds", "2", "--train.clip", "0"),
+        *("--run.checkpoint_every", "2"),
+    )
+
+
+def test_a_run_that_stopped_for_one_client_goes_on_without_it(
+    session: Session, done: Callable[..., Result], tmp_path: Path
+) -> None:
+    """Those who trained in the round do not train in it twice, and the one left out does again."""
+    flags = flags_of(write_data(tmp_path / "spoilt.h5", 8, spoilt=1))
+    done(*flags, "--run.dir", "dropped")
+    ended = session(*flags, "--faults.nonfinite", "stop", "--run.dir", "run", cwd=tmp_path)
+    assert ended.code == 1 and "round 1: the loss, gradient or vector of client 1 is not finite" in ended.err
+    (path,) = checkpoint.newest_first(tmp_path / "run" / "checkpoints")
+    assert path.name == checkpoint.name(0, partial=True)
+    finished(2, "restart", "run", "--faults.nonfinite", "drop", cwd=tmp_path)
+    assert learned(tmp_path / "run") == learned(tmp_path / "dropped")
+    assert learned_digest(tmp_path / "run", 2) == learned_digest(tmp_path / "dropped", 2)
+
+
+def test_a_server_that_diverges_is_told(tmp_path: Path) -> None:
+    path = write_data(tmp_path / "small.h5", 8)
+    loop = build(path, "fedgh", model__pool="mlp5", train__clip=0.0, fedgh__lr=1e39)
+    with pytest.raises(RunError, match=r"round 1: what the server trained is not finite(.|\n)*train.clip"):
+        loop.run()
+    assert loop.round == 0 and not loop.history
