@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import config
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 
 NAMES = 10  # of the data's own clients in the plan
+SHOWN = {"accuracy": "accuracy", "cohort, before the sum": "accuracy_cohort", "unseen": "accuracy_unseen"}
 
 
 def megabytes(numbers: float) -> str:
@@ -92,7 +94,7 @@ class Progress:
 
     def __init__(self, rounds: int, done: int, clients: int) -> None:
         self._rounds = rounds
-        self._clients = clients
+        self._clients, self._shown = clients, ""
         self._started, self._first = time.monotonic(), done
         self._bar: Any = None
         # Open MPI gives its ranks a terminal of its own, also where the job's output goes into a file.
@@ -107,19 +109,19 @@ class Progress:
             self._task = self._bar.add_task(f"{clients} clients here", total=rounds, completed=done)
 
     def round_done(self, row: Row) -> None:
-        accuracy, before = (_percent(row[name]["mean"]) for name in ("accuracy", "accuracy_cohort"))
+        means = {name: row[key]["mean"] for name, key in SHOWN.items()}
+        measured = [f"{name} {_percent(mean)}" for name, mean in means.items() if mean is not None]
         loss = "-" if row["train_loss"] is None else f"{row['train_loss']:.4f}"
-        text = f"accuracy {accuracy} (cohort, before the sum, {before})  loss {loss}"
-        if row["accuracy_unseen"]["mean"] is not None:
-            text += f"  unseen {_percent(row['accuracy_unseen']['mean'])}"
         each = (time.monotonic() - self._started) / (row["round"] - self._first)
-        left = each * (self._rounds - row["round"])
-        seconds = row["seconds"]["total"]
-        line = f"round {row['round']}/{self._rounds}  {text}  {seconds:.2f} s, {left:.0f} s left"
+        left = timedelta(seconds=round(each * (self._rounds - row["round"])))
+        time_told = f"{row['seconds']['total']:.2f} s, {left} left"
+        line = "  ".join([f"round {row['round']}/{self._rounds}", *measured, f"loss {loss}", time_told])
         LOGGER.info(line)
         if self._bar:
-            shown = f"accuracy {accuracy}, {self._clients} clients here"
-            self._bar.update(self._task, completed=row["round"], description=shown)
+            if measured:
+                self._shown = f"accuracy {_percent(means['accuracy'])}, "
+            description = f"{self._shown}{self._clients} clients here"
+            self._bar.update(self._task, completed=row["round"], description=description)
         else:
             print(line, flush=True)
 

@@ -45,10 +45,13 @@ def on_a_terminal(*arguments: str, cwd: Path, timeout: float = 120) -> str:
 
 
 def test_a_bar_with_rounds_accuracy_clients_and_time_left(tmp_path: Path, small: tuple[str, ...]) -> None:
-    written = on_a_terminal(*small, "--rounds", "12", "--run.dir", "run", cwd=tmp_path)
+    written = on_a_terminal(*small, "--rounds", "12", "--eval.every", "11", "--run.dir", "run", cwd=tmp_path)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written)
     bars = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("round ")]
     assert re.search(r"12/12 .* accuracy \d+\.\d\d %, 4 clients here +\d:\d\d:\d\d", bars[-1]), bars[-1]
     assert all(len(bar.rstrip()) <= 80 and "…" not in bar for bar in bars)
     logged = (tmp_path / "run" / "log" / "rank-0000.txt").read_text()
-    assert len(re.findall(r"round \d+/12 ", logged)) == 12, "one plain line per round in the log"
+    lines = re.findall(r"round \d+/12 .*", logged)
+    assert len(lines) == 12, "one plain line per round in the log"
+    assert re.search(r"accuracy \d.*  cohort, before the sum \d.*  loss \d.* s, 0:00:\d\d left", lines[10])
+    assert re.fullmatch(r"round 2/12  loss \d.* left", lines[1]), "what was not measured is not spoken of"
