@@ -82,7 +82,10 @@ def test_runs_altered_in_unlike_ways_are_no_replicates(trained: Path) -> None:
         Run(Path(str(epochs)), {**run.config, **place, "train.epochs": epochs}, run.history, ())
         for epochs in (1, 5)
     ]
-    ((found,),) = [section.tables for section in paper.sections(made)]
+    (section,) = paper.sections(made)
+    (found,) = section.tables
+    assert section.title == "Cells of tables", "no paper prints it"
+    assert [column.title for column in found.columns] == ["setting", "method", "ours", "as run"]
     assert [row[-1].text for row in found.rows] == [f"other train.epochs = {n}" for n in (1, 5)]
     assert [row[2].values[2] for row in found.rows] == [1, 1]
 

@@ -1,4 +1,4 @@
-"""Runs of the papers' tables, which `reproduce` trains, beside the figures that the papers print."""
+"""Runs of tables, which `reproduce` trains; those of the papers beside the figures that the papers print."""
 
 from __future__ import annotations
 
@@ -14,20 +14,32 @@ from pfedmoe_mpi.report.sections import Section
 from pfedmoe_mpi.report.tables import SPREAD, Cell, Column, Table, spread, word
 
 FIGURES = Path(__file__).with_name("paper.toml")
+THEIRS = ("paper", "difference, points")
 NONE: Mapping[str, Any] = {"source": "", "accuracy": "accuracy", "solved": [], "cells": {}}
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """One section with a table for each table of the papers that finished runs belong to; else nothing."""
+    """What finished runs of a table came to: where a paper prints its figures beside them, else alone."""
     of_table: dict[str, list[Run]] = {}
     for run in runs:
         if run.finished and run.config.get("run.table"):
             of_table.setdefault(str(run.config["run.table"]), []).append(run)
-    if not of_table:
-        return []
     figures = tomllib.loads(FIGURES.read_text(encoding="utf-8"))
-    made = [beside(name, same, {**NONE, **figures.get(name, {})}) for name, same in sorted(of_table.items())]
-    return [Section("Beside the paper", made)]
+    printed = [name for name in sorted(of_table) if name in figures]
+    others = [name for name in sorted(of_table) if name not in figures]
+    theirs = [beside(name, of_table[name], {**NONE, **figures[name]}) for name in printed]
+    own = [alone(name, of_table[name]) for name in others]
+    titled = (("Beside the paper", theirs), ("Cells of tables", own))
+    return [Section(title, made) for title, made in titled if made]
+
+
+def alone(name: str, runs: Sequence[Run]) -> Table:
+    """`beside` for a table of which no paper prints a figure: without the paper's columns."""
+    made = beside(name, runs, NONE)
+    ours = [place for place, column in enumerate(made.columns) if column.title not in THEIRS]
+    columns = [made.columns[place] for place in ours]
+    rows = [[row[place] for place in ours] for row in made.rows]
+    return Table(f"table_{name}", name, columns, rows, made.notes[:1])
 
 
 def beside(name: str, runs: Sequence[Run], paper: Mapping[str, Any]) -> Table:
@@ -60,7 +72,7 @@ def beside(name: str, runs: Sequence[Run], paper: Mapping[str, Any]) -> Table:
 
 def _columns() -> list[Column]:
     columns = [Column("setting", words=True), Column("method", words=True), Column("ours", SPREAD)]
-    return [*columns, Column("paper"), Column("difference, points"), Column("as run", words=True)]
+    return [*columns, *map(Column, THEIRS), Column("as run", words=True)]
 
 
 def _difference(value: float | None) -> Cell:
