@@ -32,7 +32,7 @@ def run(words: Sequence[str], flags: Mapping[str, Any]) -> int:
         ConfigError: another word, or more than one.
         LaunchError: under a launcher, or there is none, or the job fails.
     """
-    if len(words) > 1 or not all(word.isdigit() and int(word) for word in words):
+    if len(words) > 1 or not all(word.isdecimal() and int(word) for word in words):
         raise ConfigError(f"bench start takes a number of ranks, not {' '.join(words)}", "bench start 16")
     if launch.launched_size(os.environ) > 1:
         raise LaunchError("bench start launches ranks itself", "leave out mpirun: bench start 16")

@@ -30,7 +30,17 @@ from pfedmoe_mpi.reading import Checkpoint, verify
 from pfedmoe_mpi.seal import FORMAT, Table
 from pfedmoe_mpi.sparse import SparseFile
 
-__all__ = ["FORMAT", "Checkpoint", "Content", "name", "newest_first", "sync_folder", "verify", "write"]
+__all__ = [
+    "FORMAT",
+    "Checkpoint",
+    "Content",
+    "name",
+    "newest_first",
+    "opened",
+    "sync_folder",
+    "verify",
+    "write",
+]
 
 _PIECE = 1 << 24
 _NAME = re.compile(r"round-(\d+)(-partial)?\.h5")
@@ -66,6 +76,17 @@ def newest_first(folder: Path) -> list[Path]:
     named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("round-*.h5"))
     aged = [((int(match[1]), not match[2]), path) for match, path in named if match]
     return [path for _, path in sorted(aged, reverse=True)]
+
+
+def opened(comm: Comm, path: Path) -> Checkpoint:
+    """A verified checkpoint, open on every rank; collective.
+
+    Raises:
+        CheckpointError: on all ranks: on one of them it is not there any more.
+    """
+    held: list[Checkpoint] = []
+    comm.agree(lambda: held.append(Checkpoint(path)), "opening the checkpoint")
+    return held[0]
 
 
 # Writing

@@ -103,7 +103,7 @@ def export(arguments: Sequence[str]) -> int:
     words, flags, extra = _parse(arguments, {"client": ""})
     source, out = _exactly(words, "CHECKPOINT.h5", "OUT.h5")
     _no_settings("export", flags)
-    if not extra["client"].isdigit():
+    if not extra["client"].isdecimal():
         raise ConfigError(f"--client {extra['client'] or 'is missing'}", "--client 7 exports client 7")
     from pfedmoe_mpi import inspection
 

@@ -283,15 +283,15 @@ class Loop:
         if diverged and (everyone or self.federation.config.faults.nonfinite == "stop"):
             total.forget(DROPPED)
             who = "every client of the cohort" if everyone else f"client {', '.join(map(str, diverged))}"
-            self._end_diverged(total, f"the loss, gradient or vector of {who}")
+            lower = "lower --train.lr, --train.lr_shared and --train.lr_gate, or set --train.clip"
+            self._end_diverged(total, f"the loss, gradient or vector of {who}", lower)
 
-    def _end_diverged(self, total: RoundSum, what: str) -> NoReturn:
+    def _end_diverged(self, total: RoundSum, what: str, lower: str) -> NoReturn:
         """The run's end on all ranks, with a checkpoint of whom this round has trained."""
         self._save_stopped(total)
         raise RunError(
             f"round {self.round + 1}: {what} is not finite",
-            "lower --train.lr, --train.lr_shared and --train.lr_gate, or set --train.clip; "
-            "`restart` of the run folder goes on with them from there",
+            f"{lower}; `restart` of the run folder goes on with that from there",
         )
 
     def _updated(self, total: RoundSum) -> torch.Tensor:
@@ -313,7 +313,10 @@ class Loop:
         if overridden:
             self.comm.broadcast(state.numpy(), "server state")
             if bool(state.isinf().any()):
-                self._end_diverged(total, "what the server trained")
+                lower = (
+                    "lower --train.lr_shared or set --train.clip; a rate of the method's own needs a new run"
+                )
+                self._end_diverged(total, "what the server trained", lower)
         return state
 
     def _evaluate(self, round: int, state: torch.Tensor, due: bool = True) -> EvaluationSum:

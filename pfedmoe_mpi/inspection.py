@@ -108,7 +108,7 @@ def evaluate(path: Path, overrides: Mapping[str, Any], as_json: bool) -> int:
 
     def work(world: Comm, code: str) -> int:
         world.agree(lambda: checkpoint.verify(path, world.rank, world.size), "checking the checkpoint")
-        with Checkpoint(path) as loaded:
+        with checkpoint.opened(world, path) as loaded:
             return _evaluate(world, loaded, overrides, as_json)
 
     return under_mpi(work, singleton=True)
@@ -119,7 +119,7 @@ def _evaluate(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], as_
     other = loop.federation.data_digest != loaded.identity["data_digest"]
     result = loop.evaluation()
     if world.rank == 0:
-        result = {"round": loaded.round, "other_data": other, **result}
+        result = {"round": loaded.round, "trained_since": loaded.finished, "other_data": other, **result}
         print(json.dumps(result) if as_json else _table(result))
     return EXIT_DONE
 
@@ -154,7 +154,9 @@ def taken_up(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any]) -> L
 
 def _table(result: Mapping[str, Any]) -> str:
     other = ", on other data than it was trained on" if result["other_data"] else ""
-    lines = [f"after round {result['round']}{other}"]
+    since = ", ".join(map(str, result["trained_since"]))
+    mixed = f", but clients {since}, who have trained in the next one" if since else ""
+    lines = [f"after round {result['round']}{mixed}{other}"]
     for client, (accuracy, loss) in enumerate(
         zip(result["clients"]["accuracy"], result["clients"]["loss"], strict=True)
     ):

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi import checkpoint, comm, config, console, launch, live, metrics
+from pfedmoe_mpi import checkpoint, comm, config, console, launch, live
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.config import Config
@@ -24,8 +24,8 @@ from pfedmoe_mpi.runfolder import RunFolder, default
 BITS = ("torch", "device", "threads", "precision")
 LEGS_WITHOUT_PROGRESS = 2  # in a row, then the run ends: the job scripts would submit it for ever
 MOST_COUNTS = 100_000  # clients × classes in one line of events.jsonl
-# Sections that make it another federation, beside those that an evaluation needs too.
-WHO_AND_WHEN = ("partition", "gate", "unseen", "join", "stream")
+# Settings that make it another federation, beside those that an evaluation needs too.
+WHO_AND_WHEN = ("partition", "gate", "unseen", "join", "stream", "data.mean", "data.std")
 # Asked for anew at every start.
 ANEW = ("run.dir", "run.force", "run.singleton")
 
@@ -65,7 +65,7 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
         if world.rank == 0:
             for warning in warnings:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
-        with Checkpoint(path) if path else nullcontext() as loaded:
+        with checkpoint.opened(world, path) if path else nullcontext() as loaded:
             toml = held.config
             before = (
                 loaded.config if loaded else world.from_root(lambda: config.read_toml(toml), "configuration")
@@ -164,7 +164,8 @@ def continued(
     What concerns one start only (run.dir, run.force, run.singleton) is taken from the overrides alone.
 
     Raises:
-        ConfigError: an override that would make it another federation; `fixed` are more sections that do.
+        ConfigError: an override that would make it another federation; `fixed` are more sections or settings
+            that do.
     """
     anew = {name: config.fields()[name].default for name in ANEW}
     old = config.build({**config.flatten(before), **anew})
@@ -173,7 +174,9 @@ def continued(
     names = [name for name in {**then, **now} if name not in ANEW and then.get(name) != now.get(name)]
     fixed = ("algorithm", "clients", "seed", "model", old.algorithm, *fixed)
     refused = [
-        f"{name}: {then.get(name)} → {now.get(name)}" for name in names if name.partition(".")[0] in fixed
+        f"{name}: {then.get(name)} → {now.get(name)}"
+        for name in names
+        if name in fixed or name.partition(".")[0] in fixed
     ]
     if refused:
         problem = "this cannot be changed now: " + "; ".join(refused)
@@ -194,13 +197,12 @@ def _train(
     warnings: Sequence[str] = (),
 ) -> int:
     """Build, tell, train. `again`: the folder exists and goes on."""
-    from pfedmoe_mpi import federation as loop_room
     from pfedmoe_mpi import setup
 
+    world.timeout = settings.run.timeout or world.timeout
     world.from_root(lambda: live.check(settings), "packages")
     federation = setup.build(world, settings)
     settings = federation.config
-    world.timeout = settings.run.timeout or world.timeout
     _compare(world, federation, loaded)
     if not loaded:
         world.from_root(federation.method.check, "the method's files")
@@ -209,27 +211,49 @@ def _train(
         print("\n".join(console.plan(federation, lines)), flush=True)
     if dry:
         return EXIT_DONE
-    history = loaded.history if loaded else []
-    done = bool(loaded and loaded.round >= settings.rounds)
-    if done:
+    if loaded and loaded.round >= settings.rounds:
+        if again and not changes:
+            world.from_root(lambda: folder.complete(loaded.history), "run folder")
         if world.rank == 0:
-            print(f"the run is finished: {history[-1]['round']} of {settings.rounds} rounds are done")
+            print(f"the run is finished: {loaded.round} of {settings.rounds} rounds are done")
         return EXIT_DONE
-    world.from_root(lambda: _open_folder(folder, settings, history, again), "run folder")
-    folder.log_to_file(world.rank)
+    known = world.from_root(lambda: _for_reports(federation), "what reports need")
+    facts = {"changes": changes or {}, "warnings": list(warnings), **known}
+    return _play(world, federation, folder, loaded, code, again, lines, facts)
+
+
+def _play(
+    world: Comm,
+    federation: Any,
+    folder: RunFolder,
+    loaded: Checkpoint | None,
+    code: str,
+    again: bool,
+    lines: Sequence[str],
+    facts: Mapping[str, Any],
+) -> int:
+    """Open the run folder, train, say how it ended. `facts` are for events.jsonl."""
+    from pfedmoe_mpi import federation as loop_room
+
+    settings = federation.config
+    history = loaded.history if loaded else []
+    if not again:
+        world.from_root(lambda: folder.create(settings.run.force), "run folder")
+    world.agree(lambda: folder.log_to_file(world.rank), "logs")
     identity = {"code": code, **_identity(federation)}
     own = len(federation.clients)
     progress = console.Progress(settings.rounds, len(history), own) if world.rank == 0 else None
     curves = live.Curves(folder.path, history) if progress and settings.run.tensorboard else None
     reporter = Reporter(folder, settings.run.keep, progress, curves)
-    known = world.from_root(lambda: _for_reports(federation), "what reports need")
-    facts = {**identity, "changes": changes or {}, "warnings": list(warnings), **known}
-    _started(world, reporter, loaded, lines, facts)
     loop = loop_room.Loop(world, federation, reporter, folder.checkpoints)
     loop.saver.identity = identity
-    if loaded:
-        loop.resume(loaded)
     try:
+        if loaded:
+            loop.resume(loaded)
+            if facts["changes"] or not again:
+                _write_anew(loop, loaded)
+        world.from_root(lambda: folder.describe(config.to_toml(settings), history), "run folder")
+        _started(world, reporter, loaded, lines, {**identity, **facts})
         finished = loop.run()
     except RunError as error:
         reporter.event("error", round=loop.round, error=error.problem)
@@ -302,12 +326,13 @@ def _for_reports(federation: Any) -> dict[str, Any]:
     return {"class_counts": counts.tolist(), "multiply_adds": costs, **named}
 
 
-def _open_folder(folder: RunFolder, settings: Config, history: Sequence[metrics.Row], again: bool) -> None:
-    if again:
-        folder.write_config(config.to_toml(settings))
+def _write_anew(loop: Any, loaded: Checkpoint) -> None:
+    """What was taken up as a checkpoint of this run: killed before the next one, it goes on from here."""
+    if loaded.partial is None:
+        loop.save()
     else:
-        folder.create(config.to_toml(settings), settings.run.force)
-    folder.rewrite_metrics(history)
+        whole = (loaded.round, loaded.state, loaded.history)
+        loop.saver.partial(*whole, loaded.partial, loaded.finished)
 
 
 def _started(

@@ -159,6 +159,8 @@ def row(
         total.cohort, nulls(np.where(members_in, member[:, 1], np.nan)), strict=True
     ):
         before[client] = value
+    # A round taken up after a stop may have members who trained when it was not to be measured.
+    known = [before[client] is not None for client in total.clients(IN) if tested[client]]
     trained = members_in & np.isfinite(member[:, 0])
     weights = np.array([samples[client] for client, _ in total.cohort], float)[trained]
     losses = member[trained, 0]
@@ -178,7 +180,7 @@ def row(
         "accuracy": after["accuracy"],
         "accuracy_unseen": after["accuracy_unseen"],
         "accuracy_concepts": {**after["accuracy_concepts"], "share": share},
-        "accuracy_cohort": summary(before, tested),
+        "accuracy_cohort": summary(before if all(known) else [None] * len(before), tested),
         "accuracy_validation": after["accuracy_validation"],
         "auc": after["auc"],
         "alpha_class": after["alpha_class"],

@@ -71,9 +71,9 @@ class Reporter:
             held = self.folder.best_round()
             rounds = [history[-1]["round"], *([held] if held else [])]
             top = metrics.best(history, rounds)
-            if top and top["round"] == history[-1]["round"] != held:
+            if top and top["round"] == history[-1]["round"]:  # again too: what best.h5 was may be damaged
                 self.folder.mark_best(path)
-        self.folder.keep_newest(self.keep)
+        self.folder.keep_newest(self.keep, path)
 
     def _careful(self, name: str, work: Callable[[], None]) -> None:
         try:

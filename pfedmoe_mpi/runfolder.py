@@ -1,7 +1,7 @@
 """The run folder: configuration, metrics, events, logs, checkpoints of one run. Rank 0 writes, but for logs.
 
 A folder that is in the way is refused or, with `run.force`, renamed; nothing is ever deleted but checkpoints
-beyond `run.keep`. Whoever writes into it holds its lock.
+beyond `run.keep`. Whoever writes into it holds its lock. With `config.toml` it can be restarted.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class RunFolder:
                 f"`restart {path}` goes on with it, --run.force true renames it, --run.dir chooses another",
             )
 
-    def create(self, config_toml: str, force: bool) -> None:
-        """Make and lock the folder; `config.toml` appears last and whole: with it, it can be restarted."""
+    def create(self, force: bool) -> None:
+        """Make and lock the folder, with nothing in it yet."""
         try:
             self.refuse_existing(self.path, force)
             if _holds_anything(self.path):
@@ -92,7 +92,6 @@ class RunFolder:
             self.refuse_existing(self.path, force=False)  # who held it before may have filled it
             (self.path / "log").mkdir(exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            self.write_config(config_toml)
         except OSError as error:
             problem = f"the run folder cannot be made: {error}"
             raise ConfigError(problem, "choose another --run.dir") from error
@@ -127,14 +126,41 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
-    def write_config(self, config_toml: str) -> None:
-        _replace(self.config, config_toml)
+    def describe(self, config_toml: str, history: Sequence[Mapping[str, Any]]) -> None:
+        """metrics.jsonl and config.toml of a run that starts or goes on.
+
+        Raises:
+            ConfigError: they cannot be written.
+        """
+        try:
+            self.rewrite_metrics(history)
+            _replace(self.config, config_toml)
+        except OSError as error:
+            problem = f"the run folder {self.path} cannot be written: {error}"
+            raise ConfigError(problem, "make room, or go on in another --run.dir") from error
+
+    def complete(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """What a run that was killed between its last checkpoint and its end had still to write."""
+        if self._rounds_told() != [row["round"] for row in history]:
+            self.rewrite_metrics(history)
+        if not self.finished:
+            self.event("finish", round=len(history))
+
+    def _rounds_told(self) -> list[int] | None:
+        """The rounds in metrics.jsonl, None if it is missing or broken."""
+        try:
+            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            return [json.loads(line)["round"] for line in lines]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def event(self, kind: str, **facts: Any) -> None:
-        """Append one line to events.jsonl."""
+        """Append one line to events.jsonl, behind the half one of a killed run."""
         line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "event": kind, **facts}
-        with open(self.path / "events.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with open(self.path / "events.jsonl", "a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read() not in {b"", b"\n"}
+            file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
 
     def stops_without_progress(self) -> int:
         """How many legs in a row, the newest first, were stopped before a client's step was done."""
@@ -173,9 +199,16 @@ class RunFolder:
         """metrics.jsonl as the checkpoint knows it, replaced in one step."""
         _replace(self.path / "metrics.jsonl", "".join(metrics.dumps(row) + "\n" for row in history))
 
-    def keep_newest(self, number: int) -> None:
-        """Remove all but the newest checkpoints, and partial ones that a complete one has overtaken."""
+    def keep_newest(self, number: int, written: Path) -> None:
+        """Remove all but the newest checkpoints, and partial ones that a complete one has overtaken.
+
+        What seems newer than the one just written, a damaged file or a round that was begun anew, gets the
+        suffix .unused.
+        """
         found = checkpoint.newest_first(self.checkpoints)
+        newer, found = found[: found.index(written)], found[found.index(written) :]
+        for path in newer:
+            path.rename(path.with_name(f"{path.name}.unused"))
         complete = [path for path in found if "partial" not in path.stem]
         overtaken = found[found.index(complete[0]) :] if complete else []
         for path in [*complete[number:], *(p for p in overtaken if "partial" in p.stem)]:
@@ -203,11 +236,19 @@ class RunFolder:
             return None
 
     def log_to_file(self, rank: int) -> None:
-        """log/rank-0003.txt, and no longer that of an earlier run of this process."""
+        """log/rank-0003.txt, and no longer that of an earlier run of this process.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
         for earlier in [found for found in LOGGER.handlers if isinstance(found, _LogFile)]:
             LOGGER.removeHandler(earlier)
             earlier.close()
-        handler = _LogFile(self.path / "log" / f"rank-{rank:04d}.txt", encoding="utf-8")
+        try:
+            handler = _LogFile(self.path / "log" / f"rank-{rank:04d}.txt", encoding="utf-8")
+        except OSError as error:
+            problem = f"the log of rank {rank} cannot be written: {error}"
+            raise ConfigError(problem, "mend the file system, or go on in another --run.dir") from error
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         LOGGER.addHandler(handler)
         LOGGER.setLevel(logging.INFO)
@@ -230,9 +271,14 @@ def _holds_anything(folder: Path) -> bool:
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     checkpoint.sync_folder(path.parent)

@@ -246,6 +246,6 @@ def chosen(runs: Sequence[TableRun], only: str, task: str) -> list[TableRun]:
         raise TableError(problem, f"names are like {runs[0].name}: --only '*{runs[0].name[-6:]}'")
     if not task:
         return found
-    if not task.isdigit() or int(task) >= len(found):
+    if not task.isdecimal() or int(task) >= len(found):
         raise TableError(f"--task {task}: there is no such run", f"tasks go from 0 to {len(found) - 1}")
     return [found[int(task)]]

@@ -36,6 +36,7 @@ from launcher import Session, digest
         ("expected CHECKPOINT.h5 OUT.h5, not a.h5", ["export", "a.h5", "--client", "1"]),
         ("--client is missing", ["export", "a.h5", "b.h5"]),
         ("--client -1", ["export", "a.h5", "b.h5", "--client", "-1"]),
+        ("--client ²", ["export", "a.h5", "b.h5", "--client", "²"]),
         ("inspect takes no --rounds", ["inspect", "a.h5", "--rounds", "3"]),
         ("export takes no --seed", ["export", "a.h5", "b.h5", "--client", "1", "--seed", "3"]),
         ("--json perhaps: neither", ["evaluate", "a.h5", "--json", "perhaps"]),

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launcher import Result, Session, finished, learned, learned_digest
+from conftest import SMALL
+from drivers import mpirun
+from launcher import Result, Session, finished, learned, learned_digest, rows
 from played import build, write_data
 
 from pfedmoe_mpi import checkpoint
@@ -35,6 +37,20 @@ def test_a_run_that_stopped_for_one_client_goes_on_without_it(
     finished(2, "restart", "run", "--faults.nonfinite", "drop", cwd=tmp_path)
     assert learned(tmp_path / "run") == learned(tmp_path / "dropped")
     assert learned_digest(tmp_path / "run", 2) == learned_digest(tmp_path / "dropped", 2)
+
+
+def test_a_round_stopped_while_all_diverge_is_played_anew(
+    session: Session, done: Callable[..., Result], tmp_path: Path
+) -> None:
+    """Those left out before the stop train again too, once the remedy is followed."""
+    wild = ("--train.lr", "1e30", "--train.clip", "0", "--run.dir", str(tmp_path / "run"))
+    assert mpirun("failing.py", "stop", "0", "training", *SMALL, *wild, ranks=1).code == 75
+    (path,) = checkpoint.newest_first(tmp_path / "run" / "checkpoints")
+    assert path.name == checkpoint.name(0, partial=True)
+    assert session("restart", "run", cwd=tmp_path).code == 1
+    done("restart", "run", "--train.lr", "0.05", "--train.clip", "50")
+    (row,) = rows(tmp_path / "run")
+    assert row["dropped"] == [] and None not in row["clients"]["accuracy_before"]
 
 
 def test_a_server_that_diverges_is_told(tmp_path: Path) -> None:

@@ -240,6 +240,14 @@ def test_what_is_missing_is_one_sentence(done: Callable[..., Result], run: Path,
     assert (tmp_path / "gone" / "figures" / "gates_class.png").exists()
 
 
+def test_before_anybody_has_trained_there_is_nothing_to_look_into(
+    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+) -> None:
+    done(*small, "--join.share", "0.9", "--join.round", "2", "--run.dir", "run")
+    done("report", "run", "--out", "page")
+    assert "no client that has test rows has trained yet" in (tmp_path / "page" / "report.html").read_text()
+
+
 # Rows and output for other tools
 
 

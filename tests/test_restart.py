@@ -7,9 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from launcher import Result, digest, events, learned, rows
+import pytest
+from conftest import SMALL
+from drivers import mpirun
+from launcher import Result, Session, digest, events, flip, learned, rows, told
 
-from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.checkpoint import Checkpoint, verify
+from pfedmoe_mpi.runfolder import RunFolder
 
 
 def test_going_on_with_a_run(
@@ -73,6 +77,86 @@ def test_one_checkpoint_goes_on_in_another_folder(
     done("restart", run, "--rounds", "4", "--run.dir", "folder")
     assert learned(tmp_path / "folder") == learned(tmp_path / "newest")
     assert digest(run) == before
+
+
+@pytest.mark.parametrize("to", ["run", "new"])
+def test_killed_before_its_first_checkpoint_it_goes_on_as_it_was_changed(
+    done: Callable[..., Result], run: Path, tmp_path: Path, to: str
+) -> None:
+    """As if the kill had come just before the last checkpoint, the only one of this leg's interval."""
+    source = run if to == "run" else run / "checkpoints" / "round-000002.h5"
+    new = () if to == "run" else ("--run.dir", to)
+    done("restart", source, *new, "--rounds", "5", "--train.lr", "0.01", "--run.checkpoint-every", "9")
+    kept = learned(tmp_path / to)
+    (tmp_path / to / "checkpoints" / "round-000005.h5").unlink()
+    done("restart", to)
+    assert learned(tmp_path / to) == kept and len(kept) == 5
+
+
+def test_killed_after_its_last_checkpoint_it_is_finished(done: Callable[..., Result], run: Path) -> None:
+    """What it had still to write is written by the restart; with it all there, nothing is."""
+    kept = learned(run)
+    for name in ("metrics.jsonl", "events.jsonl"):
+        lines = (run / name).read_text().splitlines(keepends=True)
+        (run / name).write_text("".join(lines[:-1]))
+    assert "the run is finished: 3 of 3" in done("restart", run).out
+    assert learned(run) == kept and events(run)[-1]["event"] == "finish"
+    before = digest(run)
+    done("restart", run)
+    assert digest(run) == before
+
+
+def test_a_damaged_best_is_replaced(done: Callable[..., Result], run: Path) -> None:
+    best = run / "checkpoints" / "best.h5"
+    with Checkpoint(best) as held:
+        top = held.round
+    for path in (best, *(run / "checkpoints" / f"round-{n:06d}.h5" for n in range(top, 4))):
+        flip(path, path.stat().st_size - 1)
+    assert "damaged" in done("restart", run).err
+    verify(best)
+
+
+def test_what_seems_newer_than_the_newest_is_set_aside(tmp_path: Path) -> None:
+    """After a fallback: else rounds 4 and 5 would look overtaken by a damaged round 6."""
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    for name in ("round-000006.h5", "round-000005-partial.h5", "round-000004.h5", "round-000003.h5"):
+        (folder.checkpoints / name).touch()
+    folder.keep_newest(1, folder.checkpoints / "round-000005-partial.h5")
+    left = {path.name for path in folder.checkpoints.iterdir()}
+    assert left == {"round-000006.h5.unused", "round-000005-partial.h5", "round-000004.h5"}
+
+
+def test_an_event_after_half_a_line_is_read(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"event": "start"}\n{"event": "fin')
+    folder = RunFolder(tmp_path)
+    folder.event("restart")
+    folder.event("finish")
+    assert [event["event"] for event in folder._events()] == ["start", "restart", "finish"]
+
+
+def test_a_folder_that_cannot_be_written_is_told(session: Session, run: Path, tmp_path: Path) -> None:
+    (run / ".config.toml.tmp").mkdir()
+    told(session("restart", "run", "--rounds", "4", cwd=tmp_path), "cannot be written(.|\n)*run.dir")
+
+
+def test_another_normalisation_is_another_federation(session: Session, run: Path, tmp_path: Path) -> None:
+    changed = ("--data.mean", "9,9,9", "--data.std", "1,1,1", "--rounds", "4")
+    told(session("restart", "run", *changed, cwd=tmp_path), "cannot be changed now: data.mean")
+
+
+def test_members_that_were_not_measured_leave_the_cohort_without_a_mean(
+    done: Callable[..., Result], tmp_path: Path
+) -> None:
+    """Stopped in a round that was not due, which is due after the restart."""
+    flags = (*SMALL, "--rounds", "2", "--eval.every", "2", "--run.dir", str(tmp_path / "run"))
+    assert mpirun("failing.py", "stop", "0", "training", *flags, ranks=1).code == 75
+    partial = tmp_path / "run" / "checkpoints" / "round-000001-partial.h5"
+    assert "but clients 0" in done("evaluate", partial).out
+    done("restart", "run", "--eval.every", "1")
+    first, second = rows(tmp_path / "run")
+    assert first["accuracy_cohort"]["mean"] is None and first["accuracy"]["mean"] is not None
+    assert second["accuracy_cohort"]["mean"] is not None
 
 
 def test_a_run_that_was_moved_goes_on_where_it_is(

@@ -73,6 +73,8 @@ def _looked(loop: Loop, own: Sequence[float | None]) -> Looked:
             accuracy[number] = found.correct / found.samples
         if len(drawn.get(number, ())):
             seen.append(_see(loop, client, parts, drawn[number]))
+    if not seen:
+        raise LookError("no client that has test rows has trained yet", "wait for a later round")
     names = [name for name in seen[0].representations if all(_known(one, name) for one in seen)]
     names = names if len(names) <= SHOWN else [*names[:1], *names[-2:]]
     gated = all(one.alpha is not None for one in seen)
