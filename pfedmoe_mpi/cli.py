@@ -37,26 +37,32 @@ def main(arguments: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without our characters ends no job
-    if {"-h", "--help", "--version"} & set(arguments):
-        if launch.launched_rank() == 0:
-            print(__version__ if "--version" in arguments else _parser().format_help())
-        return EXIT_DONE
     named = bool(arguments) and arguments[0] in COMMANDS
     command = arguments[0] if named else "run"
+    alone = command in WITHOUT_MPI
     try:
-        code = COMMANDS[command](arguments[named:])
+        if {"-h", "--help", "--version"} & set(arguments):
+            command, alone = "help", True
+        if alone and launch.launched_rank() > 0:
+            return EXIT_DONE  # the first rank does it
+        code = _help(arguments) if command == "help" else COMMANDS[command](arguments[named:])
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        if command not in WITHOUT_MPI:
+        if not alone:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
         return EXIT_DONE  # a reader who has seen enough, as `head`, is no fault
     except UserError as error:
-        if command in WITHOUT_MPI or isinstance(error, LaunchError):
+        if alone or isinstance(error, LaunchError):
             launch.tell(error)
             return EXIT_USER
         return launch.refused(error)
+
+
+def _help(arguments: Sequence[str]) -> int:
+    print(__version__ if "--version" in arguments else _parser().format_help())
+    return EXIT_DONE
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -73,7 +79,7 @@ def run(arguments: Sequence[str]) -> int:
 def restart(arguments: Sequence[str]) -> int:
     """Go on from a run folder or a checkpoint."""
     words, flags, _ = _parse(arguments, {})
-    source = _exactly(words, "RUN_DIR or CHECKPOINT.h5")[0]
+    source = _exactly("restart", words, "RUN_DIR or CHECKPOINT.h5")[0]
     from pfedmoe_mpi import job
 
     return job.restart(Path(source), flags)
@@ -82,7 +88,7 @@ def restart(arguments: Sequence[str]) -> int:
 def evaluate(arguments: Sequence[str]) -> int:
     """Measure every client of a checkpoint."""
     words, flags, extra = _parse(arguments, {"json": "false"})
-    source = _exactly(words, "CHECKPOINT.h5")[0]
+    source = _exactly("evaluate", words, "CHECKPOINT.h5")[0]
     from pfedmoe_mpi import inspection
 
     return inspection.evaluate(Path(source), flags, _boolean("json", extra["json"]))
@@ -91,7 +97,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 def inspect(arguments: Sequence[str]) -> int:
     """Show a checkpoint, or its digest."""
     words, flags, _ = _parse([word for word in arguments if word != "--digest"], {})
-    source = _exactly(words, "CHECKPOINT.h5")[0]
+    source = _exactly("inspect", words, "CHECKPOINT.h5")[0]
     _no_settings("inspect", flags)
     from pfedmoe_mpi import inspection
 
@@ -101,7 +107,7 @@ def inspect(arguments: Sequence[str]) -> int:
 def export(arguments: Sequence[str]) -> int:
     """Write one client's model by tensor names."""
     words, flags, extra = _parse(arguments, {"client": ""})
-    source, out = _exactly(words, "CHECKPOINT.h5", "OUT.h5")
+    source, out = _exactly("export", words, "CHECKPOINT.h5", "OUT.h5")
     _no_settings("export", flags)
     if not extra["client"].isdecimal():
         raise ConfigError(f"--client {extra['client'] or 'is missing'}", "--client 7 exports client 7")
@@ -130,7 +136,7 @@ def reproduce(arguments: Sequence[str]) -> int:
     """Train a table of a paper: its runs one after the other, those that are finished passed over."""
     own = {"scale": "1", "out": "", "only": "", "task": "", "dry": "false", "list": "false"}
     words, flags, extra = _parse(arguments, own)
-    table = Path(_exactly(words, "TABLE.toml")[0])
+    table = Path(_exactly("reproduce", words, "TABLE.toml")[0])
     scale, dry = _number("scale", extra["scale"]), _boolean("dry", extra["dry"])
     if _boolean("list", extra["list"]):
         runs = tables.chosen(tables.expand(tables.read(table), flags, scale), extra["only"], extra["task"])
@@ -219,14 +225,20 @@ def _parse(arguments: Sequence[str], extra: dict[str, str]) -> tuple[list[str], 
             flag = word.partition("=")[0]
             raise ConfigError(f"there is no flag {flag}{nearest(name, known)}", "--help lists every flag")
         if not joined:
-            if not rest or rest[0].startswith("--"):
+            bare = not rest or rest[0].startswith("--")
+            if bare and not _is_boolean(known[name]):
                 raise ConfigError(f"--{name} needs a value", f"--{name} VALUE")
-            value = rest.pop(0)
+            value = "true" if bare else rest.pop(0)
         if name in extra:
             found[name] = value
         else:
             flags[name] = value
     return words, config.located(flags, Path.cwd()), found
+
+
+def _is_boolean(known: Any) -> bool:
+    """Of a setting's field, or of the default of a command's own flag: alone it means true."""
+    return known in {"true", "false"} if isinstance(known, str) else known.annotation is bool
 
 
 def _configured(words: Sequence[str], flags: Settings) -> Config:
@@ -262,9 +274,10 @@ def _at_most(words: Sequence[str], number: int, what: str) -> None:
         raise ConfigError(f"at most {what} is expected, not {' '.join(words)}{hint}", USAGE)
 
 
-def _exactly(words: Sequence[str], *what: str) -> Sequence[str]:
+def _exactly(command: str, words: Sequence[str], *what: str) -> Sequence[str]:
     if len(words) != len(what):
-        raise ConfigError(f"expected {' '.join(what)}, not {' '.join(words) or 'nothing'}", USAGE)
+        usage = next(line.strip() for line in USAGE.splitlines() if f"pfedmoe_mpi {command} " in line)
+        raise ConfigError(f"expected {' '.join(what)}, not {' '.join(words) or 'nothing'}", usage)
     return words
 
 
@@ -277,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
         description=f"Personalised federated learning under MPI.\n\nalgorithms:\n{methods}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
-        epilog="Lists are comma-separated, booleans true or false, names accept - for _.",
+        epilog="Lists are comma-separated, booleans true or false, alone true; names accept - for _.",
     )
     groups: dict[str, Any] = {}
     for name, field in config.fields().items():

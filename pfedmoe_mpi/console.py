@@ -174,7 +174,7 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
         if count:
             listed = ", ".join(f"{client} ({times} ×)" for client, times in sorted(count.items()))
             lines.append(f"left out, {why}: client {listed}")
-    return "\n".join(lines + ([f"best  {_line(top)}"] if top else []))
+    return "\n".join(lines + ([f"best measured  {_line(top)}"] if top else []))
 
 
 def _line(row: Row) -> str:

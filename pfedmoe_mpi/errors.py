@@ -58,5 +58,8 @@ class StoppedError(Exception):
 def nearest(word: str, words: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest of `words`, or nothing."""
     known = {candidate.lower(): candidate for candidate in words}
+    same = [candidate for name, candidate in known.items() if name.rpartition(".")[2] == word.lower()]
+    if same:
+        return f"; did you mean {' or '.join(repr(candidate) for candidate in same)}?"
     match = get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
     return f"; did you mean '{known[match[0]]}'?" if match else ""

@@ -82,13 +82,18 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
 
 
 def _weigh(world: Comm, loaded: Checkpoint, settings: Config, changes: Mapping[str, Sequence[Any]]) -> None:
-    """Refuse what a round in progress cannot have otherwise; say what a schedule makes of other rounds."""
+    """Refuse what was done otherwise already; say what a schedule makes of other rounds."""
     if loaded.partial is not None and "participation" in changes:
         problem = f"round {loaded.round + 1} is in progress, and its cohort drawn by participation"
         raise ConfigError(
             f"{problem} {changes['participation'][0]}",
             "leave --participation out until the round is done, or go on from an earlier "
             "checkpoint with --run.dir NEW",
+        )
+    if "rounds" in changes and settings.rounds < loaded.round:
+        raise ConfigError(
+            f"{loaded.round} rounds are done, and --rounds is how many there will be in total",
+            f"--rounds {loaded.round + settings.rounds} plays {settings.rounds} more",
         )
     schedule = settings.train.schedule
     if world.rank == 0 and "rounds" in changes and schedule != "constant":
@@ -215,7 +220,8 @@ def _train(
         if again and not changes:
             world.from_root(lambda: folder.complete(loaded.history), "run folder")
         if world.rank == 0:
-            print(f"the run is finished: {loaded.round} of {settings.rounds} rounds are done")
+            more = f"--rounds {2 * loaded.round} plays as many again"
+            print(f"the run is finished: {loaded.round} of {settings.rounds} rounds are done; {more}")
         return EXIT_DONE
     known = world.from_root(lambda: _for_reports(federation), "what reports need")
     facts = {"changes": changes or {}, "warnings": list(warnings), **known}
@@ -358,9 +364,11 @@ def _ended(world: Comm, reporter: Reporter, federation: Any, loop: Any, finished
     """
     if finished:
         reporter.event("finish", round=loop.round)
-        text = console.table(federation, loop.history) if world.rank == 0 else ""
-        LOGGER.info("\n%s", text)
-        if text:
+        if world.rank == 0:
+            held = reporter.folder.best_round()
+            kept = f"\nbest.h5 holds round {held}" if held else ""
+            text = console.table(federation, loop.history) + kept
+            LOGGER.info("\n%s", text)
             print(text, flush=True)
         return
     reporter.event("stop", round=loop.round, steps=loop.steps, by=world.stopped_by)

@@ -43,6 +43,9 @@ def _free(base: Path, joint: str = "-") -> Path:
 PATIENCE_HERE, PATIENCE_ELSEWHERE = 10.0, 120.0
 
 
+TRACES = ("config.toml", "checkpoints", "events.jsonl", "log")  # of a run, however early it ended
+
+
 class RunFolder:
     """The files of a run by their meaning. As a context manager it is unlocked at the end."""
 
@@ -73,6 +76,8 @@ class RunFolder:
         """Raise ConfigError if the folder holds anything and may not be renamed."""
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file, not a run folder", "choose another --run.dir")
+        if _holds_anything(path) and not any((path / name).exists() for name in TRACES):
+            raise ConfigError(f"{path} holds other things than a run", "choose another --run.dir")
         if _holds_anything(path) and not force:
             raise ConfigError(
                 f"the run folder {path} exists already",
@@ -86,7 +91,8 @@ class RunFolder:
             if _holds_anything(self.path):
                 self.lock(patience=0.0)  # not from under a run that goes on
                 self.unlock()
-                self.path.rename(_free(self.path.with_name(self.path.name + ".old"), "."))
+                kept = self.path.rename(_free(self.path.with_name(self.path.name + ".old"), "."))
+                print(f"the run folder that was here is now {kept}", flush=True)
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
             self.refuse_existing(self.path, force=False)  # who held it before may have filled it

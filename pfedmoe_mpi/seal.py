@@ -152,6 +152,9 @@ class plain:
     def _told(self, error: BaseException) -> CheckpointError:
         if isinstance(error, FileNotFoundError):
             return CheckpointError(f"there is no checkpoint {self._path}", "check the path")
+        if isinstance(error, IsADirectoryError):
+            best = self._path / "checkpoints" / "best.h5"
+            return CheckpointError(f"{self._path} is a folder", f"name one checkpoint, as {best}")
         return CheckpointError(f"{self._path} cannot be read: {error or 'it ends early'}", REMEDY)
 
 

@@ -42,7 +42,7 @@ class Data(Section):
         Literal["digits", "torchvision", "folder", "hdf5", "npz", "heart", "text", "words", "synthetic"],
         BeforeValidator(_name),
     ] = "digits"
-    """Where samples come from; digits is inside the program; heart, text and words propose settings."""
+    """Where samples come from; digits is inside the program; heart, npz, text and words propose settings."""
     path: str = ""
     """File or folder of the source (torchvision: the root that holds the downloaded data)."""
     name: str = "CIFAR10"
@@ -67,7 +67,7 @@ class PartitionSettings(Section):
     kind: Annotated[
         Literal["iid", "pathological", "dirichlet", "classes", "natural"], BeforeValidator(_name)
     ] = "dirichlet"
-    """How samples are dealt to clients; heart and words propose natural: their own clients."""
+    """How samples are dealt to clients; heart, npz and words propose natural."""
     classes: int = Field(2, ge=1)
     """`pathological`: classes per client; `classes`: the most a client may draw."""
     classes_min: int = Field(1, ge=1)

@@ -10,7 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from launcher import Session, digest
+from launcher import Result, Session, digest
 
 # Words and flags
 
@@ -24,6 +24,9 @@ from launcher import Session, digest
         ("--rounds needs a value", ["--rounds"]),
         ("--rounds needs a value", ["--rounds", "--clients", "3"]),
         ("--dry yes: neither true nor false", ["--dry", "yes"]),
+        ("no flag --lr; did you mean 'train.lr' or", ["--lr", "0.1"]),
+        ("data.source digits reads no file(.|\n)*--data.source tells", ["--data.path", "my.h5"]),
+        ("expected CHECKPOINT.h5, not nothing\n  remedy: python -m pfedmoe_mpi inspect .*$", ["inspect"]),
         ("rounds = 'many'", ["--rounds", "many"]),
         ("participation = '2'", ["--participation", "2"]),
         ("trian is neither a command nor a configuration file; did you mean", ["trian"]),
@@ -252,13 +255,16 @@ def test_npz(refused: Callable[..., str], tmp_path: Path, pattern: str, content:
     refused(pattern, "--data.source", "npz", "--data.path", tmp_path / "d", "--clients", "1")
 
 
-def test_npz_of_unlike_clients(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_npz_of_unlike_clients(
+    refused: Callable[..., str], done: Callable[..., Result], tmp_path: Path
+) -> None:
     client_file(tmp_path / "d" / "train" / "0.npz", {"x": X, "y": Y})
     client_file(tmp_path / "d" / "train" / "1.npz", {"x": X[..., :4], "y": Y})
     flags = ("--data.source", "npz", "--data.path", tmp_path / "d")
     refused("x of client 1 is uint8", *flags)
     client_file(tmp_path / "d" / "train" / "1.npz", {"x": X, "y": Y})
-    refused("2 natural clients, not 20", *flags, "--partition.kind", "natural")
+    refused("2 natural clients, not 3", *flags, "--clients", "3")
+    assert "as the data propose: partition.kind natural, clients 2" in done(*flags, "--dry").out
 
 
 def test_output_that_cannot_be_written(refused: Callable[..., str], run: Path, tmp_path: Path) -> None:
@@ -288,6 +294,15 @@ def test_an_existing_run_folder_is_kept_or_renamed(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.old", "run.old.2"]
     assert digest(tmp_path / "run.old") == before, "nothing is deleted or changed"
     assert (tmp_path / "run" / "config.toml").exists()
+
+
+def test_a_folder_of_other_things_is_never_renamed(
+    refused: Callable[..., str], small: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("")
+    for force in ("true", "false"):
+        refused("holds other things than a run", *small, "--run.dir", "thesis", "--run.force", force)
 
 
 def test_an_empty_folder_is_no_obstacle(session: Session, small: tuple[str, ...], tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_the_plan_the_rounds_and_the_table(trained: Path) -> None:
         assert ("mlp5", "mlp4")[client % 2] in line
         assert f"{100 * row['clients']['accuracy'][client]:.2f} %" in line
         assert f" {row['clients']['samples'][client]} " in line
-    assert "last  round 3" in table and "best  round" in table
+    assert "last  round 3" in table and "best measured  round" in table and "best.h5 holds round" in table
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(
@@ -355,7 +355,7 @@ def test_a_loss_beyond_float_is_null(
 
 
 @pytest.mark.parametrize(
-    "command", [("report", "{}", "--text", "true"), ("inspect", "{}/checkpoints/best.h5")]
+    "command", [("report", "{}", "--text"), ("inspect", "{}/checkpoints/best.h5"), ("run", "--help")]
 )
 def test_a_reader_who_leaves_is_no_fault(trained: Path, command: tuple[str, ...]) -> None:
     process = subprocess.Popen(

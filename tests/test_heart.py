@@ -216,7 +216,7 @@ def test_a_report_shows_it(session: Session, tmp_path: Path, hospitals: Path) ->
     assert session(*flags, cwd=tmp_path).code == 0
     assert session("report", "run", "--models", "false", cwd=tmp_path).code == 0
     with open(tmp_path / "run" / "report" / "tables" / "clients.csv", newline="") as file:
-        shown = {int(row["client"]): (row["name"], float(row["AUC, %"])) for row in csv.DictReader(file)}
+        shown = {int(row["client"]): (row["name"], float(row["AUC"])) for row in csv.DictReader(file)}
     auc = rows(tmp_path / "run")[-1]["clients"]["auc"]
     names = [path.name.split(".")[1] for path in sorted(hospitals.glob("*.data"))]
     assert shown == dict(enumerate(zip(names, auc, strict=True)))

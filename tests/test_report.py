@@ -139,7 +139,7 @@ def test_differences(runs: Path, several: Path) -> None:
         seeds = sorted(set(own) & set(other))
         values = [own[s][-1]["accuracy"]["mean"] - other[s][-1]["accuracy"]["mean"] for s in seeds]
         mean, std = moments(values)
-        assert row["seeds"] == str(len(values)) and close(row["difference, points"], mean)
+        assert row["seeds"] == str(len(values)) and close(row["difference"], mean)
         if len(values) < 5:
             assert (row["95 % interval low"], row["verdict"]) == ("", "too few to tell")
             continue
@@ -184,7 +184,7 @@ def test_to_a_target(runs: Path, several: Path, target: float) -> None:
         histories = raw(runs, method, alpha)
         at = {seed: reached(history, target) for seed, history in histories.items()}
         there = [seed for seed, index in at.items() if index is not None]
-        assert row["reached by"] == str(len(there)) and close(row["target, %"], target)
+        assert row["reached by"] == str(len(there)) and close(row["target"], target)
         some += 0 < len(there) < len(at)
         if len(there) < len(at):
             assert row["round mean"] == row["MB sent mean"] == row["GFLOP mean"] == ""
@@ -214,7 +214,7 @@ def test_without_a_target_it_is_what_all_reach(session: Session, runs: Path) -> 
             if other == alpha
             for history in raw(runs, method, other).values()
         ]
-        assert close(row["target, %"], np.floor(100 * min(tops)) / 100)
+        assert close(row["target"], np.floor(100 * min(tops)) / 100)
         assert int(row["reached by"]) == int(row["round seeds"]) > 1
 
 
@@ -243,7 +243,7 @@ def test_every_run_is_listed(runs: Path, several: Path) -> None:
     for name, row in found.items():
         assert name == f"{row['method']}-{row['setting'].rpartition(' ')[2]}-{row['seed']}"
         assert (row["rounds"], row["of"]) == ("4", "4")
-        assert close(row["accuracy, %"], rows(runs / name)[-1]["accuracy"]["mean"])
+        assert close(row["accuracy"], rows(runs / name)[-1]["accuracy"]["mean"])
 
 
 # One run
@@ -254,7 +254,7 @@ def test_clients_and_architectures(runs: Path, single: Path) -> None:
     last = rows(run)[-1]["clients"]
     counts = class_counts(run)
     found = table(single, "clients")
-    accuracy = [float(row["accuracy, %"]) for row in found]
+    accuracy = [float(row["accuracy"]) for row in found]
     assert accuracy == sorted(last["accuracy"]), "worst first"
     for row in found:
         k = int(row["client"])
@@ -272,8 +272,8 @@ def test_clients_and_architectures(runs: Path, single: Path) -> None:
         table(single, "architectures"), (last["accuracy"][0::2], last["accuracy"][1::2]), strict=True
     ):
         mean, std = moments(own)
-        assert row["clients"] == "2" and close(row["mean, %"], mean) and close(row["std, %"], std)
-        assert close(row["worst, %"], min(own)) and close(row["best, %"], max(own))
+        assert row["clients"] == "2" and close(row["mean"], mean) and close(row["std"], std)
+        assert close(row["worst"], min(own)) and close(row["best"], max(own))
 
 
 def test_class_counts(runs: Path, single: Path) -> None:
@@ -317,9 +317,9 @@ def test_targets_of_one_run(runs: Path, single: Path) -> None:
     history = rows(run)
     found = table(single, "target")
     top = max(row["accuracy"]["mean"] for row in history)
-    assert [row["target, %"] for row in found] == [str(t / 10) for t in range(1, int(10 * top) + 1)] != []
+    assert [row["target"] for row in found] == [str(t / 10) for t in range(1, int(10 * top) + 1)] != []
     for row in found:
-        at = reached(history, float(row["target, %"]))
+        at = reached(history, float(row["target"]))
         assert at is not None and row["round"] == str(at + 1)
         assert close(row["MB sent"], traffic(history)[: at + 1].sum() / 1e6)
         assert close(row["GFLOP"], operations(run)[: at + 1].sum() / 1e9)

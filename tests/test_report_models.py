@@ -121,7 +121,7 @@ def test_shared_test_set(known: list[Known], report: Path, trained: Path) -> Non
     own = rows(trained)[-1]["clients"]["accuracy"]
     assert len(set(shared)) > 1 and [one.right(one.x, one.y) for one in known] == pytest.approx(own)
     for row in table(report, "clients"):
-        assert close(row["shared test, %"], shared[int(row["client"])])
+        assert close(row["shared test"], shared[int(row["client"])])
     summary = {row["accuracy on"]: row for row in table(report, "shared_test")}
     for name, values in (("own test rows", own), ("shared test set", shared)):
         assert close(summary[name]["mean, %"], float(np.mean(values)))
@@ -205,7 +205,7 @@ def test_a_method_without_a_gate(session: Session, small: tuple[str, ...], tmp_p
     names = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
     assert {"generalisation", "representations_class", "representations_client"} <= names
     assert not {"gates", "gates_class", "alpha_samples", "ranks"} & names
-    column = [row["shared test, %"] for row in table(tmp_path / "out", "clients")]
+    column = [row["shared test"] for row in table(tmp_path / "out", "clients")]
     assert column.count("") == 1, "who never trained has no answer"
 
 

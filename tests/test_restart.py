@@ -140,6 +140,18 @@ def test_a_folder_that_cannot_be_written_is_told(session: Session, run: Path, tm
     told(session("restart", "run", "--rounds", "4", cwd=tmp_path), "cannot be written(.|\n)*run.dir")
 
 
+def test_fewer_rounds_than_are_done_are_refused(session: Session, run: Path, tmp_path: Path) -> None:
+    said = told(
+        session("restart", "run", "--rounds", "2", cwd=tmp_path), "3 rounds are done, and --rounds is"
+    )
+    assert "--rounds 5 plays 2 more" in said
+
+
+def test_a_folder_is_no_checkpoint(session: Session, run: Path, tmp_path: Path) -> None:
+    for command in ("inspect", "evaluate"):
+        told(session(command, "run", cwd=tmp_path), "run is a folder(.|\n)*run/checkpoints/best.h5")
+
+
 def test_another_normalisation_is_another_federation(session: Session, run: Path, tmp_path: Path) -> None:
     changed = ("--data.mean", "9,9,9", "--data.std", "1,1,1", "--rounds", "4")
     told(session("restart", "run", *changed, cwd=tmp_path), "cannot be changed now: data.mean")

@@ -93,6 +93,8 @@ def open_hdf5(path: Path, check: bool) -> Loaded:
     try:
         file = h5py.File(path, "r", locking="best-effort")
     except OSError as error:
+        if path.is_dir():
+            raise DataError(f"{path} is a folder", "name the HDF5 file, or --data.source folder") from error
         raise DataError(f"{path} cannot be opened as HDF5: {error}", _COPY) from error
     try:
         return _load(file, path, check)

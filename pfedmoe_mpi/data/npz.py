@@ -43,6 +43,7 @@ def load_npz(root: Path) -> Loaded:
         labels=np.concatenate([y for _, y, _, _ in parts]),
         client=np.repeat([number for _, _, number, _ in parts], sizes).astype(np.int64),
         official_test=np.repeat([official for _, _, _, official in parts], sizes) if test else None,
+        proposals={"partition.kind": "natural", "clients": len(train)},
     )
 
 

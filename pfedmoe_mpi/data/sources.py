@@ -33,7 +33,8 @@ def open_dataset(
     searched again when they are read.
 
     Raises:
-        DataError: data that are missing, unreadable, empty, or of unusable shapes, labels or values.
+        DataError: data that are missing, unreadable, empty, or of unusable shapes, labels or values; a path
+            for a source that reads none.
     """
     loaded = _load(settings, seed, clients, download, check)
     try:
@@ -55,6 +56,9 @@ def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) 
         "text": lambda: load_text(user_path(settings), settings),
         "words": lambda: load_words(user_path(settings), settings),
     }
+    if settings.path and settings.source in {"digits", "synthetic"}:
+        problem = f"data.source {settings.source} reads no file, but data.path is {settings.path}"
+        raise DataError(problem, f"--data.source tells what it is: {', '.join(list(readers)[2:])}")
     return readers[settings.source]()
 
 

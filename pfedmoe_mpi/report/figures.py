@@ -111,7 +111,7 @@ def clients(run: Run) -> Figure:
             right.plot(np.full(len(own), number), accuracy[own], alpha=0.6, **look.dots())
             if own:
                 right.hlines(accuracy[own].mean(), number - 0.3, number + 0.3, color=paint.ink, linewidth=2)
-        whole_numbers(left.xaxis)
+        left.set_xticks([])  # places, which would be taken for the clients' numbers
         left.set_xlabel("clients, sorted")
         left.set_ylabel("test accuracy, %")
         legend_above(canvas, left, 5)

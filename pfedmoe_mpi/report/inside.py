@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, style
-from pfedmoe_mpi.report.figures import legend_above, per_cent, whole_numbers
+from pfedmoe_mpi.report.figures import legend_above, per_cent
 from pfedmoe_mpi.report.looked import EXTREMES, Looked
 from pfedmoe_mpi.report.sections import Section
 from pfedmoe_mpi.report.tables import Cell, Column, Table, number, percent, word
@@ -145,7 +145,7 @@ def generalisation(looked: Looked) -> Figure:
         axes.vlines(x, own, shared, color=paint.grid, linewidth=1)
         for which, (name, values) in enumerate((("own test rows", own), ("shared test set", shared))):
             axes.plot(x, values, label=name, **style(which, paint).dots())
-        whole_numbers(axes.xaxis)
+        axes.set_xticks([])
         axes.set_xlabel("clients, sorted by the accuracy on their own test rows")
         axes.set_ylabel("test accuracy, %")
         legend_above(canvas, axes)

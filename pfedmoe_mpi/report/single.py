@@ -81,7 +81,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         (f"accuracy, round {run.last['round']}", percent(a["mean"]).text + " %"),
         ("worst client", percent(a["worst"]).text + " %"),
         ("training and evaluation", duration(seconds)),
-        ("sent by all clients", size(sum(sent.up for sent in traffic(run)))),
+        ("uploaded by all clients", size(sum(sent.up for sent in traffic(run)))),
         ("largest rank", f"{max(row['rss_mb'] or 0 for row in run.history):.0f} MiB"),
     ]
     unseen = (run.last.get("accuracy_unseen") or {}).get("mean")

@@ -37,7 +37,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A heading; `parts` name a cell's values in the CSV file. Words are set left, numbers right."""
+    """A heading; `parts` name a cell's values in the CSV file, where shares are shares and not per cent.
+
+    Words are set left, numbers right.
+    """
 
     title: str
     parts: tuple[str, ...] = ("",)
@@ -45,7 +48,8 @@ class Column:
 
     @property
     def names(self) -> list[str]:
-        return [f"{self.title} {part}".rstrip() for part in self.parts]
+        title = self.title.removesuffix(", %").removesuffix(", points")
+        return [f"{title} {part}".rstrip() for part in self.parts]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from pfedmoe_mpi.report import compare
 from pfedmoe_mpi.report.compare import Comparison, Group, Paired
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, Style, style
-from pfedmoe_mpi.report.figures import legend_above, per_cent, rounds_axis, whole_numbers
+from pfedmoe_mpi.report.figures import legend_above, per_cent, rounds_axis
 
 Pair = tuple[Group, Group, Paired]  # a method's group, the baseline's, and their difference
 
@@ -95,7 +95,7 @@ def by_client(comparison: Comparison, setting: str, found: Sequence[Pair], base:
                     **look(comparison, group.method, paint).line(len(x)),
                 )
         axes.axhline(0, color=paint.ink, linewidth=1)
-        whole_numbers(axes.xaxis)
+        axes.set_xticks([])
         axes.set_xlabel("clients, sorted for each method")
         axes.set_ylabel(f"points over {base}")
         legend_above(canvas, axes, _columns(comparison))
