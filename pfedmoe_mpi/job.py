@@ -362,17 +362,17 @@ def _ended(world: Comm, reporter: Reporter, federation: Any, loop: Any, finished
     Raises:
         RunError: on all ranks: stopped again before any client's step was done.
     """
+    folder = reporter.folder
     if finished:
         reporter.event("finish", round=loop.round)
         if world.rank == 0:
-            held = reporter.folder.best_round()
-            kept = f"\nbest.h5 holds round {held}" if held else ""
-            text = console.table(federation, loop.history) + kept
+            held = folder.best_round()
+            kept = f"best.h5 holds round {held}; " if held else ""
+            text = f"{console.table(federation, loop.history)}\n{kept}`report {folder.path}` draws the run"
             LOGGER.info("\n%s", text)
             print(text, flush=True)
         return
     reporter.event("stop", round=loop.round, steps=loop.steps, by=world.stopped_by)
-    folder = reporter.folder
     idle = world.from_root(folder.stops_without_progress, "legs without progress")
     if idle >= LEGS_WITHOUT_PROGRESS:
         raise RunError(

@@ -69,7 +69,7 @@ def test_a_method_without_a_gate_and_without_class_counts(done: Callable[..., Re
     seen = {"generalisation", "representations_class", "representations_client"}
     assert names == {"convergence", "clients", "seconds", "burden", *seen}
     assert "does not tell its clients" in (both.parent / "out" / "report.html").read_text()
-    assert list(table(both.parent / "out", "target")[0]) == ["target, %", "round", "MB sent"]
+    assert list(table(both.parent / "out", "target")[0]) == ["target", "round", "MB sent"]
 
 
 def test_the_same_runs_give_the_same_files(done: Callable[..., Result], two: Path, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def _look(run: Run) -> Looked | str:
         return "Nobody looked into the models: torch is not installed here."
     from pfedmoe_mpi.report import models
 
+    print("looking into the models; --models false leaves them out", file=sys.stderr, flush=True)
     try:
         return models.look(run)
     except UserError as error:
