@@ -262,8 +262,8 @@ def test_clients_and_architectures(runs: Path, single: Path) -> None:
         assert row["samples"] == str(last["samples"][k]) == str(counts[k].sum())
         assert row["classes"] == str((counts[k] > 0).sum())
         for name, key in {
-            "accuracy, %": "accuracy",
-            "before the sum, %": "accuracy_before",
+            "accuracy": "accuracy",
+            "before the sum": "accuracy_before",
             "loss": "loss",
             "α shared": "alpha",
         }.items():

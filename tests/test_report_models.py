@@ -124,8 +124,8 @@ def test_shared_test_set(known: list[Known], report: Path, trained: Path) -> Non
         assert close(row["shared test"], shared[int(row["client"])])
     summary = {row["accuracy on"]: row for row in table(report, "shared_test")}
     for name, values in (("own test rows", own), ("shared test set", shared)):
-        assert close(summary[name]["mean, %"], float(np.mean(values)))
-        assert close(summary[name]["worst, %"], min(values)) and close(summary[name]["best, %"], max(values))
+        assert close(summary[name]["mean"], float(np.mean(values)))
+        assert close(summary[name]["worst"], min(values)) and close(summary[name]["best"], max(values))
     page = (report / "report.html").read_text()
     assert f"the same {len(y)} rows for everybody" in page
 
