@@ -212,7 +212,8 @@ class RunFolder:
         suffix .unused.
         """
         found = checkpoint.newest_first(self.checkpoints)
-        newer, found = found[: found.index(written)], found[found.index(written) :]
+        at = found.index(written) if written in found else 0  # gone already, as the whole folder may be
+        newer, found = found[:at], found[at:]
         for path in newer:
             path.rename(path.with_name(f"{path.name}.unused"))
         complete = [path for path in found if "partial" not in path.stem]
