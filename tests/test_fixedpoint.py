@@ -272,17 +272,12 @@ def test_a_row_weighs_names_and_leaves_null_what_was_not_measured() -> None:
     evaluation.clients[3] = [1, 2, float("inf"), float("nan"), float("nan"), 1, 2, 0, 0, 0, 0]
     evaluation.ranks[:] = [[1, 2, 3, 4, 5], [4, 3, 2, 1, 9]]
     evaluation.gates[:] = [[2, 0, 4], [2**40, 0, 2**40]]
-    row = metrics.row(
-        7,
-        total,
-        evaluation,
-        COUNTS.sum(1).tolist(),
-        [4, 0, 0, 2],
-        seconds=10.0,
-        simulated=1.0,
-        unseen={3},
-        bytes_once=5,
+    told = {"seconds": 10.0, "simulated": 1.0, "unseen": {3}, "bytes_once": 5}
+    row, other = (
+        metrics.row(7, total, evaluation, COUNTS.sum(1).tolist(), tested, **told)
+        for tested in ([4, 0, 0, 0], [4, 0, 0, 2])
     )
+    assert other["accuracy_cohort"]["mean"] is None, "client 3 has test rows and was not measured"
     assert row["train_loss"] == pytest.approx((4 * 1.0 + 5 * 2.0) / 9)
     assert row["cohort"] == [0, 1, 3] and row["dropped"] == [1]
     assert row["accuracy"] == {"mean": 0.75, "weighted": 0.75, "std": 0.0, "worst": 0.75}

@@ -165,7 +165,7 @@ def _hdf5(path: Path) -> None:
         (lambda path: path.write_bytes(b""), "not a finished checkpoint"),
         (lambda path: path.write_bytes(os.urandom(10000)), "not a finished checkpoint"),
         (lambda path: path.write_bytes(b"\0" * 10000), "not a finished checkpoint"),
-        (lambda path: path.mkdir(), "cannot be read"),
+        (lambda path: path.mkdir(), "is a folder"),
         (lambda path: None, "there is no checkpoint"),
         (lambda path: path.symlink_to(path), "cannot be read"),
         (_hdf5, "not a finished checkpoint"),

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import tarfile
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +149,12 @@ def test_the_run_stops_before_its_wall_time(tmp_path: Path) -> None:
     result = launcher.program(2, *endless, cwd=tmp_path)
     seconds = time.monotonic() - started
     assert result.code == 75, result.out + result.err
-    assert 12 < seconds < 20.5, f"{seconds:.1f} s"  # stops at nine tenths
+    assert seconds > 12, f"{seconds:.1f} s"
     assert "stopped by the wall-time limit" in result.out and "restart" in result.out
-    stop = events(tmp_path / "run")[-1]
+    start, stop = events(tmp_path / "run")
+    # At nine tenths since its process began, so that it is over before the limit; on a busy machine too.
+    passed = datetime.fromisoformat(stop["time"]) - datetime.fromisoformat(start["time"])
+    assert passed < timedelta(seconds=20), f"{passed} from first to last event, {seconds:.1f} s in all"
     assert (stop["event"], stop["by"]) == ("stop", "the wall-time limit") and stop["steps"] > 0
 
 
