@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from launcher import ROOT, Result, Session, flip, rows
+from launcher import ROOT, Result, Session, finished, flip, rows
 from report_runs import close, table
 from sklearn.manifold import trustworthiness
 
@@ -238,6 +238,12 @@ def test_what_is_missing_is_one_sentence(done: Callable[..., Result], run: Path,
     text = (tmp_path / "gone" / "report.html").read_text()
     assert text.count("Nobody looked into the models: the run has no good checkpoint.") == 1
     assert (tmp_path / "gone" / "figures" / "gates_class.png").exists()
+
+
+def test_under_mpirun_the_first_rank_reports_and_waits_for_nobody(run: Path, tmp_path: Path) -> None:
+    finished(2, "report", "run", "--out", "page", cwd=tmp_path, timeout=60)
+    text = (tmp_path / "page" / "report.html").read_text()
+    assert text.count("a report is the work of one rank") == 1
 
 
 def test_before_anybody_has_trained_there_is_nothing_to_look_into(

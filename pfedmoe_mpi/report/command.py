@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from pfedmoe_mpi import launch
 from pfedmoe_mpi.errors import EXIT_DONE, UserError
 from pfedmoe_mpi.report import drawing, page, several, single, terminal
 from pfedmoe_mpi.report.compare import CompareError
@@ -70,6 +71,8 @@ def _look(run: Run) -> Looked | str:
     """What is in its models, or why that cannot be seen."""
     if not find_spec("torch"):
         return "Nobody looked into the models: torch is not installed here."
+    if launch.launched_size(os.environ) > 1:  # MPI would wait for ranks that have ended
+        return "Nobody looked into the models: a report is the work of one rank, start it without mpirun."
     from pfedmoe_mpi.report import models
 
     print("looking into the models; --models false leaves them out", file=sys.stderr, flush=True)
