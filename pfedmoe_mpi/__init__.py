@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from pfedmoe_mpi._version import __version__
 from pfedmoe_mpi.report.load import load_run
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.clientmodel import ClientModel
 
-__version__ = "0.1.0"
-__all__ = ["load_client", "load_run"]
+__all__ = ["__version__", "load_client", "load_run"]
 
 
 def load_client(path: str | os.PathLike[str], client: int | None = None) -> ClientModel:

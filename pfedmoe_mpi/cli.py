@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi import __version__, algorithms, config, launch, tables
+from pfedmoe_mpi import __version__, config, environment
 from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.config import methods as config_methods
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_USER, ConfigError, LaunchError, UserError, nearest
+from pfedmoe_mpi.mpi import session
+from pfedmoe_mpi.reproduce import grid
 
 USAGE = """\
 python -m pfedmoe_mpi [run] [CONFIG.toml] [--section.field VALUE ...] [--dry true]
@@ -43,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if {"-h", "--help", "--version"} & set(arguments):
             command, alone = "help", True
-        if alone and launch.launched_rank() > 0:
+        if alone and environment.launched_rank() > 0:
             return EXIT_DONE  # the first rank does it
         code = _help(arguments) if command == "help" else COMMANDS[command](arguments[named:])
         sys.stdout.flush()
@@ -55,9 +58,9 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_DONE  # a reader who has seen enough, as `head`, is no fault
     except UserError as error:
         if alone or isinstance(error, LaunchError):
-            launch.tell(error)
+            session.print_error(error)
             return EXIT_USER
-        return launch.refused(error)
+        return session.refuse(error)
 
 
 def _help(arguments: Sequence[str]) -> int:
@@ -71,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
     _at_most(words, 1, "one CONFIG.toml")
     settings = _configured(words, flags)
     dry = _boolean("dry", extra["dry"])
-    from pfedmoe_mpi import job
+    from pfedmoe_mpi.run import job
 
     return job.run(settings, dry)
 
@@ -80,18 +83,18 @@ def restart(arguments: Sequence[str]) -> int:
     """Go on from a run folder or a checkpoint."""
     words, flags, _ = _parse(arguments, {})
     source = _exactly("restart", words, "RUN_DIR or CHECKPOINT.h5")[0]
-    from pfedmoe_mpi import job
+    from pfedmoe_mpi.run import restart
 
-    return job.restart(Path(source), flags)
+    return restart.restart(Path(source), flags)
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Measure every client of a checkpoint."""
     words, flags, extra = _parse(arguments, {"json": "false"})
     source = _exactly("evaluate", words, "CHECKPOINT.h5")[0]
-    from pfedmoe_mpi import inspection
+    from pfedmoe_mpi.commands import checkpoints
 
-    return inspection.evaluate(Path(source), flags, _boolean("json", extra["json"]))
+    return checkpoints.evaluate(Path(source), flags, _boolean("json", extra["json"]))
 
 
 def inspect(arguments: Sequence[str]) -> int:
@@ -99,9 +102,9 @@ def inspect(arguments: Sequence[str]) -> int:
     words, flags, _ = _parse([word for word in arguments if word != "--digest"], {})
     source = _exactly("inspect", words, "CHECKPOINT.h5")[0]
     _no_settings("inspect", flags)
-    from pfedmoe_mpi import inspection
+    from pfedmoe_mpi.commands import checkpoints
 
-    return inspection.inspect(Path(source), digest_only="--digest" in arguments)
+    return checkpoints.inspect(Path(source), digest_only="--digest" in arguments)
 
 
 def export(arguments: Sequence[str]) -> int:
@@ -111,9 +114,9 @@ def export(arguments: Sequence[str]) -> int:
     _no_settings("export", flags)
     if not extra["client"].isdecimal():
         raise ConfigError(f"--client {extra['client'] or 'is missing'}", "--client 7 exports client 7")
-    from pfedmoe_mpi import inspection
+    from pfedmoe_mpi.commands import checkpoints
 
-    return inspection.export(Path(source), int(extra["client"]), Path(out))
+    return checkpoints.export(Path(source), int(extra["client"]), Path(out))
 
 
 def data(arguments: Sequence[str]) -> int:
@@ -125,9 +128,9 @@ def data(arguments: Sequence[str]) -> int:
     if len(words) not in {2, 3}:
         raise ConfigError(f"data {words[0]} needs one output file", f"data {words[0]} [CONFIG.toml] OUT.h5")
     settings = _configured(words[1:-1], flags)
-    from pfedmoe_mpi.data import prepare
+    from pfedmoe_mpi.commands import data
 
-    work = prepare.prepare if words[0] == "prepare" else prepare.write_partition
+    work = data.prepare if words[0] == "prepare" else data.write_partition
     print(work(settings, Path(words[-1])))
     return EXIT_DONE
 
@@ -139,14 +142,14 @@ def reproduce(arguments: Sequence[str]) -> int:
     table = Path(_exactly("reproduce", words, "TABLE.toml")[0])
     scale, dry = _number("scale", extra["scale"]), _boolean("dry", extra["dry"])
     if _boolean("list", extra["list"]):
-        runs = tables.chosen(tables.expand(tables.read(table), flags, scale), extra["only"], extra["task"])
-        if launch.launched_rank() == 0:
+        runs = grid.chosen(grid.expand(grid.read(table), flags, scale), extra["only"], extra["task"])
+        if environment.launched_rank() == 0:
             print("\n".join(run.name for run in runs))
         return EXIT_DONE
-    from pfedmoe_mpi import reproduce as room
+    from pfedmoe_mpi.reproduce import command
 
-    asked = room.Asked(extra["out"], scale, extra["only"], extra["task"], dry)
-    return room.run(table, flags, asked)
+    asked = command.Asked(extra["out"], scale, extra["only"], extra["task"], dry)
+    return command.run(table, flags, asked)
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -166,7 +169,7 @@ def report(arguments: Sequence[str]) -> int:
 
 def translate(arguments: Sequence[str]) -> int:
     """A command line of HtFLlib or PFLlib in this program's words."""
-    from pfedmoe_mpi import translate as room
+    from pfedmoe_mpi.commands import translate as room
 
     print(room.translate([word for word in arguments if word != "--"]).text())
     return EXIT_DONE
@@ -176,9 +179,9 @@ def bench(arguments: Sequence[str]) -> int:
     """Measure this machine and print a table."""
     words, flags, _ = _parse(arguments, {})
     settings = _configured([], flags)
-    from pfedmoe_mpi import bench as room
+    from pfedmoe_mpi.bench import command
 
-    return room.run(words, settings, flags)
+    return command.run(words, settings, flags)
 
 
 def check(arguments: Sequence[str]) -> int:
@@ -186,7 +189,7 @@ def check(arguments: Sequence[str]) -> int:
     words, flags, _ = _parse(arguments, {})
     _at_most(words, 1, "one FOLDER")
     _no_settings("check", flags)
-    from pfedmoe_mpi import check as room
+    from pfedmoe_mpi.commands import check as room
 
     return room.run(Path(words[0] if words else "."))
 
@@ -283,7 +286,7 @@ def _exactly(command: str, words: Sequence[str], *what: str) -> Sequence[str]:
 
 def _parser() -> argparse.ArgumentParser:
     """Only for its help text: every setting with its sentence, choices and default."""
-    methods = "\n".join(f"  {name:12} {algorithms.summary(name)}" for name in algorithms.names())
+    methods = "\n".join(f"  {name:12} {config_methods.summary(name)}" for name in config_methods.names())
     parser = argparse.ArgumentParser(
         prog="pfedmoe-mpi",
         usage=USAGE,

@@ -15,19 +15,20 @@ EXIT_USER = 2
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: stopped with a checkpoint, submit again
 
 
-class Told(Exception):
-    """One message with its remedy, told once by one rank, without a traceback."""
+class MessageError(Exception):
+    """One message with its remedy, printed once by one rank, without a traceback."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         super().__init__(f"{problem}\n  remedy: {remedy}" if remedy else problem)
         self.problem = problem
+        self.remedy = remedy
 
 
-class UserError(Told):
+class UserError(MessageError):
     """Something the user can mend before the first round; exit code 2."""
 
 
-class RunError(Told):
+class RunError(MessageError):
     """A run that cannot go on, met by all ranks alike; what it wrote stands; exit code 1."""
 
 

@@ -7,32 +7,47 @@ become its configuration section and flags. Everything here has a default: FedAv
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pfedmoe_mpi import seeds
 from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.core import seeds
+from pfedmoe_mpi.core.fixedpoint import SCALE
+from pfedmoe_mpi.core.parts import Module, Parts, Spec
+from pfedmoe_mpi.core.parts import Tensor as TensorPart
+from pfedmoe_mpi.core.sgd import Phase
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.fixedpoint import SCALE
 from pfedmoe_mpi.models import registry
 from pfedmoe_mpi.models.gate import build_gate
 from pfedmoe_mpi.models.names import EMBEDDING
-from pfedmoe_mpi.parts import Module, Parts, Spec
-from pfedmoe_mpi.parts import Tensor as TensorPart
 
 if TYPE_CHECKING:
-    from pfedmoe_mpi.data.shard import Batch
-    from pfedmoe_mpi.training import Turn
+    from pfedmoe_mpi.core.batches import Batch
+    from pfedmoe_mpi.core.turn import Turn
 
 Inputs = Callable[[], Iterator[Tensor]]
+ReadWeights = Callable[[Path, Sequence[str]], Mapping[str, Tensor]]
 
-__all__ = ["Algorithm", "Block", "Inputs", "Mean", "Module", "Phase", "Spec", "Task", "TensorPart"]
+__all__ = [
+    "Algorithm",
+    "Block",
+    "Inputs",
+    "Mean",
+    "Module",
+    "Phase",
+    "ReadWeights",
+    "Spec",
+    "Task",
+    "TensorPart",
+]
 
 
 @dataclass(frozen=True)
@@ -60,21 +75,6 @@ class Mean:
 
     value: Tensor
     weight: Tensor
-
-
-@dataclass(frozen=True)
-class Phase:
-    """SGD over some parts: learning rate by part name. Parts not named are frozen, in evaluation mode.
-
-    `plain` are the parts trained without momentum and weight decay.
-    """
-
-    lr: Mapping[str, float]
-    epochs: int
-    momentum: float
-    weight_decay: float
-    clip: float
-    plain: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,9 @@ class Algorithm:
         self.prepared = torch.zeros(task.clients, self.prepared_size)  # what `prepare` gave, by client
         # Raises StoppedError if a stop was asked for: for a `server_update` of seconds to call now and then.
         self.poll: Callable[[], None] = lambda: None
+        # Returns the named float tensors of a file of weights, of the first of these parts that it
+        # has. Set by the federation; `check` and `pretrain` may call it.
+        self.read_weights: ReadWeights
 
     @property
     def options(self) -> Any:
@@ -325,3 +328,15 @@ class Algorithm:
         All clients' are in `self.prepared` before round 1: they leave the clients, once.
         """
         raise NotImplementedError
+
+
+def load(name: str) -> type[Algorithm]:
+    """Import a method's file and return its `Algorithm`."""
+    module = importlib.import_module(f"pfedmoe_mpi.algorithms.{name}")
+    found = [
+        item
+        for item in vars(module).values()
+        if isinstance(item, type) and issubclass(item, Algorithm) and item.__module__ == module.__name__
+    ]
+    assert len(found) == 1, f"algorithms/{name}.py must define one Algorithm, not {len(found)}"
+    return found[0]

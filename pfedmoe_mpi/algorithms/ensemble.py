@@ -21,11 +21,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pfedmoe_mpi import seeds
 from pfedmoe_mpi.algorithms.base import Algorithm, Phase, Spec, Task
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.sections import Section
-from pfedmoe_mpi.training import Turn
+from pfedmoe_mpi.config.sections import Section
+from pfedmoe_mpi.core import seeds
+from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.core.turn import Turn
 
 
 class Options(Section):

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Block, Mean, Phase, Spec, TensorPart
-from pfedmoe_mpi.data.shard import Batch
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.sections import Section
-from pfedmoe_mpi.training import Turn
+from pfedmoe_mpi.config.sections import Section
+from pfedmoe_mpi.core.batches import Batch
+from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.core.turn import Turn
 
 
 class Options(Section):

@@ -32,13 +32,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from pfedmoe_mpi import seeds
 from pfedmoe_mpi.algorithms.base import Algorithm, Inputs, Phase, Spec, TensorPart
 from pfedmoe_mpi.algorithms.fml import divergence
-from pfedmoe_mpi.data.shard import Batch
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.sections import Section
-from pfedmoe_mpi.training import Turn
+from pfedmoe_mpi.config.sections import Section
+from pfedmoe_mpi.core import seeds
+from pfedmoe_mpi.core.batches import Batch
+from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.core.turn import Turn
 
 
 class Options(Section):

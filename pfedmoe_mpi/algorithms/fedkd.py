@@ -40,10 +40,10 @@ from torch.nn import functional
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Block, Inputs, Mean, Module, Phase, Spec, Task, TensorPart
 from pfedmoe_mpi.algorithms.fml import divergence
-from pfedmoe_mpi.data.shard import Batch
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.sections import Section
-from pfedmoe_mpi.training import Turn
+from pfedmoe_mpi.config.sections import Section
+from pfedmoe_mpi.core.batches import Batch
+from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.core.turn import Turn
 
 
 class Options(Section):

@@ -22,10 +22,10 @@ from pydantic import Field
 from torch import Tensor
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Phase, Spec, Task
-from pfedmoe_mpi.data.shard import Batch
+from pfedmoe_mpi.config.sections import Section
+from pfedmoe_mpi.core.batches import Batch
+from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.sections import Section
 
 LEAST = 1e-30  # weight of an expert that top-1 routing left out: its logarithm is finite
 

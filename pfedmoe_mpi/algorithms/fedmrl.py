@@ -28,10 +28,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Module, Phase, Spec, Task
-from pfedmoe_mpi.data.shard import Batch
+from pfedmoe_mpi.config.sections import Section
+from pfedmoe_mpi.core.batches import Batch
+from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.sections import Section
 
 
 class Options(Section):

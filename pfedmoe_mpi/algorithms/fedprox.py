@@ -21,10 +21,10 @@ from pydantic import Field
 from torch import Tensor
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Phase, Spec
-from pfedmoe_mpi.data.shard import Batch
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.sections import Section
-from pfedmoe_mpi.training import Turn
+from pfedmoe_mpi.config.sections import Section
+from pfedmoe_mpi.core.batches import Batch
+from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.core.turn import Turn
 
 
 class Options(Section):

@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Phase, Spec
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.sections import Section
+from pfedmoe_mpi.config.sections import Section
+from pfedmoe_mpi.core.parts import Parts
 
 
 class Options(Section):

@@ -31,9 +31,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Block, Module, Phase, Spec
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.sections import Section
-from pfedmoe_mpi.training import Turn
+from pfedmoe_mpi.config.sections import Section
+from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.core.turn import Turn
 
 
 class Options(Section):

@@ -33,13 +33,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pfedmoe_mpi import seeds
+from pfedmoe_mpi.algorithms._per_class import class_means, received, train_on_server
 from pfedmoe_mpi.algorithms.base import Algorithm, Block, Mean, Module, Phase, Spec, TensorPart
-from pfedmoe_mpi.classwise import class_means, received, train_on_server
-from pfedmoe_mpi.data.shard import Batch
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.sections import Section
-from pfedmoe_mpi.training import Turn, learning_rate_factor
+from pfedmoe_mpi.config.sections import Section
+from pfedmoe_mpi.core import seeds
+from pfedmoe_mpi.core.batches import Batch
+from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.core.sgd import learning_rate_factor
+from pfedmoe_mpi.core.turn import Turn
 
 
 class Options(Section):

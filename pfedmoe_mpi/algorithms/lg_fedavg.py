@@ -17,7 +17,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Phase, Spec
-from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.core.parts import Parts
 
 
 class LGFedAvg(Algorithm):

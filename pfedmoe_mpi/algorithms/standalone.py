@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Spec
-from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.core.parts import Parts
 
 
 class Standalone(Algorithm):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.resize import resize
 from pfedmoe_mpi.errors import DataError
-from pfedmoe_mpi.sections import Data
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.data.partition import Partition

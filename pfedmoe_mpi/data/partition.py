@@ -13,9 +13,9 @@ from hashlib import sha256
 
 import numpy as np
 
+from pfedmoe_mpi.config.sections import PartitionSettings
+from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.errors import PartitionError
-from pfedmoe_mpi.sections import PartitionSettings
-from pfedmoe_mpi.seeds import numpy_generator
 
 NOBODY = -1  # owner of a row that is dealt to no client
 

@@ -10,13 +10,13 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from pfedmoe_mpi import launch
+from pfedmoe_mpi import environment
 from pfedmoe_mpi.errors import EXIT_DONE, UserError
-from pfedmoe_mpi.report import drawing, page, several, single, terminal
+from pfedmoe_mpi.report import comparison_report, drawing, page, run_report, terminal
 from pfedmoe_mpi.report.compare import CompareError
+from pfedmoe_mpi.report.document import Report
 from pfedmoe_mpi.report.load import Run, load_runs
-from pfedmoe_mpi.report.looked import Looked
-from pfedmoe_mpi.report.sections import Report
+from pfedmoe_mpi.report.model_views import Looked
 from pfedmoe_mpi.report.tables import to_csv, to_latex
 
 FIGURES, TABLES = {".png", ".pdf"}, {".csv", ".tex"}
@@ -61,9 +61,9 @@ def _made(
     runs: Sequence[Run], baseline: str, target: float | None, notes: Sequence[str], models: bool = False
 ) -> Report:
     if len(runs) == 1:
-        made = single.report(runs[0], target, _look(runs[0]) if models else "")
+        made = run_report.report(runs[0], target, _look(runs[0]) if models else "")
     else:
-        made = several.report(runs, baseline, target)
+        made = comparison_report.report(runs, baseline, target)
     return replace(made, notes=[*made.notes, *notes])
 
 
@@ -71,13 +71,13 @@ def _look(run: Run) -> Looked | str:
     """What is in its models, or why that cannot be seen."""
     if not find_spec("torch"):
         return "Nobody looked into the models: torch is not installed here."
-    if launch.launched_size(os.environ) > 1:  # MPI would wait for ranks that have ended
+    if environment.launched_size(os.environ) > 1:  # MPI would wait for ranks that have ended
         return "Nobody looked into the models: a report is the work of one rank, start it without mpirun."
-    from pfedmoe_mpi.report import models
+    from pfedmoe_mpi.report import probe
 
     print("looking into the models; --models false leaves them out", file=sys.stderr, flush=True)
     try:
-        return models.look(run)
+        return probe.look(run)
     except UserError as error:
         return f"Nobody looked into the models: {error.problem}."
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi.report import drawing
-from pfedmoe_mpi.report.sections import Report
+from pfedmoe_mpi.report.document import Report
 
 NAME = "report.html"
 MOST_CELLS = 20_000  # of a table on the page, which stays a few megabytes; its CSV file has them all

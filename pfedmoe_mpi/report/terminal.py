@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pfedmoe_mpi.report.sections import Report
+from pfedmoe_mpi.report.document import Report
 from pfedmoe_mpi.report.tables import to_text
 
 WIDTH, HEIGHT = 60, 12  # characters of the curve's field

@@ -42,16 +42,16 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from pfedmoe_mpi import seeds
 from pfedmoe_mpi.algorithms.base import Algorithm, Block, Inputs, Module, Phase, Spec, Task, TensorPart
 from pfedmoe_mpi.algorithms.fedjets import common
 from pfedmoe_mpi.algorithms.fedjets.anchors import by_cluster, by_label
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.data.shard import Batch
+from pfedmoe_mpi.config.sections import Section
+from pfedmoe_mpi.core import seeds
+from pfedmoe_mpi.core.batches import Batch
+from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.models.gate import Gate
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.sections import Section
-from pfedmoe_mpi.training import Turn
 
 
 class Options(Section):
@@ -129,11 +129,11 @@ class FedJETs(Algorithm):
 
     def check(self) -> None:
         """The common expert's file."""
-        self._common.from_file()
+        self._common.from_file(self.read_weights)
 
     def pretrain(self, turn: Turn) -> str:
         """W_c from its file, or by SGD on the reserved rows until it is accurate enough."""
-        found = self._common.from_file()
+        found = self._common.from_file(self.read_weights)
         if found is not None:
             turn.parts.vector("common").copy_(found)
             return f"common expert: {self.options.common}"

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pfedmoe_mpi import pretrained
-from pfedmoe_mpi.algorithms.base import Module, Phase, Task
-from pfedmoe_mpi.data.shard import Batch
+from pfedmoe_mpi.algorithms.base import Module, Phase, ReadWeights, Task
+from pfedmoe_mpi.core.batches import Batch
+from pfedmoe_mpi.core.flat import Layout
+from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import names, registry
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.training import Turn
 
 PRETRAIN = "pretrain"
+HDF5 = (".h5", ".hdf5")  # of this program; other files are torch's
 CHECKS = 10  # looks at the accuracy in an epoch
 
 
@@ -26,7 +28,7 @@ class Common:
     def __init__(self, task: Task, source: str, architecture: str) -> None:
         name = task.pool[0] if architecture == "auto" else names.resolve_name(architecture)
         self._path = None if source == PRETRAIN else Path(source).expanduser()
-        published = self._path is not None and self._path.suffix not in pretrained.HDF5
+        published = self._path is not None and self._path.suffix not in HDF5
         self._published = published and name in names.TORCHVISION and architecture != "auto"
         self.name = name
         if self._published:
@@ -36,7 +38,7 @@ class Common:
             registry.check_model(name, task.shape, *sizes)
             self.part, self.width = task.model(name), task.dim
 
-    def from_file(self) -> Tensor | None:
+    def from_file(self, read: ReadWeights) -> Tensor | None:
         """Its vector, if a file gives it.
 
         Raises:
@@ -44,11 +46,11 @@ class Common:
         """
         if self._path is None:
             return None
-        found = pretrained.tensors(self._path, ("common", "model"))
+        found = read(self._path, ("common", "model"))
         if self._published:
             dropped = (f"{self._last}.", "aux", "AuxLogits.")
             found = {f"network.{name}": t for name, t in found.items() if not name.startswith(dropped)}
-        return pretrained.vector(
+        return _vector(
             self._path,
             found,
             self.part.layout(),
@@ -63,6 +65,31 @@ class Common:
             module = parts.common if self._published else parts.common.extractor
             embeddings: Tensor = module(x).float()
         return embeddings
+
+
+def _vector(path: Path, found: Mapping[str, Tensor], layout: Layout, what: str, remedy: str) -> Tensor:
+    """The tensors as the flat vector of a layout (size,).
+
+    Raises:
+        ConfigError: some are missing, too many, of another shape, or not finite; names the first.
+    """
+    problem = ""
+    for entry in layout.entries:
+        tensor = found.get(entry.name)
+        if tensor is None:
+            problem = f"it has no {entry.name}"
+        elif tuple(tensor.shape) != entry.shape:
+            problem = f"{entry.name} is {tuple(tensor.shape)}, not {entry.shape}"
+        elif not bool(tensor.isfinite().all()):
+            problem = f"{entry.name} is not finite"
+        if problem:
+            break
+    extra = sorted(found.keys() - {entry.name for entry in layout.entries})
+    if not problem and extra:
+        problem = f"it has {extra[0]} too"
+    if problem:
+        raise ConfigError(f"{path} is not {what}: {problem}", remedy)
+    return torch.cat([found[entry.name].reshape(-1) for entry in layout.entries])
 
 
 def _published(name: str, shape: tuple[int, ...]) -> tuple[Module, int, str]:

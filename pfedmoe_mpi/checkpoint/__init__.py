@@ -1,0 +1,7 @@
+"""Checkpoints: one sealed HDF5 file, written by all ranks, readable with any HDF5 tool."""
+
+from pfedmoe_mpi.checkpoint.reader import Checkpoint, open_everywhere, verify
+from pfedmoe_mpi.checkpoint.seal import FORMAT
+from pfedmoe_mpi.checkpoint.writer import Content, name, newest_first, write
+
+__all__ = ["FORMAT", "Checkpoint", "Content", "name", "newest_first", "open_everywhere", "verify", "write"]

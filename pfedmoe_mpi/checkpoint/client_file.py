@@ -1,0 +1,129 @@
+"""A client's model in a file of its own, to be handed to that client: nothing of the others is in it.
+
+`/PART/TENSOR` by their torch names, the server's parts and the client's; attributes say whose it is, after
+which round, and under which configuration and on what samples it was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from pfedmoe_mpi.checkpoint.reader import Checkpoint
+from pfedmoe_mpi.core.flat import Entry, Layout
+from pfedmoe_mpi.errors import CheckpointError
+from pfedmoe_mpi.storage import durable, untrusted_hdf5
+from pfedmoe_mpi.storage.untrusted_hdf5 import UnfitError
+
+_ATTRIBUTE = 1 << 16  # bytes; HDF5 keeps no longer one beside its object
+_REMEDY = "`export` writes one from a checkpoint"
+
+
+def write(loaded: Checkpoint, client: int, out: Path) -> None:
+    """The server's and one client's tensors as an HDF5 file.
+
+    Raises:
+        CheckpointError: no such client, or an output that exists or cannot be written.
+    """
+    if os.path.lexists(out):
+        raise CheckpointError(f"{out} exists already", "choose another name")
+    if client >= loaded.clients:
+        raise CheckpointError(f"there is no client {client}", f"clients are 0 to {loaded.clients - 1}")
+    try:
+        with durable.new_file(out) as temporary, h5py.File(temporary, "w") as file:
+            _fill(file, loaded, client)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:  # tensors may have impossible names
+        problem = f"{out} cannot be written: {error}"
+        raise CheckpointError(problem, "check the folder and its space") from error
+
+
+def _fill(file: Any, loaded: Checkpoint, client: int) -> None:
+    pool = loaded.config["model"]["pool"]
+    file.attrs.update(client=client, round=loaded.round, algorithm=loaded.config["algorithm"])
+    file.attrs.update(architecture=pool[client % len(pool)], config=json.dumps(loaded.config))
+    if "samples" in loaded.identity:
+        file.attrs["samples"] = loaded.identity["samples"]
+    own = loaded.layout(client), loaded.vector(client)
+    for layout, vector in ((loaded.state_layout, loaded.state), own):
+        for entry in layout.entries:
+            file[_key(entry)] = vector[entry.offset : entry.offset + entry.size].reshape(entry.shape)
+
+
+def _key(entry: Entry) -> str:
+    return entry.name.rstrip("/")  # a plain tensor is named by its part alone
+
+
+def is_export(path: Path) -> bool:
+    """Whether a file was written by `export`."""
+    try:
+        with h5py.File(path, "r", locking="best-effort") as file:
+            return h5py.h5a.exists(file.id, b"client")
+    except OSError:
+        return False
+
+
+class Exported:
+    """A file that `export` wrote, open for reading. Use as a context manager.
+
+    Raises:
+        CheckpointError: it does not say what it must.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = h5py.File(path, "r", locking="best-effort")
+        try:
+            self.client, self.round = self._number("client"), self._number("round")
+            self.config: dict[str, Any] = untrusted_hdf5.parsed(
+                self._text("config"), "its attribute 'config'"
+            )
+            self.samples = self._text("samples")
+        except untrusted_hdf5.FROM_HDF5 as error:
+            self._file.close()
+            raise self._unfit(error) from error
+
+    def __enter__(self) -> Exported:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _number(self, name: str) -> int:
+        value = untrusted_hdf5.attribute(self._file, name, _ATTRIBUTE)
+        if not isinstance(value, int | np.integer) or value < 0:
+            raise UnfitError(f"its attribute '{name}' is no natural number")
+        return int(value)
+
+    def _text(self, name: str) -> str:
+        value = untrusted_hdf5.attribute(self._file, name, _ATTRIBUTE)
+        if not isinstance(value, str):
+            raise UnfitError(f"it has no text '{name}'")
+        return value
+
+    def _unfit(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.path} holds no client's model: {error}", _REMEDY)
+
+    def vector(self, layout: Layout) -> np.ndarray:
+        """The tensors of a layout one after the other, (layout.size,) float32.
+
+        Raises:
+            CheckpointError: one is missing, of another shape or not finite.
+        """
+        try:
+            return np.concatenate([np.empty(0, np.float32), *map(self._tensor, layout.entries)])
+        except untrusted_hdf5.FROM_HDF5 as error:
+            raise self._unfit(error) from error
+
+    def _tensor(self, entry: Entry) -> np.ndarray:
+        found = untrusted_hdf5.find(self._file, _key(entry))
+        if found is None or found.shape != entry.shape or found.dtype != np.float32:
+            raise UnfitError(f"{_key(entry)} is not {entry.shape} of float32")
+        values = np.asarray(found[()])
+        if not np.isfinite(values).all():
+            raise UnfitError(f"{_key(entry)} is not finite")
+        return values.reshape(-1)

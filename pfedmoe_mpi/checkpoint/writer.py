@@ -1,0 +1,222 @@
+"""HDF5 checkpoints: one sealed file, written by all ranks, readable with any HDF5 tool.
+
+Root lays the datasets out contiguously (early allocation, no fill values, clients' aligned to 4 KiB) and
+sends their byte offsets round; each rank writes its clients' bytes in place with pwrite. So one file is
+written in parallel with an ordinary h5py. A seal in the HDF5 user block (`seal.py`) holds the file's length
+and the name and SHA-256 of every dataset. Every writer fsyncs, then root seals, renames and fsyncs the
+folder: a file with a checkpoint's name is complete or damaged, never half-written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from pfedmoe_mpi.checkpoint import seal
+from pfedmoe_mpi.checkpoint.memory_file import SparseFile
+from pfedmoe_mpi.checkpoint.seal import FORMAT, Table
+from pfedmoe_mpi.core.flat import Layout
+from pfedmoe_mpi.errors import CheckpointError
+from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.storage import durable
+
+_PIECE = 1 << 24
+_NAME = re.compile(r"round-(\d+)(-partial)?\.h5")
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything in a checkpoint but the clients' bytes, equal on all ranks.
+
+    `round` rounds are complete; `partial` is the int64 buffer of an unfinished next one, or None.
+    """
+
+    config: Mapping[str, Any]
+    round: int
+    state: np.ndarray
+    state_layout: Layout
+    client_layouts: Sequence[Layout]
+    partition: Mapping[str, Sequence[np.ndarray]]
+    history: Sequence[Mapping[str, Any]]
+    identity: Mapping[str, str]  # digests and conditions of the run: data, partition, versions, threads
+    partial: np.ndarray | None = None
+    finished: Sequence[int] = ()  # the clients in the partial sum
+
+
+def name(round: int, partial: bool) -> str:
+    """`round-000020.h5`, or `round-000021-partial.h5` for a round in progress."""
+    return f"round-{round + 1:06d}-partial.h5" if partial else f"round-{round:06d}.h5"
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of a folder; a partial round 21 stands between 20 and 21."""
+
+    named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("round-*.h5"))
+    aged = [((int(match[1]), not match[2]), path) for match, path in named if match]
+    return [path for _, path in sorted(aged, reverse=True)]
+
+
+def write(
+    comm: Comm, path: Path, content: Content, vectors: Mapping[int, np.ndarray], home: Sequence[int]
+) -> None:
+    """Write one checkpoint; collective. `vectors` are this rank's clients', `home` the rank of every client.
+
+    Raises:
+        CheckpointError: on all ranks, if any rank could not write; earlier checkpoints are untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    own = [client for client in range(len(home)) if home[client] == comm.rank]
+    try:
+        table = comm.from_root(_guarded(lambda: _lay_out(temporary, content), path), "checkpoint layout")
+        hashes = comm.agree(
+            _guarded(lambda: _write_clients(temporary, own, table, vectors), path), "checkpoint write"
+        )
+        digests = {key: digest for part in hashes if part for key, digest in part.items()}
+        comm.from_root(_guarded(lambda: _finish(temporary, path, table, digests), path), "checkpoint seal")
+    except CheckpointError:
+        if comm.rank == 0:
+            with suppress(OSError):
+                temporary.unlink()
+        raise
+
+
+def _guarded(work: Callable[[], Any], path: Path) -> Callable[[], Any]:
+    """The system's errors as ours, so that all ranks learn of them."""
+
+    def run() -> Any:
+        try:
+            return work()
+        except OSError as error:
+            remedy = "free space or mend the file system"
+            raise CheckpointError(f"{path} cannot be written: {error}", remedy) from error
+
+    return run
+
+
+def _client(client: int) -> str:
+    return f"clients/{client:06d}"
+
+
+def _texts(content: Content) -> dict[str, bytes]:
+    """Texts by dataset: the configuration, one line per round, and every layout once."""
+    texts = {
+        "config": json.dumps(content.config),
+        "history": "\n".join(json.dumps(row, allow_nan=False) for row in content.history),
+    }
+    for layout in (content.state_layout, *content.client_layouts):
+        texts[f"layouts/{layout.digest}"] = layout.to_json()
+    return {key: text.encode() for key, text in texts.items()}
+
+
+def _arrays(content: Content) -> dict[str, np.ndarray]:
+    """What root writes beside texts, by dataset: float32 and int64."""
+    arrays: dict[str, np.ndarray] = {"server/state": np.asarray(content.state, "<f4")}
+    for split, rows in content.partition.items():
+        arrays[f"partition/{split}"] = np.concatenate([np.empty(0, "<i8"), *rows]).astype("<i8")
+        arrays[f"partition/{split}_offsets"] = np.cumsum([0, *map(len, rows)]).astype("<i8")
+    if content.partial is not None:
+        arrays["partial/sum"] = content.partial.astype("<i8", copy=False)
+        arrays["partial/finished"] = np.array(content.finished, "<i8")
+    return arrays
+
+
+def _lay_out(path: Path, content: Content) -> Table:
+    """Create the file with everything but the clients' bytes; the place of every dataset with bytes."""
+    # Objects are aligned from this size on, so that no two clients' bytes share a page.
+    smallest = min([seal.ALIGN, *(4 * layout.size for layout in content.client_layouts if layout.size)])
+    for stale in path.parent.glob(".round-*.h5.tmp"):
+        stale.unlink()
+    texts, arrays, layouts = _texts(content), _arrays(content), content.client_layouts
+    names = [*(key for key, raw in {**texts, **arrays}.items() if len(raw))]
+    names += [_client(client) for client, layout in enumerate(layouts) if layout.size]
+    names += [] if content.history else ["history"]  # HDF5 has no text of no bytes
+    memory = SparseFile()
+    with h5py.File(
+        memory,
+        "w",
+        userblock_size=seal.block_length(names),
+        libver=("v110", "v110"),
+        alignment_threshold=smallest,
+        alignment_interval=seal.ALIGN,
+    ) as file:
+        file.attrs["format"] = FORMAT
+        file.attrs["round"] = content.round
+        file.attrs["partial"] = content.partial is not None
+        for key, value in content.identity.items():
+            _describe(file, key, value)
+        made = [_put(file, key, np.array(raw or b"\0")) for key, raw in texts.items()]
+        made += [_put(file, key, array) for key, array in arrays.items()]
+        _describe(file["server/state"], "layout", content.state_layout.digest)
+        for client, layout in enumerate(layouts):
+            made.append(_allocate(file, _client(client), h5py.h5t.IEEE_F32LE, (layout.size,)))
+            _describe(made[-1], "layout", layout.digest)
+        table = {d.name[1:]: (int(d.id.get_offset()), int(d.nbytes)) for d in made if d.nbytes}
+    assert set(table) == set(names), "the user block was made for other datasets"
+    memory.save(path)
+    return table
+
+
+def _describe(owner: Any, key: str, value: str) -> None:
+    """A text of fixed length as an attribute: what lies in the header needs no other place of the file."""
+    raw = value.encode()
+    owner.attrs.create(key, np.array(raw), dtype=h5py.string_dtype("utf-8", max(1, len(raw))))
+
+
+def _allocate(file: Any, key: str, kind: Any, shape: tuple[int, ...]) -> Any:
+    """An empty contiguous dataset whose place in the file is known at once."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    links.set_create_intermediate_group(True)
+    space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
+    return h5py.Dataset(h5py.h5d.create(file.id, key.encode(), kind, space, properties, links))
+
+
+def _put(file: Any, key: str, data: np.ndarray) -> Any:
+    """A dataset with its content: a text (a scalar of bytes, which are UTF-8) or numbers."""
+    kind = h5py.h5t.py_create(data.dtype, logical=True)
+    if data.dtype.kind == "S":
+        kind.set_cset(h5py.h5t.CSET_UTF8)
+    dataset = _allocate(file, key, kind, data.shape)
+    dataset.id.write(h5py.h5s.ALL, h5py.h5s.ALL, data, kind)
+    return dataset
+
+
+def _write_clients(
+    path: Path, own: Sequence[int], table: Table, vectors: Mapping[int, np.ndarray]
+) -> dict[str, bytes]:
+    """This rank's clients' bytes in their places, on the disk; SHA-256 of each."""
+    digests = {}
+    file = os.open(path, os.O_WRONLY)
+    try:
+        for client in (client for client in own if _client(client) in table):
+            data = np.ascontiguousarray(vectors[client], "<f4").view(np.uint8).data
+            offset, length = table[_client(client)]
+            assert len(data) == length, f"client {client} has {len(data)} bytes, its layout {length}"
+            done = 0
+            while done < length:
+                done += os.pwrite(file, data[done : done + _PIECE], offset + done)
+            digests[_client(client)] = sha256(data).digest()
+        os.fsync(file)
+    finally:
+        os.close(file)
+    return digests
+
+
+def _finish(temporary: Path, path: Path, table: Table, digests: Mapping[str, bytes]) -> None:
+    """Seal the file and give it its name."""
+    with open(temporary, "r+b") as file:
+        seal.put(file, table, digests)
+    durable.publish(temporary, path)

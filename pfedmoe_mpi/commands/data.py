@@ -1,0 +1,138 @@
+"""Data and partitions written as files: any source as one HDF5 file, a partition as HDF5 or as a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.data.dataset import Dataset
+from pfedmoe_mpi.data.partition import Partition
+from pfedmoe_mpi.data.partition_file import write_rows
+from pfedmoe_mpi.data.sources.hdf5 import write_hdf5
+from pfedmoe_mpi.data.sources.open import open_dataset
+from pfedmoe_mpi.errors import DataError
+from pfedmoe_mpi.storage import durable
+
+_SHOWN = 40  # clients and classes a heat map in text shows
+_SHADES = " ░▒▓█"
+
+
+def prepare(config: Config, out: Path) -> str:
+    """Write the data that `config.data` names as one HDF5 file, of which a rank reads only the rows it needs.
+
+    torchvision may download here. Source `hdf5` reads the file back as the same data set.
+
+    Returns:
+        One line about what was written.
+
+    Raises:
+        DataError: unusable data, or `out` exists or cannot be written; then nothing is left behind.
+    """
+    _refuse_existing(out)
+    with open_dataset(config.data, config.seed, clients=config.clients, download=True) as data:
+        if data.fit:
+            raise DataError(
+                f"{data.name} is made ready by what each client trains on, and cannot be prepared before",
+                f"run on --data.source {config.data.source} itself; the first rank reads it and sends rows",
+            )
+        with _new_file(out) as path:
+            write_hdf5(path, data)
+        return (
+            f"{out}: {len(data)} samples of {' × '.join(map(str, data.shape))} {data.dtype}, "
+            f"{data.classes} classes, {out.stat().st_size / 2**20:.1f} MiB"
+        )
+
+
+def write_partition(config: Config, out: Path) -> str:
+    """Compute the partition of `config`; write its row numbers as HDF5, or its heat map to a `.png`.
+
+    The file has groups `train`, `validation` and `test`, each with `rows`, all clients' row numbers one after
+    the other, and `offsets` (N + 1): client k has rows[offsets[k] : offsets[k + 1]]; `unseen` are the clients
+    that never train, `reserved` the rows that no client has.
+
+    Returns:
+        The heat map client × class as text.
+
+    Raises:
+        DataError: unusable data, `out` exists or cannot be written, or a picture without matplotlib.
+        PartitionError: the partition cannot be met.
+    """
+    # Imported here: a method may reserve rows, and methods need torch.
+    from pfedmoe_mpi.federation.effective import with_proposals
+    from pfedmoe_mpi.federation.plan import draw_partition
+
+    _refuse_existing(out)
+    with open_dataset(config.data, config.seed, clients=config.clients) as data:
+        config = with_proposals(config, data)
+        partition = draw_partition(config, data)
+        data = data.fitted(partition)  # of next words this makes the classes
+    if out.suffix.lower() == ".png":
+        _draw(out, partition, data)
+    else:
+        with _new_file(out) as path:
+            write_rows(path, partition, config)
+    return heat_map(partition, data)
+
+
+def heat_map(partition: Partition, data: Dataset) -> str:
+    """Training samples by client (rows) and class (columns) as shades of the largest cell, 40 of each."""
+    counts = partition.counts(data.labels, data.classes)
+    shown = counts[:_SHOWN, :_SHOWN]
+    shades = -(-shown * (len(_SHADES) - 1) // max(1, counts.max()))  # rounded up: one sample is visible
+    lines = [f"client  train valid  test  classes 0 to {shown.shape[1] - 1} ({_SHADES[-1]} = {counts.max()})"]
+    for client, shade in enumerate(shades):
+        parts = (partition.train, partition.validation, partition.test)
+        sizes = "".join(f"{len(part[client]):6d}" for part in parts)
+        unseen = "  unseen" if client in partition.unseen else ""
+        lines.append(f"{client:6d} {sizes}  |{''.join(_SHADES[level] * 2 for level in shade)}|{unseen}")
+    for total, noun in zip(counts.shape, ("clients", "classes"), strict=True):
+        if total > _SHOWN:
+            lines.append(f"and {total - _SHOWN} more {noun}")
+    if len(partition.reserved):
+        lines.append(f"{len(partition.reserved)} rows are the server's")
+    return "\n".join(lines)
+
+
+def _draw(out: Path, partition: Partition, data: Dataset) -> None:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "drawing needs matplotlib", "pip install 'pfedmoe_mpi[report]', or write to .h5"
+        ) from error
+    counts = partition.counts(data.labels, data.classes)
+    figure = Figure(figsize=(3 + 0.2 * min(data.classes, 60), 2 + 0.15 * min(partition.clients, 80)), dpi=150)
+    axes = figure.add_subplot(xlabel="class", ylabel="client", title=f"{data.name}: training samples")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(axes.imshow(counts, aspect="auto", interpolation="nearest", cmap="viridis"))
+    figure.tight_layout()
+    with _new_file(out) as path:
+        figure.savefig(path, format="png")
+
+
+def _refuse_existing(out: Path) -> None:
+    if os.path.lexists(out):
+        raise DataError(f"{out} exists and is not overwritten", "name another file, or move this one away")
+    if not os.path.isdir(out.parent):
+        raise DataError(f"there is no folder {out.parent}", "make it first")
+
+
+@contextmanager
+def _new_file(out: Path) -> Iterator[Path]:
+    """Yield a path to write that becomes `out` once it is complete.
+
+    Raises:
+        DataError: `out` exists by then or cannot be written.
+    """
+    try:
+        with durable.new_file(out) as path:
+            yield path
+    except (OSError, RuntimeError) as error:  # the HDF5 library raises either
+        raise DataError(
+            f"{out} cannot be written: {error}", "check the folder's space and permissions"
+        ) from error

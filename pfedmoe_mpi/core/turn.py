@@ -1,0 +1,145 @@
+"""A client's turn: one step of one round, SGD over its parts.
+
+What decides bits and results: momentum starts at zero in every client step and is never kept; data are
+shuffled every epoch; the last smaller batch is trained; `clip` is the joint norm of what the step trains;
+weight decay and momentum never touch buffers; evaluation uses running statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pfedmoe_mpi.core import batches, seeds
+from pfedmoe_mpi.core.batches import Batch, Normalise
+from pfedmoe_mpi.core.client import Client
+from pfedmoe_mpi.core.fixedpoint import NotFiniteError
+from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.core.sgd import SGD, Phase, learning_rate_factor
+
+if TYPE_CHECKING:
+    from pfedmoe_mpi.config.sections import Train
+
+Loss = Callable[[Parts, Batch], torch.Tensor]  # a method's: scalar of a client's parts and a batch
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How this rank computes: the same for every client."""
+
+    device: torch.device
+    normalise: Normalise
+    train: Train
+    evaluation_batch: int
+    seed: int
+    rounds: int
+    poll: Callable[[], None]  # raises StoppedError
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16")
+
+
+class Turn:
+    """One client's step in one round: what a method may use of it."""
+
+    def __init__(
+        self, engine: Engine, loss: Loss, client: Client, parts: Parts, round: int, role: str
+    ) -> None:
+        self.client = client.id
+        self.round = round
+        self.role = role
+        self.parts = parts
+        self.device = engine.device
+        self.rate = learning_rate_factor(engine.train.schedule, round, engine.rounds)
+        self.loss = float("nan")  # mean training loss per sample of the last epoch trained
+        # Bytes a deployment would send this client, and it would send back, where that is not the whole state
+        # and the payload as it is: a method that compresses, or sends some of its experts, says it here.
+        self.bytes_down: int | None = None
+        self.bytes_up: int | None = None
+        self._engine = engine
+        self._loss = loss
+        self._splits = client.splits
+        self._split = client.splits["train"]
+        self._generator = seeds.torch_generator(engine.seed, "batches", round, client.id)
+        seeds.seed_global(engine.seed, "step", round, client.id)
+
+    def sgd(
+        self,
+        phase: Phase,
+        loss: Callable[[Batch], torch.Tensor] | None = None,
+        enough: Callable[[int], bool] | None = None,
+    ) -> int:
+        """Train the phase's parts in place; the number of steps taken.
+
+        Args:
+            loss: scalar of a batch; default: the method's.
+            enough: asked after every step, with their number so far; True ends the training.
+
+        Raises:
+            NotFiniteError: a loss or the norm of a gradient was not finite. Clipping scales a gradient of
+                infinite norm to zero, so that the vectors alone would not show it.
+        """
+        modules = self.parts.modules()
+        for name, module in modules.items():
+            module.train(name in phase.lr)
+            module.requires_grad_(name in phase.lr)
+        optimiser = SGD(self.parts, phase, self.rate)
+        steps, ended = 0, False
+        for _ in range(phase.epochs):
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            seen = 0
+            for batch in self._epoch():
+                self._engine.poll()
+                optimiser.zero_grad()
+                with self._engine.autocast():
+                    value = loss(batch) if loss else self._loss(self.parts, batch)
+                value.backward()
+                optimiser.step()
+                total += value.detach().double() * len(batch)
+                seen += len(batch)
+                steps += 1
+                ended = enough is not None and enough(steps)
+                if ended:
+                    break
+            self.loss = float(total) / seen
+            if not math.isfinite(self.loss + float(optimiser.norms)):
+                raise NotFiniteError("its loss or its gradient is not finite")
+            if ended:
+                break
+        optimiser.zero_grad()
+        return steps
+
+    def _epoch(self) -> Iterator[Batch]:
+        engine = self._engine
+        return batches.epoch(
+            self._split, engine.train.batch, engine.normalise, engine.train.augment, self._generator
+        )
+
+    @property
+    def samples(self) -> int:
+        """n_k."""
+        return len(self._split)
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Classes of the training samples that count in this round, int64 (n_k,), on the device."""
+        return self._split.y
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """A split's samples once, in order, in evaluation mode, without gradients or augmentation."""
+        for module in self.parts.modules().values():
+            module.eval()
+        with torch.no_grad(), self._engine.autocast():
+            for batch in batches.batches(
+                self._splits[split], self._engine.evaluation_batch, self._engine.normalise
+            ):
+                self._engine.poll()
+                yield batch
+
+    def training_batches(self) -> Iterator[Batch]:
+        """`batches` of the training samples."""
+        return self.batches("train")

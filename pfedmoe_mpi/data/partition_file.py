@@ -1,0 +1,34 @@
+"""A partition as an HDF5 file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.data.partition import Partition
+
+
+def write_rows(path: Path, partition: Partition, config: Config) -> None:
+    """Write the row numbers of every client, by split.
+
+    Groups `train`, `validation` and `test` hold `rows`, all clients' row numbers one after the other, and
+    `offsets` (N + 1): client k has rows[offsets[k] : offsets[k + 1]]. `unseen` are the clients that never
+    train, `reserved` the rows that no client has.
+
+    Raises:
+        OSError, RuntimeError: from the HDF5 library.
+    """
+    with h5py.File(path, "w", locking="best-effort") as file:
+        parts = {"train": partition.train, "validation": partition.validation, "test": partition.test}
+        for name, clients in parts.items():
+            file[f"{name}/rows"] = np.concatenate(clients)
+            file[f"{name}/offsets"] = np.cumsum([0, *map(len, clients)])
+        file["unseen"] = np.array(sorted(partition.unseen), np.int64)
+        file["reserved"] = partition.reserved
+        file.attrs["digest"] = partition.digest()
+        file.attrs["seed"] = config.seed
+        for name, value in config.partition.model_dump().items():
+            file.attrs[name] = value

@@ -1,0 +1,282 @@
+"""HDF5 files: `x`, `y`, optionally `client`, `official_test`, `class_names`; rows are read when asked for."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from pfedmoe_mpi.data.dataset import Dataset, Loaded, check_clients, check_finite, sample_shape
+from pfedmoe_mpi.errors import DataError
+from pfedmoe_mpi.storage import untrusted_hdf5
+from pfedmoe_mpi.storage.untrusted_hdf5 import UnfitError
+
+_SPAN = 16 << 20  # bytes read at once
+_BLOCK = 64 << 10  # bytes of a block where the file has no chunks: reading a gap this short beats a seek
+_FREE, _RATIO = 64 << 20, 100  # what a file may unpack to: so many bytes, and so many times its own
+_UNPACKED = 256 << 20  # a chunk that could become more is unpacked piece by piece first
+_PACKED = {h5py.h5z.FILTER_DEFLATE: 1032, h5py.h5z.FILTER_LZF: 90}  # how much longer they can make bytes
+_NAMES = 1 << 16  # class names
+_COPY = "copy the file again, or write it anew with `data prepare`"
+_INSIDE = "store x and y as plain arrays in the file itself"
+_REPACK = "unpack it first: h5repack -f NONE FILE NEW_FILE"
+
+
+class StoredRows:
+    """Rows of an open HDF5 file; every rank opens the file itself and reads only what it asks for."""
+
+    distributed = True
+
+    def __init__(self, file: Any, x: Any, where: str) -> None:
+        self.shape = sample_shape(x.shape, where)
+        self.dtype = np.dtype(np.uint8 if x.dtype == np.uint8 else np.float32)
+        self._file, self._x, self._where = file, x, where
+        row_bytes = max(1, x.dtype.itemsize * int(np.prod(self.shape)))
+        self._block = x.chunks[0] if x.chunks else max(1, _BLOCK // row_bytes)
+        self._most = max(1, _SPAN // (row_bytes * self._block))  # blocks in one span
+
+    def read(self, index: np.ndarray) -> np.ndarray:
+        """Rows in the order asked, through spans of whole blocks, each read once."""
+        out = np.empty((len(index), *self.shape), self.dtype)
+        order = np.argsort(index, kind="stable")
+        asked = index[order]
+        assert not len(asked) or 0 <= asked[0] <= asked[-1] < len(self._x), "row numbers out of range"
+        for first, last in self._spans(asked):
+            low, high = np.searchsorted(asked, (first, last))
+            rows = asked[low:high]
+            picked = self._span(first, last)[rows - first]
+            check_finite(picked, rows, self._where)
+            out[order[low:high]] = picked
+        return out
+
+    def check(self) -> None:
+        """Refuse a file with a NaN or an infinity anywhere, a span at a time."""
+        step = self._block * self._most
+        for first in range(0, len(self._x) if self.dtype != np.uint8 else 0, step):
+            last = min(first + step, len(self._x))
+            check_finite(self._span(first, last), np.arange(first, last), self._where)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _spans(self, asked: np.ndarray) -> Iterator[tuple[int, int]]:
+        blocks = np.unique(asked // self._block)
+        for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
+            for start in range(0, len(run), self._most):
+                part = run[start : start + self._most]
+                yield int(part[0]) * self._block, min((int(part[-1]) + 1) * self._block, len(self._x))
+
+    def _span(self, first: int, last: int) -> np.ndarray:
+        try:
+            raw = self._x[first:last]
+        except OSError as error:
+            raise DataError(
+                f"{self._where}: rows {first} to {last} cannot be read: {error}", _COPY
+            ) from error
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+            span: np.ndarray = raw.astype(self.dtype, copy=False).reshape(-1, *self.shape)
+        return span
+
+
+def open_hdf5(path: Path, check: bool) -> Loaded:
+    """Open `path`; labels, clients and test marks are read, samples stay in the file.
+
+    Raises:
+        DataError: not HDF5, no `x` or `y`, unlike lengths, another dtype than uint8 or float, NaN (`check`);
+            values that lie in other files, or a file that would unpack to far more than it is.
+    """
+    try:
+        file = h5py.File(path, "r", locking="best-effort")
+    except OSError as error:
+        if path.is_dir():
+            raise DataError(f"{path} is a folder", "name the HDF5 file, or --data.source folder") from error
+        raise DataError(f"{path} cannot be opened as HDF5: {error}", _COPY) from error
+    try:
+        return _load(file, path, check)
+    except BaseException as error:
+        file.close()
+        if isinstance(error, UnfitError):
+            raise DataError(f"{path}: {error}", _INSIDE) from error
+        if isinstance(error, untrusted_hdf5.FROM_HDF5):
+            raise DataError(f"{path} cannot be read: {error}", _COPY) from error
+        raise
+
+
+def _load(file: Any, path: Path, check: bool) -> Loaded:
+    if check:
+        untrusted_hdf5.check_heaps(file, path)
+    x = _table(file, "x", path)
+    if x.dtype != np.uint8 and x.dtype.kind != "f":
+        raise DataError(f"x of {path} is {x.dtype}", "store uint8 (0 to 255) or float32")
+    store = StoredRows(file, x, str(path))
+    rows = len(x)
+    labels = _column(file, "y", rows, path)
+    if check:
+        _check_chunks(x, f"x of {path}")
+        store.check()
+    client, official = (_optional(file, name, rows, path) for name in ("client", "official_test"))
+    return Loaded(
+        name=_name(file, path),
+        where=str(path),
+        store=store,
+        labels=labels,
+        class_names=_names(file, path) if file.id.links.exists(b"class_names") else (),
+        client=None if client is None else check_clients(client, rows, str(path)),
+        official_test=None if official is None else _marks(official, path),
+        mean=_constants(file, "mean", store),
+        std=_constants(file, "std", store),
+    )
+
+
+def _table(file: Any, name: str, path: Path) -> Any:
+    """A dataset that lies in the file and unpacks to no more than the file can mean."""
+    table = untrusted_hdf5.find(file, name)
+    if table is None:
+        held = ", ".join(ascii(key).strip("'") for key, _ in zip(file, range(8), strict=False))
+        raise DataError(
+            f"{path} has no dataset '{name}'; it has {held or 'nothing'}",
+            "store samples as x and labels as y, optionally client and official_test",
+        )
+    limit = _FREE + _RATIO * path.stat().st_size
+    unpacked = max(math.prod(shape) for shape in (table.shape, table.chunks or ()))
+    if unpacked * table.dtype.itemsize > limit:
+        raise DataError(
+            f"{name} of {path} claims {unpacked * table.dtype.itemsize:,} bytes in shape {table.shape}, "
+            f"more than {_RATIO} times the file and {_FREE >> 20} MiB",
+            _REPACK,
+        )
+    _check_filters(table, name, path)
+    return table
+
+
+def _filters(table: Any) -> list[int]:
+    plan = table.id.get_create_plist()
+    return [plan.get_filter(number)[0] for number in range(plan.get_nfilters())]
+
+
+def _check_filters(table: Any, name: str, path: Path) -> None:
+    """One compression, gzip or lzf: what others allocate is for the file to say."""
+    known = {*_PACKED, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
+    used = _filters(table)
+    if not {*used} <= known or len({*used}) < len(used) or {*used} >= {*_PACKED}:
+        raise DataError(f"{name} of {path} is packed by HDF5 filters {used}; gzip or lzf are read", _REPACK)
+
+
+def _check_chunks(table: Any, where: str) -> None:
+    """Refuse chunks that unpack to more than they are said to hold: HDF5 would take the memory first."""
+    packed = {*_filters(table)} & {*_PACKED}
+    if not packed:
+        return
+    length = math.prod(table.chunks) * table.dtype.itemsize + 4  # a checksum may be packed with it
+    suspects: list[tuple[int, ...]] = []
+
+    def look(chunk: Any) -> None:
+        if chunk.size * _PACKED[min(packed)] > max(_UNPACKED, length):
+            suspects.append(chunk.chunk_offset)
+
+    table.id.chunk_iter(look)
+    for place in suspects:
+        skipped, raw = table.id.read_direct_chunk(place)
+        if packed == {h5py.h5z.FILTER_LZF} or (not skipped and _unpacked(raw, length) > length):
+            raise DataError(f"{where}: the chunk at {place} could unpack to more than it may hold", _REPACK)
+
+
+def _unpacked(raw: bytes, most: int) -> int:
+    """How many bytes gzip makes of these, counted to a little more than `most`."""
+    unpacker, count = zlib.decompressobj(), 0
+    try:
+        while raw and not unpacker.eof and count <= most:
+            count += len(unpacker.decompress(raw, 1 << 20))
+            raw = unpacker.unconsumed_tail
+    except zlib.error as error:
+        raise UnfitError(f"a chunk cannot be unpacked: {error}") from error
+    return count
+
+
+def _column(file: Any, name: str, rows: int, path: Path) -> np.ndarray:
+    """One value per sample; shape and type are compared before anything of a wrong size is read."""
+    table = _table(file, name, path)
+    if table.shape != (rows,):
+        raise DataError(
+            f"x of {path} has {rows} rows, {name} has shape {table.shape}", f"give one per sample, ({rows},)"
+        )
+    if table.dtype.kind not in "biuf":
+        raise DataError(f"{name} of {path} is {table.dtype}", f"give one integer per sample, ({rows},)")
+    _check_chunks(table, f"{name} of {path}")
+    column: np.ndarray = table[()]
+    return column
+
+
+def _optional(file: Any, name: str, rows: int, path: Path) -> np.ndarray | None:
+    return _column(file, name, rows, path) if file.id.links.exists(name.encode()) else None
+
+
+def _marks(marks: np.ndarray, path: Path) -> np.ndarray:
+    if marks.dtype.kind not in "biu" or not np.isin(marks, (0, 1)).all():
+        raise DataError(
+            f"official_test of {path} ({marks.dtype}) holds more than true and false",
+            "give one true or false per sample",
+        )
+    return marks.astype(bool)
+
+
+def _names(file: Any, path: Path) -> tuple[str, ...]:
+    """Class names, one read after the other: each may point to the same long text."""
+    table = _table(file, "class_names", path)
+    remedy = "give one text per class, (classes,)"
+    if h5py.check_string_dtype(table.dtype) is None or len(table.shape) != 1 or len(table) > _NAMES:
+        problem = f"class_names of {path} cannot be read: {table.dtype} of shape {table.shape}"
+        raise DataError(problem, remedy)
+    names: list[str] = []
+    left = 16 * _NAMES
+    for number in range(len(table)):
+        names.append(untrusted_hdf5.whole(table.asstr()[number], "class_names"))
+        left -= len(names[-1])
+        if left < 0:
+            raise DataError(f"class_names of {path} is longer than {16 * _NAMES} characters", remedy)
+    return tuple(names)
+
+
+def _name(file: Any, path: Path) -> str:
+    name = untrusted_hdf5.attribute(file, "name", _NAMES)
+    return path.stem if name is None else str(name)
+
+
+def _constants(file: Any, name: str, store: StoredRows) -> tuple[float, ...]:
+    """mean or std: numbers, no more than a sample has."""
+    values = untrusted_hdf5.attribute(file, name, 64 + 16 * math.prod(store.shape))
+    return () if values is None else tuple(map(float, np.atleast_1d(values)))
+
+
+_CHUNK = 64 << 10  # bytes: a rank's rows lie scattered, and every chunk one of them is in is read whole
+_BLOCK = 16 << 20  # bytes moved at once
+
+
+def write_hdf5(path: Path, data: Dataset) -> None:
+    """Write a data set as the file that `open_hdf5` reads.
+
+    Raises:
+        OSError, RuntimeError: from the HDF5 library.
+    """
+    with h5py.File(path, "w", locking="best-effort") as file:
+        row_bytes = data.dtype.itemsize * int(np.prod(data.shape))
+        rows = min(len(data), max(1, _CHUNK // row_bytes))
+        x = file.create_dataset("x", (len(data), *data.shape), data.dtype, chunks=(rows, *data.shape))
+        step = rows * max(1, _BLOCK // (rows * row_bytes))
+        for start in range(0, len(data), step):
+            index = np.arange(start, min(start + step, len(data)))
+            x[start : start + step] = data.rows(index)
+        file["y"] = data.labels
+        if data.client is not None:
+            file["client"] = data.client
+        if data.official_test is not None:
+            file["official_test"] = data.official_test
+        file.create_dataset("class_names", data=list(data.class_names), dtype=h5py.string_dtype())
+        file.attrs["name"] = data.name
+        if data.mean:
+            file.attrs["mean"], file.attrs["std"] = data.mean, data.std

@@ -1,0 +1,124 @@
+"""Per-client folders of PFLlib and HtFLlib: `train/K.npz` and `test/K.npz` with a pickled dict of x and y."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pfedmoe_mpi.data.dataset import HeldRows, Loaded, check_finite, sample_shape
+from pfedmoe_mpi.data.sources.safe_pickle import read_arrays
+from pfedmoe_mpi.errors import DataError, UserError
+
+_FREE, _RATIO = 64 << 20, 100  # what an archive may unpack to: so many bytes, and so many times its own
+_LAYOUT = "give train/0.npz, train/1.npz, ... and the same below test/, each with x and y"
+
+
+def load_npz(root: Path) -> Loaded:
+    """Read all clients into memory: client = K, official test part = what came from `test/`.
+
+    Raises:
+        DataError: a missing or odd file, a pickle that holds more than arrays, clients of unlike shapes, NaN.
+    """
+    parts: list[tuple[np.ndarray, np.ndarray, int, bool]] = []
+    train, test = _files(root / "train"), _files(root / "test")
+    if not train or set(train) != set(range(len(train))):
+        missing = next(number for number in range(len(train) + 1) if number not in train)
+        raise DataError(f"{root} has no train/{missing}.npz", _LAYOUT)
+    if set(test) - set(train):
+        raise DataError(f"{root} has test/{max(set(test) - set(train))}.npz without a train part", _LAYOUT)
+    for number, files in ((number, (train, test)) for number in sorted(train)):
+        parts += [(*_client(part[number]), number, part is test) for part in files if number in part]
+    _check_alike(parts, root)
+    sizes = [len(y) for _, y, _, _ in parts]
+    return Loaded(
+        name=root.resolve().name,
+        where=f"npz folder {root}",
+        store=HeldRows(np.concatenate([x for x, _, _, _ in parts])),
+        labels=np.concatenate([y for _, y, _, _ in parts]),
+        client=np.repeat([number for _, _, number, _ in parts], sizes).astype(np.int64),
+        official_test=np.repeat([official for _, _, _, official in parts], sizes) if test else None,
+        proposals={"partition.kind": "natural", "clients": len(train)},
+    )
+
+
+def _files(folder: Path) -> dict[int, Path]:
+    return {int(path.stem): path for path in folder.glob("*.npz") if path.stem.isdecimal()}
+
+
+def _check_alike(parts: list[tuple[np.ndarray, np.ndarray, int, bool]], root: Path) -> None:
+    first = parts[0][0]
+    for x, _, number, _ in parts:
+        if (x.shape[1:], x.dtype) != (first.shape[1:], first.dtype):
+            raise DataError(
+                f"{root}: x of client {number} is {x.dtype} {x.shape[1:]}, "
+                f"of client 0 {first.dtype} {first.shape[1:]}",
+                "give all clients samples of one shape and dtype",
+            )
+
+
+def _client(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """x (n, *shape) uint8 or float32 and y (n,) of one file."""
+    arrays = _arrays(path)
+    if "x" not in arrays or "y" not in arrays:
+        raise DataError(f"{path} has no arrays x and y; it has {', '.join(arrays) or 'none'}", _LAYOUT)
+    x, y = arrays["x"], arrays["y"]
+    shape = sample_shape(x.shape, str(path))
+    if x.dtype != np.uint8 and x.dtype.kind != "f":
+        raise DataError(f"x of {path} is {x.dtype}", "store uint8 (0 to 255) or float32")
+    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
+        raise DataError(
+            f"{path} has {len(x)} samples and labels of {y.dtype} {y.shape}",
+            "give one integer per sample, (n,)",
+        )
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        x = x.astype(np.uint8 if x.dtype == np.uint8 else np.float32, copy=False).reshape(-1, *shape)
+    check_finite(x, np.arange(len(x)), str(path))
+    return x, y.astype(np.int64)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an archive by name: its members, or the entries of the one pickled dict."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+            if claimed > _FREE + _RATIO * path.stat().st_size:
+                problem = f"{path} claims {claimed:,} bytes, {_RATIO} times the file at the least"
+                raise DataError(problem, "write it anew with numpy.savez, not compressed")
+            members = {name.removesuffix(".npy"): archive.read(name) for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as npz: {error}", "copy the file again") from error
+    found: dict[str, np.ndarray] = {}
+    for name, raw in members.items():
+        found |= _member(name, raw, path)
+    return found
+
+
+def _member(name: str, raw: bytes, path: Path) -> dict[str, np.ndarray]:
+    stream = io.BytesIO(raw)
+    try:
+        shape, dtype = _header(stream)
+        if dtype.hasobject:
+            return read_arrays(stream.read(), str(path))
+        if math.prod(shape) * dtype.itemsize != len(raw) - stream.tell():
+            raise ValueError(f"{dtype} {shape} in {len(raw) - stream.tell()} bytes")
+        stream.seek(0)
+        return {name: np.lib.format.read_array(stream, allow_pickle=False)}
+    except UserError:
+        raise
+    except Exception as error:  # a damaged header may raise anything
+        raise DataError(
+            f"{name} of {path} cannot be read as an array: {error}", "copy the file again"
+        ) from error
+
+
+def _header(stream: io.BytesIO) -> tuple[tuple[int, ...], Any]:
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    return shape, dtype

@@ -1,0 +1,1 @@
+"""A federation, its round loop, its sums, its measurements and its checkpoints in time."""

@@ -1,0 +1,91 @@
+"""From a configuration to a federation that is ready for round 1: data, partition, models, clients, device.
+
+Everything a user can get wrong is found here, on all ranks alike, before anything is written.
+"""
+
+from __future__ import annotations
+
+from pfedmoe_mpi.algorithms import base
+from pfedmoe_mpi.checkpoint import weights
+from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.core.batches import Normalise
+from pfedmoe_mpi.core.client import Client
+from pfedmoe_mpi.core.parts import Workbench
+from pfedmoe_mpi.core.turn import Engine
+from pfedmoe_mpi.data import Dataset, Partition
+from pfedmoe_mpi.federation import placement
+from pfedmoe_mpi.federation.distribute import (
+    data_digest,
+    distribute,
+    open_everywhere,
+    reserved,
+)
+from pfedmoe_mpi.federation.effective import effective_config
+from pfedmoe_mpi.federation.federation import Federation, pinned
+from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
+from pfedmoe_mpi.federation.stream import Stream
+from pfedmoe_mpi.mpi import device
+from pfedmoe_mpi.mpi.comm import Comm
+
+
+def build(comm: Comm, settings: Config) -> Federation:
+    """Assemble a federation; collective.
+
+    Raises:
+        UserError: on all ranks alike.
+    """
+    dataset = open_everywhere(comm, settings)
+    threads = device.threads(comm, settings.train.threads)
+    settings = effective_config(settings, dataset, threads)
+    chosen = device.choose(comm, settings.train)
+    plan = comm.from_root(lambda: make_plan(settings, dataset), "plan", Plan.without_rows)
+    partition, costs = plan.partition, plan.costs
+    dataset = plan.dataset if dataset.fit else dataset
+    task = make_task(settings, dataset, partition)
+    method = base.load(settings.algorithm)(task)
+    method.poll = comm.poll
+    method.read_weights = weights.read
+    specs = [method.client_state(k) for k in range(task.clients)]  # its refusals are raised on all ranks
+    workbench = Workbench(settings.seed, chosen.device)
+    home = placement.homes(costs, comm.size)
+    normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), chosen.device)
+    engine = Engine(
+        chosen.device,
+        normalise,
+        settings.train,
+        settings.eval.batch,
+        settings.seed,
+        settings.rounds,
+        comm.poll,
+    )
+    shards = distribute(comm, dataset, partition, home, chosen.device)
+    clients = {
+        k: Client(k, specs[k], pinned(workbench.initial(specs[k], k), chosen.device), shards[k])
+        for k in shards
+    }
+    return Federation(
+        config=settings,
+        dataset=dataset,
+        partition=partition,
+        data_digest=data_digest(comm, clients),
+        task=task,
+        method=method,
+        workbench=workbench,
+        engine=engine,
+        device=chosen,
+        home=home,
+        costs=costs,
+        state_layout=workbench.layout(method.state()),
+        client_layouts=[workbench.layout(spec) for spec in specs],
+        clients=clients,
+        stream=make_stream(settings, dataset, partition),
+        reserved=reserved(comm, dataset, partition, chosen.device) if method.pretrains else None,
+    )
+
+
+def make_stream(settings: Config, dataset: Dataset, partition: Partition) -> Stream | None:
+    """What counts in which round, if data drift at all."""
+    if settings.stream.kind == "none":
+        return None
+    labels = [dataset.labels[rows] for rows in partition.train]
+    return Stream(settings.stream, settings.seed, labels, dataset.classes)

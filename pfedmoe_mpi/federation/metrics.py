@@ -1,0 +1,216 @@
+"""What is measured, under which name, and the history of a run.
+
+A row's keys never vary; what was not measured is null. `accuracy` is that of all clients with the new shared
+state, after aggregation; `accuracy_cohort` that of the round's members with what they trained themselves,
+before aggregation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pfedmoe_mpi.core.fixedpoint import SCALE
+from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, RoundSum
+
+Row = dict[str, Any]
+
+CLIENT_METRICS = (
+    *("correct", "samples", "loss", "alpha", "auc", "validation_correct", "validation_samples"),
+    *("first_correct", "first_samples", "second_correct", "second_samples"),
+)
+PHASES = ("train", "evaluate", "sum", "wait")  # what a rank's seconds of a round go into
+RANK_METRICS = (*PHASES, "rss_mb")
+UNREPEATABLE = ("seconds", "seconds_ranks", "rss_mb", "mpi_bytes")  # differs between runs with the same bits
+
+
+class EvaluationSum:
+    """Position 0 counts stops; a slot of float64 bits per client and per rank: there the sum is a gather.
+
+    Last the gate weights by class, which are added up as integers.
+    """
+
+    def __init__(self, clients: int, ranks: int, classes: int) -> None:
+        self._split = 1 + clients * len(CLIENT_METRICS)
+        self._gates = self._split + ranks * len(RANK_METRICS)
+        self.buffer = np.zeros(self._gates + 2 * classes, np.int64)
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.buffer[0])
+
+    def request_stop(self) -> None:
+        self.buffer[0] = 1
+
+    @property
+    def clients(self) -> np.ndarray:
+        """float64 (N, len(CLIENT_METRICS)); all zero where a client was not measured."""
+        return self.buffer[1 : self._split].view(np.float64).reshape(-1, len(CLIENT_METRICS))
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """float64 (ranks, len(RANK_METRICS))."""
+        return self.buffer[self._split : self._gates].view(np.float64).reshape(-1, len(RANK_METRICS))
+
+    @property
+    def gates(self) -> np.ndarray:
+        """int64 (2, classes): test samples with a gate weight, and Σ α·2^SCALE of them, over clients."""
+        return self.buffer[self._gates :].reshape(2, -1)
+
+
+def summary(accuracy: Sequence[float | None], samples: Sequence[float]) -> dict[str, float | None]:
+    """Mean over clients, sample-weighted mean, standard deviation (of the population) and worst."""
+    known = [(a, n) for a, n in zip(accuracy, samples, strict=True) if a is not None]
+    if not known:
+        return dict.fromkeys(("mean", "weighted", "std", "worst"))
+    a, n = np.array(known).T
+    weighted = float((a * n).sum() / n.sum())
+    return {"mean": float(a.mean()), "weighted": weighted, "std": float(a.std()), "worst": float(a.min())}
+
+
+def nulls(values: np.ndarray) -> list[float | None]:
+    """NaN and infinity as null: JSON knows neither."""
+    return [float(v) if math.isfinite(v) else None for v in values]
+
+
+def evaluated(evaluation: EvaluationSum, unseen: Collection[int] = ()) -> Row:
+    """What an evaluation gives: accuracy of the training and of the unseen clients, and by client id."""
+    measured = dict(zip(CLIENT_METRICS, evaluation.clients.T, strict=True))
+    tested, validated = measured["samples"], measured["validation_samples"]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        accuracy = nulls(np.where(tested > 0, measured["correct"] / tested, np.nan))
+        validation = nulls(np.where(validated > 0, measured["validation_correct"] / validated, np.nan))
+    auc = nulls(np.where(tested > 0, measured["auc"], np.nan))
+    new = [k for k in range(len(accuracy)) if k in unseen]
+    old = [k for k in range(len(accuracy)) if k not in unseen]
+    return {
+        "accuracy": summary([accuracy[k] for k in old], tested[old].tolist()),
+        "accuracy_unseen": summary([accuracy[k] for k in new], tested[new].tolist()),
+        "accuracy_concepts": {name: _concept(measured, name, old) for name in ("first", "second")},
+        "accuracy_validation": summary([validation[k] for k in old], validated[old].tolist()),
+        "auc": summary([auc[k] for k in old], tested[old].tolist()),
+        "alpha_class": _alpha_class(evaluation.gates),
+        "clients": {
+            "accuracy": accuracy,
+            "loss": nulls(np.where(tested > 0, measured["loss"], np.nan)),
+            "alpha": nulls(np.where(tested > 0, measured["alpha"], np.nan)),
+            "auc": auc,
+        },
+    }
+
+
+def _alpha_class(gates: np.ndarray) -> list[float | None] | None:
+    """Mean gate weight of the samples of each class, null for a class without; None if nobody has a gate."""
+    samples, sums = gates
+    if not samples.any():
+        return None
+    return nulls(np.where(samples > 0, sums / np.maximum(samples, 1) / 2.0**SCALE, np.nan))
+
+
+def _concept(measured: Mapping[str, np.ndarray], name: str, clients: Sequence[int]) -> float | None:
+    """Mean accuracy over the clients with test rows of a concept."""
+    correct, samples = (measured[f"{name}_{what}"][clients] for what in ("correct", "samples"))
+    held = samples > 0
+    return float((correct[held] / samples[held]).mean()) if held.any() else None
+
+
+def drift(history: Sequence[Row]) -> dict[str, float | None] | None:
+    """What the last change of concept cost, so far; None without a stream or before a change.
+
+    `forgetting`: the best accuracy on the concept that went away, up to the change, minus its accuracy now.
+    `recovery`: rounds from the change until accuracy on the new concept reached what the old one's was right
+    before it; null if it has not.
+    """
+    known = [row for row in history if None not in row["accuracy_concepts"].values()]
+    second = [row["accuracy_concepts"]["share"] >= 0.5 for row in known]
+    changes = [n for n in range(1, len(known)) if second[n] != second[n - 1]]
+    if not changes:
+        return None
+    at = changes[-1]
+    new, old = ("second", "first") if second[at] else ("first", "second")
+    gone, come = ([row["accuracy_concepts"][name] for row in known] for name in (old, new))
+    reached = [n for n in range(at, len(known)) if come[n] >= gone[at - 1]]
+    recovery = known[reached[0]]["round"] - known[at]["round"] if reached else None
+    return {"forgetting": max(gone[:at]) - gone[-1], "recovery": recovery}
+
+
+def row(
+    round: int,
+    total: RoundSum,
+    evaluation: EvaluationSum,
+    samples: Sequence[int],
+    tested: Sequence[int],
+    *,
+    unseen: Collection[int] = (),
+    share: float | None = None,
+    bytes_once: int = 0,
+    seconds: float,
+    simulated: float,
+) -> Row:
+    """One round's metrics from its two sums; `samples` and `tested`: each client's training and test rows."""
+    member = total.metrics()
+    members_in = total.flags == IN
+    before: list[float | None] = [None] * len(samples)
+    for (client, _), value in zip(
+        total.cohort, nulls(np.where(members_in, member[:, 1], np.nan)), strict=True
+    ):
+        before[client] = value
+    # A round taken up after a stop may have members who trained when it was not to be measured.
+    known = [before[client] is not None for client in total.clients(IN) if tested[client]]
+    trained = members_in & np.isfinite(member[:, 0])
+    weights = np.array([samples[client] for client, _ in total.cohort], float)[trained]
+    losses = member[trained, 0]
+    largest = dict(zip(RANK_METRICS, evaluation.ranks.max(axis=0), strict=True))
+    spent = {name: float(largest[name]) for name in PHASES}
+    ranks = dict(zip(RANK_METRICS, evaluation.ranks.T.round(6).tolist(), strict=True))
+    up, down = member[members_in, 2:4].mean(axis=0).tolist() if members_in.any() else (None, None)
+    after = evaluated(evaluation, unseen)
+    return {
+        "round": round,
+        "cohort": [client for client, _ in total.cohort],
+        "dropped": total.clients(DROPPED),
+        "lost": total.clients(LOST),
+        "late": total.clients(LATE),
+        "simulated_time": simulated,
+        "train_loss": float((losses * weights).sum() / weights.sum()) if weights.any() else None,
+        "accuracy": after["accuracy"],
+        "accuracy_unseen": after["accuracy_unseen"],
+        "accuracy_concepts": {**after["accuracy_concepts"], "share": share},
+        "accuracy_cohort": summary(before if all(known) else [None] * len(before), tested),
+        "accuracy_validation": after["accuracy_validation"],
+        "auc": after["auc"],
+        "alpha_class": after["alpha_class"],
+        "clients": {**after["clients"], "accuracy_before": before, "samples": list(samples)},
+        "seconds": {**spent, "write": None, "total": seconds},
+        "seconds_ranks": {name: ranks[name] for name in PHASES},
+        "bytes": {"up": up, "down": down, "once": bytes_once},
+        "mpi_bytes": int(8 * (len(total.buffer) + len(evaluation.buffer))),
+        "rss_mb": float(largest["rss_mb"]),
+    }
+
+
+def learning(row: Row) -> Row:
+    """What of a row repeats bit for bit: all but time, memory and what MPI moved."""
+    return {name: value for name, value in row.items() if name not in UNREPEATABLE}
+
+
+def selected_on(history: Sequence[Row]) -> str:
+    """Which accuracy chooses the best round: validation where there are validation rows, else test."""
+    validated = any(row["accuracy_validation"]["mean"] is not None for row in history)
+    return "accuracy_validation" if validated else "accuracy"
+
+
+def best(history: Sequence[Row], rounds: Sequence[int] | None = None) -> Row | None:
+    """The first row with the highest selecting accuracy, among `rounds` if given."""
+    name = selected_on(history)
+    known = [r for r in history if r[name]["mean"] is not None and (rounds is None or r["round"] in rounds)]
+    return max(known, key=lambda r: (r[name]["mean"], -r["round"]), default=None)
+
+
+def dumps(row: Mapping[str, Any]) -> str:
+    """One line of JSON; floats repeat exactly."""
+    return json.dumps(row, allow_nan=False)

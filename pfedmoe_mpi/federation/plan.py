@@ -1,0 +1,111 @@
+"""What rank 0 prepares for all ranks before round 1: partition, fitted data, checked models, costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pfedmoe_mpi.algorithms import base
+from pfedmoe_mpi.algorithms.base import Task
+from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.core import seeds
+from pfedmoe_mpi.data import Dataset, Partition, make_partition
+from pfedmoe_mpi.data.set_apart import choose_unseen, with_reserve
+from pfedmoe_mpi.errors import PartitionError
+from pfedmoe_mpi.federation.costs import client_costs
+from pfedmoe_mpi.models import registry
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The partition, the data fitted to its training rows, and the relative cost of every client."""
+
+    partition: Partition
+    dataset: Dataset
+    costs: list[float]
+
+    def without_rows(self) -> Plan:
+        """Return what the other ranks need of it."""
+        return replace(self, dataset=self.dataset.without_rows())
+
+
+def make_plan(settings: Config, dataset: Dataset) -> Plan:
+    """Draw the partition, fit the data to it, check the models and estimate what clients cost.
+
+    Raises:
+        PartitionError: the partition cannot be met.
+        ConfigError: an architecture that cannot take the data.
+    """
+    partition = draw_partition(settings, dataset)
+    dataset = dataset.fitted(partition)
+    task = make_task(settings, dataset, partition)
+    check_models(task)
+    return Plan(partition, dataset, client_costs(task))
+
+
+def draw_partition(settings: Config, dataset: Dataset) -> Partition:
+    """The partition; a pure function of settings and labels.
+
+    Raises:
+        PartitionError: it cannot be met, leaves a client a single training row, of which no batch
+            normalisation has a variance, or would reserve rows that overlap clients' test rows.
+    """
+
+    def dealt(rows: np.ndarray) -> Partition:
+        return make_partition(
+            settings.partition,
+            dataset.labels[rows],
+            dataset.classes,
+            settings.clients,
+            settings.seed,
+            client=None if dataset.client is None else dataset.client[rows],
+            official_test=None if dataset.official_test is None else dataset.official_test[rows],
+            ordered=dataset.ordered,
+        )
+
+    share = base.load(settings.algorithm).reserve(settings)
+    if share and dataset.ordered:
+        raise PartitionError(
+            f"the rows that {settings.algorithm} reserves for the server would be drawn among windows that "
+            "clients are tested on",
+            "take a method that reserves none (FedJETs with --fedjets.common FILE is one), or other data",
+        )
+    partition = with_reserve(len(dataset.labels), share, settings.seed, dealt)
+    if settings.unseen_clients:
+        partition = choose_unseen(partition, dataset.labels, settings.unseen_clients, settings.seed)
+    partition.check()
+    fewest = min(range(partition.clients), key=lambda client: len(partition.train[client]))
+    if len(partition.train[fewest]) < 2:
+        raise PartitionError(
+            f"client {fewest} has 1 training row, and training needs 2",
+            "raise --partition.min_samples, or lower --clients, --partition.test_fraction or .validation",
+        )
+    return partition
+
+
+def make_task(settings: Config, dataset: Dataset, partition: Partition) -> Task:
+    """What methods may know."""
+    counts = partition.counts(dataset.labels, dataset.classes)
+    model = settings.model
+    return Task(
+        *(settings, dataset.shape, dataset.classes, counts, model.pool, model.shared, model.dim),
+        unseen=partition.unseen,
+        late=_late(settings, partition),
+        vocabulary=dataset.vocabulary,
+    )
+
+
+def _late(settings: Config, partition: Partition) -> frozenset[int]:
+    """floor(share · n + ½) of the n clients that train."""
+    train = [client for client in range(partition.clients) if client not in partition.unseen]
+    number = int(settings.join.share * len(train) + 0.5)
+    drawn = seeds.numpy_generator(settings.seed, "late").choice(train, number, replace=False)
+    return frozenset(drawn.tolist())
+
+
+def check_models(task: Task) -> None:
+    """Raise ConfigError for an architecture that cannot take the data."""
+    for name in dict.fromkeys([*task.pool, task.shared]):
+        sizes = (task.classes, task.dim, task.config.model.stem, task.vocabulary)
+        registry.check_model(name, task.shape, *sizes)

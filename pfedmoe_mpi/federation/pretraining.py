@@ -1,0 +1,96 @@
+"""What a method does before round 1: train on reserved rows, derive something from every client."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+
+from pfedmoe_mpi.core.fixedpoint import NotFiniteError
+from pfedmoe_mpi.core.turn import Turn
+from pfedmoe_mpi.errors import ConfigError, StoppedError
+from pfedmoe_mpi.federation.evaluation import inputs
+from pfedmoe_mpi.federation.federation import Federation
+from pfedmoe_mpi.mpi.comm import Comm
+
+
+@contextmanager
+def _patient(comm: Comm, federation: Federation) -> Iterator[None]:
+    """Nobody knows how long it takes: ranks wait without a limit, unless `run.timeout` sets one."""
+    before, comm.timeout = comm.timeout, federation.config.run.timeout or math.inf
+    try:
+        yield
+    finally:
+        comm.timeout = before
+
+
+def pretrain(comm: Comm, federation: Federation, state: torch.Tensor) -> str | None:
+    """The method's own filling of the server's vector, in place, by rank 0; collective.
+
+    Returns:
+        the method's line on how it went; None if it was stopped: it leaves no trace and is done again.
+
+    Raises:
+        UserError: on all ranks: what the method was given will not do, or the training diverged.
+    """
+    if federation.reserved is None:
+        return ""
+    with _patient(comm, federation):
+        line: str | None = comm.from_root(partial(_pretrained, federation, state), "pretraining")
+    if line is not None:
+        comm.broadcast(state.numpy(), "pretrained state")
+    return line
+
+
+def _pretrained(federation: Federation, state: torch.Tensor) -> str | None:
+    method, bench = federation.method, federation.workbench
+    assert federation.reserved
+    parts = bench.parts((method.state(), state))
+    try:
+        line = method.pretrain(Turn(federation.engine, method.loss, federation.reserved, parts, 0, "server"))
+    except StoppedError:
+        return None
+    except NotFiniteError as error:
+        raise ConfigError(
+            "the training before round 1 diverged: its loss or its gradient is not finite",
+            "lower --train.lr_shared, or set --train.clip",
+        ) from error
+    parts.check()
+    bench.read(method.state(), parts, state)
+    return line
+
+
+def prepare(comm: Comm, federation: Federation, state: torch.Tensor) -> bool:
+    """What the method derives from every client's samples and the state, gathered bit for bit; collective.
+
+    False if it was stopped.
+    """
+    method = federation.method
+    if not method.prepared_size:
+        return True
+    gathered = np.zeros(1 + federation.task.clients * method.prepared_size, np.int64)
+    try:
+        _prepare_own(federation, state, gathered[1:].reshape(federation.task.clients, -1))
+    except StoppedError:
+        gathered[0] = 1
+    with _patient(comm, federation):
+        comm.sum(gathered, "preparation")
+    rows = gathered[1:].astype(np.int32).reshape(federation.task.clients, -1)
+    method.prepared = torch.from_numpy(rows).view(torch.float32)
+    return not gathered[0]
+
+
+def _prepare_own(federation: Federation, state: torch.Tensor, rows: np.ndarray) -> None:
+    """float32 bit patterns of this rank's clients, each in its row."""
+    method, engine = federation.method, federation.engine
+    with torch.no_grad(), engine.autocast():
+        for client in federation.clients.values():
+            parts = federation.parts(client, state)
+            for module in parts.modules().values():
+                module.eval()
+            found = method.prepare(parts, partial(inputs, engine, client.splits["train"]))
+            rows[client.id] = found.float().cpu().view(torch.int32).numpy()

@@ -1,0 +1,120 @@
+"""What a round adds up: flags, metric slots and the payload's blocks in one int64 buffer, one reduction.
+
+Every rank sends the same length every round, zeros if it trained nobody. Position 0 counts the ranks that
+were asked to stop; then one flag per cohort member, so that all ranks read from the result whether to update
+or to save; then the members' metrics as float64 bits; then the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pfedmoe_mpi.algorithms.base import Block, Mean, Task
+from pfedmoe_mpi.core import fixedpoint
+
+# Not trained yet; in the sum; left out: not finite, lost on the way, after the deadline.
+MISSING, IN, DROPPED, LOST, LATE = range(5)
+MEMBER_METRICS = ("train_loss", "accuracy_before", "bytes_up", "bytes_down")
+
+
+class RoundSum:
+    """The sum of one round over `cohort`, a list of (client, role)."""
+
+    def __init__(self, task: Task, cohort: Sequence[tuple[int, str]], payload: Mapping[str, Block]) -> None:
+        self._task = task
+        self.cohort = list(cohort)
+        self.payload = payload
+        members = len(self.cohort)
+        self._metrics = slice(1 + members, 1 + members * (1 + len(MEMBER_METRICS)))
+        self._places: dict[str, slice] = {}
+        at = self._metrics.stop
+        for name, block in payload.items():
+            length = block.rows * (1 + block.size) * (members if block.slot else 1)
+            self._places[name] = slice(at, at + length)
+            at += length
+        self.buffer = np.zeros(at, np.int64)
+
+    @property
+    def flags(self) -> np.ndarray:
+        """MISSING, IN, DROPPED, LOST or LATE, (members,)."""
+        return self.buffer[1 : 1 + len(self.cohort)]
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.buffer[0])
+
+    def request_stop(self) -> None:
+        self.buffer[0] = 1
+
+    def clients(self, *flags: int) -> list[int]:
+        """The members with one of the flags."""
+        return [client for (client, _), its in zip(self.cohort, self.flags, strict=True) if its in flags]
+
+    def metrics(self) -> np.ndarray:
+        """float64 (members, len(MEMBER_METRICS)); NaN is what was not measured."""
+        return self.buffer[self._metrics].view(np.float64).reshape(len(self.cohort), len(MEMBER_METRICS))
+
+    def add(self, position: int, values: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:
+        """Add one member's contribution; nothing is added if any of it is not finite.
+
+        Args:
+            metrics: MEMBER_METRICS; without `bytes_up` it is the payload's float32 bytes.
+
+        Raises:
+            NotFiniteError: a value is NaN, infinite or out of range where its weight is positive.
+        """
+        assert set(values) <= set(self.payload), f"{set(values) - set(self.payload)} not declared in payload"
+        client = self.cohort[position][0]
+        pieces = {name: self._encode(self.payload[name], client, value) for name, value in values.items()}
+        sent = 0
+        for name, (weight, numbers) in pieces.items():
+            self._stretch(name, position)[:] += np.concatenate([weight, numbers.ravel()])
+            sent += 4 * int((weight > 0).sum()) * self.payload[name].size
+        known = {"bytes_up": sent, **metrics}
+        self.metrics()[position] = [known[name] for name in MEMBER_METRICS]
+        self.flags[position] = IN
+
+    def leave_out(self, position: int, why: int) -> None:
+        """A member that is done but not in the sum: DROPPED, LOST or LATE."""
+        self.metrics()[position] = np.nan
+        self.flags[position] = why
+
+    def forget(self, why: int) -> None:
+        """Members left out for this reason become MISSING, to be trained again after a restart."""
+        again = self.flags == why
+        self.metrics()[again] = 0.0
+        self.flags[again] = MISSING
+
+    def _encode(self, block: Block, client: int, value: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        value = value.detach().cpu().float().reshape(block.rows, block.size)
+        weight = self._task.weight(block.weight, client)
+        if block.slot:
+            if not bool(value[weight > 0].isfinite().all()):
+                raise fixedpoint.NotFiniteError("a value is not finite")
+            return weight.numpy(), value.contiguous().view(torch.int32).to(torch.int64).numpy()
+        total = self._task.total(block.weight, self.cohort)
+        return weight.numpy(), fixedpoint.encode(value, weight, total, block.scale).numpy()
+
+    def _stretch(self, name: str, position: int) -> np.ndarray:
+        block, place = self.payload[name], self.buffer[self._places[name]]
+        length = block.rows * (1 + block.size)
+        return place[position * length : (position + 1) * length] if block.slot else place
+
+    def means(self) -> dict[str, Mean]:
+        """Every block's mean after the reduction."""
+        return {name: self._mean(name, block) for name, block in self.payload.items()}
+
+    def _mean(self, name: str, block: Block) -> Mean:
+        numbers = torch.from_numpy(self.buffer[self._places[name]])
+        if block.slot:
+            by_member = numbers.view(len(self.cohort), block.rows * (1 + block.size))
+            value = by_member[:, block.rows :].to(torch.int32).view(torch.float32)
+            value = value.reshape(len(self.cohort), block.rows, block.size)
+            return Mean(value, by_member[:, : block.rows].clone())
+        weight, value = numbers[: block.rows], numbers[block.rows :].view(block.rows, block.size)
+        total = self._task.total(block.weight, self.cohort)
+        return Mean(fixedpoint.decode(value, weight, total, block.scale), weight.clone())

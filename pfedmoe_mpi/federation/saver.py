@@ -1,0 +1,118 @@
+"""When and what a running federation writes: the content of its checkpoints, and what if one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from pfedmoe_mpi import checkpoint, config
+from pfedmoe_mpi.checkpoint import Content
+from pfedmoe_mpi.core.batches import SPLITS
+from pfedmoe_mpi.errors import CheckpointError, RunError
+from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.federation.federation import Federation
+from pfedmoe_mpi.federation.metrics import Row
+from pfedmoe_mpi.mpi.comm import Comm
+
+TRIES = 3  # checkpoints in a row that may fail before the run ends
+
+
+class Listener(Protocol):
+    """Who is told, on every rank."""
+
+    def written(self, path: Path, history: Sequence[Row], partial: bool) -> None: ...
+
+    def not_written(self, error: CheckpointError) -> None: ...
+
+
+class Saver:
+    """Writes a federation's checkpoints into `folder`; without one, nothing."""
+
+    def __init__(self, comm: Comm, federation: Federation, folder: Path | None, listener: Listener) -> None:
+        self.identity: Mapping[str, str] = {}  # conditions of the run: versions, device, threads
+        self._comm = comm
+        self._federation = federation
+        self._folder = folder
+        self._listener = listener
+        self._newest: Path | None = None
+        self._failed = 0
+
+    def rounds(self, round: int, state: np.ndarray, history: Sequence[Row], last: bool = False) -> None:
+        """`round` complete rounds; collective.
+
+        A write that fails is told, and left to the next interval.
+
+        Args:
+            last: there is no next interval.
+
+        Raises:
+            RunError: on all ranks: the third failure in a row, or one with no next interval.
+        """
+        self._write(self._content(round, state, history), history, last)
+
+    def has(self, round: int) -> bool:
+        """Whether the newest checkpoint written is that of `round` complete rounds."""
+        return self._newest is not None and self._newest.name == checkpoint.name(round, partial=False)
+
+    def partial(
+        self,
+        round: int,
+        state: np.ndarray,
+        history: Sequence[Row],
+        total: np.ndarray,
+        finished: Sequence[int],
+    ) -> None:
+        """`round` complete rounds and the int64 sum of an unfinished next one, with the clients in it."""
+        self._write(self._content(round, state, history, total, finished), history, last=True)
+
+    def _content(
+        self,
+        round: int,
+        state: np.ndarray,
+        history: Sequence[Row],
+        total: np.ndarray | None = None,
+        finished: Sequence[int] = (),
+    ) -> Content:
+        federation = self._federation
+        return Content(
+            config=config.to_tree(federation.config),
+            round=round,
+            state=state,
+            state_layout=federation.state_layout,
+            client_layouts=federation.client_layouts,
+            partition={split: getattr(federation.partition, split) for split in SPLITS},
+            history=history,
+            identity={
+                "data_digest": federation.data_digest,
+                "partition_digest": federation.partition.digest(),
+                "selected_on": metrics.selected_on(history),
+                **self.identity,
+            },
+            partial=total,
+            finished=finished,
+        )
+
+    def _write(self, content: Content, history: Sequence[Row], last: bool) -> None:
+        if self._folder is None:
+            return
+        path = self._folder / checkpoint.name(content.round, content.partial is not None)
+        clients = self._federation.clients.values()
+        vectors = {client.id: client.vector.numpy() for client in clients}
+        try:
+            checkpoint.write(self._comm, path, content, vectors, self._federation.home)
+        except CheckpointError as error:
+            self._failed += 1
+            self._listener.not_written(error)
+            if last or self._failed == TRIES:
+                problem = "the last one" if last else f"{TRIES} in a row"
+                raise RunError(
+                    f"the run ends because checkpoints cannot be written ({problem})",
+                    "mend what is told above, then `restart` goes on from the newest checkpoint there is",
+                ) from error
+            return
+        self._failed = 0
+        self._newest = path
+        self._listener.written(path, history, content.partial is not None)

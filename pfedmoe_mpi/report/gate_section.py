@@ -1,0 +1,130 @@
+"""Gate weights of one run: by client, and by class of the samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pfedmoe_mpi.report.compare import mean_std
+from pfedmoe_mpi.report.document import Section
+from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, style
+from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi.report.run_figures import band, column, heat_map, legend_above, rounds_axis
+from pfedmoe_mpi.report.tables import Column, Table, number
+
+FEW = 12  # classes: a line each, with a marker of its own
+
+
+def section(run: Run) -> Section:
+    """Nothing for methods without a gate."""
+    if not any(a is not None for row in run.history for a in row["clients"]["alpha"]):
+        return Section("Gates")
+    classes, table = by_class(run)
+    parts = [_of_classes(classes, table)] if len(classes) else []
+    return Section(
+        "Gates",
+        [_of_clients(run), *parts],
+        [by_client(run), *([class_figure(classes, table)] if len(classes) else [])],
+    )
+
+
+def by_class(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds (m,) that tell it, and the mean α of each class, (m, classes), NaN without samples."""
+    known = [row for row in run.history if row.get("alpha_class")]
+    return np.array([row["round"] for row in known]), np.array([row["alpha_class"] for row in known], float)
+
+
+def chosen(number: int) -> list[int]:
+    """First, middle and last of so many."""
+    return [0, number // 2, number - 1] if number > 2 else list(range(number))
+
+
+def _of_clients(run: Run) -> Table:
+    """Of the clients that train."""
+    table = column(run, "alpha")
+    known = np.flatnonzero(~np.isnan(table).all(axis=1))
+    columns = [Column("round"), *map(Column, ("mean α", "std over clients", "lowest", "highest"))]
+    rows = []
+    for at in (known[n] for n in chosen(len(known))):
+        values = table[at][~np.isnan(table[at])].tolist()
+        mean, std = mean_std(values)
+        shown = (number(value, "{:.3f}") for value in (mean, std, min(values), max(values)))
+        rows.append([number(run.history[at]["round"]), *shown])
+    return Table("alpha", "Weight α of the shared expert, mean over a client's test samples", columns, rows)
+
+
+def _of_classes(rounds: np.ndarray, table: np.ndarray) -> Table:
+    columns = [Column("class"), *(Column(f"round {rounds[n]}") for n in chosen(len(rounds)))]
+    rows = [
+        [
+            number(label),
+            *(
+                number(None if np.isnan(table[n, label]) else float(table[n, label]), "{:.3f}")
+                for n in chosen(len(rounds))
+            ),
+        ]
+        for label in range(table.shape[1])
+    ]
+    notes = ["mean over the test samples of a class, of all clients that train"]
+    title = "Weight α of the shared expert by class"
+    return Table("alpha_class", title, columns, rows, notes, open=len(rows) <= FEW)
+
+
+def by_client(run: Run) -> Figure:
+    """α of the shared expert, per client over rounds."""
+
+    def draw(canvas: Any, paint: Paint) -> None:
+        above, below = canvas.subplots(2, 1, height_ratios=(2, 3))
+        table = column(run, "alpha")
+        rounds = np.array([row["round"] for row in run.history])
+        known = ~np.isnan(table).all(axis=1)
+        x, table = rounds[known], table[known]
+        look = style(0, paint)
+        low, high = band(table)
+        above.fill_between(
+            x, low, high, color=look.color, alpha=0.2, linewidth=0, label="80 % of the clients"
+        )
+        above.plot(x, np.nanmean(table, axis=1), label="mean over clients", **look.line(len(x)))
+        above.set_ylim(0, 1)
+        above.set_ylabel("α of the shared expert")
+        rounds_axis(above)
+        legend_above(canvas, above, 2)
+        heat_map(canvas, below, table.T, "mean α", (0, 1))
+        below.set_ylabel("client")
+        below.set_xlabel("round")
+        ticks = np.unique(np.linspace(0, len(x) - 1, min(len(x), 8)).astype(int))
+        below.set_xticks(ticks, x[ticks])
+
+    caption = (
+        "Mean weight α of the shared expert over a client's test samples: 1 = shared alone, 0 = local alone."
+    )
+    return Figure("gates", "Gate weights by client", caption, draw, (WIDTH, 5.0))
+
+
+def class_figure(rounds: np.ndarray, table: np.ndarray) -> Figure:
+    """α per class over rounds: lines of few classes, a map of many."""
+    few = table.shape[1] <= FEW
+
+    def draw(canvas: Any, paint: Paint) -> None:
+        axes = canvas.subplots()
+        if few:
+            for label in range(table.shape[1]):
+                look = style(label, paint)
+                axes.plot(rounds, table[:, label], label=f"class {label}", **look.line(len(rounds)))
+            axes.set_ylabel("α of the shared expert")
+            rounds_axis(axes)
+            legend_above(canvas, axes, 5)
+            return
+        heat_map(canvas, axes, table.T, "mean α", (float(np.nanmin(table)), float(np.nanmax(table))))
+        ticks = np.unique(np.linspace(0, len(rounds) - 1, min(len(rounds), 8)).astype(int))
+        axes.set_xticks(ticks, rounds[ticks])
+        axes.set_xlabel("round")
+        axes.set_ylabel("class")
+
+    caption = (
+        "Mean weight α of the shared expert by class of the test samples, of all clients that train: "
+        "1 = shared alone, 0 = local alone. The axis covers what occurs."
+    )
+    size = (WIDTH, 3.4 if few else min(6.0, max(3.0, 0.05 * table.shape[1] + 1.0)))
+    return Figure("gates_class", "Gate weights by class", caption, draw, size)

@@ -1,0 +1,331 @@
+"""What is shown of one run: the sections of its page, with their tables and figures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pfedmoe_mpi.report import gate_section, model_section, paper_section, rank_section, run_figures
+from pfedmoe_mpi.report.compare import mean_std
+from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
+from pfedmoe_mpi.report.document import Report, Section
+from pfedmoe_mpi.report.drawing import Figure
+from pfedmoe_mpi.report.labels import value_text
+from pfedmoe_mpi.report.load import STARTS, Run
+from pfedmoe_mpi.report.model_views import Looked
+from pfedmoe_mpi.report.tables import Column, Table, amount, number, percent, word
+
+# What the table of events has no details of: its own columns, and of a start what is shown elsewhere.
+APART = (
+    *("time", "event", "round", "host", "hosts", "pid"),
+    *("samples", "class_counts", "multiply_adds", "client_names"),
+)
+VERSIONS = (
+    "code",
+    "python",
+    "torch",
+    "numpy",
+    "h5py",
+    "mpi",
+    "device",
+    "threads",
+    "precision",
+    "ranks",
+    "job",
+)
+LEFT_OUT = (("dropped", "not finite"), ("lost", "lost before the sum"), ("late", "after the deadline"))
+
+
+def report(run: Run, target: float | None, looked: Looked | str = "") -> Report:
+    """Everything about one run, and of its models what was seen, or why nothing was."""
+    models = looked if isinstance(looked, Looked) else None
+    state = "finished" if run.finished else f"unfinished: {run.done} of {run.planned} rounds"
+    sections = [
+        Section("The run", [*_settings(run), _versions(run)]),
+        *paper_section.sections([run]),
+        _data(run),
+        Section("Convergence", [_target(run, target)], [run_figures.convergence(run)]),
+        Section("Clients", [_architectures(run), _clients(run, models)], [run_figures.clients(run)]),
+        gate_section.section(run),
+        model_section.section(models) if models else Section("Models", text=str(looked)),
+        Section("Cost", [_costs(run), *_ranks(run)], _cost_figures(run)),
+        Section("Events", [_events(run), *_left_out(run)]),
+    ]
+    return Report(
+        title=f"{run.algorithm}, seed {run.seed}",
+        subtitle=f"{run.path.name}: {run.clients} clients, {state}",
+        facts=_facts(run),
+        sections=[section for section in sections if section.tables or section.figures or section.text],
+        curves={
+            "accuracy": _curve(run, "accuracy"),
+            "cohort, before the sum": _curve(run, "accuracy_cohort"),
+        },
+    )
+
+
+def _curve(run: Run, name: str) -> list[tuple[float, float]]:
+    return [(row["round"], row[name]["mean"]) for row in run.history if row[name]["mean"] is not None]
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """The figures at the top of the page."""
+    a = run.last["accuracy"]
+    seconds = sum(row["seconds"]["total"] or 0 for row in run.history)
+    facts = [
+        ("rounds", f"{run.done} of {run.planned}"),
+        (f"accuracy, round {run.last['round']}", percent(a["mean"]).text + " %"),
+        ("worst client", percent(a["worst"]).text + " %"),
+        ("training and evaluation", duration(seconds)),
+        ("uploaded by all clients", size(sum(sent.up for sent in traffic(run)))),
+        ("largest rank", f"{max(row['rss_mb'] or 0 for row in run.history):.0f} MiB"),
+    ]
+    unseen = (run.last.get("accuracy_unseen") or {}).get("mean")
+    facts += [] if unseen is None else [("unseen clients", percent(unseen).text + " %")]
+    drift = run.last.get("drift")
+    if drift:
+        rounds = drift["recovery"]
+        facts.append(("old concept forgotten", percent(drift["forgetting"]).text + " %"))
+        facts.append(("recovered", "not yet" if rounds is None else f"after {rounds} rounds"))
+    return facts
+
+
+def _settings(run: Run) -> list[Table]:
+    """What is not the default, and all of it."""
+    from pfedmoe_mpi import config
+
+    defaults = {name: field.default for name, field in config.fields().items()}
+    rows = [[word(name), word(value_text(value))] for name, value in run.config.items()]
+    default = {name: value_text(value) for name, value in defaults.items()}
+    changed = [[*row, word(default.get(row[0].text, "–"))] for row in rows]
+    changed = [row for row in changed if row[1].text != row[2].text and row[0].text != "run.dir"]
+    titles = [Column(title, words=True) for title in ("setting", "value", "default")]
+    return [
+        Table("changed", "Settings other than the default", titles, changed),
+        Table("settings", "Configuration", titles[:2], rows, open=False),
+    ]
+
+
+def _versions(run: Run) -> Table:
+    starts = [event for event in run.events if event["event"] in STARTS]
+    first = starts[0] if starts else {}
+    rows = [[word(name), word(value_text(first[name]))] for name in VERSIONS if first.get(name) is not None]
+    columns = [Column("what", words=True), Column("at the first start", words=True)]
+    return Table("versions", "Versions and machine", columns, rows)
+
+
+def _data(run: Run) -> Section:
+    counts = run.started_with("class_counts")
+    if not counts:
+        return Section("Data", text="The run does not tell its clients' classes.")
+    table = np.array(counts)
+    held = (table > 0).sum(axis=1)
+    columns = [
+        Column("client"),
+        Column("samples"),
+        Column("classes"),
+        *(Column(f"class {c}") for c in range(table.shape[1])),
+    ]
+    rows = [
+        [number(k), number(int(table[k].sum())), number(int(held[k])), *(number(int(n)) for n in table[k])]
+        for k in range(len(table))
+    ]
+    shown = Table("partition", "Training samples by client and class", columns, rows, open=False)
+    return Section("Data", [shown], [run_figures.partition(table)])
+
+
+def _target(run: Run, target: float | None) -> Table:
+    """When the mean accuracy first reached each ten per cent, or the target asked for."""
+    top = reachable([run]) or 0.0
+    targets = [target] if target is not None else [t / 100 for t in range(10, int(100 * top) + 1, 10)]
+    columns = [Column("target, %"), Column("round"), Column("MB sent"), Column("GFLOP")]
+    rows = []
+    for wanted in targets:
+        found = reached(run, wanted)
+        rows.append(
+            [
+                percent(wanted),
+                number(found.round if found else None),
+                number(found.bytes / 1e6 if found else None, "{:.2f}"),
+                number(None if not found or found.operations is None else found.operations / 1e9, "{:.1f}"),
+            ]
+        )
+    if operations(run) is None:
+        columns, rows = columns[:3], [row[:3] for row in rows]
+    notes = ["first round at which the mean over clients reaches the target; MB up and down, of all clients"]
+    return Table("target", "To a target accuracy", columns, rows, notes)
+
+
+def _architectures(run: Run) -> Table:
+    """Of the clients that train."""
+    accuracy = run.last["clients"]["accuracy"]
+    absent = run.absent(run.last["round"])
+    by_name: dict[str, list[float]] = {run.architecture(client): [] for client in range(run.clients)}
+    for client, value in enumerate(accuracy):
+        if value is not None and client not in absent:
+            by_name[run.architecture(client)].append(value)
+    columns = [
+        Column("architecture", words=True),
+        *map(Column, ("clients", "mean, %", "std, %", "worst, %", "best, %")),
+    ]
+    rows = []
+    for name, values in by_name.items():
+        mean, std = mean_std(values)
+        shares = [percent(v) for v in (mean, std, min(values, default=None), max(values, default=None))]
+        rows.append([word(name), number(len(values)), *shares])
+    return Table("architectures", f"Accuracy by architecture, round {run.last['round']}", columns, rows)
+
+
+def _clients(run: Run, models: Looked | None) -> Table:
+    """Sorted from the worst: why a client is bad starts with how many samples and classes it has. Those that
+    have not trained are last.
+    """
+    held = run.last["clients"]
+    counts = run.started_with("class_counts")
+    absent = run.absent(run.last["round"])
+    value = held["accuracy"]
+    order = sorted(range(run.clients), key=lambda k: (k in absent, value[k] is None, value[k], k))
+    titles = ("client", "samples", "classes", "accuracy, %", "before the sum, %", "loss", "α shared")
+    columns = [Column(titles[0]), Column("architecture", words=True), *map(Column, titles[1:])]
+    rows = [
+        [
+            *(number(k), word(run.architecture(k)), number(held["samples"][k])),
+            number(int((np.array(counts[k]) > 0).sum()) if counts else None),
+            *(percent(held["accuracy"][k]), percent(held.get("accuracy_before", held["accuracy"])[k])),
+            *(number(held["loss"][k], "{:.4f}"), number(held["alpha"][k], "{:.3f}")),
+        ]
+        for k in order
+    ]
+    names = run.started_with("client_names") or []
+    if len(names) == run.clients:
+        columns.insert(1, Column("name", words=True))
+        rows = [[row[0], word(names[k]), *row[1:]] for row, k in zip(rows, order, strict=True)]
+    auc = held.get("auc", [])
+    if any(value is not None for value in auc):
+        columns.append(Column("AUC, %"))
+        rows = [[*row, percent(auc[k])] for row, k in zip(rows, order, strict=True)]
+    if models and len(models.shared) == run.clients:
+        columns.append(Column("shared test, %"))
+        rows = [[*row, model_section.share(models.shared[k])] for row, k in zip(rows, order, strict=True)]
+    listed = ", ".join(map(str, sorted(absent)))
+    notes = [f"have not trained, and are in no mean over clients: {listed}"] if absent else []
+    notes += [model_section.shared_note(models)] if models else []
+    title = f"Clients after round {run.last['round']}, worst first"
+    return Table("clients", title, columns, rows, notes, open=False)
+
+
+def _costs(run: Run) -> Table:
+    """Seconds are the largest over ranks, so parts may add up to more than the total."""
+    rows = []
+    for name in ("train", "evaluate", "sum", "wait", "write", "total"):
+        values = [row["seconds"][name] for row in run.history if row["seconds"].get(name) is not None]
+        mean, _ = mean_std(values)
+        largest = max(values, default=None)
+        rows.append([word(f"seconds, {name}"), amount(sum(values)), amount(mean), amount(largest)])
+    sent = traffic(run)
+    for name in ("up", "down", "once"):
+        values = [getattr(found, name) / 1e6 for found in sent]
+        rows.append([word(f"MB, {name}"), *(amount(f(values)) for f in (sum, statistics.mean, max))])
+    memory = [row["rss_mb"] for row in run.history if row["rss_mb"] is not None]
+    rows.append(
+        [
+            word("MiB, largest rank"),
+            number(None),
+            number(mean_std(memory)[0]),
+            number(max(memory, default=None)),
+        ]
+    )
+    columns = [Column("what", words=True), Column("sum"), Column("mean of a round"), Column("largest")]
+    notes = [
+        "seconds: the largest over ranks, so the parts may add up to more than the total",
+        "means of the rounds that have a value",
+        "MB: what a deployment would send, all members of the cohort together",
+    ]
+    return Table("cost", "Time, bytes, memory", columns, rows, notes)
+
+
+def _ranks(run: Run) -> list[Table]:
+    """Each rank's seconds of a mean round; nothing for one rank, whose seconds are those of the round."""
+    spent = rank_section.seconds(run)
+    if spent is None or len(spent["train"]) < 2:
+        return []
+    with np.errstate(invalid="ignore"):
+        means = {name: np.nanmean(table, axis=1) for name, table in spent.items()}
+    columns = [Column("rank"), *(Column(f"{name}, s") for name in means)]
+    rows = [
+        [number(rank), *(amount(float(values[rank])) for values in means.values())]
+        for rank in range(len(spent["train"]))
+    ]
+    notes = ["means of a round; wait: for the other ranks, before the sum"]
+    return [Table("ranks", "Seconds by rank", columns, rows, notes, open=len(rows) <= 16)]
+
+
+def _cost_figures(run: Run) -> list[Figure]:
+    return [run_figures.seconds(run), *rank_section.figures(run), run_figures.burden(run)]
+
+
+def _events(run: Run) -> Table:
+    """With what a restart found otherwise than the first start; the rest of a start has tables of its own."""
+    first = next((event for event in run.events if event["event"] in STARTS), {})
+    rows = []
+    for event in run.events:
+        more = {
+            name: value
+            for name, value in event.items()
+            if name not in APART
+            and value not in (None, [], {})
+            and (name not in VERSIONS or value != first.get(name))
+        }
+        details = "; ".join(f"{name}: {_detail(value)}" for name, value in more.items())
+        at = event.get("round")
+        rows.append(
+            [
+                word(event.get("time", "")),
+                word(event["event"]),
+                number(at if isinstance(at, int) else None),
+                word(details),
+            ]
+        )
+    columns = [
+        Column("time", words=True),
+        Column("event", words=True),
+        Column("round"),
+        Column("details", words=True),
+    ]
+    return Table("events", "Starts, stops, faults", columns, rows)
+
+
+def _detail(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else value_text(value)
+
+
+def _left_out(run: Run) -> list[Table]:
+    rows = []
+    for key, why in LEFT_OUT:
+        times = Counter(client for row in run.history for client in row.get(key, []))
+        rows += [[word(why), number(client), number(count)] for client, count in sorted(times.items())]
+    columns = [Column("why", words=True), Column("client"), Column("rounds")]
+    return [Table("left_out", "Clients left out of a sum", columns, rows)] if rows else []
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min 20 s` or `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.3g} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(count: float) -> str:
+    """Bytes in the decimal unit that fits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,285 @@
+"""What runs will cost on this machine: every partition is drawn, and a few batches of every kind are timed.
+
+Counted are the clients' training and all evaluations; not sums, servers that train, checkpoints and what a
+method does before round 1.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass, replace
+from functools import partial
+from statistics import median
+
+import numpy as np
+import torch
+
+from pfedmoe_mpi import config
+from pfedmoe_mpi.algorithms import base
+from pfedmoe_mpi.algorithms.base import Algorithm, Task
+from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.core.batches import Normalise, Split
+from pfedmoe_mpi.core.client import Client
+from pfedmoe_mpi.core.fixedpoint import NotFiniteError
+from pfedmoe_mpi.core.parts import Workbench
+from pfedmoe_mpi.core.turn import Engine, Turn
+from pfedmoe_mpi.data import Dataset
+from pfedmoe_mpi.data.sources.open import open_dataset
+from pfedmoe_mpi.errors import StoppedError, UserError
+from pfedmoe_mpi.federation import effective, plan
+from pfedmoe_mpi.federation.evaluation import measure
+from pfedmoe_mpi.mpi import device
+from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.reproduce.grid import TableError, TableRun
+
+FEW, MANY = 16, 64  # samples of a timing: the first warms up, and is enough where it is slow
+SLOW = 0.25  # seconds
+TURNS = 5  # of which the median counts
+CLIENTS = 20  # of the federation that is timed: enough for the anchors of ten experts
+# What a mini-batch's time does not depend on.
+ELSEWHERE = {
+    *("seed", "rounds", "clients", "participation", "data", "partition", "unseen", "join", "stream"),
+    *("faults", "eval", "run"),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one run has to do: samples by client (0 for one that never trains), and its effective settings."""
+
+    train: Sequence[int]
+    test: Sequence[int]
+    members: int
+    shape: tuple[int, ...]
+    classes: int
+    dtype: str
+    vocabulary: int
+    settings: Mapping[str, object]
+
+    @property
+    def config(self) -> Config:
+        return config.build(self.settings)
+
+    @property
+    def kind(self) -> str:
+        """Equal where a mini-batch takes the same time."""
+        tree = {k: v for k, v in config.to_tree(self.config).items() if k not in ELSEWHERE}
+        tree["train"] = {k: v for k, v in tree["train"].items() if k != "epochs"}
+        return json.dumps([tree, self.shape, self.classes, self.dtype, self.vocabulary], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Training samples of all rounds (each epoch counts), and seconds on the ranks of this job."""
+
+    samples: float
+    seconds: float
+
+    def share(self, part: float) -> Cost:
+        return Cost(part * self.samples, part * self.seconds)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a client's turn: `step` + n · (`sample` + epochs · `epoch`); `test` per sample measured."""
+
+    step: float
+    sample: float
+    epoch: float
+    test: float
+
+    def turn(self, samples: int, epochs: int) -> float:
+        return self.step + samples * (self.sample + epochs * self.epoch)
+
+
+def costs(world: Comm, runs: Sequence[TableRun]) -> dict[str, Cost]:
+    """By a run's name; collective.
+
+    Raises:
+        UserError: on all ranks: a run whose data, partition or models will not do.
+        StoppedError: on all ranks.
+    """
+    sizes = world.from_root(lambda: dict(_sizes(runs)), "the runs' sizes")
+    paces: dict[str, list[Pace]] = {}
+    for size in sizes.values():
+        if size.kind not in paces:
+            paces[size.kind] = _paces(world, size)
+    return {name: _cost(size, paces[size.kind], world.size) for name, size in sizes.items()}
+
+
+# Sizes, by rank 0
+
+
+def _sizes(runs: Sequence[TableRun]) -> Iterator[tuple[str, Size]]:
+    """Each data set is opened once, as the order of the runs allows; equal partitions are dealt once."""
+    dataset: Dataset | None = None
+    opened = ""
+    known: dict[str, Size] = {}
+    try:
+        for run in runs:
+            settings = run.config
+            with _named(run):
+                own = [settings.seed, settings.clients] if settings.data.source == "synthetic" else []
+                data = json.dumps([settings.data.model_dump(mode="json"), *own])
+                if data != opened or dataset is None:
+                    if dataset:
+                        dataset.close()
+                    dataset = open_dataset(settings.data, settings.seed, clients=settings.clients)
+                    opened = data
+                yield run.name, _size(effective.effective_config(settings, dataset, 1), dataset, data, known)
+    finally:
+        if dataset:
+            dataset.close()
+
+
+@contextmanager
+def _named(run: TableRun) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise TableError(f"run {run.name}: {error.problem}", error.remedy) from error
+
+
+def _size(settings: Config, dataset: Dataset, data: str, known: dict[str, Size]) -> Size:
+    reserve = base.load(settings.algorithm).reserve(settings)
+    dealt = [part.model_dump() for part in (settings.partition, settings.unseen)]
+    key = json.dumps([data, *dealt, settings.clients, settings.seed, reserve])
+    flat = config.flatten(config.to_tree(settings))
+    if key not in known:
+        partition = plan.draw_partition(settings, dataset)
+        train = [0 if k in partition.unseen else len(rows) for k, rows in enumerate(partition.train)]
+        test = [len(a) + len(b) for a, b in zip(partition.test, partition.validation, strict=True)]
+        ready = dataset.fitted(partition)
+        kind = (ready.shape, ready.classes, ready.dtype.name, ready.vocabulary)
+        known[key] = Size(train, test, settings.cohort_size, *kind, flat)
+    size = replace(known[key], settings=flat, members=settings.cohort_size)
+    plan.check_models(_task(size))
+    return size
+
+
+# Times, on all ranks at once, as they will train
+
+
+def _task(size: Size) -> Task:
+    """A federation with enough clients of equally many samples, a few of every class."""
+    settings = size.config
+    counts = np.bincount(np.arange(MANY) % size.classes, minlength=size.classes)
+    model = settings.model
+    table = np.tile(counts, (max(CLIENTS, len(model.pool)), 1))
+    known = (settings, size.shape, size.classes, table, model.pool, model.shared, model.dim)
+    return Task(*known, vocabulary=size.vocabulary)
+
+
+def _paces(world: Comm, size: Size) -> list[Pace]:
+    """Of each architecture of the pool, on the slowest rank; collective."""
+    task = _task(size)
+    threads = device.threads(world, task.config.train.threads)
+    chosen = device.choose(world, task.config.train.model_copy(update={"threads": threads}))
+    own: list[Pace] = []
+    with suppress(StoppedError):
+        for client in range(len(task.pool)):
+            own.append(_Stopwatch(task, chosen.device, size.dtype, client, world.poll).pace())
+    gathered = world.gather([astuple(pace) for pace in own], "calibration")
+    if any(len(found) < len(task.pool) for found in gathered):
+        raise StoppedError
+    return [Pace(*slowest) for slowest in np.array(gathered).max(axis=0).tolist()]
+
+
+class _Stopwatch:
+    """One client of random samples, timed on this rank."""
+
+    def __init__(
+        self, task: Task, where: torch.device, dtype: str, client: int, poll: Callable[[], None]
+    ) -> None:
+        self._task, self._where, self._dtype, self._id, self._poll = task, where, dtype, client, poll
+        bench = Workbench(0, where)
+        method = self._method(1)
+        state, spec = bench.initial(method.state()), method.client_state(client)
+        self._parts = bench.parts((method.state(), state), (spec, bench.initial(spec, client)))
+        roles = [role for _, role in method.cohort(1)]
+        self._role = "client" if "client" in roles else roles[0]
+
+    def pace(self) -> Pace:
+        """A warm-up; then few samples, many, and twice the epochs tell what grows with which.
+
+        Where an epoch of few samples is slow already, no more are timed.
+        """
+        slow, _ = self._turn(FEW, 1), self._test(FEW)
+        few = self._steady(FEW, 1)
+        if slow > SLOW:  # of what: the samples, or what is done once a turn
+            twice = self._turn(FEW, 2)
+            if twice - few > SLOW:
+                return Pace(max(2 * few - twice, 0.0), 0.0, (twice - few) / FEW, self._test(FEW) / FEW)
+        once, twice = self._steady(MANY, 1), self._steady(MANY, 2)
+        step = min(max((MANY * few - FEW * once) / (MANY - FEW), 0.0), once)
+        epoch = min(max(twice - once, 0.0), once - step) / MANY
+        return Pace(step, (once - step) / MANY - epoch, epoch, self._test(MANY) / MANY)
+
+    def _steady(self, samples: int, epochs: int) -> float:
+        """The median of a few turns, of fewer where they are slow: others may use the machine too."""
+        times: list[float] = []
+        while len(times) < TURNS and sum(times) < SLOW:
+            times.append(self._turn(samples, epochs))
+        return median(times)
+
+    def _method(self, epochs: int) -> Algorithm:
+        settings = self._task.config
+        train = settings.train.model_copy(update={"epochs": epochs})
+        task = replace(self._task, config=settings.model_copy(update={"train": train}))
+        return base.load(settings.algorithm)(task)
+
+    def _engine(self, method: Algorithm) -> Engine:
+        normalise = Normalise((), (), len(self._task.shape), self._where)
+        return Engine(self._where, normalise, method.task.config.train, MANY, 0, 2, self._poll)
+
+    def _split(self, samples: int) -> Split:
+        shape, generator = (samples, *self._task.shape), torch.Generator().manual_seed(0)
+        highest = {"uint8": 256, "int32": self._task.vocabulary}.get(self._dtype)
+        if highest:
+            x = torch.randint(highest, shape, generator=generator).to(getattr(torch, self._dtype))
+        else:
+            x = torch.rand(shape, generator=generator)
+        return Split(x.to(self._where), (torch.arange(samples) % self._task.classes).to(self._where))
+
+    def _turn(self, samples: int, epochs: int) -> float:
+        method, split = self._method(epochs), self._split(samples)
+        splits = {"train": split, "validation": split.nothing(), "test": split}
+        client = Client(self._id, {}, torch.empty(0), splits)
+        turn = Turn(self._engine(method), method.loss, client, self._parts, 1, self._role)
+
+        def learn() -> None:
+            with suppress(NotFiniteError):  # of random samples
+                method.client_step(turn)
+
+        return _seconds(learn, self._where)
+
+    def _test(self, samples: int) -> float:
+        method = self._method(1)
+        work = partial(measure, self._engine(method), method, self._parts, self._split(samples))
+        return _seconds(work, self._where)
+
+
+def _seconds(work: Callable[[], object], where: torch.device) -> float:
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+    started = time.perf_counter()
+    work()
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+    return time.perf_counter() - started
+
+
+def _cost(size: Size, paces: Sequence[Pace], ranks: int) -> Cost:
+    """Clients take turns in the cohort; a rank's share is that of the cohort, or of all for evaluations."""
+    settings = size.config
+    training = [k for k, n in enumerate(size.train) if n]
+    members = min(size.members, len(training))
+    epochs, share = settings.train.epochs, members / len(training)
+    turns = sum(paces[k % len(paces)].turn(size.train[k], epochs) for k in training) * share
+    tests = sum(n * paces[k % len(paces)].test for k, n in enumerate(size.test))
+    measured = tests * (1 / min(ranks, len(size.test)) + share / min(ranks, members))
+    samples = settings.rounds * epochs * share * sum(size.train)
+    return Cost(samples, settings.rounds * (turns / min(ranks, members) + measured / settings.eval.every))

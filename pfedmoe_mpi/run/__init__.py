@@ -1,0 +1,1 @@
+"""A training run: start, restart, run folder, console and curves."""

@@ -1,0 +1,58 @@
+"""What a run's bits depend on beside its configuration, and the check of a restart against it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import metadata
+
+import numpy as np
+import torch
+
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.errors import CheckpointError
+from pfedmoe_mpi.federation.federation import Federation, samples_text
+from pfedmoe_mpi.federation.round_sum import RoundSum
+from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi.comm import Comm
+
+CONDITIONS = ("torch", "device", "threads", "precision")  # a restart repeats bits only where these are equal
+
+
+def run_identity(federation: Federation) -> dict[str, str]:
+    """Return versions and conditions, for the checkpoint and for events.jsonl."""
+    return {
+        "samples": samples_text(federation),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "h5py": metadata.version("h5py"),
+        "mpi": comm.library(),
+        "device": federation.device.model,
+        "threads": str(federation.config.train.threads),
+        "precision": federation.config.train.precision,
+    }
+
+
+def check_same_federation(world: Comm, federation: Federation, loaded: Checkpoint) -> None:
+    """Refuse data, a partition or models other than the checkpoint's; print what makes bits differ.
+
+    Raises:
+        CheckpointError: on all ranks alike.
+    """
+    for name, digest in (("data", federation.data_digest), ("partition", federation.partition.digest())):
+        before = loaded.identity[f"{name}_digest"]
+        if digest != before:
+            raise CheckpointError(
+                f"the {name} changed since the checkpoint: digest {before[:16]}… then, {digest[:16]}… now",
+                "restart with the same data, or start a new run",
+            )
+    payload = federation.method.payload(federation.state_layout.sizes)
+    total = RoundSum(federation.task, federation.method.cohort(loaded.round + 1), payload)
+    loaded.check_fits(federation.state_layout, federation.client_layouts, len(total.buffer))
+    now = run_identity(federation)
+    before_now = {name: (loaded.identity.get(name, "unknown"), now[name]) for name in CONDITIONS}
+    changes = [f"{name} {before} → {now}" for name, (before, now) in before_now.items() if before != now]
+    if changes and world.rank == 0:
+        text = "; ".join(changes)
+        print(f"note: bits will differ from an uninterrupted run: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,230 @@
+"""A training job from its start to its exit code; `restart` prepares one that resumes."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pfedmoe_mpi import checkpoint, config, environment
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, RunError
+from pfedmoe_mpi.log import LOGGER
+from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.mpi.session import under_mpi
+from pfedmoe_mpi.run import console, curves
+from pfedmoe_mpi.run.folder import RunFolder, default
+from pfedmoe_mpi.run.reporter import Reporter
+
+if TYPE_CHECKING:  # these import torch, which is imported only when the arguments are known to be right
+    from pfedmoe_mpi.federation.federation import Federation
+    from pfedmoe_mpi.federation.loop import Loop
+
+STOPS_WITHOUT_PROGRESS = 2  # in a row, then the run ends: the job scripts would submit it for ever
+MOST_COUNTS = 100_000  # clients × classes in one line of events.jsonl
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a job begins: a new run, or one resumed from a checkpoint."""
+
+    settings: Config
+    folder: RunFolder
+    code: str  # this program's version, on rank 0
+    dry: bool = False  # print the plan and stop
+    loaded: Checkpoint | None = None  # None: from round 1
+    resuming: bool = False  # continue in an existing run folder
+    changes: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # {setting: (before, after)}
+    warnings: Sequence[str] = ()
+
+    @property
+    def history(self) -> Sequence[Mapping[str, Any]]:
+        """The metrics rows of the rounds that are done."""
+        return self.loaded.history if self.loaded else []
+
+
+def run(settings: Config, dry: bool) -> int:
+    """Start MPI and train a new run; return the exit code."""
+    end = environment.slurm_end() if environment.launched_rank() == 0 else None
+    return under_mpi(lambda world, code: begin(world, settings, code, end, dry), settings.run.singleton)
+
+
+def begin(world: Comm, settings: Config, code: str, end: float | None, dry: bool = False) -> int:
+    """Train a new run; collective. `code`: the program's version; `end`: when Slurm ends the job (rank 0)."""
+    path = world.from_root(lambda: _new_folder(settings), "run folder")
+    world.stop_at = environment.stop_at(settings.run.walltime, end)
+    with RunFolder(path) as folder:
+        return train(world, Start(settings, folder, code, dry))
+
+
+def _new_folder(settings: Config) -> Path:
+    path = Path(settings.run.dir).absolute() if settings.run.dir else default(settings.algorithm)
+    RunFolder.refuse_existing(path, settings.run.force)
+    return path
+
+
+def train(world: Comm, start: Start) -> int:
+    """Build the federation, print the plan and train; collective. Return the exit code.
+
+    Raises:
+        UserError: on all ranks, before anything is written.
+        RunError: on all ranks: a run that cannot continue.
+    """
+    from pfedmoe_mpi.federation.build import build
+    from pfedmoe_mpi.run.identity import check_same_federation
+
+    world.timeout = start.settings.run.timeout or world.timeout
+    world.from_root(lambda: curves.check(start.settings), "packages")
+    federation = build(world, start.settings)
+    if start.loaded:
+        check_same_federation(world, federation, start.loaded)
+    else:
+        world.from_root(federation.method.check, "the method's files")
+    device_lines = world.gather(f"{federation.device.line}, {len(federation.clients)} clients", "hosts")
+    if world.rank == 0:
+        print("\n".join(console.plan(federation, device_lines)), flush=True)
+    if start.dry:
+        return EXIT_DONE
+    if start.loaded and start.loaded.round >= federation.config.rounds:
+        return _already_finished(world, start, start.loaded, federation.config.rounds)
+    return _train_rounds(world, start, federation, device_lines)
+
+
+def _already_finished(world: Comm, start: Start, loaded: Checkpoint, rounds: int) -> int:
+    if start.resuming and not start.changes:
+        world.from_root(lambda: start.folder.complete(loaded.history), "run folder")
+    if world.rank == 0:
+        more = f"--rounds {2 * loaded.round} trains as many again"
+        print(f"the run is finished: {loaded.round} of {rounds} rounds are done; {more}")
+    return EXIT_DONE
+
+
+def _train_rounds(world: Comm, start: Start, federation: Federation, device_lines: Sequence[str]) -> int:
+    """Open the run folder, train the rounds that are left, and report how the run ended."""
+    from pfedmoe_mpi.federation.loop import Loop
+    from pfedmoe_mpi.run.identity import run_identity
+
+    settings, folder = federation.config, start.folder
+    report_facts = world.from_root(lambda: _report_facts(federation), "what reports need")
+    if not start.resuming:
+        world.from_root(lambda: folder.create(settings.run.force), "run folder")
+    world.agree(lambda: folder.log_to_file(world.rank), "logs")
+    identity = {"code": start.code, **run_identity(federation)}
+    reporter = _reporter(world, start, federation)
+    loop = Loop(world, federation, reporter, folder.checkpoints)
+    loop.saver.identity = identity
+    try:
+        if start.loaded:
+            loop.resume(start.loaded)
+            if start.changes or not start.resuming:
+                _save_again(loop, start.loaded)
+        toml = config.to_toml(settings)
+        world.from_root(lambda: folder.describe(toml, start.history), "run folder")
+        _report_start(world, reporter, start, device_lines, {**identity, **report_facts})
+        finished = loop.run()
+    except RunError as error:
+        reporter.event("error", round=loop.round, error=error.problem)
+        raise
+    finally:
+        reporter.close()
+    if not finished:
+        return _report_stop(world, reporter, loop)
+    _report_finish(world, reporter, federation, loop)
+    return EXIT_DONE
+
+
+def _reporter(world: Comm, start: Start, federation: Federation) -> Reporter:
+    settings = federation.config
+    if world.rank:
+        return Reporter(start.folder, settings.run.keep, None)
+    progress = console.Progress(settings.rounds, len(start.history), len(federation.clients))
+    watched = curves.Curves(start.folder.path, start.history) if settings.run.tensorboard else None
+    return Reporter(start.folder, settings.run.keep, progress, watched)
+
+
+def _report_facts(federation: Federation) -> dict[str, Any]:
+    """Return training samples by client and class, operations by client, and clients' names, for reports.
+
+    Nothing if these are too many for a figure.
+    """
+    from pfedmoe_mpi.federation.costs import sample_costs
+
+    counts, names = federation.task.counts, federation.dataset.client_names
+    if counts.size > MOST_COUNTS:
+        return {}
+    facts = {
+        "class_counts": counts.tolist(),
+        "multiply_adds": sample_costs(federation.task, federation.method),
+    }
+    return {**facts, "client_names": list(names)} if names else facts
+
+
+def _save_again(loop: Loop, loaded: Checkpoint) -> None:
+    """Write the loaded state as a checkpoint of this run: a kill before the next one loses nothing."""
+    if loaded.partial is None:
+        loop.save()
+    else:
+        rounds_done = (loaded.round, loaded.state, loaded.history)
+        loop.saver.partial(*rounds_done, loaded.partial, loaded.finished)
+
+
+def _report_start(
+    world: Comm, reporter: Reporter, start: Start, device_lines: Sequence[str], facts: Mapping[str, Any]
+) -> None:
+    loaded = start.loaded
+    source = {"checkpoint": loaded.path.name, "round": loaded.round} if loaded else {}
+    where = {"host": platform.node(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+    reporter.event(
+        "restart" if loaded else "start",
+        ranks=world.size,
+        hosts=list(device_lines),
+        **where,
+        **source,
+        **facts,
+        changes=start.changes,
+        warnings=list(start.warnings),
+    )
+    if world.rank == 0:
+        print(f"run folder {reporter.folder.path}", flush=True)
+
+
+def _report_finish(world: Comm, reporter: Reporter, federation: Federation, loop: Loop) -> None:
+    folder = reporter.folder
+    reporter.event("finish", round=loop.round)
+    if world.rank == 0:
+        best = folder.best_round()
+        best_text = f"best.h5 holds round {best}; " if best else ""
+        text = f"{console.table(federation, loop.history)}\n{best_text}`report {folder.path}` draws the run"
+        LOGGER.info("\n%s", text)
+        print(text, flush=True)
+
+
+def _report_stop(world: Comm, reporter: Reporter, loop: Loop) -> int:
+    """Report a stop; return the exit code.
+
+    Raises:
+        RunError: on all ranks: stopped again before any client's step was done.
+    """
+    folder = reporter.folder
+    reporter.event("stop", round=loop.round, steps=loop.steps, by=world.stopped_by)
+    stops = world.from_root(folder.stops_without_progress, "stops without progress")
+    if stops >= STOPS_WITHOUT_PROGRESS:
+        raise RunError(
+            f"stopped {stops} times in a row before any client step was done; another start would not help",
+            "give the job more time, more ranks, or fewer --train.epochs; "
+            f"then `restart {folder.path}` resumes the run",
+        )
+    if world.rank == 0:
+        done = f"{loop.steps} client steps done" if loop.steps else "no client's step was done"
+        saved = checkpoint.newest_first(folder.checkpoints)
+        where = f"after round {loop.round} with a checkpoint" if saved else "before round 1"
+        print(
+            f"stopped by {world.stopped_by or 'another rank'} {where} "
+            f"({done} since the start); resume with: restart {folder.path}",
+            flush=True,
+        )
+    return EXIT_STOPPED

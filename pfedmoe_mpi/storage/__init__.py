@@ -1,0 +1,1 @@
+"""Durable writes, locks, and HDF5 files from untrusted hands."""
