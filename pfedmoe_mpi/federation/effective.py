@@ -34,7 +34,7 @@ def effective_config(settings: Config, dataset: Dataset, threads: int) -> Config
         else model_names.resolve_name(model.shared)
     )
     if model.pool == ("auto",):
-        unlike = model_names.auto_pool(dataset.shape, True, dataset.tokens, shared)
+        unlike = model_names.auto_pool(dataset.shape, dataset.tokens, shared)
         pool = (shared,) if kind.homogeneous else unlike
     if len(pool) < len(model.pool):
         raise ConfigError("model.pool = auto stands alone", "name architectures, or leave model.pool out")

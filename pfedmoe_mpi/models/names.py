@@ -135,17 +135,11 @@ def auto_shared(shape: tuple[int, ...], pool: Sequence[str] = (), tokens: bool =
     return "cnn5" if len(shape) == 3 and min(shape[1:]) >= CNN_SIDE else "mlp5"
 
 
-def auto_pool(
-    shape: tuple[int, ...], unlike: bool, tokens: bool = False, shared: str = ""
-) -> tuple[str, ...]:
-    """The architectures of the family that fits, or, for methods that need them alike, its smallest.
+def auto_pool(shape: tuple[int, ...], tokens: bool = False, shared: str = "") -> tuple[str, ...]:
+    """Return the unlike architectures of the family that fits samples of `shape`.
 
     For tokens it is the family of the shared extractor: the LSTMs, or fastText, LSTM, GRU and Transformer.
     """
     if tokens:
-        family = LSTM if shared in LSTM else TEXT
-        return family if unlike else (auto_shared(shape, family, tokens),)
-    smallest = auto_shared(shape)
-    if not unlike:
-        return (smallest,)
-    return tuple(CNN) if smallest in CNN else tuple(MLP)
+        return LSTM if shared in LSTM else TEXT
+    return tuple(CNN) if auto_shared(shape) in CNN else tuple(MLP)

@@ -62,7 +62,6 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     notes: Sequence[str] = ()
     open: bool = True
-    ranked: bool = False
 
 
 def word(text: Any) -> Cell:

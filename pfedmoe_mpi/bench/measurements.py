@@ -1,0 +1,287 @@
+"""The parts of `bench`: each measures two things side by side and gives lines of the table."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from pfedmoe_mpi import config, environment
+from pfedmoe_mpi.bench.timing import REPEATS, Line, Pair, play, side_by_side
+from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.errors import ConfigError, StoppedError
+from pfedmoe_mpi.mpi import comm, device
+from pfedmoe_mpi.mpi.comm import Comm
+
+if TYPE_CHECKING:
+    from pfedmoe_mpi.federation.loop import Loop
+
+# In the order measured; `start` stands alone.
+PARTS = ("round", "ranks", "sum", "idle", "precision", "write", "network")
+DEFAULTS = {
+    "data.source": "synthetic",
+    "data.samples": 60_000,
+    "clients": 10,
+    "partition.kind": "pathological",
+    "train.batch": 128,
+}
+# The rounds measured are a few of many, and a rank may wait long for another that is measured alone.
+ALWAYS = {"rounds": 1_000_000, "run.timeout": 86_400.0}
+WIDE_BATCH = 512
+SEVERAL = {"ranks", "idle"}  # parts that need two ranks or more
+
+
+class Bench:
+    """The parts; every public method but `show` is collective."""
+
+    def __init__(self, world: Comm, settings: Config, flags: Mapping[str, Any]) -> None:
+        self.world = world
+        self.settings = settings
+        self._flags = flags
+        world.timeout = settings.run.timeout
+
+    def show(self, lines: Sequence[str]) -> None:
+        if self.world.rank == 0:
+            print("\n".join(lines), flush=True)
+
+    def sensible(self) -> list[str]:
+        """The parts that tell something on these ranks: with more ranks than cores, not their speed."""
+        crowded = any(self.world.gather(self.world.local()[1] > environment.CORES, "cores"))
+        if crowded:
+            return ["idle", "write"]
+        unfit = SEVERAL if self.world.size == 1 else set()
+        if self.settings.algorithm != "pfedmoe":
+            unfit = unfit | {"round", "sum"}
+        if self.hosts == 1:
+            unfit = unfit | {"network"}
+        return [part for part in PARTS if part not in unfit]
+
+    def heading(self, code: str) -> list[str]:
+        """Machine, versions and date."""
+        threads = device.threads(self.world, self.settings.train.threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported
+        import torch
+
+        chosen = device.choose(self.world, self.settings.train.model_copy(update={"threads": threads}))
+        gpu = f", {chosen.model}" if chosen.device.type == "cuda" else ""
+        ranks = f"{self.world.size} rank(s) of {threads} thread(s)"
+        code = self.world.gather(code, "code")[0]
+        return [
+            f"{datetime.now().astimezone():%Y-%m-%d %H:%M %z}, pfedmoe_mpi {code}",
+            f"torch {torch.__version__}, {comm.library()}",
+            f"{device.processor()}{gpu}: {ranks} on {self.hosts} host(s), {environment.CORES} cores here",
+        ]
+
+    # The parts
+
+    def round(self) -> list[Line]:
+        """A round against a bare loop over the same modules, batches and evaluations in these processes."""
+        from pfedmoe_mpi.bench.bare_loop import BareLoop
+
+        loop = self.loop
+        bare = BareLoop(loop.federation, loop.state)
+        split: list[dict[str, float]] = []
+
+        def reference() -> float:
+            seconds = self._timed(lambda: bare.play(loop.round))
+            every = self.world.gather(bare.seconds, "bench")
+            split.append({name: max(rank[name] for rank in every) for name in bare.seconds})
+            return seconds
+
+        whole = side_by_side(lambda: self._timed(lambda: play(loop)), reference)
+        lines = [whole.line(f"round of {self._name(loop)} vs bare loop", 1.10)]
+        for name in ("train", "evaluate", "sum", "wait"):
+            ours = [row["seconds"][name] for row in loop.history[-REPEATS:]]
+            if name in bare.seconds:
+                pairs = [(a, b[name]) for a, b in zip(ours, split[-REPEATS:], strict=True)]
+                lines.append(Pair.of(pairs).line(f"  its {name}, slowest rank"))
+            else:
+                lines.append(Line(f"  its {name}, slowest rank", f"{median(ours):.4g} s"))
+        return lines
+
+    def ranks(self) -> list[Line]:
+        """All ranks against one: the same federation on rank 0 alone while the others wait."""
+        alone, loop = self._on_one_rank(self.settings), self.loop
+        pair = self._rounds(loop, alone)
+        what = f"speed-up of a round on {self.world.size} ranks over 1"
+        return [pair.faster(what, 1.8 if self.world.size == 2 else None)]
+
+    def sum(self) -> list[Line]:
+        """Conversion, reduction and mean of a round's payload, without waiting, as a share of the round."""
+        loop = self.loop
+        pair = side_by_side(lambda: self._sum_once(loop), lambda: self._timed(lambda: play(loop)))
+        return [pair.line("sum with conversion, as a share of the round", 0.01)]
+
+    def _sum_once(self, loop: Loop) -> float:
+        from pfedmoe_mpi.federation.round_sum import MEMBER_METRICS, RoundSum
+
+        federation, method = loop.federation, loop.federation.method
+        places = federation.state_layout.parts
+        values = {name: loop.state[place].to(federation.engine.device) for name, place in places.items()}
+        zeros = dict.fromkeys(MEMBER_METRICS, 0.0)
+        state = loop.state.clone()
+        self.world.wait("bench")
+        started = time.perf_counter()
+        cohort = method.cohort(loop.round)
+        total = RoundSum(federation.task, cohort, method.payload(federation.state_layout.sizes))
+        for position, (client, _) in enumerate(cohort):
+            if federation.home[client] == self.world.rank:
+                total.add(position, values, zeros)
+        waited = self.world.sum(total.buffer, "bench")
+        method.server_update({name: state[place] for name, place in places.items()}, total.means(), 1)
+        return float(max(self.world.gather(time.perf_counter() - started - waited, "bench")))
+
+    def idle(self) -> list[Line]:
+        """One client: what the ranks that have nothing to do cost the one that works."""
+        fixed = {**ALWAYS, "clients": 1, "partition.kind": "iid"}
+        settings = config.build({**DEFAULTS, "data.samples": 6_000, **self._flags, **fixed})
+        alone, loop = self._on_one_rank(settings), self._build(self.world, settings)
+        pair = self._rounds(loop, alone)
+        return [pair.line(f"round of 1 client on {self.world.size} ranks vs 1 rank", 1.3)]
+
+    def precision(self) -> list[Line]:
+        """bf16 against fp32: the training epochs of all clients with wide batches."""
+        loop = self.loop
+        pair = side_by_side(
+            lambda: self._timed(lambda: self._epochs(loop, "bf16")),
+            lambda: self._timed(lambda: self._epochs(loop, "fp32")),
+        )
+        amx = loop.federation.engine.device.type == "cpu" and _has_amx()
+        what = f"speed-up of bf16 over fp32 in training, B = {WIDE_BATCH}"
+        return [pair.faster(what + (" (AMX)" if amx else ""), 1.7 if amx else None)]
+
+    def _epochs(self, loop: Loop, precision: str) -> None:
+        """This rank's clients' training, from their vectors as they are; the result is dropped."""
+        from pfedmoe_mpi.core.turn import Turn
+
+        federation, method = loop.federation, loop.federation.method
+        train = federation.engine.train.model_copy(update={"precision": precision, "batch": WIDE_BATCH})
+        # A rank that left at a stop would be missed by the others, who wait for its time.
+        engine = replace(federation.engine, train=train, poll=lambda: None)
+        for client, role in method.cohort(loop.round + 1):
+            if client in federation.clients:
+                own = federation.clients[client]
+                parts = federation.parts(own, loop.state)
+                method.client_step(Turn(engine, method.loss, own, parts, 1, role))
+
+    def write(self) -> list[Line]:
+        """A checkpoint against the same bytes written plainly by one rank; both end with an fsync."""
+        from pfedmoe_mpi import checkpoint
+        from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+
+        with _Folder(self.world, Path(self.settings.run.dir or ".")) as folder:
+            loop = Loop(self.world, self.loop.federation, SilentObserver(), folder)
+            loop.save()
+            path = folder / checkpoint.name(0, False)
+            data = path.read_bytes() if self.world.rank == 0 else b""
+
+            def plain() -> None:
+                if self.world.rank == 0:
+                    _write_plainly(folder / "plain", data)
+
+            pair = side_by_side(lambda: self._timed(loop.save), lambda: self._timed(plain))
+        size = len(data) / 1e6
+        ours, reference = f"{size / pair.ours:.0f} MB/s", f"{size / pair.reference:.0f} MB/s"
+        what = f"checkpoint of {size:.1f} MB vs plain write and fsync"
+        return [Line(what, ours, reference, 1 / pair.ratio)]
+
+    def network(self) -> list[Line]:
+        """What a round sends from host to host, and its time on this link."""
+        from pfedmoe_mpi.bench import network
+
+        return network.measure(self.world, self.loop)
+
+    # What they are made of
+
+    @cached_property
+    def hosts(self) -> int:
+        """How many hosts the ranks are on."""
+        return len(set(self.world.gather(platform.node(), "hosts")))
+
+    @cached_property
+    def loop(self) -> Loop:
+        """The federation on all ranks."""
+        return self._build(self.world, self.settings)
+
+    def _build(self, comm: Comm, settings: Config) -> Loop:
+        from pfedmoe_mpi.federation.build import build
+        from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+
+        loop = Loop(comm, build(comm, settings), SilentObserver(), None)
+        if not loop.begin():
+            raise StoppedError
+        return loop
+
+    def _on_one_rank(self, settings: Config) -> Loop | None:
+        """The federation on rank 0 alone; None on the others, which learn of a UserError there."""
+        part = self.world.split(0 if self.world.rank == 0 else -1)
+        return self.world.attempt(lambda: self._build(part, settings) if part else None, "one rank")
+
+    def _rounds(self, loop: Loop, alone: Loop | None) -> Pair:
+        return side_by_side(lambda: self._timed(lambda: play(loop)), lambda: self._timed(lambda: play(alone)))
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        """Seconds of `work` on the slowest rank, all starting together and the GPU done."""
+        self.world.wait("bench")
+        _synchronise()
+        started = time.perf_counter()
+        work()
+        _synchronise()
+        return float(max(self.world.gather(time.perf_counter() - started, "bench")))
+
+    def _name(self, loop: Loop) -> str:
+        federation = loop.federation
+        batch, epochs = federation.config.train.batch, federation.config.train.epochs
+        return f"{federation.dataset.name}, N = {federation.task.clients}, B = {batch}, E = {epochs}"
+
+
+class _Folder:
+    """A temporary folder that all ranks see, made and removed by the root."""
+
+    def __init__(self, world: Comm, parent: Path) -> None:
+        self._world, self._parent = world, parent
+
+    def __enter__(self) -> Path:
+        def make() -> str:
+            try:
+                return tempfile.mkdtemp(prefix=".pfedmoe-bench-", dir=self._parent.absolute())
+            except OSError as error:
+                remedy = "--run.dir names the folder to measure"
+                raise ConfigError(f"bench cannot write: {error}", remedy) from error
+
+        self._path = Path(self._world.from_root(make, "bench folder"))
+        return self._path
+
+    def __exit__(self, *_: object) -> None:
+        if self._world.rank == 0:
+            shutil.rmtree(self._path, ignore_errors=True)
+
+
+def _write_plainly(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _synchronise() -> None:
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _has_amx() -> bool:
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
