@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from wire import wrongs
 
 from pfedmoe_mpi import algorithms, checkpoint, comm, config, metrics, setup
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.federation import Loop, Silent
 from pfedmoe_mpi.flat import Layout
+from support.traffic_check import wrongs
 
 SMALL: dict[str, Any] = {
     "data.source": "synthetic",

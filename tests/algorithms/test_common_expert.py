@@ -10,15 +10,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from oracles import experts, nets
-from played import build, cut
-from sixclients import SIZES, Six, write_common, write_six
-from test_oracles import agree
 from torch import nn
 
+from oracles import experts, nets
 from pfedmoe_mpi import seeds
 from pfedmoe_mpi.errors import ConfigError, PartitionError
 from pfedmoe_mpi.federation import Loop
+from support.round_comparison import agree
+from support.six_clients import SIZES, Six, write_common, write_six
+from support.small_federation import build, cut
 
 
 @pytest.fixture(scope="module")

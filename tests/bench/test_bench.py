@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher import program
-from played import world
 
 from pfedmoe_mpi import bareloop, config, setup
 from pfedmoe_mpi.bench import Line, side_by_side
 from pfedmoe_mpi.benchnetwork import Sent, bytes_sent, crossed, per_round
 from pfedmoe_mpi.federation import Loop, Silent
 from pfedmoe_mpi.flat import flatten
+from support.launcher import program
+from support.small_federation import world
 
 SMALL = (
     *("--data.source", "digits", "--clients", "4", "--partition.kind", "iid", "--train.batch", "32"),

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import h5py
-import launcher
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
-from played import world
-from textfiles import write_hospitals, write_news
 
 from pfedmoe_mpi import checkpoint, config, load_client, setup
 from pfedmoe_mpi.data import open_dataset
 from pfedmoe_mpi.errors import CheckpointError, DataError
+from support import launcher
+from support.launcher import SMALL
+from support.small_federation import world
+from support.text_files import write_hospitals, write_news
 
 METHODS = {
     "pfedmoe": (),

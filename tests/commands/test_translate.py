@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 
-import launcher
 import pytest
 
 from pfedmoe_mpi import algorithms, config, translate
+from support import launcher
+from support.paths import ROOT
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 HTFLLIB = (
     "nohup python -u main.py -t 3 -ab 1 -lr 0.02 -jr 0.5 -lbs 32 -ls 5 -nc 30 -ncl 100 -data Cifar100 "
     "-m HtFE-img-8 -fd 512 -did 4 -gr 300 -eg 10 -algo {} > out.txt 2>&1 &"

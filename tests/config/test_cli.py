@@ -13,10 +13,11 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from launcher import ROOT, Result, Session, digest, environment, events, program, rows
 
 from pfedmoe_mpi import __version__, algorithms, config
 from pfedmoe_mpi.checkpoint import Checkpoint
+from support.launcher import Result, Session, digest, environment, events, program, rows
+from support.paths import ROOT
 
 
 def keys(value: Any) -> Any:

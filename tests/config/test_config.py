@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import launcher
 import pytest
 
 from pfedmoe_mpi import algorithms, cli, config
 from pfedmoe_mpi.errors import ConfigError
+from support import launcher
 
 FIELDS = config.fields()
 

@@ -10,16 +10,16 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from datafiles import everything, opened, refused, shared
-from launcher import Result, Session, rows, told
-from played import world
-from textfiles import HEADER, HOSPITALS, same_bits, write_hospitals
 
 from pfedmoe_mpi import algorithms, config, setup
 from pfedmoe_mpi.auc import auc
 from pfedmoe_mpi.data.heart import ATTRIBUTES
 from pfedmoe_mpi.federation import Loop, Silent
 from pfedmoe_mpi.metrics import learning
+from support.data_files import everything, opened, refused, shared_data
+from support.launcher import Result, Session, rows, told
+from support.small_federation import world
+from support.text_files import HEADER, HOSPITALS, same_bits, write_hospitals
 
 FLAGS = ("--data.source", "heart", "--rounds", "2", "--model.dim", "16", "--train.device", "cpu")
 
@@ -229,7 +229,7 @@ def test_a_report_shows_it(session: Session, tmp_path: Path, hospitals: Path) ->
 
 
 def test_the_four_hospitals(done: Callable[..., Result]) -> None:
-    data = opened("heart", shared("heart-disease"))
+    data = opened("heart", shared_data("heart-disease"))
     assert data.client_names == ("cleveland", "hungarian", "switzerland", "va")
     assert data.client is not None and np.bincount(data.client).tolist() == [303, 294, 123, 200]
     assert np.bincount(data.client[data.labels == 0]).tolist() == [164, 188, 8, 51]

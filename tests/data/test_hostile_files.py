@@ -18,15 +18,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from checkpoint_driver import content
-from datafiles import GOOD_X, GOOD_Y, client_data, opened, write_h5
-from sealed import resealed, write
-from stranger_driver import said
 
 from pfedmoe_mpi import checkpoint, pretrained
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import CheckpointError, DataError, UserError
 from pfedmoe_mpi.inspection import digest
+from support.checkpoint_checks import content
+from support.checkpoint_files import resealed, write
+from support.data_files import GOOD_X, GOOD_Y, client_data, opened, write_h5
+from support.limited_memory import said
 
 PACKAGE = Path(checkpoint.__file__).parent
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datafiles import everything, opened, refused
-from launcher import Result
-from played import world
-from textfiles import same_bits, write_stories
 
 from pfedmoe_mpi import config, setup
 from pfedmoe_mpi.data.dataset import Dataset
 from pfedmoe_mpi.errors import PartitionError
 from pfedmoe_mpi.federation import Loop, Silent
+from support.data_files import everything, opened, refused
+from support.launcher import Result
+from support.small_federation import world
+from support.text_files import same_bits, write_stories
 
 SMALL = {"rounds": 2, "data.length": 4, "data.vocabulary": 9, "train.device": "cpu"}
 FLAGS = (

@@ -7,43 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import launcher
 import numpy as np
 import pytest
 import torch
-from launcher import rows, told
-from oracles import nets
-from played import Played, played, write_all
-from test_conformance import conformance
 
-from pfedmoe_mpi import algorithms, comm, config, setup
+from oracles import nets
+from pfedmoe_mpi import algorithms, comm, setup
 from pfedmoe_mpi.data.partition import Partition
 from pfedmoe_mpi.data.unseen import choose_unseen
 from pfedmoe_mpi.federation import Loop, Silent
-
-SMALL = {
-    "data.source": "synthetic",
-    "data.samples": 400,
-    "data.size": 8,
-    "data.classes": 6,
-    "partition.kind": "pathological",
-    "clients": 12,
-    "unseen.clients": 4,
-    "rounds": 2,
-    "model.dim": 12,
-    "train.device": "cpu",
-}
-FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+from support import launcher
+from support.launcher import rows, told
+from support.mpi_job import conformance
+from support.small_federation import Played, played, write_all
+from support.unseen_clients import FLAGS, built
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_all(tmp_path_factory.mktemp("unseen"))
-
-
-def built(**changes: Any) -> setup.Federation:
-    dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    return setup.build(comm.start(), config.build({**SMALL, **dotted}))
 
 
 def combination(federation: setup.Federation, k: int) -> frozenset[int]:

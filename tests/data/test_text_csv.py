@@ -12,10 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datafiles import everything, opened, refused, shared
-from launcher import Result, Session, rows, told
-from played import world
-from textfiles import TOPICS, same_bits, write_hospitals, write_news
 
 from pfedmoe_mpi import algorithms, config, setup
 from pfedmoe_mpi.data.tokens import words_of
@@ -23,6 +19,10 @@ from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import Loop, Silent
 from pfedmoe_mpi.models import names, registry
 from pfedmoe_mpi.models.cost import multiply_adds
+from support.data_files import everything, opened, refused, shared_data
+from support.launcher import Result, Session, rows, told
+from support.small_federation import world
+from support.text_files import TOPICS, same_bits, write_hospitals, write_news
 
 SMALL = {"clients": 4, "rounds": 2, "data.length": 12, "data.vocabulary": 30, "train.device": "cpu"}
 FLAGS = (
@@ -224,7 +224,7 @@ def test_ranks_and_a_restart_change_no_bit(
 
 
 def test_ag_news() -> None:
-    data = opened("text", shared("ag-news") / "test.csv")
+    data = opened("text", shared_data("ag-news") / "test.csv")
     assert len(data) == 7600 and data.class_names == ("World", "Sports", "Business", "Sci/Tech")
     assert np.bincount(data.labels).tolist() == [1900] * 4 and data.labels[0] == 2
 

@@ -8,12 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import launcher
 import numpy as np
 import pytest
 import torch
-from launcher import finished, learned_digest
-from test_unseen import FLAGS, built
 
 from pfedmoe_mpi import algorithms, comm, setup
 from pfedmoe_mpi.algorithms.base import Algorithm, Inputs, Spec
@@ -23,6 +20,9 @@ from pfedmoe_mpi.errors import ConfigError, PartitionError, StoppedError
 from pfedmoe_mpi.federation import Loop, Silent
 from pfedmoe_mpi.parts import Parts
 from pfedmoe_mpi.training import Turn
+from support import launcher
+from support.launcher import finished, learned_digest
+from support.unseen_clients import FLAGS, built
 
 # Rows of the server's own
 

@@ -10,12 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-import launcher
 import pytest
 
 from pfedmoe_mpi import config, tables
+from support import launcher
+from support.paths import JOBS
 
-JOBS = Path(__file__).parents[1] / "jobs"
 QUICK = ("--model.pool", "mlp5", "--model.shared", "mlp5", "--clients", "4")
 SLURM = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "8", "SLURM_ARRAY_JOB_ID": "17"}
 

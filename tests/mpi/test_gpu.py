@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_main_job import QUICK, digest, finished
+
+from support.launcher import QUICK, finished
+from support.launcher import learned_digest as digest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,7 +55,6 @@ def test_every_method_runs_on_a_gpu(tmp_path: Path, method: str) -> None:
 
 def test_idle_clients_lie_in_pinned_memory() -> None:
     from conformance import settings
-
     from pfedmoe_mpi import comm, setup
 
     built = setup.build(comm.start(), settings("pfedmoe", train__device="cuda"))

@@ -5,16 +5,15 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-import launcher
 import pytest
-import report_runs
-from conftest import SMALL
 
 from pfedmoe_mpi import config, load_run, tables
 from pfedmoe_mpi.report import compare, paper
 from pfedmoe_mpi.report.load import Run
+from support import launcher, report_runs
+from support.launcher import SMALL
+from support.paths import JOBS
 
-JOBS = Path(__file__).parents[1] / "jobs" / "tables"
 # (algorithm, cell, seeds, further flags)
 RUNS = (
     ("standalone", "cifar10-n10/standalone", (0, 1), ()),
@@ -98,7 +97,7 @@ def test_runs_of_no_table_have_no_such_section(trained: Path, session: launcher.
 def test_the_papers_table_is_one_table(trained: Path) -> None:
     """Ten methods in nine settings, though data sets are augmented otherwise."""
     run = load_run(trained)
-    cells = tables.expand(tables.read(JOBS / "pfedmoe-heterogeneous.toml"), {})
+    cells = tables.expand(tables.read(JOBS / "tables" / "pfedmoe-heterogeneous.toml"), {})
     found = compare.compare(
         [Run(Path(c.name), config.flatten(config.to_tree(c.config)), run.history, ()) for c in cells]
     )
@@ -110,7 +109,7 @@ def test_every_figure_belongs_to_a_cell_of_a_table() -> None:
     figures = tomllib.loads(paper.FIGURES.read_text())
     number = 0
     for name, held in figures.items():
-        runs = tables.expand(tables.read(JOBS / f"{name}.toml"), {})
+        runs = tables.expand(tables.read(JOBS / "tables" / f"{name}.toml"), {})
         cells = {run.config.run.cell for run in runs}
         known = {f"{column}/{row}" for column, rows in held["cells"].items() for row in rows}
         assert known <= cells and set(held.get("solved", ())) <= known

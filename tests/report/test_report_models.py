@@ -14,8 +14,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from launcher import ROOT, Result, Session, finished, flip, rows
-from report_runs import close, table
 from sklearn.manifold import trustworthiness
 
 from pfedmoe_mpi import config, load_run
@@ -24,6 +22,9 @@ from pfedmoe_mpi.models import registry
 from pfedmoe_mpi.models.gate import build_gate
 from pfedmoe_mpi.report import models
 from pfedmoe_mpi.report.looked import Looked, principal
+from support.launcher import Result, Session, finished, flip, rows
+from support.paths import ROOT
+from support.report_runs import close, table
 
 
 @dataclass

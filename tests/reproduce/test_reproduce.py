@@ -6,12 +6,12 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import launcher
 import pytest
-from textfiles import HOSPITALS, write_hospitals, write_news, write_stories
 
 from pfedmoe_mpi import config, tables
 from pfedmoe_mpi.errors import ConfigError
+from support import launcher
+from support.text_files import HOSPITALS, write_hospitals, write_news, write_stories
 
 TABLE = """\
 title = "Two methods, two numbers of clients"

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of checkpoint.py: `mpirun -n 4 python checkpoint_driver.py CHECK FOLDER`."""
+"""What ranks do in tests of checkpoints: `mpirun -n 4 python -m support.checkpoint_checks CHECK FOLDER`."""
 
 from __future__ import annotations
 

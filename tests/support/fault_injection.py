@@ -1,7 +1,7 @@
-"""The program with a fault of the test's: `mpirun -n 3 python failing.py raise|stop RANK PHASE ARGUMENT ...`.
+"""The program with a fault: `mpirun -n 3 python -m support.fault_injection ACTION RANK PHASE ARGUMENT ...`.
 
-On RANK (or on `all` ranks) the function named by PHASE raises, or its process gets SIGUSR1, when it is called
-for the second time, or at once where it is called only once. The program itself knows nothing of it.
+ACTION is `raise` or `stop`: on RANK (or on `all` ranks) the function named by PHASE raises, or its process gets
+SIGUSR1, at the call that `PHASES` names. The program itself is unchanged.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from typing import Any
 
 import h5py
 import numpy as np
-from conftest import SMALL
-from launcher import Session, events
+
+from support.launcher import SMALL, Session, events
 
 SEEDS = (0, 1, 2, 3, 4)
 FEW = (0, 1)

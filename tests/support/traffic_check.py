@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from given import Given, contains
 
 from pfedmoe_mpi import placement, setup
 from pfedmoe_mpi.algorithms.base import Algorithm, Block
@@ -31,6 +30,7 @@ from pfedmoe_mpi.metrics import CLIENT_METRICS, RANK_METRICS
 from pfedmoe_mpi.parts import Parts
 from pfedmoe_mpi.roundsum import IN, MEMBER_METRICS, MISSING, RoundSum
 from pfedmoe_mpi.training import Turn, measure
+from support.recorded_step import Given, contains
 
 CALLS = ("sum", "broadcast", "gather", "from_root", "agree", "move", "wait", "local", "split")
 OUTSIDE = {"mpi4py", "h5py", "socket", "subprocess", "multiprocessing", "ctypes", "os", "tempfile", "pickle"}
