@@ -9,7 +9,7 @@ from pfedmoe_mpi._version import __version__
 from pfedmoe_mpi.report.load import load_run
 
 if TYPE_CHECKING:
-    from pfedmoe_mpi.clientmodel import ClientModel
+    from pfedmoe_mpi.client_model import ClientModel
 
 __all__ = ["__version__", "load_client", "load_run"]
 
@@ -25,6 +25,6 @@ def load_client(path: str | os.PathLike[str], client: int | None = None) -> Clie
     """
     from pathlib import Path
 
-    from pfedmoe_mpi import clientmodel  # needs torch, which the command line often does not
+    from pfedmoe_mpi import client_model  # needs torch, which the command line often does not
 
-    return clientmodel.load(Path(path), client)
+    return client_model.load(Path(path), client)

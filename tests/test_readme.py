@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from pfedmoe_mpi import algorithms, cli, config
+from pfedmoe_mpi import cli, config
+from pfedmoe_mpi.config import methods
 from support.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -22,7 +23,7 @@ def test_every_method_and_source_is_named() -> None:
     assert re.findall(
         r"^\| `(\w+)` \| .* \| .* \|$", README.partition("## Methods")[2].partition("## Data")[0], re.M
     )
-    for name in algorithms.names():
+    for name in methods.names():
         assert f"| `{name}` |" in README
     for source in config.choices(config.fields()["data.source"]):
         assert f"| `{source}` |" in README

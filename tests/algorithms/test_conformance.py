@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pfedmoe_mpi import algorithms
+from pfedmoe_mpi.config import methods
 from support.mpi_job import conformance
 from support.paths import TESTS
 
@@ -22,7 +22,7 @@ def verdicts() -> dict[tuple[str, str], str]:
     return {(check, method): verdict for check, method, verdict in found}
 
 
-@pytest.mark.parametrize("method", algorithms.names())
+@pytest.mark.parametrize("method", methods.names())
 @pytest.mark.parametrize(
     "check", ["layouts", "moves", "fixpoint", "wire", "idle", "ranks", "restart", "midround"]
 )

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from oracles import methods, mutual, nets
-from pfedmoe_mpi import config, seeds
+from pfedmoe_mpi import config
 from pfedmoe_mpi.algorithms.fedkd import low_rank
+from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import mlp
 from support.round_comparison import ALL, SEEDS, VARIANTS, agree, same_measures

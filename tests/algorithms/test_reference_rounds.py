@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from oracles import methods, nets
-from pfedmoe_mpi import algorithms
+from pfedmoe_mpi.config.methods import names
 from pfedmoe_mpi.errors import RunError
 from pfedmoe_mpi.models import mlp
 from support.round_comparison import ALL, SEEDS, VARIANTS, agree, same_measures
@@ -142,7 +142,7 @@ def test_every_method_has_its_oracle() -> None:
     import test_reference_mutual
 
     others = (test_reference_classwise.BY_HAND, test_reference_experts.BY_HAND, test_reference_mutual.BY_HAND)
-    assert set().union(BY_HAND, *others) == set(algorithms.names())
+    assert set().union(BY_HAND, *others) == set(names())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -201,7 +201,7 @@ def test_a_class_nobody_in_the_cohort_holds_stays_undefined(data: dict[str, Path
     assert all(rows[c].isnan().all() for c in set(range(4)) - set(HELD[only]))
     while it.loop.round < 6 and set(chain(*it.cohorts)) == {only}:  # until another client comes up
         kept = it.loop.state.clone()
-        assert it.loop.play()
+        assert it.loop.run_round()
     other = it.cohorts[-1][0]
     assert other != only
     lost = set(HELD[only]) - set(HELD[other])

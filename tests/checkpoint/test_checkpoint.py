@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from pfedmoe_mpi import checkpoint
-from pfedmoe_mpi.checkpoint import Checkpoint, Content
+from pfedmoe_mpi.checkpoint import Checkpoint, Content, writer
+from pfedmoe_mpi.checkpoint.memory_file import SparseFile
+from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
-from pfedmoe_mpi.flat import Layout
-from pfedmoe_mpi.sparse import SparseFile
 from support.checkpoint_checks import content, vector
 from support.checkpoint_files import places, write
 from support.mpi_job import mpirun
@@ -170,7 +170,7 @@ def test_the_newest_comes_first(tmp_path: Path) -> None:
 
 def test_an_unsealed_file_is_no_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "round-000001.h5"
-    checkpoint._lay_out(path, content())
+    writer._lay_out(path, content())
     with h5py.File(path, "r") as opened:
         assert opened.attrs["round"] == 3
     with pytest.raises(CheckpointError, match="not a finished checkpoint"):
@@ -246,6 +246,6 @@ def test_a_layout_of_a_terabyte_costs_no_memory_and_no_disk(tmp_path: Path) -> N
     layout = Layout.join({"model": Layout.of_tensor((1 << 36,))})
     whole = replace(content(clients=4), client_layouts=[layout] * 4)
     path = tmp_path / "file"
-    table = checkpoint._lay_out(path, whole)
+    table = writer._lay_out(path, whole)
     assert path.stat().st_size > 1 << 40 and path.stat().st_blocks * 512 < 1 << 21
     assert table["clients/000001"][0] - table["clients/000000"][0] >= 4 << 36

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from pfedmoe_mpi import checkpoint
-from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.checkpoint import Checkpoint, seal
+from pfedmoe_mpi.commands.checkpoints import digest
 from pfedmoe_mpi.errors import CheckpointError
-from pfedmoe_mpi.inspection import digest
 from support.checkpoint_checks import content, flip
 from support.checkpoint_files import places, regions, write
 from support.mpi_job import mpirun
@@ -151,7 +151,7 @@ def test_another_format_version_is_named(copy: Path) -> None:
     with open(copy, "r+b") as file:
         file.seek(8)
         file.write((9).to_bytes(4, "little"))
-    refused(copy, f"has format version 9, this program reads {checkpoint.FORMAT}")
+    refused(copy, f"has format version 9, this program reads {seal.FORMAT}")
 
 
 def _hdf5(path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pfedmoe_mpi.check import Finding
+from pfedmoe_mpi.commands.check import Finding
 from support.launcher import program
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pfedmoe_mpi.commands.data import heat_map, prepare, write_partition
 from pfedmoe_mpi.config import Config, build
-from pfedmoe_mpi.data import Dataset, make_partition, open_dataset
-from pfedmoe_mpi.data.prepare import heat_map, prepare, write_partition
+from pfedmoe_mpi.data import Dataset, make_partition
+from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.errors import DataError, PartitionError
 from support.data_files import (
     GOOD_X,

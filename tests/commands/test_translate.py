@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from pfedmoe_mpi import algorithms, config, translate
+from pfedmoe_mpi import config
+from pfedmoe_mpi.commands import translate
+from pfedmoe_mpi.config import methods
 from support import launcher
 from support.paths import ROOT
 
@@ -110,4 +112,4 @@ def test_every_flag_stands_in_the_readme(flag: translate.Flag) -> None:
     own = [name for (method, long), name in translate.OF_METHODS.items() if long == flag.long]
     for name in (*flag.ours, *own):
         assert f"`--{name}`" in row[0] and name in config.fields()
-    assert {method for method, _ in translate.OF_METHODS} <= set(algorithms.names())
+    assert {method for method, _ in translate.OF_METHODS} <= set(methods.names())

@@ -11,10 +11,10 @@ import h5py
 import numpy as np
 import pytest
 
-from pfedmoe_mpi.data import open_dataset
-from pfedmoe_mpi.data.pickles import read_arrays
+from pfedmoe_mpi.config.sections import Data
+from pfedmoe_mpi.data.sources.open import open_dataset
+from pfedmoe_mpi.data.sources.safe_pickle import read_arrays
 from pfedmoe_mpi.errors import DataError
-from pfedmoe_mpi.sections import Data
 from support.data_files import (
     GOOD_X,
     GOOD_Y,

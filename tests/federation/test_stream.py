@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from pfedmoe_mpi import metrics
-from pfedmoe_mpi.client import Client
-from pfedmoe_mpi.data.shard import Split
-from pfedmoe_mpi.data.stream import Stream
-from pfedmoe_mpi.sections import StreamSettings
+from pfedmoe_mpi.config.sections import StreamSettings
+from pfedmoe_mpi.core.batches import Split
+from pfedmoe_mpi.core.client import Client
+from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.federation.stream import Stream
 from support.launcher import SMALL, Session, finished, learned, learned_digest, rows
 from support.small_federation import HELD, build, write_all
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pfedmoe_mpi import launch
+from pfedmoe_mpi import environment
 from support.comm_checks import HARMLESS
 from support.launcher import openmpi
 from support.mpi_job import Ended, mpirun
@@ -94,17 +94,17 @@ def test_a_stop_at_the_end_is_no_fault(mpi: str) -> None:
     ],
 )
 def test_how_many_ranks_the_launcher_started(environment: dict[str, str], size: int) -> None:
-    assert launch.launched_size(environment) == size
+    assert environment.launched_size(environment) == size
 
 
 def test_the_rank_is_known_before_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    assert launch.launched_rank() == 0
+    assert environment.launched_rank() == 0
     monkeypatch.setenv("SLURM_PROCID", "5")
-    assert launch.launched_rank() == 5
+    assert environment.launched_rank() == 5
     monkeypatch.setenv("PMI_RANK", "2")
-    assert launch.launched_rank() == 2
+    assert environment.launched_rank() == 2
 
 
 def _alone(environment: dict[str, str], singleton: bool) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from pfedmoe_mpi import seeds
+from pfedmoe_mpi.core import seeds
 from support.launcher import digest, flip, program, told
 
 # Launchers

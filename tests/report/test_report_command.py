@@ -12,12 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pfedmoe_mpi import load_run
-from pfedmoe_mpi.report import (
-    command,
-    tables,
-    terminal,
-)
+from pfedmoe_mpi.report import command, tables, terminal
+from pfedmoe_mpi.report.load import load_run
 from support.launcher import Result, Session, digest, environment, events, rows
 from support.report_runs import shown, table, tell_classes
 

@@ -16,12 +16,13 @@ import pytest
 import torch
 from sklearn.manifold import trustworthiness
 
-from pfedmoe_mpi import config, load_run
-from pfedmoe_mpi.data import open_dataset
+from pfedmoe_mpi import config
+from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.models import registry
 from pfedmoe_mpi.models.gate import build_gate
-from pfedmoe_mpi.report import models
-from pfedmoe_mpi.report.looked import Looked, principal
+from pfedmoe_mpi.report import probe
+from pfedmoe_mpi.report.load import load_run
+from pfedmoe_mpi.report.model_views import Looked, principal
 from support.launcher import Result, Session, finished, flip, rows
 from support.paths import ROOT
 from support.report_runs import close, table
@@ -99,7 +100,7 @@ def report(session: Session, trained: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def looked(trained: Path) -> Looked:
-    return models.look(load_run(trained))
+    return probe.look(load_run(trained))
 
 
 def test_gate_weights_by_class(known: list[Known], trained: Path, report: Path) -> None:
@@ -230,7 +231,7 @@ def test_features_are_listed_and_not_drawn(session: Session, small: tuple[str, .
 def test_what_is_missing_is_one_sentence(done: Callable[..., Result], run: Path, tmp_path: Path) -> None:
     newest = run / "checkpoints" / "round-000003.h5"
     flip(newest, newest.stat().st_size - 9)
-    assert models.look(load_run(run)).round == 2, "the one before"
+    assert probe.look(load_run(run)).round == 2, "the one before"
     done("report", run, "--out", "none", "--models", "false")
     text = (tmp_path / "none" / "report.html").read_text()
     assert "<h2>Models</h2>" not in text and "shared test" not in text

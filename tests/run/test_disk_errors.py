@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pfedmoe_mpi import checkpoint
-from pfedmoe_mpi.lock import Lock
+from pfedmoe_mpi.storage.lock import Lock
 from support import launcher
 from support.launcher import SMALL, events, finished, learned_digest, rows, running, told, wait_for
 from support.paths import TESTS

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 
-from pfedmoe_mpi.checkpoint import _put
+from pfedmoe_mpi.checkpoint.writer import _put
 from support.checkpoint_files import places, resealed
 from support.launcher import Result, Session, digest, events, flip, told
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pfedmoe_mpi.checkpoint import Checkpoint, verify
-from pfedmoe_mpi.runfolder import RunFolder
+from pfedmoe_mpi.run.folder import RunFolder
 from support.launcher import SMALL, Result, Session, digest, events, flip, learned, rows, told
 from support.mpi_job import mpirun
 

@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 
-from pfedmoe_mpi import checkpoint, comm, config, setup
-from pfedmoe_mpi.federation import Loop, Silent
+from pfedmoe_mpi import checkpoint, config
+from pfedmoe_mpi.federation import build
+from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from pfedmoe_mpi.mpi import comm
 from support import launcher
 from support.data_files import shared_data
 from support.fault_injection import AT_THE_ROOT, PHASES
@@ -116,7 +118,7 @@ def test_a_stop_while_the_server_trains(method: str, tmp_path: Path, monkeypatch
     def fresh() -> Loop:
         world = comm.start().split(0)
         assert world
-        return Loop(world, setup.build(world, chosen), Silent(), tmp_path)
+        return Loop(world, build.build(world, chosen), SilentObserver(), tmp_path)
 
     whole, loop = fresh(), fresh()
     assert whole.run()

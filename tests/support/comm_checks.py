@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pfedmoe_mpi import comm
-from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.errors import EXIT_STOPPED, ConfigError, StoppedError, UserError
+from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi.comm import Comm
 
 # Checks that all ranks pass
 

@@ -10,7 +10,7 @@ import os
 import sys
 
 from pfedmoe_mpi.cli import main
-from pfedmoe_mpi.launch import LOGGER
+from pfedmoe_mpi.log import LOGGER
 
 
 def serve() -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pfedmoe_mpi.data import Dataset, open_dataset
+from pfedmoe_mpi.config.sections import Data
+from pfedmoe_mpi.data import Dataset
+from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.errors import DataError
-from pfedmoe_mpi.sections import Data
 from support.paths import ROOT
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint
-from pfedmoe_mpi.data import open_dataset
+from pfedmoe_mpi.commands.checkpoints import digest
+from pfedmoe_mpi.config.sections import Data
+from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.errors import UserError
-from pfedmoe_mpi.inspection import digest
-from pfedmoe_mpi.sections import Data
 from support.paths import with_support
 
 ROOM = 300 << 20  # bytes of address space beyond what the imports took

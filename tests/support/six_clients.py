@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from oracles.methods import Samples
-from pfedmoe_mpi import seeds
+from pfedmoe_mpi.core import seeds
 from support.small_federation import Played, build, cut
 
 HELD = ((0, 1), (2, 3), (0, 2), (1, 3), (1, 2), (0, 3))

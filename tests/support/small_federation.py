@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from oracles.methods import Course, Samples
-from pfedmoe_mpi import comm, config, seeds, setup
+from pfedmoe_mpi import config
 from pfedmoe_mpi.algorithms.base import Algorithm
-from pfedmoe_mpi.data.shard import Batch
-from pfedmoe_mpi.federation import Loop, Silent
-from pfedmoe_mpi.parts import Parts
+from pfedmoe_mpi.core import seeds
+from pfedmoe_mpi.core.batches import Batch
+from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.federation.build import build as build_federation
+from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from pfedmoe_mpi.mpi import comm
 
 SMALL: dict[str, Any] = {
     "data.source": "hdf5",
@@ -162,7 +165,7 @@ def build(path: Path, method: str, **changes: Any) -> Loop:
     """A federation before its first round; `__` stands for the dot."""
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     chosen = config.build({**SMALL, "data.path": str(path), "algorithm": method, **dotted})
-    return Loop(world(), setup.build(world(), chosen), Silent(), None)
+    return Loop(world(), build_federation(world(), chosen), SilentObserver(), None)
 
 
 def played(path: Path, method: str, **changes: Any) -> Played:

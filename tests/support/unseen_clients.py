@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pfedmoe_mpi import comm, config, setup
+from pfedmoe_mpi import config
+from pfedmoe_mpi.federation import build, federation
+from pfedmoe_mpi.mpi import comm
 
 SMALL = {
     "data.source": "synthetic",
@@ -21,6 +23,6 @@ SMALL = {
 FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 
 
-def built(**changes: Any) -> setup.Federation:
+def built(**changes: Any) -> federation.Federation:
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    return setup.build(comm.start(), config.build({**SMALL, **dotted}))
+    return build.build(comm.start(), config.build({**SMALL, **dotted}))
