@@ -31,6 +31,10 @@ def text(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
+def without_blocks(markdown: str) -> str:
+    return re.sub(r"^```.*?^```", "", markdown, flags=re.M | re.S)
+
+
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -100,14 +104,13 @@ def test_data_sources_are_those_of_the_setting() -> None:
 
 def anchors(page: Path) -> set[str]:
     """Return the headings of a page as they are linked to."""
-    prose = re.sub(r"^```.*?^```", "", text(page), flags=re.M | re.S)
-    headings = re.findall(r"^#+ (.*)$", prose, re.M)
+    headings = re.findall(r"^#+ (.*)$", without_blocks(text(page)), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_links_resolve(page: Path) -> None:
-    prose = re.sub(r"^```.*?^```|^    .*$", "", text(page), flags=re.M | re.S)
+    prose = re.sub(r"^    .*$", "", without_blocks(text(page)), flags=re.M)
     for link in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", prose):
         file, _, anchor = link.partition("#")
         target = (page.parent / file).resolve() if file else page
@@ -122,8 +125,7 @@ def commands(page: Path) -> Iterator[list[str]]:
     """Yield the arguments of every `python -m pfedmoe_mpi` that a page prints, usage lines included."""
     whole = re.sub(r"\\?\n {8,}", " ", text(page))
     blocks = re.findall(r"^(?:    |\$ )(.*)$", whole, re.M)
-    prose = re.sub(r"^```.*?^```", "", whole, flags=re.M | re.S)
-    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_blocks(whole))]
     for line in (*blocks, *spans):
         found = re.fullmatch(r"(?:.* && )?(?:mpirun .*)?python -m pfedmoe_mpi\b ?(.*)", line)
         if found:
