@@ -278,7 +278,7 @@ def blocks(text: str) -> Iterator[str]:
 
 def test_the_notebook_of_the_readme(trained: Path) -> None:
     pandas = pytest.importorskip("pandas")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "pfedmoe_mpi" / "report" / "README.md").read_text(encoding="utf-8")
     code = next(block for block in blocks(readme) if "load_run(" in block)
     code = re.sub(r'load_run\(".*?"\)', f"load_run({str(trained)!r})", code)
     frames = []
