@@ -10,7 +10,7 @@ from support.paths import ROOT
 README = (ROOT / "README.md").read_text()
 
 
-def test_every_default_stands_in_the_table() -> None:
+def test_readme_lists_every_default() -> None:
     listed = re.findall(
         r"^\| `([\w.]+)` \| (.*?) \| .* \|$", README.partition("## Every default")[2], re.MULTILINE
     )
@@ -18,7 +18,7 @@ def test_every_default_stands_in_the_table() -> None:
     assert listed == shown
 
 
-def test_every_method_and_source_is_named() -> None:
+def test_readme_names_every_method_and_source() -> None:
     assert re.findall(
         r"^\| `(\w+)` \| .* \| .* \|$", README.partition("## Methods")[2].partition("## Data")[0], re.M
     )
@@ -28,7 +28,7 @@ def test_every_method_and_source_is_named() -> None:
         assert f"| `{source}` |" in README
 
 
-def test_the_commands_of_the_help_are_those_of_the_readme() -> None:
+def test_readme_lists_the_commands_of_the_help() -> None:
     for line in cli.USAGE.splitlines():
         if "python -m pfedmoe_mpi" in line and "bench" not in line:
             assert line.strip() in README

@@ -40,7 +40,7 @@ def reserve(loop: Loop) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.
 
 
 @pytest.mark.parametrize("target", [0.0, 0.5, 1.0])
-def test_pretraining_by_hand(data: Path, target: float) -> None:
+def test_pretraining_matches_the_reference(data: Path, target: float) -> None:
     own = {"common_target": target, "common_share": 0.3, "common_epochs": 4, "common_rate": 0.5}
     flags = {f"fedjets.{k}": v for k, v in own.items()} | {"train.weight_decay": 0.0, "train.clip": 0.0}
     loop = build(data, "fedjets", **{**SIZES, **flags}, rounds=1)
@@ -82,7 +82,7 @@ def refused(pattern: str, path: Path, **own: Any) -> str:
     return str(caught.value)
 
 
-def test_common_experts_that_will_not_do(data: Path, common: Path, tmp_path: Path) -> None:
+def test_unusable_common_experts_are_refused(data: Path, common: Path, tmp_path: Path) -> None:
     refused("there is no file", data, common=str(tmp_path / "x.h5"))
     refused("has no part common or model: it holds no weights", data, common=str(data))
     (tmp_path / "text.h5").write_text("nothing")
@@ -104,12 +104,12 @@ def test_common_experts_that_will_not_do(data: Path, common: Path, tmp_path: Pat
     refused("head.bias is not finite", data, common=str(tmp_path / "nan.pt"))
 
 
-def test_a_share_of_hardly_a_row(data: Path) -> None:
+def test_too_small_pretraining_share_is_refused(data: Path) -> None:
     with pytest.raises(PartitionError, match="reserves 3 for the server"):
         build(data, "fedjets", **{**SIZES, "fedjets.common_share": 0.01})
 
 
-def test_more_experts_than_clients(data: Path, common: Path) -> None:
+def test_more_experts_than_clients_are_refused(data: Path, common: Path) -> None:
     with pytest.raises(ConfigError, match=r"fedjets\.experts is 7"):
         build(data, "fedjets", **{**SIZES, "fedjets.common": str(common), "fedjets.experts": 7})
     own = {"fedjets.common": str(common), "fedjets.experts": 7, "fedjets.anchors_active": 0}
@@ -118,7 +118,7 @@ def test_more_experts_than_clients(data: Path, common: Path) -> None:
     assert not loop.federation.method.prepared_size, "nor the clients' mean embeddings"
 
 
-def test_the_same_expert_from_every_kind_of_file(data: Path, common: Path, tmp_path: Path) -> None:
+def test_every_file_format_gives_the_same_expert(data: Path, common: Path, tmp_path: Path) -> None:
     with h5py.File(common) as file:
         tensors: Mapping[str, torch.Tensor] = {n: torch.tensor(t[()]) for n, t in file["model"].items()}
     torch.save(tensors, tmp_path / "plain.pt")
@@ -131,7 +131,7 @@ def test_the_same_expert_from_every_kind_of_file(data: Path, common: Path, tmp_p
     assert torch.equal(vectors[0], vectors[1]) and torch.equal(vectors[0], vectors[2])
 
 
-def test_a_published_backbone(data: Path, tmp_path: Path) -> None:
+def test_torchvision_backbone_weights_are_accepted(data: Path, tmp_path: Path) -> None:
     """resnet18 as torchvision publishes it, for 1000 classes; its last layer is not asked for."""
     from torchvision.models import resnet18, resnet34
 

@@ -26,7 +26,9 @@ def verdicts() -> dict[tuple[str, str], str]:
 @pytest.mark.parametrize(
     "check", ["layouts", "moves", "fixpoint", "wire", "idle", "ranks", "restart", "midround"]
 )
-def test_method_keeps_the_contract(verdicts: dict[tuple[str, str], str], check: str, method: str) -> None:
+def test_method_passes_the_conformance_check(
+    verdicts: dict[tuple[str, str], str], check: str, method: str
+) -> None:
     assert verdicts.get((check, method), "the job ended before") == "pass"
 
 
@@ -56,14 +58,14 @@ def caught() -> dict[str, tuple[int, str]]:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_method_is_caught(caught: dict[str, tuple[int, str]], name: str) -> None:
+def test_broken_method_fails_its_check(caught: dict[str, tuple[int, str]], name: str) -> None:
     check = meant()[name]
     code, output = caught[check]
     found = f"{check} {name}: FAIL" in output or (check == "idle" and "no sign for" in output)
     assert code != 0 and found and "killed" not in output, output
 
 
-def test_every_wrong_the_design_names_is_there() -> None:
+def test_every_designed_violation_has_a_broken_method() -> None:
     assert set(BROKEN) >= {
         *("replaced_module", "unseeded", "kept_momentum", "private_payload"),
         *("lonely_collective", "forgotten_buffers", "all_clients", "float_sum"),

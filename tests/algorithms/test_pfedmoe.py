@@ -34,7 +34,7 @@ def test_gradients_reach_theta_omega_and_phi(data: dict[str, Path], monkeypatch:
 
 
 @pytest.mark.parametrize(("column", "alone", "silent"), [(0, "shared", "model"), (1, "model", "shared")])
-def test_gate_columns_are_shared_and_local(
+def test_gate_columns_select_the_shared_and_the_local_extractor(
     data: dict[str, Path], column: int, alone: str, silent: str
 ) -> None:
     """With all weight on one column the answer is head ∘ that extractor, whatever the other one is."""
@@ -60,7 +60,7 @@ def test_gate_columns_are_shared_and_local(
         assert not torch.allclose(method.predict(parts, batch.x), logits, atol=1e-3)
 
 
-def test_mean_alpha_in_the_rows_is_the_shared_column(data: dict[str, Path]) -> None:
+def test_mean_alpha_in_metrics_is_the_shared_column(data: dict[str, Path]) -> None:
     it = played(data["small"], "pfedmoe", model__pool="mlp5", rounds=1)
     for k in range(3):
         gate = nets.gate(it.of_client(k, "gate", start=False)).eval()

@@ -203,13 +203,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("method", BY_HAND)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_rounds_by_hand(data: dict[str, Path], method: str, variant: str) -> None:
+def test_rounds_match_the_reference(data: dict[str, Path], method: str, variant: str) -> None:
     it = by_hand(data["small"], method, **VARIANTS[variant])
     assert {len(cohort) for cohort in it.cohorts} == {{"some": 2, "all": 3, "one": 1}[variant]}
 
 
 @pytest.mark.parametrize("method", BY_HAND)
-def test_rounds_with_batch_normalisation_by_hand(
+def test_rounds_with_batch_norm_match_the_reference(
     data: dict[str, Path], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Running statistics belong to their module: averaged where it is shared, kept where it is private."""
@@ -240,7 +240,9 @@ def test_rounds_with_batch_normalisation_by_hand(
         ("fedssa", "stable_rounds", 5),
     ],
 )
-def test_the_methods_own_options(data: dict[str, Path], method: str, option: str, value: float) -> None:
+def test_method_options_match_the_reference(
+    data: dict[str, Path], method: str, option: str, value: float
+) -> None:
     it = by_hand(data["small"], method, **{f"{method}.{option}": value, "participation": 1.0})
     settings = it.loop.federation.config
     same = {"model.pool": unlike(method), "seed": settings.seed, "participation": 1.0}
@@ -252,7 +254,7 @@ def test_the_methods_own_options(data: dict[str, Path], method: str, option: str
     assert not torch.allclose(found, expected, atol=1e-3, equal_nan=True), "the option changes nothing"
 
 
-def test_fedtgp_with_the_nearest_prototype(data: dict[str, Path]) -> None:
+def test_fedtgp_can_predict_with_the_nearest_prototype(data: dict[str, Path]) -> None:
     it = by_hand(data["small"], "fedtgp", **{"fedtgp.answer": "prototype", "fedtgp.weight": 5.0})
     seed = it.loop.federation.config.seed
     usual = played(
@@ -262,7 +264,7 @@ def test_fedtgp_with_the_nearest_prototype(data: dict[str, Path]) -> None:
     assert it.loop.history[-1]["clients"]["loss"] != usual.loop.history[-1]["clients"]["loss"]
 
 
-def test_fedprox_without_its_term_is_fedavg(data: dict[str, Path]) -> None:
+def test_fedprox_without_proximal_term_is_fedavg(data: dict[str, Path]) -> None:
     found, expected = (
         played(data["small"], name, model__pool="mlp4", **more).loop.state
         for name, more in (("fedprox", {"fedprox__mu": 0.0}), ("fedavg", {}))
@@ -276,7 +278,7 @@ def test_fedprox_without_its_term_is_fedavg(data: dict[str, Path]) -> None:
 LOST_ON_THE_WAY = {(2, 0), (2, 1), (3, 2)}  # round and client
 
 
-def test_fd_takes_out_only_what_is_in_the_mean(
+def test_fd_teacher_excludes_only_outputs_in_the_mean(
     data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In round 3 class 1 is still of round 1, whose parts its clients no longer have: no teacher."""
@@ -293,7 +295,7 @@ def test_fd_takes_out_only_what_is_in_the_mean(
     assert it.of_state("heard", start=False)[""].tolist() == [4.0, 4.0, 4.0]
 
 
-def test_fds_teacher_of_a_class_the_client_did_not_send(data: dict[str, Path]) -> None:
+def test_fd_teacher_of_an_unsent_class_is_the_whole_mean(data: dict[str, Path]) -> None:
     """It was in that round's sum, but only of class 0; of class 1 the mean is all others'."""
     found: Any = build(data["small"], "fd", model__pool="mlp5").federation.method
     outputs = torch.full((4, 4), float("nan"))
@@ -320,7 +322,7 @@ def test_fds_teacher_of_a_class_the_client_did_not_send(data: dict[str, Path]) -
 
 
 @pytest.mark.parametrize("method", BY_HAND)
-def test_bytes_are_those_of_a_deployment(data: dict[str, Path], method: str) -> None:
+def test_reported_bytes_are_those_of_a_deployment(data: dict[str, Path], method: str) -> None:
     more = {name.replace(".", "__"): value for name, value in USUAL.get(method, {}).items()}
     it = played(data["small"], method, model__pool=unlike(method), rounds=2, participation=1.0, **more)
     model = sum(t.numel() for part in ("model", "body") for t in it.of_state(part).values())
@@ -341,7 +343,7 @@ def test_bytes_are_those_of_a_deployment(data: dict[str, Path], method: str) -> 
 
 
 @pytest.mark.parametrize("method", BY_HAND)
-def test_who_has_an_answer_for_clients_that_never_trained(data: dict[str, Path], method: str) -> None:
+def test_methods_state_why_unseen_clients_have_no_model(data: dict[str, Path], method: str) -> None:
     it = played(data["small"], method, model__pool=unlike(method), rounds=1, **{"train.epochs": 1})
     found: Algorithm = it.loop.federation.method
     reason = {

@@ -136,18 +136,18 @@ FEDJETS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", COMMON)
 @pytest.mark.parametrize("method", BY_HAND)
-def test_rounds_by_hand(data: Path, common: Path, method: str, variant: str) -> None:
+def test_rounds_match_the_reference(data: Path, common: Path, method: str, variant: str) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 3} if method == "fedjets" else {}
     by_hand(data, method, **own, **COMMON[variant])
 
 
 @pytest.mark.parametrize("variant", FEDJETS)
-def test_options_of_fedjets_by_hand(data: Path, common: Path, variant: str) -> None:
+def test_fedjets_options_match_the_reference(data: Path, common: Path, variant: str) -> None:
     own = {"common": str(common), "experts": 3, **FEDJETS[variant]}
     by_hand(data, "fedjets", **{f"fedjets.{name}": value for name, value in own.items()})
 
 
-def test_unseen_clients_by_hand(data: Path, common: Path) -> None:
+def test_unseen_clients_match_the_reference(data: Path, common: Path) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 3, "unseen.clients": 2}
     it = by_hand(data, "fedjets", **own, **{"train.lr_gate": 1.0})
     unseen = it.loop.federation.task.unseen
@@ -157,12 +157,12 @@ def test_unseen_clients_by_hand(data: Path, common: Path) -> None:
     assert row["accuracy_unseen"]["mean"] == pytest.approx(np.mean(told))
 
 
-def test_ensemble_of_two_by_hand(data: Path) -> None:
+def test_ensemble_of_two_matches_the_reference(data: Path) -> None:
     by_hand(data, "ensemble", **{"ensemble.models": 2})
 
 
 @pytest.mark.parametrize("weights", ["equal", "learned"])
-def test_fedmix_with_the_same_weights_for_all(data: Path, weights: str) -> None:
+def test_fedmix_sends_the_gate_only_if_learned(data: Path, weights: str) -> None:
     """Equal weights are no numbers to send."""
     it = played(data, "fedmix", **{"gate.weights": weights}, rounds=1)
     parts = it.loop.federation.state_layout.parts
@@ -172,7 +172,7 @@ def test_fedmix_with_the_same_weights_for_all(data: Path, weights: str) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(starts, ends, strict=True))
 
 
-def test_an_expert_that_nobody_trained_stays(data: Path, common: Path) -> None:
+def test_untrained_expert_stays_unchanged(data: Path, common: Path) -> None:
     """One client a round: an anchor, so one expert moves, and the gate."""
     own = {"fedjets.common": str(common), "fedjets.experts": 3, "participation": 0.1}
     it = played(data, "fedjets", **own, rounds=1)
@@ -189,7 +189,7 @@ def test_an_expert_that_nobody_trained_stays(data: Path, common: Path) -> None:
 
 
 @pytest.mark.parametrize(("frozen", "top"), [(False, 2), (True, 1), (False, 3)])
-def test_bytes_of_fedjets(data: Path, common: Path, frozen: bool, top: int) -> None:
+def test_fedjets_bytes_are_those_of_a_deployment(data: Path, common: Path, frozen: bool, top: int) -> None:
     own = {"common": str(common), "experts": 3, "gate_frozen": frozen, "top": top, "anchors": "clusters"}
     it = played(data, "fedjets", **{f"fedjets.{k}": v for k, v in own.items()}, rounds=1)
     size = {
@@ -206,7 +206,7 @@ def test_bytes_of_fedjets(data: Path, common: Path, frozen: bool, top: int) -> N
     assert it.loop.history[0]["mpi_bytes"] > 8 * 3 * size["expert0"]
 
 
-def test_bytes_of_the_others(data: Path) -> None:
+def test_fedmix_and_ensemble_bytes_are_those_of_a_deployment(data: Path) -> None:
     mix, average = (played(data, name, rounds=1) for name in ("fedmix", "ensemble"))
     model = sum(t.numel() for t in mix.of_state("expert0").values())
     gate = sum(t.numel() for t in mix.of_state("gate").values())
@@ -221,7 +221,7 @@ def test_bytes_of_the_others(data: Path) -> None:
 # Anchors
 
 
-def test_anchors_by_label_overlap_least() -> None:
+def test_label_anchors_have_the_least_overlap() -> None:
     counts = np.zeros((6, 10), int)
     for k, held in enumerate(((0, 1, 2), (0, 1), (2, 3), (1, 2), (4, 5), (4,))):
         counts[k, list(held)] = 10
@@ -231,7 +231,7 @@ def test_anchors_by_label_overlap_least() -> None:
     assert sorted(by_label(counts, range(6), 6)) == list(range(6))
 
 
-def test_anchors_by_cluster_take_one_of_each() -> None:
+def test_cluster_anchors_come_from_every_cluster() -> None:
     draw = np.random.default_rng(3)
     centres = draw.normal(0, 10, (4, 5))
     means = (centres[np.arange(20) % 4] + draw.normal(0, 0.5, (20, 5))).astype(np.float32)
@@ -243,7 +243,7 @@ def test_anchors_by_cluster_take_one_of_each() -> None:
     assert len(set(by_cluster(np.zeros((6, 5), np.float32), range(6), 3))) == 3, "equal points"
 
 
-def test_clusters_need_no_label(data: Path, common: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_do_not_depend_on_labels(data: Path, common: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 3, "fedjets.anchors": "clusters"}
     it = played(data, "fedjets", **own, rounds=1)
     method, federation = it.loop.federation.method, it.loop.federation
@@ -256,7 +256,7 @@ def test_clusters_need_no_label(data: Path, common: Path, monkeypatch: pytest.Mo
     assert method.cohort(2)
 
 
-def test_roles(data: Path, common: Path) -> None:
+def test_cohort_contains_all_anchors_in_their_role(data: Path, common: Path) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 2, "participation": 0.7}
     method = build(data, "fedjets", **{**SIZES, **own}).federation.method
     for t in range(1, 20):
@@ -266,7 +266,7 @@ def test_roles(data: Path, common: Path) -> None:
         assert not {k for k, role in cohort if role == "client"} & set(method.anchors)
 
 
-def test_late_clients_are_no_anchors_while_there_are_others(data: Path, common: Path) -> None:
+def test_late_clients_become_anchors_last(data: Path, common: Path) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 2, "join.share": 0.5, "join.round": 3}
     method = build(data, "fedjets", **{**SIZES, **own, "participation": 1.0}).federation.method
     late = method.task.late

@@ -138,18 +138,18 @@ def by_hand(path: Path, method: str, clients: frozenset[int] = ALL, **changes: A
 
 @pytest.mark.parametrize("method", BY_HAND)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_rounds_by_hand(data: dict[str, Path], method: str, variant: str) -> None:
+def test_rounds_match_the_reference(data: dict[str, Path], method: str, variant: str) -> None:
     it = by_hand(data["small"], method, **VARIANTS[variant])
     assert {len(cohort) for cohort in it.cohorts} == {{"some": 2, "all": 3, "one": 1}[variant]}
 
 
 @pytest.mark.parametrize("method", BY_HAND)
-def test_rounds_of_convolutions_by_hand(data: dict[str, Path], method: str) -> None:
+def test_convolution_rounds_match_the_reference(data: dict[str, Path], method: str) -> None:
     by_hand(data["images"], method, **{"model.pool": "cnn4,cnn5", "rounds": 2, "train.epochs": 1})
 
 
 @pytest.mark.parametrize("method", BY_HAND)
-def test_rounds_with_batch_normalisation_by_hand(
+def test_rounds_with_batch_norm_match_the_reference(
     data: dict[str, Path], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Running statistics travel with the shared model."""
@@ -178,7 +178,9 @@ def test_rounds_with_batch_normalisation_by_hand(
         ("fedmrl", "weight_own", 0.2),
     ],
 )
-def test_the_methods_own_options(data: dict[str, Path], method: str, option: str, value: float) -> None:
+def test_method_options_match_the_reference(
+    data: dict[str, Path], method: str, option: str, value: float
+) -> None:
     base = {"fedapen.lr_weight": 1.0} if option == "passes" else {}
     it = by_hand(data["small"], method, **base, **{f"{method}.{option}": value})
     usual = played(
@@ -189,20 +191,20 @@ def test_the_methods_own_options(data: dict[str, Path], method: str, option: str
     ), "the option changes nothing"
 
 
-def test_the_ensemble_weight_stays_in_its_range(data: dict[str, Path]) -> None:
+def test_ensemble_weight_stays_in_its_range(data: dict[str, Path]) -> None:
     it = by_hand(data["small"], "fedapen", **{"fedapen.lr_weight": 100.0, "participation": 1.0})
     found = {float(it.of_client(k, "weight", start=False)[""]) for k in range(3)}
     assert found <= {0.0, 1.0}
 
 
 @pytest.mark.parametrize("method", ["fml", "fedapen", "fedmrl"])
-def test_bytes_are_those_of_the_shared_model(data: dict[str, Path], method: str) -> None:
+def test_reported_bytes_are_those_of_the_shared_model(data: dict[str, Path], method: str) -> None:
     it = played(data["small"], method, model__pool=POOL, rounds=1)
     size = 4 * sum(t.numel() for t in it.of_state("shared").values())
     assert it.loop.history[0]["bytes"] == {"up": size, "down": size, "once": 0}
 
 
-def test_factors_save_bytes(data: dict[str, Path]) -> None:
+def test_low_rank_factors_save_bytes(data: dict[str, Path]) -> None:
     """Whoever follows every round gets and sends less than the whole mentee, less with less energy."""
     found = {}
     for energy in (0.3, 0.9, 1.0):
@@ -215,13 +217,13 @@ def test_factors_save_bytes(data: dict[str, Path]) -> None:
     assert found[0.3] < found[0.9] < found[1.0] == (whole, whole)
 
 
-def test_all_energy_is_the_plain_mean(data: dict[str, Path]) -> None:
+def test_full_energy_equals_the_plain_mean(data: dict[str, Path]) -> None:
     it = played(data["small"], "fedkd", model__pool=POOL, fedkd__energy_start=1.0, fedkd__energy_end=1.0)
     less = played(data["small"], "fedkd", model__pool=POOL)
     assert not torch.allclose(it.loop.state, less.loop.state, atol=1e-4)
 
 
-def test_low_rank_is_the_truncated_decomposition() -> None:
+def test_low_rank_factors_are_the_truncated_svd() -> None:
     draw = np.random.default_rng(0)
     left, right = (np.linalg.qr(draw.normal(size=(n, 4)))[0] for n in (30, 20))
     sigma = np.array([3.0, 2.0, 1.0, 0.5])
@@ -238,14 +240,14 @@ def test_low_rank_is_the_truncated_decomposition() -> None:
 
 @pytest.mark.parametrize("method", BY_HAND)
 @pytest.mark.parametrize("clip", [0.0, 50.0])
-def test_a_client_that_is_not_finite_is_left_out(data: dict[str, Path], method: str, clip: float) -> None:
+def test_nonfinite_client_is_left_out(data: dict[str, Path], method: str, clip: float) -> None:
     it = by_hand(data["spoilt"], method, ALL - {1}, **{"participation": 1.0, "train.clip": clip})
     assert [row["dropped"] for row in it.loop.history] == [[1]] * 3
     assert torch.equal(it.loop.federation.clients[1].vector, it.private[1])
 
 
 @pytest.mark.parametrize("method", BY_HAND)
-def test_who_answers_for_a_client_that_never_trained(data: dict[str, Path], method: str) -> None:
+def test_shared_model_answers_for_unseen_clients(data: dict[str, Path], method: str) -> None:
     """The shared model alone; nobody with FedMRL, whose shared head reads what a private projector gives."""
     loop = build(data["small"], method, model__pool=POOL, rounds=1)
     assert loop.run()
@@ -267,7 +269,7 @@ def test_who_answers_for_a_client_that_never_trained(data: dict[str, Path], meth
         assert seen and torch.equal(seen(x), federation.method.predict(parts, x))
 
 
-def test_the_nested_piece_is_no_longer_than_the_whole(data: dict[str, Path]) -> None:
+def test_nested_length_above_the_representation_is_refused(data: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match=r"fedmrl\.dim 13 is above 12"):
         build(data["small"], "fedmrl", model__pool=POOL, fedmrl__dim=13)
     assert config.build({"algorithm": "fedmrl"}).options.dim == 0

@@ -136,7 +136,7 @@ def unlike(method: str) -> str:
     return "mlp4" if method in {"fedavg", "scaffold"} else "mlp4,mlp5,mlp3"
 
 
-def test_every_method_has_its_oracle() -> None:
+def test_every_method_has_a_reference() -> None:
     import test_reference_classwise  # each of them uses this module
     import test_reference_experts
     import test_reference_mutual
@@ -147,7 +147,7 @@ def test_every_method_has_its_oracle() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_rounds_by_hand(data: dict[str, Path], method: str, variant: str) -> None:
+def test_rounds_match_the_reference(data: dict[str, Path], method: str, variant: str) -> None:
     it = by_hand(data["small"], method, **VARIANTS[variant])
     assert {len(cohort) for cohort in it.cohorts} == {{"some": 2, "all": 3, "one": 1}[variant]}
     if variant == "some":  # in round 2 client 2 has samples of a class with a prototype, and of one without
@@ -155,13 +155,13 @@ def test_rounds_by_hand(data: dict[str, Path], method: str, variant: str) -> Non
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_rounds_of_convolutions_by_hand(data: dict[str, Path], method: str) -> None:
+def test_convolution_rounds_match_the_reference(data: dict[str, Path], method: str) -> None:
     pool = "cnn5" if method in {"fedavg", "scaffold"} else "cnn4,cnn5"
     by_hand(data["images"], method, **{"model.pool": pool, "rounds": 2, "train.epochs": 1})
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_rounds_with_batch_normalisation_by_hand(
+def test_rounds_with_batch_norm_match_the_reference(
     data: dict[str, Path], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Running statistics belong to their module: averaged where it is shared, kept where it is private."""
@@ -178,7 +178,9 @@ def test_rounds_with_batch_normalisation_by_hand(
 @pytest.mark.parametrize(
     ("method", "option", "value"), [("fedproto", "weight", 7.0), ("scaffold", "lr_server", 0.5)]
 )
-def test_the_methods_own_options(data: dict[str, Path], method: str, option: str, value: float) -> None:
+def test_method_options_match_the_reference(
+    data: dict[str, Path], method: str, option: str, value: float
+) -> None:
     it = by_hand(data["small"], method, **{f"{method}.{option}": value})
     usual = played(data["small"], method, model__pool=unlike(method), seed=it.loop.federation.config.seed)
     assert not torch.allclose(it.loop.state, usual.loop.state, atol=1e-3, equal_nan=True), (
@@ -186,14 +188,14 @@ def test_the_methods_own_options(data: dict[str, Path], method: str, option: str
     )
 
 
-def test_before_and_after_aggregation_differ(data: dict[str, Path]) -> None:
+def test_accuracy_differs_before_and_after_aggregation(data: dict[str, Path]) -> None:
     """Otherwise the comparison of both with the rounds by hand would say little."""
     for method in ("pfedmoe", "fedavg", "scaffold"):
         rows = played(data["small"], method, model__pool=unlike(method), participation=1.0).loop.history
         assert any(row["clients"]["accuracy"] != row["clients"]["accuracy_before"] for row in rows), method
 
 
-def test_a_class_nobody_in_the_cohort_holds_stays_undefined(data: dict[str, Path]) -> None:
+def test_prototype_of_an_absent_class_stays_undefined(data: dict[str, Path]) -> None:
     it = played(data["small"], "fedproto", model__pool="mlp5", rounds=1, participation=0.3)
     ((only,),) = it.cohorts
     rows = it.loop.state.view(4, -1)
@@ -210,7 +212,7 @@ def test_a_class_nobody_in_the_cohort_holds_stays_undefined(data: dict[str, Path
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bytes_are_those_of_a_deployment(data: dict[str, Path], method: str) -> None:
+def test_reported_bytes_are_those_of_a_deployment(data: dict[str, Path], method: str) -> None:
     it = played(data["small"], method, model__pool=unlike(method), rounds=1)
     extractor = sum(t.numel() for t in it.of_state("shared").values())
     model = sum(t.numel() for t in it.of_state("model").values())
@@ -224,13 +226,13 @@ def test_bytes_are_those_of_a_deployment(data: dict[str, Path], method: str) -> 
     assert it.loop.history[0]["bytes"]["up"] == 4 * numbers[method]
 
 
-def test_prototypes_come_down_once_there_are_any(data: dict[str, Path]) -> None:
+def test_prototypes_are_sent_down_once_they_exist(data: dict[str, Path]) -> None:
     it = played(data["small"], "fedproto", model__pool="mlp5", rounds=2, participation=1.0)
     assert [row["bytes"]["down"] for row in it.loop.history] == [0, 4 * 4 * 12]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_pfedmoe_without_the_sum_is_clients_alone(data: dict[str, Path], variant: str) -> None:
+def test_pfedmoe_without_sharing_trains_clients_alone(data: dict[str, Path], variant: str) -> None:
     """θ of every client is its own and is never averaged."""
     it = by_hand(data["small"], "pfedmoe", **{"pfedmoe.share": False, **VARIANTS[variant]})
     assert not it.loop.state.numel() and it.loop.history[0]["bytes"] == {"up": 0, "down": 0, "once": 0}
@@ -245,7 +247,7 @@ def test_pfedmoe_without_the_sum_is_clients_alone(data: dict[str, Path], variant
     "clip", [0.0, 50.0]
 )  # a norm that overflows is scaled to zero, and must show all the same
 @pytest.mark.parametrize("method", METHODS)
-def test_a_client_that_is_not_finite_is_left_out(data: dict[str, Path], method: str, clip: float) -> None:
+def test_nonfinite_client_is_left_out(data: dict[str, Path], method: str, clip: float) -> None:
     """What remains is the round of the others, weighted by their samples; the client keeps what it had."""
     it = by_hand(data["spoilt"], method, ALL - {1}, **{"participation": 1.0, "train.clip": clip})
     assert [row["dropped"] for row in it.loop.history] == [[1]] * 3
@@ -255,7 +257,7 @@ def test_a_client_that_is_not_finite_is_left_out(data: dict[str, Path], method: 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_nobody_finite_leaves_everything_as_it_was(data: dict[str, Path], method: str) -> None:
+def test_round_without_finite_clients_changes_nothing(data: dict[str, Path], method: str) -> None:
     """Steps so long that nobody's vector stays finite."""
     rates = dict.fromkeys(("train__lr", "train__lr_shared", "train__lr_gate"), 1e30)
     loop = build(data["small"], method, model__pool=unlike(method), rounds=2, train__clip=0.0, **rates)
@@ -268,7 +270,7 @@ def test_nobody_finite_leaves_everything_as_it_was(data: dict[str, Path], method
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_or_the_run_stops_and_names_it(data: dict[str, Path], method: str) -> None:
+def test_nonfinite_client_can_stop_the_run(data: dict[str, Path], method: str) -> None:
     loop = build(
         data["spoilt"],
         method,

@@ -47,21 +47,21 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("round of 1 client on 2 ranks vs 1 rank", "≤ 1.3"),
     ],
 )
-def test_a_ratio_has_both_sides_and_an_aim(table: str, start: str, aim: str) -> None:
+def test_ratio_prints_both_sides_and_its_target(table: str, start: str, aim: str) -> None:
     cells = row(table, start)
     assert len(cells) == 5
     assert cells[1].endswith(" s") and cells[2].endswith(" s") and float(cells[3]) > 0
     assert cells[4] in {f"{aim} met", f"{aim} missed"}
 
 
-def test_what_has_no_aim_everywhere_is_shown_too(table: str) -> None:
+def test_quantities_without_target_are_printed(table: str) -> None:
     assert float(row(table, "speed-up of bf16 over fp32")[3]) > 0
     assert row(table, "checkpoint of")[1].endswith("MB/s")
     for part in ("train", "evaluate", "sum", "wait"):
         assert row(table, f"  its {part}")[1].endswith(" s")
 
 
-def test_what_a_deployment_and_mpi_send_stand_against_their_formulas(table: str) -> None:
+def test_bytes_are_printed_beside_their_formulas(table: str) -> None:
     _, client, formula, ratio = row(table, "deployment: one client's bytes, up and down")
     assert client == formula and ratio == "1.000"
     assert float(row(table, "deployment: those of a cohort of 4")[1].split()[0]) == pytest.approx(
@@ -85,7 +85,7 @@ Inter-|   Receive                                                |  Transmit
 """
 
 
-def test_counters_are_the_bytes_sent_by_the_busiest_interface() -> None:
+def test_counters_report_the_busiest_interface() -> None:
     before = bytes_sent(COUNTED)
     assert before == {"eth0": 7000, "bond0": 8000}
     after = {"a": {"eth0": 27_000, "bond0": 28_500, "new": 3}, "b": before, "c": {}}
@@ -96,21 +96,21 @@ def test_counters_are_the_bytes_sent_by_the_busiest_interface() -> None:
     ]
 
 
-def test_an_all_reduce_sends_from_every_host_at_least_its_share() -> None:
+def test_all_reduce_sends_at_least_its_share_from_every_host() -> None:
     three = crossed([Sent("a", "eth0", 4e6), Sent("b", "ib0", 0), Sent("c", "eth1", 8e6)], 3_000_000)
     assert [line.ratio for line in three] == [1, 0, 2]
     assert three[1].what == "MPI: sent by b over ib0" and three[1].reference == "4 MB"
     assert [line.ratio for line in crossed([Sent("a", "eth0", 5)], 3_000_000)] == [None]
 
 
-def test_machine_versions_and_date_stand_above_the_table(table: str) -> None:
+def test_table_heading_names_machine_versions_and_date(table: str) -> None:
     lines = table.splitlines()
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d", lines[0])
     assert f"torch {torch.__version__}" in lines[1]
     assert "2 rank(s) of 1 thread(s) on 1 host(s)" in lines[2]
 
 
-def test_the_bare_loop_trains_to_the_same_numbers() -> None:
+def test_bare_loop_trains_to_the_same_numbers() -> None:
     """One client, one round: the vectors of all three modules, the loss and the accuracy before the sum."""
     settings = config.build(
         {
@@ -134,7 +134,7 @@ def test_the_bare_loop_trains_to_the_same_numbers() -> None:
         assert loop.history[-1]["clients"]["accuracy_before"][0] == pytest.approx(accuracy)
 
 
-def test_the_bare_loop_shares_nothing_with_the_federation() -> None:
+def test_bare_loop_leaves_the_federation_unchanged() -> None:
     settings = config.build({"data.source": "synthetic", "data.samples": 100, "clients": 2})
     loop = Loop(world(), setup.build(world(), settings), Silent(), None)
     vectors = [loop.state, *(client.vector for client in loop.federation.clients.values())]
@@ -143,7 +143,7 @@ def test_the_bare_loop_shares_nothing_with_the_federation() -> None:
     assert all(torch.equal(a, b) for a, b in zip(vectors, before, strict=True))
 
 
-def test_on_one_rank_only_what_one_rank_can_tell(tmp_path: Path) -> None:
+def test_one_rank_prints_only_single_rank_rows(tmp_path: Path) -> None:
     result = program(0, "bench", *SMALL, cwd=tmp_path, timeout=240)
     assert result.code == 0, result.err
     assert "bare loop" in result.out and "over 1" not in result.out and "1 client" not in result.out
@@ -159,7 +159,7 @@ def test_on_one_rank_only_what_one_rank_can_tell(tmp_path: Path) -> None:
         (0, ("start", "many"), "takes a number of ranks"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_impossible_benchmarks_are_refused(
     tmp_path: Path, ranks: int, words: tuple[str, ...], message: str
 ) -> None:
     result = program(ranks, "bench", *words, cwd=tmp_path)
@@ -167,13 +167,13 @@ def test_what_cannot_be_measured_is_refused(
     assert result.err.count("error:") == 1 and message in result.err and "remedy:" in result.err
 
 
-def test_start_compares_with_importing_torch(tmp_path: Path) -> None:
+def test_start_is_compared_with_importing_torch(tmp_path: Path) -> None:
     result = program(0, "bench", "start", "1", *SMALL, cwd=tmp_path, timeout=240)
     assert result.code == 0, result.err
     assert re.match(r"≤ 1.2 (met|missed)", row(result.out, "start of 1 ranks to round 1")[4])
 
 
-def test_sides_are_warmed_up_then_taken_by_turns() -> None:
+def test_both_sides_are_warmed_up_then_alternated() -> None:
     order = []
 
     def side(name: str, seconds: list[float]) -> float:
@@ -195,5 +195,5 @@ def test_sides_are_warmed_up_then_taken_by_turns() -> None:
         (1.0, True, "missed"),
     ],
 )
-def test_an_aim_is_met_or_missed(ratio: float, at_least: bool, shown: str) -> None:
+def test_target_is_met_or_missed(ratio: float, at_least: bool, shown: str) -> None:
     assert Line("x", "1 s", "1 s", ratio, 1.1, at_least).text().endswith(shown)

@@ -62,7 +62,7 @@ def bits(array: np.ndarray) -> list[int]:
         "before round 1",
     ],
 )
-def test_what_is_written_is_read(tmp_path: Path, whole: Content) -> None:
+def test_written_content_is_read_back(tmp_path: Path, whole: Content) -> None:
     path = tmp_path / "round-000003.h5"
     write(path, whole)
     assert os.listdir(tmp_path) == [path.name]
@@ -90,7 +90,7 @@ def test_what_is_written_is_read(tmp_path: Path, whole: Content) -> None:
             assert np.array_equal(loaded.partial, whole.partial) and loaded.finished == [1, 4]
 
 
-def test_any_tool_finds_the_clients_bytes_where_the_table_says(sealed: tuple[Path, Content]) -> None:
+def test_seal_table_gives_the_offset_of_every_client(sealed: tuple[Path, Content]) -> None:
     path, whole = sealed
     raw = path.read_bytes()
     sealed_ranges, start = places(path)
@@ -115,14 +115,14 @@ def test_any_tool_finds_the_clients_bytes_where_the_table_says(sealed: tuple[Pat
 
 
 @pytest.mark.skipif(not shutil.which("h5dump"), reason="h5dump is not installed")
-def test_h5dump_reads_it(sealed: tuple[Path, Content]) -> None:
+def test_h5dump_reads_a_checkpoint(sealed: tuple[Path, Content]) -> None:
     dump = subprocess.run(
         ["h5dump", "-H", sealed[0]], capture_output=True, text=True, timeout=60, check=True
     ).stdout
     assert 'DATASET "000011"' in dump and 'DATASET "state"' in dump
 
 
-def test_a_user_block_has_room_for_any_number_of_clients(tmp_path: Path) -> None:
+def test_user_block_fits_any_number_of_clients(tmp_path: Path) -> None:
     lengths = set()
     for clients in (1, 20, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 300):
         path = tmp_path / f"round-{clients:06d}.h5"
@@ -143,7 +143,7 @@ def test_ranks_write_one_file_together(tmp_path: Path) -> None:
     checkpoint.verify(tmp_path / "round-000003.h5")
 
 
-def test_the_newest_comes_first(tmp_path: Path) -> None:
+def test_newest_checkpoint_comes_first(tmp_path: Path) -> None:
     order = [
         *("round-1000000.h5", "round-000021.h5", "round-000021-partial.h5", "round-000020.h5"),
         *("round-000020-partial.h5", "round-000003.h5", "round-000000.h5"),
@@ -168,7 +168,7 @@ def test_the_newest_comes_first(tmp_path: Path) -> None:
 # Failures while writing
 
 
-def test_an_unsealed_file_is_no_checkpoint(tmp_path: Path) -> None:
+def test_unsealed_file_is_not_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "round-000001.h5"
     checkpoint._lay_out(path, content())
     with h5py.File(path, "r") as opened:
@@ -177,25 +177,25 @@ def test_an_unsealed_file_is_no_checkpoint(tmp_path: Path) -> None:
         checkpoint.verify(path)
 
 
-def test_an_error_on_one_rank_is_an_error_on_all_and_leaves_nothing(tmp_path: Path) -> None:
+def test_write_error_on_one_rank_reaches_all_and_leaves_no_file(tmp_path: Path) -> None:
     ended = mpirun("checkpoint_checks", "write_fails", str(tmp_path), ranks=3)
     assert ended.code == 0, ended.output
     assert "Exception ignored" not in ended.output
 
 
-def test_no_room_at_any_length_is_one_clean_error(tmp_path: Path) -> None:
+def test_full_disk_at_any_length_is_one_error(tmp_path: Path) -> None:
     ended = mpirun("checkpoint_checks", "write_limited", str(tmp_path), ranks=1)
     assert ended.code == 0, ended.output
     assert "Exception ignored" not in ended.output, "HDF5 has met the full disk"
 
 
-def test_a_folder_that_is_gone_is_told_with_the_remedy(tmp_path: Path) -> None:
+def test_missing_folder_is_reported_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be written: .*No such file") as caught:
         write(tmp_path / "gone" / "round-000001.h5", content())
     assert "remedy" in str(caught.value)
 
 
-def test_leftovers_of_a_killed_writer_are_cleared_away(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     for name in (".round-000003.h5.tmp", ".round-000002-partial.h5.tmp"):
         (tmp_path / name).write_bytes(b"x" * 1_000_000)
     write(tmp_path / "round-000003.h5", content())
@@ -203,7 +203,7 @@ def test_leftovers_of_a_killed_writer_are_cleared_away(tmp_path: Path) -> None:
     checkpoint.verify(tmp_path / "round-000003.h5")
 
 
-def test_a_writer_killed_at_any_moment_leaves_only_good_checkpoints(tmp_path: Path) -> None:
+def test_killed_writer_leaves_only_good_checkpoints(tmp_path: Path) -> None:
     seed = str(random.randrange(10**6))
     job = subprocess.run(
         [sys.executable, "-m", "support.checkpoint_checks", "writer_killed", str(tmp_path), seed, "10"],
@@ -221,7 +221,7 @@ def test_a_writer_killed_at_any_moment_leaves_only_good_checkpoints(tmp_path: Pa
 # The file in memory
 
 
-def test_a_sparse_file_is_a_file(tmp_path: Path) -> None:
+def test_memory_file_behaves_like_a_file(tmp_path: Path) -> None:
     draw, file, path = random.Random(2), SparseFile(), tmp_path / "plain"
     with open(path, "w+b") as plain:
         for _ in range(200):
@@ -242,7 +242,7 @@ def test_a_sparse_file_is_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "saved").read_bytes() == path.read_bytes()
 
 
-def test_a_layout_of_a_terabyte_costs_no_memory_and_no_disk(tmp_path: Path) -> None:
+def test_terabyte_layout_takes_neither_memory_nor_disk(tmp_path: Path) -> None:
     layout = Layout.join({"model": Layout.of_tensor((1 << 36,))})
     whole = replace(content(clients=4), client_layouts=[layout] * 4)
     path = tmp_path / "file"

@@ -55,7 +55,9 @@ test_rows.__test__ = False  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("algorithm", METHODS)
-def test_answers_as_the_run_measured(session: launcher.Session, tmp_path: Path, algorithm: str) -> None:
+def test_client_model_reproduces_the_measured_accuracy(
+    session: launcher.Session, tmp_path: Path, algorithm: str
+) -> None:
     run = trained_by(session, tmp_path, algorithm, *METHODS[algorithm])
     measured = launcher.rows(run)[-1]["clients"]
     assert any(value is not None for value in measured["accuracy"])
@@ -71,7 +73,9 @@ def test_answers_as_the_run_measured(session: launcher.Session, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("source", ["heart", "text"])
-def test_patients_and_texts(session: launcher.Session, tmp_path: Path, source: str) -> None:
+def test_client_model_reads_patients_and_texts(
+    session: launcher.Session, tmp_path: Path, source: str
+) -> None:
     heart = source == "heart"
     path = write_hospitals(tmp_path / "data") if heart else write_news(tmp_path / "news.csv")
     few = ("--clients", "3", "--partition.alpha", "100") if not heart else ()
@@ -86,7 +90,7 @@ def test_patients_and_texts(session: launcher.Session, tmp_path: Path, source: s
         assert (answers == test.y).double().mean() == accuracy
 
 
-def test_it_is_a_module_like_any_other(trained: Path, tmp_path: Path) -> None:
+def test_client_model_is_an_ordinary_module(trained: Path, tmp_path: Path) -> None:
     path = trained / "checkpoints" / "best.h5"
     before = launcher.digest(path)
     torch.manual_seed(5)
@@ -113,7 +117,7 @@ def test_it_is_a_module_like_any_other(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["pfedmoe", "fedtgp", "standalone"])
-def test_an_exported_client_answers_alike(
+def test_exported_client_gives_the_same_answers(
     done: Callable[..., launcher.Result], session: launcher.Session, tmp_path: Path, algorithm: str
 ) -> None:
     path = trained_by(session, tmp_path, algorithm) / "checkpoints" / "round-000002.h5"
@@ -126,7 +130,9 @@ def test_an_exported_client_answers_alike(
     assert torch.equal(whole.predict(x), alone.predict(x))
 
 
-def test_what_is_no_exported_client_is_refused(done: Callable[..., launcher.Result], run: Path) -> None:
+def test_file_that_is_not_an_exported_client_is_refused(
+    done: Callable[..., launcher.Result], run: Path
+) -> None:
     path = run / "checkpoints" / "best.h5"
     with pytest.raises(CheckpointError, match="which client"):
         load_client(path)
@@ -161,7 +167,7 @@ def test_what_is_no_exported_client_is_refused(done: Callable[..., launcher.Resu
     refused("is a link")
 
 
-def test_samples_of_the_original_size_are_resized(trained: Path) -> None:
+def test_original_size_samples_are_resized(trained: Path) -> None:
     model = load_client(trained / "checkpoints" / "best.h5", 0)
     x = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16), np.uint8)
     assert model.predict(x).shape == (2, 10)
@@ -175,7 +181,7 @@ def test_samples_of_the_original_size_are_resized(trained: Path) -> None:
             model.predict(samples)
 
 
-def test_what_has_no_answer_is_refused(session: launcher.Session, tmp_path: Path, trained: Path) -> None:
+def test_client_without_a_model_is_refused(session: launcher.Session, tmp_path: Path, trained: Path) -> None:
     with pytest.raises(CheckpointError, match="no client 9"):
         load_client(trained / "checkpoints" / "best.h5", 9)
     flags = ("--unseen.clients", "1", "--partition.kind", "pathological", "--clients", "6")

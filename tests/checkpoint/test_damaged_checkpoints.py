@@ -40,7 +40,7 @@ def refused(path: Path, match: str | None = None) -> None:
     assert "remedy: " in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_a_flipped_bit_anywhere_is_named(copy: Path) -> None:
+def test_flipped_bit_is_located(copy: Path) -> None:
     """A dataset by its name, HDF5's structure and the seal as such."""
     draw = random.Random(7)
     datasets, start = places(copy)
@@ -56,7 +56,7 @@ def test_a_flipped_bit_anywhere_is_named(copy: Path) -> None:
     checkpoint.verify(copy)
 
 
-def test_every_bit_of_the_header_is_noticed_at_once(copy: Path) -> None:
+def test_every_flipped_header_bit_is_detected(copy: Path) -> None:
     for position in range(32):
         for bit in range(8):
             flip(copy, position, bit)
@@ -64,7 +64,7 @@ def test_every_bit_of_the_header_is_noticed_at_once(copy: Path) -> None:
             flip(copy, position, bit)
 
 
-def test_truncation_at_any_length_is_noticed(copy: Path) -> None:
+def test_truncation_at_any_length_is_detected(copy: Path) -> None:
     whole, draw = copy.read_bytes(), random.Random(3)
     lengths = {
         0,
@@ -85,7 +85,7 @@ def test_truncation_at_any_length_is_noticed(copy: Path) -> None:
         refused(copy, "truncated|not a finished checkpoint")
 
 
-def test_what_is_cut_first_is_named(copy: Path) -> None:
+def test_truncation_names_the_first_missing_part(copy: Path) -> None:
     ranges, start = places(copy)
     ordered = sorted(ranges.items(), key=lambda item: item[1], reverse=True)
     assert len(ordered) > 15
@@ -97,7 +97,7 @@ def test_what_is_cut_first_is_named(copy: Path) -> None:
     refused(copy, "truncated: .*, its seal is cut")
 
 
-def test_a_cut_behind_the_last_dataset_is_structure(tmp_path: Path) -> None:
+def test_cut_behind_the_last_dataset_is_structure_damage(tmp_path: Path) -> None:
     path = tmp_path / "round-000003.h5"
     write(path, content(clients=1, sizes=(0,)))
     last = max(offset + size for offset, size in places(path)[0].values())
@@ -106,7 +106,7 @@ def test_a_cut_behind_the_last_dataset_is_structure(tmp_path: Path) -> None:
     refused(path, "the first that is cut is HDF5's own structure")
 
 
-def test_appended_and_swapped_bytes_are_noticed(copy: Path) -> None:
+def test_appended_and_swapped_bytes_are_detected(copy: Path) -> None:
     whole = copy.read_bytes()
     for more in (b"\0", b"\0" * 4096, whole):
         copy.write_bytes(whole + more)
@@ -124,7 +124,7 @@ def test_appended_and_swapped_bytes_are_noticed(copy: Path) -> None:
     refused(copy, "the bytes of clients/00000. have changed")
 
 
-def test_one_rank_finds_the_damage_in_its_share(copy: Path) -> None:
+def test_each_rank_finds_the_damage_in_its_share(copy: Path) -> None:
     """Every dataset is one rank's; all that is not a client's is rank 0's."""
     finders = set()
     for name, (offset, _) in places(copy)[0].items():
@@ -142,12 +142,12 @@ def test_one_rank_finds_the_damage_in_its_share(copy: Path) -> None:
     assert finders == {0, 1, 2}
 
 
-def test_damage_seen_by_one_rank_is_heard_by_all(tmp_path: Path) -> None:
+def test_damage_found_by_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     ended = mpirun("checkpoint_checks", "damaged_for_one", str(tmp_path))
     assert ended.code == 0, ended.output
 
 
-def test_another_format_version_is_named(copy: Path) -> None:
+def test_other_format_version_is_named(copy: Path) -> None:
     with open(copy, "r+b") as file:
         file.seek(8)
         file.write((9).to_bytes(4, "little"))
@@ -182,7 +182,9 @@ def _hdf5(path: Path) -> None:
         *("version 1", "pipe"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, make: Callable[[Path], object], says: str) -> None:
+def test_file_that_is_not_a_checkpoint_is_refused(
+    tmp_path: Path, make: Callable[[Path], object], says: str
+) -> None:
     path = tmp_path / "round-000001.h5"
     make(path)
     refused(path, says)
@@ -285,7 +287,7 @@ def campaign(paths: list[Path], folder: Path, times: int) -> Counter[str]:
 SIZES = (1, 4, 32, 48, 512, 4096, 20_000)
 
 
-def test_a_hundred_mutations(sealed: Path, tmp_path: Path) -> None:
+def test_hundred_mutations_are_refused_or_harmless(sealed: Path, tmp_path: Path) -> None:
     whole = write(tmp_path / "round-000003.h5", content())
     (tmp_path / "mutated").mkdir()
     outcomes = campaign([sealed, whole], tmp_path / "mutated", 100)
@@ -293,7 +295,7 @@ def test_a_hundred_mutations(sealed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.campaign
-def test_a_thousand_mutations(sealed: Path, trained: Path, tmp_path: Path) -> None:
+def test_thousand_mutations_are_refused_or_harmless(sealed: Path, trained: Path, tmp_path: Path) -> None:
     """Of a small partial checkpoint, a small complete one and a trained run's."""
     sources = [sealed, write(tmp_path / "round-000003.h5", content())]
     sources.append(trained / "checkpoints" / "round-000002.h5")

@@ -228,18 +228,18 @@ def answers(partial: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_strangers_checkpoint_is_refused(answers: dict[str, str], name: str) -> None:
+def test_crafted_checkpoint_is_refused(answers: dict[str, str], name: str) -> None:
     message = answers[name]
     assert re.search(CHECKPOINTS[name][0], message), message
     assert f"{name}.h5 is no checkpoint of this program: " in message and "remedy: " in message
     assert "damaged" not in message and "truncated" not in message, "the seal was right"
 
 
-def test_what_nobody_edited_is_read(answers: dict[str, str]) -> None:
+def test_unedited_checkpoint_is_read(answers: dict[str, str]) -> None:
     assert not answers["good"]
 
 
-def test_a_seal_that_names_the_same_bytes_twice_is_refused(partial: bytes, tmp_path: Path) -> None:
+def test_seal_with_overlapping_ranges_is_refused(partial: bytes, tmp_path: Path) -> None:
     path = tmp_path / "twice.h5"
     path.write_bytes(partial)
     with open(path, "r+b") as file:
@@ -249,7 +249,7 @@ def test_a_seal_that_names_the_same_bytes_twice_is_refused(partial: bytes, tmp_p
     assert "its seal makes no sense" in said("checkpoint", [path])[path]
 
 
-def test_other_models_than_the_federations_are_refused(partial: bytes, tmp_path: Path) -> None:
+def test_checkpoint_with_other_models_is_refused(partial: bytes, tmp_path: Path) -> None:
     path = tmp_path / "round-000004-partial.h5"
     path.write_bytes(partial)
     whole = content(partial=True)

@@ -31,7 +31,7 @@ def settings(line: str) -> tuple[config.Config, str]:
     ), notes
 
 
-def test_a_line_of_htfllib() -> None:
+def test_htfllib_command_is_translated() -> None:
     made, notes = settings(HTFLLIB.format("FedTGP -lam 10 -se 50 -mart 90"))
     assert (made.algorithm, made.clients, made.participation, made.rounds) == ("fedtgp", 30, 0.5, 300)
     train = made.train
@@ -47,7 +47,7 @@ def test_a_line_of_htfllib() -> None:
     assert "-fd" not in notes
 
 
-def test_flags_mean_what_their_method_makes_of_them() -> None:
+def test_flag_meaning_depends_on_the_method() -> None:
     assert settings(HTFLLIB.format("FedProto -lam 10"))[0].options.weight == 10  # type: ignore[attr-defined]
     made, notes = settings(HTFLLIB.format("FedKD -mlr 0.03 -Ts 0.9 -Te 0.99 -lam 2"))
     assert (made.train.lr, made.train.lr_shared, made.train.clip) == (0.02, 0.03, 10)
@@ -57,7 +57,7 @@ def test_flags_mean_what_their_method_makes_of_them() -> None:
     assert settings(HTFLLIB.format("LG-FedAvg"))[0].algorithm == "lg_fedavg"
 
 
-def test_defaults_are_theirs() -> None:
+def test_htfllib_defaults_are_kept() -> None:
     made, _ = settings("python main.py -algo FD -m HtFE-img-2 -data Cifar10")
     assert (made.rounds, made.clients, made.train.batch, made.train.lr) == (2000, 20, 10, 0.01)
     made, notes = settings("python main.py -algo FedRep")
@@ -69,7 +69,7 @@ def test_defaults_are_theirs() -> None:
     assert (ours.epochs, ours.lr, theirs.epochs, theirs.lr) == (100, 0.01, 1, 1.0)  # type: ignore[attr-defined]
 
 
-def test_what_theirs_take_from_other_flags() -> None:
+def test_derived_htfllib_settings_are_translated() -> None:
     made = settings(HTFLLIB.format("FedKD"))[0]
     assert made.options.ramp == 300 and made.model.shared == "cnn1"  # type: ignore[attr-defined]
     assert settings(HTFLLIB.format("FedGH"))[0].options.batch == 32  # type: ignore[attr-defined]
@@ -79,7 +79,7 @@ def test_what_theirs_take_from_other_flags() -> None:
     assert settings("main.py -dev cpu")[0].train.device == "cpu"
 
 
-def test_a_line_of_pfllib() -> None:
+def test_pfllib_command_is_translated() -> None:
     made, notes = settings(
         "python main.py --dataset=FashionMNIST --model ResNet18 --algorithm FedProx -mu 0.01 -ld 1"
     )
@@ -94,7 +94,9 @@ def test_a_line_of_pfllib() -> None:
     assert made.model.pool == ("lstm",)
 
 
-def test_the_command_prints_it(done: Callable[..., launcher.Result], refused: Callable[..., str]) -> None:
+def test_translate_prints_a_runnable_command(
+    done: Callable[..., launcher.Result], refused: Callable[..., str]
+) -> None:
     said = done("translate", "--", *shlex.split("main.py -data Cifar10 -algo FedProto -m HtFE-img-4")).out
     assert "--algorithm fedproto" in said and said.splitlines()[0].startswith("# ")
     refused("-algo FedGen is no method here", "translate", "--", "python", "main.py", "-algo", "FedGen")
@@ -103,7 +105,7 @@ def test_the_command_prints_it(done: Callable[..., launcher.Result], refused: Ca
 
 
 @pytest.mark.parametrize("flag", translate.FLAGS, ids=lambda flag: flag.long)
-def test_every_flag_stands_in_the_readme(flag: translate.Flag) -> None:
+def test_readme_lists_every_translated_flag(flag: translate.Flag) -> None:
     section = README.partition("## Coming from HtFLlib")[2].partition("\n## ")[0]
     row = re.search(rf"^\|.*`-{flag.short}`.*$", section, re.M)
     assert row, flag

@@ -52,12 +52,12 @@ def of_each(
 # What is said
 
 
-def test_version(tmp_path: Path) -> None:
+def test_version_is_printed(tmp_path: Path) -> None:
     result = program(2, "--version", cwd=tmp_path)
     assert (result.code, result.out, result.err) == (0, __version__ + "\n", "")
 
 
-def test_the_plan_the_rounds_and_the_table(trained: Path) -> None:
+def test_run_prints_plan_rounds_and_table(trained: Path) -> None:
     text = (trained / "said.txt").read_text()
     before, after = text.split("round 1/3")
     for said in (
@@ -81,7 +81,7 @@ def test_the_plan_the_rounds_and_the_table(trained: Path) -> None:
     assert "last  round 3" in table and "best measured  round" in table and "best.h5 holds round" in table
 
 
-def test_a_dry_run_shows_the_plan_and_writes_nothing(
+def test_dry_run_prints_the_plan_and_writes_nothing(
     done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     text = done(*small, "--dry", "true", "--run.dir", "new").out
@@ -92,7 +92,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
 # The run folder
 
 
-def test_the_run_folder(trained: Path) -> None:
+def test_run_folder_holds_the_documented_files(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
         *("config.toml", "metrics.jsonl", "events.jsonl", "checkpoints", "log", ".lock"),
         "said.txt",  # the test's own
@@ -106,7 +106,7 @@ def test_the_run_folder(trained: Path) -> None:
     assert names == ["best.h5", *(f"round-{number:06d}.h5" for number in (1, 2, 3))]
 
 
-def test_config_toml_holds_the_effective_configuration(trained: Path) -> None:
+def test_config_toml_is_the_effective_configuration(trained: Path) -> None:
     flat = config.flatten(tomllib.loads((trained / "config.toml").read_text()))
     others = set(algorithms.names()) - {"pfedmoe"}
     assert set(flat) == {name for name in config.fields() if name.partition(".")[0] not in others}
@@ -114,7 +114,7 @@ def test_config_toml_holds_the_effective_configuration(trained: Path) -> None:
     assert flat["model.pool"] == ["mlp5", "mlp4"]
 
 
-def test_auto_is_resolved_in_the_effective_configuration(
+def test_auto_is_resolved_in_config_toml(
     done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     auto = ("--model.pool", "auto", "--model.shared", "auto", "--train.threads", "auto", "--run.dir", "run")
@@ -124,7 +124,7 @@ def test_auto_is_resolved_in_the_effective_configuration(
     assert flat["train.threads"] == 1, "OMP_NUM_THREADS of the tests"
 
 
-def test_the_default_folder_is_named_after_the_algorithm(
+def test_default_run_folder_is_named_after_the_algorithm(
     done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     for _ in range(2):
@@ -133,7 +133,7 @@ def test_the_default_folder_is_named_after_the_algorithm(
     assert len(names) == 2 and all(name.startswith("standalone-20") for name in names)
 
 
-def test_metrics(trained: Path) -> None:
+def test_metrics_rows_have_the_documented_values(trained: Path) -> None:
     table = rows(trained)
     assert [row["round"] for row in table] == [1, 2, 3]
     assert all(row["cohort"] == [0, 1, 2, 3] and row["train_loss"] > 0 for row in table)
@@ -155,7 +155,7 @@ def test_metrics(trained: Path) -> None:
         assert row["rss_mb"] > 50
 
 
-def test_the_keys_of_a_row_are_those_of_every_method(of_each: Path, trained: Path) -> None:
+def test_metrics_keys_are_the_same_for_every_method(of_each: Path, trained: Path) -> None:
     row = rows(of_each)[0]
     assert keys(row) == keys(rows(trained)[0])
     assert len(row["cohort"]) == 2
@@ -166,7 +166,7 @@ def test_the_keys_of_a_row_are_those_of_every_method(of_each: Path, trained: Pat
     assert None not in row["clients"]["accuracy"], "after it: all clients"
 
 
-def test_events(trained: Path) -> None:
+def test_events_record_start_and_end(trained: Path) -> None:
     start, finish = events(trained)
     assert (start["event"], finish["event"], finish["round"]) == ("start", "finish", 3)
     assert start["ranks"] == len(start["hosts"]) == 2
@@ -174,7 +174,7 @@ def test_events(trained: Path) -> None:
     assert start["code"].startswith(__version__)
 
 
-def test_the_newest_checkpoints_are_kept(
+def test_newest_checkpoints_are_kept(
     done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     flags = ("--rounds", "5", "--run.checkpoint_every", "2", "--run.keep", "2", "--run.dir", "run")
@@ -187,7 +187,7 @@ def test_the_newest_checkpoints_are_kept(
         assert loaded.round == best["round"]
 
 
-def test_the_best_is_chosen_on_validation_rows(
+def test_best_checkpoint_is_chosen_on_validation_rows(
     done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     flags = (
@@ -210,7 +210,7 @@ def test_the_best_is_chosen_on_validation_rows(
 # Reading checkpoints
 
 
-def test_inspect(done: Callable[..., Result], trained: Path) -> None:
+def test_inspect_prints_the_checkpoint(done: Callable[..., Result], trained: Path) -> None:
     path = trained / "checkpoints" / "round-000003.h5"
     text = done("inspect", path).out
     mean = rows(trained)[2]["accuracy"]["mean"]
@@ -230,7 +230,7 @@ def test_inspect(done: Callable[..., Result], trained: Path) -> None:
     assert done("inspect", "--digest", path).out == short
 
 
-def test_the_digest_tells_learning_from_circumstances(
+def test_digest_depends_on_learning_alone(
     done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     def after(name: str, *flags: str) -> str:
@@ -247,7 +247,7 @@ def test_the_digest_tells_learning_from_circumstances(
     assert len(unlike | {first}) == 4
 
 
-def test_export_writes_the_checkpoints_tensors(
+def test_export_writes_the_checkpoint_tensors(
     done: Callable[..., Result], of_each: Path, tmp_path: Path
 ) -> None:
     source = of_each / "checkpoints" / "round-000001.h5"
@@ -266,7 +266,7 @@ def test_export_writes_the_checkpoints_tensors(
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]
 
 
-def test_evaluation_by_several_ranks_repeats_the_last_row(run: Path, tmp_path: Path) -> None:
+def test_evaluate_on_several_ranks_repeats_the_last_row(run: Path, tmp_path: Path) -> None:
     before = digest(run)
     result = program(
         2, "evaluate", str(run / "checkpoints" / "round-000003.h5"), "--json", "true", cwd=tmp_path
@@ -280,7 +280,7 @@ def test_evaluation_by_several_ranks_repeats_the_last_row(run: Path, tmp_path: P
     assert digest(run) == before
 
 
-def test_evaluation_as_a_table(done: Callable[..., Result], of_each: Path) -> None:
+def test_evaluate_prints_a_table(done: Callable[..., Result], of_each: Path) -> None:
     lines = done("evaluate", of_each / "checkpoints" / "round-000001.h5").out.splitlines()
     row = rows(of_each)[0]
     assert lines[0] == "after round 1"
@@ -294,7 +294,7 @@ def test_evaluation_as_a_table(done: Callable[..., Result], of_each: Path) -> No
     assert lines[5].startswith(f"mean {row['accuracy']['mean']:.4f}")
 
 
-def test_evaluation_on_other_data_says_so(
+def test_evaluate_on_other_data_is_announced(
     done: Callable[..., Result], small: tuple[str, ...], run: Path
 ) -> None:
     done("data", "prepare", "other.h5", *small, "--seed", "5")
@@ -318,7 +318,7 @@ def test_prepared_data_give_the_same_run(
     assert first == second
 
 
-def test_a_partition_without_training(
+def test_partition_command_does_not_train(
     done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "c.toml").write_text('[partition]\nkind = "iid"\n')
@@ -328,13 +328,13 @@ def test_a_partition_without_training(
         assert file.attrs["kind"] == "iid" and file["train/offsets"][()].tolist() == [0, 40, 80, 120, 160]
 
 
-def test_a_terminal_without_our_characters_ends_no_job(small: tuple[str, ...], tmp_path: Path) -> None:
+def test_ascii_terminal_does_not_end_the_job(small: tuple[str, ...], tmp_path: Path) -> None:
     result = program(0, *small, "--run.dir", "run", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
     assert (result.code, result.err) == (0, "") and "clients after round 1" in result.out
     assert "mlp5" in (tmp_path / "run" / "log" / "rank-0000.txt").read_text(encoding="utf-8")
 
 
-def test_all_diverged_ends_the_run_that_goes_on_with_smaller_steps(
+def test_diverged_run_ends_and_resumes_with_a_smaller_rate(
     session: Session, done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     wild = ("--rounds", "2", "--train.lr", "1e30", "--train.clip", "0", "--run.dir", "run")
@@ -346,7 +346,7 @@ def test_all_diverged_ends_the_run_that_goes_on_with_smaller_steps(
     assert [row["dropped"] for row in rows(tmp_path / "run")] == [[], []]
 
 
-def test_a_loss_beyond_float_is_null(
+def test_overflowing_loss_is_null_in_metrics(
     done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     wild = ("--algorithm", "standalone", "--train.lr", "1e5", "--train.clip", "0", "--run.dir", "run")
@@ -358,7 +358,7 @@ def test_a_loss_beyond_float_is_null(
 @pytest.mark.parametrize(
     "command", [("report", "{}", "--text"), ("inspect", "{}/checkpoints/best.h5"), ("run", "--help")]
 )
-def test_a_reader_who_leaves_is_no_fault(trained: Path, command: tuple[str, ...]) -> None:
+def test_closed_pipe_exits_with_zero(trained: Path, command: tuple[str, ...]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "pfedmoe_mpi", *(word.format(trained) for word in command)],
         stdout=subprocess.PIPE,

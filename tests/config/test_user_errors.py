@@ -49,7 +49,9 @@ from support.launcher import Result, Session, digest
         ("data prepare needs one output file", ["data", "prepare"]),
     ],
 )
-def test_command_lines(refused: Callable[..., str], pattern: str, arguments: list[str]) -> None:
+def test_wrong_command_lines_are_refused(
+    refused: Callable[..., str], pattern: str, arguments: list[str]
+) -> None:
     refused(pattern, *arguments)
 
 
@@ -66,7 +68,7 @@ def test_command_lines(refused: Callable[..., str], pattern: str, arguments: lis
         ("cannot be read as TOML", b"\x89HDF\r\n\x1a\n\xff"),
     ],
 )
-def test_configuration_files(
+def test_wrong_configuration_files_are_refused(
     refused: Callable[..., str], tmp_path: Path, pattern: str, text: str | bytes
 ) -> None:
     path = tmp_path / "c.toml"
@@ -74,7 +76,7 @@ def test_configuration_files(
     refused(pattern, path)
 
 
-def test_a_checkpoint_or_a_run_folder_is_no_configuration(refused: Callable[..., str], run: Path) -> None:
+def test_checkpoint_or_run_folder_is_not_a_configuration(refused: Callable[..., str], run: Path) -> None:
     for path in (run, run / "checkpoints" / "round-000003.h5"):
         assert f"restart {path}" in refused("cannot be read as TOML", "run", path)
 
@@ -121,18 +123,18 @@ def test_a_checkpoint_or_a_run_folder_is_no_configuration(refused: Callable[...,
         ("data.mean and data.std have 1 numbers", ["--data.mean", "0.5", "--data.std", "0.5"]),
     ],
 )
-def test_contradictions(
+def test_contradicting_flags_are_refused(
     refused: Callable[..., str], small: tuple[str, ...], pattern: str, arguments: list[str]
 ) -> None:
     refused(pattern, *small, *arguments)
 
 
-def test_digits_have_no_natural_clients(refused: Callable[..., str]) -> None:
+def test_digits_without_natural_clients_are_refused(refused: Callable[..., str]) -> None:
     refused("partition.kind natural needs data that say", "--partition.kind", "natural")
 
 
 @pytest.mark.parametrize("dry", ["true", "false"])
-def test_no_gpu_here(refused: Callable[..., str], small: tuple[str, ...], dry: str) -> None:
+def test_missing_gpu_is_reported(refused: Callable[..., str], small: tuple[str, ...], dry: str) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("a GPU is visible")
@@ -172,21 +174,21 @@ NAN = np.full((40, 5), np.nan, np.float32)
         ("client", {"x": X, "y": Y, "client": Y * 2}),
     ],
 )
-def test_hdf5(refused: Callable[..., str], tmp_path: Path, pattern: str, tables: dict[str, Any]) -> None:
+def test_unusable_hdf5_files_are_refused(
+    refused: Callable[..., str], tmp_path: Path, pattern: str, tables: dict[str, Any]
+) -> None:
     path = table(tmp_path / "d.h5", **tables)
     for command in ([], ["data", "partition", tmp_path / "p.h5"]):
         refused(pattern, *command, "--data.source", "hdf5", "--data.path", path, "--clients", "2")
 
 
 @pytest.mark.parametrize("source", ["hdf5", "folder", "npz", "torchvision"])
-def test_missing_data(refused: Callable[..., str], tmp_path: Path, source: str) -> None:
+def test_missing_data_are_reported(refused: Callable[..., str], tmp_path: Path, source: str) -> None:
     refused(f"data.source {source} needs --data.path", "--data.source", source)
     refused(str(tmp_path / "none"), "--data.source", source, "--data.path", "none")
 
 
-def test_data_that_are_not_downloaded_are_named_with_the_command_that_does(
-    refused: Callable[..., str], tmp_path: Path
-) -> None:
+def test_missing_download_names_the_download_command(refused: Callable[..., str], tmp_path: Path) -> None:
     message = refused(
         "CIFAR100 is not downloaded",
         "--data.source",
@@ -208,7 +210,7 @@ def test_data_that_are_not_downloaded_are_named_with_the_command_that_does(
     )
 
 
-def test_unreadable_hdf5(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_unreadable_hdf5_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     path = tmp_path / "d.h5"
     path.write_bytes(b"no HDF5 at all")
     refused("cannot be opened as HDF5", "--data.source", "hdf5", "--data.path", path)
@@ -217,7 +219,7 @@ def test_unreadable_hdf5(refused: Callable[..., str], tmp_path: Path) -> None:
     refused("cannot be", "--data.source", "hdf5", "--data.path", path, "--clients", "2")
 
 
-def test_image_folders(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_unusable_image_folders_are_refused(refused: Callable[..., str], tmp_path: Path) -> None:
     flags = ("--data.source", "folder", "--data.path", tmp_path / "images")
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -251,12 +253,14 @@ class Harmful:
         ("class 1 has no row", {"x": X, "y": np.where(Y == 1, 0, Y)}),
     ],
 )
-def test_npz(refused: Callable[..., str], tmp_path: Path, pattern: str, content: Any) -> None:
+def test_unusable_npz_files_are_refused(
+    refused: Callable[..., str], tmp_path: Path, pattern: str, content: Any
+) -> None:
     client_file(tmp_path / "d" / "train" / "0.npz", content)
     refused(pattern, "--data.source", "npz", "--data.path", tmp_path / "d", "--clients", "1")
 
 
-def test_npz_of_unlike_clients(
+def test_npz_clients_of_different_shapes_are_refused(
     refused: Callable[..., str], done: Callable[..., Result], tmp_path: Path
 ) -> None:
     client_file(tmp_path / "d" / "train" / "0.npz", {"x": X, "y": Y})
@@ -268,7 +272,7 @@ def test_npz_of_unlike_clients(
     assert "as the data propose: partition.kind natural, clients 2" in done(*flags, "--dry").out
 
 
-def test_output_that_cannot_be_written(refused: Callable[..., str], run: Path, tmp_path: Path) -> None:
+def test_unwritable_output_is_refused(refused: Callable[..., str], run: Path, tmp_path: Path) -> None:
     source = run / "checkpoints" / "round-000003.h5"
     refused("exists already", "export", source, "--client", "1", source)
     refused("cannot be written", "export", source, "--client", "1", tmp_path / "no" / "out.h5")
@@ -276,7 +280,7 @@ def test_output_that_cannot_be_written(refused: Callable[..., str], run: Path, t
     refused("no folder", "data", "partition", tmp_path / "no" / "out.h5")
 
 
-def test_no_such_client(refused: Callable[..., str], run: Path) -> None:
+def test_unknown_client_is_refused(refused: Callable[..., str], run: Path) -> None:
     source = run / "checkpoints" / "round-000003.h5"
     assert "0 to 3" in refused("no client 4", "export", source, "--client", "4", "out.h5")
 
@@ -284,7 +288,7 @@ def test_no_such_client(refused: Callable[..., str], run: Path) -> None:
 # Run folders
 
 
-def test_an_existing_run_folder_is_kept_or_renamed(
+def test_existing_run_folder_is_kept_or_renamed(
     refused: Callable[..., str], session: Session, small: tuple[str, ...], run: Path, tmp_path: Path
 ) -> None:
     before = digest(run)
@@ -297,7 +301,7 @@ def test_an_existing_run_folder_is_kept_or_renamed(
     assert (tmp_path / "run" / "config.toml").exists()
 
 
-def test_a_folder_of_other_things_is_never_renamed(
+def test_folder_of_other_files_is_never_renamed(
     refused: Callable[..., str], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "thesis").mkdir()
@@ -306,13 +310,13 @@ def test_a_folder_of_other_things_is_never_renamed(
         refused("holds other things than a run", *small, "--run.dir", "thesis", "--run.force", force)
 
 
-def test_an_empty_folder_is_no_obstacle(session: Session, small: tuple[str, ...], tmp_path: Path) -> None:
+def test_empty_run_folder_is_accepted(session: Session, small: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     assert session(*small, "--run.dir", "new", cwd=tmp_path).code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
 
 
-def test_a_file_where_the_folder_should_be(
+def test_file_in_place_of_the_run_folder_is_refused(
     refused: Callable[..., str], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")

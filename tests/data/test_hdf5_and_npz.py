@@ -38,7 +38,7 @@ from support.data_files import (
     "layout", [{}, {"chunks": (7, 2, 5, 5)}, {"chunks": (1, 2, 5, 5), "compression": "gzip"}]
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
-def test_hdf5_rows_come_in_the_order_asked(tmp_path: Path, layout: dict[str, Any], dtype: type) -> None:
+def test_hdf5_rows_come_in_the_requested_order(tmp_path: Path, layout: dict[str, Any], dtype: type) -> None:
     x: np.ndarray = images(500, 2, 5, 5).astype(dtype)
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("x", data=x, **layout)
@@ -61,7 +61,7 @@ def test_hdf5_rows_come_in_the_order_asked(tmp_path: Path, layout: dict[str, Any
             assert np.array_equal(rows, x[np.array(pick, np.int64)])
 
 
-def test_hdf5_reads_a_few_rows_without_the_rest(tmp_path: Path) -> None:
+def test_hdf5_reads_only_the_requested_rows(tmp_path: Path) -> None:
     """Rows around a damaged place are read, as nothing between them is; rows in it are an error."""
     x = images(4000, 3, 16, 16)
     with opened("hdf5", damaged_h5(tmp_path / "a.h5", x, 10, 2005)) as data:
@@ -71,7 +71,7 @@ def test_hdf5_reads_a_few_rows_without_the_rest(tmp_path: Path) -> None:
             data.rows(np.array([2003]))
 
 
-def test_a_refused_file_is_closed(tmp_path: Path) -> None:
+def test_refused_hdf5_file_is_closed(tmp_path: Path) -> None:
     for labels in (GOOD_Y + 1, GOOD_Y[:2]):
         path = write_h5(tmp_path / "a.h5", x=GOOD_X, y=labels)
         with pytest.raises(DataError) as caught:
@@ -80,14 +80,14 @@ def test_a_refused_file_is_closed(tmp_path: Path) -> None:
             assert caught.value
 
 
-def test_hdf5_shapes(tmp_path: Path) -> None:
+def test_hdf5_shapes_are_accepted(tmp_path: Path) -> None:
     y = np.arange(6) % 2
     assert opened("hdf5", write_h5(tmp_path / "a.h5", x=images(6, 8, 9), y=y)).shape == (1, 8, 9)
     data = opened("hdf5", write_h5(tmp_path / "b.h5", x=np.ones((6, 13), np.float32), y=y))
     assert data.shape == (13,) and data.mean == () and data.name == "b"
 
 
-def test_hdf5_optional_parts(tmp_path: Path) -> None:
+def test_hdf5_optional_parts_are_read(tmp_path: Path) -> None:
     y, client, test = np.arange(6) % 2, np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 0, 1, 0, 1])
     path = write_h5(tmp_path / "a.h5", x=images(6, 1, 4, 4), y=y, client=client, official_test=test)
     data = opened("hdf5", path)
@@ -121,12 +121,12 @@ def test_hdf5_optional_parts(tmp_path: Path) -> None:
         ({"x": GOOD_X, "y": GOOD_Y, "class_names": [1, 2, 3]}, "cannot be read"),
     ],
 )
-def test_hdf5_refused(tmp_path: Path, tables: dict[str, Any], pattern: str) -> None:
+def test_unusable_hdf5_is_refused(tmp_path: Path, tables: dict[str, Any], pattern: str) -> None:
     refused(pattern, "hdf5", write_h5(tmp_path / "a.h5", **tables))
     assert snapshot(tmp_path) == ["a.h5"]
 
 
-def test_nan_is_found_by_the_rank_that_reads_it(tmp_path: Path) -> None:
+def test_nan_is_reported_by_the_rank_that_reads_it(tmp_path: Path) -> None:
     path = write_h5(tmp_path / "a.h5", x=NAN, y=GOOD_Y)
     data = open_dataset(Data(source="hdf5", path=str(path)), 0, clients=2, check=False)
     assert data.rows(np.array([0, 5])).all()
@@ -134,7 +134,7 @@ def test_nan_is_found_by_the_rank_that_reads_it(tmp_path: Path) -> None:
         data.rows(np.array([0, 4]))
 
 
-def test_a_file_that_is_not_hdf5_or_cut_short(tmp_path: Path) -> None:
+def test_truncated_or_other_file_is_not_read_as_hdf5(tmp_path: Path) -> None:
     (tmp_path / "text.h5").write_text("hello")
     refused("cannot be opened as HDF5", "hdf5", tmp_path / "text.h5")
     path = write_h5(tmp_path / "a.h5", x=images(100, 3, 32, 32), y=np.arange(100) % 2)
@@ -143,7 +143,7 @@ def test_a_file_that_is_not_hdf5_or_cut_short(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["hdf5", "folder", "npz"])
-def test_missing_path(tmp_path: Path, source: str) -> None:
+def test_missing_path_is_refused(tmp_path: Path, source: str) -> None:
     refused("No such file", source, tmp_path / "nothing")
     assert not snapshot(tmp_path)
 
@@ -151,7 +151,7 @@ def test_missing_path(tmp_path: Path, source: str) -> None:
 # npz
 
 
-def test_npz_clients_of_mnist() -> None:
+def test_npz_reads_mnist_clients() -> None:
     path = shared_data("mnist-20clients")
     data = opened("npz", path)
     assert (data.shape, data.classes, data.dtype, len(data)) == ((1, 28, 28), 10, np.float32, 70_000)
@@ -162,7 +162,7 @@ def test_npz_clients_of_mnist() -> None:
     assert np.array_equal(data.rows(mine), real["x"]) and np.array_equal(data.labels[mine], real["y"])
 
 
-def test_npz_train_and_test_of_each_client(tmp_path: Path) -> None:
+def test_npz_keeps_each_clients_train_and_test(tmp_path: Path) -> None:
     parts = [client_data(n, seed=n) for n in (6, 3, 5, 4)]
     write_clients(tmp_path, "train", {0: parts[0], 1: parts[2]})
     write_clients(tmp_path, "test", {0: parts[1], 1: parts[3]})
@@ -174,14 +174,14 @@ def test_npz_train_and_test_of_each_client(tmp_path: Path) -> None:
     assert np.array_equal(data.labels, np.concatenate([part["y"] for part in parts]))
 
 
-def test_npz_labels_of_unlike_integers(tmp_path: Path) -> None:
+def test_npz_labels_may_differ_in_integer_type(tmp_path: Path) -> None:
     for client, dtype in enumerate((np.uint64, np.int64)):
         content = {"x": GOOD_X, "y": GOOD_Y.astype(dtype)}
         write_clients(tmp_path, "train", {client: content})
     assert opened("npz", tmp_path).labels.tolist() == [*GOOD_Y, *GOOD_Y]
 
 
-def test_npz_of_plain_arrays_and_without_test(tmp_path: Path) -> None:
+def test_npz_accepts_plain_arrays_without_test(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "0.npz", x=images(6, 5, 5), y=GOOD_Y.astype(np.uint64))
     data = opened("npz", tmp_path)
@@ -190,7 +190,7 @@ def test_npz_of_plain_arrays_and_without_test(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
-def test_pickled_arrays_of_every_kind(protocol: int) -> None:
+def test_npz_reads_pickled_arrays_of_every_type(protocol: int) -> None:
     table: dict[str, Any] = {
         "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
         "big": np.arange(4, dtype=">i4"),
@@ -245,11 +245,11 @@ def test_npz_pickle_with_numpy_functions_is_refused(tmp_path: Path) -> None:
         ({"x": np.array([[{}]] * 6), "y": GOOD_Y}, "no arrays x and y; it has y"),
     ],
 )
-def test_npz_refused(tmp_path: Path, content: Any, pattern: str) -> None:
+def test_unusable_npz_is_refused(tmp_path: Path, content: Any, pattern: str) -> None:
     refused(pattern, "npz", write_clients(tmp_path, "train", {0: content}))
 
 
-def test_npz_layout_refused(tmp_path: Path) -> None:
+def test_unusable_npz_folder_is_refused(tmp_path: Path) -> None:
     refused("has no train/0.npz", "npz", tmp_path)
     write_clients(tmp_path, "train", {0: client_data(6), 2: client_data(6)})
     refused("has no train/1.npz", "npz", tmp_path)
@@ -260,7 +260,7 @@ def test_npz_layout_refused(tmp_path: Path) -> None:
     refused("test/5.npz without a train part", "npz", tmp_path)
 
 
-def test_npz_damaged(tmp_path: Path) -> None:
+def test_damaged_npz_is_data_or_one_message(tmp_path: Path) -> None:
     """Whatever bytes a pickle is made of, the answer is data or one message."""
     path = write_clients(tmp_path, "train", {0: client_data(6)}) / "train" / "0.npz"
     with zipfile.ZipFile(path) as archive:

@@ -42,7 +42,7 @@ def loop_of(folder: Path, **changes: Any) -> Loop:
 # What a client sees
 
 
-def test_columns_are_numbers_and_one_per_code(hospitals: Path) -> None:
+def test_columns_are_numeric_or_one_hot(hospitals: Path) -> None:
     data = opened("heart", hospitals)
     x = everything(data)
     assert data.shape == (22,) and data.class_names == ("healthy", "sick")
@@ -56,14 +56,14 @@ def test_columns_are_numbers_and_one_per_code(hospitals: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["-9", "-9.0", ""])
-def test_a_missing_value_has_four_spellings(hospitals: Path, tmp_path: Path, missing: str) -> None:
+def test_missing_values_have_four_spellings(hospitals: Path, tmp_path: Path, missing: str) -> None:
     for path in hospitals.iterdir():
         (tmp_path / path.name).write_text(path.read_text().replace("?", missing))
     first, second = everything(opened("heart", hospitals)), everything(opened("heart", tmp_path))
     assert np.isnan(first).any() and np.array_equal(first, second, equal_nan=True)
 
 
-def test_missing_values_and_scale_come_from_the_clients_own_training_rows(hospitals: Path) -> None:
+def test_imputation_and_scale_use_own_training_rows(hospitals: Path) -> None:
     """Computed anew for every client and column, from its training rows and nothing else."""
     data = opened("heart", hospitals)
     raw = everything(data).astype(float)
@@ -93,7 +93,7 @@ def test_missing_values_and_scale_come_from_the_clients_own_training_rows(hospit
                 )
 
 
-def test_test_rows_and_other_clients_teach_nothing(hospitals: Path, tmp_path: Path) -> None:
+def test_imputation_ignores_test_rows_and_other_clients(hospitals: Path, tmp_path: Path) -> None:
     """One test patient and one other hospital changed: all other samples stay the same, bit for bit."""
     data = opened("heart", hospitals)
     partition = setup.deal(setup.proposed(settings(hospitals), data), data)
@@ -119,14 +119,14 @@ def test_test_rows_and_other_clients_teach_nothing(hospitals: Path, tmp_path: Pa
 # Who is a client
 
 
-def test_hospitals_are_the_clients_unless_the_user_says_otherwise(hospitals: Path) -> None:
+def test_hospitals_are_the_default_clients(hospitals: Path) -> None:
     made = loop_of(hospitals).federation.config
     assert (made.partition.kind, made.clients, made.train.lr) == ("natural", 3, 0.005)
     made = loop_of(hospitals, partition__kind="iid", clients=5, train__lr=0.05).federation.config
     assert (made.partition.kind, made.clients, made.train.lr) == ("iid", 5, 0.05)
 
 
-def test_the_plan_names_the_hospitals(done: Callable[..., Result], hospitals: Path) -> None:
+def test_plan_names_the_hospitals(done: Callable[..., Result], hospitals: Path) -> None:
     said = done(*FLAGS, "--data.path", hospitals, "--dry", "true").out
     assert "0 alpha, 1 beta, 2 gamma" in said
     assert "as the data propose: partition.kind natural, clients 3, train.lr 0.005" in said
@@ -134,7 +134,7 @@ def test_the_plan_names_the_hospitals(done: Callable[..., Result], hospitals: Pa
     assert "alpha" not in dealt, "which then are nobody's"
 
 
-def test_a_wrong_number_of_clients_is_refused(refused: Callable[..., str], hospitals: Path) -> None:
+def test_wrong_number_of_clients_is_refused(refused: Callable[..., str], hospitals: Path) -> None:
     refused("3 natural clients, not 7", *FLAGS, "--data.path", hospitals, "--clients", "7")
     refused("unseen.clients leaves nobody", *FLAGS, "--data.path", hospitals, "--unseen.clients", "3")
 
@@ -142,7 +142,7 @@ def test_a_wrong_number_of_clients_is_refused(refused: Callable[..., str], hospi
 # AUC
 
 
-def test_auc_is_the_share_of_pairs_in_order() -> None:
+def test_auc_is_the_share_of_ordered_pairs() -> None:
     draw = np.random.default_rng(1)
     for size in (2, 7, 40):
         labels = np.r_[0, 1, draw.integers(0, 2, size - 2)]
@@ -154,7 +154,7 @@ def test_auc_is_the_share_of_pairs_in_order() -> None:
     assert np.isnan(auc(np.ones(3), np.ones(3))) and np.isnan(auc(np.array([np.nan, 1]), np.array([0, 1])))
 
 
-def test_every_client_has_its_auc(hospitals: Path) -> None:
+def test_auc_of_every_client_equals_scikit_learn(hospitals: Path) -> None:
     """As scikit-learn has it, from the logits of the client's own answers."""
     metrics = pytest.importorskip("sklearn.metrics")
     loop = loop_of(hospitals, eval__batch=3)
@@ -176,7 +176,7 @@ def test_every_client_has_its_auc(hospitals: Path) -> None:
     assert row["auc"]["worst"] == min(row["clients"]["auc"])
 
 
-def test_more_than_two_classes_have_no_auc(trained: Path) -> None:
+def test_auc_needs_two_classes(trained: Path) -> None:
     for row in rows(trained):
         assert row["auc"] == dict.fromkeys(("mean", "weighted", "std", "worst"))
         assert row["clients"]["auc"] == [None] * 4
@@ -186,14 +186,14 @@ def test_more_than_two_classes_have_no_auc(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("method", algorithms.names())
-def test_every_method_runs(hospitals: Path, method: str) -> None:
+def test_every_method_trains_on_hospitals(hospitals: Path, method: str) -> None:
     loop = loop_of(hospitals, algorithm=method, rounds=1)
     assert loop.run()
     row = learning(loop.history[-1])
     assert not row["dropped"] and None not in row["clients"]["auc"]
 
 
-def test_ranks_and_a_restart_change_no_bit(
+def test_ranks_and_restart_keep_the_bits_on_hospitals(
     done: Callable[..., Result], session: Session, hospitals: Path, tmp_path: Path
 ) -> None:
     flags = (*FLAGS, "--data.path", str(hospitals))
@@ -210,7 +210,7 @@ def test_ranks_and_a_restart_change_no_bit(
     assert "  " in done("data", "partition", "p.h5", *flags[:2], *flags[-2:]).out
 
 
-def test_a_report_shows_it(session: Session, tmp_path: Path, hospitals: Path) -> None:
+def test_report_shows_the_auc(session: Session, tmp_path: Path, hospitals: Path) -> None:
     pytest.importorskip("jinja2")
     flags = (*FLAGS, "--data.path", str(hospitals), "--run.dir", "run")
     assert session(*flags, cwd=tmp_path).code == 0
@@ -228,7 +228,7 @@ def test_a_report_shows_it(session: Session, tmp_path: Path, hospitals: Path) ->
         assert compared[method] == pytest.approx(rows(tmp_path / folder)[-1]["auc"]["mean"])
 
 
-def test_the_four_hospitals(done: Callable[..., Result]) -> None:
+def test_four_real_hospitals_are_read(done: Callable[..., Result]) -> None:
     data = opened("heart", shared_data("heart-disease"))
     assert data.client_names == ("cleveland", "hungarian", "switzerland", "va")
     assert data.client is not None and np.bincount(data.client).tolist() == [303, 294, 123, 200]
@@ -255,13 +255,15 @@ GOOD = "63,1,1,145,233,1,2,150,0,2.3,3,0,6,0"
         (f"{GOOD}\n".encode() + b"63,\xe9", "line 2: byte 0xe9 is not UTF-8"),
     ],
 )
-def test_bad_files_are_told_with_their_line(tmp_path: Path, content: str | bytes, pattern: str) -> None:
+def test_bad_heart_file_is_reported_with_its_line(tmp_path: Path, content: str | bytes, pattern: str) -> None:
     raw = content.encode() if isinstance(content, str) else content
     (tmp_path / "processed.a.data").write_bytes(raw)
     refused(pattern, "heart", tmp_path)
 
 
-def test_a_folder_without_hospitals(tmp_path: Path, hospitals: Path, refused: Callable[..., str]) -> None:
+def test_folder_without_hospitals_is_refused(
+    tmp_path: Path, hospitals: Path, refused: Callable[..., str]
+) -> None:
     refused("has no file processed.HOSPITAL.data", *FLAGS, "--data.path", tmp_path)
     refused("data.source heart needs --data.path", *FLAGS)
     refused(

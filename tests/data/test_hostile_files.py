@@ -90,7 +90,7 @@ def in_dict(raw: bytes) -> bytes:
     return b"\x80\x04}\x8c\x01z" + body + b"s."
 
 
-def test_the_programs_work(tmp_path: Path) -> None:
+def test_hostile_pickles_do_run_when_unpickled(tmp_path: Path) -> None:
     """Those that should: loaded by pickle itself they do make the file."""
     mark = tmp_path / "mark"
     ran = set()
@@ -126,7 +126,7 @@ def test_pickles_in_archives_do_not_run(tmp_path: Path) -> None:
             assert not mark.exists(), f"{name} ran"
 
 
-def test_bytes_named_again_and_again_take_no_memory(tmp_path: Path) -> None:
+def test_archive_repeating_the_same_bytes_is_refused(tmp_path: Path) -> None:
     """A mebibyte that twenty thousand arrays share."""
     folder = npz(tmp_path / "many", _many(1 << 20, 20_000))
     message = said("npz", [folder])[folder]
@@ -205,7 +205,7 @@ def test_files_that_are_pickles_do_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_torchvisions_old_files_do_not_run(tmp_path: Path) -> None:
+def test_old_torchvision_files_do_not_run(tmp_path: Path) -> None:
     """MNIST as torchvision once stored it, and still reads it."""
     mark = tmp_path / "mark"
     (tmp_path / "MNIST" / "processed").mkdir(parents=True)
@@ -300,7 +300,7 @@ def loaders(source: str) -> Iterator[str]:
                 yield called
 
 
-def test_nothing_in_the_package_runs_what_a_file_holds() -> None:
+def test_package_has_no_call_that_runs_file_content() -> None:
     sources = sorted(PACKAGE.rglob("*.py"))
     assert len(sources) > 50
     found = {
@@ -328,6 +328,6 @@ def test_nothing_in_the_package_runs_what_a_file_holds() -> None:
         ("__import__(name)", "__import__"),
     ],
 )
-def test_the_search_finds(source: str, what: str) -> None:
+def test_search_for_loaders_finds_them(source: str, what: str) -> None:
     assert what in [*loaders(source)]
     assert not [*loaders("module.eval(); np.load(p, allow_pickle=False); json.load(f); re.match('eval', x)")]

@@ -29,7 +29,7 @@ from support.data_files import (
 # digits and synthetic
 
 
-def test_digits_are_those_of_scikit_learn() -> None:
+def test_digits_equal_scikit_learn() -> None:
     datasets = pytest.importorskip("sklearn.datasets")
     real = datasets.load_digits()
     data = opened("digits")
@@ -44,12 +44,12 @@ def test_digits_are_those_of_scikit_learn() -> None:
     assert not data.distributed and data.client is None and data.official_test is None
 
 
-def test_digits_at_another_size() -> None:
+def test_digits_are_resized() -> None:
     assert opened("digits", size=8).shape == (1, 8, 8)
     assert opened("digits", size=28).shape == (1, 28, 28)
 
 
-def test_synthetic_repeats_by_seed_and_can_be_told_apart() -> None:
+def test_synthetic_repeats_by_seed_and_is_separable() -> None:
     data = opened("synthetic", samples=600, classes=5, size=16)
     assert (data.shape, data.classes, data.dtype, len(data)) == ((3, 16, 16), 5, np.uint8, 600)
     assert np.array_equal(everything(data), everything(opened("synthetic", samples=600, classes=5, size=16)))
@@ -62,7 +62,7 @@ def test_synthetic_repeats_by_seed_and_can_be_told_apart() -> None:
     assert data.client is not None and np.unique(data.client).tolist() == [0, 1, 2, 3]
 
 
-def test_synthetic_with_too_few_samples() -> None:
+def test_synthetic_with_too_few_samples_is_refused() -> None:
     refused("below the number of classes", "synthetic", samples=10, classes=11)
     refused("below the number of clients", "synthetic", samples=10, classes=2, clients=11)
 
@@ -70,7 +70,7 @@ def test_synthetic_with_too_few_samples() -> None:
 # normalisation and size
 
 
-def test_normalisation_of_settings_wins_and_must_fit() -> None:
+def test_normalisation_setting_wins_and_must_fit() -> None:
     assert (opened("digits").mean, opened("digits").std) == ((0.5,), (0.5,))
     data = opened("digits", mean=(0.1,), std=(0.3,))
     assert (data.mean, data.std) == ((0.1,), (0.3,))
@@ -114,7 +114,7 @@ def test_folder_reads_pixels_in_sorted_order(tmp_path: Path) -> None:
     assert np.array_equal(everything(data), pixels.transpose(0, 3, 1, 2))
 
 
-def test_folder_with_train_and_test(tmp_path: Path) -> None:
+def test_folder_may_hold_train_and_test(tmp_path: Path) -> None:
     image_folder(tmp_path / "train", {"a": 3, "b": 2})
     image_folder(tmp_path / "test", {"a": 1, "b": 2})
     data = opened("folder", tmp_path)
@@ -124,7 +124,7 @@ def test_folder_with_train_and_test(tmp_path: Path) -> None:
     refused("differ in class c", "folder", tmp_path)
 
 
-def test_folder_keeps_grey_unless_one_image_has_colours(tmp_path: Path) -> None:
+def test_folder_stays_grey_unless_an_image_has_colours(tmp_path: Path) -> None:
     root = image_folder(tmp_path, {"a": 2, "b": 300}, shape=(8, 10))
     grey = opened("folder", root)
     assert (grey.shape, grey.mean) == ((1, 8, 10), (0.5,))
@@ -141,7 +141,7 @@ def test_folder_of_mixed_sizes_needs_a_size(tmp_path: Path) -> None:
     assert opened("folder", root, size=6).shape == (3, 6, 6)
 
 
-def test_folder_refused(tmp_path: Path) -> None:
+def test_unusable_image_folder_is_refused(tmp_path: Path) -> None:
     refused("no class folders", "folder", tmp_path)
     root = image_folder(tmp_path, {"a": 2, "b": 0})
     refused("b holds no image", "folder", root)
@@ -152,7 +152,7 @@ def test_folder_refused(tmp_path: Path) -> None:
     refused("cannot be listed", "folder", root / "a" / "0.png")
 
 
-def test_cifar10_images(tmp_path: Path) -> None:
+def test_cifar10_images_are_read(tmp_path: Path) -> None:
     with tarfile.open(shared_data("cifar10-images.tar")) as tar:
         members = [member for member in tar if re.search(r"/\d\d[05]0\.jpg$", member.name)]
         tar.extractall(tmp_path, members, filter="data")
@@ -181,7 +181,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     ("name", "prefixes", "classes"),
     [("MNIST", ("train", "t10k"), 10), ("EMNIST", ("emnist-balanced-train", "emnist-balanced-test"), 47)],
 )
-def test_torchvision_from_a_local_root(
+def test_torchvision_reads_a_local_root(
     tmp_path: Path, name: str, prefixes: tuple[str, str], classes: int
 ) -> None:
     parts = [
@@ -204,7 +204,7 @@ def test_torchvision_from_a_local_root(
     assert snapshot(tmp_path) == before
 
 
-def test_torchvision_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_reads_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CIFAR's format: pickled rows of a red, green and blue plane, in files whose MD5 torchvision knows."""
     from torchvision.datasets import CIFAR10
 
@@ -229,10 +229,10 @@ def test_torchvision_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "EMNIST", "SVHN", "CIFAR10", "CIFAR100"])
-def test_torchvision_never_downloads_unasked(tmp_path: Path, name: str) -> None:
+def test_torchvision_downloads_only_on_request(tmp_path: Path, name: str) -> None:
     message = refused(f"{name} is not downloaded", "torchvision", tmp_path / "root", name=name)
     assert "data prepare" in message and not snapshot(tmp_path)
 
 
-def test_torchvision_unknown_name(tmp_path: Path) -> None:
+def test_unknown_torchvision_name_is_refused(tmp_path: Path) -> None:
     refused("no data.name 'CIFAR1O'; did you mean 'CIFAR10'", "torchvision", tmp_path, name="CIFAR1O")

@@ -40,7 +40,7 @@ def loop_of(path: Path, **changes: Any) -> Loop:
 
 
 @pytest.mark.parametrize("limit", [9, 5])
-def test_windows_tokens_and_classes(stories: Path, limit: int) -> None:
+def test_windows_tokens_and_classes_equal_a_plain_reading(stories: Path, limit: int) -> None:
     """Of every file a row per word after four others, the last fifth for testing; from the text again."""
     federation = loop_of(stories, data__vocabulary=limit).federation
     data, partition = federation.dataset, federation.partition
@@ -66,7 +66,7 @@ def test_windows_tokens_and_classes(stories: Path, limit: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["natural", "dirichlet"])
-def test_no_row_shows_the_answers_of_later_parts(stories: Path, kind: str) -> None:
+def test_training_rows_hide_later_answers(stories: Path, kind: str) -> None:
     """Windows overlap, so a client's test rows follow its training rows, validation between."""
     made = loop_of(stories, partition__kind=kind, partition__validation=0.25, clients=3).federation
     last = {row for own, cut in _files(made.dataset) for row in own[cut:]}
@@ -91,7 +91,7 @@ def test_rows_for_the_server_are_refused(stories: Path) -> None:
         loop_of(stories, algorithm="fedjets")
 
 
-def test_files_are_clients_with_lstms_of_unlike_width(stories: Path) -> None:
+def test_files_are_clients_with_lstms_of_different_width(stories: Path) -> None:
     """A cat meows: of four words two follow from those before, and two are one of three each."""
     loop = loop_of(stories, rounds=12, data__vocabulary=20)
     made = loop.federation
@@ -101,19 +101,19 @@ def test_files_are_clients_with_lstms_of_unlike_width(stories: Path) -> None:
     assert loop.history[-1]["accuracy"]["mean"] > 0.5
 
 
-def test_a_method_of_equal_models(stories: Path) -> None:
+def test_method_of_equal_models_trains_on_next_words(stories: Path) -> None:
     loop = loop_of(stories, algorithm="fedavg", rounds=1)
     assert loop.federation.task.pool == ("lstm3",) and loop.run()
 
 
-def test_ranks_and_a_restart_change_no_bit(
+def test_ranks_and_restart_keep_the_bits_on_next_words(
     done: Callable[..., Result], stories: Path, tmp_path: Path
 ) -> None:
     flags = (*FLAGS, "--data.path", str(stories))
     same_bits(done, flags, tmp_path)
 
 
-def test_bad_folders_are_told(tmp_path: Path) -> None:
+def test_bad_next_word_folder_is_reported(tmp_path: Path) -> None:
     refused(r"has no file \*.txt", "words", tmp_path)
     (tmp_path / "a.txt").write_text("one two three four five six\n" * 9)
     (tmp_path / "b.txt").write_text("")

@@ -37,9 +37,7 @@ def combination(federation: setup.Federation, k: int) -> frozenset[int]:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("wanted", "number"), [(4, 4), (0.25, 3), (1, 1)])
-def test_unseen_clients_never_train_and_have_combinations_of_their_own(
-    seed: int, wanted: float, number: int
-) -> None:
+def test_unseen_clients_never_train_and_differ_in_classes(seed: int, wanted: float, number: int) -> None:
     federation = built(algorithm="fedavg", unseen__clients=wanted, seed=seed, participation=0.5)
     task = federation.task
     assert len(task.unseen) == number and sorted(task.unseen | set(task.training)) == list(range(12))
@@ -50,11 +48,11 @@ def test_unseen_clients_never_train_and_have_combinations_of_their_own(
     assert all(len(federation.method.cohort(t)) == federation.config.cohort_size for t in range(1, 5))
 
 
-def test_another_seed_chooses_others() -> None:
+def test_seed_changes_the_unseen_clients() -> None:
     assert len({built(algorithm="fedavg", seed=seed).task.unseen for seed in range(4)}) > 1
 
 
-def test_groups_of_equal_combinations_stay_together() -> None:
+def test_clients_of_equal_classes_stay_together() -> None:
     labels = np.repeat(np.arange(5), 4)
     train = tuple(
         np.flatnonzero(np.isin(labels, held))[k % 2 :: 2]
@@ -66,7 +64,7 @@ def test_groups_of_equal_combinations_stay_together() -> None:
     assert choose_unseen(partition, labels, 1, 0).unseen in ({2}, {3})
 
 
-def test_impossible_numbers_are_told(refused: Callable[..., str]) -> None:
+def test_impossible_number_of_unseen_clients_is_refused(refused: Callable[..., str]) -> None:
     flags = ("--partition.kind", "iid", "--unseen.clients", "4")
     message = refused("4 unseen clients cannot have label combinations of their own", *flags)
     assert "--partition.kind pathological" in message
@@ -75,7 +73,7 @@ def test_impossible_numbers_are_told(refused: Callable[..., str]) -> None:
     refused("leaves nobody to train", "--unseen.clients", "20")
 
 
-def test_a_partition_written_is_that_of_the_run(tmp_path: Path, session: launcher.Session) -> None:
+def test_written_partition_is_that_of_the_run(tmp_path: Path, session: launcher.Session) -> None:
     flags = [*FLAGS, "--algorithm", "fedjets"]
     said = session("data", "partition", "p.h5", *flags, cwd=tmp_path)
     assert said.code == 0 and said.out.count("|  unseen\n") == 4, said.err
@@ -112,7 +110,7 @@ def test_unseen_accuracy_is_that_of_the_global_model() -> None:
 
 
 @pytest.mark.parametrize("method", ["fedavg", "pfedmoe"])
-def test_who_has_not_joined_is_evaluated_as_the_run_does(method: str) -> None:
+def test_evaluate_treats_late_clients_like_the_run(method: str) -> None:
     """`evaluate` of a round before the join: not as if they had trained."""
     own = {"unseen__clients": 0, "join__share": 0.5, "join__round": 3, "rounds": 4}
     loop = Loop(comm.start(), built(algorithm=method, **own), Silent(), None)
@@ -124,7 +122,7 @@ def test_who_has_not_joined_is_evaluated_as_the_run_does(method: str) -> None:
             assert found[name] == row[name], name
 
 
-def test_a_control_of_those_who_train() -> None:
+def test_scaffold_control_ignores_unseen_clients() -> None:
     """SCAFFOLD's c is the mean of the c_i of the N clients that train; the unseen have no part in N."""
     loop = Loop(comm.start(), built(algorithm="scaffold"), Silent(), None)
     assert loop.run()
@@ -135,7 +133,7 @@ def test_a_control_of_those_who_train() -> None:
     assert len(own) == 8 and control.any()
 
 
-def test_rounds_before_anybody_joins(tmp_path: Path, session: launcher.Session) -> None:
+def test_rounds_before_the_join_may_have_no_clients(tmp_path: Path, session: launcher.Session) -> None:
     """A share of 0.9 of two clients is both of them."""
     own = ("--unseen.clients", "0", "--clients", "2", "--join.share", "0.9", "--join.round", "2")
     flags = (*FLAGS, *own, "--run.checkpoint_every", "1", "--run.dir", "run")
@@ -147,7 +145,7 @@ def test_rounds_before_anybody_joins(tmp_path: Path, session: launcher.Session) 
 
 
 @pytest.mark.parametrize("method", algorithms.names())
-def test_every_method_has_an_accuracy_or_a_reason(method: str) -> None:
+def test_every_method_has_unseen_accuracy_or_a_reason(method: str) -> None:
     loop = Loop(comm.start(), built(algorithm=method, rounds=1), Silent(), None)
     before = {k: client.vector.clone() for k, client in loop.federation.clients.items()}
     assert loop.run()
@@ -159,7 +157,7 @@ def test_every_method_has_an_accuracy_or_a_reason(method: str) -> None:
         assert (row["clients"]["accuracy"][k] is None) == bool(reason)
 
 
-def test_the_reason_is_printed(tmp_path: Path, session: launcher.Session) -> None:
+def test_reason_without_unseen_accuracy_is_printed(tmp_path: Path, session: launcher.Session) -> None:
     for method, why in (
         ("pfedmoe", "a client that never trained has no model and no gate"),
         ("standalone", "a client that never trained has no model"),
@@ -181,7 +179,7 @@ def test_the_reason_is_printed(tmp_path: Path, session: launcher.Session) -> Non
     ("methods", "own"),
     [(("fedavg", "fedjets"), "fedjets.anchors=clusters"), (("pfedmoe",), "unseen.private=average")],
 )
-def test_the_same_bits_on_any_ranks_and_after_a_restart(methods: tuple[str, ...], own: str) -> None:
+def test_unseen_clients_keep_the_bits_on_any_ranks_and_restart(methods: tuple[str, ...], own: str) -> None:
     given = ("clients=12", "unseen.clients=4", "partition.kind=pathological", "participation=0.5")
     given = (*given, "data.samples=400", "data.classes=6", own)
     changes = [word for setting in given for word in ("--set", setting)]
@@ -189,7 +187,7 @@ def test_the_same_bits_on_any_ranks_and_after_a_restart(methods: tuple[str, ...]
     assert code == 0 and output.count(": pass\n") == 2 * len(methods), output
 
 
-def test_a_restart_keeps_who_is_unseen(tmp_path: Path, session: launcher.Session) -> None:
+def test_restart_keeps_the_unseen_clients(tmp_path: Path, session: launcher.Session) -> None:
     assert session(*FLAGS, "--algorithm", "fedavg", "--run.dir", "run", cwd=tmp_path).code == 0
     again = session("restart", "run", "--rounds", "3", "--unseen.clients", "2", cwd=tmp_path)
     assert "unseen.clients: 4.0 → 2.0" in told(again, "cannot be changed now")
@@ -198,7 +196,7 @@ def test_a_restart_keeps_who_is_unseen(tmp_path: Path, session: launcher.Session
 # pFedMoE's means
 
 
-def test_mean_gate_and_head_by_hand(data: dict[str, Path]) -> None:
+def test_mean_gate_and_head_match_the_reference(data: dict[str, Path]) -> None:
     """After a round of everyone: means over n_k of what the clients keep; the answer from them alone."""
     path = data["small"]
     it = played(
@@ -234,7 +232,7 @@ def test_mean_gate_and_head_by_hand(data: dict[str, Path]) -> None:
         torch.testing.assert_close(answer(x), r @ head["weight"].T + head["bias"], rtol=1e-5, atol=1e-5)
 
 
-def test_means_are_declared_and_counted(data: dict[str, Path]) -> None:
+def test_means_are_declared_and_counted_in_bytes(data: dict[str, Path]) -> None:
     usual, means = (
         played(data["small"], "pfedmoe", model__pool="mlp5", rounds=2, unseen__private=private)
         for private in ("none", "average")
@@ -265,7 +263,7 @@ def test_means_are_declared_and_counted(data: dict[str, Path]) -> None:
         {"gate__routing": "top1"},
     ],
 )
-def test_means_of_other_gates(flags: dict[str, Any]) -> None:
+def test_means_work_with_other_gates(flags: dict[str, Any]) -> None:
     chosen = {"algorithm": "pfedmoe", "unseen__private": "average", "rounds": 1, **flags}
     loop = Loop(comm.start(), built(**chosen), Silent(), None)
     assert loop.run() and loop.history[-1]["accuracy_unseen"]["mean"] is not None
@@ -274,6 +272,6 @@ def test_means_of_other_gates(flags: dict[str, Any]) -> None:
     assert untrained == loop.federation.task.unseen, "the weight of a gate that never trained"
 
 
-def test_without_the_sum_there_are_no_means() -> None:
+def test_means_need_sharing() -> None:
     method = built(algorithm="pfedmoe", unseen__private="average", pfedmoe__share=False).method
     assert method.unseen_null and not method.state()

@@ -57,7 +57,7 @@ def written(path: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("unseen", [0, 1])
-def test_the_vocabulary_is_that_of_training_rows(news: Path, unseen: int) -> None:
+def test_vocabulary_comes_from_training_rows(news: Path, unseen: int) -> None:
     """The 30 most frequent words of the first 12 of every training row, in their order; 1 for all others."""
     kind = {"partition__kind": "pathological"} if unseen else {}
     chosen = settings(news, unseen__clients=unseen, clients=3, **kind)
@@ -76,13 +76,13 @@ def test_the_vocabulary_is_that_of_training_rows(news: Path, unseen: int) -> Non
         assert row.tolist() == expected + [0] * (12 - len(expected))
 
 
-def test_a_small_vocabulary_has_no_empty_places(news: Path) -> None:
+def test_small_vocabulary_has_no_gaps(news: Path) -> None:
     data = opened("text", news, vocabulary=10_000)
     ready = data.fitted(setup.deal(settings(news), data))
     assert set(np.unique(everything(ready))) >= set(range(2, ready.vocabulary)) and ready.vocabulary < 60
 
 
-def test_labels_are_numbers_or_names(news: Path, tmp_path: Path) -> None:
+def test_labels_may_be_numbers_or_names(news: Path, tmp_path: Path) -> None:
     data = opened("text", news)
     assert data.class_names == tuple(TOPICS) and data.labels[:4].tolist() == [0, 1, 2, 0]
     lines = ['b,"one, two"', "a,three", "b,", "a,five six"]
@@ -99,12 +99,12 @@ def test_labels_are_numbers_or_names(news: Path, tmp_path: Path) -> None:
     assert opened("text", tmp_path / "t.csv").labels.tolist() == [1, 0]
 
 
-def test_an_accent_is_part_of_its_word() -> None:
+def test_accent_is_part_of_its_word() -> None:
     found = words_of("Nai\u0308ve, l'\xc9T\xc9; \u65e5\u672c 3_a")
     assert found == ["na\xefve", "l", "\xe9t\xe9", "\u65e5\u672c", "3_a"]
 
 
-def test_a_text_may_be_a_book_and_end_many_lines_below(tmp_path: Path) -> None:
+def test_text_may_span_many_lines(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text('1,"' + "one\n" * 40_000 + '"\n2,two\n')
     assert everything(opened("text", tmp_path / "t.csv", length=70))[:, -1].tolist() == [1, 0]
 
@@ -113,7 +113,7 @@ def test_a_text_may_be_a_book_and_end_many_lines_below(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*names.TEXT, *names.LSTM])
-def test_text_models(name: str) -> None:
+def test_text_models_ignore_padding_and_use_word_order(name: str) -> None:
     """Padding and what stands in it change nothing; the order of words does, but for fastText."""
     torch.manual_seed(0)
     model = registry.build_extractor(name, (9,), 5, "small", 20).eval()
@@ -130,7 +130,7 @@ def test_text_models(name: str) -> None:
     assert torch.allclose(model(mixed)[0], found[0], atol=1e-6) == (name == "fasttext")
 
 
-def test_auto_models_of_texts() -> None:
+def test_auto_chooses_text_models() -> None:
     assert names.auto_pool((9,), True, tokens=True, shared="fasttext") == (
         "fasttext",
         "lstm",
@@ -143,7 +143,7 @@ def test_auto_models_of_texts() -> None:
     assert {names.native_dim(name) for name in (*names.TEXT, *names.LSTM)} == {64}
 
 
-def test_models_take_what_they_are_for(news: Path, tmp_path: Path) -> None:
+def test_models_refuse_other_kinds_of_samples(news: Path, tmp_path: Path) -> None:
     for name in ("cnn5", "mlp1", "resnet18"):
         with pytest.raises(ConfigError, match=f"model {name} takes numbers(.|\n)*use fasttext"):
             loop_of(news, model__pool=name, model__dim=8)
@@ -165,7 +165,7 @@ def test_cost_counts_recurrent_steps() -> None:
     assert difference == pytest.approx(10 * per_step + 8 * (parameters[0] - parameters[1]) / 64)
 
 
-def test_the_gate_sees_the_shared_embedding_and_sends_no_gradient_there(news: Path) -> None:
+def test_gate_sends_no_gradient_to_the_shared_embedding(news: Path) -> None:
     loop = loop_of(news, gate__hidden=8)
     federation = loop.federation
     client, method = federation.clients[1], federation.method
@@ -190,13 +190,13 @@ def test_the_gate_sees_the_shared_embedding_and_sends_no_gradient_there(news: Pa
 
 
 @pytest.mark.parametrize("method", algorithms.names())
-def test_every_method_runs(news: Path, method: str) -> None:
+def test_every_method_trains_on_texts(news: Path, method: str) -> None:
     loop = loop_of(news, algorithm=method, rounds=1, partition__kind="iid")
     assert loop.run()
     assert loop.history[-1]["accuracy"]["mean"] is not None and not loop.history[-1]["dropped"]
 
 
-def test_every_client_learns(news: Path) -> None:
+def test_every_client_learns_texts(news: Path) -> None:
     """All four models, five rounds: every client beats the majority of its test rows by 20 points."""
     loop = loop_of(news, rounds=5, partition__kind="iid", data__vocabulary=100)
     assert loop.run()
@@ -207,7 +207,7 @@ def test_every_client_learns(news: Path) -> None:
         assert accuracy > np.bincount(labels).max() / len(labels) + 0.2
 
 
-def test_ranks_and_a_restart_change_no_bit(
+def test_ranks_and_restart_keep_the_bits_on_texts(
     done: Callable[..., Result], session: Session, news: Path, tmp_path: Path
 ) -> None:
     flags = (*FLAGS, "--data.path", str(news))
@@ -223,7 +223,7 @@ def test_ranks_and_a_restart_change_no_bit(
     told(session("data", "prepare", "x.h5", *flags, cwd=tmp_path), "cannot be prepared before")
 
 
-def test_ag_news() -> None:
+def test_ag_news_is_read() -> None:
     data = opened("text", shared_data("ag-news") / "test.csv")
     assert len(data) == 7600 and data.class_names == ("World", "Sports", "Business", "Sci/Tech")
     assert np.bincount(data.labels).tolist() == [1900] * 4 and data.labels[0] == 2
@@ -246,12 +246,12 @@ def test_ag_news() -> None:
         (b"1,a\n2,caf\xe9\n", "line 2: byte 0xe9 is not UTF-8"),
     ],
 )
-def test_bad_files_are_told_with_their_line(tmp_path: Path, content: str | bytes, pattern: str) -> None:
+def test_bad_text_file_is_reported_with_its_line(tmp_path: Path, content: str | bytes, pattern: str) -> None:
     (tmp_path / "t.csv").write_bytes(content.encode() if isinstance(content, str) else content)
     refused(pattern, "text", tmp_path / "t.csv")
 
 
-def test_labels_and_their_names_must_fit(tmp_path: Path) -> None:
+def test_labels_must_fit_their_names(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("1,a\n2,b\n4,c\n")
     (tmp_path / "classes.txt").write_text("one\ntwo\nthree\n")
     refused("line 3: label '4' is not known(.|\n)*one, two, three", "text", tmp_path / "t.csv")

@@ -186,21 +186,21 @@ def shared_name(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*DATA, *ATTRIBUTES])
-def test_a_strangers_data_are_refused(heard: dict[str, str], name: str) -> None:
+def test_crafted_data_file_is_refused(heard: dict[str, str], name: str) -> None:
     pattern = {**DATA, **ATTRIBUTES}[name][0]
     assert re.search(pattern, heard[name]), heard[name]
     assert f"{name}.h5" in heard[name] and "remedy: " in heard[name]
 
 
-def test_names_that_are_one_long_text_are_refused(heard: dict[str, str]) -> None:
+def test_class_names_sharing_one_long_text_are_refused(heard: dict[str, str]) -> None:
     assert "is longer than 1048576 characters" in heard["shared name"]
 
 
-def test_good_data_are_read(heard: dict[str, str]) -> None:
+def test_good_data_file_is_read(heard: dict[str, str]) -> None:
     assert not heard["good"]
 
 
-def test_heaps_that_hdf5_would_walk_for_ever_are_refused(tmp_path: Path) -> None:
+def test_endless_heaps_are_refused(tmp_path: Path) -> None:
     """The second object of the heap that holds the class names has an impossible length."""
     good = tmp_path / "good.h5"
     with h5py.File(good, "w") as file:
@@ -216,7 +216,7 @@ def test_heaps_that_hdf5_would_walk_for_ever_are_refused(tmp_path: Path) -> None
         assert re.search("its heap at byte [0-9]+ is damaged\n.*copy the file again", messages[path])
 
 
-def test_heaps_of_every_kind_are_walked_to_their_end(tmp_path: Path) -> None:
+def test_heaps_of_every_kind_are_read_to_their_end(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     for libver in ("earliest", "latest"):
         path = tmp_path / f"{libver}.h5"

@@ -34,7 +34,7 @@ def fates(faults: Faults, rounds: int = 50) -> list[list[int]]:
 # What is drawn
 
 
-def test_nothing_befalls_anybody_by_default() -> None:
+def test_no_faults_by_default() -> None:
     faults = drawn()
     assert {fate for row in fates(faults) for fate in row} == {IN}
     assert faults.durations == [cost / 2 for cost in UNEQUAL] and faults.waited([0, 2]) == 1.5
@@ -49,7 +49,7 @@ def test_dropout_is_a_probability_per_client_and_round() -> None:
     assert {fate for row in fates(drawn(dropout=1.0)) for fate in row} == {LOST}
 
 
-def test_stragglers_are_a_share_of_the_clients_drawn_once() -> None:
+def test_stragglers_are_a_fixed_share_of_clients() -> None:
     faults, plain = drawn(straggler=0.2, slowdown=7.0), drawn()
     slow = [k for k in range(100) if faults.durations[k] != plain.durations[k]]
     assert len(slow) == 20
@@ -59,7 +59,7 @@ def test_stragglers_are_a_share_of_the_clients_drawn_once() -> None:
     ]
 
 
-def test_the_deadline_leaves_out_who_takes_longer() -> None:
+def test_deadline_leaves_out_slow_clients() -> None:
     late = drawn(deadline=1.2)
     assert [late.fate(1, k) for k in range(4)] == [IN, IN, LATE, IN]
     assert late.waited(range(4)) == 1.2 and late.waited([0]) == 0.5 and late.waited([]) == 0.0
@@ -75,7 +75,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_all(tmp_path_factory.mktemp("faults"))
 
 
-def test_a_lost_client_trains_and_is_missing_from_the_sum_alone(data: dict[str, Path]) -> None:
+def test_lost_client_trains_but_is_not_summed(data: dict[str, Path]) -> None:
     """Its private state goes on; the mean is that of the others, weighted by their samples."""
     calm = played_round(data["small"])
     seed = next(s for s in range(100) if _lost(s) == [1])
@@ -108,7 +108,7 @@ def played_round(path: Path, only: int | None = None, **changes: object) -> Loop
     return loop
 
 
-def test_the_experiment_repeats_on_other_ranks_and_after_a_restart(tmp_path: Path) -> None:
+def test_faults_repeat_on_other_ranks_and_after_restart(tmp_path: Path) -> None:
     found = {}
     for ranks in (1, 3):
         launcher.finished(ranks, *EXPERIMENT, "--run.dir", str(ranks), cwd=tmp_path)
@@ -123,7 +123,7 @@ def test_the_experiment_repeats_on_other_ranks_and_after_a_restart(tmp_path: Pat
     assert max(row["simulated_time"] for row in history) == 3.0, "the server waits until the deadline"
 
 
-def test_who_was_left_out_is_counted_at_the_end(session: launcher.Session, tmp_path: Path) -> None:
+def test_left_out_clients_are_counted_at_the_end(session: launcher.Session, tmp_path: Path) -> None:
     result = session(*EXPERIMENT, "--rounds", "3", "--run.dir", "run", cwd=tmp_path)
     assert result.code == EXIT_DONE, result.err
     counted = [line for line in result.out.splitlines() if line.startswith("left out, ")]
@@ -132,7 +132,7 @@ def test_who_was_left_out_is_counted_at_the_end(session: launcher.Session, tmp_p
     assert f"client {min(lost)} ({lost.count(min(lost))} ×)" in result.out
 
 
-def test_everybody_lost_leaves_the_shared_state_as_it_was(data: dict[str, Path]) -> None:
+def test_round_that_loses_all_keeps_the_shared_state(data: dict[str, Path]) -> None:
     """Losing all of a round is bad luck, not divergence: the run goes on."""
     loop = build(data["small"], "pfedmoe", model__pool="mlp5", rounds=2, faults__dropout=1.0)
     before = loop.state.clone()

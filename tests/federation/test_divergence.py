@@ -23,7 +23,7 @@ def flags_of(path: Path) -> tuple[str, ...]:
     )
 
 
-def test_a_run_that_stopped_for_one_client_goes_on_without_it(
+def test_run_stopped_by_one_client_resumes_without_it(
     session: Session, done: Callable[..., Result], tmp_path: Path
 ) -> None:
     """Those who trained in the round do not train in it twice, and the one left out does again."""
@@ -38,7 +38,7 @@ def test_a_run_that_stopped_for_one_client_goes_on_without_it(
     assert learned_digest(tmp_path / "run", 2) == learned_digest(tmp_path / "dropped", 2)
 
 
-def test_a_round_stopped_while_all_diverge_is_played_anew(
+def test_round_stopped_while_all_diverge_is_repeated(
     session: Session, done: Callable[..., Result], tmp_path: Path
 ) -> None:
     """Those left out before the stop train again too, once the remedy is followed."""
@@ -52,7 +52,7 @@ def test_a_round_stopped_while_all_diverge_is_played_anew(
     assert row["dropped"] == [] and None not in row["clients"]["accuracy_before"]
 
 
-def test_a_server_that_diverges_is_told(tmp_path: Path) -> None:
+def test_diverging_server_is_reported(tmp_path: Path) -> None:
     path = write_data(tmp_path / "small.h5", 8)
     loop = build(path, "fedgh", model__pool="mlp5", train__clip=0.0, fedgh__lr=1e39)
     with pytest.raises(RunError, match=r"round 1: what the server trained is not finite(.|\n)*train.clip"):

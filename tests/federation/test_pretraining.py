@@ -30,7 +30,7 @@ from support.unseen_clients import FLAGS, built
 @pytest.mark.parametrize(
     "changes", [{}, {"partition.kind": "dirichlet", "unseen.clients": 0}, {"partition.validation": 0.2}]
 )
-def test_pretraining_training_and_unseen_clients_share_no_row(changes: dict[str, Any]) -> None:
+def test_reserved_training_and_unseen_rows_are_disjoint(changes: dict[str, Any]) -> None:
     federation = built(algorithm="fedjets", **changes)
     partition = federation.partition
     kinds = {
@@ -57,7 +57,7 @@ def test_pretraining_training_and_unseen_clients_share_no_row(changes: dict[str,
     assert (np.bincount(held, minlength=6) > 0).all()
 
 
-def test_a_row_in_two_places_is_a_bug() -> None:
+def test_row_in_two_places_raises() -> None:
     good = Partition((np.array([0, 1]),), (np.array([2]),), (np.array([3]),), reserved=np.array([4, 5]))
     good.check()
     for bad in (3, 1, 2):
@@ -65,7 +65,7 @@ def test_a_row_in_two_places_is_a_bug() -> None:
             Partition(good.train, good.validation, good.test, reserved=np.array([4, bad])).check()
 
 
-def test_reserving_is_a_pure_function_and_bounded() -> None:
+def test_reserving_is_repeatable_and_bounded() -> None:
     def deal(rows: np.ndarray) -> Partition:
         return Partition((np.arange(len(rows)),), (np.empty(0, np.int64),), (np.empty(0, np.int64),))
 
@@ -86,12 +86,12 @@ def test_methods_without_pretraining_reserve_nothing() -> None:
 # Before round 1
 
 
-def test_a_wrong_file_is_told_before_anything_is_written(refused: Callable[..., str]) -> None:
+def test_wrong_weights_file_is_refused_before_writing(refused: Callable[..., str]) -> None:
     message = refused("there is no file", *FLAGS, "--algorithm", "fedjets", "--fedjets.common", "none.h5")
     assert "check the path" in message
 
 
-def test_a_divergence_before_round_1_is_told() -> None:
+def test_divergence_before_round_1_is_reported() -> None:
     federation = built(
         algorithm="fedjets", train__lr_shared=1e30, train__clip=0.0, fedjets__common_target=1.0
     )
@@ -99,7 +99,7 @@ def test_a_divergence_before_round_1_is_told() -> None:
         Loop(comm.start(), federation, Silent(), None).run()
 
 
-def test_what_pretraining_reached_is_told(tmp_path: Path, session: launcher.Session) -> None:
+def test_pretraining_accuracy_is_reported(tmp_path: Path, session: launcher.Session) -> None:
     flags = ("--algorithm", "fedjets", "--fedjets.common_target", "1", "--fedjets.common_epochs", "1")
     said = session(*FLAGS, *flags, "--run.dir", "run", cwd=tmp_path)
     assert "common expert: accuracy " in said.out and "below fedjets.common_target 1" in said.out
@@ -144,7 +144,9 @@ def test_prepare_sees_the_pretrained_state(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
-def test_a_stop_before_round_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: int) -> None:
+def test_stop_before_round_1_saves_only_finished_pretraining(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: int
+) -> None:
     """In pretraining it leaves nothing; after it, a checkpoint of round 0."""
     left = [after]
 
@@ -167,7 +169,9 @@ def test_a_stop_before_round_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("anchors", ["labels", "clusters"])
-def test_a_signal_in_pretraining(tmp_path: Path, session: launcher.Session, anchors: str) -> None:
+def test_signal_during_pretraining_stops_with_75(
+    tmp_path: Path, session: launcher.Session, anchors: str
+) -> None:
     """75; the restart on other ranks does it again, to the same bits."""
     slow = ("--fedjets.common_target", "1", "--fedjets.common_epochs", "200", "--fedjets.common_rate", "1e-9")
     flags = (*FLAGS, "--algorithm", "fedjets", "--fedjets.anchors", anchors, *slow)
@@ -184,7 +188,7 @@ def test_a_signal_in_pretraining(tmp_path: Path, session: launcher.Session, anch
     assert learned_digest(tmp_path / "run", 2) == learned_digest(tmp_path / "whole", 2)
 
 
-def test_nobody_is_missed_while_rank_0_pretrains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretraining_rank_is_not_timed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time-out is that of rounds; before the first one it is set aside, or what the user asked for."""
     world, seen = comm.start(), []
     monkeypatch.setattr(comm, "start", lambda: world)

@@ -40,14 +40,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_all(tmp_path_factory.mktemp("stream"))
 
 
-def test_the_share_of_the_second_concept() -> None:
+def test_share_of_the_second_concept_follows_the_drift() -> None:
     abrupt, gradual, recurring = (stream(kind) for kind in ("abrupt", "gradual", "recurring"))
     assert [abrupt.share(t) for t in (1, 9, 10, 99)] == [0, 0, 1, 1]
     assert [gradual.share(t) for t in (1, 10, 15, 20, 99)] == [0, 0, 0.5, 1, 1]
     assert [recurring.share(t) for t in (1, 10, 11, 20, 21, 30, 31)] == [0, 0, 1, 1, 0, 0, 1]
 
 
-def test_a_client_trains_on_one_half_of_its_classes_then_on_the_other() -> None:
+def test_client_trains_on_one_half_of_its_classes_at_a_time() -> None:
     it = stream("abrupt")
     for k in (0, 1):
         before, after = set(of(it, k, 9)), set(of(it, k, 10))
@@ -56,7 +56,7 @@ def test_a_client_trains_on_one_half_of_its_classes_then_on_the_other() -> None:
     assert of(it, 2, 9) == of(it, 2, 10) == LABELS[2].tolist(), "one class cannot drift"
 
 
-def test_rows_come_and_go_one_by_one_in_a_gradual_drift() -> None:
+def test_gradual_drift_replaces_rows_one_by_one() -> None:
     it = stream("gradual", 50)
     last = set(of(it, 0, 50))
     kept = [np.isin(of(it, 0, t), list(last)).sum() for t in range(50, 101)]
@@ -65,7 +65,7 @@ def test_rows_come_and_go_one_by_one_in_a_gradual_drift() -> None:
     assert of(it, 0, 75) == of(stream("gradual", 50), 0, 75)
 
 
-def test_counts_are_those_of_the_rows_that_count() -> None:
+def test_counts_are_those_of_the_current_rows() -> None:
     it = stream("recurring", 1)
     for t in (1, 2):
         counts = it.counts(t)
@@ -84,7 +84,7 @@ def test_test_rows_are_divided_by_concept() -> None:
 # Through the round loop
 
 
-def test_contributions_weigh_what_was_trained_on(data: dict[str, Path]) -> None:
+def test_contributions_are_weighted_by_current_samples(data: dict[str, Path]) -> None:
     """n_k of the round in the sum: the mean of two clients whose halves are unlike."""
     changes: dict[str, Any] = {"stream__kind": "recurring", "stream__round": 1, "participation": 1.0}
     loop = build(data["small"], "fedavg", model__pool="mlp5", rounds=2, **changes)
@@ -100,7 +100,7 @@ def test_contributions_weigh_what_was_trained_on(data: dict[str, Path]) -> None:
     assert still.history[0]["accuracy_concepts"] == {"first": None, "second": None, "share": None}
 
 
-def test_methods_by_class_weigh_the_classes_that_count(data: dict[str, Path]) -> None:
+def test_classwise_methods_weigh_the_current_classes(data: dict[str, Path]) -> None:
     """FedProto under an abrupt change: a class that is gone keeps its prototype, and nobody is dropped."""
     loop = build(
         data["small"],
@@ -123,7 +123,7 @@ def row(round: int, first: float | None, second: float | None, share: float | No
     return {"round": round, "accuracy_concepts": {"first": first, "second": second, "share": share}}
 
 
-def test_forgetting_and_recovery() -> None:
+def test_forgetting_and_recovery_follow_their_definitions() -> None:
     before = [row(1, 0.5, 0.1, 0.0), row(2, 0.9, 0.1, 0.0), row(3, 0.8, 0.1, 0.0)]
     assert metrics.drift(before) is None and metrics.drift([row(1, None, 0.0, None)]) is None
     alone = [row(1, 0.5, None, 0.0), row(2, 0.4, None, 1.0)]

@@ -36,7 +36,7 @@ def batch_shell(
     )
 
 
-def test_train_script_ends_with_the_runs_code_and_last_line(tmp_path: Path) -> None:
+def test_train_script_ends_with_the_exit_code_and_last_line(tmp_path: Path) -> None:
     good = launcher.ended(batch_shell(tmp_path, "train.slurm", *QUICK, "--rounds", "1"), 120)
     said = good.out.splitlines()
     assert good.code == 0 and "exit code 0" in said[-2], good.out + good.err
@@ -45,7 +45,7 @@ def test_train_script_ends_with_the_runs_code_and_last_line(tmp_path: Path) -> N
     assert bad.code == 2 and "rounds" in bad.err and "tail" not in bad.err, bad.out + bad.err
 
 
-def test_train_script_passes_the_warning_on_and_waits_for_the_checkpoint(tmp_path: Path) -> None:
+def test_train_script_forwards_the_signal_and_waits(tmp_path: Path) -> None:
     """However often it is warned."""
     endless = ("--rounds", "5000", "--run.checkpoint_every", "5000", "--train.epochs", "5")
     shell = batch_shell(tmp_path, "train.slurm", *QUICK, *endless)
@@ -73,7 +73,7 @@ def said_of(tmp_path: Path, script: str, env: dict[str, str]) -> launcher.Result
 
 
 @pytest.mark.parametrize("script", ["train.slurm", "requeue.slurm", "gpu.slurm"])
-def test_a_run_that_is_there_goes_on(tmp_path: Path, script: str) -> None:
+def test_scripts_restart_an_existing_run(tmp_path: Path, script: str) -> None:
     run = f"runs/{script.partition('.')[0]}-17"
     said = said_of(tmp_path, script, {}).out
     assert f"-m pfedmoe_mpi my.toml --rounds 3 --run.dir {run} --run.force true\n" in said
@@ -83,7 +83,7 @@ def test_a_run_that_is_there_goes_on(tmp_path: Path, script: str) -> None:
     assert f"-m pfedmoe_mpi restart {run}\n" in said_of(tmp_path, script, {}).out
 
 
-def test_array_numbers_seeds_by_algorithms(tmp_path: Path) -> None:
+def test_array_index_selects_seed_and_algorithm(tmp_path: Path) -> None:
     tasks = {}
     for number in range(9):
         task = {"SLURM_ARRAY_TASK_ID": str(number)}
@@ -108,7 +108,7 @@ seed = [0, 1]
 """
 
 
-def test_table_plays_a_run_per_task(tmp_path: Path) -> None:
+def test_table_script_runs_one_run_per_task(tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text(TABLE)
     for task, name in ((0, "standalone-seed0"), (3, "pfedmoe-seed1")):
         env = {"SLURM_ARRAY_TASK_ID": str(task), "LAUNCH": "echo"}
@@ -123,7 +123,7 @@ def test_table_plays_a_run_per_task(tmp_path: Path) -> None:
     assert beyond.code == 2 and "from 0 to 3" in beyond.err and not beyond.out
 
 
-def test_table_stops_and_goes_on(tmp_path: Path) -> None:
+def test_table_script_stops_and_resumes(tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text(TABLE)
     endless = ("--run.checkpoint_every", "5000", "--train.epochs", "5")
     env = {"SLURM_ARRAY_TASK_ID": "2"}
@@ -160,7 +160,7 @@ TABLES |= {
 }
 
 
-def test_the_table_to_begin_with() -> None:
+def test_digits_table_uses_the_defaults() -> None:
     runs = tables.expand(tables.read(JOBS / "tables" / "digits.toml"), {})
     assert len(runs) == 9 and {run.config.data.source for run in runs} == {"digits"}
     for run in runs:  # the defaults, so that the README's results on digits are its own
@@ -172,7 +172,7 @@ PAPERS = sorted(path for path in (JOBS / "tables").glob("*.toml") if path.stem !
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
-def test_tables_of_the_papers_are_valid(path: Path) -> None:
+def test_paper_tables_are_valid(path: Path) -> None:
     runs = tables.expand(tables.read(path), {})
     assert len(runs) == TABLES[path.stem]
     for run in runs:
@@ -186,7 +186,7 @@ def test_tables_of_the_papers_are_valid(path: Path) -> None:
     assert {run.config.seed for run in runs} == {0, 1, 2}
 
 
-def test_the_main_tables_are_the_papers() -> None:
+def test_main_tables_have_the_papers_settings() -> None:
     for kind, cifar in (("homogeneous", 1), ("heterogeneous", 5)):
         runs = tables.expand(tables.read(JOBS / "tables" / f"pfedmoe-{kind}.toml"), {})
         cells = {run.config.run.cell for run in runs}
@@ -201,11 +201,11 @@ def test_the_main_tables_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(JOBS.glob("*.toml")), ids=lambda path: path.name)
-def test_configurations_are_valid(path: Path) -> None:
+def test_example_configurations_are_valid(path: Path) -> None:
     config.build(config.read_toml(path))
 
 
-def test_only_account_and_partition_want_changing() -> None:
+def test_scripts_need_only_account_and_partition() -> None:
     for script in JOBS.glob("*.slurm"):
         lines = [line for line in script.read_text().splitlines() if "CHANGE_ME" in line]
         assert lines == ["#SBATCH --account=CHANGE_ME", "#SBATCH --partition=CHANGE_ME"], script

@@ -97,7 +97,7 @@ def last_event(cluster: Cluster, job: str) -> Any:
 # Allocations that are lost
 
 
-def test_requeue_survives_the_time_limit_preemption_and_a_lost_node(
+def test_requeue_survives_time_limit_preemption_and_lost_node(
     cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session
 ) -> None:
     """Four legs: Slurm's warning, `scontrol requeue`, everything killed outright with its node, the rest."""
@@ -133,7 +133,7 @@ def test_requeue_survives_the_time_limit_preemption_and_a_lost_node(
     assert digest(session, run) == undisturbed
 
 
-def test_requeue_goes_on_under_srun_after_a_kill_on_the_same_node(
+def test_requeue_under_srun_survives_a_kill_on_the_same_node(
     cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session
 ) -> None:
     """A requeued job keeps its number, and MPICH finds by it what the killed ranks left in /dev/shm."""
@@ -176,7 +176,7 @@ def test_only_a_stopped_run_is_requeued(cluster: Cluster, work: Path) -> None:
 
 
 @pytest.mark.parametrize("launch", ["mpirun", "srun", pytest.param("openmpi", marks=pytest.mark.openmpi)])
-def test_train_stops_and_goes_on(
+def test_train_script_stops_and_resumes(
     cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session, launch: str
 ) -> None:
     """TERM and USR1 to the batch shell, again and again while the checkpoint is written; then another job."""
@@ -202,7 +202,7 @@ def test_train_stops_and_goes_on(
 # What else the scripts promise
 
 
-def test_array_trains_seeds_by_algorithms(cluster: Cluster, work: Path) -> None:
+def test_array_script_trains_seeds_by_algorithms(cluster: Cluster, work: Path) -> None:
     flags = (JOBS / "digits.toml", *MODEL[4:], "--clients", "2", "--rounds", "1", "--model.pool", "mlp5,mlp4")
     options = [TWO, "--array=0,4"]
     job = cluster.submit(JOBS / "array.slurm", *flags, "--model.shared", "mlp5", cwd=work, options=options)
@@ -216,7 +216,7 @@ def test_array_trains_seeds_by_algorithms(cluster: Cluster, work: Path) -> None:
         assert (settings["algorithm"], settings["seed"]) == (algorithm, seed)
 
 
-def test_table_plays_a_run_per_task(cluster: Cluster, work: Path) -> None:
+def test_table_script_runs_one_run_per_task(cluster: Cluster, work: Path) -> None:
     (work / "table.toml").write_text(
         '[base]\nrounds = 1\nclients = 2\nmodel.pool = ["mlp5"]\nmodel.shared = "mlp5"\n'
         '[axis]\nalgorithm = ["standalone", "pfedmoe"]\nseed = [0, 1]\n'
@@ -234,7 +234,7 @@ def test_table_plays_a_run_per_task(cluster: Cluster, work: Path) -> None:
 
 
 @pytest.mark.parametrize("env", [{"SLURM_MPI_TYPE": "pmi2"}, {"LAUNCH": "mpirun -n 2 -ppn 1 -bind-to core"}])
-def test_gpu_example_on_two_nodes(
+def test_gpu_script_runs_on_two_nodes(
     cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session, env: dict[str, str]
 ) -> None:
     """The nodes' GPUs are Slurm's alone; the ranks train on CPUs."""
@@ -252,7 +252,7 @@ def test_gpu_example_on_two_nodes(
 # The program in an allocation
 
 
-def test_a_job_stops_before_its_time_limit_by_itself(cluster: Cluster, work: Path, one_minute: str) -> None:
+def test_job_stops_before_its_time_limit(cluster: Cluster, work: Path, one_minute: str) -> None:
     facts = cluster.over(one_minute, 100)
     said = cluster.output(one_minute)
     assert facts["ExitCode"] == "75:0" and facts["JobState"] == "FAILED", f"{facts}\n{said}"
@@ -275,7 +275,7 @@ srun --mpi=pmi2 -n 2 python -m pfedmoe_mpi check .; tell "srun check"
 """
 
 
-def test_launchers_inside_an_allocation_of_two(cluster: Cluster, work: Path, small: tuple[str, ...]) -> None:
+def test_launchers_work_inside_an_allocation(cluster: Cluster, work: Path, small: tuple[str, ...]) -> None:
     """Slurm's own numbers decide nothing where MPI knows better."""
     (work / "allocation.slurm").write_text(ALLOCATION.replace("{small}", " ".join(small)))
     env = {"SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
@@ -293,7 +293,7 @@ def test_launchers_inside_an_allocation_of_two(cluster: Cluster, work: Path, sma
 
 
 @pytest.mark.parametrize("how", ["INT", "TERM", "USR1"])
-def test_stops_under_srun(cluster: Cluster, work: Path, tmp_path: Path, how: str) -> None:
+def test_interrupts_under_srun_stop_the_run(cluster: Cluster, work: Path, tmp_path: Path, how: str) -> None:
     """Ctrl-C, which srun -X passes on at once, and signals to the step."""
     run = tmp_path / "run"
     step = ["srun", "-X", "--mpi=pmi2", TWO, "--partition=main", f"--job-name=stops-{how}"]

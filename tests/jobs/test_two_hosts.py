@@ -60,7 +60,7 @@ def finished(job: subprocess.Popen[str], timeout: float = 90) -> str:
 
 
 @BOTH
-def test_the_hostfile_as_printed(hosts: TwoHosts, tmp_path: Path, mpi: str) -> None:
+def test_printed_hostfile_works_unchanged(hosts: TwoHosts, tmp_path: Path, mpi: str) -> None:
     """Unchanged but for the form that is kept, 32 ranks; below, its command runs the program."""
     hostfile, line = two_hosts.example(mpi, 16)
     (tmp_path / "hostfile").write_text(hostfile)
@@ -70,7 +70,7 @@ def test_the_hostfile_as_printed(hosts: TwoHosts, tmp_path: Path, mpi: str) -> N
 
 
 @BOTH
-def test_the_same_digest_as_on_one_host(
+def test_two_hosts_give_the_digest_of_one(
     hosts: TwoHosts, tmp_path: Path, session: launcher.Session, alone: str, mpi: str
 ) -> None:
     before = {name: hosts.sent(name) for name in two_hosts.NAMES}
@@ -93,7 +93,7 @@ def test_the_same_digest_as_on_one_host(
 
 @BOTH
 @pytest.mark.parametrize("how", ["killed", "unreachable"])
-def test_a_host_vanishes_in_a_round(
+def test_vanished_host_ends_the_job_and_restart_repeats_it(
     hosts: TwoHosts, tmp_path: Path, session: launcher.Session, alone: str, mpi: str, how: str
 ) -> None:
     """The job ends soon, nothing keeps running, and the other host goes on alone to the same bits.
@@ -127,7 +127,7 @@ def test_a_host_vanishes_in_a_round(
     hosts.empty("node1", 10)  # where the launcher may leave an ssh that waits for the other host
 
 
-def test_no_host_is_left_behind(tmp_path: Path) -> None:
+def test_hosts_are_removed_after_an_error(tmp_path: Path) -> None:
     """Nor what runs there, whatever a test raises."""
     jobs = []
 
@@ -160,7 +160,7 @@ def number(cells: list[str]) -> float:
     return float(cells[0].split()[0])
 
 
-def test_bench_network_counts_what_crosses_and_feels_the_rate(hosts: TwoHosts, tmp_path: Path) -> None:
+def test_bench_network_counts_bytes_and_reflects_the_rate(hosts: TwoHosts, tmp_path: Path) -> None:
     """Bytes within a tenth of the formula, the rest being headers, acknowledgements and the waiting."""
     small = ("--data.samples", "200", "--data.size", "8", "--clients", "4", "--partition.kind", "iid")
     flags = (*small, "--model.pool", "mlp5,mlp4", "--model.shared", "mlp5", "--train.device", "cpu")
@@ -196,7 +196,7 @@ RATES = (10, 100, 1000, None)  # Mbit/s
 @pytest.mark.campaign
 @pytest.mark.timeout(3600)
 @BOTH
-def test_table_of_link_rates(hosts: TwoHosts, tmp_path: Path, mpi: str) -> None:
+def test_link_rate_table_is_measured(hosts: TwoHosts, tmp_path: Path, mpi: str) -> None:
     """CNN-5 shared among CNN-1 to CNN-5, ten clients on images of CIFAR's size; prints the README's table."""
     titles = ("link", "round, s", "its training, s", "its sum, s", "sent per host, MB", "by formula, MB")
     lines = [(*titles, "a deployment's client, s"), ("---",) * 7]

@@ -33,7 +33,7 @@ def test_ranks_sharing_a_gpu_give_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_restart_on_a_gpu(tmp_path: Path, precision: str) -> None:
+def test_restart_on_a_gpu_gives_the_same_bits(tmp_path: Path, precision: str) -> None:
     arguments = (*CNN, "--train.precision", precision)
     finished(2, *arguments, "--run.dir", "whole", cwd=tmp_path)
     finished(1, *arguments, "--rounds", "1", "--run.dir", "run", cwd=tmp_path)
@@ -41,7 +41,7 @@ def test_restart_on_a_gpu(tmp_path: Path, precision: str) -> None:
     assert digest(tmp_path / "run", 3) == digest(tmp_path / "whole", 3)
 
 
-def test_gpu_and_cpu_agree_about(tmp_path: Path) -> None:
+def test_gpu_and_cpu_losses_agree(tmp_path: Path) -> None:
     finished(1, *CNN, "--run.dir", "gpu", cwd=tmp_path)
     finished(1, *CNN, "--train.device", "cpu", "--run.dir", "cpu", cwd=tmp_path)
     gpu, cpu = last(tmp_path / "gpu"), last(tmp_path / "cpu")
@@ -53,7 +53,7 @@ def test_every_method_runs_on_a_gpu(tmp_path: Path, method: str) -> None:
     finished(2, *QUICK, "--train.device", "cuda", "--algorithm", method, cwd=tmp_path)
 
 
-def test_idle_clients_lie_in_pinned_memory() -> None:
+def test_idle_clients_are_in_pinned_memory() -> None:
     from conformance import settings
     from pfedmoe_mpi import comm, setup
 

@@ -23,7 +23,7 @@ from support.launcher import digest, flip, program, told
         {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"},
     ],
 )
-def test_ranks_that_believe_they_are_alone(
+def test_disconnected_ranks_are_refused_with_one_message(
     small: tuple[str, ...], tmp_path: Path, variables: dict[str, str]
 ) -> None:
     result = program(0, *small, cwd=tmp_path, env=variables)
@@ -35,7 +35,7 @@ def test_ranks_that_believe_they_are_alone(
 STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}
 
 
-def test_only_the_first_of_them_speaks(small: tuple[str, ...], tmp_path: Path) -> None:
+def test_only_the_first_disconnected_rank_prints(small: tuple[str, ...], tmp_path: Path) -> None:
     result = program(0, *small, cwd=tmp_path, env={**STEP, "SLURM_PROCID": "3"})
     assert (result.code, result.out + result.err) == (2, "")
     result = program(0, "--rouns", "3", cwd=tmp_path, env={**STEP, "SLURM_PROCID": "3"})
@@ -43,13 +43,13 @@ def test_only_the_first_of_them_speaks(small: tuple[str, ...], tmp_path: Path) -
     told(program(0, "--rouns", "3", cwd=tmp_path, env=STEP), "no flag --rouns")
 
 
-def test_restarts_are_refused_too_unless_one_rank_is_meant(run: Path, tmp_path: Path) -> None:
+def test_disconnected_restarts_are_refused(run: Path, tmp_path: Path) -> None:
     told(program(0, "restart", str(run), cwd=tmp_path, env=STEP), "each believes it is alone")
     meant = program(0, "restart", str(run), "--run.singleton", "true", cwd=tmp_path, env=STEP)
     assert meant.code == 0 and "the run is finished" in meant.out, meant.err
 
 
-def test_one_rank_may_be_meant(small: tuple[str, ...], run: Path, tmp_path: Path) -> None:
+def test_single_rank_can_be_requested(small: tuple[str, ...], run: Path, tmp_path: Path) -> None:
     dry = (*small, "--dry", "true")
     meant = program(0, *dry, "--run.singleton", "true", cwd=tmp_path, env=STEP)
     assert meant.code == 0, meant.err
@@ -63,7 +63,7 @@ BOTH = pytest.mark.parametrize("mpi", ["mpich", pytest.param("openmpi", marks=py
 
 
 @BOTH
-def test_one_message_of_several_ranks(small: tuple[str, ...], run: Path, tmp_path: Path, mpi: str) -> None:
+def test_shared_error_is_one_message(small: tuple[str, ...], run: Path, tmp_path: Path, mpi: str) -> None:
     """Before MPI is started, after it, and for what every rank checks a part of."""
     damaged = run / "checkpoints" / "round-000003.h5"
     flip(damaged, damaged.stat().st_size - 1)
@@ -87,13 +87,13 @@ def on_rank(number: int, code: str, folder: Path) -> dict[str, str]:
 
 
 @BOTH
-def test_the_message_survives_a_first_rank_that_is_late(tmp_path: Path, mpi: str) -> None:
+def test_message_survives_a_late_first_rank(tmp_path: Path, mpi: str) -> None:
     """Open MPI's launcher ends all ranks at the first non-zero exit."""
     late = on_rank(0, "import time; time.sleep(2)", tmp_path)
     told(program(2, "--rouns", "3", cwd=tmp_path, mpi=mpi, env=late), "no flag --rouns")
 
 
-def test_a_configuration_that_one_host_does_not_have(small: tuple[str, ...], tmp_path: Path) -> None:
+def test_configuration_missing_on_one_host_is_reported(small: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("rounds = 1\n")
     lost = on_rank(1, "os.chdir('/')", tmp_path)
     result = program(2, "c.toml", *small, "--run.dir", str(tmp_path / "new"), cwd=tmp_path, env=lost)
@@ -101,7 +101,7 @@ def test_a_configuration_that_one_host_does_not_have(small: tuple[str, ...], tmp
     assert not (tmp_path / "new").exists()
 
 
-def test_data_that_one_host_does_not_have(small: tuple[str, ...], tmp_path: Path) -> None:
+def test_data_missing_on_one_host_are_reported(small: tuple[str, ...], tmp_path: Path) -> None:
     with h5py.File(tmp_path / "d.h5", "w") as file:
         file["x"], file["y"] = np.zeros((200, 3, 8, 8), np.uint8), np.arange(200) % 10
     lost = on_rank(1, f"import h5py; h5py.File = lambda *_, **__: open('{tmp_path}/none')", tmp_path)
@@ -110,7 +110,7 @@ def test_data_that_one_host_does_not_have(small: tuple[str, ...], tmp_path: Path
     assert not (tmp_path / "new").exists()
 
 
-def test_a_damaged_row_that_only_the_server_reads(small: tuple[str, ...], tmp_path: Path) -> None:
+def test_damaged_row_of_the_server_is_reported_on_all_ranks(small: tuple[str, ...], tmp_path: Path) -> None:
     """The other rank hears of it too, and does not wait for ever."""
     kept = seeds.numpy_generator(0, "reserve").permutation(200)[0]
     with h5py.File(tmp_path / "d.h5", "w") as file:
@@ -124,7 +124,7 @@ def test_a_damaged_row_that_only_the_server_reads(small: tuple[str, ...], tmp_pa
     assert not (tmp_path / "new").exists()
 
 
-def test_what_a_rank_without_a_client_would_not_meet(small: tuple[str, ...], tmp_path: Path) -> None:
+def test_idle_rank_reports_the_same_error(small: tuple[str, ...], tmp_path: Path) -> None:
     with h5py.File(tmp_path / "d.h5", "w") as file:
         file["x"], file["y"] = np.zeros((200, 5), np.float32), np.arange(200) % 2
     flags = ("--data.source", "hdf5", "--data.path", "d.h5", "--clients", "2", "--gate.input", "pooled")

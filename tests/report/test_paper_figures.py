@@ -42,7 +42,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, session: launcher.Session) 
     return folder / "page"
 
 
-def test_ours_beside_the_papers(report: Path) -> None:
+def test_results_are_listed_beside_the_papers(report: Path) -> None:
     rows = {
         (row["setting"], row["method"]): row for row in report_runs.table(report, "paper_pfedmoe-homogeneous")
     }
@@ -61,7 +61,7 @@ def test_ours_beside_the_papers(report: Path) -> None:
     assert unknown["ours mean"] and not unknown["paper"] and not unknown["difference"]
 
 
-def test_the_page_latex_and_the_terminal_show_it(report: Path, session: launcher.Session) -> None:
+def test_page_latex_and_terminal_show_paper_figures(report: Path, session: launcher.Session) -> None:
     shown = report_runs.shown(report, "paper_pfedmoe-homogeneous")
     cells = {(row[0][0], row[1][0]): [text for text, _ in row] for row in shown}
     assert cells["cifar10-n10", "standalone"][3] == "96.35"
@@ -74,7 +74,7 @@ def test_the_page_latex_and_the_terminal_show_it(report: Path, session: launcher
     assert "96.35" in alone and "96.80" not in alone
 
 
-def test_runs_altered_in_unlike_ways_are_no_replicates(trained: Path) -> None:
+def test_differently_altered_runs_are_not_replicates(trained: Path) -> None:
     run = load_run(trained)
     place = {"run.table": "t", "run.cell": "c/pfedmoe", "run.altered": ["train.epochs"]}
     made = [
@@ -89,12 +89,12 @@ def test_runs_altered_in_unlike_ways_are_no_replicates(trained: Path) -> None:
     assert [row[2].values[2] for row in found.rows] == [1, 1]
 
 
-def test_runs_of_no_table_have_no_such_section(trained: Path, session: launcher.Session) -> None:
+def test_other_runs_have_no_paper_section(trained: Path, session: launcher.Session) -> None:
     said = session("report", str(trained), "--text", "true", cwd=trained.parent).out
     assert "paper" not in said
 
 
-def test_the_papers_table_is_one_table(trained: Path) -> None:
+def test_paper_table_is_one_table(trained: Path) -> None:
     """Ten methods in nine settings, though data sets are augmented otherwise."""
     run = load_run(trained)
     cells = tables.expand(tables.read(JOBS / "tables" / "pfedmoe-heterogeneous.toml"), {})
@@ -105,7 +105,7 @@ def test_the_papers_table_is_one_table(trained: Path) -> None:
     assert found.baseline("") == "standalone" and "clients = 10, data.name = MNIST" in found.settings
 
 
-def test_every_figure_belongs_to_a_cell_of_a_table() -> None:
+def test_every_paper_figure_belongs_to_a_table_cell() -> None:
     figures = tomllib.loads(paper.FIGURES.read_text())
     number = 0
     for name, held in figures.items():

@@ -43,7 +43,7 @@ def both(two: Path, tmp_path: Path) -> Path:
 # Commands
 
 
-def test_a_report_is_one_page_with_figures_and_tables(done: Callable[..., Result], both: Path) -> None:
+def test_report_is_one_page_with_figures_and_tables(done: Callable[..., Result], both: Path) -> None:
     said = done("report", both / "pfedmoe").out
     folder = both / "pfedmoe" / "report"
     assert said == f"wrote {folder / 'report.html'}, 11 figures and 13 tables\n"
@@ -60,7 +60,7 @@ def test_a_report_is_one_page_with_figures_and_tables(done: Callable[..., Result
     assert all(address.startswith("data:image/png;base64,") for address in outside), outside
 
 
-def test_a_method_without_a_gate_and_without_class_counts(done: Callable[..., Result], both: Path) -> None:
+def test_report_works_without_gate_and_class_counts(done: Callable[..., Result], both: Path) -> None:
     lines = events(both / "standalone")
     del lines[0]["class_counts"], lines[0]["multiply_adds"]
     (both / "standalone" / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -72,13 +72,13 @@ def test_a_method_without_a_gate_and_without_class_counts(done: Callable[..., Re
     assert list(table(both.parent / "out", "target")[0]) == ["target", "round", "MB sent"]
 
 
-def test_the_same_runs_give_the_same_files(done: Callable[..., Result], two: Path, tmp_path: Path) -> None:
+def test_same_runs_give_the_same_files(done: Callable[..., Result], two: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         done("report", two, "--out", name)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
-def test_a_report_replaces_an_earlier_one(done: Callable[..., Result], two: Path, tmp_path: Path) -> None:
+def test_report_replaces_an_earlier_report(done: Callable[..., Result], two: Path, tmp_path: Path) -> None:
     done("report", two / "pfedmoe", "--out", "out")
     (tmp_path / "out" / "tables" / "mine.txt").write_text("a reader's own")
     done("report", two, "--out", "out")
@@ -87,7 +87,7 @@ def test_a_report_replaces_an_earlier_one(done: Callable[..., Result], two: Path
     assert digest(tmp_path / "out") == digest(tmp_path / "fresh"), "nothing of the earlier one is left"
 
 
-def test_a_report_that_was_interrupted_is_replaced(
+def test_interrupted_report_is_replaced(
     done: Callable[..., Result], refused: Callable[..., str], two: Path, tmp_path: Path
 ) -> None:
     done("report", two, "--out", "out")
@@ -98,7 +98,7 @@ def test_a_report_that_was_interrupted_is_replaced(
     refused("holds something else than a report", "report", two, "--out", tmp_path / "out")
 
 
-def test_on_a_terminal(done: Callable[..., Result], two: Path, tmp_path: Path) -> None:
+def test_report_prints_on_a_terminal(done: Callable[..., Result], two: Path, tmp_path: Path) -> None:
     text = done("report", two, "--text", "true").out
     assert text.startswith("pfedmoe · standalone\n2 runs, seeds 0\n")
     for said in (
@@ -117,7 +117,7 @@ def test_on_a_terminal(done: Callable[..., Result], two: Path, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
 
-def test_the_terminal_needs_no_extra_no_torch_and_no_mpi(two: Path) -> None:
+def test_text_report_needs_no_extra_torch_or_mpi(two: Path) -> None:
     script = (
         "import sys; from pfedmoe_mpi.cli import main; "
         f"code = main(['report', {str(two)!r}, '--text', 'true']); "
@@ -130,7 +130,7 @@ def test_the_terminal_needs_no_extra_no_torch_and_no_mpi(two: Path) -> None:
     assert said.stdout.splitlines()[-1] == "[] 0"
 
 
-def test_a_wide_table_goes_on_below() -> None:
+def test_wide_table_is_continued_below() -> None:
     columns = [tables.Column("method", words=True), *map(tables.Column, ("first number", "second", "third"))]
     made = tables.Table("t", "T", columns, [[tables.word("pfedmoe"), *map(tables.number, (1, 2, 3))]], ["n"])
     assert tables.to_text(made, 24).splitlines() == [
@@ -141,7 +141,7 @@ def test_a_wide_table_goes_on_below() -> None:
     assert len(tables.to_text(made).splitlines()) == 6
 
 
-def test_the_curve() -> None:
+def test_text_report_draws_the_curve() -> None:
     text = terminal.curve({"up": [(1, 0.0), (3, 1.0)], "flat": [(1, 0.5), (2, 0.5), (3, 0.5)]})
     lines = text.splitlines()
     assert lines[1] == "100.00 |" + " " * 59 + "a" and lines[12] == "  0.00 |a"
@@ -153,7 +153,7 @@ def test_the_curve() -> None:
 # Mistakes
 
 
-def test_mistakes_are_told_and_nothing_is_written(refused: Callable[..., str], both: Path) -> None:
+def test_report_errors_write_nothing(refused: Callable[..., str], both: Path) -> None:
     run = both / "pfedmoe"
     (both / "foreign").mkdir()
     (both / "foreign" / "thesis.tex").write_text("")
@@ -182,7 +182,7 @@ def test_mistakes_are_told_and_nothing_is_written(refused: Callable[..., str], b
     refused("is a file", "report", run, "--out", both / "foreign" / "thesis.tex")
 
 
-def test_a_replicate_counts_once(refused: Callable[..., str], both: Path) -> None:
+def test_duplicate_replicate_is_refused(refused: Callable[..., str], both: Path) -> None:
     shutil.copytree(both / "pfedmoe", both / "copy")
     refused("copy and .*pfedmoe are the same configuration and seed", "report", both)
 
@@ -207,20 +207,20 @@ def test_a_replicate_counts_once(refused: Callable[..., str], both: Path) -> Non
         ("metrics.jsonl", "half", "no finished round yet"),
     ],
 )
-def test_files_of_another_program(
+def test_unreadable_run_files_are_refused(
     refused: Callable[..., str], both: Path, name: str, text: str, said: str
 ) -> None:
     (both / "pfedmoe" / name).write_text(text)
     refused(said, "report", both / "pfedmoe")
 
 
-def test_a_row_twice_is_told(refused: Callable[..., str], both: Path) -> None:
+def test_duplicate_row_is_reported(refused: Callable[..., str], both: Path) -> None:
     path = both / "pfedmoe" / "metrics.jsonl"
     path.write_text(path.read_text() * 2)
     refused("line 3 of .*metrics.jsonl is not the row of a round", "report", both / "pfedmoe")
 
 
-def test_an_unfinished_run(done: Callable[..., Result], both: Path) -> None:
+def test_unfinished_run_is_marked(done: Callable[..., Result], both: Path) -> None:
     path = both / "pfedmoe" / "metrics.jsonl"
     first, second = path.read_text().splitlines()
     path.write_text(f"{first}\n{second[:50]}")  # killed while writing
@@ -231,7 +231,7 @@ def test_an_unfinished_run(done: Callable[..., Result], both: Path) -> None:
     assert marks["pfedmoe"][0] == "–" and marks["standalone"][1].split() == [], "one value alone is no best"
 
 
-def test_a_run_that_has_just_started_stops_no_report_on_its_folder(
+def test_just_started_run_does_not_stop_a_report(
     done: Callable[..., Result], refused: Callable[..., str], both: Path
 ) -> None:
     (both / "started").mkdir()
@@ -244,7 +244,7 @@ def test_a_run_that_has_just_started_stops_no_report_on_its_folder(
     refused("has no finished round yet", "report", both)
 
 
-def test_a_run_that_was_never_measured(done: Callable[..., Result], run: Path, tmp_path: Path) -> None:
+def test_report_works_on_an_unmeasured_run(done: Callable[..., Result], run: Path, tmp_path: Path) -> None:
     path = run / "metrics.jsonl"
     path.write_text(path.read_text().splitlines()[0] + "\n")  # measured in rounds 2 and 3 only
     assert "accuracy, round 1: –" in done("report", run, "--text", "true").out
@@ -252,7 +252,7 @@ def test_a_run_that_was_never_measured(done: Callable[..., Result], run: Path, t
     assert (tmp_path / "out" / "figures" / "clients.png").stat().st_size > 1000
 
 
-def test_names_are_shown_as_they_are(done: Callable[..., Result], both: Path, tmp_path: Path) -> None:
+def test_names_are_escaped_in_the_page(done: Callable[..., Result], both: Path, tmp_path: Path) -> None:
     name = r"$\frac{$ <b>&amp; x_1"
     for run in ("pfedmoe", "standalone"):
         path = both / run / "config.toml"
@@ -268,7 +268,7 @@ def test_names_are_shown_as_they_are(done: Callable[..., Result], both: Path, tm
 # In a notebook
 
 
-def test_load_run(trained: Path) -> None:
+def test_load_run_returns_the_metrics(trained: Path) -> None:
     run = load_run(str(trained))
     history = rows(trained)
     assert (run.algorithm, run.seed, run.done, run.planned, run.finished) == ("pfedmoe", 0, 3, 3, True)

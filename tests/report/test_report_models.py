@@ -102,7 +102,7 @@ def looked(trained: Path) -> Looked:
     return models.look(load_run(trained))
 
 
-def test_gate_weights_by_class(known: list[Known], trained: Path, report: Path) -> None:
+def test_gate_weights_by_class_equal_plain_torch(known: list[Known], trained: Path, report: Path) -> None:
     alpha = np.concatenate([one.alpha(one.x) for one in known])
     labels = np.concatenate([one.y for one in known])
     found = rows(trained)
@@ -116,7 +116,7 @@ def test_gate_weights_by_class(known: list[Known], trained: Path, report: Path) 
             assert close(row[name], found[int(name[-1]) - 1]["alpha_class"][int(row["class"])])
 
 
-def test_shared_test_set(known: list[Known], report: Path, trained: Path) -> None:
+def test_shared_test_set_accuracy_equals_plain_torch(known: list[Known], report: Path, trained: Path) -> None:
     x, y = torch.cat([one.x for one in known]), np.concatenate([one.y for one in known])
     shared = [one.right(x, y) for one in known]
     own = rows(trained)[-1]["clients"]["accuracy"]
@@ -131,7 +131,7 @@ def test_shared_test_set(known: list[Known], report: Path, trained: Path) -> Non
     assert f"the same {len(y)} rows for everybody" in page
 
 
-def test_samples_at_both_ends(known: list[Known], report: Path) -> None:
+def test_extreme_gate_samples_equal_plain_torch(known: list[Known], report: Path) -> None:
     found = [(a, y, k) for k, one in enumerate(known) for a, y in zip(one.alpha(one.x), one.y, strict=True)]
     found.sort()
     listed = table(report, "alpha_samples")
@@ -145,7 +145,7 @@ def test_samples_at_both_ends(known: list[Known], report: Path) -> None:
     assert "data:image/png" in (report / "report.html").read_text()
 
 
-def test_representations(known: list[Known], looked: Looked) -> None:
+def test_representations_equal_plain_torch(known: list[Known], looked: Looked) -> None:
     assert looked.method == "PCA" and list(looked.representations) == ["r_G", "r_F", "r"]
     assert looked.labels.tolist() == [y for one in known for y in one.y]
     assert looked.clients.tolist() == [k for k, one in enumerate(known) for _ in one.y]
@@ -157,7 +157,7 @@ def test_representations(known: list[Known], looked: Looked) -> None:
         assert np.allclose((looked.embeddings[name] ** 2).sum(axis=0), variances, rtol=1e-3)
 
 
-def test_pictures_are_the_samples(known: list[Known], looked: Looked, trained: Path) -> None:
+def test_pictures_show_the_samples(known: list[Known], looked: Looked, trained: Path) -> None:
     place = int(looked.extremes[0][0])
     x = torch.cat([one.x for one in known])[place].numpy()
     shown = looked.picture(place)
@@ -166,7 +166,7 @@ def test_pictures_are_the_samples(known: list[Known], looked: Looked, trained: P
     assert np.corrcoef(x[0].ravel(), shown[0].ravel())[0, 1] > 0.999
 
 
-def test_neighbours_stay_neighbours() -> None:
+def test_projection_keeps_neighbours() -> None:
     drawn = np.random.Generator(np.random.PCG64(0))
     labels = np.repeat(np.arange(4), 40)
     far = drawn.normal(size=(4, 60))[labels] * 9 + drawn.normal(size=(160, 60))
@@ -183,7 +183,7 @@ def test_neighbours_stay_neighbours() -> None:
     assert principal(np.ones((5, 1))).shape == (5, 2), "one feature is no plane"
 
 
-def test_seconds_by_rank(trained: Path, report: Path) -> None:
+def test_seconds_by_rank_equal_the_metrics(trained: Path, report: Path) -> None:
     found = rows(trained)
     assert all(len(values) == 2 for row in found for values in row["seconds_ranks"].values())
     for row in found:
@@ -198,7 +198,9 @@ def test_seconds_by_rank(trained: Path, report: Path) -> None:
 # Other methods, and what may be missing
 
 
-def test_a_method_without_a_gate(session: Session, small: tuple[str, ...], tmp_path: Path) -> None:
+def test_method_without_gate_has_no_gate_tables(
+    session: Session, small: tuple[str, ...], tmp_path: Path
+) -> None:
     which = ("--algorithm", "standalone", "--run.dir", "run", "--partition.kind", "pathological")
     assert session(*small, *which, "--unseen.clients", "1", cwd=tmp_path).code == 0
     assert all(row["alpha_class"] is None for row in rows(tmp_path / "run"))
@@ -210,7 +212,9 @@ def test_a_method_without_a_gate(session: Session, small: tuple[str, ...], tmp_p
     assert column.count("") == 1, "who never trained has no answer"
 
 
-def test_features_are_listed_and_not_drawn(session: Session, small: tuple[str, ...], tmp_path: Path) -> None:
+def test_features_are_listed_instead_of_drawn(
+    session: Session, small: tuple[str, ...], tmp_path: Path
+) -> None:
     generator = np.random.Generator(np.random.PCG64(0))
     labels = np.arange(600) % 3
     with h5py.File(tmp_path / "features.h5", "w") as file:
@@ -227,7 +231,9 @@ def test_features_are_listed_and_not_drawn(session: Session, small: tuple[str, .
     assert "t-SNE of r_G, r_F, r;" in page
 
 
-def test_what_is_missing_is_one_sentence(done: Callable[..., Result], run: Path, tmp_path: Path) -> None:
+def test_missing_models_are_reported_in_one_sentence(
+    done: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
     newest = run / "checkpoints" / "round-000003.h5"
     flip(newest, newest.stat().st_size - 9)
     assert models.look(load_run(run)).round == 2, "the one before"
@@ -241,13 +247,13 @@ def test_what_is_missing_is_one_sentence(done: Callable[..., Result], run: Path,
     assert (tmp_path / "gone" / "figures" / "gates_class.png").exists()
 
 
-def test_under_mpirun_the_first_rank_reports_and_waits_for_nobody(run: Path, tmp_path: Path) -> None:
+def test_report_under_mpirun_is_written_by_rank_0_alone(run: Path, tmp_path: Path) -> None:
     finished(2, "report", "run", "--out", "page", cwd=tmp_path, timeout=60)
     text = (tmp_path / "page" / "report.html").read_text()
     assert text.count("a report is the work of one rank") == 1
 
 
-def test_before_anybody_has_trained_there_is_nothing_to_look_into(
+def test_untrained_run_has_no_model_section(
     done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     done(*small, "--join.share", "0.9", "--join.round", "2", "--run.dir", "run")
@@ -275,7 +281,7 @@ def blocks(text: str) -> Iterator[str]:
     yield from re.findall(r"(?:^    .*\n)+", text, re.M)
 
 
-def test_the_notebook_of_the_readme(trained: Path) -> None:
+def test_readme_notebook_code_runs(trained: Path) -> None:
     pandas = pytest.importorskip("pandas")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     code = next(block for block in blocks(readme) if "load_run(" in block)

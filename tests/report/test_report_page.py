@@ -88,7 +88,7 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("name", ["one", "several", "many"])
 @pytest.mark.parametrize("width", [400, 900, 1600])
-def test_nothing_is_asked_for_cut_or_overlapping(
+def test_page_loads_nothing_and_nothing_overlaps(
     browser: Browser, pages: dict[str, Path], name: str, width: int
 ) -> None:
     browser.open(pages[name], width)
@@ -120,7 +120,7 @@ def check_texts(label: str, frame: np.ndarray, texts: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark_are_readable(
+def test_light_and_dark_pages_are_readable(
     browser: Browser, pages: dict[str, Path], scheme: str, tmp_path: Path
 ) -> None:
     browser.open(pages["one"], 1000, scheme)
@@ -138,7 +138,7 @@ def test_light_and_dark_are_readable(
     assert np.allclose(common, [int(paper[n : n + 2], 16) / 255 for n in (1, 3, 5)], atol=0.02)
 
 
-def test_paper_is_white_whatever_the_screen(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
+def test_printed_page_is_white(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
     browser.open(pages["several"], 700, "dark", media="print")
     colors, _, _ = browser.value(COLORS)
     assert colors["paper"] == "#ffffff"
@@ -149,7 +149,7 @@ def test_paper_is_white_whatever_the_screen(browser: Browser, pages: dict[str, P
     assert written.startswith(b"%PDF-") and len(written) > 20_000
 
 
-def test_the_page_shows_what_the_run_measured(browser: Browser, pages: dict[str, Path]) -> None:
+def test_page_shows_the_measured_values(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["one"], 1000)
     facts = dict(
         browser.value("[...document.querySelectorAll('.facts div')].map(e => e.innerText.split('\\n'))")
@@ -162,7 +162,7 @@ def test_the_page_shows_what_the_run_measured(browser: Browser, pages: dict[str,
     assert heading == ["The run", "Data", "Convergence", "Clients", "Gates", "Models", "Cost", "Events"]
 
 
-def test_figures_for_a_paper_have_ink_to_no_edge(pages: dict[str, Path]) -> None:
+def test_paper_figures_have_clear_edges(pages: dict[str, Path]) -> None:
     found = [path for page in pages.values() for path in (page.parent / "figures").glob("*.png")]
     assert len(found) >= 15
     for path in found:

@@ -88,7 +88,7 @@ def reached(history: list[dict[str, Any]], target: float) -> int | None:
 # Several runs
 
 
-def test_results(runs: Path, several: Path) -> None:
+def test_results_table_equals_the_metrics(runs: Path, several: Path) -> None:
     found = {row["method"]: row for row in table(several, "results")}
     page = {row[0][0]: row[1:] for row in shown(several, "results")}
     assert list(found) == list(page) == ["fedavg", "pfedmoe", "standalone"]
@@ -114,7 +114,7 @@ def test_results(runs: Path, several: Path) -> None:
     assert latex.count(r"\textbf{") == 2 and latex.count(r"\underline{") == 2
 
 
-def test_accuracies(runs: Path, several: Path) -> None:
+def test_accuracy_table_equals_the_metrics(runs: Path, several: Path) -> None:
     found = by_group(table(several, "accuracies"))
     assert set(found) == {(method, setting(alpha)) for method, alpha in GROUPS}
     for method, alpha in GROUPS:
@@ -131,7 +131,7 @@ def test_accuracies(runs: Path, several: Path) -> None:
         assert close(row["weighted mean"], float(np.mean(weighted)))
 
 
-def test_differences(runs: Path, several: Path) -> None:
+def test_difference_table_equals_the_metrics(runs: Path, several: Path) -> None:
     found = by_group(table(several, "differences"))
     assert set(found) == {key for key in ((m, setting(a)) for m, a in GROUPS) if key[0] != "standalone"}
     for (method, words), row in found.items():
@@ -153,7 +153,7 @@ def test_differences(runs: Path, several: Path) -> None:
     assert sum(row["verdict"] != "too few to tell" for row in found.values()) == 1
 
 
-def test_client_differences(runs: Path, several: Path) -> None:
+def test_client_difference_table_equals_the_metrics(runs: Path, several: Path) -> None:
     found = by_group(table(several, "client_differences"))
     assert len(found) == 3
     for (method, words), row in found.items():
@@ -171,13 +171,13 @@ def test_client_differences(runs: Path, several: Path) -> None:
             assert close(row[name], float(np.percentile(values, share)))
 
 
-def test_figures_by_setting(several: Path) -> None:
+def test_figures_are_drawn_by_setting(several: Path) -> None:
     kinds = ("curves", "intervals", "client_differences")
     stems = {path.stem for path in (several / "figures").iterdir()}
     assert stems == {f"{kind}_{number}" for kind in kinds for number in (1, 2)}
 
 
-def test_to_a_target(runs: Path, several: Path, target: float) -> None:
+def test_target_table_equals_the_metrics(runs: Path, several: Path, target: float) -> None:
     found = by_group(table(several, "target"))
     some, all_of_them = 0, 0
     for method, alpha in GROUPS:
@@ -204,7 +204,7 @@ def test_to_a_target(runs: Path, several: Path, target: float) -> None:
     assert all_of_them and some, "the target separates runs"
 
 
-def test_without_a_target_it_is_what_all_reach(session: Session, runs: Path) -> None:
+def test_default_target_is_what_all_runs_reach(session: Session, runs: Path) -> None:
     result = session("report", "runs", "--out", "untold", cwd=runs.parent)
     assert result.code == 0
     for row in table(runs.parent / "untold", "target"):
@@ -219,7 +219,7 @@ def test_without_a_target_it_is_what_all_reach(session: Session, runs: Path) -> 
         assert int(row["reached by"]) == int(row["round seeds"]) > 1
 
 
-def test_cost_of_a_round(runs: Path, several: Path) -> None:
+def test_round_cost_table_equals_the_metrics(runs: Path, several: Path) -> None:
     found = by_group(table(several, "cost"))
     for method, alpha in GROUPS:
         row = found[method, setting(alpha)]
@@ -250,7 +250,7 @@ def test_every_run_is_listed(runs: Path, several: Path) -> None:
 # One run
 
 
-def test_clients_and_architectures(runs: Path, single: Path) -> None:
+def test_client_tables_equal_the_metrics(runs: Path, single: Path) -> None:
     run = runs / "pfedmoe-1.0-0"
     last = rows(run)[-1]["clients"]
     counts = class_counts(run)
@@ -277,7 +277,7 @@ def test_clients_and_architectures(runs: Path, single: Path) -> None:
         assert close(row["worst"], min(own)) and close(row["best"], max(own))
 
 
-def test_class_counts(runs: Path, single: Path) -> None:
+def test_class_count_table_equals_the_partition(runs: Path, single: Path) -> None:
     counts = class_counts(runs / "pfedmoe-1.0-0")
     found = table(single, "partition")
     table_of = [[int(row[f"class {c}"]) for c in range(10)] for row in found]
@@ -286,7 +286,7 @@ def test_class_counts(runs: Path, single: Path) -> None:
     )
 
 
-def test_gate_weights(runs: Path, single: Path) -> None:
+def test_gate_weight_table_equals_the_metrics(runs: Path, single: Path) -> None:
     history = rows(runs / "pfedmoe-1.0-0")
     found = table(single, "alpha")
     assert [row["round"] for row in found] == ["1", "3", "4"], "first, middle, last"
@@ -297,7 +297,7 @@ def test_gate_weights(runs: Path, single: Path) -> None:
         assert close(row["lowest"], min(alpha)) and close(row["highest"], max(alpha))
 
 
-def test_cost(runs: Path, single: Path) -> None:
+def test_cost_table_equals_the_metrics(runs: Path, single: Path) -> None:
     history = rows(runs / "pfedmoe-1.0-0")
     found = {row["what"]: row for row in table(single, "cost")}
     columns = {f"seconds, {name}": [r["seconds"][name] for r in history] for name in history[0]["seconds"]}
@@ -313,7 +313,7 @@ def test_cost(runs: Path, single: Path) -> None:
     assert close(found["MiB, largest rank"]["largest"], max(memory))
 
 
-def test_targets_of_one_run(runs: Path, single: Path) -> None:
+def test_target_table_of_one_run_equals_the_metrics(runs: Path, single: Path) -> None:
     run = runs / "pfedmoe-1.0-0"
     history = rows(run)
     found = table(single, "target")
@@ -326,7 +326,7 @@ def test_targets_of_one_run(runs: Path, single: Path) -> None:
         assert close(row["GFLOP"], operations(run)[: at + 1].sum() / 1e9)
 
 
-def test_events_and_who_was_left_out(runs: Path, single: Path) -> None:
+def test_events_and_left_out_clients_are_listed(runs: Path, single: Path) -> None:
     run = runs / "pfedmoe-1.0-0"
     assert [(r["event"], r["round"]) for r in table(single, "events")] == [("start", ""), ("finish", "4")]
     lost = [client for row in rows(run) for client in row["lost"]]
@@ -335,7 +335,7 @@ def test_events_and_who_was_left_out(runs: Path, single: Path) -> None:
     assert found == {("lost before the sum", client): lost.count(client) for client in set(lost)}
 
 
-def test_settings_and_versions(runs: Path, single: Path) -> None:
+def test_settings_and_versions_are_listed(runs: Path, single: Path) -> None:
     changed = {row["setting"]: (row["value"], row["default"]) for row in table(single, "changed")}
     assert changed["model.pool"] == ("mlp5,mlp4", "auto") and changed["rounds"] == ("4", "40")
     assert "train.lr" not in changed

@@ -60,7 +60,7 @@ def test_runs_are_the_product_of_the_axes_in_order(table: Path) -> None:
     assert [run.group for run in runs[-2:]] == ["n8-standalone"] * 2
 
 
-def test_scale_shrinks_rounds_and_stops_at_the_floor(table: Path) -> None:
+def test_scale_shrinks_rounds_down_to_the_minimum(table: Path) -> None:
     table.write_text(TABLE.replace('"standalone"]', '"fedkd"]').replace("rounds = 10", "rounds = 100"))
     read = tables.read(table)
     for scale, rounds in ((0.3, 30), (0.101, 11), (0.001, 2)):
@@ -77,7 +77,7 @@ def test_scale_shrinks_rounds_and_stops_at_the_floor(table: Path) -> None:
     assert round(100 / share) == 3000, "reports tell the table's rounds from it"
 
 
-def test_only_and_task_choose_runs(table: Path) -> None:
+def test_only_and_task_select_runs(table: Path) -> None:
     runs = tables.expand(tables.read(table), {})
     assert [run.name for run in tables.chosen(runs, "n8-*0, *alone-seed1", "")] == [
         *("n4-standalone-seed1", "n8-pfedmoe-seed0", "n8-standalone-seed0", "n8-standalone-seed1")
@@ -108,7 +108,7 @@ def test_only_and_task_choose_runs(table: Path) -> None:
         (("[base]", "[base"), "cannot be read as TOML"),
     ],
 )
-def test_a_bad_table_is_told_once(
+def test_bad_table_is_one_message(
     table: Path, refused: Callable[..., str], change: tuple[str, str], said: str
 ) -> None:
     assert change[0] in TABLE
@@ -131,7 +131,7 @@ def test_a_bad_table_is_told_once(
         (("--data.source", "hdf5", "--data.path", "none.h5"), "none.h5"),
     ],
 )
-def test_bad_flags_are_told_before_anything_is_written(
+def test_bad_flags_are_refused_before_writing(
     table: Path, refused: Callable[..., str], flags: tuple[str, ...], said: str
 ) -> None:
     refused(said, "reproduce", table, *flags)
@@ -140,7 +140,7 @@ def test_bad_flags_are_told_before_anything_is_written(
 # The command
 
 
-def test_dry_tells_runs_and_cost_and_writes_nothing(
+def test_dry_run_prints_runs_and_cost_and_writes_nothing(
     table: Path, done: Callable[..., launcher.Result]
 ) -> None:
     before = sorted(table.parent.rglob("*"))
@@ -161,9 +161,7 @@ def test_dry_tells_runs_and_cost_and_writes_nothing(
 
 
 @pytest.mark.parametrize("source", ["text", "words"])
-def test_a_table_of_texts_is_calibrated(
-    tmp_path: Path, done: Callable[..., launcher.Result], source: str
-) -> None:
+def test_text_table_is_calibrated(tmp_path: Path, done: Callable[..., launcher.Result], source: str) -> None:
     """On models whose tokens and classes are known only when the data are dealt."""
     path = write_news(tmp_path / "news.csv") if source == "text" else write_stories(tmp_path / "stories")
     base = f'clients = 3\npartition.alpha = 9.0\nrounds = 2\ndata.source = "{source}"\ndata.path = "{path}"\n'
@@ -171,7 +169,7 @@ def test_a_table_of_texts_is_calibrated(
     assert "left to do: 2 runs, 4 rounds" in done("reproduce", tmp_path / "t.toml", "--dry", "true").out
 
 
-def test_what_a_turn_takes_but_once_does_not_grow_with_its_samples(
+def test_fixed_turn_cost_does_not_grow_with_samples(
     table: Path, done: Callable[..., launcher.Result]
 ) -> None:
     """FedKD takes its shared model's change apart at the end of a turn, here far longer than an epoch."""
@@ -184,7 +182,7 @@ def test_what_a_turn_takes_but_once_does_not_grow_with_its_samples(
     assert few < many < 32 * few, "of 40 times the samples"
 
 
-def test_a_table_is_stopped_taken_up_and_finished(table: Path, session: launcher.Session) -> None:
+def test_table_is_stopped_resumed_and_finished(table: Path, session: launcher.Session) -> None:
     """Its runs are those of `run`, bit for bit, whatever was played in the same process before."""
     folder = table.parent
     flags = ("--only", "n8-*", "--out", "out", "--rounds", "30", "--run.checkpoint_every", "100")
@@ -222,7 +220,7 @@ def test_a_table_is_stopped_taken_up_and_finished(table: Path, session: launcher
     launcher.told(edited, r"holds a run with other settings: model.pool \['mlp5', 'mlp4'\] → \['mlp5'\]")
 
 
-def test_a_run_that_diverges_does_not_end_the_others(table: Path, session: launcher.Session) -> None:
+def test_diverging_run_does_not_end_the_others(table: Path, session: launcher.Session) -> None:
     table.write_text(TABLE.replace("seed = [0, 1]", '"train.lr" = [1e30, 0.05]'))
     result = session("reproduce", str(table), "--only", "n4-pfedmoe-*", "--out", "out", cwd=table.parent)
     out = table.parent / "out"
@@ -232,7 +230,7 @@ def test_a_run_that_diverges_does_not_end_the_others(table: Path, session: launc
     assert result.err.count("error: ") == 1
 
 
-def test_a_run_of_a_table_takes_what_its_data_propose(tmp_path: Path, session: launcher.Session) -> None:
+def test_table_run_takes_the_settings_its_data_propose(tmp_path: Path, session: launcher.Session) -> None:
     """It is the run of the same settings without a table; the table's own settings and rounds win."""
     write_hospitals(tmp_path / "hospitals")
     settings = 'data.source = "heart"\ndata.path = "hospitals"\nmodel.dim = 16\ntrain.lr_shared = 0.02\n'

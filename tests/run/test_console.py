@@ -44,7 +44,7 @@ def on_a_terminal(*arguments: str, cwd: Path, timeout: float = 120) -> str:
     return written.decode()
 
 
-def test_a_bar_with_rounds_accuracy_clients_and_time_left(tmp_path: Path, small: tuple[str, ...]) -> None:
+def test_bar_shows_rounds_accuracy_clients_and_time_left(tmp_path: Path, small: tuple[str, ...]) -> None:
     written = on_a_terminal(*small, "--rounds", "12", "--eval.every", "11", "--run.dir", "run", cwd=tmp_path)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written)
     bars = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("round ")]

@@ -43,7 +43,7 @@ def check(run: Path) -> None:
     assert curves["bytes/up"][0][1] == pytest.approx(rows[0]["bytes"]["up"])
 
 
-def test_curves_are_the_metrics_and_change_nothing(
+def test_curves_equal_the_metrics_and_change_nothing(
     watched: Path, session: launcher.Session, tmp_path: Path
 ) -> None:
     check(watched)
@@ -53,7 +53,7 @@ def test_curves_are_the_metrics_and_change_nothing(
     assert launcher.learned_digest(watched, 4) == launcher.learned_digest(tmp_path / "plain", 4)
 
 
-def test_a_restart_goes_on_without_gap_or_doubles(watched: Path, session: launcher.Session) -> None:
+def test_restart_continues_curves_without_gap_or_duplicate(watched: Path, session: launcher.Session) -> None:
     """From the checkpoint of round 2, though rounds 3 and 4 are in the events already."""
     (watched / "checkpoints" / "round-000004.h5").unlink()
     result = session("restart", str(watched), "--rounds", "6", cwd=watched.parent)
@@ -66,7 +66,7 @@ def test_a_restart_goes_on_without_gap_or_doubles(watched: Path, session: launch
     assert [round for round, _ in points(watched)["train_loss"]] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_no_curve_is_worth_a_run(watched: Path, session: launcher.Session) -> None:
+def test_failing_curve_writer_does_not_end_the_run(watched: Path, session: launcher.Session) -> None:
     for path in (watched / "tensorboard").iterdir():
         path.unlink()
     (watched / "tensorboard").rmdir()
@@ -76,7 +76,7 @@ def test_no_curve_is_worth_a_run(watched: Path, session: launcher.Session) -> No
     assert result.err.count("no more TensorBoard curves") == 1
 
 
-def test_a_missing_package_is_told_before_the_run(tmp_path: Path) -> None:
+def test_missing_tensorboard_is_reported_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['tensorboard'] = None\n")
     here = os.environ.get("PYTHONPATH", "")
     env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{here}" if here else str(tmp_path)}

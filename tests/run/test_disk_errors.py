@@ -95,7 +95,7 @@ def fill(disk: Path) -> Path:
             return filler
 
 
-def test_a_full_disk_is_told_and_written_again_when_there_is_room(disk: Path, undisturbed: str) -> None:
+def test_full_disk_is_reported_and_writing_is_retried(disk: Path, undisturbed: str) -> None:
     with running(2, *LONG, "--run.dir", "run", cwd=disk) as job:
         heard = Heard(job)
         wait_for(disk / "run" / "metrics.jsonl", job)
@@ -109,7 +109,7 @@ def test_a_full_disk_is_told_and_written_again_when_there_is_room(disk: Path, un
     assert not list((disk / "run" / "checkpoints").glob(".*")), "nothing half-written"
 
 
-def test_a_disk_that_stays_full_ends_the_run_after_three_checkpoints(disk: Path, undisturbed: str) -> None:
+def test_disk_that_stays_full_ends_the_run(disk: Path, undisturbed: str) -> None:
     with running(2, *LONG, "--run.dir", "run", cwd=disk) as job:
         heard = Heard(job)
         wait_for(disk / "run" / "metrics.jsonl", job)
@@ -126,7 +126,7 @@ def test_a_disk_that_stays_full_ends_the_run_after_three_checkpoints(disk: Path,
     assert learned_digest(disk / "run", 8) == undisturbed
 
 
-def test_checkpoints_that_become_read_only(tmp_path: Path, undisturbed: str) -> None:
+def test_read_only_checkpoints_end_the_run(tmp_path: Path, undisturbed: str) -> None:
     as_root()
     folder = tmp_path / "run" / "checkpoints"
     with running(2, *LONG, "--run.dir", "run", cwd=tmp_path) as job:
@@ -148,7 +148,7 @@ def test_checkpoints_that_become_read_only(tmp_path: Path, undisturbed: str) -> 
     assert learned_digest(tmp_path / "run", 8) == undisturbed
 
 
-def test_a_run_folder_that_is_removed(tmp_path: Path) -> None:
+def test_removed_run_folder_ends_the_run(tmp_path: Path) -> None:
     with running(2, *LONG, "--run.dir", "run", cwd=tmp_path) as job:
         heard = Heard(job)
         wait_for(tmp_path / "run" / "metrics.jsonl", job)
@@ -173,7 +173,7 @@ def failing_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("number", "rank"), [(errno.EDQUOT, 1), (errno.EIO, 0), (errno.ENOSPC, -1)])
-def test_writes_refused_for_a_while(
+def test_refused_writes_are_reported_and_retried(
     tmp_path: Path, failing_disk: Path, undisturbed: str, number: int, rank: int
 ) -> None:
     """A quota of one rank's host, a broken fsync, a full server: told with its reason, then written."""
@@ -197,7 +197,7 @@ def test_writes_refused_for_a_while(
 # Two runs in one folder
 
 
-def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+def test_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
     endless = (*LONG, "--rounds", "5000", "--run.dir", "run")
     with running(2, *endless, cwd=tmp_path) as job:
         wait_for(tmp_path / "run" / "metrics.jsonl", job)
@@ -212,7 +212,7 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(tmp_path: Pat
     assert [event["event"] for event in events(tmp_path / "run")] == ["start", "stop"]
 
 
-def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+def test_lock_ends_with_its_process(tmp_path: Path) -> None:
     holder = "import sys, time; from pathlib import Path; from pfedmoe_mpi.lock import Lock; "
     holder += "held = Lock(Path('lock'), 0.0); print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen(

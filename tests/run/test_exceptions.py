@@ -49,17 +49,17 @@ def cases() -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(("phase", "rank"), cases())
-def test_an_exception_ends_the_job(tmp_path: Path, phase: str, rank: int) -> None:
+def test_exception_ends_the_job(tmp_path: Path, phase: str, rank: int) -> None:
     fails(tmp_path, rank, phase, "mpich")
 
 
 @pytest.mark.openmpi
 @pytest.mark.parametrize(("phase", "rank"), cases()[3::3])
-def test_an_exception_ends_the_job_under_open_mpi(tmp_path: Path, phase: str, rank: int) -> None:
+def test_exception_ends_the_job_under_open_mpi(tmp_path: Path, phase: str, rank: int) -> None:
     fails(tmp_path, rank, phase, "openmpi")
 
 
-def test_of_ranks_that_fail_together_one_speaks(tmp_path: Path) -> None:
+def test_ranks_failing_together_print_one_traceback(tmp_path: Path) -> None:
     fails(tmp_path, "all", "update", "mpich")
 
 
@@ -68,7 +68,7 @@ def test_of_ranks_that_fail_together_one_speaks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mpi", ["mpich", pytest.param("openmpi", marks=pytest.mark.openmpi)])
 @pytest.mark.parametrize("rank", [0, 1, 2, "all"])
 @pytest.mark.parametrize("phase", list(PHASES))
-def test_an_exception_at_every_boundary(tmp_path: Path, phase: str, rank: int | str, mpi: str) -> None:
+def test_exception_at_every_phase_ends_the_job(tmp_path: Path, phase: str, rank: int | str, mpi: str) -> None:
     if phase in AT_THE_ROOT and rank not in {0, "all"}:
         pytest.skip("the root alone does this")
     fails(tmp_path, rank, phase, mpi)

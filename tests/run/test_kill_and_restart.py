@@ -27,7 +27,7 @@ from support.paths import ROOT
 # The same bits
 
 
-def test_default_settings_on_any_number_of_ranks(tmp_path: Path) -> None:
+def test_default_run_has_the_same_bits_on_any_ranks(tmp_path: Path) -> None:
     found = {}
     for ranks in (1, 2, 3, 4, 7, 16):
         finished(ranks, "--rounds", "2", "--run.dir", str(ranks), cwd=tmp_path)
@@ -35,7 +35,7 @@ def test_default_settings_on_any_number_of_ranks(tmp_path: Path) -> None:
     assert len(set(found.values())) == 1, found
 
 
-def test_participation_below_one_on_any_number_of_ranks(tmp_path: Path) -> None:
+def test_partial_participation_has_the_same_bits_on_any_ranks(tmp_path: Path) -> None:
     """Some of a small cohort train away from home, and come back changed."""
     found = {}
     for ranks in (1, 2, 4):
@@ -108,7 +108,7 @@ def wait_for_a_write(folder: Path, job: subprocess.Popen[str]) -> bool:
     return False
 
 
-def test_kill_at_any_moment_and_restart(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
+def test_restart_after_a_kill_gives_the_same_bits(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
     for trial, draw in kills(10):
         (tmp_path / str(trial)).mkdir()
         survive(tmp_path / str(trial), draw, undisturbed)
@@ -116,7 +116,7 @@ def test_kill_at_any_moment_and_restart(tmp_path: Path, undisturbed: tuple[str, 
 
 @pytest.mark.campaign
 @pytest.mark.timeout(7200)
-def test_kill_campaign(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
+def test_restarts_after_many_kills_give_the_same_bits(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
     count: dict[str, int] = {}
     for trial, draw in kills(100):
         (tmp_path / str(trial)).mkdir()
@@ -145,7 +145,7 @@ def two_long_rounds(tmp_path_factory: pytest.TempPathFactory) -> str:
         pytest.param("openmpi", signal.SIGUSR1, marks=pytest.mark.openmpi),
     ],
 )
-def test_a_signal_to_mpirun_stops_in_the_round_with_75(
+def test_signal_to_mpirun_stops_the_round_with_75(
     tmp_path: Path, two_long_rounds: str, family: str, number: signal.Signals
 ) -> None:
     """mpirun passes the signal on; the run stops within the round, and the restart repeats the bits."""
@@ -161,7 +161,7 @@ def test_a_signal_to_mpirun_stops_in_the_round_with_75(
 
 
 @pytest.mark.parametrize("moment", ["config.toml", "events.jsonl"])
-def test_a_rank_that_stands_still_ends_the_job(tmp_path: Path, moment: str) -> None:
+def test_stalled_rank_ends_the_job(tmp_path: Path, moment: str) -> None:
     """run.timeout holds before the first round and in it, where the rank is named."""
     with running(2, *LONG_ROUNDS, "--run.timeout", "3", cwd=tmp_path) as job:
         wait_for(tmp_path / "run" / moment, job)
@@ -173,7 +173,7 @@ def test_a_rank_that_stands_still_ends_the_job(tmp_path: Path, moment: str) -> N
     assert named or (within and moment == "config.toml"), result.err
 
 
-def test_falls_back_from_a_damaged_checkpoint(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
+def test_restart_falls_back_from_a_damaged_checkpoint(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
     finished(2, *QUICK, cwd=tmp_path)
     newest = tmp_path / "run" / "checkpoints" / "round-000006.h5"
     (tmp_path / "run" / "checkpoints" / "best.h5").unlink()
@@ -188,7 +188,7 @@ def test_falls_back_from_a_damaged_checkpoint(tmp_path: Path, undisturbed: tuple
 # The README's first command, real data
 
 
-def test_first_command_of_the_readme(tmp_path: Path) -> None:
+def test_first_readme_command_trains(tmp_path: Path) -> None:
     line = re.search(
         r"^ *python -m venv .*'\.\[mpich\]' && (mpirun .*)$", (ROOT / "README.md").read_text(), re.MULTILINE
     )
@@ -203,7 +203,7 @@ def test_first_command_of_the_readme(tmp_path: Path) -> None:
     assert len(list((folder / "log").iterdir())) == 16
 
 
-def test_cifar10_trains_from_its_images(tmp_path: Path) -> None:
+def test_cifar10_trains_from_images(tmp_path: Path) -> None:
     with tarfile.open(shared_data("cifar10-images.tar")) as archive:
         archive.extractall(tmp_path / "cifar", filter="data")
     (images,) = {path.parent for path in (tmp_path / "cifar").glob("**/train")}
@@ -216,7 +216,7 @@ def test_cifar10_trains_from_its_images(tmp_path: Path) -> None:
     assert sum(rows[-1]["clients"]["samples"]) == 48_000
 
 
-def test_mnist_of_20_natural_clients(tmp_path: Path) -> None:
+def test_mnist_trains_on_20_natural_clients(tmp_path: Path) -> None:
     finished(
         *(2, "--data.source", "npz", "--data.path", str(shared_data("mnist-20clients")), "--clients", "20"),
         *("--partition.kind", "natural", "--model.pool", "mnist1,mnist2,mnist3,mnist4,mnist5"),

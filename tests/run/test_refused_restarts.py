@@ -77,7 +77,7 @@ DAMAGE: list[tuple[str, Callable[[Path], object]]] = [
 
 
 @pytest.mark.parametrize(("pattern", "damage"), DAMAGE)
-def test_damaged_checkpoints(
+def test_restart_refuses_damaged_checkpoints(
     refused: Callable[..., str], run: Path, pattern: str, damage: Callable[[Path], object]
 ) -> None:
     path = run / "checkpoints" / "round-000003.h5"
@@ -100,7 +100,7 @@ def test_damaged_checkpoints(
         ("config is a link and not stored here", lambda path: resealed(path, relinked)),
     ],
 )
-def test_a_run_goes_on_from_the_last_good_checkpoint_and_says_why(
+def test_restart_uses_the_last_good_checkpoint_and_says_why(
     done: Callable[..., Result], run: Path, says: str, damage: Callable[[Path], object]
 ) -> None:
     damage(run / "checkpoints" / "round-000003.h5")
@@ -110,7 +110,7 @@ def test_a_run_goes_on_from_the_last_good_checkpoint_and_says_why(
     assert restart["checkpoint"] == "round-000002.h5" and says in restart["warnings"][0]
 
 
-def test_any_flipped_bit_is_found(session: Session, run: Path, tmp_path: Path) -> None:
+def test_flipped_bit_anywhere_is_detected(session: Session, run: Path, tmp_path: Path) -> None:
     """One byte in each of 60 stretches of the file, the user block's unused rest excepted."""
     path = run / "checkpoints" / "round-000003.h5"
     good = path.read_bytes()
@@ -126,7 +126,9 @@ def test_any_flipped_bit_is_found(session: Session, run: Path, tmp_path: Path) -
     assert session("inspect", str(path), cwd=tmp_path).code == 0
 
 
-def test_nothing_to_restart_from(refused: Callable[..., str], run: Path, tmp_path: Path) -> None:
+def test_restart_without_a_checkpoint_is_refused(
+    refused: Callable[..., str], run: Path, tmp_path: Path
+) -> None:
     refused("no run folder or checkpoint", "restart", "none")
     (tmp_path / "empty").mkdir()
     refused("not a run folder", "restart", "empty")
@@ -156,7 +158,7 @@ def test_nothing_to_restart_from(refused: Callable[..., str], run: Path, tmp_pat
         ("no flag --sed; did you mean 'seed'", ["--sed", "1"]),
     ],
 )
-def test_restarts_that_would_be_another_run(
+def test_restart_refuses_changed_settings(
     refused: Callable[..., str], run: Path, pattern: str, arguments: list[str]
 ) -> None:
     refused(pattern, "restart", run, "--rounds", "4", *arguments)
@@ -165,7 +167,7 @@ def test_restarts_that_would_be_another_run(
     refused(pattern, "restart", run, "--rounds", "4", *arguments)  # round 0 from config.toml is no other case
 
 
-def test_a_restart_with_other_data_is_refused(
+def test_restart_refuses_changed_data(
     refused: Callable[..., str], session: Session, small: tuple[str, ...], tmp_path: Path
 ) -> None:
     made = session("data", "prepare", "d.h5", *small, cwd=tmp_path)
@@ -186,7 +188,7 @@ def test_a_restart_with_other_data_is_refused(
     assert result.code == 0, "the same data in another place: " + result.err
 
 
-def test_a_checkpoint_that_is_not_the_newest_needs_a_folder(
+def test_restart_from_an_older_checkpoint_needs_a_folder(
     refused: Callable[..., str], run: Path, tmp_path: Path
 ) -> None:
     older, best = (run / "checkpoints" / name for name in ("round-000002.h5", "best.h5"))
@@ -204,7 +206,7 @@ def test_a_checkpoint_that_is_not_the_newest_needs_a_folder(
     refused("not the newest checkpoint", "restart", moved / "checkpoints" / "round-000002.h5")
 
 
-def test_a_finished_run_says_so(session: Session, run: Path, tmp_path: Path) -> None:
+def test_restart_of_a_finished_run_changes_nothing(session: Session, run: Path, tmp_path: Path) -> None:
     before = digest(run)
     for source in (run, run / "checkpoints" / "round-000003.h5"):
         result = session("restart", str(source), cwd=tmp_path)
@@ -212,7 +214,7 @@ def test_a_finished_run_says_so(session: Session, run: Path, tmp_path: Path) -> 
     assert digest(run) == before
 
 
-def test_evaluation_on_data_the_models_cannot_take(
+def test_evaluate_refuses_data_the_models_cannot_take(
     refused: Callable[..., str], run: Path, tmp_path: Path
 ) -> None:
     source = run / "checkpoints" / "best.h5"
@@ -232,7 +234,7 @@ def test_evaluation_on_data_the_models_cannot_take(
     refused("algorithm: pfedmoe → fedavg", "evaluate", source, "--algorithm", "fedavg")
 
 
-def test_the_history_is_untouched_by_a_refused_restart(session: Session, run: Path, tmp_path: Path) -> None:
+def test_refused_restart_keeps_the_history(session: Session, run: Path, tmp_path: Path) -> None:
     rows = (run / "metrics.jsonl").read_text()
     told(session("restart", str(run), "--seed", "3", cwd=tmp_path), "seed")
     assert (run / "metrics.jsonl").read_text() == rows and len(rows.splitlines()) == 3
@@ -252,7 +254,7 @@ def test_the_history_is_untouched_by_a_refused_restart(session: Session, run: Pa
         ("algorithm", lambda config: config.update(algorithm="nothing")),
     ],
 )
-def test_a_strangers_configuration_is_refused(
+def test_crafted_configuration_is_refused(
     refused: Callable[..., str], run: Path, says: str, change: Callable[[Any], object]
 ) -> None:
     path = run / "checkpoints" / "round-000003.h5"

@@ -15,7 +15,7 @@ from support.launcher import SMALL, Result, Session, digest, events, flip, learn
 from support.mpi_job import mpirun
 
 
-def test_going_on_with_a_run(
+def test_restart_for_one_more_round_gives_the_same_bits(
     done: Callable[..., Result], small: tuple[str, ...], run: Path, tmp_path: Path
 ) -> None:
     """Three rounds and one more are four: the same rows, the same bits."""
@@ -50,7 +50,9 @@ def test_metrics_are_rewritten_from_the_checkpoint(done: Callable[..., Result], 
     assert learned(run) == kept, "round 3 again, the same bits, and nothing of the broken lines"
 
 
-def test_the_newest_good_checkpoint_is_taken(done: Callable[..., Result], run: Path, tmp_path: Path) -> None:
+def test_restart_takes_the_newest_good_checkpoint(
+    done: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
     kept = learned(run)
     newest = run / "checkpoints" / "round-000003.h5"
     newest.write_bytes(newest.read_bytes()[:-5])
@@ -65,7 +67,7 @@ def test_the_newest_good_checkpoint_is_taken(done: Callable[..., Result], run: P
     assert learned(run) == kept, "without a checkpoint from round 0 of config.toml"
 
 
-def test_one_checkpoint_goes_on_in_another_folder(
+def test_restart_from_a_checkpoint_uses_another_folder(
     done: Callable[..., Result], run: Path, tmp_path: Path
 ) -> None:
     before = digest(run)
@@ -79,7 +81,7 @@ def test_one_checkpoint_goes_on_in_another_folder(
 
 
 @pytest.mark.parametrize("to", ["run", "new"])
-def test_killed_before_its_first_checkpoint_it_goes_on_as_it_was_changed(
+def test_run_killed_early_keeps_changed_settings(
     done: Callable[..., Result], run: Path, tmp_path: Path, to: str
 ) -> None:
     """As if the kill had come just before the last checkpoint, the only one of this leg's interval."""
@@ -92,7 +94,7 @@ def test_killed_before_its_first_checkpoint_it_goes_on_as_it_was_changed(
     assert learned(tmp_path / to) == kept and len(kept) == 5
 
 
-def test_killed_after_its_last_checkpoint_it_is_finished(done: Callable[..., Result], run: Path) -> None:
+def test_run_killed_after_its_last_checkpoint_is_finished(done: Callable[..., Result], run: Path) -> None:
     """What it had still to write is written by the restart; with it all there, nothing is."""
     kept = learned(run)
     for name in ("metrics.jsonl", "events.jsonl"):
@@ -105,7 +107,7 @@ def test_killed_after_its_last_checkpoint_it_is_finished(done: Callable[..., Res
     assert digest(run) == before
 
 
-def test_a_damaged_best_is_replaced(done: Callable[..., Result], run: Path) -> None:
+def test_damaged_best_checkpoint_is_replaced(done: Callable[..., Result], run: Path) -> None:
     best = run / "checkpoints" / "best.h5"
     with Checkpoint(best) as held:
         top = held.round
@@ -115,7 +117,7 @@ def test_a_damaged_best_is_replaced(done: Callable[..., Result], run: Path) -> N
     verify(best)
 
 
-def test_what_seems_newer_than_the_newest_is_set_aside(tmp_path: Path) -> None:
+def test_damaged_newer_checkpoints_are_set_aside(tmp_path: Path) -> None:
     """After a fallback: else rounds 4 and 5 would look overtaken by a damaged round 6."""
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
@@ -126,7 +128,7 @@ def test_what_seems_newer_than_the_newest_is_set_aside(tmp_path: Path) -> None:
     assert left == {"round-000006.h5.unused", "round-000005-partial.h5", "round-000004.h5"}
 
 
-def test_an_event_after_half_a_line_is_read(tmp_path: Path) -> None:
+def test_event_after_a_partial_line_is_read(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text('{"event": "start"}\n{"event": "fin')
     folder = RunFolder(tmp_path)
     folder.event("restart")
@@ -134,31 +136,29 @@ def test_an_event_after_half_a_line_is_read(tmp_path: Path) -> None:
     assert [event["event"] for event in folder._events()] == ["start", "restart", "finish"]
 
 
-def test_a_folder_that_cannot_be_written_is_told(session: Session, run: Path, tmp_path: Path) -> None:
+def test_unwritable_folder_is_reported(session: Session, run: Path, tmp_path: Path) -> None:
     (run / ".config.toml.tmp").mkdir()
     told(session("restart", "run", "--rounds", "4", cwd=tmp_path), "cannot be written(.|\n)*run.dir")
 
 
-def test_fewer_rounds_than_are_done_are_refused(session: Session, run: Path, tmp_path: Path) -> None:
+def test_fewer_rounds_than_completed_are_refused(session: Session, run: Path, tmp_path: Path) -> None:
     said = told(
         session("restart", "run", "--rounds", "2", cwd=tmp_path), "3 rounds are done, and --rounds is"
     )
     assert "--rounds 5 plays 2 more" in said
 
 
-def test_a_folder_is_no_checkpoint(session: Session, run: Path, tmp_path: Path) -> None:
+def test_folder_is_not_a_checkpoint(session: Session, run: Path, tmp_path: Path) -> None:
     for command in ("inspect", "evaluate"):
         told(session(command, "run", cwd=tmp_path), "run is a folder(.|\n)*run/checkpoints/best.h5")
 
 
-def test_another_normalisation_is_another_federation(session: Session, run: Path, tmp_path: Path) -> None:
+def test_changed_normalisation_is_refused(session: Session, run: Path, tmp_path: Path) -> None:
     changed = ("--data.mean", "9,9,9", "--data.std", "1,1,1", "--rounds", "4")
     told(session("restart", "run", *changed, cwd=tmp_path), "cannot be changed now: data.mean")
 
 
-def test_members_that_were_not_measured_leave_the_cohort_without_a_mean(
-    done: Callable[..., Result], tmp_path: Path
-) -> None:
+def test_unmeasured_members_leave_the_cohort_mean_null(done: Callable[..., Result], tmp_path: Path) -> None:
     """Stopped in a round that was not due, which is due after the restart."""
     flags = (*SMALL, "--rounds", "2", "--eval.every", "2", "--run.dir", str(tmp_path / "run"))
     assert mpirun("fault_injection", "stop", "0", "training", *flags, ranks=1).code == 75
@@ -170,14 +170,12 @@ def test_members_that_were_not_measured_leave_the_cohort_without_a_mean(
     assert second["accuracy_cohort"]["mean"] is not None
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is(
-    done: Callable[..., Result], run: Path, tmp_path: Path
-) -> None:
+def test_moved_run_resumes_in_its_new_folder(done: Callable[..., Result], run: Path, tmp_path: Path) -> None:
     done("restart", run.rename(tmp_path / "moved"), "--rounds", "4")
     assert not run.exists() and len(rows(tmp_path / "moved")) == 4
 
 
-def test_other_threads_are_allowed_and_said(done: Callable[..., Result], run: Path) -> None:
+def test_changed_threads_are_allowed_and_announced(done: Callable[..., Result], run: Path) -> None:
     result = done("restart", run, "--rounds", "4", "--train.threads", "2")
     assert "bits will differ" in result.err and "threads 1 → 2" in result.err
     assert events(run)[2]["changes"]["train.threads"] == [1, 2]
@@ -185,7 +183,7 @@ def test_other_threads_are_allowed_and_said(done: Callable[..., Result], run: Pa
     assert "bits will differ" not in same.err
 
 
-def test_a_schedule_that_is_stretched_is_said(
+def test_stretched_schedule_is_announced(
     done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     done(*small, "--train.schedule", "linear", "--run.dir", "run")

@@ -42,7 +42,7 @@ def stopped(rank: int, phase: str, *arguments: str, mpi: str = "mpich") -> Ended
 
 
 @pytest.mark.parametrize(("number", "phase"), list(enumerate(STOPPED)))
-def test_a_signal_to_one_rank_in_any_phase(
+def test_signal_to_one_rank_in_any_phase_stops_with_75(
     tmp_path: Path, session: launcher.Session, undisturbed: str, number: int, phase: str
 ) -> None:
     """75, a checkpoint, and the restart on another number of ranks repeats the bits."""
@@ -58,7 +58,7 @@ def test_a_signal_to_one_rank_in_any_phase(
 
 
 @pytest.mark.parametrize("mpi", ["mpich", pytest.param("openmpi", marks=pytest.mark.openmpi)])
-def test_a_signal_to_an_idle_rank_alone_stops_all(tmp_path: Path, mpi: str) -> None:
+def test_signal_to_an_idle_rank_stops_all(tmp_path: Path, mpi: str) -> None:
     """One client on three ranks: two wait inside the sum, and one of them is told."""
     lonely = (*SMALL, "--clients", "1", "--rounds", "50", "--train.epochs", "3000", "--run.dir", "run")
     with running(3, *lonely, "--partition.kind", "iid", cwd=tmp_path, mpi=mpi) as job:
@@ -73,7 +73,7 @@ def test_a_signal_to_an_idle_rank_alone_stops_all(tmp_path: Path, mpi: str) -> N
 
 
 @pytest.mark.parametrize("moment", ["python", "mpi"])
-def test_a_signal_while_the_job_starts_is_not_lost(tmp_path: Path, moment: str) -> None:
+def test_signal_during_start_is_not_lost(tmp_path: Path, moment: str) -> None:
     """Sent to a rank as soon as it is there, or has loaded MPI: the stop comes all the same."""
     with running(2, *FLAGS, "--rounds", "5000", "--run.dir", "run", cwd=tmp_path) as job:
         pid = starting(job, "libmpi" if moment == "mpi" else "pydantic_core")
@@ -93,7 +93,7 @@ def starting(job: subprocess.Popen[str], library: str) -> int:
     raise AssertionError(f"rank 1 never loaded {library}")
 
 
-def test_signals_that_go_on_do_not_change_the_exit_code(tmp_path: Path) -> None:
+def test_repeated_signals_keep_the_exit_code(tmp_path: Path) -> None:
     """A script that sends its warning again and again, to the ranks."""
     with running(2, *FLAGS, "--rounds", "5000", "--run.dir", "run", cwd=tmp_path) as job:
         wait_for(tmp_path / "run" / "metrics.jsonl", job)
@@ -108,7 +108,9 @@ def test_signals_that_go_on_do_not_change_the_exit_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["fedgh", "fedtgp"])
-def test_a_stop_while_the_server_trains(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_during_server_training_is_repeated(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is left at its next step, and done again from the sum, to the same bits."""
     flags = dict(zip((word.removeprefix("--") for word in SMALL[::2]), SMALL[1::2], strict=True))
     chosen = config.build({**flags, "algorithm": method, "rounds": 1})
@@ -142,7 +144,7 @@ def test_a_stop_while_the_server_trains(method: str, tmp_path: Path, monkeypatch
 # The wall-time limit
 
 
-def test_the_run_stops_before_its_wall_time(tmp_path: Path) -> None:
+def test_run_stops_before_its_wall_time(tmp_path: Path) -> None:
     started = time.monotonic()
     endless = (*SMALL, "--rounds", "100000", "--run.walltime", "20", "--run.dir", "run")
     result = launcher.program(2, *endless, cwd=tmp_path)
@@ -160,7 +162,7 @@ def test_the_run_stops_before_its_wall_time(tmp_path: Path) -> None:
 # Legs that bring nothing
 
 
-def test_two_legs_without_a_step_end_the_run(tmp_path: Path, undisturbed: str) -> None:
+def test_two_restarts_without_a_step_end_the_run(tmp_path: Path, undisturbed: str) -> None:
     """What a job script would requeue for ever."""
     run = str(tmp_path / "run")
     first = stopped(1, "clients", *FLAGS, "--run.dir", run)
@@ -172,7 +174,7 @@ def test_two_legs_without_a_step_end_the_run(tmp_path: Path, undisturbed: str) -
     assert learned_digest(tmp_path / "run", 4) == undisturbed
 
 
-def test_legs_with_a_step_go_on_for_ever(tmp_path: Path, session: launcher.Session) -> None:
+def test_restarts_with_a_step_always_continue(tmp_path: Path, session: launcher.Session) -> None:
     """A leg of one step between two without any is progress; a round in progress keeps its cohort."""
     run = str(tmp_path / "run")
     assert stopped(0, "clients", *FLAGS, "--run.dir", run).code == 75
@@ -189,7 +191,7 @@ def test_legs_with_a_step_go_on_for_ever(tmp_path: Path, session: launcher.Sessi
 @pytest.mark.campaign
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("mpi", ["mpich", pytest.param("openmpi", marks=pytest.mark.openmpi)])
-def test_seconds_from_signal_to_exit_on_cifar10(tmp_path: Path, mpi: str) -> None:
+def test_exit_follows_a_signal_within_seconds_on_cifar10(tmp_path: Path, mpi: str) -> None:
     """Ten clients of CNN-1 to CNN-5, 20 random moments; median and worst."""
     with tarfile.open(shared_data("cifar10-images.tar")) as images:
         images.extractall(tmp_path / "cifar", filter="data")

@@ -1,6 +1,6 @@
 """The program with a fault: `mpirun -n 3 python -m support.fault_injection ACTION RANK PHASE ARGUMENT ...`.
 
-ACTION is `raise` or `stop`: on RANK (or on `all` ranks) the function named by PHASE raises, or its process gets
+ACTION is `raise` or `stop`: on RANK (or on `all` ranks) PHASE's function raises, or its process gets
 SIGUSR1, at the call that `PHASES` names. The program itself is unchanged.
 """
 
