@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from support import launcher
-from support.launcher import SMALL
+from support.files import path_digest
+from support.launcher import SMALL_RUN
 
 
 @pytest.fixture(scope="session")
-def small() -> tuple[str, ...]:
+def small_run() -> tuple[str, ...]:
     """Flags of a run of one round that takes less time than its start."""
-    return SMALL
+    return SMALL_RUN
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two ranks, three rounds measured every second and saved each; only to be read."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ("--rounds", "3", "--eval.every", "2", "--run.checkpoint_every", "1", "--run.dir", "run")
-    result = launcher.program(2, *SMALL, *flags, cwd=folder)
+    result = launcher.run_program(2, *SMALL_RUN, *flags, cwd=folder)
     assert result.code == 0, result.err
     (folder / "run" / "said.txt").write_text(result.out)
     return folder / "run"
@@ -44,20 +45,20 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refused(session: launcher.Session, tmp_path: Path) -> Callable[..., str]:
+def assert_refused(session: launcher.Session, tmp_path: Path) -> Callable[..., str]:
     """Runs a command line in `tmp_path`, where nothing may change, and returns its message."""
 
     def check(pattern: str, *arguments: str | Path) -> str:
-        before = launcher.digest(tmp_path), sorted(tmp_path.rglob("*"))
+        before = path_digest(tmp_path), sorted(tmp_path.rglob("*"))
         result = session(*map(str, arguments), cwd=tmp_path)
-        assert (launcher.digest(tmp_path), sorted(tmp_path.rglob("*"))) == before, "something was written"
-        return launcher.told(result, pattern)
+        assert (path_digest(tmp_path), sorted(tmp_path.rglob("*"))) == before, "something was written"
+        return launcher.error_message(result, pattern)
 
     return check
 
 
 @pytest.fixture
-def done(session: launcher.Session, tmp_path: Path) -> Callable[..., launcher.Result]:
+def run_command(session: launcher.Session, tmp_path: Path) -> Callable[..., launcher.Result]:
     """Runs a command line in `tmp_path`; it must end well."""
 
     def check(*arguments: str | Path) -> launcher.Result:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from pfedmoe_mpi import algorithms
-from support.mpi_job import conformance
+from support.mpi_job import run_conformance
 from support.paths import TESTS
 
 BROKEN = sorted(path.stem for path in (TESTS / "broken").glob("*.py"))
@@ -16,7 +16,7 @@ BROKEN = sorted(path.stem for path in (TESTS / "broken").glob("*.py"))
 @pytest.fixture(scope="module")
 def verdicts() -> dict[tuple[str, str], str]:
     """{(check, method): verdict} of all checks on all methods, in one job."""
-    _, output = conformance(timeout=550)
+    _, output = run_conformance(timeout=550)
     found = re.findall(r"^(\w+) (\w+): (.*)$", output, re.MULTILINE)
     assert found, output
     return {(check, method): verdict for check, method, verdict in found}
@@ -47,7 +47,7 @@ def caught() -> dict[str, tuple[int, str]]:
     """{check: how the job ended that ran it on the methods meant for it}."""
     checks = sorted(set(meant().values()))
     return {
-        check: conformance(
+        check: run_conformance(
             *(name for name, its in meant().items() if its == check),
             "--broken",
             *("--check", check),

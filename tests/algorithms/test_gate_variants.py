@@ -13,19 +13,25 @@ from pfedmoe_mpi import config
 from pfedmoe_mpi.algorithms.base import Task
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models.gate import Gate, build_gate
-from support.launcher import SMALL, finished, learned_digest
-from support.small_federation import bench, build, gradients, played, write_all
+from support.launcher import SMALL_RUN, checkpoint_digest, run_to_end
+from support.small_federation import (
+    build_loop,
+    first_batch,
+    loss_gradients,
+    train_federation,
+    write_data_files,
+)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_all(tmp_path_factory.mktemp("gates"))
+    return write_data_files(tmp_path_factory.mktemp("gates"))
 
 
 def alpha_of(path: Path, **changes: Any) -> torch.Tensor:
     """Gate weights (16, experts) of a client's first samples after a round."""
-    it = played(path, "pfedmoe", model__pool="mlp5", rounds=1, **changes)
-    method, parts, batch = bench(it.loop)
+    it = train_federation(path, "pfedmoe", model__pool="mlp5", rounds=1, **changes)
+    method, parts, batch = first_batch(it.loop)
     for module in parts.modules().values():
         module.eval()
     with torch.no_grad():
@@ -66,8 +72,8 @@ def test_top1_predicts_with_one_expert(data: dict[str, Path]) -> None:
 
 def test_equal_weights_have_no_gate_parameters(data: dict[str, Path]) -> None:
     assert torch.equal(alpha_of(data["small"], gate__weights="equal"), torch.full((16, 2), 0.5))
-    loop = build(data["small"], "pfedmoe", model__pool="mlp5", gate__weights="equal")
-    assert "gate" not in {name.partition("/")[0] for name in gradients(loop)}
+    loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5", gate__weights="equal")
+    assert "gate" not in {name.partition("/")[0] for name in loss_gradients(loop)}
 
 
 def test_learned_constants_train_and_ignore_the_sample(data: dict[str, Path]) -> None:
@@ -93,19 +99,19 @@ def test_pooled_gate_requires_images() -> None:
 
 def test_representation_gate_sends_no_gradient_to_its_input(data: dict[str, Path]) -> None:
     """With the mixture's own path cut, nothing reaches θ."""
-    loop = build(data["small"], "pfedmoe", model__pool="mlp5", gate__input="shared", model__dim=30)
-    method, parts, batch = bench(loop)
+    loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5", gate__input="shared", model__dim=30)
+    method, parts, batch = first_batch(loop)
     assert parts.gate.layers[0].in_features == 30
     weights = method.weights(parts, batch.x)
     assert weights is not None
     (weights[:, 0] * torch.arange(16)).sum().backward()
     assert all(p.grad is None for p in parts.shared.parameters())
     assert any(p.grad is not None and p.grad.any() for p in parts.gate.parameters())
-    assert all(largest > 0 for name, largest in gradients(loop).items() if name.startswith("shared/"))
+    assert all(largest > 0 for name, largest in loss_gradients(loop).items() if name.startswith("shared/"))
 
 
 def test_several_shared_extractors_all_train_and_differ(data: dict[str, Path]) -> None:
-    it = played(
+    it = train_federation(
         data["small"], "pfedmoe", model__pool="mlp5", rounds=1, pfedmoe__extractors=3, participation=1.0
     )
     names = ["shared", "shared2", "shared3"]
@@ -119,7 +125,7 @@ def test_several_shared_extractors_all_train_and_differ(data: dict[str, Path]) -
 
 
 def test_mean_alpha_covers_all_shared_extractors(data: dict[str, Path]) -> None:
-    it = played(
+    it = train_federation(
         data["small"], "pfedmoe", model__pool="mlp5", rounds=1, pfedmoe__extractors=2, gate__weights="equal"
     )
     assert it.loop.history[0]["clients"]["alpha"] == [pytest.approx(2 / 3)] * 3
@@ -131,6 +137,6 @@ VARIANT = ("--pfedmoe.extractors", "2", "--gate.routing", "top1", "--gate.input"
 def test_variants_give_the_same_bits_on_other_ranks(tmp_path: Path) -> None:
     found = set()
     for ranks in (1, 3):
-        finished(ranks, *SMALL, *VARIANT, "--run.dir", str(ranks), cwd=tmp_path)
-        found.add(learned_digest(tmp_path / str(ranks), 3))
+        run_to_end(ranks, *SMALL_RUN, *VARIANT, "--run.dir", str(ranks), cwd=tmp_path)
+        found.add(checkpoint_digest(tmp_path / str(ranks), 3))
     assert len(found) == 1

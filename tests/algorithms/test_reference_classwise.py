@@ -19,8 +19,16 @@ from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.faults import Faults
 from pfedmoe_mpi.models import mlp
 from pfedmoe_mpi.roundsum import IN, LOST
-from support.round_comparison import SEEDS, agree, same_measures
-from support.small_federation import HELD, TRAINED, Played, build, cut, played, write_all
+from support.round_comparison import SEEDS, assert_same_metrics, assert_tensors_agree
+from support.small_federation import (
+    CLASSES,
+    TRAINING_SAMPLES,
+    TrainedFederation,
+    build_loop,
+    split_batches,
+    train_federation,
+    write_data_files,
+)
 
 ALL = frozenset({0, 1, 2})
 EQUAL = {"fedprox", "fedrep"}
@@ -28,13 +36,13 @@ EQUAL = {"fedprox", "fedrep"}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_all(tmp_path_factory.mktemp("classes"))
+    return write_data_files(tmp_path_factory.mktemp("classes"))
 
 
 # The two sides
 
 
-def options(it: Played) -> Any:
+def options(it: TrainedFederation) -> Any:
     return it.loop.federation.config.options
 
 
@@ -44,24 +52,26 @@ def linear(tensors: dict[str, Tensor]) -> nn.Linear:
     return found
 
 
-def models_of(it: Played) -> list[nn.Module]:
+def models_of(it: TrainedFederation) -> list[nn.Module]:
     return [nets.model(it.of_client(k, "model")) for k in range(3)]
 
 
-def extractors_of(it: Played) -> list[nn.Module]:
+def extractors_of(it: TrainedFederation) -> list[nn.Module]:
     return [nets.extractor(it.of_client(k, "extractor")) for k in range(3)]
 
 
-def same_private(it: Played, part: str, modules: list[Any]) -> None:
+def same_private(it: TrainedFederation, part: str, modules: list[Any]) -> None:
     for k in range(3):
-        agree(it.of_client(k, part, start=False), nets.tensors(modules[k]), f"{part} of client {k}")
+        assert_tensors_agree(
+            it.of_client(k, part, start=False), nets.tensors(modules[k]), f"{part} of client {k}"
+        )
 
 
-def same_state(it: Played, part: str, module: nn.Module) -> None:
-    agree(it.of_state(part, start=False), nets.tensors(module), part)
+def same_state(it: TrainedFederation, part: str, module: nn.Module) -> None:
+    assert_tensors_agree(it.of_state(part, start=False), nets.tensors(module), part)
 
 
-def longer(it: Played, epochs: int) -> methods.Course:
+def longer(it: TrainedFederation, epochs: int) -> methods.Course:
     """The course with so many epochs in every round."""
     config, course = it.loop.federation.config, it.course
     samples = []
@@ -70,31 +80,33 @@ def longer(it: Played, epochs: int) -> methods.Course:
         rounds = []
         for t in range(config.rounds):
             draw = seeds.torch_generator(config.seed, "batches", t + 1, k)
-            orders = [torch.randperm(TRAINED[k], generator=draw) for _ in range(epochs)]
-            rounds.append([[(x[i], y[i]) for i in cut(order, config.train.batch)] for order in orders])
+            orders = [torch.randperm(TRAINING_SAMPLES[k], generator=draw) for _ in range(epochs)]
+            rounds.append(
+                [[(x[i], y[i]) for i in split_batches(order, config.train.batch)] for order in orders]
+            )
         samples.append(replace(own, epochs=rounds))
     return replace(course, samples=samples)
 
 
-def shuffles(it: Played) -> list[list[Tensor]]:
+def shuffles(it: TrainedFederation) -> list[list[Tensor]]:
     """The server's, over one row for every class that a member of the cohort holds."""
     config = it.loop.federation.config
     found = []
     for t, cohort in enumerate(it.cohorts):
         draw = seeds.torch_generator(config.seed, "server", t + 1)
-        rows = sum(len(HELD[k]) for k in cohort)
+        rows = sum(len(CLASSES[k]) for k in cohort)
         found.append([torch.randperm(rows, generator=draw) for _ in range(options(it).epochs)])
     return found
 
 
-def by_hand_fedprox(it: Played) -> list[methods.Round]:
+def by_hand_fedprox(it: TrainedFederation) -> list[methods.Round]:
     model = nets.model(it.of_state("model"))
     history = classes.fedprox(model, it.course, options(it).mu)
     same_state(it, "model", model)
     return history
 
 
-def by_hand_fedrep(it: Played) -> list[methods.Round]:
+def by_hand_fedrep(it: TrainedFederation) -> list[methods.Round]:
     body, heads = nets.extractor(it.of_state("body")), [linear(it.of_client(k, "head")) for k in range(3)]
     first = options(it).head_epochs
     course = longer(it, first + it.loop.federation.config.train.epochs)
@@ -104,7 +116,7 @@ def by_hand_fedrep(it: Played) -> list[methods.Round]:
     return history
 
 
-def by_hand_lg_fedavg(it: Played) -> list[methods.Round]:
+def by_hand_lg_fedavg(it: TrainedFederation) -> list[methods.Round]:
     head, extractors = linear(it.of_state("head")), extractors_of(it)
     history = classes.lg_fedavg(head, extractors, it.course)
     same_state(it, "head", head)
@@ -112,7 +124,7 @@ def by_hand_lg_fedavg(it: Played) -> list[methods.Round]:
     return history
 
 
-def by_hand_fd(it: Played) -> list[methods.Round]:
+def by_hand_fd(it: TrainedFederation) -> list[methods.Round]:
     models = models_of(it)
     last: dict[int, dict[int, Tensor]] = {}
     seen: dict[int, dict[int, Tensor]] = {}
@@ -121,17 +133,17 @@ def by_hand_fd(it: Played) -> list[methods.Round]:
     outputs = it.of_state("outputs", start=False)[""]
     assert {c for c in range(4) if not outputs[c].isnan().any()} == set(last)
     means = {f"{c}": torch.stack(list(last[c].values())).mean(0) for c in last}
-    agree({f"{c}": outputs[c] for c in last}, means, "F̄")
+    assert_tensors_agree({f"{c}": outputs[c] for c in last}, means, "F̄")
     assert it.of_state("members", start=False)[""].tolist() == [len(last.get(c, {})) for c in range(4)]
     for k, found in seen.items():
         sums, counts = (it.of_client(k, part, start=False)[""] for part in ("sums", "counts"))
         assert set(counts.nonzero().view(-1).tolist()) == set(found)
         own = {f"{c}": sums[c] / counts[c] for c in found}
-        agree(own, {f"{c}": found[c] for c in found}, f"F of client {k}")
+        assert_tensors_agree(own, {f"{c}": found[c] for c in found}, f"F of client {k}")
     return history
 
 
-def by_hand_fedgh(it: Played) -> list[methods.Round]:
+def by_hand_fedgh(it: TrainedFederation) -> list[methods.Round]:
     head, extractors = linear(it.of_state("head")), extractors_of(it)
     lr = options(it).lr or it.course.lr_shared
     history = classes.fedgh(head, extractors, it.course, shuffles(it), options(it).batch, lr)
@@ -140,7 +152,7 @@ def by_hand_fedgh(it: Played) -> list[methods.Round]:
     return history
 
 
-def by_hand_fedtgp(it: Played) -> list[methods.Round]:
+def by_hand_fedtgp(it: TrainedFederation) -> list[methods.Round]:
     models, generator = models_of(it), dict(it.of_state("generator"))
     chosen, batch = options(it), it.loop.federation.config.train.batch
     nearest = chosen.answer == "prototype"
@@ -148,22 +160,22 @@ def by_hand_fedtgp(it: Played) -> list[methods.Round]:
         generator, models, it.course, shuffles(it), batch, chosen.weight, chosen.margin, nearest
     )
     same_private(it, "model", models)
-    agree(it.of_state("generator", start=False), generator, "generator")
-    agree(it.of_state("prototypes", start=False), {"": torch.stack(prototypes)}, "prototypes")
+    assert_tensors_agree(it.of_state("generator", start=False), generator, "generator")
+    assert_tensors_agree(it.of_state("prototypes", start=False), {"": torch.stack(prototypes)}, "prototypes")
     return history
 
 
-def by_hand_fedssa(it: Played) -> list[methods.Round]:
+def by_hand_fedssa(it: TrainedFederation) -> list[methods.Round]:
     models, start = models_of(it), it.of_state("header")["rows"]
     rows = [(row[:-1].clone(), row[-1].clone()) for row in start]
     history = classes.fedssa(rows, models, it.course, options(it).mu, options(it).stable_rounds)
     same_private(it, "model", models)
     expected = torch.stack([torch.cat([weight, bias.view(1)]) for weight, bias in rows])
-    agree(it.of_state("header", start=False), {"rows": expected}, "φ")
+    assert_tensors_agree(it.of_state("header", start=False), {"rows": expected}, "φ")
     return history
 
 
-BY_HAND: dict[str, Callable[[Played], list[methods.Round]]] = {
+BY_HAND: dict[str, Callable[[TrainedFederation], list[methods.Round]]] = {
     "fedprox": by_hand_fedprox,
     "fedrep": by_hand_fedrep,
     "lg_fedavg": by_hand_lg_fedavg,
@@ -179,13 +191,13 @@ def unlike(method: str) -> str:
     return "mlp4" if method in EQUAL else "mlp4,mlp5,mlp3"
 
 
-def by_hand(path: Path, method: str, **changes: Any) -> Played:
+def by_hand(path: Path, method: str, **changes: Any) -> TrainedFederation:
     """Play, and compare everything with the rounds by hand; of three seeds, as in `test_oracles.by_hand`."""
     for seed in SEEDS:
         chosen = {"model.pool": unlike(method), "seed": seed, **USUAL.get(method, {}), **changes}
-        it = played(path, method, **chosen)
+        it = train_federation(path, method, **chosen)
         try:
-            same_measures(it, BY_HAND[method](it), ALL)
+            assert_same_metrics(it, BY_HAND[method](it), ALL)
         except AssertionError:
             if seed == SEEDS[-1]:
                 raise
@@ -246,7 +258,7 @@ def test_method_options_match_the_reference(
     it = by_hand(data["small"], method, **{f"{method}.{option}": value, "participation": 1.0})
     settings = it.loop.federation.config
     same = {"model.pool": unlike(method), "seed": settings.seed, "participation": 1.0}
-    usual = played(data["small"], method, **same, **USUAL.get(method, {}))
+    usual = train_federation(data["small"], method, **same, **USUAL.get(method, {}))
     found, expected = (
         torch.cat([played.loop.state, *(c.vector for c in played.loop.federation.clients.values())])
         for played in (it, usual)
@@ -257,7 +269,7 @@ def test_method_options_match_the_reference(
 def test_fedtgp_can_predict_with_the_nearest_prototype(data: dict[str, Path]) -> None:
     it = by_hand(data["small"], "fedtgp", **{"fedtgp.answer": "prototype", "fedtgp.weight": 5.0})
     seed = it.loop.federation.config.seed
-    usual = played(
+    usual = train_federation(
         data["small"], "fedtgp", model__pool=unlike(""), seed=seed, fedtgp__epochs=4, fedtgp__weight=5.0
     )
     assert torch.equal(it.loop.state, usual.loop.state), "training does not depend on the answer"
@@ -266,7 +278,7 @@ def test_fedtgp_can_predict_with_the_nearest_prototype(data: dict[str, Path]) ->
 
 def test_fedprox_without_proximal_term_is_fedavg(data: dict[str, Path]) -> None:
     found, expected = (
-        played(data["small"], name, model__pool="mlp4", **more).loop.state
+        train_federation(data["small"], name, model__pool="mlp4", **more).loop.state
         for name, more in (("fedprox", {"fedprox__mu": 0.0}), ("fedavg", {}))
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -285,7 +297,7 @@ def test_fd_teacher_excludes_only_outputs_in_the_mean(
     monkeypatch.setattr(
         Faults, "fate", lambda _, round, client: LOST if (round, client) in LOST_ON_THE_WAY else IN
     )
-    it = played(
+    it = train_federation(
         data["small"], "fd", model__pool=unlike("fd"), participation=1.0, rounds=4, fd__weight=3.0, seed=3
     )
     models = models_of(it)
@@ -297,7 +309,7 @@ def test_fd_teacher_excludes_only_outputs_in_the_mean(
 
 def test_fd_teacher_of_an_unsent_class_is_the_whole_mean(data: dict[str, Path]) -> None:
     """It was in that round's sum, but only of class 0; of class 1 the mean is all others'."""
-    found: Any = build(data["small"], "fd", model__pool="mlp5").federation.method
+    found: Any = build_loop(data["small"], "fd", model__pool="mlp5").federation.method
     outputs = torch.full((4, 4), float("nan"))
     outputs[0] = torch.tensor([0.5, 0.3, 0.1, 0.1])
     outputs[1] = torch.tensor([0.1, 0.6, 0.2, 0.1])
@@ -324,7 +336,9 @@ def test_fd_teacher_of_an_unsent_class_is_the_whole_mean(data: dict[str, Path]) 
 @pytest.mark.parametrize("method", BY_HAND)
 def test_reported_bytes_are_those_of_a_deployment(data: dict[str, Path], method: str) -> None:
     more = {name.replace(".", "__"): value for name, value in USUAL.get(method, {}).items()}
-    it = played(data["small"], method, model__pool=unlike(method), rounds=2, participation=1.0, **more)
+    it = train_federation(
+        data["small"], method, model__pool=unlike(method), rounds=2, participation=1.0, **more
+    )
     model = sum(t.numel() for part in ("model", "body") for t in it.of_state(part).values())
     head = 4 * (12 + 1)
     teachers = 4 * np.mean([1, 2, 1])  # of the three clients' classes two are held by two of them
@@ -344,7 +358,7 @@ def test_reported_bytes_are_those_of_a_deployment(data: dict[str, Path], method:
 
 @pytest.mark.parametrize("method", BY_HAND)
 def test_methods_state_why_unseen_clients_have_no_model(data: dict[str, Path], method: str) -> None:
-    it = played(data["small"], method, model__pool=unlike(method), rounds=1, **{"train.epochs": 1})
+    it = train_federation(data["small"], method, model__pool=unlike(method), rounds=1, **{"train.epochs": 1})
     found: Algorithm = it.loop.federation.method
     reason = {
         "fedprox": "",

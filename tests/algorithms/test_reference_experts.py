@@ -13,29 +13,31 @@ import torch
 from oracles import experts, nets
 from oracles.methods import Round
 from pfedmoe_mpi.algorithms.fedjets.anchors import by_cluster, by_label
-from support.round_comparison import agree
-from support.six_clients import SIZES, Six, write_common, write_six
-from support.small_federation import build
+from support.round_comparison import assert_tensors_agree
+from support.six_clients import SETTINGS, SixClients, write_common_expert, write_six_clients
+from support.small_federation import build_loop
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_six(tmp_path_factory.mktemp("experts"))
+    return write_six_clients(tmp_path_factory.mktemp("experts"))
 
 
 @pytest.fixture(scope="module")
 def common(data: Path) -> Path:
-    return write_common(data)
+    return write_common_expert(data)
 
 
-def played(path: Path, method: str, **changes: Any) -> Six:
-    loop = build(path, method, **{**SIZES, **changes})
-    it = Six(loop, loop.state.clone(), {k: c.vector.clone() for k, c in loop.federation.clients.items()})
+def played(path: Path, method: str, **changes: Any) -> SixClients:
+    loop = build_loop(path, method, **{**SETTINGS, **changes})
+    it = SixClients(
+        loop, loop.state.clone(), {k: c.vector.clone() for k, c in loop.federation.clients.items()}
+    )
     assert loop.run()
     return it
 
 
-def by_hand_fedjets(it: Six) -> list[Round]:
+def by_hand_fedjets(it: SixClients) -> list[Round]:
     federation = it.loop.federation
     method, options = federation.method, federation.config.options
     number = len(method.anchors) or options.experts
@@ -58,22 +60,22 @@ def by_hand_fedjets(it: Six) -> list[Round]:
         unseen=sorted(federation.task.unseen),
     )
     for m, expert in enumerate(own):
-        agree(it.of_state(f"expert{m}", start=False), nets.tensors(expert), f"expert {m}")
-    agree(it.of_state("gate", start=False), nets.tensors(gate), "gate")
+        assert_tensors_agree(it.of_state(f"expert{m}", start=False), nets.tensors(expert), f"expert {m}")
+    assert_tensors_agree(it.of_state("gate", start=False), nets.tensors(gate), "gate")
     return history
 
 
-def by_hand_fedmix(it: Six) -> list[Round]:
+def by_hand_fedmix(it: SixClients) -> list[Round]:
     own = [nets.model(it.of_state(f"expert{m}")) for m in range(2)]
     gate = nets.gate(it.of_state("gate"))
     history = experts.fedmix(own, gate, it.course)
     for m, expert in enumerate(own):
-        agree(it.of_state(f"expert{m}", start=False), nets.tensors(expert), f"expert {m}")
-    agree(it.of_state("gate", start=False), nets.tensors(gate), "gate")
+        assert_tensors_agree(it.of_state(f"expert{m}", start=False), nets.tensors(expert), f"expert {m}")
+    assert_tensors_agree(it.of_state("gate", start=False), nets.tensors(gate), "gate")
     return history
 
 
-def by_hand_ensemble(it: Six) -> list[Round]:
+def by_hand_ensemble(it: SixClients) -> list[Round]:
     method = it.loop.federation.method
     number = it.loop.federation.config.options.models or 5
     models = [nets.model(it.of_state(f"model{q}")) for q in range(number)]
@@ -81,18 +83,18 @@ def by_hand_ensemble(it: Six) -> list[Round]:
     dealt = [{k: int(role.removeprefix("model")) for k, role in method.cohort(t)} for t in rounds]
     history = experts.ensemble(models, it.course, dealt)
     for q, model in enumerate(models):
-        agree(it.of_state(f"model{q}", start=False), nets.tensors(model), f"model {q}")
+        assert_tensors_agree(it.of_state(f"model{q}", start=False), nets.tensors(model), f"model {q}")
     return history
 
 
-BY_HAND: dict[str, Callable[[Six], list[Round]]] = {
+BY_HAND: dict[str, Callable[[SixClients], list[Round]]] = {
     "fedjets": by_hand_fedjets,
     "fedmix": by_hand_fedmix,
     "ensemble": by_hand_ensemble,
 }
 
 
-def by_hand(path: Path, method: str, **changes: Any) -> Six:
+def by_hand(path: Path, method: str, **changes: Any) -> SixClients:
     """Play and compare; three seeds, because a ReLU within rounding of zero may fall either way."""
     for seed in (0, 1, 2):
         it = played(path, method, **{"seed": seed, **changes})
@@ -258,7 +260,7 @@ def test_clusters_do_not_depend_on_labels(data: Path, common: Path, monkeypatch:
 
 def test_cohort_contains_all_anchors_in_their_role(data: Path, common: Path) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 2, "participation": 0.7}
-    method = build(data, "fedjets", **{**SIZES, **own}).federation.method
+    method = build_loop(data, "fedjets", **{**SETTINGS, **own}).federation.method
     for t in range(1, 20):
         cohort = method.cohort(t)
         assert cohort == sorted(cohort) and len(cohort) == 4
@@ -268,7 +270,7 @@ def test_cohort_contains_all_anchors_in_their_role(data: Path, common: Path) -> 
 
 def test_late_clients_become_anchors_last(data: Path, common: Path) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 2, "join.share": 0.5, "join.round": 3}
-    method = build(data, "fedjets", **{**SIZES, **own, "participation": 1.0}).federation.method
+    method = build_loop(data, "fedjets", **{**SETTINGS, **own, "participation": 1.0}).federation.method
     late = method.task.late
     assert len(late) == 3 and not late & set(method.anchors)
     assert {k for k, _ in method.cohort(2)} == set(range(6)) - late

@@ -16,30 +16,38 @@ from pfedmoe_mpi import config, seeds
 from pfedmoe_mpi.algorithms.fedkd import low_rank
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import mlp
-from support.round_comparison import ALL, SEEDS, VARIANTS, agree, same_measures
-from support.small_federation import TRAINED, Played, build, played, write_all
+from support.round_comparison import ALL_CLIENTS, SEEDS, VARIANTS, assert_same_metrics, assert_tensors_agree
+from support.small_federation import (
+    TRAINING_SAMPLES,
+    TrainedFederation,
+    build_loop,
+    train_federation,
+    write_data_files,
+)
 
 POOL = "mlp4,mlp5,mlp3"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_all(tmp_path_factory.mktemp("mutual"))
+    return write_data_files(tmp_path_factory.mktemp("mutual"))
 
 
-def options(it: Played) -> Any:
+def options(it: TrainedFederation) -> Any:
     return it.loop.federation.config.options
 
 
-def started(it: Played) -> tuple[nn.Module, list[nn.Module]]:
+def started(it: TrainedFederation) -> tuple[nn.Module, list[nn.Module]]:
     """The shared model and every client's own as they began."""
     return nets.model(it.of_state("shared")), [nets.model(it.of_client(k, "model")) for k in range(3)]
 
 
-def ended(it: Played, shared: nn.Module, models: list[nn.Module]) -> None:
-    agree(it.of_state("shared", start=False), nets.tensors(shared), "the shared model")
+def ended(it: TrainedFederation, shared: nn.Module, models: list[nn.Module]) -> None:
+    assert_tensors_agree(it.of_state("shared", start=False), nets.tensors(shared), "the shared model")
     for k in range(3):
-        agree(it.of_client(k, "model", start=False), nets.tensors(models[k]), f"the model of client {k}")
+        assert_tensors_agree(
+            it.of_client(k, "model", start=False), nets.tensors(models[k]), f"the model of client {k}"
+        )
 
 
 def linear(tensors: dict[str, Tensor]) -> nn.Module:
@@ -47,14 +55,14 @@ def linear(tensors: dict[str, Tensor]) -> nn.Module:
     return nets.loaded(nn.Linear(into, out, bias="bias" in tensors), tensors)
 
 
-def by_hand_fml(it: Played) -> list[methods.Round]:
+def by_hand_fml(it: TrainedFederation) -> list[methods.Round]:
     shared, models = started(it)
     history = mutual.fml(shared, models, it.course, options(it).alpha, options(it).beta)
     ended(it, shared, models)
     return history
 
 
-def by_hand_fedapen(it: Played) -> list[methods.Round]:
+def by_hand_fedapen(it: TrainedFederation) -> list[methods.Round]:
     shared, models = started(it)
     settings, chosen = it.loop.federation.config, options(it)
     weights = [0.5] * 3
@@ -70,32 +78,36 @@ def by_hand_fedapen(it: Played) -> list[methods.Round]:
     )
     ended(it, shared, models)
     for k in range(3):
-        agree(it.of_client(k, "weight", start=False), {"": torch.tensor(weights[k : k + 1])}, f"λ_{k}")
+        assert_tensors_agree(
+            it.of_client(k, "weight", start=False), {"": torch.tensor(weights[k : k + 1])}, f"λ_{k}"
+        )
     return history
 
 
-def held_out(it: Played) -> list[list[int]]:
+def held_out(it: TrainedFederation) -> list[list[int]]:
     """The rows that only the ensemble weights learn from, drawn from their addresses."""
     found = []
-    for k, n in enumerate(TRAINED):
+    for k, n in enumerate(TRAINING_SAMPLES):
         generator = seeds.torch_generator(it.loop.federation.config.seed, "held out", 0, k)
         number = max(1, int(options(it).held_out * n + 0.5))
         found.append(torch.randperm(n, generator=generator)[:number].tolist())
     return found
 
 
-def by_hand_fedmrl(it: Played) -> list[methods.Round]:
+def by_hand_fedmrl(it: TrainedFederation) -> list[methods.Round]:
     shared, models = started(it)
     projectors = [linear(it.of_client(k, "projector")) for k in range(3)]
     chosen = options(it)
     history = mutual.fedmrl(shared, models, projectors, it.course, chosen.weight_shared, chosen.weight_own)
     ended(it, shared, models)
     for k in range(3):
-        agree(it.of_client(k, "projector", start=False), nets.tensors(projectors[k]), f"projector {k}")
+        assert_tensors_agree(
+            it.of_client(k, "projector", start=False), nets.tensors(projectors[k]), f"projector {k}"
+        )
     return history
 
 
-def by_hand_fedkd(it: Played) -> list[methods.Round]:
+def by_hand_fedkd(it: TrainedFederation) -> list[methods.Round]:
     shared, models = started(it)
     maps = [linear(it.of_client(k, "map")) for k in range(3)]
     chosen, rounds = options(it), it.loop.federation.config.rounds
@@ -104,7 +116,7 @@ def by_hand_fedkd(it: Played) -> list[methods.Round]:
     history, up, down = mutual.fedkd(shared, models, maps, it.course, energies)
     ended(it, shared, models)
     for k in range(3):
-        agree(it.of_client(k, "map", start=False), nets.tensors(maps[k]), f"W_h of client {k}")
+        assert_tensors_agree(it.of_client(k, "map", start=False), nets.tensors(maps[k]), f"W_h of client {k}")
     assert int(it.loop.state[-1]) == down[-1]
     whole = sum(t.numel() for t in it.of_state("shared").values())
     for t, row in enumerate(it.loop.history):
@@ -114,7 +126,7 @@ def by_hand_fedkd(it: Played) -> list[methods.Round]:
     return history
 
 
-BY_HAND: dict[str, Callable[[Played], list[methods.Round]]] = {
+BY_HAND: dict[str, Callable[[TrainedFederation], list[methods.Round]]] = {
     "fml": by_hand_fml,
     "fedkd": by_hand_fedkd,
     "fedapen": by_hand_fedapen,
@@ -122,12 +134,14 @@ BY_HAND: dict[str, Callable[[Played], list[methods.Round]]] = {
 }
 
 
-def by_hand(path: Path, method: str, clients: frozenset[int] = ALL, **changes: Any) -> Played:
+def by_hand(
+    path: Path, method: str, clients: frozenset[int] = ALL_CLIENTS, **changes: Any
+) -> TrainedFederation:
     """Play, and compare everything with the rounds by hand; three seeds, as in `test_oracles`."""
     for seed in SEEDS:
-        it = played(path, method, **{"model.pool": POOL, "seed": seed, **changes})
+        it = train_federation(path, method, **{"model.pool": POOL, "seed": seed, **changes})
         try:
-            same_measures(it, BY_HAND[method](it), clients)
+            assert_same_metrics(it, BY_HAND[method](it), clients)
         except AssertionError:
             if seed == SEEDS[-1]:
                 raise
@@ -183,7 +197,7 @@ def test_method_options_match_the_reference(
 ) -> None:
     base = {"fedapen.lr_weight": 1.0} if option == "passes" else {}
     it = by_hand(data["small"], method, **base, **{f"{method}.{option}": value})
-    usual = played(
+    usual = train_federation(
         data["small"], method, **{"model.pool": POOL, "seed": it.loop.federation.config.seed, **base}
     )
     assert it.loop.state.shape != usual.loop.state.shape or not torch.allclose(
@@ -199,7 +213,7 @@ def test_ensemble_weight_stays_in_its_range(data: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("method", ["fml", "fedapen", "fedmrl"])
 def test_reported_bytes_are_those_of_the_shared_model(data: dict[str, Path], method: str) -> None:
-    it = played(data["small"], method, model__pool=POOL, rounds=1)
+    it = train_federation(data["small"], method, model__pool=POOL, rounds=1)
     size = 4 * sum(t.numel() for t in it.of_state("shared").values())
     assert it.loop.history[0]["bytes"] == {"up": size, "down": size, "once": 0}
 
@@ -209,7 +223,7 @@ def test_low_rank_factors_save_bytes(data: dict[str, Path]) -> None:
     found = {}
     for energy in (0.3, 0.9, 1.0):
         both = dict.fromkeys(("fedkd__energy_start", "fedkd__energy_end"), energy)
-        it = played(data["small"], "fedkd", model__pool=POOL, participation=1.0, **both)
+        it = train_federation(data["small"], "fedkd", model__pool=POOL, participation=1.0, **both)
         whole = 4 * sum(t.numel() for t in it.of_state("shared").values())
         first, last = it.loop.history[0]["bytes"], it.loop.history[-1]["bytes"]
         assert first["down"] == whole
@@ -218,8 +232,10 @@ def test_low_rank_factors_save_bytes(data: dict[str, Path]) -> None:
 
 
 def test_full_energy_equals_the_plain_mean(data: dict[str, Path]) -> None:
-    it = played(data["small"], "fedkd", model__pool=POOL, fedkd__energy_start=1.0, fedkd__energy_end=1.0)
-    less = played(data["small"], "fedkd", model__pool=POOL)
+    it = train_federation(
+        data["small"], "fedkd", model__pool=POOL, fedkd__energy_start=1.0, fedkd__energy_end=1.0
+    )
+    less = train_federation(data["small"], "fedkd", model__pool=POOL)
     assert not torch.allclose(it.loop.state, less.loop.state, atol=1e-4)
 
 
@@ -241,7 +257,7 @@ def test_low_rank_factors_are_the_truncated_svd() -> None:
 @pytest.mark.parametrize("method", BY_HAND)
 @pytest.mark.parametrize("clip", [0.0, 50.0])
 def test_nonfinite_client_is_left_out(data: dict[str, Path], method: str, clip: float) -> None:
-    it = by_hand(data["spoilt"], method, ALL - {1}, **{"participation": 1.0, "train.clip": clip})
+    it = by_hand(data["spoilt"], method, ALL_CLIENTS - {1}, **{"participation": 1.0, "train.clip": clip})
     assert [row["dropped"] for row in it.loop.history] == [[1]] * 3
     assert torch.equal(it.loop.federation.clients[1].vector, it.private[1])
 
@@ -249,7 +265,7 @@ def test_nonfinite_client_is_left_out(data: dict[str, Path], method: str, clip: 
 @pytest.mark.parametrize("method", BY_HAND)
 def test_shared_model_answers_for_unseen_clients(data: dict[str, Path], method: str) -> None:
     """The shared model alone; nobody with FedMRL, whose shared head reads what a private projector gives."""
-    loop = build(data["small"], method, model__pool=POOL, rounds=1)
+    loop = build_loop(data["small"], method, model__pool=POOL, rounds=1)
     assert loop.run()
     federation = loop.federation
     client = federation.clients[0]
@@ -271,5 +287,5 @@ def test_shared_model_answers_for_unseen_clients(data: dict[str, Path], method: 
 
 def test_nested_length_above_the_representation_is_refused(data: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match=r"fedmrl\.dim 13 is above 12"):
-        build(data["small"], "fedmrl", model__pool=POOL, fedmrl__dim=13)
+        build_loop(data["small"], "fedmrl", model__pool=POOL, fedmrl__dim=13)
     assert config.build({"algorithm": "fedmrl"}).options.dim == 0

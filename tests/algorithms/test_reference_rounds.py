@@ -20,21 +20,27 @@ from oracles import methods, nets
 from pfedmoe_mpi import algorithms
 from pfedmoe_mpi.errors import RunError
 from pfedmoe_mpi.models import mlp
-from support.round_comparison import ALL, SEEDS, VARIANTS, agree, same_measures
-from support.small_federation import HELD, Played, build, played, write_all
+from support.round_comparison import ALL_CLIENTS, SEEDS, VARIANTS, assert_same_metrics, assert_tensors_agree
+from support.small_federation import (
+    CLASSES,
+    TrainedFederation,
+    build_loop,
+    train_federation,
+    write_data_files,
+)
 
 METHODS = ("fedavg", "fedproto", "pfedmoe", "scaffold", "standalone")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_all(tmp_path_factory.mktemp("oracles"))
+    return write_data_files(tmp_path_factory.mktemp("oracles"))
 
 
 # The two sides, method by method: run the oracle from the program's start, compare what it ends with.
 
 
-def by_hand_pfedmoe(it: Played) -> list[methods.Round]:
+def by_hand_pfedmoe(it: TrainedFederation) -> list[methods.Round]:
     share = it.loop.federation.config.options.share
     models = [nets.model(it.of_client(k, "model")) for k in range(3)]
     gates = [nets.gate(it.of_client(k, "gate")) for k in range(3)]
@@ -43,61 +49,73 @@ def by_hand_pfedmoe(it: Played) -> list[methods.Round]:
         theta = [nets.extractor(it.of_client(k, "shared")) for k in range(3)]
     history = methods.pfedmoe(theta, models, gates, it.course)
     for k in range(3):
-        agree(it.of_client(k, "model", start=False), nets.tensors(models[k]), f"ω of client {k}")
-        agree(it.of_client(k, "gate", start=False), nets.tensors(gates[k]), f"φ of client {k}")
+        assert_tensors_agree(
+            it.of_client(k, "model", start=False), nets.tensors(models[k]), f"ω of client {k}"
+        )
+        assert_tensors_agree(it.of_client(k, "gate", start=False), nets.tensors(gates[k]), f"φ of client {k}")
         if not share:
-            agree(it.of_client(k, "shared", start=False), nets.tensors(theta[k]), f"θ of client {k}")
+            assert_tensors_agree(
+                it.of_client(k, "shared", start=False), nets.tensors(theta[k]), f"θ of client {k}"
+            )
     if share:
-        agree(it.of_state("shared", start=False), nets.tensors(theta), "θ")
+        assert_tensors_agree(it.of_state("shared", start=False), nets.tensors(theta), "θ")
     return history
 
 
-def by_hand_standalone(it: Played) -> list[methods.Round]:
+def by_hand_standalone(it: TrainedFederation) -> list[methods.Round]:
     models = [nets.model(it.of_client(k, "model")) for k in range(3)]
     history = methods.standalone(models, it.course)
     for k in range(3):
-        agree(it.of_client(k, "model", start=False), nets.tensors(models[k]), f"ω of client {k}")
+        assert_tensors_agree(
+            it.of_client(k, "model", start=False), nets.tensors(models[k]), f"ω of client {k}"
+        )
     assert not it.loop.state.numel()
     return history
 
 
-def by_hand_fedavg(it: Played) -> list[methods.Round]:
+def by_hand_fedavg(it: TrainedFederation) -> list[methods.Round]:
     model = nets.model(it.of_state("model"))
     history = methods.fedavg(model, it.course)
-    agree(it.of_state("model", start=False), nets.tensors(model), "w")
+    assert_tensors_agree(it.of_state("model", start=False), nets.tensors(model), "w")
     assert not any(client.vector.numel() for client in it.loop.federation.clients.values())
     return history
 
 
-def by_hand_fedproto(it: Played) -> list[methods.Round]:
+def by_hand_fedproto(it: TrainedFederation) -> list[methods.Round]:
     models = [nets.model(it.of_client(k, "model")) for k in range(3)]
     prototypes: dict[int, Tensor] = {}
     assert it.state.isnan().all()
     weight = it.loop.federation.config.options.weight
     history = methods.fedproto(prototypes, models, it.course, weight)
     for k in range(3):
-        agree(it.of_client(k, "model", start=False), nets.tensors(models[k]), f"ω of client {k}")
+        assert_tensors_agree(
+            it.of_client(k, "model", start=False), nets.tensors(models[k]), f"ω of client {k}"
+        )
     rows = it.loop.state.view(4, -1)
     assert {c for c in range(4) if not rows[c].isnan().any()} == set(prototypes)
-    agree({f"{c}": rows[c] for c in prototypes}, {f"{c}": prototypes[c] for c in prototypes}, "prototypes")
+    assert_tensors_agree(
+        {f"{c}": rows[c] for c in prototypes}, {f"{c}": prototypes[c] for c in prototypes}, "prototypes"
+    )
     return history
 
 
-def by_hand_scaffold(it: Played) -> list[methods.Round]:
+def by_hand_scaffold(it: TrainedFederation) -> list[methods.Round]:
     model = nets.model(it.of_state("model"))
     own = [[torch.zeros_like(p) for p in model.parameters()] for _ in range(3)]
     c = [torch.zeros_like(p) for p in model.parameters()]
     lr_server = it.loop.federation.config.options.lr_server
     history = methods.scaffold(model, c, own, it.course, lr_server)
-    agree(it.of_state("model", start=False), nets.tensors(model), "x")
-    agree(it.of_state("control", start=False), {"": flat(c)}, "c")
+    assert_tensors_agree(it.of_state("model", start=False), nets.tensors(model), "x")
+    assert_tensors_agree(it.of_state("control", start=False), {"": flat(c)}, "c")
     for k in range(3):
-        agree(it.of_client(k, "own_control", start=False), {"": flat(own[k])}, f"c_i of client {k}")
+        assert_tensors_agree(
+            it.of_client(k, "own_control", start=False), {"": flat(own[k])}, f"c_i of client {k}"
+        )
     assert c[0].any(), "the server's control never moved"
     return history
 
 
-BY_HAND: dict[str, Callable[[Played], list[methods.Round]]] = {
+BY_HAND: dict[str, Callable[[TrainedFederation], list[methods.Round]]] = {
     "pfedmoe": by_hand_pfedmoe,
     "standalone": by_hand_standalone,
     "fedavg": by_hand_fedavg,
@@ -113,7 +131,9 @@ def flat(tensors: list[Tensor]) -> Tensor:
 # Rounds by hand
 
 
-def by_hand(path: Path, method: str, clients: frozenset[int] = ALL, **changes: Any) -> Played:
+def by_hand(
+    path: Path, method: str, clients: frozenset[int] = ALL_CLIENTS, **changes: Any
+) -> TrainedFederation:
     """Play, and compare everything with the rounds by hand.
 
     A ReLU within rounding of zero may fall either way on the two sides, and then one unit's weights differ by
@@ -121,9 +141,9 @@ def by_hand(path: Path, method: str, clients: frozenset[int] = ALL, **changes: A
     cohorts agree.
     """
     for seed in SEEDS:
-        it = played(path, method, **{"model.pool": unlike(method), "seed": seed, **changes})
+        it = train_federation(path, method, **{"model.pool": unlike(method), "seed": seed, **changes})
         try:
-            same_measures(it, BY_HAND[method](it), clients)
+            assert_same_metrics(it, BY_HAND[method](it), clients)
         except AssertionError:
             if seed == SEEDS[-1]:
                 raise
@@ -182,7 +202,9 @@ def test_method_options_match_the_reference(
     data: dict[str, Path], method: str, option: str, value: float
 ) -> None:
     it = by_hand(data["small"], method, **{f"{method}.{option}": value})
-    usual = played(data["small"], method, model__pool=unlike(method), seed=it.loop.federation.config.seed)
+    usual = train_federation(
+        data["small"], method, model__pool=unlike(method), seed=it.loop.federation.config.seed
+    )
     assert not torch.allclose(it.loop.state, usual.loop.state, atol=1e-3, equal_nan=True), (
         "the option changes nothing"
     )
@@ -191,29 +213,31 @@ def test_method_options_match_the_reference(
 def test_accuracy_differs_before_and_after_aggregation(data: dict[str, Path]) -> None:
     """Otherwise the comparison of both with the rounds by hand would say little."""
     for method in ("pfedmoe", "fedavg", "scaffold"):
-        rows = played(data["small"], method, model__pool=unlike(method), participation=1.0).loop.history
+        rows = train_federation(
+            data["small"], method, model__pool=unlike(method), participation=1.0
+        ).loop.history
         assert any(row["clients"]["accuracy"] != row["clients"]["accuracy_before"] for row in rows), method
 
 
 def test_prototype_of_an_absent_class_stays_undefined(data: dict[str, Path]) -> None:
-    it = played(data["small"], "fedproto", model__pool="mlp5", rounds=1, participation=0.3)
+    it = train_federation(data["small"], "fedproto", model__pool="mlp5", rounds=1, participation=0.3)
     ((only,),) = it.cohorts
     rows = it.loop.state.view(4, -1)
-    assert [c for c in range(4) if not rows[c].isnan().any()] == list(HELD[only])
-    assert all(rows[c].isnan().all() for c in set(range(4)) - set(HELD[only]))
+    assert [c for c in range(4) if not rows[c].isnan().any()] == list(CLASSES[only])
+    assert all(rows[c].isnan().all() for c in set(range(4)) - set(CLASSES[only]))
     while it.loop.round < 6 and set(chain(*it.cohorts)) == {only}:  # until another client comes up
         kept = it.loop.state.clone()
         assert it.loop.play()
     other = it.cohorts[-1][0]
     assert other != only
-    lost = set(HELD[only]) - set(HELD[other])
+    lost = set(CLASSES[only]) - set(CLASSES[other])
     assert lost and all(torch.equal(it.loop.state.view(4, -1)[c], kept.view(4, -1)[c]) for c in lost)
-    assert not it.loop.state.view(4, -1)[list(HELD[other])].isnan().any()
+    assert not it.loop.state.view(4, -1)[list(CLASSES[other])].isnan().any()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_reported_bytes_are_those_of_a_deployment(data: dict[str, Path], method: str) -> None:
-    it = played(data["small"], method, model__pool=unlike(method), rounds=1)
+    it = train_federation(data["small"], method, model__pool=unlike(method), rounds=1)
     extractor = sum(t.numel() for t in it.of_state("shared").values())
     model = sum(t.numel() for t in it.of_state("model").values())
     numbers = {
@@ -227,7 +251,7 @@ def test_reported_bytes_are_those_of_a_deployment(data: dict[str, Path], method:
 
 
 def test_prototypes_are_sent_down_once_they_exist(data: dict[str, Path]) -> None:
-    it = played(data["small"], "fedproto", model__pool="mlp5", rounds=2, participation=1.0)
+    it = train_federation(data["small"], "fedproto", model__pool="mlp5", rounds=2, participation=1.0)
     assert [row["bytes"]["down"] for row in it.loop.history] == [0, 4 * 4 * 12]
 
 
@@ -249,7 +273,7 @@ def test_pfedmoe_without_sharing_trains_clients_alone(data: dict[str, Path], var
 @pytest.mark.parametrize("method", METHODS)
 def test_nonfinite_client_is_left_out(data: dict[str, Path], method: str, clip: float) -> None:
     """What remains is the round of the others, weighted by their samples; the client keeps what it had."""
-    it = by_hand(data["spoilt"], method, ALL - {1}, **{"participation": 1.0, "train.clip": clip})
+    it = by_hand(data["spoilt"], method, ALL_CLIENTS - {1}, **{"participation": 1.0, "train.clip": clip})
     assert [row["dropped"] for row in it.loop.history] == [[1]] * 3
     assert it.cohorts == [[0, 2]] * 3 and it.loop.history[0]["cohort"] == [0, 1, 2]
     assert torch.equal(it.loop.federation.clients[1].vector, it.private[1])
@@ -260,7 +284,7 @@ def test_nonfinite_client_is_left_out(data: dict[str, Path], method: str, clip: 
 def test_round_without_finite_clients_changes_nothing(data: dict[str, Path], method: str) -> None:
     """Steps so long that nobody's vector stays finite."""
     rates = dict.fromkeys(("train__lr", "train__lr_shared", "train__lr_gate"), 1e30)
-    loop = build(data["small"], method, model__pool=unlike(method), rounds=2, train__clip=0.0, **rates)
+    loop = build_loop(data["small"], method, model__pool=unlike(method), rounds=2, train__clip=0.0, **rates)
     state = loop.state.clone()
     private = {k: client.vector.clone() for k, client in loop.federation.clients.items()}
     with pytest.raises(RunError, match=r"round 1: .* of every client of the cohort is not finite"):
@@ -271,7 +295,7 @@ def test_round_without_finite_clients_changes_nothing(data: dict[str, Path], met
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nonfinite_client_can_stop_the_run(data: dict[str, Path], method: str) -> None:
-    loop = build(
+    loop = build_loop(
         data["spoilt"],
         method,
         model__pool="mlp5",

@@ -13,8 +13,8 @@ from pfedmoe_mpi.bench import Line, side_by_side
 from pfedmoe_mpi.benchnetwork import Sent, bytes_sent, crossed, per_round
 from pfedmoe_mpi.federation import Loop, Silent
 from pfedmoe_mpi.flat import flatten
-from support.launcher import program
-from support.small_federation import world
+from support.launcher import run_program
+from support.small_federation import shared_comm
 
 SMALL = (
     *("--data.source", "digits", "--clients", "4", "--partition.kind", "iid", "--train.batch", "32"),
@@ -32,7 +32,7 @@ def row(output: str, start: str) -> list[str]:
 def table(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bench")
     parts = ("round", "ranks", "sum", "idle", "precision", "write", "network")
-    result = program(2, "bench", *parts, *SMALL, cwd=folder, timeout=240)
+    result = run_program(2, "bench", *parts, *SMALL, cwd=folder, timeout=240)
     assert result.code == 0, result.err
     assert not list(folder.iterdir()), "bench left something behind"
     return result.out
@@ -119,7 +119,7 @@ def test_bare_loop_trains_to_the_same_numbers() -> None:
             **{"train.lr_shared": 0.02, "train.schedule": "cosine", "rounds": 3, "train.device": "cpu"},
         }
     )
-    loop = Loop(world(), setup.build(world(), settings), Silent(), None)
+    loop = Loop(shared_comm(), setup.build(shared_comm(), settings), Silent(), None)
     before = torch.cat([loop.state, loop.federation.clients[0].vector])
     bare = bareloop.BareLoop(loop.federation, loop.state)
     (client,) = bare.clients
@@ -136,7 +136,7 @@ def test_bare_loop_trains_to_the_same_numbers() -> None:
 
 def test_bare_loop_leaves_the_federation_unchanged() -> None:
     settings = config.build({"data.source": "synthetic", "data.samples": 100, "clients": 2})
-    loop = Loop(world(), setup.build(world(), settings), Silent(), None)
+    loop = Loop(shared_comm(), setup.build(shared_comm(), settings), Silent(), None)
     vectors = [loop.state, *(client.vector for client in loop.federation.clients.values())]
     before = [vector.clone() for vector in vectors]
     bareloop.BareLoop(loop.federation, loop.state).play(1)
@@ -144,7 +144,7 @@ def test_bare_loop_leaves_the_federation_unchanged() -> None:
 
 
 def test_one_rank_prints_only_single_rank_rows(tmp_path: Path) -> None:
-    result = program(0, "bench", *SMALL, cwd=tmp_path, timeout=240)
+    result = run_program(0, "bench", *SMALL, cwd=tmp_path, timeout=240)
     assert result.code == 0, result.err
     assert "bare loop" in result.out and "over 1" not in result.out and "1 client" not in result.out
 
@@ -162,13 +162,13 @@ def test_one_rank_prints_only_single_rank_rows(tmp_path: Path) -> None:
 def test_impossible_benchmarks_are_refused(
     tmp_path: Path, ranks: int, words: tuple[str, ...], message: str
 ) -> None:
-    result = program(ranks, "bench", *words, cwd=tmp_path)
+    result = run_program(ranks, "bench", *words, cwd=tmp_path)
     assert (result.code, result.out) == (2, "")
     assert result.err.count("error:") == 1 and message in result.err and "remedy:" in result.err
 
 
 def test_start_is_compared_with_importing_torch(tmp_path: Path) -> None:
-    result = program(0, "bench", "start", "1", *SMALL, cwd=tmp_path, timeout=240)
+    result = run_program(0, "bench", "start", "1", *SMALL, cwd=tmp_path, timeout=240)
     assert result.code == 0, result.err
     assert re.match(r"≤ 1.2 (met|missed)", row(result.out, "start of 1 ranks to round 1")[4])
 

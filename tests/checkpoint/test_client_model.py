@@ -14,8 +14,9 @@ from pfedmoe_mpi import checkpoint, config, load_client, setup
 from pfedmoe_mpi.data import open_dataset
 from pfedmoe_mpi.errors import CheckpointError, DataError
 from support import launcher
-from support.launcher import SMALL
-from support.small_federation import world
+from support.files import path_digest
+from support.launcher import SMALL_RUN
+from support.small_federation import shared_comm
 from support.text_files import write_hospitals, write_news
 
 METHODS = {
@@ -37,7 +38,7 @@ def trained_by(session: launcher.Session, folder: Path, algorithm: str, *flags: 
     pool = ("--model.pool", "mlp5") if alike else ()
     more = ("--data.size", "12", "--data.samples", "300", "--rounds", "2", "--eval.batch", "7")
     name = ("--algorithm", algorithm, "--run.dir", algorithm)
-    result = session(*SMALL, *more, *pool, *flags, *name, cwd=folder)
+    result = session(*SMALL_RUN, *more, *pool, *flags, *name, cwd=folder)
     assert result.code == 0, result.err
     return folder / algorithm
 
@@ -59,7 +60,7 @@ def test_client_model_reproduces_the_measured_accuracy(
     session: launcher.Session, tmp_path: Path, algorithm: str
 ) -> None:
     run = trained_by(session, tmp_path, algorithm, *METHODS[algorithm])
-    measured = launcher.rows(run)[-1]["clients"]
+    measured = launcher.read_metrics(run)[-1]["clients"]
     assert any(value is not None for value in measured["accuracy"])
     for client, accuracy in enumerate(measured["accuracy"]):
         x, y = test_rows(run, client)
@@ -83,8 +84,8 @@ def test_client_model_reads_patients_and_texts(
     result = session(*flags, "--train.device", "cpu", cwd=tmp_path)
     assert result.code == 0, result.err
     run = tmp_path / "run"
-    built = setup.build(world(), config.build(config.read_toml(run / "config.toml")))
-    for client, accuracy in enumerate(launcher.rows(run)[-1]["clients"]["accuracy"]):
+    built = setup.build(shared_comm(), config.build(config.read_toml(run / "config.toml")))
+    for client, accuracy in enumerate(launcher.read_metrics(run)[-1]["clients"]["accuracy"]):
         test = built.clients[client].splits["test"]
         answers = load_client(run / "checkpoints" / "round-000002.h5", client).predict(test.x).argmax(1)
         assert (answers == test.y).double().mean() == accuracy
@@ -92,7 +93,7 @@ def test_client_model_reads_patients_and_texts(
 
 def test_client_model_is_an_ordinary_module(trained: Path, tmp_path: Path) -> None:
     path = trained / "checkpoints" / "best.h5"
-    before = launcher.digest(path)
+    before = path_digest(path)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -113,15 +114,15 @@ def test_client_model_is_an_ordinary_module(trained: Path, tmp_path: Path) -> No
     assert all(p.grad is not None for p in model.parameters()), "fine-tuning reaches every part"
     model.predict(x)
     assert model.training, "predict leaves the mode as it was"
-    assert launcher.digest(path) == before
+    assert path_digest(path) == before
 
 
 @pytest.mark.parametrize("algorithm", ["pfedmoe", "fedtgp", "standalone"])
 def test_exported_client_gives_the_same_answers(
-    done: Callable[..., launcher.Result], session: launcher.Session, tmp_path: Path, algorithm: str
+    run_command: Callable[..., launcher.Result], session: launcher.Session, tmp_path: Path, algorithm: str
 ) -> None:
     path = trained_by(session, tmp_path, algorithm) / "checkpoints" / "round-000002.h5"
-    done("export", path, "--client", "2", "two.h5")
+    run_command("export", path, "--client", "2", "two.h5")
     whole, alone = load_client(path, 2), load_client(tmp_path / "two.h5")
     assert alone.client == 2
     ours, theirs = whole.state_dict(), alone.state_dict()
@@ -131,7 +132,7 @@ def test_exported_client_gives_the_same_answers(
 
 
 def test_file_that_is_not_an_exported_client_is_refused(
-    done: Callable[..., launcher.Result], run: Path
+    run_command: Callable[..., launcher.Result], run: Path
 ) -> None:
     path = run / "checkpoints" / "best.h5"
     with pytest.raises(CheckpointError, match="which client"):
@@ -143,7 +144,7 @@ def test_file_that_is_not_an_exported_client_is_refused(
             load_client(out, client)
 
     refused("one.h5")
-    done("export", path, "--client", "1", out)
+    run_command("export", path, "--client", "1", out)
     assert load_client(out, 1).client == 1
     refused("holds client 1 alone", 2)
     with h5py.File(out, "r+") as file:
@@ -186,7 +187,9 @@ def test_client_without_a_model_is_refused(session: launcher.Session, tmp_path: 
         load_client(trained / "checkpoints" / "best.h5", 9)
     flags = ("--unseen.clients", "1", "--partition.kind", "pathological", "--clients", "6")
     run = trained_by(session, tmp_path, "pfedmoe", *flags)
-    never = [k for k, value in enumerate(launcher.rows(run)[-1]["clients"]["accuracy"]) if value is None]
+    never = [
+        k for k, value in enumerate(launcher.read_metrics(run)[-1]["clients"]["accuracy"]) if value is None
+    ]
     assert len(never) == 1
     with pytest.raises(CheckpointError, match="never trained"):
         load_client(run / "checkpoints" / "round-000002.h5", never[0])

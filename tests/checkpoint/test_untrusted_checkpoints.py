@@ -19,9 +19,9 @@ from pfedmoe_mpi import seal
 from pfedmoe_mpi.checkpoint import Checkpoint, _put
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.flat import Layout
-from support.checkpoint_checks import content, row
-from support.checkpoint_files import resealed, write
-from support.limited_memory import said
+from support.checkpoint_checks import sample_content, sample_row
+from support.checkpoint_files import reseal, write_alone
+from support.limited_memory import read_messages
 
 Edit = Callable[[Any], object]
 
@@ -58,7 +58,7 @@ def texted(key: str, text: str | bytes) -> Edit:
 
 
 def configured(**changes: Any) -> Edit:
-    return texted("config", json.dumps({**content().config, **changes}))
+    return texted("config", json.dumps({**sample_content().config, **changes}))
 
 
 def lived(*rows: Any) -> Edit:
@@ -102,7 +102,7 @@ def grouped(key: str) -> Edit:
 
 STATE, OFFSETS = "server/state", "partition/train_offsets"
 ZEROS = np.zeros(700, "<f4")
-ROWS = [row(1), row(2), row(3)]
+ROWS = [sample_row(1), sample_row(2), sample_row(3)]
 CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "soft link": ("config is a link", linked("config", h5py.SoftLink("/history"))),
     "soft loop": ("server/state is a link", linked(STATE, h5py.SoftLink("/server/state"))),
@@ -157,7 +157,7 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "attribute of texts": ("'x' is neither", attributed("x", ["a", "b"])),
     "long attribute": ("longer than", attributed("x", np.zeros(300_000))),
     "attribute of bytes": ("not UTF-8", attributed("x", np.bytes_(b"\xff\xfe"))),
-    "config in a heap": ("config is no text", replaced("config", data=json.dumps(content().config))),
+    "config in a heap": ("config is no text", replaced("config", data=json.dumps(sample_content().config))),
     "config as numbers": ("config is no text", replaced("config", data=7)),
     "config of bytes": ("config is not UTF-8", texted("config", b'{"a": "\xff\xfe"}')),
     "config of half a character": ("config is not JSON", configured(name="\ud800")),
@@ -209,8 +209,8 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
 @pytest.fixture(scope="module")
 def partial(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A checkpoint with everything in it."""
-    return write(
-        tmp_path_factory.mktemp("partial") / "round-000004-partial.h5", content(partial=True)
+    return write_alone(
+        tmp_path_factory.mktemp("partial") / "round-000004-partial.h5", sample_content(partial=True)
     ).read_bytes()
 
 
@@ -222,8 +222,8 @@ def answers(partial: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     for name, (_, edit) in {**CHECKPOINTS, "good": ("", lambda file: None)}.items():
         paths[name] = folder / f"{name}.h5"
         paths[name].write_bytes(partial)
-        resealed(paths[name], edit)
-    messages = said("checkpoint", list(paths.values()))
+        reseal(paths[name], edit)
+    messages = read_messages("checkpoint", list(paths.values()))
     return {name: messages[path] for name, path in paths.items()}
 
 
@@ -246,13 +246,13 @@ def test_seal_with_overlapping_ranges_is_refused(partial: bytes, tmp_path: Path)
         table = {one.name: (one.offset, one.length) for one in seal.read(file, path).ranges}
         table["config"] = (table["history"][0], table["config"][1])
         seal.put(file, table, {})
-    assert "its seal makes no sense" in said("checkpoint", [path])[path]
+    assert "its seal makes no sense" in read_messages("checkpoint", [path])[path]
 
 
 def test_checkpoint_with_other_models_is_refused(partial: bytes, tmp_path: Path) -> None:
     path = tmp_path / "round-000004-partial.h5"
     path.write_bytes(partial)
-    whole = content(partial=True)
+    whole = sample_content(partial=True)
     state, clients = whole.state_layout, list(whole.client_layouts)
     with Checkpoint(path) as loaded:
         loaded.check_fits(state, clients, 333)

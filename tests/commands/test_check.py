@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from pfedmoe_mpi.check import Finding
-from support.launcher import program
+from support.launcher import run_program
 
 
 def check(
     ranks: int, folder: Path, env: dict[str, str] | None = None, mpi: str = "mpich"
 ) -> tuple[int, list[str]]:
     """(exit code, lines) of `check FOLDER`; 0 ranks is without mpirun."""
-    result = program(ranks, "check", str(folder), cwd=folder.parent, env=env, mpi=mpi)
+    result = run_program(ranks, "check", str(folder), cwd=folder.parent, env=env, mpi=mpi)
     assert not result.err
     return result.code, result.out.splitlines()
 

@@ -95,13 +95,17 @@ def test_pfllib_command_is_translated() -> None:
 
 
 def test_translate_prints_a_runnable_command(
-    done: Callable[..., launcher.Result], refused: Callable[..., str]
+    run_command: Callable[..., launcher.Result], assert_refused: Callable[..., str]
 ) -> None:
-    said = done("translate", "--", *shlex.split("main.py -data Cifar10 -algo FedProto -m HtFE-img-4")).out
+    said = run_command(
+        "translate", "--", *shlex.split("main.py -data Cifar10 -algo FedProto -m HtFE-img-4")
+    ).out
     assert "--algorithm fedproto" in said and said.splitlines()[0].startswith("# ")
-    refused("-algo FedGen is no method here", "translate", "--", "python", "main.py", "-algo", "FedGen")
-    refused("-algos is no flag of theirs.*algo", "translate", "--", "main.py", "-algos", "FedAvg")
-    refused("-lr needs a value", "translate", "main.py", "-lr")
+    assert_refused(
+        "-algo FedGen is no method here", "translate", "--", "python", "main.py", "-algo", "FedGen"
+    )
+    assert_refused("-algos is no flag of theirs.*algo", "translate", "--", "main.py", "-algos", "FedAvg")
+    assert_refused("-lr needs a value", "translate", "main.py", "-lr")
 
 
 @pytest.mark.parametrize("flag", translate.FLAGS, ids=lambda flag: flag.long)

@@ -245,7 +245,7 @@ def help_text() -> str:
         text=True,
         timeout=60,
         check=True,
-        env=launcher.environment("mpich", {"COLUMNS": "200"}),
+        env=launcher.clean_environment("mpich", {"COLUMNS": "200"}),
     )
     assert found.stderr.strip() == "loaded set() []", "--help needs neither torch nor MPI nor a method"
     return found.stdout
@@ -270,11 +270,11 @@ def test_help_lists_every_algorithm(help_text: str) -> None:
 
 @pytest.mark.parametrize("arguments", [(), ("restart",), ("data", "prepare"), ("-h",)])
 def test_help_works_after_any_command(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    result = launcher.program(0, *arguments, "--help", cwd=tmp_path)
+    result = launcher.run_program(0, *arguments, "--help", cwd=tmp_path)
     assert (result.code, result.err) == (0, "") and result.out.startswith("usage: python -m pfedmoe_mpi")
 
 
 def test_help_works_on_an_ascii_terminal(tmp_path: Path) -> None:
-    result = launcher.program(0, "--help", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    result = launcher.run_program(0, "--help", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
     assert (result.code, result.err) == (0, "") and "--train.lr_shared" in result.out
     assert os.listdir(tmp_path) == []

@@ -23,10 +23,10 @@ from pfedmoe_mpi import checkpoint, pretrained
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import CheckpointError, DataError, UserError
 from pfedmoe_mpi.inspection import digest
-from support.checkpoint_checks import content
-from support.checkpoint_files import resealed, write
-from support.data_files import GOOD_X, GOOD_Y, client_data, opened, write_h5
-from support.limited_memory import said
+from support.checkpoint_checks import sample_content
+from support.checkpoint_files import reseal, write_alone
+from support.data_files import GOOD_X, GOOD_Y, client_arrays, open_data, write_h5
+from support.limited_memory import read_messages
 
 PACKAGE = Path(checkpoint.__file__).parent
 
@@ -57,7 +57,7 @@ def touched(mark: str) -> dict[str, bytes]:
         "methodcaller": Call(operator.call, operator.methodcaller("system", touch), Call(__import__, "os")),
         "by a list": [1, [2, {"three": (Call(os.system, touch),)}]],
         "as a key": {("a", Call(os.system, touch)): 1},
-        "beside arrays": {**client_data(6), "z": Call(os.system, touch)},
+        "beside arrays": {**client_arrays(6), "z": Call(os.system, touch)},
         "in an array": np.array([None, Call(os.system, touch)], dtype=object),
         "numpy's loader": Call(np.fromfile, mark),
     }
@@ -121,7 +121,7 @@ def test_pickles_in_archives_do_not_run(tmp_path: Path) -> None:
     for number, (name, raw) in enumerate(touched(str(mark)).items()):
         for way, whole in enumerate((raw, in_dict(raw))):
             with pytest.raises(DataError) as caught:
-                opened("npz", npz(tmp_path / f"{number}-{way}", whole))
+                open_data("npz", npz(tmp_path / f"{number}-{way}", whole))
             assert "remedy: " in str(caught.value), name
             assert not mark.exists(), f"{name} ran"
 
@@ -129,7 +129,7 @@ def test_pickles_in_archives_do_not_run(tmp_path: Path) -> None:
 def test_archive_repeating_the_same_bytes_is_refused(tmp_path: Path) -> None:
     """A mebibyte that twenty thousand arrays share."""
     folder = npz(tmp_path / "many", _many(1 << 20, 20_000))
-    message = said("npz", [folder])[folder]
+    message = read_messages("npz", [folder])[folder]
     assert "names the same bytes again and again" in message and "remedy: " in message
 
 
@@ -171,22 +171,22 @@ def readers(folder: Path) -> dict[str, Callable[[bytes], object]]:
     def picture(raw: bytes) -> object:
         for name in ("a", "b"):
             stored(f"pictures/{name}/0.png", raw)
-        return opened("folder", folder / "pictures").rows(np.arange(2))
+        return open_data("folder", folder / "pictures").rows(np.arange(2))
 
     def cifar(raw: bytes) -> object:
         for name in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta"):
             stored(f"cifar/cifar-10-batches-py/{name}", raw)
-        return opened("torchvision", folder / "cifar", name="CIFAR10")
+        return open_data("torchvision", folder / "cifar", name="CIFAR10")
 
     def svhn(raw: bytes) -> object:
         stored("svhn/train_32x32.mat", raw)
-        return opened("torchvision", folder / "svhn", name="SVHN")
+        return open_data("torchvision", folder / "svhn", name="SVHN")
 
     return {
         "checkpoint": lambda raw: checkpoint.verify(stored("round-000001.h5", raw)),
         "unverified checkpoint": lambda raw: Checkpoint(stored("round-000001.h5", raw)),
-        "hdf5": lambda raw: opened("hdf5", stored("x.h5", raw)),
-        "npz": lambda raw: opened("npz", stored("npz/train/0.npz", raw).parents[1]),
+        "hdf5": lambda raw: open_data("hdf5", stored("x.h5", raw)),
+        "npz": lambda raw: open_data("npz", stored("npz/train/0.npz", raw).parents[1]),
         "folder": picture,
         "CIFAR": cifar,
         "SVHN": svhn,
@@ -213,19 +213,19 @@ def test_old_torchvision_files_do_not_run(tmp_path: Path) -> None:
         for name in ("training.pt", "test.pt"):
             (tmp_path / "MNIST" / "processed" / name).write_bytes(raw)
         with pytest.raises(DataError, match="old torchvision"):
-            opened("torchvision", tmp_path, name="MNIST")
+            open_data("torchvision", tmp_path, name="MNIST")
         assert not mark.exists()
 
 
-def test_no_command_runs_a_pickle(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_no_command_runs_a_pickle(assert_refused: Callable[..., str], tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     for _, raw in saved(mark):
         (tmp_path / "evil.h5").write_bytes(raw)
         for command in ("restart", "evaluate", "inspect"):
-            refused("not a finished checkpoint", command, "evil.h5")
-        refused("not a finished checkpoint", "export", "evil.h5", "--client", "0", "out.h5")
-        refused("cannot be opened as HDF5", "--data.source", "hdf5", "--data.path", "evil.h5")
-        refused("", "--config", "evil.h5")
+            assert_refused("not a finished checkpoint", command, "evil.h5")
+        assert_refused("not a finished checkpoint", "export", "evil.h5", "--client", "0", "out.h5")
+        assert_refused("cannot be opened as HDF5", "--data.source", "hdf5", "--data.path", "evil.h5")
+        assert_refused("", "--config", "evil.h5")
         assert not mark.exists()
 
 
@@ -237,12 +237,12 @@ def test_pickles_inside_hdf5_are_only_bytes(tmp_path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file.attrs["evil"], file.attrs["name"] = np.void(raw), np.void(raw)
     with pytest.raises(DataError, match="attribute 'name' is neither text nor numbers"):
-        opened("hdf5", path)
+        open_data("hdf5", path)
     with h5py.File(path, "r+") as file:
         file.attrs["name"] = "data"
-    opened("hdf5", path).close()
+    open_data("hdf5", path).close()
 
-    whole = write(tmp_path / "round-000003.h5", content())
+    whole = write_alone(tmp_path / "round-000003.h5", sample_content())
     with Checkpoint(whole) as loaded:
         before = digest(loaded)
     edits: list[tuple[str, Callable[[Any], object]]] = [
@@ -254,7 +254,7 @@ def test_pickles_inside_hdf5_are_only_bytes(tmp_path: Path) -> None:
         copy = tmp_path / "round-000004.h5"
         copy.write_bytes(whole.read_bytes())
         with pytest.raises(CheckpointError, match=says) as caught:
-            checkpoint.verify(resealed(copy, edit))
+            checkpoint.verify(reseal(copy, edit))
         assert "remedy: " in str(caught.value)
     with Checkpoint(whole) as loaded:
         assert digest(loaded) == before

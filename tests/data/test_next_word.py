@@ -15,10 +15,10 @@ from pfedmoe_mpi import config, setup
 from pfedmoe_mpi.data.dataset import Dataset
 from pfedmoe_mpi.errors import PartitionError
 from pfedmoe_mpi.federation import Loop, Silent
-from support.data_files import everything, opened, refused
+from support.data_files import all_rows, data_error, open_data
 from support.launcher import Result
-from support.small_federation import world
-from support.text_files import same_bits, write_stories
+from support.small_federation import shared_comm
+from support.text_files import assert_restart_keeps_bits, write_stories
 
 SMALL = {"rounds": 2, "data.length": 4, "data.vocabulary": 9, "train.device": "cpu"}
 FLAGS = (
@@ -36,7 +36,9 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loop_of(path: Path, **changes: Any) -> Loop:
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     given = {"data.source": "words", "data.path": str(path), "train.threads": 1}
-    return Loop(world(), setup.build(world(), config.build({**given, **SMALL, **dotted})), Silent(), None)
+    return Loop(
+        shared_comm(), setup.build(shared_comm(), config.build({**given, **SMALL, **dotted})), Silent(), None
+    )
 
 
 @pytest.mark.parametrize("limit", [9, 5])
@@ -56,7 +58,7 @@ def test_windows_tokens_and_classes_equal_a_plain_reading(stories: Path, limit: 
     )
     token = {word: place for place, word in enumerate(kept, 2)}
     rows = [[token.get(word, 1) for word in window] for own in windows for window in own]
-    assert everything(data).tolist() == [row[:-1] for row in rows]
+    assert all_rows(data).tolist() == [row[:-1] for row in rows]
     assert data.labels.tolist() == [row[-1] - 1 for row in rows]
     start = 0
     for k, (own, cut) in enumerate(zip(windows, cuts, strict=True)):
@@ -107,24 +109,24 @@ def test_method_of_equal_models_trains_on_next_words(stories: Path) -> None:
 
 
 def test_ranks_and_restart_keep_the_bits_on_next_words(
-    done: Callable[..., Result], stories: Path, tmp_path: Path
+    run_command: Callable[..., Result], stories: Path, tmp_path: Path
 ) -> None:
     flags = (*FLAGS, "--data.path", str(stories))
-    same_bits(done, flags, tmp_path)
+    assert_restart_keeps_bits(run_command, flags, tmp_path)
 
 
 def test_bad_next_word_folder_is_reported(tmp_path: Path) -> None:
-    refused(r"has no file \*.txt", "words", tmp_path)
+    data_error(r"has no file \*.txt", "words", tmp_path)
     (tmp_path / "a.txt").write_text("one two three four five six\n" * 9)
     (tmp_path / "b.txt").write_text("")
-    refused("b.txt is empty", "words", tmp_path)
+    data_error("b.txt is empty", "words", tmp_path)
     (tmp_path / "b.txt").write_text("one two three four five six")
-    refused("b.txt has 6 words(.|\n)*lower --data.length to 4", "words", tmp_path, length=5)
-    opened("words", tmp_path, length=4)
+    data_error("b.txt has 6 words(.|\n)*lower --data.length to 4", "words", tmp_path, length=5)
+    open_data("words", tmp_path, length=4)
     (tmp_path / "b.txt").write_bytes(b"one\ntwo \xff three")
-    refused("b.txt, line 2: byte 0xff is not UTF-8(.|\n)*-f LATIN1", "words", tmp_path)
+    data_error("b.txt, line 2: byte 0xff is not UTF-8(.|\n)*-f LATIN1", "words", tmp_path)
     (tmp_path / "b.txt").write_text("one two three", encoding="utf-16")
-    refused("b.txt, line 1: byte 0xff is not UTF-8(.|\n)*-f UTF-16", "words", tmp_path)
+    data_error("b.txt, line 1: byte 0xff is not UTF-8(.|\n)*-f UTF-16", "words", tmp_path)
     (tmp_path / "b.txt").unlink()
     (tmp_path / "a.txt").write_text("one " * 40)
-    refused("hold one class only", "words", tmp_path, length=4)
+    data_error("hold one class only", "words", tmp_path, length=4)

@@ -19,10 +19,10 @@ from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import Loop, Silent
 from pfedmoe_mpi.models import names, registry
 from pfedmoe_mpi.models.cost import multiply_adds
-from support.data_files import everything, opened, refused, shared_data
-from support.launcher import Result, Session, rows, told
-from support.small_federation import world
-from support.text_files import TOPICS, same_bits, write_hospitals, write_news
+from support.data_files import all_rows, data_error, open_data, shared_data
+from support.launcher import Result, Session, error_message, read_metrics
+from support.small_federation import shared_comm
+from support.text_files import TOPICS, assert_restart_keeps_bits, write_hospitals, write_news
 
 SMALL = {"clients": 4, "rounds": 2, "data.length": 12, "data.vocabulary": 30, "train.device": "cpu"}
 FLAGS = (
@@ -44,7 +44,7 @@ def settings(path: Path, **changes: Any) -> config.Config:
 
 
 def loop_of(path: Path, **changes: Any) -> Loop:
-    return Loop(world(), setup.build(world(), settings(path, **changes)), Silent(), None)
+    return Loop(shared_comm(), setup.build(shared_comm(), settings(path, **changes)), Silent(), None)
 
 
 def written(path: Path) -> list[list[str]]:
@@ -61,7 +61,7 @@ def test_vocabulary_comes_from_training_rows(news: Path, unseen: int) -> None:
     """The 30 most frequent words of the first 12 of every training row, in their order; 1 for all others."""
     kind = {"partition__kind": "pathological"} if unseen else {}
     chosen = settings(news, unseen__clients=unseen, clients=3, **kind)
-    data = opened("text", news, length=12, vocabulary=30)
+    data = open_data("text", news, length=12, vocabulary=30)
     partition = setup.deal(chosen, data)
     texts = [words[:12] for words in written(news)]
     clients = [k for k in range(3) if k not in partition.unseen]
@@ -71,32 +71,32 @@ def test_vocabulary_comes_from_training_rows(news: Path, unseen: int) -> None:
     token = {word: place for place, word in enumerate(kept, 2)}
     ready = data.fitted(partition)
     assert (ready.vocabulary, ready.shape, ready.dtype, ready.tokens) == (32, (12,), np.int32, True)
-    for row, words in zip(everything(ready), texts, strict=True):
+    for row, words in zip(all_rows(ready), texts, strict=True):
         expected = [token.get(word, 1) for word in words]
         assert row.tolist() == expected + [0] * (12 - len(expected))
 
 
 def test_small_vocabulary_has_no_gaps(news: Path) -> None:
-    data = opened("text", news, vocabulary=10_000)
+    data = open_data("text", news, vocabulary=10_000)
     ready = data.fitted(setup.deal(settings(news), data))
-    assert set(np.unique(everything(ready))) >= set(range(2, ready.vocabulary)) and ready.vocabulary < 60
+    assert set(np.unique(all_rows(ready))) >= set(range(2, ready.vocabulary)) and ready.vocabulary < 60
 
 
 def test_labels_may_be_numbers_or_names(news: Path, tmp_path: Path) -> None:
-    data = opened("text", news)
+    data = open_data("text", news)
     assert data.class_names == tuple(TOPICS) and data.labels[:4].tolist() == [0, 1, 2, 0]
     lines = ['b,"one, two"', "a,three", "b,", "a,five six"]
     (tmp_path / "t.csv").write_text("\n".join(lines))
-    data = opened("text", tmp_path / "t.csv")
+    data = open_data("text", tmp_path / "t.csv")
     assert data.class_names == ("a", "b") and data.labels.tolist() == [1, 0, 1, 0]
-    assert (everything(data)[:, :3] > 0).sum(axis=1).tolist() == [2, 1, 0, 2]
+    assert (all_rows(data)[:, :3] > 0).sum(axis=1).tolist() == [2, 1, 0, 2]
     (tmp_path / "t.csv").write_text("10,x\n9,y\n")
-    assert opened("text", tmp_path / "t.csv").class_names == ("9", "10")
+    assert open_data("text", tmp_path / "t.csv").class_names == ("9", "10")
     (tmp_path / "t.csv").write_text("1,x\n-1,y\n0,z\n")
-    assert opened("text", tmp_path / "t.csv").class_names == ("-1", "0", "1")
+    assert open_data("text", tmp_path / "t.csv").class_names == ("-1", "0", "1")
     (tmp_path / "classes.txt").write_text("b\na\n")
     (tmp_path / "t.csv").write_text("a,x\n1,y\n")
-    assert opened("text", tmp_path / "t.csv").labels.tolist() == [1, 0]
+    assert open_data("text", tmp_path / "t.csv").labels.tolist() == [1, 0]
 
 
 def test_accent_is_part_of_its_word() -> None:
@@ -106,7 +106,7 @@ def test_accent_is_part_of_its_word() -> None:
 
 def test_text_may_span_many_lines(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text('1,"' + "one\n" * 40_000 + '"\n2,two\n')
-    assert everything(opened("text", tmp_path / "t.csv", length=70))[:, -1].tolist() == [1, 0]
+    assert all_rows(open_data("text", tmp_path / "t.csv", length=70))[:, -1].tolist() == [1, 0]
 
 
 # Models
@@ -208,23 +208,23 @@ def test_every_client_learns_texts(news: Path) -> None:
 
 
 def test_ranks_and_restart_keep_the_bits_on_texts(
-    done: Callable[..., Result], session: Session, news: Path, tmp_path: Path
+    run_command: Callable[..., Result], session: Session, news: Path, tmp_path: Path
 ) -> None:
     flags = (*FLAGS, "--data.path", str(news))
-    newest = same_bits(done, flags, tmp_path)
-    again = done("evaluate", newest, "--json", "true").out
-    assert f'"accuracy": {rows(tmp_path / "half")[-1]["clients"]["accuracy"]}' in again
+    newest = assert_restart_keeps_bits(run_command, flags, tmp_path)
+    again = run_command("evaluate", newest, "--json", "true").out
+    assert f'"accuracy": {read_metrics(tmp_path / "half")[-1]["clients"]["accuracy"]}' in again
     (tmp_path / "other").mkdir()
     other = write_news(tmp_path / "other" / "news.csv", rows=120)
-    told(
+    error_message(
         session("evaluate", newest, "--data.path", str(other), cwd=tmp_path), "not the texts of the training"
     )
-    done("export", newest, "--client", "0", "client.h5")
-    told(session("data", "prepare", "x.h5", *flags, cwd=tmp_path), "cannot be prepared before")
+    run_command("export", newest, "--client", "0", "client.h5")
+    error_message(session("data", "prepare", "x.h5", *flags, cwd=tmp_path), "cannot be prepared before")
 
 
 def test_ag_news_is_read() -> None:
-    data = opened("text", shared_data("ag-news") / "test.csv")
+    data = open_data("text", shared_data("ag-news") / "test.csv")
     assert len(data) == 7600 and data.class_names == ("World", "Sports", "Business", "Sci/Tech")
     assert np.bincount(data.labels).tolist() == [1900] * 4 and data.labels[0] == 2
 
@@ -248,13 +248,13 @@ def test_ag_news_is_read() -> None:
 )
 def test_bad_text_file_is_reported_with_its_line(tmp_path: Path, content: str | bytes, pattern: str) -> None:
     (tmp_path / "t.csv").write_bytes(content.encode() if isinstance(content, str) else content)
-    refused(pattern, "text", tmp_path / "t.csv")
+    data_error(pattern, "text", tmp_path / "t.csv")
 
 
 def test_labels_must_fit_their_names(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("1,a\n2,b\n4,c\n")
     (tmp_path / "classes.txt").write_text("one\ntwo\nthree\n")
-    refused("line 3: label '4' is not known(.|\n)*one, two, three", "text", tmp_path / "t.csv")
+    data_error("line 3: label '4' is not known(.|\n)*one, two, three", "text", tmp_path / "t.csv")
     (tmp_path / "t.csv").write_text("1,a\n2,b\n")
-    refused("names 3 classes and has rows of 2", "text", tmp_path / "t.csv")
-    refused("cannot be read", "text", tmp_path)
+    data_error("names 3 classes and has rows of 2", "text", tmp_path / "t.csv")
+    data_error("cannot be read", "text", tmp_path)

@@ -18,8 +18,8 @@ import h5py
 import numpy as np
 import pytest
 
-from support.data_files import opened
-from support.limited_memory import said
+from support.data_files import open_data
+from support.limited_memory import read_messages
 
 Edit = Callable[[Any], object]
 
@@ -169,7 +169,7 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         with h5py.File(paths[name], "w", libver="latest") as file:
             make(file)
     shared_name(paths["shared name"])
-    messages = said("hdf5", list(paths.values()))
+    messages = read_messages("hdf5", list(paths.values()))
     return {name: messages[path] for name, path in paths.items()}
 
 
@@ -210,7 +210,7 @@ def test_endless_heaps_are_refused(tmp_path: Path) -> None:
     for number, length in [(0, 0), (0, 8), (0, 1 << 40), (1, (1 << 64) - 16), (1, 1 << 40)]:
         paths.append(tmp_path / f"{number}-{length}.h5")
         paths[-1].write_bytes(whole[:place] + struct.pack("<H6xQ", number, length) + whole[place + 16 :])
-    messages = said("hdf5", [good, *paths], timeout=20)
+    messages = read_messages("hdf5", [good, *paths], timeout=20)
     assert not messages[good]
     for path in paths:
         assert re.search("its heap at byte [0-9]+ is damaged\n.*copy the file again", messages[path])
@@ -229,7 +229,7 @@ def test_heaps_of_every_kind_are_read_to_their_end(tmp_path: Path) -> None:
         with h5py.File(path, "r+") as file:
             del file["texts"]
             file["more"] = ["z" * 100_000, ""]
-        assert opened("hdf5", path).name == "named"
+        assert open_data("hdf5", path).name == "named"
 
 
 # npz
@@ -263,7 +263,7 @@ def test_archives_that_claim_too_much_are_refused(tmp_path: Path) -> None:
         "good": ("^$", {"x": array((6, 4), "|u1", bytes(24)), "y": y}),
     }
     paths = {name: archive(tmp_path / name, **members) for name, (_, members) in cases.items()}
-    messages = said("npz", list(paths.values()))
+    messages = read_messages("npz", list(paths.values()))
     for name, (pattern, _) in cases.items():
         assert re.search(pattern, messages[paths[name]]), messages[paths[name]]
         assert name == "good" or "remedy: " in messages[paths[name]]

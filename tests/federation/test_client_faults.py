@@ -13,12 +13,12 @@ from pfedmoe_mpi.federation import Loop
 from pfedmoe_mpi.roundsum import IN, LATE, LOST
 from pfedmoe_mpi.sections import FaultSettings
 from support import launcher
-from support.launcher import SMALL, learned, learned_digest, rows
-from support.small_federation import build, write_all
+from support.launcher import SMALL_RUN, checkpoint_digest, read_metrics, reproducible_rows
+from support.small_federation import build_loop, write_data_files
 
 UNEQUAL = [1.0, 2.0, 3.0, 2.0] * 25  # mean 2
 EXPERIMENT = (
-    *(*SMALL, "--clients", "8", "--rounds", "6", "--faults.dropout", "0.3", "--faults.straggler", "0.25"),
+    *(*SMALL_RUN, "--clients", "8", "--rounds", "6", "--faults.dropout", "0.3", "--faults.straggler", "0.25"),
     *("--faults.slowdown", "4", "--faults.deadline", "3", "--run.checkpoint_every", "3"),
 )
 
@@ -72,7 +72,7 @@ def test_deadline_leaves_out_slow_clients() -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_all(tmp_path_factory.mktemp("faults"))
+    return write_data_files(tmp_path_factory.mktemp("faults"))
 
 
 def test_lost_client_trains_but_is_not_summed(data: dict[str, Path]) -> None:
@@ -101,7 +101,7 @@ def _lost(seed: int) -> list[int]:
 
 def played_round(path: Path, only: int | None = None, **changes: object) -> Loop:
     """One round of three clients, or of one of them."""
-    loop = build(path, "pfedmoe", model__pool="mlp5", rounds=1, participation=1.0, **changes)
+    loop = build_loop(path, "pfedmoe", model__pool="mlp5", rounds=1, participation=1.0, **changes)
     if only is not None:
         loop.federation.method.cohort = lambda round: [(only, "client")]  # type: ignore[method-assign]
     loop.run()
@@ -111,14 +111,14 @@ def played_round(path: Path, only: int | None = None, **changes: object) -> Loop
 def test_faults_repeat_on_other_ranks_and_after_restart(tmp_path: Path) -> None:
     found = {}
     for ranks in (1, 3):
-        launcher.finished(ranks, *EXPERIMENT, "--run.dir", str(ranks), cwd=tmp_path)
-        found[ranks] = learned_digest(tmp_path / str(ranks), 6)
-    launcher.finished(2, *EXPERIMENT, "--rounds", "3", "--run.dir", "again", cwd=tmp_path)
-    launcher.finished(2, "restart", "again", "--rounds", "6", cwd=tmp_path)
-    found[2] = learned_digest(tmp_path / "again", 6)
+        launcher.run_to_end(ranks, *EXPERIMENT, "--run.dir", str(ranks), cwd=tmp_path)
+        found[ranks] = checkpoint_digest(tmp_path / str(ranks), 6)
+    launcher.run_to_end(2, *EXPERIMENT, "--rounds", "3", "--run.dir", "again", cwd=tmp_path)
+    launcher.run_to_end(2, "restart", "again", "--rounds", "6", cwd=tmp_path)
+    found[2] = checkpoint_digest(tmp_path / "again", 6)
     assert len(set(found.values())) == 1, found
-    assert learned(tmp_path / "again") == learned(tmp_path / "1")
-    history = rows(tmp_path / "1")
+    assert reproducible_rows(tmp_path / "again") == reproducible_rows(tmp_path / "1")
+    history = read_metrics(tmp_path / "1")
     assert any(row["lost"] for row in history) and all(row["late"] or row["lost"] for row in history)
     assert max(row["simulated_time"] for row in history) == 3.0, "the server waits until the deadline"
 
@@ -128,13 +128,13 @@ def test_left_out_clients_are_counted_at_the_end(session: launcher.Session, tmp_
     assert result.code == EXIT_DONE, result.err
     counted = [line for line in result.out.splitlines() if line.startswith("left out, ")]
     assert {line.partition(":")[0] for line in counted} == {"left out, lost", "left out, after the deadline"}
-    lost = [client for row in rows(tmp_path / "run") for client in row["lost"]]
+    lost = [client for row in read_metrics(tmp_path / "run") for client in row["lost"]]
     assert f"client {min(lost)} ({lost.count(min(lost))} ×)" in result.out
 
 
 def test_round_that_loses_all_keeps_the_shared_state(data: dict[str, Path]) -> None:
     """Losing all of a round is bad luck, not divergence: the run goes on."""
-    loop = build(data["small"], "pfedmoe", model__pool="mlp5", rounds=2, faults__dropout=1.0)
+    loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5", rounds=2, faults__dropout=1.0)
     before = loop.state.clone()
     assert loop.run() and torch.equal(loop.state, before)
     assert [row["lost"] for row in loop.history] == [row["cohort"] for row in loop.history]

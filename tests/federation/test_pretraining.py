@@ -21,8 +21,8 @@ from pfedmoe_mpi.federation import Loop, Silent
 from pfedmoe_mpi.parts import Parts
 from pfedmoe_mpi.training import Turn
 from support import launcher
-from support.launcher import finished, learned_digest
-from support.unseen_clients import FLAGS, built
+from support.launcher import checkpoint_digest, run_to_end
+from support.unseen_clients import FLAGS, build_federation
 
 # Rows of the server's own
 
@@ -31,7 +31,7 @@ from support.unseen_clients import FLAGS, built
     "changes", [{}, {"partition.kind": "dirichlet", "unseen.clients": 0}, {"partition.validation": 0.2}]
 )
 def test_reserved_training_and_unseen_rows_are_disjoint(changes: dict[str, Any]) -> None:
-    federation = built(algorithm="fedjets", **changes)
+    federation = build_federation(algorithm="fedjets", **changes)
     partition = federation.partition
     kinds = {
         "reserved": set(partition.reserved.tolist()),
@@ -79,20 +79,22 @@ def test_reserving_is_repeatable_and_bounded() -> None:
 
 
 def test_methods_without_pretraining_reserve_nothing() -> None:
-    federation = built(algorithm="fedavg")
+    federation = build_federation(algorithm="fedavg")
     assert not len(federation.partition.reserved) and federation.reserved is None
 
 
 # Before round 1
 
 
-def test_wrong_weights_file_is_refused_before_writing(refused: Callable[..., str]) -> None:
-    message = refused("there is no file", *FLAGS, "--algorithm", "fedjets", "--fedjets.common", "none.h5")
+def test_wrong_weights_file_is_refused_before_writing(assert_refused: Callable[..., str]) -> None:
+    message = assert_refused(
+        "there is no file", *FLAGS, "--algorithm", "fedjets", "--fedjets.common", "none.h5"
+    )
     assert "check the path" in message
 
 
 def test_divergence_before_round_1_is_reported() -> None:
-    federation = built(
+    federation = build_federation(
         algorithm="fedjets", train__lr_shared=1e30, train__clip=0.0, fedjets__common_target=1.0
     )
     with pytest.raises(ConfigError, match="training before round 1 diverged"):
@@ -104,7 +106,7 @@ def test_pretraining_accuracy_is_reported(tmp_path: Path, session: launcher.Sess
     said = session(*FLAGS, *flags, "--run.dir", "run", cwd=tmp_path)
     assert "common expert: accuracy " in said.out and "below fedjets.common_target 1" in said.out
     (line,) = [
-        event["result"] for event in launcher.events(tmp_path / "run") if event["event"] == "pretrained"
+        event["result"] for event in launcher.read_events(tmp_path / "run") if event["event"] == "pretrained"
     ]
     assert line in said.out
 
@@ -130,7 +132,7 @@ class Two(Algorithm):
 def with_two(monkeypatch: pytest.MonkeyPatch) -> setup.Federation:
     monkeypatch.setattr(Two, "reserve", classmethod(lambda cls, config: 0.2))
     monkeypatch.setattr(algorithms, "load", lambda name: Two)
-    return built(algorithm="fedavg")
+    return build_federation(algorithm="fedavg")
 
 
 def test_prepare_sees_the_pretrained_state(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,16 +178,16 @@ def test_signal_during_pretraining_stops_with_75(
     slow = ("--fedjets.common_target", "1", "--fedjets.common_epochs", "200", "--fedjets.common_rate", "1e-9")
     flags = (*FLAGS, "--algorithm", "fedjets", "--fedjets.anchors", anchors, *slow)
     assert session(*flags, "--run.dir", "whole", cwd=tmp_path).code == 0
-    with launcher.running(2, *flags, "--run.dir", "run", cwd=tmp_path) as job:
-        launcher.wait_for(tmp_path / "run" / "events.jsonl", job)
+    with launcher.running_job(2, *flags, "--run.dir", "run", cwd=tmp_path) as job:
+        launcher.wait_for_file(tmp_path / "run" / "events.jsonl", job)
         ranks = launcher.rank_processes(job.pid)
         os.kill(ranks[1], signal.SIGUSR1)
-        ended = launcher.ended(job, 60)
+        ended = launcher.wait_for_end(job, 60)
     assert ended.code == 75 and "stopped by SIGUSR1 to rank 1 before round 1" in ended.out, (
         ended.out + ended.err
     )
-    finished(3, "restart", "run", cwd=tmp_path)
-    assert learned_digest(tmp_path / "run", 2) == learned_digest(tmp_path / "whole", 2)
+    run_to_end(3, "restart", "run", cwd=tmp_path)
+    assert checkpoint_digest(tmp_path / "run", 2) == checkpoint_digest(tmp_path / "whole", 2)
 
 
 def test_pretraining_rank_is_not_timed_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +197,7 @@ def test_pretraining_rank_is_not_timed_out(monkeypatch: pytest.MonkeyPatch) -> N
     agree = world.agree
     monkeypatch.setattr(world, "agree", lambda *given: seen.append(world.timeout) or agree(*given))
     for changes, expected in (({}, float("inf")), ({"run__timeout": 77.0}, 77.0)):
-        federation = built(algorithm="fedjets", fedjets__common_target=0.0, **changes)
+        federation = build_federation(algorithm="fedjets", fedjets__common_target=0.0, **changes)
         loop = Loop(world, federation, Silent(), None)
         before = world.timeout
         seen.clear()

@@ -15,8 +15,15 @@ from pfedmoe_mpi.client import Client
 from pfedmoe_mpi.data.shard import Split
 from pfedmoe_mpi.data.stream import Stream
 from pfedmoe_mpi.sections import StreamSettings
-from support.launcher import SMALL, Session, finished, learned, learned_digest, rows
-from support.small_federation import HELD, build, write_all
+from support.launcher import (
+    SMALL_RUN,
+    Session,
+    checkpoint_digest,
+    read_metrics,
+    reproducible_rows,
+    run_to_end,
+)
+from support.small_federation import CLASSES, build_loop, write_data_files
 
 LABELS = [np.repeat([0, 1, 2, 3], 25), np.repeat([1, 3], 50), np.zeros(10, int)]
 
@@ -37,7 +44,7 @@ def of(it: Stream, k: int, round: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_all(tmp_path_factory.mktemp("stream"))
+    return write_data_files(tmp_path_factory.mktemp("stream"))
 
 
 def test_share_of_the_second_concept_follows_the_drift() -> None:
@@ -87,14 +94,14 @@ def test_test_rows_are_divided_by_concept() -> None:
 def test_contributions_are_weighted_by_current_samples(data: dict[str, Path]) -> None:
     """n_k of the round in the sum: the mean of two clients whose halves are unlike."""
     changes: dict[str, Any] = {"stream__kind": "recurring", "stream__round": 1, "participation": 1.0}
-    loop = build(data["small"], "fedavg", model__pool="mlp5", rounds=2, **changes)
+    loop = build_loop(data["small"], "fedavg", model__pool="mlp5", rounds=2, **changes)
     assert loop.federation.stream
     loop.run()
     for row in loop.history:
         counts = loop.federation.stream.counts(row["round"]).sum(1)
         assert row["clients"]["samples"] == counts.tolist()
     assert loop.history[0]["clients"]["samples"] != loop.history[1]["clients"]["samples"]
-    still = build(data["small"], "fedavg", model__pool="mlp5", rounds=2, participation=1.0)
+    still = build_loop(data["small"], "fedavg", model__pool="mlp5", rounds=2, participation=1.0)
     still.run()
     assert not torch.equal(loop.state, still.state)
     assert still.history[0]["accuracy_concepts"] == {"first": None, "second": None, "share": None}
@@ -102,7 +109,7 @@ def test_contributions_are_weighted_by_current_samples(data: dict[str, Path]) ->
 
 def test_classwise_methods_weigh_the_current_classes(data: dict[str, Path]) -> None:
     """FedProto under an abrupt change: a class that is gone keeps its prototype, and nobody is dropped."""
-    loop = build(
+    loop = build_loop(
         data["small"],
         "fedproto",
         model__pool="mlp5",
@@ -116,7 +123,7 @@ def test_classwise_methods_weigh_the_current_classes(data: dict[str, Path]) -> N
     held = loop.federation.stream.counts(1).sum(0) > 0
     defined = ~loop.state.view(len(held), -1).isnan().any(1)
     assert loop.history[0]["dropped"] == [] and defined.tolist() == held.tolist()
-    assert set(np.flatnonzero(held)) <= set().union(*map(set, HELD))
+    assert set(np.flatnonzero(held)) <= set().union(*map(set, CLASSES))
 
 
 def row(round: int, first: float | None, second: float | None, share: float | None) -> metrics.Row:
@@ -145,16 +152,18 @@ DRIFT = (
 def test_drift_and_late_clients_repeat_and_are_reported(session: Session, tmp_path: Path) -> None:
     found = {}
     for ranks in (1, 3):
-        output = finished(ranks, *SMALL, *DRIFT, "--rounds", "4", "--run.dir", str(ranks), cwd=tmp_path)
-        found[ranks] = learned_digest(tmp_path / str(ranks), 4)
+        output = run_to_end(ranks, *SMALL_RUN, *DRIFT, "--rounds", "4", "--run.dir", str(ranks), cwd=tmp_path)
+        found[ranks] = checkpoint_digest(tmp_path / str(ranks), 4)
     assert "drift: " in output
-    finished(2, *SMALL, *DRIFT, "--rounds", "2", "--run.dir", "again", cwd=tmp_path)
+    run_to_end(2, *SMALL_RUN, *DRIFT, "--rounds", "2", "--run.dir", "again", cwd=tmp_path)
     assert session("restart", "again", "--rounds", "4", cwd=tmp_path).code == 0
-    found[2] = learned_digest(tmp_path / "again", 4)
-    assert len(set(found.values())) == 1 and learned(tmp_path / "again") == learned(tmp_path / "1")
+    found[2] = checkpoint_digest(tmp_path / "again", 4)
+    assert len(set(found.values())) == 1 and reproducible_rows(tmp_path / "again") == reproducible_rows(
+        tmp_path / "1"
+    )
     refused = session("restart", "again", "--rounds", "5", "--stream.round", "3", cwd=tmp_path)
     assert refused.code == 2 and "cannot be changed now" in refused.err
-    history = rows(tmp_path / "1")
+    history = read_metrics(tmp_path / "1")
     assert [len(r["cohort"]) for r in history] == [2, 2, 4, 4]
     late = set(range(4)) - set(history[0]["cohort"])
     for r in history[:2]:

@@ -28,7 +28,7 @@ def batch_shell(
     return subprocess.Popen(
         ["bash", str(JOBS / script), *arguments],
         cwd=tmp_path,
-        env=launcher.environment("mpich", {**path, **SLURM, **name, **(env or {})}),
+        env=launcher.clean_environment("mpich", {**path, **SLURM, **name, **(env or {})}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -37,11 +37,11 @@ def batch_shell(
 
 
 def test_train_script_ends_with_the_exit_code_and_last_line(tmp_path: Path) -> None:
-    good = launcher.ended(batch_shell(tmp_path, "train.slurm", *QUICK, "--rounds", "1"), 120)
+    good = launcher.wait_for_end(batch_shell(tmp_path, "train.slurm", *QUICK, "--rounds", "1"), 120)
     said = good.out.splitlines()
     assert good.code == 0 and "exit code 0" in said[-2], good.out + good.err
-    assert json.loads(said[-1]) == launcher.events(tmp_path / "runs" / "train-17")[-1]
-    bad = launcher.ended(batch_shell(tmp_path / "runs", "train.slurm", "--rounds", "0"), 120)
+    assert json.loads(said[-1]) == launcher.read_events(tmp_path / "runs" / "train-17")[-1]
+    bad = launcher.wait_for_end(batch_shell(tmp_path / "runs", "train.slurm", "--rounds", "0"), 120)
     assert bad.code == 2 and "rounds" in bad.err and "tail" not in bad.err, bad.out + bad.err
 
 
@@ -59,9 +59,9 @@ def test_train_script_forwards_the_signal_and_waits(tmp_path: Path) -> None:
             shell.send_signal(signal.SIGUSR1)
             shell.send_signal(signal.SIGTERM)
             time.sleep(0.02)
-        result = launcher.ended(shell, 60)
+        result = launcher.wait_for_end(shell, 60)
     finally:
-        launcher.end(shell.pid)
+        launcher.kill_tree(shell.pid)
     assert result.code == 75 and "exit code 75" in result.out.splitlines()[-2], result.out + result.err
     assert list((run / "checkpoints").glob("round-*.h5"))
 
@@ -69,7 +69,7 @@ def test_train_script_forwards_the_signal_and_waits(tmp_path: Path) -> None:
 def said_of(tmp_path: Path, script: str, env: dict[str, str]) -> launcher.Result:
     """What a script would start: with LAUNCH=echo it prints it."""
     shell = batch_shell(tmp_path, script, "my.toml", "--rounds", "3", env={"LAUNCH": "echo", **env})
-    return launcher.ended(shell, 20)
+    return launcher.wait_for_end(shell, 20)
 
 
 @pytest.mark.parametrize("script", ["train.slurm", "requeue.slurm", "gpu.slurm"])
@@ -114,12 +114,14 @@ def test_table_script_runs_one_run_per_task(tmp_path: Path) -> None:
         env = {"SLURM_ARRAY_TASK_ID": str(task), "LAUNCH": "echo"}
         (tmp_path / "runs" / "table-17" / name).mkdir(parents=True)
         (tmp_path / "runs" / "table-17" / name / "events.jsonl").write_text(f"of {name}\n")
-        said = launcher.ended(batch_shell(tmp_path, "table.slurm", "my.toml", "--rounds", "3", env=env), 20)
+        said = launcher.wait_for_end(
+            batch_shell(tmp_path, "table.slurm", "my.toml", "--rounds", "3", env=env), 20
+        )
         wanted = f"reproduce my.toml --rounds 3 --task {task} --out runs/table-17\n"
         assert said.code == 0 and f"-m pfedmoe_mpi {wanted}" in said.out, said.err
         assert said.out.splitlines()[-1] == f"of {name}", "the last words are the run's"
     env = {"SLURM_ARRAY_TASK_ID": "4", "LAUNCH": "echo"}
-    beyond = launcher.ended(batch_shell(tmp_path, "table.slurm", "my.toml", env=env), 20)
+    beyond = launcher.wait_for_end(batch_shell(tmp_path, "table.slurm", "my.toml", env=env), 20)
     assert beyond.code == 2 and "from 0 to 3" in beyond.err and not beyond.out
 
 
@@ -130,24 +132,24 @@ def test_table_script_stops_and_resumes(tmp_path: Path) -> None:
     shell = batch_shell(tmp_path, "table.slurm", "my.toml", *endless, "--rounds", "5000", env=env)
     run = tmp_path / "runs" / "table-17" / "pfedmoe-seed0"
     try:
-        launcher.wait_for(run / "metrics.jsonl", shell)
+        launcher.wait_for_file(run / "metrics.jsonl", shell)
         shell.send_signal(signal.SIGUSR1)
-        result = launcher.ended(shell, 60)
+        result = launcher.wait_for_end(shell, 60)
     finally:
-        launcher.end(shell.pid)
+        launcher.kill_tree(shell.pid)
     assert result.code == 75 and json.loads(result.out.splitlines()[-1])["event"] == "stop", result.err
-    done = len(launcher.rows(run))
+    done = len(launcher.read_metrics(run))
     env |= {"RUN_DIR": "runs/table-17"}
     again = batch_shell(tmp_path, "table.slurm", "my.toml", *endless, "--rounds", "5000", env=env)
     try:
         deadline = time.monotonic() + 60
-        while len(launcher.rows(run)) < done + 2 and time.monotonic() < deadline:
+        while len(launcher.read_metrics(run)) < done + 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         again.send_signal(signal.SIGTERM)
-        result = launcher.ended(again, 60)
+        result = launcher.wait_for_end(again, 60)
     finally:
-        launcher.end(again.pid)
-    assert result.code == 75 and len(launcher.rows(run)) >= done + 2, result.out + result.err
+        launcher.kill_tree(again.pid)
+    assert result.code == 75 and len(launcher.read_metrics(run)) >= done + 2, result.out + result.err
 
 
 # What the tables of the papers hold, and what of it the papers say.

@@ -17,7 +17,7 @@ import pytest
 
 from support import launcher, slurm_cluster
 from support.paths import JOBS
-from support.slurm_cluster import Cluster, until
+from support.slurm_cluster import Cluster, wait_until
 
 pytestmark = pytest.mark.slurm
 
@@ -35,7 +35,7 @@ AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    yield from slurm_cluster.running(tmp_path_factory.mktemp("slurm"))
+    yield from slurm_cluster.running_cluster(tmp_path_factory.mktemp("slurm"))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, session: launcher.Session) ->
 @pytest.fixture(scope="module")
 def undisturbed(work: Path, session: launcher.Session) -> str:
     """The digest of the steady run, outside of Slurm."""
-    result = launcher.program(2, *map(str, STEADY), "--run.dir", "undisturbed", cwd=work)
+    result = launcher.run_program(2, *map(str, STEADY), "--run.dir", "undisturbed", cwd=work)
     assert result.code == 0, result.out + result.err
     return digest(session, work / "undisturbed")
 
@@ -76,17 +76,19 @@ def started(run: Path, leg: int = 1, rounds: int = 1) -> None:
     def going() -> bool:
         if not (run / "events.jsonl").exists():
             return False
-        begun = [e for e in launcher.events(run) if e["event"] in {"start", "restart"}]
-        done = len(launcher.rows(run)) if (run / "metrics.jsonl").exists() else 0
+        begun = [e for e in launcher.read_events(run) if e["event"] in {"start", "restart"}]
+        done = len(launcher.read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
         return len(begun) >= leg and done >= begun[-1].get("round", 0) + rounds
 
     files = (run / "events.jsonl", run / "metrics.jsonl")
-    until(going, 120, lambda: "\n".join(f.read_text()[-2000:] for f in files if f.exists()) or f"no {run}")
+    wait_until(
+        going, 120, lambda: "\n".join(f.read_text()[-2000:] for f in files if f.exists()) or f"no {run}"
+    )
 
 
 def kinds(run: Path) -> list[str]:
     """What happened, in order."""
-    return [event["event"] for event in launcher.events(run)]
+    return [event["event"] for event in launcher.read_events(run)]
 
 
 def last_event(cluster: Cluster, job: str) -> Any:
@@ -110,7 +112,11 @@ def test_requeue_survives_time_limit_preemption_and_lost_node(
     assert len(ranks) == 2
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
-    until(lambda: all(slurm_cluster.pending(pid, signal.SIGUSR1) for pid in ranks), 60, lambda: "no warning")
+    wait_until(
+        lambda: all(slurm_cluster.signal_is_pending(pid, signal.SIGUSR1) for pid in ranks),
+        60,
+        lambda: "no warning",
+    )
     for pid in ranks:
         os.kill(pid, signal.SIGCONT)
 
@@ -170,7 +176,7 @@ def test_only_a_stopped_run_is_requeued(cluster: Cluster, work: Path) -> None:
     cluster.ask("scancel", cancelled)
     facts = cluster.over(cancelled)
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
-    assert launcher.events(run)[-1]["event"] == "stop", "with a checkpoint all the same"
+    assert launcher.read_events(run)[-1]["event"] == "stop", "with a checkpoint all the same"
     assert "exit code 75" in cluster.output(cancelled)
     assert list((run / "checkpoints").glob("round-*.h5"))
 
@@ -190,7 +196,7 @@ def test_train_script_stops_and_resumes(
     facts = cluster.over(job)
     said = cluster.output(job)
     assert facts["ExitCode"] == "75:0" and "exit code 75" in said, said
-    assert last_event(cluster, job)["event"] == "stop" == launcher.events(run)[-1]["event"]
+    assert last_event(cluster, job)["event"] == "stop" == launcher.read_events(run)[-1]["event"]
 
     env = {**env, "RUN_DIR": f"runs/train-{job}"}
     again = cluster.submit(JOBS / "train.slurm", cwd=work, options=["--ntasks=1"], env=env, mpi=mpi)
@@ -245,7 +251,7 @@ def test_gpu_script_runs_on_two_nodes(
     assert facts["NodeList"] == "n[1-2]" and facts["TresPerNode"].endswith("gpu:4"), facts
     assert last_event(cluster, job)["event"] == "finish"
     run = work / "runs" / f"gpu-{job}"
-    assert launcher.events(run)[0]["ranks"] == 2
+    assert launcher.read_events(run)[0]["ranks"] == 2
     assert digest(session, run) == undisturbed
 
 
@@ -258,7 +264,7 @@ def test_job_stops_before_its_time_limit(cluster: Cluster, work: Path, one_minut
     assert facts["ExitCode"] == "75:0" and facts["JobState"] == "FAILED", f"{facts}\n{said}"
     lived = datetime.fromisoformat(facts["EndTime"]) - datetime.fromisoformat(facts["StartTime"])
     assert 40 <= lived.total_seconds() <= 60, lived
-    stop = launcher.events(work / "runs" / "minute")[-1]
+    stop = launcher.read_events(work / "runs" / "minute")[-1]
     assert stop["event"] == "stop" and "time" in str(stop.get("by", "")), stop
     assert list((work / "runs" / "minute" / "checkpoints").glob("round-*.h5"))
 
@@ -275,9 +281,11 @@ srun --mpi=pmi2 -n 2 python -m pfedmoe_mpi check .; tell "srun check"
 """
 
 
-def test_launchers_work_inside_an_allocation(cluster: Cluster, work: Path, small: tuple[str, ...]) -> None:
+def test_launchers_work_inside_an_allocation(
+    cluster: Cluster, work: Path, small_run: tuple[str, ...]
+) -> None:
     """Slurm's own numbers decide nothing where MPI knows better."""
-    (work / "allocation.slurm").write_text(ALLOCATION.replace("{small}", " ".join(small)))
+    (work / "allocation.slurm").write_text(ALLOCATION.replace("{small}", " ".join(small_run)))
     env = {"SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
     job = cluster.submit("allocation.slurm", cwd=work, options=[TWO, "--output=allocation.txt"], env=env)
     cluster.over(job)
@@ -314,9 +322,9 @@ def test_interrupts_under_srun_stop_the_run(cluster: Cluster, work: Path, tmp_pa
         else:
             cluster.ask("scancel", f"--signal={how}", f"--name=stops-{how}")
         begun = time.monotonic()
-        result = launcher.ended(process, 60)
+        result = launcher.wait_for_end(process, 60)
     finally:
-        launcher.end(process.pid)
+        launcher.kill_tree(process.pid)
     assert result.code == 75, result.out + result.err
-    assert launcher.events(run)[-1]["event"] == "stop" and list((run / "checkpoints").glob("round-*.h5"))
+    assert launcher.read_events(run)[-1]["event"] == "stop" and list((run / "checkpoints").glob("round-*.h5"))
     assert time.monotonic() - begun < 20, "KillWait is 20 s: the ranks were not killed"

@@ -30,7 +30,7 @@ FLAGS = (
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
     (tmp_path / "hosts").mkdir()
-    with two_hosts.up(tmp_path / "hosts") as both:
+    with two_hosts.running_hosts(tmp_path / "hosts") as both:
         yield both
 
 
@@ -38,7 +38,7 @@ def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
 def alone(session: launcher.Session, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the undisturbed run on one host."""
     folder = tmp_path_factory.mktemp("alone")
-    result = launcher.program(2, *FLAGS, cwd=folder)
+    result = launcher.run_program(2, *FLAGS, cwd=folder)
     assert result.code == 0, result.err
     return digest(session, folder / "run")
 
@@ -51,7 +51,7 @@ def digest(session: launcher.Session, run: Path) -> str:
 
 
 def finished(job: subprocess.Popen[str], timeout: float = 90) -> str:
-    result = launcher.ended(job, timeout)
+    result = launcher.wait_for_end(job, timeout)
     assert result.code == 0, result.out + result.err
     return result.out
 
@@ -62,7 +62,7 @@ def finished(job: subprocess.Popen[str], timeout: float = 90) -> str:
 @BOTH
 def test_printed_hostfile_works_unchanged(hosts: TwoHosts, tmp_path: Path, mpi: str) -> None:
     """Unchanged but for the form that is kept, 32 ranks; below, its command runs the program."""
-    hostfile, line = two_hosts.example(mpi, 16)
+    hostfile, line = two_hosts.hostfile_and_command(mpi, 16)
     (tmp_path / "hostfile").write_text(hostfile)
     said = ["sh", "-c", "uname -n; sleep 1"]  # prterun may lose count of processes that end at once
     printed = finished(hosts.launch(mpi, [*line[: line.index("python")], *said], cwd=tmp_path))
@@ -76,14 +76,14 @@ def test_two_hosts_give_the_digest_of_one(
     before = {name: hosts.sent(name) for name in two_hosts.NAMES}
     finished(hosts.across(mpi, 4, *FLAGS, cwd=tmp_path))
     assert digest(session, tmp_path / "run") == alone
-    (start,) = [event for event in launcher.events(tmp_path / "run") if event["event"] == "start"]
+    (start,) = [event for event in launcher.read_events(tmp_path / "run") if event["event"] == "start"]
     assert [re.findall("node.", rank) for rank in start["hosts"]] == [
         ["node1"],
         ["node1"],
         ["node2"],
         ["node2"],
     ]
-    summed = sum(row["mpi_bytes"] for row in launcher.rows(tmp_path / "run"))
+    summed = sum(row["mpi_bytes"] for row in launcher.read_metrics(tmp_path / "run"))
     for name in two_hosts.NAMES:
         assert hosts.sent(name) - before[name] > summed, "the sums did not go over the link"
 
@@ -104,14 +104,14 @@ def test_vanished_host_ends_the_job_and_restart_repeats_it(
         hosts.give_up_early()
     run = tmp_path / "run"
     job = hosts.across(mpi, 2, *FLAGS, "--run.timeout", "3", cwd=tmp_path)
-    launcher.wait_for(run / "metrics.jsonl", job)
+    launcher.wait_for_file(run / "metrics.jsonl", job)
     time.sleep(0.1)
     vanished = time.monotonic()
     hosts.kill("node2") if how == "killed" else hosts.link("node2", "down")
-    result = launcher.ended(job, 60)
+    result = launcher.wait_for_end(job, 60)
     print(f"{mpi}, node2 {how}: exit code {result.code} after {time.monotonic() - vanished:.1f} s")
-    assert len(launcher.rows(run)) < ROUNDS, "the run was over before"
-    assert "finish" not in {event["event"] for event in launcher.events(run)}
+    assert len(launcher.read_metrics(run)) < ROUNDS, "the run was over before"
+    assert "finish" not in {event["event"] for event in launcher.read_events(run)}
     if mpi == "mpich":
         assert result.code not in {0, 2, 75}
     if how == "unreachable":
@@ -132,7 +132,7 @@ def test_hosts_are_removed_after_an_error(tmp_path: Path) -> None:
     jobs = []
 
     def fail() -> None:
-        with two_hosts.up(tmp_path) as hosts:
+        with two_hosts.running_hosts(tmp_path) as hosts:
             jobs.append(subprocess.Popen([*hosts.enter("node2"), "sleep", "1000"], start_new_session=True))
             while jobs[0].pid not in hosts.processes("node2"):
                 time.sleep(0.01)
@@ -143,7 +143,7 @@ def test_hosts_are_removed_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert jobs[0].wait(10) < 0
-    assert not [pid for network in networks for pid in two_hosts.inside(network)]
+    assert not [pid for network in networks for pid in two_hosts.namespace_processes(network)]
 
 
 # bench network

@@ -11,7 +11,7 @@ from pfedmoe_mpi import config, load_run, tables
 from pfedmoe_mpi.report import compare, paper
 from pfedmoe_mpi.report.load import Run
 from support import launcher, report_runs
-from support.launcher import SMALL
+from support.launcher import SMALL_RUN
 from support.paths import JOBS
 
 # (algorithm, cell, seeds, further flags)
@@ -35,7 +35,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, session: launcher.Session) 
             place = ("--run.table", "pfedmoe-homogeneous", "--run.cell", cell)
             name = f"runs/{cell.replace('/', '-')}-{seed}"
             which = ("--algorithm", algorithm, "--seed", str(seed), "--run.dir", name)
-            result = session(*SMALL, *which, *place, *flags, cwd=folder)
+            result = session(*SMALL_RUN, *which, *place, *flags, cwd=folder)
             assert result.code == 0, result.err
     result = session("report", "runs", "--out", "page", cwd=folder)
     assert result.code == 0, result.err
@@ -44,25 +44,29 @@ def report(tmp_path_factory: pytest.TempPathFactory, session: launcher.Session) 
 
 def test_results_are_listed_beside_the_papers(report: Path) -> None:
     rows = {
-        (row["setting"], row["method"]): row for row in report_runs.table(report, "paper_pfedmoe-homogeneous")
+        (row["setting"], row["method"]): row
+        for row in report_runs.read_table(report, "paper_pfedmoe-homogeneous")
     }
     assert len(rows) == 3
     row = rows["cifar10-n10", "standalone"]
     runs = report.parent / "runs"
-    own = [launcher.rows(runs / f"cifar10-n10-standalone-{seed}")[-1]["accuracy"]["mean"] for seed in (0, 1)]
-    assert report_runs.close(row["ours mean"], sum(own) / 2) and row["ours seeds"] == "2"
-    assert report_runs.close(row["paper"], 0.9635), "Standalone, N = 10, CIFAR-10"
-    assert report_runs.close(row["difference"], sum(own) / 2 - 0.9635)
+    own = [
+        launcher.read_metrics(runs / f"cifar10-n10-standalone-{seed}")[-1]["accuracy"]["mean"]
+        for seed in (0, 1)
+    ]
+    assert report_runs.same_number(row["ours mean"], sum(own) / 2) and row["ours seeds"] == "2"
+    assert report_runs.same_number(row["paper"], 0.9635), "Standalone, N = 10, CIFAR-10"
+    assert report_runs.same_number(row["difference"], sum(own) / 2 - 0.9635)
     assert row["as run"] == "as the table"
     reduced = rows["cifar10-n10", "pfedmoe"]
-    assert report_runs.close(reduced["paper"], 0.968)
+    assert report_runs.same_number(reduced["paper"], 0.968)
     assert reduced["as run"] == "reduced scale: 1 of 10 rounds; other train.epochs = 1, data.size = 8"
     unknown = rows["cifar10-n50", "pfedmoe"]
     assert unknown["ours mean"] and not unknown["paper"] and not unknown["difference"]
 
 
 def test_page_latex_and_terminal_show_paper_figures(report: Path, session: launcher.Session) -> None:
-    shown = report_runs.shown(report, "paper_pfedmoe-homogeneous")
+    shown = report_runs.page_table(report, "paper_pfedmoe-homogeneous")
     cells = {(row[0][0], row[1][0]): [text for text, _ in row] for row in shown}
     assert cells["cifar10-n10", "standalone"][3] == "96.35"
     assert cells["cifar10-n10", "pfedmoe"][3] == "96.80*", "no table prints it"

@@ -22,9 +22,10 @@ from pfedmoe_mpi.models import registry
 from pfedmoe_mpi.models.gate import build_gate
 from pfedmoe_mpi.report import models
 from pfedmoe_mpi.report.looked import Looked, principal
-from support.launcher import Result, Session, finished, flip, rows
+from support.files import flip_bit
+from support.launcher import Result, Session, read_metrics, run_to_end
 from support.paths import ROOT
-from support.report_runs import close, table
+from support.report_runs import read_table, same_number
 
 
 @dataclass
@@ -105,28 +106,30 @@ def looked(trained: Path) -> Looked:
 def test_gate_weights_by_class_equal_plain_torch(known: list[Known], trained: Path, report: Path) -> None:
     alpha = np.concatenate([one.alpha(one.x) for one in known])
     labels = np.concatenate([one.y for one in known])
-    found = rows(trained)
+    found = read_metrics(trained)
     assert [row["alpha_class"] is None for row in found] == [True, False, False], "measured in 2 and 3"
     for label, value in enumerate(found[-1]["alpha_class"]):
         own = alpha[labels == label]
         assert (value is None) == (not len(own))
         assert value is None or value == pytest.approx(own.mean(), abs=1e-6)
-    for row in table(report, "alpha_class"):
+    for row in read_table(report, "alpha_class"):
         for name in ("round 2", "round 3"):
-            assert close(row[name], found[int(name[-1]) - 1]["alpha_class"][int(row["class"])])
+            assert same_number(row[name], found[int(name[-1]) - 1]["alpha_class"][int(row["class"])])
 
 
 def test_shared_test_set_accuracy_equals_plain_torch(known: list[Known], report: Path, trained: Path) -> None:
     x, y = torch.cat([one.x for one in known]), np.concatenate([one.y for one in known])
     shared = [one.right(x, y) for one in known]
-    own = rows(trained)[-1]["clients"]["accuracy"]
+    own = read_metrics(trained)[-1]["clients"]["accuracy"]
     assert len(set(shared)) > 1 and [one.right(one.x, one.y) for one in known] == pytest.approx(own)
-    for row in table(report, "clients"):
-        assert close(row["shared test"], shared[int(row["client"])])
-    summary = {row["accuracy on"]: row for row in table(report, "shared_test")}
+    for row in read_table(report, "clients"):
+        assert same_number(row["shared test"], shared[int(row["client"])])
+    summary = {row["accuracy on"]: row for row in read_table(report, "shared_test")}
     for name, values in (("own test rows", own), ("shared test set", shared)):
-        assert close(summary[name]["mean"], float(np.mean(values)))
-        assert close(summary[name]["worst"], min(values)) and close(summary[name]["best"], max(values))
+        assert same_number(summary[name]["mean"], float(np.mean(values)))
+        assert same_number(summary[name]["worst"], min(values)) and same_number(
+            summary[name]["best"], max(values)
+        )
     page = (report / "report.html").read_text()
     assert f"the same {len(y)} rows for everybody" in page
 
@@ -134,7 +137,7 @@ def test_shared_test_set_accuracy_equals_plain_torch(known: list[Known], report:
 def test_extreme_gate_samples_equal_plain_torch(known: list[Known], report: Path) -> None:
     found = [(a, y, k) for k, one in enumerate(known) for a, y in zip(one.alpha(one.x), one.y, strict=True)]
     found.sort()
-    listed = table(report, "alpha_samples")
+    listed = read_table(report, "alpha_samples")
     number = len(listed) // 2
     assert number == 8
     expected = [*found[::-1][:number], *found[:number]]
@@ -184,36 +187,36 @@ def test_projection_keeps_neighbours() -> None:
 
 
 def test_seconds_by_rank_equal_the_metrics(trained: Path, report: Path) -> None:
-    found = rows(trained)
+    found = read_metrics(trained)
     assert all(len(values) == 2 for row in found for values in row["seconds_ranks"].values())
     for row in found:
         for name, values in row["seconds_ranks"].items():
             assert max(values) == pytest.approx(row["seconds"][name], abs=1e-6)
-    for row in table(report, "ranks"):
+    for row in read_table(report, "ranks"):
         for name in ("train", "evaluate", "sum", "wait"):
             each = [line["seconds_ranks"][name][int(row["rank"])] for line in found]
-            assert close(row[f"{name}, s"], float(np.mean(each)))
+            assert same_number(row[f"{name}, s"], float(np.mean(each)))
 
 
 # Other methods, and what may be missing
 
 
 def test_method_without_gate_has_no_gate_tables(
-    session: Session, small: tuple[str, ...], tmp_path: Path
+    session: Session, small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
     which = ("--algorithm", "standalone", "--run.dir", "run", "--partition.kind", "pathological")
-    assert session(*small, *which, "--unseen.clients", "1", cwd=tmp_path).code == 0
-    assert all(row["alpha_class"] is None for row in rows(tmp_path / "run"))
+    assert session(*small_run, *which, "--unseen.clients", "1", cwd=tmp_path).code == 0
+    assert all(row["alpha_class"] is None for row in read_metrics(tmp_path / "run"))
     assert session("report", "run", "--out", "out", cwd=tmp_path).code == 0
     names = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
     assert {"generalisation", "representations_class", "representations_client"} <= names
     assert not {"gates", "gates_class", "alpha_samples", "ranks"} & names
-    column = [row["shared test"] for row in table(tmp_path / "out", "clients")]
+    column = [row["shared test"] for row in read_table(tmp_path / "out", "clients")]
     assert column.count("") == 1, "who never trained has no answer"
 
 
 def test_features_are_listed_instead_of_drawn(
-    session: Session, small: tuple[str, ...], tmp_path: Path
+    session: Session, small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
     generator = np.random.Generator(np.random.PCG64(0))
     labels = np.arange(600) % 3
@@ -226,38 +229,38 @@ def test_features_are_listed_instead_of_drawn(
     assert result.code == 0, result.err
     assert session("report", "run", "--out", "out", cwd=tmp_path).code == 0
     names = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
-    assert "alpha_samples" not in names and len(table(tmp_path / "out", "alpha_samples")) == 16
+    assert "alpha_samples" not in names and len(read_table(tmp_path / "out", "alpha_samples")) == 16
     page = (tmp_path / "out" / "report.html").read_text()
     assert "t-SNE of r_G, r_F, r;" in page
 
 
 def test_missing_models_are_reported_in_one_sentence(
-    done: Callable[..., Result], run: Path, tmp_path: Path
+    run_command: Callable[..., Result], run: Path, tmp_path: Path
 ) -> None:
     newest = run / "checkpoints" / "round-000003.h5"
-    flip(newest, newest.stat().st_size - 9)
+    flip_bit(newest, newest.stat().st_size - 9)
     assert models.look(load_run(run)).round == 2, "the one before"
-    done("report", run, "--out", "none", "--models", "false")
+    run_command("report", run, "--out", "none", "--models", "false")
     text = (tmp_path / "none" / "report.html").read_text()
     assert "<h2>Models</h2>" not in text and "shared test" not in text
     shutil.rmtree(run / "checkpoints")
-    done("report", run, "--out", "gone")
+    run_command("report", run, "--out", "gone")
     text = (tmp_path / "gone" / "report.html").read_text()
     assert text.count("Nobody looked into the models: the run has no good checkpoint.") == 1
     assert (tmp_path / "gone" / "figures" / "gates_class.png").exists()
 
 
 def test_report_under_mpirun_is_written_by_rank_0_alone(run: Path, tmp_path: Path) -> None:
-    finished(2, "report", "run", "--out", "page", cwd=tmp_path, timeout=60)
+    run_to_end(2, "report", "run", "--out", "page", cwd=tmp_path, timeout=60)
     text = (tmp_path / "page" / "report.html").read_text()
     assert text.count("a report is the work of one rank") == 1
 
 
 def test_untrained_run_has_no_model_section(
-    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+    run_command: Callable[..., Result], small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
-    done(*small, "--join.share", "0.9", "--join.round", "2", "--run.dir", "run")
-    done("report", "run", "--out", "page")
+    run_command(*small_run, "--join.share", "0.9", "--join.round", "2", "--run.dir", "run")
+    run_command("report", "run", "--out", "page")
     assert "no client that has test rows has trained yet" in (tmp_path / "page" / "report.html").read_text()
 
 
@@ -265,7 +268,7 @@ def test_untrained_run_has_no_model_section(
 
 
 def test_flat_rows_have_the_same_columns(trained: Path, run: Path) -> None:
-    changed = rows(run)
+    changed = read_metrics(run)
     changed[-1]["drift"] = {"forgetting": 0.25, "recovery": None}
     changed[0]["seconds_ranks"] = None
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
@@ -292,7 +295,7 @@ def test_readme_notebook_code_runs(trained: Path) -> None:
     exec("\n".join(f"keep({line})" if line.startswith("pandas.") else line for line in lines), scope)
     by_round, by_client = frames
     assert list(by_round["accuracy.mean"].dropna()) == [
-        row["accuracy"]["mean"] for row in rows(trained) if row["accuracy"]["mean"] is not None
+        row["accuracy"]["mean"] for row in read_metrics(trained) if row["accuracy"]["mean"] is not None
     ]
     assert len(by_client) == 12 and {"seconds.train", "bytes.up"} <= set(by_round.columns)
     last = by_client[by_client["round"] == 3]

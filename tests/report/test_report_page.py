@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from support.browser import Browser
-from support.launcher import Session, rows
-from support.report_runs import tell_classes
+from support.launcher import Session, read_metrics
+from support.report_runs import add_class_counts
 
 # Text of a figure as rectangles (left, top, right, bottom), with that of the figure, in CSS pixels.
 TEXTS = """[...document.querySelectorAll('figure svg')].map(svg => {
@@ -46,7 +46,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(
-    session: Session, small: tuple[str, ...], trained: Path, tmp_path_factory: pytest.TempPathFactory
+    session: Session, small_run: tuple[str, ...], trained: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """The page of one run, that of several with long names and two settings, and that of many clients."""
     folder = tmp_path_factory.mktemp("pages")
@@ -58,15 +58,15 @@ def pages(
     ):
         runs.append(f"several/{method}-{alpha}-{seed}")
         which = ("--algorithm", method, "--partition.alpha", alpha, "--seed", seed, "--run.dir", runs[-1])
-        assert session(*small, *which, "--rounds", "3", cwd=folder).code == 0
+        assert session(*small_run, *which, "--rounds", "3", cwd=folder).code == 0
     runs.append("several/unshared")
     which = ("--pfedmoe.share", "false", "--rounds", "3", "--run.dir", runs[-1])
-    assert session(*small, *which, cwd=folder).code == 0
+    assert session(*small_run, *which, cwd=folder).code == 0
     runs.append("many")
     which = ("--clients", "60", "--data.samples", "1500", "--rounds", "2", "--run.dir", "many")
-    assert session(*small, *which, "--model.pool", "mlp1,mlp2,mlp3,mlp4,mlp5", cwd=folder).code == 0
+    assert session(*small_run, *which, "--model.pool", "mlp1,mlp2,mlp3,mlp4,mlp5", cwd=folder).code == 0
     for run in runs:
-        tell_classes(folder / run)
+        add_class_counts(folder / run)
     found = {}
     for name in ("one", "several", "many"):
         assert session("report", name, "--out", f"report-{name}", cwd=folder).code == 0
@@ -154,7 +154,7 @@ def test_page_shows_the_measured_values(browser: Browser, pages: dict[str, Path]
     facts = dict(
         browser.value("[...document.querySelectorAll('.facts div')].map(e => e.innerText.split('\\n'))")
     )
-    last: dict[str, Any] = rows(pages["one"].parents[1] / "one")[-1]
+    last: dict[str, Any] = read_metrics(pages["one"].parents[1] / "one")[-1]
     assert facts["rounds"] == "3 of 3"
     assert facts["accuracy, round 3"] == f"{100 * last['accuracy']['mean']:.2f} %"
     assert facts["worst client"] == f"{100 * last['accuracy']['worst']:.2f} %"

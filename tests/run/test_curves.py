@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from support import launcher
-from support.launcher import SMALL
+from support.launcher import SMALL_RUN
 
-FLAGS = (*SMALL, "--rounds", "4", "--eval.every", "2", "--run.checkpoint_every", "2")
+FLAGS = (*SMALL_RUN, "--rounds", "4", "--eval.every", "2", "--run.checkpoint_every", "2")
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def points(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 def check(run: Path) -> None:
     """Every round once, with the values of metrics.jsonl; null is no point."""
-    curves, rows = points(run), launcher.rows(run)
+    curves, rows = points(run), launcher.read_metrics(run)
     for name in ("accuracy/mean", "accuracy/worst", "accuracy_cohort/mean", "train_loss", "seconds/total"):
         group, _, key = name.partition("/")
         values = [(row["round"], row[group][key] if key else row[group]) for row in rows]
@@ -49,15 +49,15 @@ def test_curves_equal_the_metrics_and_change_nothing(
     check(watched)
     plain = session(*FLAGS, "--run.dir", "plain", cwd=tmp_path)
     assert plain.code == 0 and not (tmp_path / "plain" / "tensorboard").exists()
-    assert launcher.learned(watched) == launcher.learned(tmp_path / "plain")
-    assert launcher.learned_digest(watched, 4) == launcher.learned_digest(tmp_path / "plain", 4)
+    assert launcher.reproducible_rows(watched) == launcher.reproducible_rows(tmp_path / "plain")
+    assert launcher.checkpoint_digest(watched, 4) == launcher.checkpoint_digest(tmp_path / "plain", 4)
 
 
 def test_restart_continues_curves_without_gap_or_duplicate(watched: Path, session: launcher.Session) -> None:
     """From the checkpoint of round 2, though rounds 3 and 4 are in the events already."""
     (watched / "checkpoints" / "round-000004.h5").unlink()
     result = session("restart", str(watched), "--rounds", "6", cwd=watched.parent)
-    assert result.code == 0 and [row["round"] for row in launcher.rows(watched)] == [1, 2, 3, 4, 5, 6]
+    assert result.code == 0 and [row["round"] for row in launcher.read_metrics(watched)] == [1, 2, 3, 4, 5, 6]
     check(watched)
     for path in (watched / "tensorboard").iterdir():
         path.unlink()  # lost with a disk, say
@@ -72,7 +72,7 @@ def test_failing_curve_writer_does_not_end_the_run(watched: Path, session: launc
     (watched / "tensorboard").rmdir()
     (watched / "tensorboard").write_text("in the way")
     result = session("restart", str(watched), "--rounds", "6", cwd=watched.parent)
-    assert result.code == 0 and len(launcher.rows(watched)) == 6
+    assert result.code == 0 and len(launcher.read_metrics(watched)) == 6
     assert result.err.count("no more TensorBoard curves") == 1
 
 
@@ -80,7 +80,7 @@ def test_missing_tensorboard_is_reported_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['tensorboard'] = None\n")
     here = os.environ.get("PYTHONPATH", "")
     env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{here}" if here else str(tmp_path)}
-    flags = (*SMALL, "--run.tensorboard", "true", "--run.dir", "run")
-    result = launcher.program(2, *flags, cwd=tmp_path, env=env)
-    launcher.told(result, r"pip install 'pfedmoe_mpi\[tensorboard\]'")
+    flags = (*SMALL_RUN, "--run.tensorboard", "true", "--run.dir", "run")
+    result = launcher.run_program(2, *flags, cwd=tmp_path, env=env)
+    launcher.error_message(result, r"pip install 'pfedmoe_mpi\[tensorboard\]'")
     assert not (tmp_path / "run").exists()

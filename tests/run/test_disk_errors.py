@@ -18,19 +18,28 @@ import pytest
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.lock import Lock
 from support import launcher
-from support.launcher import SMALL, events, finished, learned_digest, rows, running, told, wait_for
+from support.launcher import (
+    SMALL_RUN,
+    checkpoint_digest,
+    error_message,
+    read_events,
+    read_metrics,
+    run_to_end,
+    running_job,
+    wait_for_file,
+)
 from support.paths import TESTS
 
 # Rounds of about half a second, each with a checkpoint.
-LONG = (*SMALL, "--run.checkpoint_every", "1", "--train.epochs", "60", "--rounds", "8")
+LONG = (*SMALL_RUN, "--run.checkpoint_every", "1", "--train.epochs", "60", "--rounds", "8")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of LONG."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    finished(2, *LONG, "--run.dir", "run", cwd=folder)
-    return learned_digest(folder / "run", 8)
+    run_to_end(2, *LONG, "--run.dir", "run", cwd=folder)
+    return checkpoint_digest(folder / "run", 8)
 
 
 class Heard:
@@ -96,23 +105,25 @@ def fill(disk: Path) -> Path:
 
 
 def test_full_disk_is_reported_and_writing_is_retried(disk: Path, undisturbed: str) -> None:
-    with running(2, *LONG, "--run.dir", "run", cwd=disk) as job:
+    with running_job(2, *LONG, "--run.dir", "run", cwd=disk) as job:
         heard = Heard(job)
-        wait_for(disk / "run" / "metrics.jsonl", job)
+        wait_for_file(disk / "run" / "metrics.jsonl", job)
         filler = fill(disk)
         heard.wait("cannot be written")
         filler.unlink()
         assert heard.ended() == 0, heard.text
     assert "No space left on device" in heard.text and "Traceback" not in heard.text
-    assert learned_digest(disk / "run", 8) == undisturbed
-    assert [row["round"] for row in rows(disk / "run")] == list(range(1, 9)), "rows missed are added later"
+    assert checkpoint_digest(disk / "run", 8) == undisturbed
+    assert [row["round"] for row in read_metrics(disk / "run")] == list(range(1, 9)), (
+        "rows missed are added later"
+    )
     assert not list((disk / "run" / "checkpoints").glob(".*")), "nothing half-written"
 
 
 def test_disk_that_stays_full_ends_the_run(disk: Path, undisturbed: str) -> None:
-    with running(2, *LONG, "--run.dir", "run", cwd=disk) as job:
+    with running_job(2, *LONG, "--run.dir", "run", cwd=disk) as job:
         heard = Heard(job)
-        wait_for(disk / "run" / "metrics.jsonl", job)
+        wait_for_file(disk / "run" / "metrics.jsonl", job)
         filler = fill(disk)
         assert heard.ended() == 1, heard.text
     assert heard.text.count("cannot be written: ") == 3 and "Traceback" not in heard.text
@@ -122,16 +133,16 @@ def test_disk_that_stays_full_ends_the_run(disk: Path, undisturbed: str) -> None
     for path in left:
         checkpoint.verify(path)
     filler.unlink()
-    finished(3, "restart", "run", cwd=disk)
-    assert learned_digest(disk / "run", 8) == undisturbed
+    run_to_end(3, "restart", "run", cwd=disk)
+    assert checkpoint_digest(disk / "run", 8) == undisturbed
 
 
 def test_read_only_checkpoints_end_the_run(tmp_path: Path, undisturbed: str) -> None:
     as_root()
     folder = tmp_path / "run" / "checkpoints"
-    with running(2, *LONG, "--run.dir", "run", cwd=tmp_path) as job:
+    with running_job(2, *LONG, "--run.dir", "run", cwd=tmp_path) as job:
         heard = Heard(job)
-        wait_for(tmp_path / "run" / "metrics.jsonl", job)
+        wait_for_file(tmp_path / "run" / "metrics.jsonl", job)
         command("mount", "--bind", str(folder), str(folder), cwd=tmp_path)
         try:
             while subprocess.run(
@@ -143,15 +154,15 @@ def test_read_only_checkpoints_end_the_run(tmp_path: Path, undisturbed: str) -> 
         finally:
             command("umount", "--lazy", str(folder), cwd=tmp_path)
     assert "3 in a row" in heard.text and "Traceback" not in heard.text
-    assert [event["event"] for event in events(tmp_path / "run")][-1] == "error"
-    finished(1, "restart", "run", cwd=tmp_path)
-    assert learned_digest(tmp_path / "run", 8) == undisturbed
+    assert [event["event"] for event in read_events(tmp_path / "run")][-1] == "error"
+    run_to_end(1, "restart", "run", cwd=tmp_path)
+    assert checkpoint_digest(tmp_path / "run", 8) == undisturbed
 
 
 def test_removed_run_folder_ends_the_run(tmp_path: Path) -> None:
-    with running(2, *LONG, "--run.dir", "run", cwd=tmp_path) as job:
+    with running_job(2, *LONG, "--run.dir", "run", cwd=tmp_path) as job:
         heard = Heard(job)
-        wait_for(tmp_path / "run" / "metrics.jsonl", job)
+        wait_for_file(tmp_path / "run" / "metrics.jsonl", job)
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         assert heard.ended() == 1, heard.text
     assert heard.text.count("cannot be written: ") == 3 and "Traceback" not in heard.text
@@ -179,19 +190,19 @@ def test_refused_writes_are_reported_and_retried(
     """A quota of one rank's host, a broken fsync, a full server: told with its reason, then written."""
     flag = tmp_path / "refuse"
     shim = {"LD_PRELOAD": str(failing_disk), "REFUSE": str(flag)}
-    job = launcher.start(2, *LONG, "--run.dir", "run", cwd=tmp_path, env=shim)
+    job = launcher.start_program(2, *LONG, "--run.dir", "run", cwd=tmp_path, env=shim)
     try:
         heard = Heard(job)
-        wait_for(tmp_path / "run" / "metrics.jsonl", job)
+        wait_for_file(tmp_path / "run" / "metrics.jsonl", job)
         flag.write_text(f"{number} {rank}")
         heard.wait("cannot be written: ")
         flag.unlink()
         assert heard.ended() == 0, heard.text
     finally:
-        launcher.end(job.pid)
+        launcher.kill_tree(job.pid)
     assert os.strerror(number) in heard.text and "Traceback" not in heard.text
-    assert learned_digest(tmp_path / "run", 8) == undisturbed
-    assert any(event["event"] == "not written" for event in events(tmp_path / "run"))
+    assert checkpoint_digest(tmp_path / "run", 8) == undisturbed
+    assert any(event["event"] == "not written" for event in read_events(tmp_path / "run"))
 
 
 # Two runs in one folder
@@ -199,17 +210,17 @@ def test_refused_writes_are_reported_and_retried(
 
 def test_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
     endless = (*LONG, "--rounds", "5000", "--run.dir", "run")
-    with running(2, *endless, cwd=tmp_path) as job:
-        wait_for(tmp_path / "run" / "metrics.jsonl", job)
-        force = launcher.program(1, *endless, "--run.force", "true", cwd=tmp_path)
-        again = launcher.program(2, "restart", "run", cwd=tmp_path)
-        seen = len(rows(tmp_path / "run"))
+    with running_job(2, *endless, cwd=tmp_path) as job:
+        wait_for_file(tmp_path / "run" / "metrics.jsonl", job)
+        force = launcher.run_program(1, *endless, "--run.force", "true", cwd=tmp_path)
+        again = launcher.run_program(2, "restart", "run", cwd=tmp_path)
+        seen = len(read_metrics(tmp_path / "run"))
         job.send_signal(signal.SIGUSR1)
-        assert launcher.ended(job, 60).code == 75
+        assert launcher.wait_for_end(job, 60).code == 75
     for second in (force, again):
-        told(second, r"the run folder .*run is in use: process \d+ on ")
-    assert [row["round"] for row in rows(tmp_path / "run")][:seen] == list(range(1, seen + 1))
-    assert [event["event"] for event in events(tmp_path / "run")] == ["start", "stop"]
+        error_message(second, r"the run folder .*run is in use: process \d+ on ")
+    assert [row["round"] for row in read_metrics(tmp_path / "run")][:seen] == list(range(1, seen + 1))
+    assert [event["event"] for event in read_events(tmp_path / "run")] == ["start", "stop"]
 
 
 def test_lock_ends_with_its_process(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from pfedmoe_mpi import checkpoint
-from support.fault_injection import AT_THE_ROOT, PHASES
-from support.launcher import SMALL
-from support.mpi_job import mpirun
+from support.fault_injection import PHASES, ROOT_PHASES
+from support.launcher import SMALL_RUN
+from support.mpi_job import run_module
 
 RANKS = 3
-FLAGS = (*SMALL, "--clients", "6", "--rounds", "3", "--run.checkpoint_every", "1")
+FLAGS = (*SMALL_RUN, "--clients", "6", "--rounds", "3", "--run.checkpoint_every", "1")
 NAMED = {
     "training": r"client \d, round 1",
     "contribution": r"client \d, round 1",
@@ -27,7 +27,7 @@ def fails(tmp_path: Path, rank: int | str, phase: str, mpi: str) -> None:
     """Run with the fault and check how the job ends."""
     run = tmp_path / "run"
     fault = ("fault_injection", "raise", str(rank), phase)
-    ended = mpirun(*fault, *FLAGS, "--run.dir", str(run), ranks=RANKS, mpi=mpi)
+    ended = run_module(*fault, *FLAGS, "--run.dir", str(run), ranks=RANKS, mpi=mpi)
     seconds = time.time() - float(re.findall(r"fault at ([\d.]+)", ended.output)[0])
     told = ended.output
     assert ended.code not in {0, 2, 75}, told
@@ -45,7 +45,7 @@ def fails(tmp_path: Path, rank: int | str, phase: str, mpi: str) -> None:
 
 def cases() -> list[tuple[str, int]]:
     """Every phase once; the ranks in turn, rank 0 where only it does the work."""
-    return [(phase, 0 if phase in AT_THE_ROOT else number % RANKS) for number, phase in enumerate(PHASES)]
+    return [(phase, 0 if phase in ROOT_PHASES else number % RANKS) for number, phase in enumerate(PHASES)]
 
 
 @pytest.mark.parametrize(("phase", "rank"), cases())
@@ -69,6 +69,6 @@ def test_ranks_failing_together_print_one_traceback(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 1, 2, "all"])
 @pytest.mark.parametrize("phase", list(PHASES))
 def test_exception_at_every_phase_ends_the_job(tmp_path: Path, phase: str, rank: int | str, mpi: str) -> None:
-    if phase in AT_THE_ROOT and rank not in {0, "all"}:
+    if phase in ROOT_PHASES and rank not in {0, "all"}:
         pytest.skip("the root alone does this")
     fails(tmp_path, rank, phase, mpi)

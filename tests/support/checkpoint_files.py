@@ -12,24 +12,24 @@ import h5py
 from pfedmoe_mpi import checkpoint, seal
 from pfedmoe_mpi.checkpoint import Content
 from pfedmoe_mpi.comm import Comm
-from support.checkpoint_checks import shared_out
+from support.checkpoint_checks import distribute
 
 
 @cache
-def alone() -> Comm:
+def single_rank() -> Comm:
     """A world of one rank."""
     from mpi4py import MPI
 
     return Comm(MPI.COMM_SELF)
 
 
-def write(path: Path, whole: Content) -> Path:
-    home, mine = shared_out(alone(), whole)
-    checkpoint.write(alone(), path, whole, mine, home)
+def write_alone(path: Path, whole: Content) -> Path:
+    home, mine = distribute(single_rank(), whole)
+    checkpoint.write(single_rank(), path, whole, mine, home)
     return path
 
 
-def places(path: Path) -> tuple[dict[str, tuple[int, int]], int]:
+def read_ranges(path: Path) -> tuple[dict[str, tuple[int, int]], int]:
     """Offset and length of every dataset with bytes, as the seal names them, and the user block's length."""
     with open(path, "rb") as file:
         found = seal.read(file, path)
@@ -38,7 +38,7 @@ def places(path: Path) -> tuple[dict[str, tuple[int, int]], int]:
 
 def regions(path: Path) -> dict[str, tuple[int, int]]:
     """First and last byte of everything a checkpoint is made of."""
-    ranges, start = places(path)
+    ranges, start = read_ranges(path)
     table = 32 + 48 * len(ranges)
     names = table + len("\n".join(ranges))
     named = {
@@ -64,7 +64,7 @@ def regions(path: Path) -> dict[str, tuple[int, int]]:
     return named
 
 
-def resealed(path: Path, edit: Callable[[Any], object]) -> Path:
+def reseal(path: Path, edit: Callable[[Any], object]) -> Path:
     """A checkpoint after a stranger's edit, its seal as good as ours: anyone can compute it."""
     with h5py.File(path, "r+") as file:
         edit(file)

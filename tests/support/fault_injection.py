@@ -32,14 +32,14 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "seal": (checkpoint, "_finish", 2),
     "end": (federation.Loop, "run", 1),
 }
-AT_THE_ROOT = {"layout", "seal"}
+ROOT_PHASES = {"layout", "seal"}
 
 
 class Injected(Exception):
     """Nothing the program knows."""
 
 
-def arm(action: str, phase: str) -> None:
+def inject(action: str, phase: str) -> None:
     """Make the function of a phase raise, or get a signal."""
     owner, name, call = PHASES[phase]
     original: Callable[..., Any] = getattr(owner, name)
@@ -62,5 +62,5 @@ def arm(action: str, phase: str) -> None:
 if __name__ == "__main__":
     action, rank, phase, *arguments = sys.argv[1:]
     if rank == "all" or int(rank) == launch.launched_rank():
-        arm(action, phase)
+        inject(action, phase)
     sys.exit(cli.main(arguments))

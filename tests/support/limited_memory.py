@@ -22,11 +22,11 @@ from pfedmoe_mpi.inspection import digest
 from pfedmoe_mpi.sections import Data
 from support.paths import with_support
 
-ROOM = 300 << 20  # bytes of address space beyond what the imports took
+SPARE_BYTES = 300 << 20  # bytes of address space beyond what the imports took
 SECONDS = 5.0  # for one file
 
 
-def said(source: str, paths: list[Path], timeout: float = 120) -> dict[Path, str]:
+def read_messages(source: str, paths: list[Path], timeout: float = 120) -> dict[Path, str]:
     """The messages about files, by a process of its own."""
     command = [sys.executable, "-m", "support.limited_memory", source, *map(str, paths)]
     job = subprocess.run(
@@ -36,7 +36,7 @@ def said(source: str, paths: list[Path], timeout: float = 120) -> dict[Path, str
     return {Path(path): message for path, message in json.loads(job.stdout.splitlines()[-1]).items()}
 
 
-def read(source: str, path: str) -> str:
+def read_message(source: str, path: str) -> str:
     try:
         if source == "checkpoint":
             checkpoint.verify(Path(path))
@@ -53,13 +53,13 @@ def read(source: str, path: str) -> str:
 
 def main(source: str, *paths: str) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + ROOM
+    limit = pages * resource.getpagesize() + SPARE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     messages = {}
     for path in paths:
         started = time.monotonic()
         try:
-            messages[path] = read(source, path)
+            messages[path] = read_message(source, path)
         except BaseException:
             print(f"at {path}", file=sys.stderr)
             raise

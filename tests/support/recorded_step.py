@@ -11,7 +11,7 @@ import torch
 from pfedmoe_mpi.training import Turn
 
 
-class Given:
+class RecordedStep:
     """What a client's step returned and left, and the losses on its way."""
 
     def __init__(self, turn: Turn) -> None:
@@ -46,7 +46,7 @@ class Given:
         return total / self.samples
 
 
-def contains(haystack: np.ndarray, needle: np.ndarray) -> bool:
+def contains_affine(haystack: np.ndarray, needle: np.ndarray) -> bool:
     """Whether a stretch of (n,) is a·needle + b for any a ≠ 0 and b; a few numbers prove nothing."""
     size, length = len(needle), len(haystack)
     varied = needle != np.median(needle)

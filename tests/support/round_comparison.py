@@ -9,9 +9,9 @@ import pytest
 from torch import Tensor
 
 from oracles import methods
-from support.small_federation import TRAINED, Played
+from support.small_federation import TRAINING_SAMPLES, TrainedFederation
 
-ALL = frozenset({0, 1, 2})
+ALL_CLIENTS = frozenset({0, 1, 2})
 SEEDS = (0, 3, 4)  # of cohorts of two, the first is clients 0 and 1, the second clients 1 and 2
 VARIANTS: dict[str, dict[str, Any]] = {
     "some": {},  # two of three clients in a round
@@ -20,7 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def agree(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+def assert_tensors_agree(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
     assert found and set(found) == set(expected), what
     for name, tensor in found.items():
         np.testing.assert_allclose(
@@ -28,7 +28,7 @@ def agree(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> N
         )
 
 
-def same_measures(it: Played, history: list[methods.Round], clients: frozenset[int]) -> None:
+def assert_same_metrics(it: TrainedFederation, history: list[methods.Round], clients: frozenset[int]) -> None:
     """Accuracies, losses and their means in the rows are those of the rounds by hand."""
     method = it.loop.federation.config.algorithm
     for row, record in zip(it.loop.history, history, strict=True):
@@ -39,12 +39,12 @@ def same_measures(it: Played, history: list[methods.Round], clients: frozenset[i
                 f"after aggregation, round {row['round']}"
             )
             assert row["clients"]["loss"][k] == pytest.approx(record.test_loss[k], rel=1e-4, abs=1e-5)
-        if clients == ALL:
+        if clients == ALL_CLIENTS:
             assert row["accuracy"]["mean"] == pytest.approx(np.mean(list(record.after.values())))
         if record.before:
             assert row["accuracy_cohort"]["mean"] == pytest.approx(np.mean(list(record.before.values())))
         if method != "scaffold" and record.train_loss:
-            n = [TRAINED[k] for k in record.train_loss]
+            n = [TRAINING_SAMPLES[k] for k in record.train_loss]
             assert row["train_loss"] == pytest.approx(
                 np.average(list(record.train_loss.values()), weights=n), rel=1e-4
             )

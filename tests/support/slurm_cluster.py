@@ -66,7 +66,7 @@ PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def until(condition: Callable[[], Any], seconds: float, what: Callable[[], str]) -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float, what: Callable[[], str]) -> Any:
     """The condition's value as soon as it is true; the test fails after `seconds`, telling `what`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -103,11 +103,11 @@ class Cluster:
         key.write_bytes(os.urandom(1024))
         files = [f"--{kind}-file={self.folder}/munge.{kind}" for kind in ("key", "log", "pid", "seed")]
         self._daemon("munged", "-F", "-f", f"--socket={self.folder}/munge.socket", *files)
-        until((self.folder / "munge.socket").exists, 20, self._told)
+        wait_until((self.folder / "munge.socket").exists, 20, self._told)
         self._daemon("slurmctld", "-D")
         for node in ("n1", "n2"):
             self._daemon("slurmd", "-D", "-N", node)
-        until(lambda: self._nodes() == ["idle", "idle"], 60, self._told)
+        wait_until(lambda: self._nodes() == ["idle", "idle"], 60, self._told)
 
     def _nodes(self) -> list[str]:
         return self.ask("sinfo", "-h", "-N", "-o", "%T", check=False).split()
@@ -130,11 +130,11 @@ class Cluster:
         """Kill the daemons and whatever their jobs left, which are no longer their children."""
         while self._daemons:
             daemon = self._daemons.pop()
-            launcher.end(daemon.pid)
+            launcher.kill_tree(daemon.pid)
             daemon.wait()
         while left := self.processes():
             for pid in left:
-                launcher.end(pid)
+                launcher.kill_tree(pid)
             time.sleep(0.05)
 
     def processes(self) -> list[int]:
@@ -156,7 +156,7 @@ class Cluster:
 
     def environment(self, extra: dict[str, str] | None = None, mpi: str = "mpich") -> dict[str, str]:
         """The tests' environment with this cluster and this Python's programs first."""
-        clean = launcher.environment(mpi, {})
+        clean = launcher.clean_environment(mpi, {})
         path = [*([str(Path(sys.executable).parent)] if mpi == "mpich" else []), clean["PATH"], SYSTEM]
         if mpi != "mpich":
             path.insert(1, str(Path(sys.executable).parent))
@@ -204,7 +204,9 @@ class Cluster:
             facts = self.facts(job)
             return None if facts["JobState"] in {"PENDING", "RUNNING", "COMPLETING", "REQUEUED"} else facts
 
-        return until(done, seconds, lambda: f"the end of job {job}: {self.facts(job)}\n{self.output(job)}")
+        return wait_until(
+            done, seconds, lambda: f"the end of job {job}: {self.facts(job)}\n{self.output(job)}"
+        )
 
     def output(self, job: str) -> str:
         """What a job has printed so far."""
@@ -240,7 +242,7 @@ def _found(program: str) -> str | None:
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}{os.pathsep}{SYSTEM}")
 
 
-def running(folder: Path) -> Iterator[Cluster]:
+def running_cluster(folder: Path) -> Iterator[Cluster]:
     """A cluster in `folder`, ended in every case; without the packages the test is skipped, in CI failed."""
     missing = [program for program in PROGRAMS if not _found(program)]
     reason = f"no {', '.join(missing)}: apt-get install slurm-wlm munge" if missing else ""
@@ -257,7 +259,7 @@ def running(folder: Path) -> Iterator[Cluster]:
         cluster.stop()
 
 
-def pending(pid: int, number: signal.Signals) -> bool:
+def signal_is_pending(pid: int, number: signal.Signals) -> bool:
     """Whether a signal waits for a process, which is stopped."""
     status = Path(f"/proc/{pid}/status").read_text()
     return any(int(mask, 16) >> (number - 1) & 1 for mask in re.findall(r"(?:Sig|Shd)Pnd:\s*(\w+)", status))

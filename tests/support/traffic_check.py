@@ -30,24 +30,24 @@ from pfedmoe_mpi.metrics import CLIENT_METRICS, RANK_METRICS
 from pfedmoe_mpi.parts import Parts
 from pfedmoe_mpi.roundsum import IN, MEMBER_METRICS, MISSING, RoundSum
 from pfedmoe_mpi.training import Turn, measure
-from support.recorded_step import Given, contains
+from support.recorded_step import RecordedStep, contains_affine
 
 CALLS = ("sum", "broadcast", "gather", "from_root", "agree", "move", "wait", "local", "split")
 OUTSIDE = {"mpi4py", "h5py", "socket", "subprocess", "multiprocessing", "ctypes", "os", "tempfile", "pickle"}
 
 
-def wrongs(comm: Comm, chosen: Config, folder: Path) -> list[str]:
+def traffic_errors(comm: Comm, chosen: Config, folder: Path) -> list[str]:
     """Play a federation with its checkpoints; what crossed and should not have, on all ranks. Collective."""
     loop = Loop(comm, setup.build(comm, chosen), Silent(), folder)
     assert loop.begin()
-    tap = Tap(loop)
+    tap = TrafficCheck(loop)
     with tap.attached():
         loop.run()
     tap.check_calls(chosen)
     return [wrong for found in comm.gather(tap.wrong, "wire") for wrong in found]
 
 
-def fresh(method: Algorithm) -> Algorithm:
+def fresh_method(method: Algorithm) -> Algorithm:
     """The method from its source, so that it remembers nothing."""
     spec = importlib.util.spec_from_file_location("fresh", inspect.getfile(type(method)))
     assert spec and spec.loader
@@ -57,17 +57,17 @@ def fresh(method: Algorithm) -> Algorithm:
     return made
 
 
-class Tap:
+class TrafficCheck:
     """Stands before the communicator and the method of a loop and compares what passes."""
 
     def __init__(self, loop: Loop) -> None:
         self.wrong: list[str] = []
         self._loop, self._comm, self._made = loop, loop.comm, loop.federation
-        self._method, self._fresh = self._made.method, fresh(self._made.method)
+        self._method, self._fresh = self._made.method, fresh_method(self._made.method)
         self._fresh.prepared = self._method.prepared
         self._calls: list[str] = []
         self._depth = self._inside = 0
-        self._turns: dict[int, Given] = {}
+        self._turns: dict[int, RecordedStep] = {}
         self._before: set[int] = set()  # who trained in earlier rounds
         self._state = loop.state  # after this round's sum, as the fresh method computes it
         self._sums = self._moves = 0
@@ -141,7 +141,7 @@ class Tap:
         call = self._method_call(call)
 
         def passing(turn: Turn) -> Any:
-            given = self._turns[turn.client] = Given(turn)
+            given = self._turns[turn.client] = RecordedStep(turn)
             sgd = turn.sgd
             turn.sgd = lambda *a, **k: given.recording(sgd, *a, **k)  # type: ignore[method-assign]
             values = call(turn)
@@ -345,12 +345,12 @@ class Tap:
 
     # Private tensors
 
-    def _check_private(self, client: int, given: Given) -> None:
+    def _check_private(self, client: int, given: RecordedStep) -> None:
         """Look in what is sent for every private tensor, as the step leaves it, scaled or shifted or not."""
         layout = self._made.workbench.layout(self._method.client_state(client))
         for name, value in given.values.items():
             sent = value.double().numpy().ravel()
             for entry in layout.entries:
                 private = given.vector[entry.offset : entry.offset + entry.size].double().numpy()
-                if contains(np.nan_to_num(sent), private):
+                if contains_affine(np.nan_to_num(sent), private):
                     self._say(f"private tensor {entry.name} is in payload block '{name}'")

@@ -124,7 +124,7 @@ class TwoHosts:
 
     def processes(self, name: str) -> list[int]:
         """All that run there but the holder."""
-        return [pid for pid in inside(self.networks[name]) if pid != self._holders[name].pid]
+        return [pid for pid in namespace_processes(self.networks[name]) if pid != self._holders[name].pid]
 
     def kill(self, name: str) -> None:
         """SIGKILL to all that run there, until nothing does."""
@@ -167,7 +167,7 @@ class TwoHosts:
         self, mpi: str, ranks: int, *arguments: str, cwd: Path, env: dict[str, str] | None = None
     ) -> subprocess.Popen[str]:
         """The command that hostfile.example prints for this MPI, with that many ranks, half on each host."""
-        hostfile, line = example(mpi, ranks // 2)
+        hostfile, line = hostfile_and_command(mpi, ranks // 2)
         (cwd / "hostfile").write_text(hostfile)
         assert line[-5:] == ["-n", "32", "python", "-m", "pfedmoe_mpi"], line
         line[-4] = str(ranks)
@@ -178,12 +178,12 @@ class TwoHosts:
     ) -> subprocess.Popen[str]:
         """Start `mpirun ...` on node1, with what this machine needs beside it."""
         own = ["-launcher", "ssh", "-launcher-exec", str(self.agent)]
-        known = launcher.environment(mpi, env or {})
+        known = launcher.clean_environment(mpi, env or {})
         beside = [str(Path(sys.executable).parent)]
         if mpi == "openmpi":
             own = ["--mca", "plm_ssh_agent", str(self.agent), "--allow-run-as-root", "--bind-to", "none"]
             own += ["-x", "MPI4PY_MPIABI", "-x", "MPI4PY_LIBMPI"]  # it is not the only MPI here
-            beside.insert(0, str(launcher.openmpi() / "bin"))
+            beside.insert(0, str(launcher.openmpi_folder() / "bin"))
         known["PATH"] = os.pathsep.join([*beside, known["PATH"]])
         assert line[0] == "mpirun"
         return subprocess.Popen(
@@ -206,7 +206,7 @@ class TwoHosts:
 
 
 @contextlib.contextmanager
-def up(folder: Path) -> Iterator[TwoHosts]:
+def running_hosts(folder: Path) -> Iterator[TwoHosts]:
     """Two hosts; without what they need the test is skipped, in CI failed."""
     missing = [program for program in PROGRAMS if not shutil.which(program)]
     if os.geteuid() or missing:
@@ -222,7 +222,7 @@ def up(folder: Path) -> Iterator[TwoHosts]:
         hosts.close()
 
 
-def inside(network: str) -> list[int]:
+def namespace_processes(network: str) -> list[int]:
     """The processes in a network namespace."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -240,7 +240,7 @@ def _call(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
 
 
-def example(mpi: str, cores: int) -> tuple[str, list[str]]:
+def hostfile_and_command(mpi: str, cores: int) -> tuple[str, list[str]]:
     """hostfile.example with this MPI's form kept, for hosts of that many cores, and the command it prints."""
     text = (ROOT / "hostfile.example").read_text()
     title = {"mpich": "MPICH", "openmpi": "Open MPI"}[mpi]

@@ -6,7 +6,7 @@ from typing import Any
 
 from pfedmoe_mpi import comm, config, setup
 
-SMALL = {
+SETTINGS = {
     "data.source": "synthetic",
     "data.samples": 400,
     "data.size": 8,
@@ -18,9 +18,9 @@ SMALL = {
     "model.dim": 12,
     "train.device": "cpu",
 }
-FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 
 
-def built(**changes: Any) -> setup.Federation:
+def build_federation(**changes: Any) -> setup.Federation:
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    return setup.build(comm.start(), config.build({**SMALL, **dotted}))
+    return setup.build(comm.start(), config.build({**SETTINGS, **dotted}))
