@@ -1,4 +1,4 @@
-"""What every method must keep, checked on sub-communicators of one job.
+"""Rules that every method must keep, checked on sub-communicators of one job.
 
     mpirun -n 4 python tests/conformance.py [METHOD ...] [--check NAME] [--set section.field=VALUE]
 
@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def settings(name: str, **changes: Any) -> config.Config:
-    """A federation of seconds; `__` stands for the dot."""
+    """Return the settings of a federation that takes seconds; `__` stands for the dot."""
     return config.build(
         {**SETTINGS, "algorithm": name, **{k.replace("__", "."): v for k, v in changes.items()}}
     )
@@ -56,7 +56,7 @@ def settings(name: str, **changes: Any) -> config.Config:
 def run_federation(
     world: Comm, chosen: config.Config, folder: Path | None = None, source: Path | None = None
 ) -> Loop:
-    """A federation from round 1, or from a checkpoint, as far as it goes."""
+    """Train a federation from round 1, or from a checkpoint, to its end."""
     loop = Loop(world, setup.build(world, chosen), Silent(), folder)
     if source:
         world.agree(lambda: checkpoint.verify(source, world.rank, world.size), "verify")
@@ -67,7 +67,7 @@ def run_federation(
 
 
 def digest(loop: Loop) -> str:
-    """SHA-256 of everything that must repeat."""
+    """Return the SHA-256 of everything that must repeat."""
     own = {k: client.vector.numpy().tobytes() for k, client in loop.federation.clients.items()}
     vectors: dict[int, bytes] = {}
     for part in loop.comm.gather(own, "digest"):
@@ -81,7 +81,7 @@ def digest(loop: Loop) -> str:
 
 
 def on_ranks(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
-    """`work` on the first ranks of the world; its result, or its failed assertion, on all."""
+    """Run `work` on the first ranks; return its result, or raise its failed assertion, on all."""
     part = world.split(0 if world.rank < ranks else -1)
     result: Any = None
     if part:
@@ -101,7 +101,7 @@ def on_ranks(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
 
 
 def ranks(world: Comm, name: str) -> None:
-    """The same bits on 1, 2 and 4 ranks."""
+    """Require the same bits on 1, 2 and 4 ranks."""
     found = [
         on_ranks(world, n, lambda part: digest(run_federation(part, settings(name, rounds=2))))
         for n in (1, 2, 4)
@@ -110,7 +110,7 @@ def ranks(world: Comm, name: str) -> None:
 
 
 def idle(world: Comm, name: str) -> None:
-    """Ranks without clients change nothing."""
+    """Require that ranks without clients change nothing."""
     chosen = settings(name, rounds=2, clients=2, participation=0.5, partition__alpha=100.0)
     alone, beside_idle = (
         on_ranks(world, n, lambda part: digest(run_federation(part, chosen))) for n in (1, 4)
@@ -119,7 +119,7 @@ def idle(world: Comm, name: str) -> None:
 
 
 def restart(world: Comm, name: str) -> None:
-    """Two rounds, restart on another number of ranks, two more: as four at once."""
+    """Require that two rounds, a restart on other ranks and two more equal four at once."""
     with ScratchFolder(world) as folder:
         whole = on_ranks(world, 2, lambda part: digest(run_federation(part, settings(name))))
         on_ranks(world, 4, lambda part: run_federation(part, settings(name, rounds=2), folder).round)
@@ -132,7 +132,7 @@ def restart(world: Comm, name: str) -> None:
 
 
 def midround(world: Comm, name: str) -> None:
-    """Stopped by a real signal in the middle of a round, restarted on other ranks: as undisturbed."""
+    """Require that a stop during a round and a restart on other ranks equal the undisturbed run."""
     whole = on_ranks(world, 1, lambda part: digest(run_federation(part, settings(name))))
     partial = 0
     for polls in (3, 7, 11, 29):
@@ -157,7 +157,7 @@ def midround(world: Comm, name: str) -> None:
 
 
 def run_until_stopped(world: Comm, name: str, polls: int, folder: Path) -> None:
-    """Play until rank 0 gets SIGUSR1 at its `polls`-th look for a stop from round 1 on."""
+    """Train until rank 0 gets SIGUSR1 at its `polls`-th check for a stop from round 1 on."""
     world.catch_signals()
     left, poll = 0, world.poll
 
@@ -176,7 +176,7 @@ def run_until_stopped(world: Comm, name: str, polls: int, folder: Path) -> None:
 
 
 def moves(world: Comm, name: str) -> None:
-    """Every shared tensor moves in the first round, running statistics of models with BatchNorm too."""
+    """Require that every shared tensor, BatchNorm's statistics included, changes in the first round."""
     for changes in ({}, {"model__pool": "shufflenet_v2_x0_5", "model__shared": "shufflenet_v2_x0_5"}):
         bigger = {"data__size": 32, "clients": 2, "data__samples": 60} if changes else {}
         before, after, layout = on_ranks(
@@ -197,7 +197,7 @@ def first_round(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.n
 
 
 def fixpoint(world: Comm, name: str) -> None:
-    """With vanishing steps the mean over a cohort smaller than all clients is what was sent out."""
+    """Require that with vanishing steps the mean over a part of the clients equals what was sent to them."""
     tiny = dict.fromkeys(("train__lr", "train__lr_shared", "train__lr_gate"), 1e-7)
     chosen = {"participation": 0.4, "rounds": 2, **tiny}
     before, after, layout = on_ranks(world, 2, lambda part: shared_vectors(part, name, chosen))
@@ -217,7 +217,7 @@ def shared_vectors(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[n
 
 
 def layouts(world: Comm, name: str) -> None:
-    """Module to vector to module keeps every tensor; layouts survive JSON; every vector fits its layout."""
+    """Require that modules, vectors, layouts and their JSON convert into each other without loss."""
     built = on_ranks(world, 1, lambda part: round_trip(part, name))
     assert built, "no layout was checked"
 
@@ -237,7 +237,7 @@ def round_trip(part: Comm, name: str) -> int:
 
 
 def wire(world: Comm, name: str) -> None:
-    """Nothing but the declared payload, weights and metrics leaves a client, on 2 and 3 ranks."""
+    """Require on 2 and 3 ranks that a client sends only its declared payload, weights and metrics."""
     with ScratchFolder(world) as folder:
         for n, share, lost in ((2, 1.0, 0.0), (3, 0.8, 0.4)):
             chosen = settings(name, rounds=2, participation=share, faults__dropout=lost)
@@ -253,7 +253,7 @@ CHECKS = {check.__name__: check for check in (layouts, moves, fixpoint, wire, id
 
 
 class ScratchFolder:
-    """A folder of the job, removed at the end."""
+    """A temporary folder of the job, removed at the end."""
 
     def __init__(self, world: Comm) -> None:
         self._world = world

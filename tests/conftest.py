@@ -1,4 +1,4 @@
-"""What tests share: the program as a process, and runs that several tests read."""
+"""Fixtures of all tests: the program as a process, and runs that several tests read."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from support.launcher import SMALL_RUN
 
 @pytest.fixture(scope="session")
 def small_run() -> tuple[str, ...]:
-    """Flags of a run of one round that takes less time than its start."""
+    """Flags of a run of one round that takes less time than starting the program."""
     return SMALL_RUN
 
 
 @pytest.fixture(scope="session")
 def session() -> Iterator[launcher.Session]:
-    """Command lines in one process without a launcher: `session("inspect", "x.h5", cwd=folder)`."""
+    """Run command lines in one process without a launcher: `session("inspect", "x.h5", cwd=folder)`."""
     running = launcher.Session()
     yield running
     running.close()
@@ -29,7 +29,7 @@ def session() -> Iterator[launcher.Session]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two ranks, three rounds measured every second and saved each; only to be read."""
+    """A finished run of three rounds on two ranks, measured every second round and saved every round."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ("--rounds", "3", "--eval.every", "2", "--run.checkpoint_every", "1", "--run.dir", "run")
     result = launcher.run_program(2, *SMALL_RUN, *flags, cwd=folder)
@@ -40,13 +40,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """`trained`, for a test to change."""
+    """A copy of `trained` that a test may change."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 @pytest.fixture
 def assert_refused(session: launcher.Session, tmp_path: Path) -> Callable[..., str]:
-    """Runs a command line in `tmp_path`, where nothing may change, and returns its message."""
+    """Return a check that a command line is refused and writes nothing; the check returns the message."""
 
     def check(pattern: str, *arguments: str | Path) -> str:
         before = path_digest(tmp_path), sorted(tmp_path.rglob("*"))
@@ -59,7 +59,7 @@ def assert_refused(session: launcher.Session, tmp_path: Path) -> Callable[..., s
 
 @pytest.fixture
 def run_command(session: launcher.Session, tmp_path: Path) -> Callable[..., launcher.Result]:
-    """Runs a command line in `tmp_path`; it must end well."""
+    """Return a function that runs a command line in `tmp_path`; it must exit with 0."""
 
     def check(*arguments: str | Path) -> launcher.Result:
         result = session(*map(str, arguments), cwd=tmp_path)

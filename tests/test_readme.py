@@ -1,4 +1,4 @@
-"""The README cannot drift from the program."""
+"""The README agrees with the program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FedJETs' common expert: trained by hand, from files of every kind, and files that will not do."""
+"""FedJETs' common expert: its pretraining against the reference, files that hold it, unusable files."""
 
 from __future__ import annotations
 
@@ -64,8 +64,10 @@ def test_pretraining_matches_the_reference(data: Path, target: float) -> None:
     )
     assert loop.begin()
     assert_tensors_agree(it.of_state("common", start=False), nets.tensors(model), "common expert")
-    told = it.of_state("common_accuracy", start=False)[""]
-    assert float(told) == pytest.approx(accuracy()) and (accuracy() >= target or steps == 4 * len(epochs[0]))
+    reported = it.of_state("common_accuracy", start=False)[""]
+    assert float(reported) == pytest.approx(accuracy()) and (
+        accuracy() >= target or steps == 4 * len(epochs[0])
+    )
     frozen = loop.state.clone()
     assert loop.play()
     place = loop.federation.state_layout.parts["common"]
@@ -132,7 +134,7 @@ def test_every_file_format_gives_the_same_expert(data: Path, common: Path, tmp_p
 
 
 def test_torchvision_backbone_weights_are_accepted(data: Path, tmp_path: Path) -> None:
-    """resnet18 as torchvision publishes it, for 1000 classes; its last layer is not asked for."""
+    """The file is resnet18 as torchvision publishes it, for 1000 classes; its last layer is not used."""
     from torchvision.models import resnet18, resnet34
 
     torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""Every method found keeps the contract; every deliberately wrong one is caught by the check meant for it."""
+"""Every method passes all conformance checks; every deliberately broken method fails its check."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_method_passes_the_conformance_check(
 
 
 def meant() -> dict[str, str]:
-    """{broken method: the check it fails}, as their docstrings say."""
+    """Return {broken method: the check it fails}, from their docstrings."""
     found = {
         name: re.search(r"^Fails: (\w+)$", (TESTS / "broken" / f"{name}.py").read_text(), re.MULTILINE)
         for name in BROKEN
@@ -44,7 +44,7 @@ def meant() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def caught() -> dict[str, tuple[int, str]]:
-    """{check: how the job ended that ran it on the methods meant for it}."""
+    """{check: (exit code, output) of the job that ran it on its broken methods}."""
     checks = sorted(set(meant().values()))
     return {
         check: run_conformance(

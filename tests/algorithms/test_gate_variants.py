@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def alpha_of(path: Path, **changes: Any) -> torch.Tensor:
-    """Gate weights (16, experts) of a client's first samples after a round."""
+    """Return gate weights (16, experts) of a client's first samples after a round."""
     it = train_federation(path, "pfedmoe", model__pool="mlp5", rounds=1, **changes)
     method, parts, batch = first_batch(it.loop)
     for module in parts.modules().values():
@@ -98,7 +98,7 @@ def test_pooled_gate_requires_images() -> None:
 
 
 def test_representation_gate_sends_no_gradient_to_its_input(data: dict[str, Path]) -> None:
-    """With the mixture's own path cut, nothing reaches θ."""
+    """Without the mixture's own gradient path, no gradient reaches θ."""
     loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5", gate__input="shared", model__dim=30)
     method, parts, batch = first_batch(loop)
     assert parts.gate.layers[0].in_features == 30

@@ -1,4 +1,4 @@
-"""pFedMoE's mixture: what the gate weighs, and that every part of it learns."""
+"""pFedMoE's mixture: what the gate weighs, and that every part of it is trained."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_gradients_reach_theta_omega_and_phi(data: dict[str, Path], monkeypatch:
 def test_gate_columns_select_the_shared_and_the_local_extractor(
     data: dict[str, Path], column: int, alone: str, silent: str
 ) -> None:
-    """With all weight on one column the answer is head ∘ that extractor, whatever the other one is."""
+    """With all weight on one column the prediction is head ∘ that extractor, whatever the other one is."""
     loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5")
     method, parts, batch = first_batch(loop)
     last = parts.gate.layers[-1]

@@ -1,4 +1,4 @@
-"""FedProx, FedRep, LG-FedAvg, FD, FedGH, FedTGP and FedSSA agree with rounds written from their equations."""
+"""FedProx, FedRep, LG-FedAvg, FD, FedGH, FedTGP and FedSSA against the reference rounds."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def same_state(it: TrainedFederation, part: str, module: nn.Module) -> None:
 
 
 def longer(it: TrainedFederation, epochs: int) -> methods.Course:
-    """The course with so many epochs in every round."""
+    """Return the course with another number of epochs per round."""
     config, course = it.loop.federation.config, it.course
     samples = []
     for k, own in enumerate(course.samples):
@@ -89,7 +89,7 @@ def longer(it: TrainedFederation, epochs: int) -> methods.Course:
 
 
 def shuffles(it: TrainedFederation) -> list[list[Tensor]]:
-    """The server's, over one row for every class that a member of the cohort holds."""
+    """Return the server's shuffles over one row for every class that a member of the cohort has."""
     config = it.loop.federation.config
     found = []
     for t, cohort in enumerate(it.cohorts):
@@ -192,7 +192,7 @@ def unlike(method: str) -> str:
 
 
 def by_hand(path: Path, method: str, **changes: Any) -> TrainedFederation:
-    """Play, and compare everything with the rounds by hand; of three seeds, as in `test_oracles.by_hand`."""
+    """Train and compare everything with the reference; three seeds, as in `test_reference_rounds.by_hand`."""
     for seed in SEEDS:
         chosen = {"model.pool": unlike(method), "seed": seed, **USUAL.get(method, {}), **changes}
         it = train_federation(path, method, **chosen)
@@ -260,8 +260,8 @@ def test_method_options_match_the_reference(
     same = {"model.pool": unlike(method), "seed": settings.seed, "participation": 1.0}
     usual = train_federation(data["small"], method, **same, **USUAL.get(method, {}))
     found, expected = (
-        torch.cat([played.loop.state, *(c.vector for c in played.loop.federation.clients.values())])
-        for played in (it, usual)
+        torch.cat([one.loop.state, *(c.vector for c in one.loop.federation.clients.values())])
+        for one in (it, usual)
     )
     assert not torch.allclose(found, expected, atol=1e-3, equal_nan=True), "the option changes nothing"
 
@@ -293,7 +293,7 @@ LOST_ON_THE_WAY = {(2, 0), (2, 1), (3, 2)}  # round and client
 def test_fd_teacher_excludes_only_outputs_in_the_mean(
     data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In round 3 class 1 is still of round 1, whose parts its clients no longer have: no teacher."""
+    """In round 3 the mean of class 1 is from round 1, whose parts its clients no longer have: no teacher."""
     monkeypatch.setattr(
         Faults, "fate", lambda _, round, client: LOST if (round, client) in LOST_ON_THE_WAY else IN
     )
@@ -308,7 +308,7 @@ def test_fd_teacher_excludes_only_outputs_in_the_mean(
 
 
 def test_fd_teacher_of_an_unsent_class_is_the_whole_mean(data: dict[str, Path]) -> None:
-    """It was in that round's sum, but only of class 0; of class 1 the mean is all others'."""
+    """The client contributed only to class 0 of that round's sum; the mean of class 1 is all others'."""
     found: Any = build_loop(data["small"], "fd", model__pool="mlp5").federation.method
     outputs = torch.full((4, 4), float("nan"))
     outputs[0] = torch.tensor([0.5, 0.3, 0.1, 0.1])

@@ -1,4 +1,4 @@
-"""FedJETs, FedMix and the ensemble against rounds by hand, FedJETs' parts one by one."""
+"""FedJETs, FedMix and the ensemble against the reference rounds; FedJETs also part by part."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def common(data: Path) -> Path:
     return write_common_expert(data)
 
 
-def played(path: Path, method: str, **changes: Any) -> SixClients:
+def train_six_clients(path: Path, method: str, **changes: Any) -> SixClients:
     loop = build_loop(path, method, **{**SETTINGS, **changes})
     it = SixClients(
         loop, loop.state.clone(), {k: c.vector.clone() for k, c in loop.federation.clients.items()}
@@ -95,9 +95,9 @@ BY_HAND: dict[str, Callable[[SixClients], list[Round]]] = {
 
 
 def by_hand(path: Path, method: str, **changes: Any) -> SixClients:
-    """Play and compare; three seeds, because a ReLU within rounding of zero may fall either way."""
+    """Train and compare with the reference; three seeds, because a ReLU near zero may round either way."""
     for seed in (0, 1, 2):
-        it = played(path, method, **{"seed": seed, **changes})
+        it = train_six_clients(path, method, **{"seed": seed, **changes})
         try:
             for row, record in zip(it.loop.history, BY_HAND[method](it), strict=True):
                 known = {k: v for k, v in enumerate(row["clients"]["accuracy_before"]) if v is not None}
@@ -155,8 +155,8 @@ def test_unseen_clients_match_the_reference(data: Path, common: Path) -> None:
     unseen = it.loop.federation.task.unseen
     assert len(unseen) == 2 and not unseen & {k for cohort in it.cohorts for k in cohort}
     row = it.loop.history[-1]
-    told = [row["clients"]["accuracy"][k] for k in sorted(unseen)]
-    assert row["accuracy_unseen"]["mean"] == pytest.approx(np.mean(told))
+    reported = [row["clients"]["accuracy"][k] for k in sorted(unseen)]
+    assert row["accuracy_unseen"]["mean"] == pytest.approx(np.mean(reported))
 
 
 def test_ensemble_of_two_matches_the_reference(data: Path) -> None:
@@ -165,8 +165,8 @@ def test_ensemble_of_two_matches_the_reference(data: Path) -> None:
 
 @pytest.mark.parametrize("weights", ["equal", "learned"])
 def test_fedmix_sends_the_gate_only_if_learned(data: Path, weights: str) -> None:
-    """Equal weights are no numbers to send."""
-    it = played(data, "fedmix", **{"gate.weights": weights}, rounds=1)
+    """Equal weights need no parameters."""
+    it = train_six_clients(data, "fedmix", **{"gate.weights": weights}, rounds=1)
     parts = it.loop.federation.state_layout.parts
     assert set(parts) == {"expert0", "expert1", *(["gate"] if weights == "learned" else [])}
     starts = [it.of_state(f"expert{m}")["head.weight"] for m in range(2)]
@@ -175,9 +175,9 @@ def test_fedmix_sends_the_gate_only_if_learned(data: Path, weights: str) -> None
 
 
 def test_untrained_expert_stays_unchanged(data: Path, common: Path) -> None:
-    """One client a round: an anchor, so one expert moves, and the gate."""
+    """With one client per round, an anchor, only one expert and the gate change."""
     own = {"fedjets.common": str(common), "fedjets.experts": 3, "participation": 0.1}
-    it = played(data, "fedjets", **own, rounds=1)
+    it = train_six_clients(data, "fedjets", **own, rounds=1)
     ((client, role),) = it.loop.federation.method.cohort(1)
     assert role == "anchor"
     moved = {
@@ -193,7 +193,7 @@ def test_untrained_expert_stays_unchanged(data: Path, common: Path) -> None:
 @pytest.mark.parametrize(("frozen", "top"), [(False, 2), (True, 1), (False, 3)])
 def test_fedjets_bytes_are_those_of_a_deployment(data: Path, common: Path, frozen: bool, top: int) -> None:
     own = {"common": str(common), "experts": 3, "gate_frozen": frozen, "top": top, "anchors": "clusters"}
-    it = played(data, "fedjets", **{f"fedjets.{k}": v for k, v in own.items()}, rounds=1)
+    it = train_six_clients(data, "fedjets", **{f"fedjets.{k}": v for k, v in own.items()}, rounds=1)
     size = {
         part: sum(t.numel() for t in it.of_state(part).values()) for part in ("expert0", "gate", "common")
     }
@@ -202,14 +202,14 @@ def test_fedjets_bytes_are_those_of_a_deployment(data: Path, common: Path, froze
         4 * ((1 if role == "anchor" else top) * size["expert0"] + gate)
         for _, role in it.loop.federation.method.cohort(1)
     ]
-    told = it.loop.history[0]["bytes"]
-    assert told["up"] == told["down"] == pytest.approx(np.mean(sent))
-    assert told["once"] == 4 * (size["common"] + 12 + (size["gate"] if frozen else 0))
+    reported = it.loop.history[0]["bytes"]
+    assert reported["up"] == reported["down"] == pytest.approx(np.mean(sent))
+    assert reported["once"] == 4 * (size["common"] + 12 + (size["gate"] if frozen else 0))
     assert it.loop.history[0]["mpi_bytes"] > 8 * 3 * size["expert0"]
 
 
 def test_fedmix_and_ensemble_bytes_are_those_of_a_deployment(data: Path) -> None:
-    mix, average = (played(data, name, rounds=1) for name in ("fedmix", "ensemble"))
+    mix, average = (train_six_clients(data, name, rounds=1) for name in ("fedmix", "ensemble"))
     model = sum(t.numel() for t in mix.of_state("expert0").values())
     gate = sum(t.numel() for t in mix.of_state("gate").values())
     assert mix.loop.history[0]["bytes"] == {
@@ -247,7 +247,7 @@ def test_cluster_anchors_come_from_every_cluster() -> None:
 
 def test_clusters_do_not_depend_on_labels(data: Path, common: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 3, "fedjets.anchors": "clusters"}
-    it = played(data, "fedjets", **own, rounds=1)
+    it = train_six_clients(data, "fedjets", **own, rounds=1)
     method, federation = it.loop.federation.method, it.loop.federation
     model = nets.model(it.of_state("common", start=False))
     with torch.no_grad():

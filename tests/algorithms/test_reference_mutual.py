@@ -1,4 +1,4 @@
-"""FML, FedKD, FedAPEN and FedMRL by hand: the program agrees with `oracles/mutual.py`."""
+"""FML, FedKD, FedAPEN and FedMRL against the reference rounds in `oracles/mutual.py`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def options(it: TrainedFederation) -> Any:
 
 
 def started(it: TrainedFederation) -> tuple[nn.Module, list[nn.Module]]:
-    """The shared model and every client's own as they began."""
+    """Return the shared model and every client's own as they started."""
     return nets.model(it.of_state("shared")), [nets.model(it.of_client(k, "model")) for k in range(3)]
 
 
@@ -85,7 +85,7 @@ def by_hand_fedapen(it: TrainedFederation) -> list[methods.Round]:
 
 
 def held_out(it: TrainedFederation) -> list[list[int]]:
-    """The rows that only the ensemble weights learn from, drawn from their addresses."""
+    """Return the rows that only the ensemble weights are trained on, drawn from their random addresses."""
     found = []
     for k, n in enumerate(TRAINING_SAMPLES):
         generator = seeds.torch_generator(it.loop.federation.config.seed, "held out", 0, k)
@@ -137,7 +137,7 @@ BY_HAND: dict[str, Callable[[TrainedFederation], list[methods.Round]]] = {
 def by_hand(
     path: Path, method: str, clients: frozenset[int] = ALL_CLIENTS, **changes: Any
 ) -> TrainedFederation:
-    """Play, and compare everything with the rounds by hand; three seeds, as in `test_oracles`."""
+    """Train and compare everything with the reference; three seeds, as in `test_reference_rounds.by_hand`."""
     for seed in SEEDS:
         it = train_federation(path, method, **{"model.pool": POOL, "seed": seed, **changes})
         try:
@@ -219,7 +219,7 @@ def test_reported_bytes_are_those_of_the_shared_model(data: dict[str, Path], met
 
 
 def test_low_rank_factors_save_bytes(data: dict[str, Path]) -> None:
-    """Whoever follows every round gets and sends less than the whole mentee, less with less energy."""
+    """A client that trains in every round exchanges less than the whole mentee, and less with less energy."""
     found = {}
     for energy in (0.3, 0.9, 1.0):
         both = dict.fromkeys(("fedkd__energy_start", "fedkd__energy_end"), energy)
@@ -264,7 +264,7 @@ def test_nonfinite_client_is_left_out(data: dict[str, Path], method: str, clip: 
 
 @pytest.mark.parametrize("method", BY_HAND)
 def test_shared_model_answers_for_unseen_clients(data: dict[str, Path], method: str) -> None:
-    """The shared model alone; nobody with FedMRL, whose shared head reads what a private projector gives."""
+    """The shared model answers alone; FedMRL cannot, because its shared head reads a private projector."""
     loop = build_loop(data["small"], method, model__pool=POOL, rounds=1)
     assert loop.run()
     federation = loop.federation

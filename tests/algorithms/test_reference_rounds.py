@@ -1,4 +1,4 @@
-"""Rounds of every method by hand: the program agrees with plain torch written from the papers' equations.
+"""Rounds of five methods agree with reference rounds in plain torch, written from the papers' equations.
 
 The hand-written side is `tests/oracles/`, which knows only torch. A federation of three clients is played by
 the program, and the same starting weights, cohorts and batches are handed to the other side.
@@ -211,7 +211,7 @@ def test_method_options_match_the_reference(
 
 
 def test_accuracy_differs_before_and_after_aggregation(data: dict[str, Path]) -> None:
-    """Otherwise the comparison of both with the rounds by hand would say little."""
+    """Otherwise comparing both with the reference would prove little."""
     for method in ("pfedmoe", "fedavg", "scaffold"):
         rows = train_federation(
             data["small"], method, model__pool=unlike(method), participation=1.0
@@ -257,7 +257,7 @@ def test_prototypes_are_sent_down_once_they_exist(data: dict[str, Path]) -> None
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_pfedmoe_without_sharing_trains_clients_alone(data: dict[str, Path], variant: str) -> None:
-    """θ of every client is its own and is never averaged."""
+    """Every client has its own θ, which is never averaged."""
     it = by_hand(data["small"], "pfedmoe", **{"pfedmoe.share": False, **VARIANTS[variant]})
     assert not it.loop.state.numel() and it.loop.history[0]["bytes"] == {"up": 0, "down": 0, "once": 0}
     first, second = (it.of_client(k, "shared", start=False)["fc1.weight"] for k in (0, 1))
@@ -272,7 +272,7 @@ def test_pfedmoe_without_sharing_trains_clients_alone(data: dict[str, Path], var
 )  # a norm that overflows is scaled to zero, and must show all the same
 @pytest.mark.parametrize("method", METHODS)
 def test_nonfinite_client_is_left_out(data: dict[str, Path], method: str, clip: float) -> None:
-    """What remains is the round of the others, weighted by their samples; the client keeps what it had."""
+    """The round is that of the other clients, weighted by their samples; the client keeps its vector."""
     it = by_hand(data["spoilt"], method, ALL_CLIENTS - {1}, **{"participation": 1.0, "train.clip": clip})
     assert [row["dropped"] for row in it.loop.history] == [[1]] * 3
     assert it.cohorts == [[0, 2]] * 3 and it.loop.history[0]["cohort"] == [0, 1, 2]
@@ -282,7 +282,7 @@ def test_nonfinite_client_is_left_out(data: dict[str, Path], method: str, clip: 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_round_without_finite_clients_changes_nothing(data: dict[str, Path], method: str) -> None:
-    """Steps so long that nobody's vector stays finite."""
+    """The learning rate is so large that no client's vector stays finite."""
     rates = dict.fromkeys(("train__lr", "train__lr_shared", "train__lr_gate"), 1e30)
     loop = build_loop(data["small"], method, model__pool=unlike(method), rounds=2, train__clip=0.0, **rates)
     state = loop.state.clone()

@@ -1,4 +1,4 @@
-"""`bench`: its table is printed whole, and its reference is a fair one."""
+"""`bench`: its table is complete, and its reference is fair."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = (
 
 
 def row(output: str, start: str) -> list[str]:
-    """The cells of the table's row that starts so."""
+    """Return the cells of the table row that starts with this text."""
     (line,) = [line for line in output.splitlines() if line.startswith(start)]
     return re.split(r"\s{2,}", line.strip())
 

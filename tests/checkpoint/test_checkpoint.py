@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is read, what is damaged is refused, what is interrupted leaves no trace."""
+"""Checkpoints: written content is read back, damage is refused, an interrupted write leaves no file."""
 
 from __future__ import annotations
 

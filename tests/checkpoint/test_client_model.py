@@ -1,4 +1,4 @@
-"""A client's model in a notebook: it answers as the run measured it."""
+"""A client's model in a notebook: it predicts as the run measured."""
 
 from __future__ import annotations
 
@@ -43,16 +43,13 @@ def trained_by(session: launcher.Session, folder: Path, algorithm: str, *flags: 
     return folder / algorithm
 
 
-def test_rows(run: Path, client: int) -> tuple[np.ndarray, np.ndarray]:
-    """Raw samples and labels of a client's test part, from the data themselves."""
+def client_test_rows(run: Path, client: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return raw samples and labels of a client's test part, read from the data."""
     settings = config.build(config.read_toml(run / "config.toml"))
     dataset = open_dataset(settings.data, settings.seed, clients=settings.clients)
     with checkpoint.Checkpoint(run / "checkpoints" / "round-000002.h5") as loaded:
         rows = loaded.partition("test")[client]
     return dataset.rows(rows), dataset.labels[rows]
-
-
-test_rows.__test__ = False  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("algorithm", METHODS)
@@ -63,7 +60,7 @@ def test_client_model_reproduces_the_measured_accuracy(
     measured = launcher.read_metrics(run)[-1]["clients"]
     assert any(value is not None for value in measured["accuracy"])
     for client, accuracy in enumerate(measured["accuracy"]):
-        x, y = test_rows(run, client)
+        x, y = client_test_rows(run, client)
         model = load_client(run / "checkpoints" / "round-000002.h5", client)
         logits = model.predict(x)
         assert logits.shape == (len(x), 10) and logits.dtype == torch.float32

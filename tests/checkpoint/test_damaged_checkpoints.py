@@ -1,4 +1,4 @@
-"""Damaged checkpoints: whatever happened to their bytes, they are refused, and the message says where."""
+"""Damaged checkpoints are refused whatever happened to their bytes, and the message says where."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refused(path: Path, match: str | None = None) -> None:
 
 
 def test_flipped_bit_is_located(copy: Path) -> None:
-    """A dataset by its name, HDF5's structure and the seal as such."""
+    """The message names the dataset, HDF5's structure or the seal."""
     draw = random.Random(7)
     datasets, start = read_ranges(copy)
     for name, (first, last) in regions(copy).items():
@@ -128,7 +128,7 @@ def test_appended_and_swapped_bytes_are_detected(copy: Path) -> None:
 
 
 def test_each_rank_finds_the_damage_in_its_share(copy: Path) -> None:
-    """Every dataset is one rank's; all that is not a client's is rank 0's."""
+    """Every dataset belongs to one rank; rank 0 has all that is not a client's."""
     finders = set()
     for name, (offset, _) in read_ranges(copy)[0].items():
         flip_bit(copy, offset)
@@ -249,7 +249,7 @@ SAYS = re.compile(
 
 
 def judged(path: Path, good: str) -> str:
-    """What becomes of a file: the region that the refusal names, or `harmless`."""
+    """Return the region that the error names, or `harmless`."""
     try:
         checkpoint.verify(path)
         with Checkpoint(path) as loaded:
@@ -263,7 +263,7 @@ def judged(path: Path, good: str) -> str:
 
 
 def campaign(paths: list[Path], folder: Path, times: int) -> Counter[str]:
-    """Outcomes of mutations of every kind, half of their places in the part that is not vectors."""
+    """Return the outcomes of mutations of every kind; half of them hit parts other than vectors."""
     seed = random.randrange(10**6)
     draw, outcomes, seen = random.Random(seed), Counter[str](), set()
     good = {}

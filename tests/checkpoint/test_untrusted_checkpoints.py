@@ -1,6 +1,6 @@
-"""Checkpoints from strangers, whose seal is right: refused before memory is taken.
+"""Untrusted checkpoints with a valid seal are refused before they take memory.
 
-Every file is read by a process with 300 MiB to spare: what took memory first would end it.
+Every file is read by a process with 300 MiB to spare: taking more memory would end it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Edit = Callable[[Any], object]
 
 
 def replaced(key: str, *arguments: Any, **options: Any) -> Edit:
-    """Another dataset in the place of one; its layout is still named."""
+    """Replace a dataset; its layout is still named."""
 
     def edit(file: Any) -> None:
         layout = file[key].attrs.get("layout")
@@ -48,7 +48,7 @@ def linked(key: str, link: Any) -> Edit:
 
 
 def texted(key: str, text: str | bytes) -> Edit:
-    """Another text, written as the program writes texts."""
+    """Replace a text, written as the program writes texts."""
 
     def edit(file: Any) -> None:
         del file[key]
@@ -66,7 +66,7 @@ def lived(*rows: Any) -> Edit:
 
 
 def laid_out(text: str) -> Edit:
-    """Another layout of client 1, under the digest that it has."""
+    """Replace the layout of client 1, under the digest that it has."""
 
     def edit(file: Any) -> None:
         layout = Layout.from_json(text) if text.startswith("[[") else None
@@ -215,8 +215,8 @@ def partial(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def answers(partial: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What is said of each of CHECKPOINTS, and of one that nobody edited."""
+def messages(partial: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The message about each of CHECKPOINTS, and about an unedited one."""
     folder = tmp_path_factory.mktemp("strangers")
     paths = {}
     for name, (_, edit) in {**CHECKPOINTS, "good": ("", lambda file: None)}.items():
@@ -228,15 +228,15 @@ def answers(partial: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_crafted_checkpoint_is_refused(answers: dict[str, str], name: str) -> None:
-    message = answers[name]
+def test_crafted_checkpoint_is_refused(messages: dict[str, str], name: str) -> None:
+    message = messages[name]
     assert re.search(CHECKPOINTS[name][0], message), message
     assert f"{name}.h5 is no checkpoint of this program: " in message and "remedy: " in message
     assert "damaged" not in message and "truncated" not in message, "the seal was right"
 
 
-def test_unedited_checkpoint_is_read(answers: dict[str, str]) -> None:
-    assert not answers["good"]
+def test_unedited_checkpoint_is_read(messages: dict[str, str]) -> None:
+    assert not messages["good"]
 
 
 def test_seal_with_overlapping_ranges_is_refused(partial: bytes, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`check`: every finding in one line, FAIL with a remedy and exit code 1."""
+"""`check`: one line per finding; FAIL has a remedy and exit code 1."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.launcher import run_program
 def check(
     ranks: int, folder: Path, env: dict[str, str] | None = None, mpi: str = "mpich"
 ) -> tuple[int, list[str]]:
-    """(exit code, lines) of `check FOLDER`; 0 ranks is without mpirun."""
+    """Return (exit code, lines) of `check FOLDER`; 0 ranks run without mpirun."""
     result = run_program(ranks, "check", str(folder), cwd=folder.parent, env=env, mpi=mpi)
     assert not result.err
     return result.code, result.out.splitlines()

@@ -1,4 +1,4 @@
-"""`data prepare` and `data partition`: the same data in one file, and the partition on paper."""
+"""`data prepare` and `data partition`: the same data in one file, and the partition in a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command lines of HtFLlib and PFLlib in this program's words."""
+"""Command lines of HtFLlib and PFLlib, translated to this program's settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HTFLLIB = (
 
 
 def settings(line: str) -> tuple[config.Config, str]:
-    """The configuration of the command that is printed, and its notes."""
+    """Return the configuration of the printed command, and its notes."""
     text = translate.translate(shlex.split(line)).text()
     notes = "\n".join(part for part in text.splitlines() if part.startswith("#"))
     words = shlex.split(text.replace(notes, "").replace("\\\n", " "))

@@ -1,4 +1,4 @@
-"""The commands from end to end on tiny runs: what they print, what they write, what a restart keeps."""
+"""The commands from end to end on tiny runs: what they print and what they write."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from support.paths import ROOT
 
 
 def keys(value: Any) -> Any:
-    """The names in a tree of objects."""
+    """Return the keys of nested objects."""
     return {name: keys(below) for name, below in value.items()} if isinstance(value, Mapping) else None
 
 
@@ -40,7 +40,7 @@ def of_each(
     small_run: tuple[str, ...],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A run of one round of every method, half the clients in it; only to be read."""
+    """A run of one round of every method with half of the clients; read only."""
     folder = tmp_path_factory.mktemp(request.param)
     flags = (
         "--algorithm",

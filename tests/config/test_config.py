@@ -1,4 +1,4 @@
-"""The configuration and its flags: what is accepted, what a file and a flag mean, what --help shows."""
+"""The configuration and its flags: accepted values, files and flags, and --help."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FIELDS = config.fields()
 
 
 def parsed(*arguments: str) -> config.Config:
-    """The configuration that `run` would use."""
+    """Return the configuration that `run` would use."""
     words, flags, _ = cli._parse(arguments, {})
     return cli._configured(words, flags)
 
 
 def refused(pattern: str, **settings: Any) -> str:
-    """The message about these settings (`__` for the dot); it matches `pattern` and holds a remedy."""
+    """Return the message about these settings (`__` for the dot); it must match and state a remedy."""
     with pytest.raises(ConfigError, match=pattern) as caught:
         config.build({name.replace("__", "."): value for name, value in settings.items()})
     assert "remedy: " in str(caught.value)
@@ -220,7 +220,7 @@ def test_algorithm_has_its_own_section() -> None:
 
 @pytest.mark.parametrize("algorithm", algorithms.names())
 def test_options_read_from_source_equal_the_class_options(algorithm: str) -> None:
-    """`--help` compiles them alone; the method's file defines them."""
+    """`--help` compiles only the options; the method's file defines them."""
     section = getattr(config.build({"algorithm": algorithm}), algorithm)
     module = sys.modules[algorithms.load(algorithm).__module__]
     own = getattr(module, "Options", None)

@@ -1,4 +1,4 @@
-"""What a user gets wrong in flags, files and data: exit code 2, one message with its remedy, no trace."""
+"""Wrong flags, files and data: exit code 2, one message with a remedy, and nothing written."""
 
 from __future__ import annotations
 

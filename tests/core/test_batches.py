@@ -1,4 +1,4 @@
-"""Batches: the same numbers in the same order of memory however samples came; augmentation by plain loops."""
+"""Batches: the same numbers in the same memory order for any input; augmentation against plain loops."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_bytes_are_normalised() -> None:
 
 
 def strided(x: Tensor) -> list[Tensor]:
-    """The same numbers in other orders of memory, from other places in it."""
+    """Return the same numbers in other memory orders and at other offsets."""
     wide = torch.zeros((*x.shape[:-1], x.shape[-1] * 2), dtype=x.dtype)
     wide[..., ::2] = x
     shifted = torch.zeros(x.numel() + 3, dtype=x.dtype)[3:].view(x.shape).copy_(x)
@@ -146,12 +146,12 @@ def test_channels_last_changes_strides_only() -> None:
 
 
 def images(n: int, channels: int = 2, high: int = 12, wide: int = 10) -> Tensor:
-    """No pixel is zero and no two are equal."""
+    """Return images without a zero pixel or two equal pixels."""
     return 1 + torch.arange(n * channels * high * wide, dtype=torch.float32).view(n, channels, high, wide)
 
 
 def by_hand(x: Tensor, names: tuple[str, ...], draws: np.ndarray) -> np.ndarray:
-    """Flip, erase, crop of every image, one pixel after the other."""
+    """Flip, erase and crop every image pixel by pixel."""
     out = x.numpy().copy()
     n, _, high, wide = out.shape
     for k in range(n):

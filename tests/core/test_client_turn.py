@@ -1,4 +1,4 @@
-"""A client's turn: the optimiser against torch's, what a step may touch, what an abandoned step leaves."""
+"""A client's turn: the optimiser against torch's, what a step may change, and abandoned steps."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Player:
         return Turn(self.engine, self.method, self.client, parts, round, "client")
 
     def step(self, round: int = 1) -> tuple[Turn, Tensor, Tensor]:
-        """(the turn, shared vector, private vector) after a client step."""
+        """Return (turn, shared vector, private vector) after a client step."""
         turn = self.turn(round)
         self.method.client_step(turn)
         turn.parts.check()
@@ -293,7 +293,7 @@ def test_training_batches_come_in_order_without_gradients() -> None:
 
 
 def play(player: Player, total: RoundSum) -> None:
-    """The round loop's own handling of one client's step."""
+    """Handle one client's step as the round loop does."""
     federation = SimpleNamespace(
         workbench=player.bench,
         engine=player.engine,

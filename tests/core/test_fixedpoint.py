@@ -1,4 +1,4 @@
-"""The integer sum: exact in any order, within an ulp of the rational mean, loud about what does not fit."""
+"""The integer sum: exact in any order, within an ulp of the rational mean, an error outside its range."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHTS = [37, 911, 5, 120, 64, 333, 1, 78, 250, 19]
 
 
 def contributions(size: int, spread: float = 0.05) -> list[Tensor]:
-    """Ten clients' trained vectors: near each other, as after one round."""
+    """Return ten clients' trained vectors: close to each other, as after one round."""
     generator = torch.Generator().manual_seed(5)
     base = torch.randn(1, size, generator=generator) * spread
     return [base + 0.1 * spread * torch.randn(1, size, generator=generator) for _ in WEIGHTS]
@@ -39,7 +39,7 @@ def exact(values: list[Tensor], weights: list[int], column: int) -> Fraction:
 
 
 def nearest(number: Fraction) -> np.float32:
-    """Correctly rounded to float32."""
+    """Return the correctly rounded float32."""
     guess = np.float32(float(number))
     near = [np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf))]
     return min(near, key=lambda f: (abs(Fraction(float(f)) - number), int(f.view(np.uint32)) & 1))
@@ -272,9 +272,9 @@ def test_row_has_weighted_means_and_null_for_unmeasured() -> None:
     evaluation.clients[3] = [1, 2, float("inf"), float("nan"), float("nan"), 1, 2, 0, 0, 0, 0]
     evaluation.ranks[:] = [[1, 2, 3, 4, 5], [4, 3, 2, 1, 9]]
     evaluation.gates[:] = [[2, 0, 4], [2**40, 0, 2**40]]
-    told = {"seconds": 10.0, "simulated": 1.0, "unseen": {3}, "bytes_once": 5}
+    details = {"seconds": 10.0, "simulated": 1.0, "unseen": {3}, "bytes_once": 5}
     row, other = (
-        metrics.row(7, total, evaluation, COUNTS.sum(1).tolist(), tested, **told)
+        metrics.row(7, total, evaluation, COUNTS.sum(1).tolist(), tested, **details)
         for tested in ([4, 0, 0, 0], [4, 0, 0, 2])
     )
     assert other["accuracy_cohort"]["mean"] is None, "client 3 has test rows and was not measured"

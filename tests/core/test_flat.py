@@ -1,4 +1,4 @@
-"""Flat vectors: where each tensor lies, what is a view of what, and what breaks a binding."""
+"""Flat vectors: the place of each tensor, which tensors are views, and what breaks a binding."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Tied(nn.Module):
 
 
 class Odd(nn.Module):
-    """Buffers of every sort, a scalar and an empty parameter."""
+    """A module with buffers of every kind, a scalar and an empty parameter."""
 
     def __init__(self) -> None:
         super().__init__()

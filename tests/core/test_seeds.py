@@ -1,4 +1,4 @@
-"""Addresses of random draws: the same on every machine, unlike in every coordinate."""
+"""Addresses of random draws: the same on every machine, different in every coordinate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HDF5 and npz files of users: what comes out of them, and what a user hears about unusable ones."""
+"""HDF5 and npz files of users: what is read from them, and the messages about unusable ones."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_hdf5_rows_come_in_the_requested_order(tmp_path: Path, layout: dict[str,
 
 
 def test_hdf5_reads_only_the_requested_rows(tmp_path: Path) -> None:
-    """Rows around a damaged place are read, as nothing between them is; rows in it are an error."""
+    """Rows before and after a damaged chunk are read, because it is skipped; rows in it raise."""
     x = random_images(4000, 3, 16, 16)
     with open_data("hdf5", write_damaged_h5(tmp_path / "a.h5", x, 10, 2005)) as data:
         asked = np.array([1999, 3999, 5, 2010])
@@ -263,7 +263,7 @@ def test_unusable_npz_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_npz_is_data_or_one_message(tmp_path: Path) -> None:
-    """Whatever bytes a pickle is made of, the answer is data or one message."""
+    """For any bytes of a pickle the result is data or one message."""
     path = write_npz_clients(tmp_path, "train", {0: client_arrays(6)}) / "train" / "0.npz"
     with zipfile.ZipFile(path) as archive:
         raw = archive.read("data.npy")

@@ -1,4 +1,4 @@
-"""Hospitals as clients: what becomes of missing values, who is a client, AUC, and bad files."""
+"""Hospitals as clients: missing values, natural clients, AUC, and bad files."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_auc_is_the_share_of_ordered_pairs() -> None:
 
 
 def test_auc_of_every_client_equals_scikit_learn(hospitals: Path) -> None:
-    """As scikit-learn has it, from the logits of the client's own answers."""
+    """AUC equals scikit-learn's, from the logits of the client's own predictions."""
     metrics = pytest.importorskip("sklearn.metrics")
     loop = loop_of(hospitals, eval__batch=3)
     loop.run()

@@ -1,4 +1,4 @@
-"""Nothing in a file is a program: hostile pickles reach every reader, and nothing runs."""
+"""No file's content is run: hostile pickles are given to every reader."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Call:
 
 
 def touched(mark: str) -> dict[str, bytes]:
-    """Programs that make a file, each by another way into the interpreter."""
+    """Return pickles that create a file, each by another way into the interpreter."""
     touch, code = f"touch '{mark}'", f"open({mark!r}, 'w')"
     system = Call(getattr, Call(__import__, "os"), "system")
     found: dict[str, Any] = {
@@ -75,7 +75,7 @@ def touched(mark: str) -> dict[str, bytes]:
 
 
 def npz(folder: Path, raw: bytes, member: str = "data.npy") -> Path:
-    """A client's archive whose one member is an object array of this pickle."""
+    """Write a client's archive whose only member is an object array of this pickle."""
     (folder / "train").mkdir(parents=True)
     with zipfile.ZipFile(folder / "train" / "0.npz", "w") as archive, archive.open(member, "w") as file:
         head = {"descr": "|O", "fortran_order": False, "shape": ()}
@@ -85,13 +85,13 @@ def npz(folder: Path, raw: bytes, member: str = "data.npy") -> Path:
 
 
 def in_dict(raw: bytes) -> bytes:
-    """The pickle as part of the dict that such archives hold: its value under the name `z`."""
+    """Return the pickle as a value, named `z`, of the dict that such archives hold."""
     body = raw[2:-1] if raw[:1] == b"\x80" else raw[:-1]
     return b"\x80\x04}\x8c\x01z" + body + b"s."
 
 
 def test_hostile_pickles_do_run_when_unpickled(tmp_path: Path) -> None:
-    """Those that should: loaded by pickle itself they do make the file."""
+    """Loaded by pickle itself, the programs that should create the file do."""
     mark = tmp_path / "mark"
     ran = set()
     for name, raw in touched(str(mark)).items():
@@ -127,14 +127,14 @@ def test_pickles_in_archives_do_not_run(tmp_path: Path) -> None:
 
 
 def test_archive_repeating_the_same_bytes_is_refused(tmp_path: Path) -> None:
-    """A mebibyte that twenty thousand arrays share."""
+    """Twenty thousand arrays share one mebibyte."""
     folder = npz(tmp_path / "many", _many(1 << 20, 20_000))
     message = read_messages("npz", [folder])[folder]
     assert "names the same bytes again and again" in message and "remedy: " in message
 
 
 def _many(length: int, times: int) -> bytes:
-    """A pickled object array of one dict of arrays with the same bytes."""
+    """Return a pickled object array of one dict of arrays with the same bytes."""
     head = b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n\x94cnumpy\nndarray\n\x94cnumpy\ndtype\n\x94"
     raw = b"\x8e" + length.to_bytes(8, "little") + bytes(length) + b"\x94"  # memo 3: the bytes
     plain = b"h\x02\x8c\x02u1\x89\x88\x87R\x94"  # memo 4: the dtype of bytes
@@ -149,7 +149,7 @@ def _many(length: int, times: int) -> bytes:
 
 
 def saved(mark: Path) -> Iterator[tuple[str, bytes]]:
-    """Whole files: a torch.save of old and new format, and a plain pickle."""
+    """Return whole files: torch.save's old and new formats, and a plain pickle."""
     program = Call(os.system, f"touch '{mark}'")
     folder = mark.parent / "saved"
     folder.mkdir(exist_ok=True)
@@ -160,7 +160,7 @@ def saved(mark: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def readers(folder: Path) -> dict[str, Callable[[bytes], object]]:
-    """Every reader of a user's file, given the file's bytes."""
+    """Return every reader of a user's file, as a function of the file's bytes."""
 
     def stored(name: str, raw: bytes) -> Path:
         path = folder / name
@@ -206,7 +206,7 @@ def test_files_that_are_pickles_do_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_old_torchvision_files_do_not_run(tmp_path: Path) -> None:
-    """MNIST as torchvision once stored it, and still reads it."""
+    """The files are MNIST as torchvision once stored it, and still reads it."""
     mark = tmp_path / "mark"
     (tmp_path / "MNIST" / "processed").mkdir(parents=True)
     for _, raw in saved(mark):
@@ -230,7 +230,7 @@ def test_no_command_runs_a_pickle(assert_refused: Callable[..., str], tmp_path: 
 
 
 def test_pickles_inside_hdf5_are_only_bytes(tmp_path: Path) -> None:
-    """As opaque or numeric values and as attributes, in data files and in checkpoints."""
+    """The pickles are opaque or numeric values and attributes, in data files and in checkpoints."""
     mark = tmp_path / "mark"
     raw = pickle.dumps(Call(os.system, f"touch '{mark}'"))
     path = write_h5(tmp_path / "a.h5", x=GOOD_X, y=GOOD_Y, z=np.void(raw))
@@ -276,7 +276,7 @@ ALLOWED = {
 
 
 def loaders(source: str) -> Iterator[str]:
-    """What could run a file's content: imports of picklers, torch.load, numpy.load, eval and its like."""
+    """Return the calls that could run a file's content: pickle imports, torch.load, numpy.load, eval."""
     tree = ast.parse(source)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     safe = {id(call.func) for call in calls if "weights_only=True" in map(ast.unparse, call.keywords)}

@@ -1,4 +1,4 @@
-"""Sources of data: what comes out of the program's own data, of torchvision's files and of image folders."""
+"""The built-in data, torchvision's files and image folders."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_cifar10_images_are_read(tmp_path: Path) -> None:
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """The format of MNIST's files: a magic number, the shape as big-endian integers, the bytes."""
+    """Write the format of MNIST's files: a magic number, the shape as big-endian integers, the bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
     path.write_bytes(header + array.astype(np.uint8).tobytes())
@@ -205,7 +205,7 @@ def test_torchvision_reads_a_local_root(
 
 
 def test_torchvision_reads_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CIFAR's format: pickled rows of a red, green and blue plane, in files whose MD5 torchvision knows."""
+    """CIFAR's format is pickled rows of red, green and blue planes, in files whose MD5 torchvision checks."""
     from torchvision.datasets import CIFAR10
 
     x, folder = random_images(25, 3, 32, 32), tmp_path / CIFAR10.base_folder

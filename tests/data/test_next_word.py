@@ -1,4 +1,4 @@
-"""Next words of text files: windows, classes, whose test rows they are, and bad files."""
+"""Next words of text files: windows, classes, test rows, and bad files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def loop_of(path: Path, **changes: Any) -> Loop:
 
 @pytest.mark.parametrize("limit", [9, 5])
 def test_windows_tokens_and_classes_equal_a_plain_reading(stories: Path, limit: int) -> None:
-    """Of every file a row per word after four others, the last fifth for testing; from the text again."""
+    """Every word after four others is a row, and the last fifth of a file is for testing."""
     federation = loop_of(stories, data__vocabulary=limit).federation
     data, partition = federation.dataset, federation.partition
     texts = [
@@ -81,7 +81,7 @@ def test_training_rows_hide_later_answers(stories: Path, kind: str) -> None:
 
 
 def _files(data: Dataset) -> Iterator[tuple[list[int], int]]:
-    """A file's rows, and how many of them are not of its last fifth."""
+    """Return each file's rows, and how many of them are before its last fifth."""
     assert data.client is not None
     for file in range(3):
         own = np.flatnonzero(data.client == file).tolist()
@@ -94,7 +94,7 @@ def test_rows_for_the_server_are_refused(stories: Path) -> None:
 
 
 def test_files_are_clients_with_lstms_of_different_width(stories: Path) -> None:
-    """A cat meows: of four words two follow from those before, and two are one of three each."""
+    """Of four words two follow from those before, and two are one of three each."""
     loop = loop_of(stories, rounds=12, data__vocabulary=20)
     made = loop.federation
     assert (made.config.partition.kind, made.config.clients) == ("natural", 3)

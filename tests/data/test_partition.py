@@ -1,4 +1,4 @@
-"""Properties every partition has, the properties of each kind, and the end of those that cannot be met."""
+"""Properties of every partition, properties of each kind, and impossible partitions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pfedmoe_mpi.sections import PartitionSettings
 
 
 def labels_of(rows: int, classes: int, seed: int = 0) -> np.ndarray:
-    """Labels (rows,) of classes of unlike size, all present."""
+    """Return labels (rows,) of classes of different sizes, all present."""
     generator = np.random.default_rng(seed)
     drawn = generator.choice(classes, rows - classes, p=generator.dirichlet(np.full(classes, 20.0)))
     return generator.permutation(np.concatenate([drawn, np.arange(classes)]))
@@ -25,7 +25,7 @@ def settings_of(**values: Any) -> PartitionSettings:
 
 
 def dealt(partition: Partition) -> np.ndarray:
-    """All rows of all parts."""
+    """Return all rows of all parts."""
     return np.concatenate([*partition.train, *partition.validation, *partition.test])
 
 
@@ -34,7 +34,7 @@ def rows_of(partition: Partition, client: int) -> np.ndarray:
 
 
 def class_table(partition: Partition, labels: np.ndarray, classes: int) -> np.ndarray:
-    """All samples per client and class."""
+    """Return all samples per client and class."""
     every = range(partition.clients)
     return np.stack([np.bincount(labels[rows_of(partition, k)], minlength=classes) for k in every])
 
@@ -84,7 +84,7 @@ def test_every_partition_keeps_the_general_properties(
 def check_coverage(
     settings: PartitionSettings, labels: np.ndarray, taken: np.ndarray, clients: int, classes: int
 ) -> None:
-    """Every row is dealt, unless the clients together have no room for all classes."""
+    """Check that every row is assigned, unless the clients together cannot hold all classes."""
     if settings.kind == "pathological" and settings.classes * clients < classes:
         assert len(np.unique(labels[taken])) == settings.classes * clients
     elif settings.kind != "classes" or settings.classes_min * clients >= classes:
@@ -129,7 +129,7 @@ def test_digest_depends_on_the_place_of_a_row() -> None:
 
 
 def test_partition_is_the_same_on_every_machine() -> None:
-    """A change of these bits makes every older checkpoint unusable."""
+    """Changing these bits would make every older checkpoint unusable."""
     labels = np.arange(500) % 10
     digest = make_partition(PartitionSettings(), labels, 10, 5, 0).digest()
     assert digest == "86e58677ae3b268202475fd575eb679cc657438b79b7fcb36cfb713a9cad163a"
@@ -198,7 +198,7 @@ def test_pathological_clients_have_few_classes(clients: int, each: int, classes:
 
 
 def test_pathological_pairs_are_drawn() -> None:
-    """Over seeds a class meets every other one, not just its neighbour."""
+    """Over seeds a class is paired with every other one, not just its neighbour."""
     labels = np.arange(500) % 10
     pairs = set()
     for seed in range(40):
@@ -381,7 +381,7 @@ def test_partition_of_a_thousand_clients_is_quick(values: dict[str, Any]) -> Non
 
 
 def test_more_draws_find_a_rare_partition() -> None:
-    """A partition the first draw misses is found by a later one, and not when there is no later one."""
+    """A later draw finds a partition that the first one misses; without later draws it is missed."""
     labels = labels_of(400, 10)
     found = {"one": 0, "many": 0}
     for seed in range(10):

@@ -1,4 +1,4 @@
-"""Clients that never train, rows that only the server has, and what happens before round 1."""
+"""Clients that never train, clients that join late, and their evaluation."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_unseen_accuracy_is_that_of_the_global_model() -> None:
 
 @pytest.mark.parametrize("method", ["fedavg", "pfedmoe"])
 def test_evaluate_treats_late_clients_like_the_run(method: str) -> None:
-    """`evaluate` of a round before the join: not as if they had trained."""
+    """`evaluate` of a round before the join treats late clients as untrained."""
     own = {"unseen__clients": 0, "join__share": 0.5, "join__round": 3, "rounds": 4}
     loop = Loop(comm.start(), build_federation(algorithm=method, **own), Silent(), None)
     for _ in range(3):
@@ -134,7 +134,7 @@ def test_scaffold_control_ignores_unseen_clients() -> None:
 
 
 def test_rounds_before_the_join_may_have_no_clients(tmp_path: Path, session: launcher.Session) -> None:
-    """A share of 0.9 of two clients is both of them."""
+    """A share of 0.9 of two clients rounds to both of them."""
     own = ("--unseen.clients", "0", "--clients", "2", "--join.share", "0.9", "--join.round", "2")
     flags = (*FLAGS, *own, "--run.checkpoint_every", "1", "--run.dir", "run")
     said = session(*flags, cwd=tmp_path)
@@ -197,7 +197,7 @@ def test_restart_keeps_the_unseen_clients(tmp_path: Path, session: launcher.Sess
 
 
 def test_mean_gate_and_head_match_the_reference(data: dict[str, Path]) -> None:
-    """After a round of everyone: means over n_k of what the clients keep; the answer from them alone."""
+    """After a round of all clients: means of the private parts by n_k, and a prediction from them alone."""
     path = data["small"]
     it = train_federation(
         path, "pfedmoe", model__pool="mlp5,mlp4", rounds=1, participation=1.0, unseen__private="average"

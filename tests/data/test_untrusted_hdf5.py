@@ -1,6 +1,6 @@
 """HDF5 data files from strangers: links, bombs, claims and odd types; refused before memory is taken.
 
-Every file is read by a process with 300 MiB to spare: what took memory first would end it.
+Every file is read by a process with 300 MiB to spare: taking more memory would end it.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ ATTRIBUTES: dict[str, tuple[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def heard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What is said of each of DATA and ATTRIBUTES, and of a good file."""
     folder = tmp_path_factory.mktemp("data")
 
@@ -186,18 +186,18 @@ def shared_name(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*DATA, *ATTRIBUTES])
-def test_crafted_data_file_is_refused(heard: dict[str, str], name: str) -> None:
+def test_crafted_data_file_is_refused(messages: dict[str, str], name: str) -> None:
     pattern = {**DATA, **ATTRIBUTES}[name][0]
-    assert re.search(pattern, heard[name]), heard[name]
-    assert f"{name}.h5" in heard[name] and "remedy: " in heard[name]
+    assert re.search(pattern, messages[name]), messages[name]
+    assert f"{name}.h5" in messages[name] and "remedy: " in messages[name]
 
 
-def test_class_names_sharing_one_long_text_are_refused(heard: dict[str, str]) -> None:
-    assert "is longer than 1048576 characters" in heard["shared name"]
+def test_class_names_sharing_one_long_text_are_refused(messages: dict[str, str]) -> None:
+    assert "is longer than 1048576 characters" in messages["shared name"]
 
 
-def test_good_data_file_is_read(heard: dict[str, str]) -> None:
-    assert not heard["good"]
+def test_good_data_file_is_read(messages: dict[str, str]) -> None:
+    assert not messages["good"]
 
 
 def test_endless_heaps_are_refused(tmp_path: Path) -> None:

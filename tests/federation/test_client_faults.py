@@ -1,4 +1,4 @@
-"""Client failures as an experiment: who is lost, slow or late repeats, and the sum is that of the others."""
+"""Client failures as an experiment: lost, slow and late clients repeat, and the others are summed."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_lost_client_trains_but_is_not_summed(data: dict[str, Path]) -> None:
-    """Its private state goes on; the mean is that of the others, weighted by their samples."""
-    calm = played_round(data["small"])
+    """Its private state is trained; the mean is that of the others, weighted by their samples."""
+    calm = train_round(data["small"])
     seed = next(s for s in range(100) if _lost(s) == [1])
-    lossy = played_round(data["small"], seed=seed, faults__dropout=0.4)
-    same = played_round(data["small"], seed=seed)
+    lossy = train_round(data["small"], seed=seed, faults__dropout=0.4)
+    same = train_round(data["small"], seed=seed)
     row = lossy.history[0]
     assert (row["lost"], row["late"], row["dropped"]) == ([1], [], [])
     assert calm.history[0]["lost"] == [] and row["clients"]["accuracy_before"][1] is None
@@ -89,7 +89,7 @@ def test_lost_client_trains_but_is_not_summed(data: dict[str, Path]) -> None:
         assert torch.equal(mine, other)
     n = [lossy.federation.task.samples(k) for k in range(3)]
     assert not torch.equal(lossy.state, same.state)
-    alone = {k: played_round(data["small"], seed=seed, only=k).state.double() for k in (0, 2)}
+    alone = {k: train_round(data["small"], seed=seed, only=k).state.double() for k in (0, 2)}
     expected = (n[0] * alone[0] + n[2] * alone[2]) / (n[0] + n[2])
     torch.testing.assert_close(lossy.state.double(), expected, rtol=1e-6, atol=1e-7)
 
@@ -99,8 +99,8 @@ def _lost(seed: int) -> list[int]:
     return [k for k in range(3) if faults.fate(1, k) == LOST]
 
 
-def played_round(path: Path, only: int | None = None, **changes: object) -> Loop:
-    """One round of three clients, or of one of them."""
+def train_round(path: Path, only: int | None = None, **changes: object) -> Loop:
+    """Train one round of three clients, or of one of them."""
     loop = build_loop(path, "pfedmoe", model__pool="mlp5", rounds=1, participation=1.0, **changes)
     if only is not None:
         loop.federation.method.cohort = lambda round: [(only, "client")]  # type: ignore[method-assign]
@@ -133,7 +133,7 @@ def test_left_out_clients_are_counted_at_the_end(session: launcher.Session, tmp_
 
 
 def test_round_that_loses_all_keeps_the_shared_state(data: dict[str, Path]) -> None:
-    """Losing all of a round is bad luck, not divergence: the run goes on."""
+    """Losing all clients of a round is not divergence: the run continues."""
     loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5", rounds=2, faults__dropout=1.0)
     before = loop.state.clone()
     assert loop.run() and torch.equal(loop.state, before)

@@ -1,4 +1,4 @@
-"""What is not finite ends a run or a member's round with one message, and costs no other client its work."""
+"""Non-finite values end a run or a member's round with one message; other clients keep their work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.small_federation import build_loop, write_data
 
 
 def flags_of(path: Path) -> tuple[str, ...]:
-    """Three clients, of whom client 1 cannot train."""
+    """Return flags of three clients, of which client 1 cannot train."""
     return (
         *("--data.source", "hdf5", "--data.path", str(path), "--partition.kind", "natural", "--clients", "3"),
         *("--model.pool", "mlp5", "--model.shared", "mlp5", "--rounds", "2", "--train.clip", "0"),

@@ -1,4 +1,4 @@
-"""Who keeps and who trains which client: balanced, the same everywhere, and at home where it can be."""
+"""Which rank keeps and which trains each client: balanced, the same on all ranks, at home if possible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def loads(costs: dict[int, float], place: dict[int, int], ranks: int) -> list[fl
 
 
 def optimum(costs: list[float], ranks: int) -> float:
-    """The least possible longest load, by trying all."""
+    """Return the least possible maximum load, by trying all placements."""
     return min(
         max(sum(c for c, rank in zip(costs, choice, strict=True) if rank == r) for r in range(ranks))
         for choice in product(range(ranks), repeat=len(costs))

@@ -149,7 +149,7 @@ def test_prepare_sees_the_pretrained_state(monkeypatch: pytest.MonkeyPatch) -> N
 def test_stop_before_round_1_saves_only_finished_pretraining(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: int
 ) -> None:
-    """In pretraining it leaves nothing; after it, a checkpoint of round 0."""
+    """A stop during pretraining leaves nothing; after it, a checkpoint of round 0."""
     left = [after]
 
     def poll() -> None:
@@ -174,7 +174,7 @@ def test_stop_before_round_1_saves_only_finished_pretraining(
 def test_signal_during_pretraining_stops_with_75(
     tmp_path: Path, session: launcher.Session, anchors: str
 ) -> None:
-    """75; the restart on other ranks does it again, to the same bits."""
+    """The exit code is 75; the restart on other ranks repeats the pretraining, to the same bits."""
     slow = ("--fedjets.common_target", "1", "--fedjets.common_epochs", "200", "--fedjets.common_rate", "1e-9")
     flags = (*FLAGS, "--algorithm", "fedjets", "--fedjets.anchors", anchors, *slow)
     assert session(*flags, "--run.dir", "whole", cwd=tmp_path).code == 0
@@ -191,7 +191,7 @@ def test_signal_during_pretraining_stops_with_75(
 
 
 def test_pretraining_rank_is_not_timed_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time-out is that of rounds; before the first one it is set aside, or what the user asked for."""
+    """The time-out applies to rounds; before the first one it is infinite, or the user's setting."""
     world, seen = comm.start(), []
     monkeypatch.setattr(comm, "start", lambda: world)
     agree = world.agree

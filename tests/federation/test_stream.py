@@ -33,7 +33,7 @@ def stream(kind: str, at: int = 10) -> Stream:
 
 
 def of(it: Stream, k: int, round: int) -> list[int]:
-    """The labels that a client trains on."""
+    """Return the labels that a client trains on."""
     labels = torch.from_numpy(LABELS[k])
     split = Split(torch.arange(len(labels))[:, None], labels)
     client = Client(k, {}, torch.empty(0), {"train": split, "test": split})
@@ -92,7 +92,7 @@ def test_test_rows_are_divided_by_concept() -> None:
 
 
 def test_contributions_are_weighted_by_current_samples(data: dict[str, Path]) -> None:
-    """n_k of the round in the sum: the mean of two clients whose halves are unlike."""
+    """The sum uses the round's n_k: here the mean of two clients whose halves differ in size."""
     changes: dict[str, Any] = {"stream__kind": "recurring", "stream__round": 1, "participation": 1.0}
     loop = build_loop(data["small"], "fedavg", model__pool="mlp5", rounds=2, **changes)
     assert loop.federation.stream
@@ -108,7 +108,7 @@ def test_contributions_are_weighted_by_current_samples(data: dict[str, Path]) ->
 
 
 def test_classwise_methods_weigh_the_current_classes(data: dict[str, Path]) -> None:
-    """FedProto under an abrupt change: a class that is gone keeps its prototype, and nobody is dropped."""
+    """FedProto under an abrupt change: a class that is gone keeps its prototype, and no client is dropped."""
     loop = build_loop(
         data["small"],
         "fedproto",

@@ -1,4 +1,4 @@
-"""The job scripts do what their comments say: here as Slurm's batch shell would run them, without Slurm."""
+"""The job scripts do what their comments say, run as Slurm's batch shell would, without Slurm."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_train_script_ends_with_the_exit_code_and_last_line(tmp_path: Path) -> N
 
 
 def test_train_script_forwards_the_signal_and_waits(tmp_path: Path) -> None:
-    """However often it is warned."""
+    """The signal is sent several times."""
     endless = ("--rounds", "5000", "--run.checkpoint_every", "5000", "--train.epochs", "5")
     shell = batch_shell(tmp_path, "train.slurm", *QUICK, *endless)
     run = tmp_path / "runs" / "train-17"
@@ -66,8 +66,8 @@ def test_train_script_forwards_the_signal_and_waits(tmp_path: Path) -> None:
     assert list((run / "checkpoints").glob("round-*.h5"))
 
 
-def said_of(tmp_path: Path, script: str, env: dict[str, str]) -> launcher.Result:
-    """What a script would start: with LAUNCH=echo it prints it."""
+def printed_command(tmp_path: Path, script: str, env: dict[str, str]) -> launcher.Result:
+    """Return the command a script would start: with LAUNCH=echo it is printed."""
     shell = batch_shell(tmp_path, script, "my.toml", "--rounds", "3", env={"LAUNCH": "echo", **env})
     return launcher.wait_for_end(shell, 20)
 
@@ -75,24 +75,27 @@ def said_of(tmp_path: Path, script: str, env: dict[str, str]) -> launcher.Result
 @pytest.mark.parametrize("script", ["train.slurm", "requeue.slurm", "gpu.slurm"])
 def test_scripts_restart_an_existing_run(tmp_path: Path, script: str) -> None:
     run = f"runs/{script.partition('.')[0]}-17"
-    said = said_of(tmp_path, script, {}).out
+    said = printed_command(tmp_path, script, {}).out
     assert f"-m pfedmoe_mpi my.toml --rounds 3 --run.dir {run} --run.force true\n" in said
-    assert "-m pfedmoe_mpi restart runs/other\n" in said_of(tmp_path, script, {"RUN_DIR": "runs/other"}).out
+    assert (
+        "-m pfedmoe_mpi restart runs/other\n"
+        in printed_command(tmp_path, script, {"RUN_DIR": "runs/other"}).out
+    )
     (tmp_path / run).mkdir(parents=True)
     (tmp_path / run / "config.toml").touch()
-    assert f"-m pfedmoe_mpi restart {run}\n" in said_of(tmp_path, script, {}).out
+    assert f"-m pfedmoe_mpi restart {run}\n" in printed_command(tmp_path, script, {}).out
 
 
 def test_array_index_selects_seed_and_algorithm(tmp_path: Path) -> None:
     tasks = {}
     for number in range(9):
         task = {"SLURM_ARRAY_TASK_ID": str(number)}
-        words = said_of(tmp_path, "array.slurm", task).out.split()
+        words = printed_command(tmp_path, "array.slurm", task).out.split()
         tasks[words[words.index("--algorithm") + 1], words[words.index("--seed") + 1]] = words
     assert {seed for _, seed in tasks} == {"0", "1", "2"} and len(tasks) == 9
     for (algorithm, seed), words in tasks.items():
         assert words[words.index("--run.dir") + 1] == f"runs/array-17/{algorithm}-{seed}"
-    beyond = said_of(tmp_path, "array.slurm", {"SLURM_ARRAY_TASK_ID": "9"})
+    beyond = printed_command(tmp_path, "array.slurm", {"SLURM_ARRAY_TASK_ID": "9"})
     assert beyond.code == 2 and "from 0 to 8" in beyond.err and not beyond.out
 
 

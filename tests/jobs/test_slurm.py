@@ -40,7 +40,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, session: launcher.Session) -> Path:
-    """Where jobs are submitted: tiny.h5 is prepared as jobs/cifar10.toml says for the real data."""
+    """The folder where jobs are submitted; tiny.h5 is prepared as jobs/cifar10.toml says for real data."""
     folder = tmp_path_factory.mktemp("work")
     data = ("--data.source", "synthetic", "--data.samples", "800", "--data.size", "32")
     result = session("data", "prepare", "tiny.h5", *data, cwd=folder)
@@ -57,7 +57,7 @@ def undisturbed(work: Path, session: launcher.Session) -> str:
 
 
 def digest(session: launcher.Session, run: Path) -> str:
-    """`inspect --digest` of the last of the ten rounds."""
+    """Return `inspect --digest` of the last of the ten rounds."""
     result = session("inspect", "--digest", "checkpoints/round-000010.h5", cwd=run)
     assert result.code == 0, result.err
     return result.out
@@ -65,20 +65,20 @@ def digest(session: launcher.Session, run: Path) -> str:
 
 @pytest.fixture(scope="module")
 def one_minute(cluster: Cluster, work: Path) -> str:
-    """A job of Slurm's shortest time limit and no signal; the other tests run beside it."""
+    """A job with Slurm's shortest time limit and no signal; the other tests run at the same time."""
     command = f"nice mpirun -n 1 python -m pfedmoe_mpi {' '.join(ENDLESS)} --run.dir runs/minute"
     return cluster.submit(cwd=work, options=["--time=1", "--ntasks=1", "--nodelist=n2", "--wrap", command])
 
 
-def started(run: Path, leg: int = 1, rounds: int = 1) -> None:
-    """Wait until that many legs have begun and `rounds` rounds are done since the last began."""
+def started(run: Path, starts: int = 1, rounds: int = 1) -> None:
+    """Wait until the run has started `starts` times and done `rounds` rounds since the last start."""
 
     def going() -> bool:
         if not (run / "events.jsonl").exists():
             return False
         begun = [e for e in launcher.read_events(run) if e["event"] in {"start", "restart"}]
         done = len(launcher.read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
-        return len(begun) >= leg and done >= begun[-1].get("round", 0) + rounds
+        return len(begun) >= starts and done >= begun[-1].get("round", 0) + rounds
 
     files = (run / "events.jsonl", run / "metrics.jsonl")
     wait_until(
@@ -87,12 +87,12 @@ def started(run: Path, leg: int = 1, rounds: int = 1) -> None:
 
 
 def kinds(run: Path) -> list[str]:
-    """What happened, in order."""
+    """Return the kinds of a run's events, in order."""
     return [event["event"] for event in launcher.read_events(run)]
 
 
 def last_event(cluster: Cluster, job: str) -> Any:
-    """The last line of a job's output, which is the run folder's."""
+    """Return the last line of a job's output, which must be the run folder's last event."""
     return json.loads(cluster.output(job).splitlines()[-1])
 
 
@@ -102,7 +102,7 @@ def last_event(cluster: Cluster, job: str) -> Any:
 def test_requeue_survives_time_limit_preemption_and_lost_node(
     cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session
 ) -> None:
-    """Four legs: Slurm's warning, `scontrol requeue`, everything killed outright with its node, the rest."""
+    """Three starts end by Slurm's warning, by `scontrol requeue` and with their node; the fourth finishes."""
     options = [TWO, "--time=1", "--signal=B:USR1@20"]
     job = cluster.submit(JOBS / "requeue.slurm", *STEADY, cwd=work, options=options)
     run = work / "runs" / f"requeue-{job}"
@@ -120,13 +120,13 @@ def test_requeue_survives_time_limit_preemption_and_lost_node(
     for pid in ranks:
         os.kill(pid, signal.SIGCONT)
 
-    started(run, leg=2)
+    started(run, starts=2)
     assert cluster.facts(job)["Restarts"] == "1"
     assert kinds(run) == ["start", "stop", "restart"]
     cluster.ask("scontrol", "update", f"jobid={job}", "timelimit=10")  # the next legs meet other ends
     cluster.ask("scontrol", "requeue", job)
 
-    started(run, leg=3)
+    started(run, starts=3)
     assert kinds(run)[3:] == ["stop", "restart"], "requeued once, with a checkpoint"
     node = kill_outright(cluster, job)
     facts = cluster.over(job)
@@ -135,14 +135,14 @@ def test_requeue_survives_time_limit_preemption_and_lost_node(
     assert facts["JobState"] == "COMPLETED" and facts["Restarts"] == "3", said
     assert facts["NodeList"] != node, "it went on elsewhere"
     assert last_event(cluster, job)["event"] == "finish" and "leg 4: exit code 0" in said
-    assert kinds(run)[5:] == ["restart", "finish"], "a killed leg says nothing"
+    assert kinds(run)[5:] == ["restart", "finish"], "a killed start records no event"
     assert digest(session, run) == undisturbed
 
 
 def test_requeue_under_srun_survives_a_kill_on_the_same_node(
     cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session
 ) -> None:
-    """A requeued job keeps its number, and MPICH finds by it what the killed ranks left in /dev/shm."""
+    """A requeued job keeps its number, by which MPICH finds what the killed ranks left in /dev/shm."""
     options = [TWO, "--nodelist=n1"]
     job = cluster.submit(JOBS / "requeue.slurm", *STEADY, cwd=work, options=options, env=SRUN)
     run = work / "runs" / f"requeue-{job}"
@@ -156,7 +156,7 @@ def test_requeue_under_srun_survives_a_kill_on_the_same_node(
 
 
 def kill_outright(cluster: Cluster, job: str) -> str:
-    """End everything of a job at once and its node with it; the node, which is down."""
+    """Kill all processes of a job and set its node down; return the node."""
     node = cluster.facts(job)["NodeList"]
     for pid in cluster.job_processes(job):
         os.kill(pid, signal.SIGKILL)
@@ -243,7 +243,7 @@ def test_table_script_runs_one_run_per_task(cluster: Cluster, work: Path) -> Non
 def test_gpu_script_runs_on_two_nodes(
     cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session, env: dict[str, str]
 ) -> None:
-    """The nodes' GPUs are Slurm's alone; the ranks train on CPUs."""
+    """Only Slurm uses the nodes' GPUs; the ranks train on CPUs."""
     job = cluster.submit(JOBS / "gpu.slurm", *STEADY, cwd=work, options=["--ntasks-per-node=1"], env=env)
     facts = cluster.over(job)
     said = cluster.output(job)
@@ -284,7 +284,7 @@ srun --mpi=pmi2 -n 2 python -m pfedmoe_mpi check .; tell "srun check"
 def test_launchers_work_inside_an_allocation(
     cluster: Cluster, work: Path, small_run: tuple[str, ...]
 ) -> None:
-    """Slurm's own numbers decide nothing where MPI knows better."""
+    """Slurm's variables do not override MPI's values."""
     (work / "allocation.slurm").write_text(ALLOCATION.replace("{small}", " ".join(small_run)))
     env = {"SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
     job = cluster.submit("allocation.slurm", cwd=work, options=[TWO, "--output=allocation.txt"], env=env)

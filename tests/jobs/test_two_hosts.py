@@ -1,4 +1,4 @@
-"""Two hosts: the printed hostfile, the same bits, what crosses, and a host that vanishes in a round."""
+"""Two hosts: the printed hostfile, the same bits, the bytes sent, and a host that vanishes during a round."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def finished(job: subprocess.Popen[str], timeout: float = 90) -> str:
 
 @BOTH
 def test_printed_hostfile_works_unchanged(hosts: TwoHosts, tmp_path: Path, mpi: str) -> None:
-    """Unchanged but for the form that is kept, 32 ranks; below, its command runs the program."""
+    """The hostfile starts 32 ranks; only the form of this MPI is kept. The next tests use its command."""
     hostfile, line = two_hosts.hostfile_and_command(mpi, 16)
     (tmp_path / "hostfile").write_text(hostfile)
     said = ["sh", "-c", "uname -n; sleep 1"]  # prterun may lose count of processes that end at once
@@ -96,7 +96,7 @@ def test_two_hosts_give_the_digest_of_one(
 def test_vanished_host_ends_the_job_and_restart_repeats_it(
     hosts: TwoHosts, tmp_path: Path, session: launcher.Session, alone: str, mpi: str, how: str
 ) -> None:
-    """The job ends soon, nothing keeps running, and the other host goes on alone to the same bits.
+    """The job ends soon, no process is left, and a restart on the other host gives the same bits.
 
     Open MPI's mpirun may end with code 0 here, and waits for an unreachable host as long as TCP does.
     """
@@ -128,7 +128,7 @@ def test_vanished_host_ends_the_job_and_restart_repeats_it(
 
 
 def test_hosts_are_removed_after_an_error(tmp_path: Path) -> None:
-    """Nor what runs there, whatever a test raises."""
+    """Their processes end too, whatever a test raises."""
     jobs = []
 
     def fail() -> None:
@@ -150,7 +150,7 @@ def test_hosts_are_removed_after_an_error(tmp_path: Path) -> None:
 
 
 def network(hosts: TwoHosts, folder: Path, mpi: str, *flags: str) -> dict[str, list[str]]:
-    """The rows of `bench network` on one rank per host, by their titles."""
+    """Return the rows of `bench network` on one rank per host, by title."""
     printed = finished(hosts.across(mpi, 2, "bench", "network", *flags, cwd=folder), 400)
     rows = [re.split(r"\s{2,}", line.strip()) for line in printed.splitlines()]
     return {title: cells for title, *cells in rows if cells}
@@ -161,7 +161,7 @@ def number(cells: list[str]) -> float:
 
 
 def test_bench_network_counts_bytes_and_reflects_the_rate(hosts: TwoHosts, tmp_path: Path) -> None:
-    """Bytes within a tenth of the formula, the rest being headers, acknowledgements and the waiting."""
+    """Bytes are within a tenth of the formula; headers, acknowledgements and waiting explain the rest."""
     small = ("--data.samples", "200", "--data.size", "8", "--clients", "4", "--partition.kind", "iid")
     flags = (*small, "--model.pool", "mlp5,mlp4", "--model.shared", "mlp5", "--train.device", "cpu")
     before = hosts.sent("node1")

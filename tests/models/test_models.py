@@ -1,4 +1,4 @@
-"""Architectures, normalisation and gate: what the papers define, and what a user's data can be."""
+"""Architectures, normalisation and gate: the papers' definitions, and all shapes of data."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ LEAST = {"alexnet": 63, "inception_v3": 75, "maxvit_t": 221, "vit_h_14": 42}  # 
 
 @pytest.mark.parametrize("name", names.TORCHVISION)
 def test_backbone_takes_small_images_or_names_the_least_size(name: str) -> None:
-    """An odd `dim`, so that the layer that was made to end in it is no other of the same width."""
+    """An odd `dim` makes the last layer distinguishable from others of the same width."""
     before = torch.get_rng_state()
     if name not in LEAST:
         registry.check_model(name, (3, 32, 32), 10, 37, SMALL)
@@ -228,7 +228,7 @@ def test_small_images_get_a_small_stem() -> None:
 
 
 def test_projection_does_not_start_at_zero() -> None:
-    """torchvision's ViTs start their classifier at zero, which would be one representation for all."""
+    """torchvision's ViTs start their classifier at zero, which would give all samples one representation."""
     extractor = registry.build_extractor("vit_b_32", (1, 32, 32), 20, SMALL).eval()
     representation = extractor(torch.randn(2, 1, 32, 32))
     assert representation.std() > 0.01
@@ -239,7 +239,7 @@ def test_projection_does_not_start_at_zero() -> None:
     ["squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small", "mnasnet0_5", "googlenet", "swin_v2_t"],
 )
 def test_backbone_trains_on_views_of_one_vector(name: str) -> None:
-    """Parameters and float buffers re-pointed, as federated vectors are: same output, and it trains."""
+    """Parameters and float buffers become views, as in a federation: same output, and training works."""
     model = registry.build_model(name, (1, 32, 32), 10, 20, SMALL)
     x = torch.randn(2, 1, 32, 32).contiguous(memory_format=torch.channels_last)
     expected = model.eval()(x)
@@ -267,7 +267,7 @@ def test_backbone_trains_on_views_of_one_vector(name: str) -> None:
 
 
 def switchnorm(features: int) -> SwitchNorm:
-    """One whose every parameter differs from where it starts."""
+    """Return a SwitchNorm whose parameters all differ from their initial values."""
     norm = SwitchNorm(features)
     with torch.no_grad():
         norm.weight.uniform_(0.5, 2)
@@ -278,7 +278,7 @@ def switchnorm(features: int) -> SwitchNorm:
 
 
 def by_hand(norm: SwitchNorm, x: np.ndarray, mean: np.ndarray, var: np.ndarray) -> np.ndarray:
-    """Luo et al., section 2, in float64; `mean` and `var` are the batch's."""
+    """Compute Luo et al., section 2, in float64; `mean` and `var` are the batch's."""
     values = {name: tensor.detach().double().numpy() for name, tensor in norm.named_parameters()}
     share = {key: np.exp(values[key]) / np.exp(values[key]).sum() for key in ("mean_weight", "var_weight")}
     result = np.empty_like(x)
@@ -291,7 +291,7 @@ def by_hand(norm: SwitchNorm, x: np.ndarray, mean: np.ndarray, var: np.ndarray) 
 
 @pytest.mark.parametrize(("samples", "features", "far"), [(6, 4, 0.0), (128, 3072, 0.0), (33, 13, 1000.0)])
 def test_switchnorm_equals_numpy(samples: int, features: int, far: float) -> None:
-    """The last case is features far from zero, where E[x²] - E[x]² has no digits left."""
+    """In the last case features are far from zero, where E[x²] - E[x]² loses all digits."""
     norm = switchnorm(features)
     batches = [far + torch.randn(samples, features) * torch.rand(features) for _ in range(2)]
     mean, var = np.zeros(features), np.ones(features)
@@ -390,7 +390,7 @@ def test_gate_weights_are_float32_under_autocast() -> None:
 
 
 def test_gate_is_not_saturated_in_evaluation_after_one_epoch() -> None:
-    """It weighs samples as it did in training, and is not saturated by statistics that have yet to arrive."""
+    """It weighs samples as in training, and running statistics that have not converged do not saturate it."""
     gate = Gate(64)
     for _ in range(10):
         batch = 3 + 5 * torch.randn(32, 64)

@@ -1,4 +1,4 @@
-"""Launchers that do not match, and mistakes that several ranks meet: one message from one rank."""
+"""Mismatched launchers, and errors on several ranks: one message from one rank."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ BOTH = pytest.mark.parametrize("mpi", ["mpich", pytest.param("openmpi", marks=py
 
 @BOTH
 def test_shared_error_is_one_message(small_run: tuple[str, ...], run: Path, tmp_path: Path, mpi: str) -> None:
-    """Before MPI is started, after it, and for what every rank checks a part of."""
+    """The error may occur before MPI starts, after it, and in a check that all ranks share."""
     damaged = run / "checkpoints" / "round-000003.h5"
     flip_bit(damaged, damaged.stat().st_size - 1)
     before = path_digest(tmp_path), sorted(tmp_path.rglob("*"))
@@ -79,7 +79,7 @@ def test_shared_error_is_one_message(small_run: tuple[str, ...], run: Path, tmp_
 
 
 def on_rank(number: int, code: str, folder: Path) -> dict[str, str]:
-    """The environment in which that rank runs `code` before the program."""
+    """Return the environment in which that rank runs `code` before the program."""
     (folder / "site").mkdir()
     names = "os.environ.get('PMI_RANK'), os.environ.get('OMPI_COMM_WORLD_RANK')"
     text = f"import os\nif '{number}' in ({names}):\n    {code}\n"
@@ -114,7 +114,7 @@ def test_data_missing_on_one_host_are_reported(small_run: tuple[str, ...], tmp_p
 def test_damaged_row_of_the_server_is_reported_on_all_ranks(
     small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """The other rank hears of it too, and does not wait for ever."""
+    """The other rank gets the error too, and does not wait for ever."""
     kept = seeds.numpy_generator(0, "reserve").permutation(200)[0]
     with h5py.File(tmp_path / "d.h5", "w") as file:
         x = file.create_dataset("x", (200, 3, 8, 8), "u1", chunks=(1, 3, 8, 8), fletcher32=True)

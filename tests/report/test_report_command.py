@@ -1,4 +1,4 @@
-"""Reports as their users meet them: commands, mistakes, files, rows for a notebook."""
+"""The command `report`: its flags, errors and files, and rows for a notebook."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from support.report_runs import add_class_counts, page_table, read_table
 
 @pytest.fixture(scope="module")
 def two(session: Session, small_run: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of pfedmoe and one of standalone; only to be read."""
+    """A folder with a run of pfedmoe and one of standalone; read only."""
     folder = tmp_path_factory.mktemp("two")
     for method in ("pfedmoe", "standalone"):
         assert (
@@ -38,7 +38,7 @@ def two(session: Session, small_run: tuple[str, ...], tmp_path_factory: pytest.T
 
 @pytest.fixture
 def both(two: Path, tmp_path: Path) -> Path:
-    """Copies of the two, for a test to change."""
+    """Copies of the two that a test may change."""
     return Path(shutil.copytree(two, tmp_path / "both"))
 
 

@@ -1,4 +1,4 @@
-"""What a report computes and how it names and shows what it compares."""
+"""Comparison reports: how runs are grouped, named, computed and shown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pfedmoe_mpi.report.load import Run
 
 
 def like(run: Run, path: str, **changes: Any) -> Run:
-    """The same run under other settings; `__` stands for the dot."""
+    """Return the same run under other settings; `__` stands for the dot."""
     config = {**run.config, **{name.replace("__", "."): value for name, value in changes.items()}}
     return Run(Path(path), config, run.history, run.events)
 
@@ -111,7 +111,7 @@ def test_one_time_bytes_go_to_new_members(trained: Path) -> None:
 
 
 def test_equal_values_have_zero_spread() -> None:
-    """In floating point the mean of 0.1, 0.1 and 0.1 is another number."""
+    """In floating point the mean of 0.1, 0.1 and 0.1 is not 0.1."""
     assert compare.mean_std([0.1] * 3) == (0.1, 0.0)
     assert [several.plain_spread(values).text for values in ([0.1] * 3, [53.14] * 6)] == ["0.1", "53.14"]
 
@@ -141,10 +141,10 @@ def test_just_started_seed_does_not_shorten_the_curve(trained: Path) -> None:
 
 
 def test_untrained_clients_are_in_no_mean(trained: Path) -> None:
-    """Client 3 never trains, client 2 joins in round 3: of the two architectures of 0 to 3 each lacks one."""
+    """Client 3 never trains and client 2 joins in round 3, so both architectures lack one client."""
     run = load_run(trained)
-    told = json.dumps({"absent": [[3], [2]]})
-    events = [{**run.events[0], "samples": told}]
+    absent_clients = json.dumps({"absent": [[3], [2]]})
+    events = [{**run.events[0], "samples": absent_clients}]
     run = Run(run.path, {**run.config, "join.round": 3}, run.history, events)
     assert [run.absent(round) for round in (2, 3)] == [{2, 3}, {3}]
     accuracy = figures.column(run, "accuracy")

@@ -1,4 +1,4 @@
-"""What a report says of models, classes and ranks, computed again with plain torch modules and numpy."""
+"""A report's model, class and rank tables, computed again with plain torch modules and numpy."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from support.report_runs import read_table, same_number
 
 
 @dataclass
-class Known:
-    """One client by plain torch: its test rows, and on any rows what its models give."""
+class ReferenceClient:
+    """One client in plain torch: its test rows, and its models' outputs on any rows."""
 
     x: torch.Tensor
     y: np.ndarray
@@ -54,9 +54,11 @@ class Known:
 
 
 @pytest.fixture(scope="module")
-def known(session: Session, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Known]:
+def reference_clients(
+    session: Session, trained: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[ReferenceClient]:
     """Every client of `trained`, from its last checkpoint as exported."""
-    folder = tmp_path_factory.mktemp("known")
+    folder = tmp_path_factory.mktemp("reference_clients")
     path = trained / "checkpoints" / "round-000003.h5"
     settings = config.build(config.read_toml(trained / "config.toml"))
     data = open_dataset(settings.data, settings.seed, clients=settings.clients)
@@ -85,7 +87,7 @@ def known(session: Session, trained: Path, tmp_path_factory: pytest.TempPathFact
             missing, unknown = module.load_state_dict(own, strict=False)
             assert own and not unknown and all(key.endswith("num_batches_tracked") for key in missing)
             module.eval()
-        found.append(Known(x, data.labels[index[a:b]], **made))
+        found.append(ReferenceClient(x, data.labels[index[a:b]], **made))
     return found
 
 
@@ -103,9 +105,11 @@ def looked(trained: Path) -> Looked:
     return models.look(load_run(trained))
 
 
-def test_gate_weights_by_class_equal_plain_torch(known: list[Known], trained: Path, report: Path) -> None:
-    alpha = np.concatenate([one.alpha(one.x) for one in known])
-    labels = np.concatenate([one.y for one in known])
+def test_gate_weights_by_class_equal_plain_torch(
+    reference_clients: list[ReferenceClient], trained: Path, report: Path
+) -> None:
+    alpha = np.concatenate([one.alpha(one.x) for one in reference_clients])
+    labels = np.concatenate([one.y for one in reference_clients])
     found = read_metrics(trained)
     assert [row["alpha_class"] is None for row in found] == [True, False, False], "measured in 2 and 3"
     for label, value in enumerate(found[-1]["alpha_class"]):
@@ -117,11 +121,18 @@ def test_gate_weights_by_class_equal_plain_torch(known: list[Known], trained: Pa
             assert same_number(row[name], found[int(name[-1]) - 1]["alpha_class"][int(row["class"])])
 
 
-def test_shared_test_set_accuracy_equals_plain_torch(known: list[Known], report: Path, trained: Path) -> None:
-    x, y = torch.cat([one.x for one in known]), np.concatenate([one.y for one in known])
-    shared = [one.right(x, y) for one in known]
+def test_shared_test_set_accuracy_equals_plain_torch(
+    reference_clients: list[ReferenceClient], report: Path, trained: Path
+) -> None:
+    x, y = (
+        torch.cat([one.x for one in reference_clients]),
+        np.concatenate([one.y for one in reference_clients]),
+    )
+    shared = [one.right(x, y) for one in reference_clients]
     own = read_metrics(trained)[-1]["clients"]["accuracy"]
-    assert len(set(shared)) > 1 and [one.right(one.x, one.y) for one in known] == pytest.approx(own)
+    assert len(set(shared)) > 1 and [one.right(one.x, one.y) for one in reference_clients] == pytest.approx(
+        own
+    )
     for row in read_table(report, "clients"):
         assert same_number(row["shared test"], shared[int(row["client"])])
     summary = {row["accuracy on"]: row for row in read_table(report, "shared_test")}
@@ -134,8 +145,14 @@ def test_shared_test_set_accuracy_equals_plain_torch(known: list[Known], report:
     assert f"the same {len(y)} rows for everybody" in page
 
 
-def test_extreme_gate_samples_equal_plain_torch(known: list[Known], report: Path) -> None:
-    found = [(a, y, k) for k, one in enumerate(known) for a, y in zip(one.alpha(one.x), one.y, strict=True)]
+def test_extreme_gate_samples_equal_plain_torch(
+    reference_clients: list[ReferenceClient], report: Path
+) -> None:
+    found = [
+        (a, y, k)
+        for k, one in enumerate(reference_clients)
+        for a, y in zip(one.alpha(one.x), one.y, strict=True)
+    ]
     found.sort()
     listed = read_table(report, "alpha_samples")
     number = len(listed) // 2
@@ -148,21 +165,23 @@ def test_extreme_gate_samples_equal_plain_torch(known: list[Known], report: Path
     assert "data:image/png" in (report / "report.html").read_text()
 
 
-def test_representations_equal_plain_torch(known: list[Known], looked: Looked) -> None:
+def test_representations_equal_plain_torch(reference_clients: list[ReferenceClient], looked: Looked) -> None:
     assert looked.method == "PCA" and list(looked.representations) == ["r_G", "r_F", "r"]
-    assert looked.labels.tolist() == [y for one in known for y in one.y]
-    assert looked.clients.tolist() == [k for k, one in enumerate(known) for _ in one.y]
+    assert looked.labels.tolist() == [y for one in reference_clients for y in one.y]
+    assert looked.clients.tolist() == [k for k, one in enumerate(reference_clients) for _ in one.y]
     for name, values in looked.representations.items():
-        expected = np.concatenate([one.representations(one.x)[name] for one in known])
+        expected = np.concatenate([one.representations(one.x)[name] for one in reference_clients])
         assert np.allclose(values, expected, atol=1e-5)
         flat = expected - expected.mean(axis=0)
         variances = np.linalg.eigvalsh(flat.T @ flat)[::-1][:2]
         assert np.allclose((looked.embeddings[name] ** 2).sum(axis=0), variances, rtol=1e-3)
 
 
-def test_pictures_show_the_samples(known: list[Known], looked: Looked, trained: Path) -> None:
+def test_pictures_show_the_samples(
+    reference_clients: list[ReferenceClient], looked: Looked, trained: Path
+) -> None:
     place = int(looked.extremes[0][0])
-    x = torch.cat([one.x for one in known])[place].numpy()
+    x = torch.cat([one.x for one in reference_clients])[place].numpy()
     shown = looked.picture(place)
     shown = shown[None] if shown.ndim == 2 else shown.transpose(2, 0, 1)
     assert shown.min() >= 0 and shown.max() <= 1
@@ -280,7 +299,7 @@ def test_flat_rows_have_the_same_columns(trained: Path, run: Path) -> None:
 
 
 def blocks(text: str) -> Iterator[str]:
-    """The indented blocks of a README."""
+    """Return the indented blocks of a README."""
     yield from re.findall(r"(?:^    .*\n)+", text, re.M)
 
 

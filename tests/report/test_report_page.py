@@ -1,4 +1,4 @@
-"""Reports opened in a real browser: what they ask for, how they fit, light, dark, on a phone, on paper."""
+"""Reports in a real browser: requests, layout, light and dark, on a phone and on paper."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def pages(
 
 
 def luminance(color: str) -> float:
-    """Relative luminance of #rrggbb; WCAG 2."""
+    """Return the relative luminance of #rrggbb; WCAG 2."""
     parts = np.array([int(color[n : n + 2], 16) / 255 for n in (1, 3, 5)])
     linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])
@@ -109,7 +109,7 @@ def test_page_loads_nothing_and_nothing_overlaps(
 
 
 def check_texts(label: str, frame: np.ndarray, texts: np.ndarray) -> None:
-    """All within the figure, no two over each other; half a pixel is rounding."""
+    """Check that all texts are within the figure and none overlap; half a pixel is rounding."""
     inside = (texts[:, :2] >= frame[:2] - 0.5).all() and (texts[:, 2:] <= frame[2:] + 0.5).all()
     assert inside, f"{label}: text is cut off"
     low = np.maximum(texts[:, None, :2], texts[None, :, :2])

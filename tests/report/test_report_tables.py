@@ -26,7 +26,7 @@ GROUPS = [(method, alpha) for method, alpha, _ in RUNS]
 
 @pytest.fixture(scope="module")
 def runs(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folders of several methods, settings and seeds; only to be read."""
+    """Run folders of several methods, settings and seeds; read only."""
     return make_runs(session, tmp_path_factory.mktemp("several"))
 
 
@@ -70,7 +70,7 @@ def moments(values: list[float]) -> tuple[float, float]:
 
 
 def traffic(history: list[dict[str, Any]]) -> np.ndarray:
-    """(rounds, 3) bytes up, down and once of all cohort members."""
+    """Return (rounds, 3): bytes up, down and once of all cohort members."""
     found, met = [], set()
     for row in history:
         members = len(row["cohort"])
@@ -83,7 +83,7 @@ def traffic(history: list[dict[str, Any]]) -> np.ndarray:
 
 
 def operations(run: Path) -> np.ndarray:
-    """Floating-point operations of each round's training."""
+    """Return the floating-point operations of each round's training."""
     each = read_events(run)[0]["multiply_adds"]
     return np.array(
         [6 * sum(each[k] * row["clients"]["samples"][k] for k in row["cohort"]) for row in read_metrics(run)]
@@ -91,7 +91,7 @@ def operations(run: Path) -> np.ndarray:
 
 
 def reached(history: list[dict[str, Any]], target: float) -> int | None:
-    """Index of the first row that reaches it."""
+    """Return the index of the first row that reaches the target."""
     there = np.flatnonzero([row["accuracy"]["mean"] >= target for row in history])
     return int(there[0]) if len(there) else None
 

@@ -165,7 +165,7 @@ def test_dry_run_prints_runs_and_cost_and_writes_nothing(
 def test_text_table_is_calibrated(
     tmp_path: Path, run_command: Callable[..., launcher.Result], source: str
 ) -> None:
-    """On models whose tokens and classes are known only when the data are dealt."""
+    """The models' tokens and classes are known only once the data are distributed."""
     path = write_news(tmp_path / "news.csv") if source == "text" else write_stories(tmp_path / "stories")
     base = f'clients = 3\npartition.alpha = 9.0\nrounds = 2\ndata.source = "{source}"\ndata.path = "{path}"\n'
     (tmp_path / "t.toml").write_text(f"[base]\n{base}data.length = 6\n[axis]\nseed = [0, 1]\n")
@@ -177,7 +177,7 @@ def test_text_table_is_calibrated(
 def test_fixed_turn_cost_does_not_grow_with_samples(
     table: Path, run_command: Callable[..., launcher.Result]
 ) -> None:
-    """FedKD takes its shared model's change apart at the end of a turn, here far longer than an epoch."""
+    """FedKD decomposes its shared model's change at a turn's end, far longer than an epoch here."""
     one = '"data.samples" = [400, 16000]\nalgorithm = ["fedkd"]\n'
     large = TABLE.replace('"mlp5", "mlp4"', '"mlp1"').replace('"mlp5"', '"mlp1"').partition("[axis.")[0]
     large = large.replace("data.samples = 200\n", "").replace("rounds = 10", "rounds = 10\nclients = 4")
@@ -188,7 +188,7 @@ def test_fixed_turn_cost_does_not_grow_with_samples(
 
 
 def test_table_is_stopped_resumed_and_finished(table: Path, session: launcher.Session) -> None:
-    """Its runs are those of `run`, bit for bit, whatever was played in the same process before."""
+    """Its runs equal those of `run` bit for bit, whatever was trained in the same process before."""
     folder = table.parent
     flags = ("--only", "n8-*", "--out", "out", "--rounds", "30", "--run.checkpoint_every", "100")
     with launcher.running_job(2, "reproduce", str(table), *flags, cwd=folder) as job:
@@ -238,13 +238,13 @@ def test_diverging_run_does_not_end_the_others(table: Path, session: launcher.Se
 
 
 def test_table_run_takes_the_settings_its_data_propose(tmp_path: Path, session: launcher.Session) -> None:
-    """It is the run of the same settings without a table; the table's own settings and rounds win."""
+    """It equals the run of the same settings without a table; the table's own settings and rounds win."""
     write_hospitals(tmp_path / "hospitals")
     settings = 'data.source = "heart"\ndata.path = "hospitals"\nmodel.dim = 16\ntrain.lr_shared = 0.02\n'
     (tmp_path / "wards.toml").write_text(f"[base]\n{settings}rounds = 2\n[axis]\nseed = [1]\n")
     table = ("reproduce", "wards.toml", "--out", "out")
-    played = session(*table, cwd=tmp_path)
-    assert played.code == 0, played.err
+    result = session(*table, cwd=tmp_path)
+    assert result.code == 0, result.err
     ours = tmp_path / "out" / "seed1"
     taken = config.read_toml(ours / "config.toml")
     assert (taken["clients"], taken["partition.kind"]) == (len(HOSPITALS), "natural")

@@ -1,4 +1,4 @@
-"""What rank 0 shows on a terminal: a real pseudo-terminal of 80 columns."""
+"""The progress bar of rank 0 on a pseudo-terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support import launcher
 
 
 def on_a_terminal(*arguments: str, cwd: Path, timeout: float = 120) -> str:
-    """What the program without a launcher writes to a terminal."""
+    """Return what the program without a launcher writes to a terminal."""
     ours, theirs = pty.openpty()
     environment = {**launcher.clean_environment("mpich", {}), "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
     process = subprocess.Popen(

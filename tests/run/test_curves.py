@@ -21,7 +21,7 @@ def watched(session: launcher.Session, tmp_path: Path) -> Path:
 
 
 def points(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """(round, value) of every curve, as TensorBoard shows them."""
+    """Return (round, value) of every curve, as TensorBoard reads them."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = accumulator.EventAccumulator(str(run / "tensorboard"))
     found.Reload()
@@ -29,7 +29,7 @@ def points(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def check(run: Path) -> None:
-    """Every round once, with the values of metrics.jsonl; null is no point."""
+    """Check that every round appears once with the values of metrics.jsonl; null has no point."""
     curves, rows = points(run), launcher.read_metrics(run)
     for name in ("accuracy/mean", "accuracy/worst", "accuracy_cohort/mean", "train_loss", "seconds/total"):
         group, _, key = name.partition("/")
@@ -54,7 +54,7 @@ def test_curves_equal_the_metrics_and_change_nothing(
 
 
 def test_restart_continues_curves_without_gap_or_duplicate(watched: Path, session: launcher.Session) -> None:
-    """From the checkpoint of round 2, though rounds 3 and 4 are in the events already."""
+    """The restart is from round 2, though the events already hold rounds 3 and 4."""
     (watched / "checkpoints" / "round-000004.h5").unlink()
     result = session("restart", str(watched), "--rounds", "6", cwd=watched.parent)
     assert result.code == 0 and [row["round"] for row in launcher.read_metrics(watched)] == [1, 2, 3, 4, 5, 6]

@@ -1,4 +1,4 @@
-"""Disks that fill up, refuse or vanish under a run, and two runs in one folder."""
+"""Disks that are full, read-only, failing or removed during a run, and two runs in one folder."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return checkpoint_digest(folder / "run", 8)
 
 
-class Heard:
-    """What a job says on stderr, as it says it."""
+class JobOutput:
+    """A job's stderr, read while it runs."""
 
     def __init__(self, job: subprocess.Popen[str]) -> None:
         self.text = ""
@@ -94,7 +94,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Take all the space there is."""
+    """Fill all free space."""
     filler = disk / "filler"
     with open(filler, "wb", buffering=0) as file:
         try:
@@ -106,13 +106,13 @@ def fill(disk: Path) -> Path:
 
 def test_full_disk_is_reported_and_writing_is_retried(disk: Path, undisturbed: str) -> None:
     with running_job(2, *LONG, "--run.dir", "run", cwd=disk) as job:
-        heard = Heard(job)
+        output = JobOutput(job)
         wait_for_file(disk / "run" / "metrics.jsonl", job)
         filler = fill(disk)
-        heard.wait("cannot be written")
+        output.wait("cannot be written")
         filler.unlink()
-        assert heard.ended() == 0, heard.text
-    assert "No space left on device" in heard.text and "Traceback" not in heard.text
+        assert output.ended() == 0, output.text
+    assert "No space left on device" in output.text and "Traceback" not in output.text
     assert checkpoint_digest(disk / "run", 8) == undisturbed
     assert [row["round"] for row in read_metrics(disk / "run")] == list(range(1, 9)), (
         "rows missed are added later"
@@ -122,12 +122,12 @@ def test_full_disk_is_reported_and_writing_is_retried(disk: Path, undisturbed: s
 
 def test_disk_that_stays_full_ends_the_run(disk: Path, undisturbed: str) -> None:
     with running_job(2, *LONG, "--run.dir", "run", cwd=disk) as job:
-        heard = Heard(job)
+        output = JobOutput(job)
         wait_for_file(disk / "run" / "metrics.jsonl", job)
         filler = fill(disk)
-        assert heard.ended() == 1, heard.text
-    assert heard.text.count("cannot be written: ") == 3 and "Traceback" not in heard.text
-    assert heard.text.count("error: the run ends") == 1 and "remedy: mend" in heard.text
+        assert output.ended() == 1, output.text
+    assert output.text.count("cannot be written: ") == 3 and "Traceback" not in output.text
+    assert output.text.count("error: the run ends") == 1 and "remedy: mend" in output.text
     left = checkpoint.newest_first(disk / "run" / "checkpoints")
     assert left
     for path in left:
@@ -141,7 +141,7 @@ def test_read_only_checkpoints_end_the_run(tmp_path: Path, undisturbed: str) -> 
     as_root()
     folder = tmp_path / "run" / "checkpoints"
     with running_job(2, *LONG, "--run.dir", "run", cwd=tmp_path) as job:
-        heard = Heard(job)
+        output = JobOutput(job)
         wait_for_file(tmp_path / "run" / "metrics.jsonl", job)
         command("mount", "--bind", str(folder), str(folder), cwd=tmp_path)
         try:
@@ -149,11 +149,11 @@ def test_read_only_checkpoints_end_the_run(tmp_path: Path, undisturbed: str) -> 
                 ["mount", "-o", "remount,bind,ro", folder], check=False, timeout=30
             ).returncode:
                 time.sleep(0.01)  # busy: a checkpoint is being written
-            heard.wait("Read-only file system")
-            assert heard.ended() == 1, heard.text
+            output.wait("Read-only file system")
+            assert output.ended() == 1, output.text
         finally:
             command("umount", "--lazy", str(folder), cwd=tmp_path)
-    assert "3 in a row" in heard.text and "Traceback" not in heard.text
+    assert "3 in a row" in output.text and "Traceback" not in output.text
     assert [event["event"] for event in read_events(tmp_path / "run")][-1] == "error"
     run_to_end(1, "restart", "run", cwd=tmp_path)
     assert checkpoint_digest(tmp_path / "run", 8) == undisturbed
@@ -161,12 +161,12 @@ def test_read_only_checkpoints_end_the_run(tmp_path: Path, undisturbed: str) -> 
 
 def test_removed_run_folder_ends_the_run(tmp_path: Path) -> None:
     with running_job(2, *LONG, "--run.dir", "run", cwd=tmp_path) as job:
-        heard = Heard(job)
+        output = JobOutput(job)
         wait_for_file(tmp_path / "run" / "metrics.jsonl", job)
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        assert heard.ended() == 1, heard.text
-    assert heard.text.count("cannot be written: ") == 3 and "Traceback" not in heard.text
-    assert "metrics.jsonl cannot be kept up to date" in heard.text
+        assert output.ended() == 1, output.text
+    assert output.text.count("cannot be written: ") == 3 and "Traceback" not in output.text
+    assert "metrics.jsonl cannot be kept up to date" in output.text
 
 
 # A file system that refuses single ranks
@@ -174,7 +174,7 @@ def test_removed_run_folder_ends_the_run(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def failing_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`support/failing_disk.c` as a library."""
+    """The library compiled from `support/failing_disk.c`."""
     if not shutil.which("cc"):
         pytest.fail("no C compiler") if os.environ.get("CI") == "true" else pytest.skip("no C compiler")
     folder = tmp_path_factory.mktemp("failing_disk")
@@ -187,20 +187,20 @@ def failing_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_refused_writes_are_reported_and_retried(
     tmp_path: Path, failing_disk: Path, undisturbed: str, number: int, rank: int
 ) -> None:
-    """A quota of one rank's host, a broken fsync, a full server: told with its reason, then written."""
+    """A quota on one host, a failing fsync, a full server: the reason is reported, then writing succeeds."""
     flag = tmp_path / "refuse"
     shim = {"LD_PRELOAD": str(failing_disk), "REFUSE": str(flag)}
     job = launcher.start_program(2, *LONG, "--run.dir", "run", cwd=tmp_path, env=shim)
     try:
-        heard = Heard(job)
+        output = JobOutput(job)
         wait_for_file(tmp_path / "run" / "metrics.jsonl", job)
         flag.write_text(f"{number} {rank}")
-        heard.wait("cannot be written: ")
+        output.wait("cannot be written: ")
         flag.unlink()
-        assert heard.ended() == 0, heard.text
+        assert output.ended() == 0, output.text
     finally:
         launcher.kill_tree(job.pid)
-    assert os.strerror(number) in heard.text and "Traceback" not in heard.text
+    assert os.strerror(number) in output.text and "Traceback" not in output.text
     assert checkpoint_digest(tmp_path / "run", 8) == undisturbed
     assert any(event["event"] == "not written" for event in read_events(tmp_path / "run"))
 

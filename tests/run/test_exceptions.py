@@ -1,4 +1,4 @@
-"""An exception anywhere: the job is over within seconds, with one traceback and nothing half-written."""
+"""An exception in any phase ends the job within seconds, with one traceback and no partial file."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ AFTER_ROUND_1 = {"sum", "update", "record", "layout", "write", "seal"}
 
 
 def fails(tmp_path: Path, rank: int | str, phase: str, mpi: str) -> None:
-    """Run with the fault and check how the job ends."""
+    """Run with the fault and check the job's exit code and output."""
     run = tmp_path / "run"
     fault = ("fault_injection", "raise", str(rank), phase)
     ended = run_module(*fault, *FLAGS, "--run.dir", str(run), ranks=RANKS, mpi=mpi)
     seconds = time.time() - float(re.findall(r"fault at ([\d.]+)", ended.output)[0])
-    told = ended.output
-    assert ended.code not in {0, 2, 75}, told
-    assert told.count("Traceback (most recent call last)") == 1, told
-    assert told.count(f"Injected: {phase}") == 1, told
-    speaker = re.search(r"^(?:\[.*\])?rank (\d+): Traceback", told, re.MULTILINE)
-    assert speaker and (rank == "all" or speaker[1] == str(rank)), told
-    assert re.search(NAMED.get(phase, "round 2" if phase in AFTER_ROUND_1 else ""), told), told
+    text = ended.output
+    assert ended.code not in {0, 2, 75}, text
+    assert text.count("Traceback (most recent call last)") == 1, text
+    assert text.count(f"Injected: {phase}") == 1, text
+    speaker = re.search(r"^(?:\[.*\])?rank (\d+): Traceback", text, re.MULTILINE)
+    assert speaker and (rank == "all" or speaker[1] == str(rank)), text
+    assert re.search(NAMED.get(phase, "round 2" if phase in AFTER_ROUND_1 else ""), text), text
     assert ended.left == 0, "processes were left behind"
     print(f"{phase} on rank {rank} under {mpi}: over {seconds:.1f} s after the fault")
     assert seconds < 10
@@ -44,7 +44,7 @@ def fails(tmp_path: Path, rank: int | str, phase: str, mpi: str) -> None:
 
 
 def cases() -> list[tuple[str, int]]:
-    """Every phase once; the ranks in turn, rank 0 where only it does the work."""
+    """Return (phase, rank): the ranks in turn, rank 0 where only it does the work."""
     return [(phase, 0 if phase in ROOT_PHASES else number % RANKS) for number, phase in enumerate(PHASES)]
 
 

@@ -1,4 +1,4 @@
-"""The main job as a user runs it: real mpirun, real kills, real restarts, real data."""
+"""Runs as a user starts them: mpirun, kills, restarts and real data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_default_run_has_the_same_bits_on_any_ranks(tmp_path: Path) -> None:
 
 
 def test_partial_participation_has_the_same_bits_on_any_ranks(tmp_path: Path) -> None:
-    """Some of a small cohort train away from home, and come back changed."""
+    """Some clients of a small cohort train on another rank, and their vectors return."""
     found = {}
     for ranks in (1, 2, 4):
         run_to_end(ranks, *QUICK_RUN, "--participation", "0.5", "--run.dir", str(ranks), cwd=tmp_path)
@@ -74,9 +74,9 @@ def kills(number: int) -> Iterator[tuple[int, random.Random]]:
 
 
 def survive(tmp_path: Path, draw: random.Random, expected: tuple[str, float]) -> str:
-    """Kill something at a random moment once config.toml exists, restart, compare; what happened.
+    """Kill a process at a random moment once config.toml exists, restart and compare; return what happened.
 
-    Every third moment is one in which a checkpoint is being written, if there is another one.
+    Every third moment is during the write of a checkpoint, if one follows.
     """
     wanted, seconds = expected
     with running_job(3, *QUICK_RUN, cwd=tmp_path) as job:
@@ -101,7 +101,7 @@ def survive(tmp_path: Path, draw: random.Random, expected: tuple[str, float]) ->
 
 
 def wait_for_a_write(folder: Path, job: subprocess.Popen[str]) -> bool:
-    """Whether a half-written checkpoint appeared before the job ended."""
+    """Return whether a partial checkpoint appeared before the job ended."""
     while job.poll() is None:
         if any(name.startswith(".round-") for name in os.listdir(folder)):
             return True
@@ -130,7 +130,7 @@ LONG_ROUNDS = (*QUICK_RUN, "--train.epochs", "40", "--rounds", "2")
 
 @pytest.fixture(scope="module")
 def two_long_rounds(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of an undisturbed run whose rounds take long enough to be stopped in."""
+    """The digest of an undisturbed run with rounds long enough to stop in."""
     folder = tmp_path_factory.mktemp("long")
     run_to_end(2, *LONG_ROUNDS, cwd=folder)
     return digest(folder / "run", 2)
@@ -162,7 +162,7 @@ def test_signal_to_mpirun_stops_the_round_with_75(
 
 @pytest.mark.parametrize("moment", ["config.toml", "events.jsonl"])
 def test_stalled_rank_ends_the_job(tmp_path: Path, moment: str) -> None:
-    """run.timeout holds before the first round and in it, where the rank is named."""
+    """run.timeout applies before the first round and in it, where the rank is named."""
     with running_job(2, *LONG_ROUNDS, "--run.timeout", "3", cwd=tmp_path) as job:
         wait_for_file(tmp_path / "run" / moment, job)
         os.kill(rank_processes(job.pid)[1], signal.SIGSTOP)

@@ -14,7 +14,7 @@ Sample = dict[int, tuple[float, int]]  # by rank: resident MiB, open files
 
 
 def look(mpirun: int) -> Sample:
-    """Every rank as the system sees it."""
+    """Return memory and open files of every rank."""
     found = {}
     for rank, pid in rank_processes(mpirun).items():
         status = dict(
@@ -26,7 +26,7 @@ def look(mpirun: int) -> Sample:
 
 
 def soak(tmp_path: Path, rounds: int) -> None:
-    """Between a quarter of the rounds and the end no rank grows by 8 MiB, or holds more files."""
+    """Check that after a quarter of the rounds no rank grows by 8 MiB or opens more files."""
     samples: list[tuple[int, Sample]] = []
     arguments = (*FLAGS, "--rounds", str(rounds), "--train.epochs", "4", "--run.dir", "run")
     with running_job(3, *arguments, cwd=tmp_path) as job:

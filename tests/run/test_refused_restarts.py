@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, and restarts that would be another run: refused, and nothing written."""
+"""Damaged checkpoints, and restarts that would be another run, are refused and write nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def truncate(path: Path) -> None:
 
 
 def unseal(path: Path) -> None:
-    """As a file renamed before it was sealed: HDF5 is whole, the user block is empty."""
+    """Make a file that was renamed before it was sealed: HDF5 is complete, the user block is empty."""
     with open(path, "r+b") as file:
         file.write(bytes(4096))
 
@@ -52,7 +52,7 @@ def cut_into(path: Path, name: str) -> None:
 
 
 def relinked(file: Any) -> None:
-    """As a stranger may, who can compute a seal too."""
+    """Replace the configuration by a link; `reseal` computes a valid seal."""
     del file["config"]
     file["config"] = h5py.ExternalLink("other.h5", "/config")
 
@@ -112,7 +112,7 @@ def test_restart_uses_the_last_good_checkpoint_and_says_why(
 
 
 def test_flipped_bit_anywhere_is_detected(session: Session, run: Path, tmp_path: Path) -> None:
-    """One byte in each of 60 stretches of the file, the user block's unused rest excepted."""
+    """One byte is flipped in each of 60 stretches of the file, except the unused rest of the user block."""
     path = run / "checkpoints" / "round-000003.h5"
     good = path.read_bytes()
     random = np.random.default_rng(4)

@@ -1,4 +1,4 @@
-"""The command `restart`: where a run goes on, what it keeps and what it says."""
+"""The command `restart`: where a run resumes, what it keeps and what it prints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from support.mpi_job import run_module
 def test_restart_for_one_more_round_gives_the_same_bits(
     run_command: Callable[..., Result], small_run: tuple[str, ...], run: Path, tmp_path: Path
 ) -> None:
-    """Three rounds and one more are four: the same rows, the same bits."""
+    """Three rounds and one more equal four: the same rows, the same bits."""
     result = run_command("restart", run, "--rounds", "4", "--run.keep", "9", "--train.lr-gate", "0.1")
     assert "round 4/4" in result.out and "round 3/4" not in result.out and "warning" not in result.err
     whole = ("--rounds", "4", "--eval.every", "2", "--run.checkpoint_every", "1", "--run.dir", "whole")
@@ -95,7 +95,7 @@ def test_restart_from_a_checkpoint_uses_another_folder(
 def test_run_killed_early_keeps_changed_settings(
     run_command: Callable[..., Result], run: Path, tmp_path: Path, to: str
 ) -> None:
-    """As if the kill had come just before the last checkpoint, the only one of this leg's interval."""
+    """The state is that of a kill just before the last checkpoint, the only one since this restart."""
     source = run if to == "run" else run / "checkpoints" / "round-000002.h5"
     new = () if to == "run" else ("--run.dir", to)
     run_command("restart", source, *new, "--rounds", "5", "--train.lr", "0.01", "--run.checkpoint-every", "9")
@@ -108,7 +108,7 @@ def test_run_killed_early_keeps_changed_settings(
 def test_run_killed_after_its_last_checkpoint_is_finished(
     run_command: Callable[..., Result], run: Path
 ) -> None:
-    """What it had still to write is written by the restart; with it all there, nothing is."""
+    """The restart writes what is missing; if nothing is missing, it writes nothing."""
     kept = reproducible_rows(run)
     for name in ("metrics.jsonl", "events.jsonl"):
         lines = (run / name).read_text().splitlines(keepends=True)
@@ -131,7 +131,7 @@ def test_damaged_best_checkpoint_is_replaced(run_command: Callable[..., Result],
 
 
 def test_damaged_newer_checkpoints_are_set_aside(tmp_path: Path) -> None:
-    """After a fallback: else rounds 4 and 5 would look overtaken by a damaged round 6."""
+    """Otherwise, after a fallback, rounds 4 and 5 would look older than a damaged round 6."""
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
     for name in ("round-000006.h5", "round-000005-partial.h5", "round-000004.h5", "round-000003.h5"):
@@ -174,7 +174,7 @@ def test_changed_normalisation_is_refused(session: Session, run: Path, tmp_path:
 def test_unmeasured_members_leave_the_cohort_mean_null(
     run_command: Callable[..., Result], tmp_path: Path
 ) -> None:
-    """Stopped in a round that was not due, which is due after the restart."""
+    """The run stops in a round without evaluation, which has one after the restart."""
     flags = (*SMALL_RUN, "--rounds", "2", "--eval.every", "2", "--run.dir", str(tmp_path / "run"))
     assert run_module("fault_injection", "stop", "0", "training", *flags, ranks=1).code == 75
     partial = tmp_path / "run" / "checkpoints" / "round-000001-partial.h5"

@@ -1,4 +1,4 @@
-"""Stops: at the wall-time limit, by a signal to any rank in any phase, and legs that bring nothing."""
+"""Stops at the wall-time limit and by a signal to any rank in any phase, and restarts without progress."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def stopped(rank: int, phase: str, *arguments: str, mpi: str = "mpich") -> JobResult:
-    """A job of three ranks of which one gets SIGUSR1 in a phase."""
+    """Run three ranks of which one gets SIGUSR1 in a phase."""
     return run_module("fault_injection", "stop", str(rank), phase, *arguments, ranks=3, mpi=mpi)
 
 
@@ -54,7 +54,7 @@ def stopped(rank: int, phase: str, *arguments: str, mpi: str = "mpich") -> JobRe
 def test_signal_to_one_rank_in_any_phase_stops_with_75(
     tmp_path: Path, session: launcher.Session, undisturbed: str, number: int, phase: str
 ) -> None:
-    """75, a checkpoint, and the restart on another number of ranks repeats the bits."""
+    """The run exits with 75 and a checkpoint; the restart on other ranks gives the same bits."""
     rank = 0 if phase in ROOT_PHASES else (number + 1) % 3
     ended = stopped(rank, phase, *FLAGS, "--run.dir", str(tmp_path / "run"))
     assert ended.code == 75 and ended.left == 0, ended.output
@@ -68,7 +68,7 @@ def test_signal_to_one_rank_in_any_phase_stops_with_75(
 
 @pytest.mark.parametrize("mpi", ["mpich", pytest.param("openmpi", marks=pytest.mark.openmpi)])
 def test_signal_to_an_idle_rank_stops_all(tmp_path: Path, mpi: str) -> None:
-    """One client on three ranks: two wait inside the sum, and one of them is told."""
+    """With one client on three ranks, two wait inside the sum, and one of these gets the signal."""
     lonely = (*SMALL_RUN, "--clients", "1", "--rounds", "50", "--train.epochs", "3000", "--run.dir", "run")
     with running_job(3, *lonely, "--partition.kind", "iid", cwd=tmp_path, mpi=mpi) as job:
         wait_for_file(tmp_path / "run" / "events.jsonl", job)
@@ -83,7 +83,7 @@ def test_signal_to_an_idle_rank_stops_all(tmp_path: Path, mpi: str) -> None:
 
 @pytest.mark.parametrize("moment", ["python", "mpi"])
 def test_signal_during_start_is_not_lost(tmp_path: Path, moment: str) -> None:
-    """Sent to a rank as soon as it is there, or has loaded MPI: the stop comes all the same."""
+    """Sent to a rank as soon as it exists, or has loaded MPI, the signal still stops the run."""
     with running_job(2, *FLAGS, "--rounds", "5000", "--run.dir", "run", cwd=tmp_path) as job:
         pid = starting(job, "libmpi" if moment == "mpi" else "pydantic_core")
         os.kill(pid, signal.SIGUSR1)
@@ -92,7 +92,7 @@ def test_signal_during_start_is_not_lost(tmp_path: Path, moment: str) -> None:
 
 
 def starting(job: subprocess.Popen[str], library: str) -> int:
-    """Rank 1 as soon as it has loaded a library."""
+    """Return rank 1's process id as soon as it has loaded a library."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         pid = rank_processes(job.pid).get(1)
@@ -103,7 +103,7 @@ def starting(job: subprocess.Popen[str], library: str) -> int:
 
 
 def test_repeated_signals_keep_the_exit_code(tmp_path: Path) -> None:
-    """A script that sends its warning again and again, to the ranks."""
+    """A script may send its warning to the ranks again and again."""
     with running_job(2, *FLAGS, "--rounds", "5000", "--run.dir", "run", cwd=tmp_path) as job:
         wait_for_file(tmp_path / "run" / "metrics.jsonl", job)
         ranks = list(rank_processes(job.pid).values())
@@ -120,7 +120,7 @@ def test_repeated_signals_keep_the_exit_code(tmp_path: Path) -> None:
 def test_stop_during_server_training_is_repeated(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is left at its next step, and done again from the sum, to the same bits."""
+    """The training stops at its next step and is repeated from the sum, to the same bits."""
     flags = dict(zip((word.removeprefix("--") for word in SMALL_RUN[::2]), SMALL_RUN[1::2], strict=True))
     chosen = config.build({**flags, "algorithm": method, "rounds": 1})
 
@@ -172,7 +172,7 @@ def test_run_stops_before_its_wall_time(tmp_path: Path) -> None:
 
 
 def test_two_restarts_without_a_step_end_the_run(tmp_path: Path, undisturbed: str) -> None:
-    """What a job script would requeue for ever."""
+    """A job script would requeue such a run for ever."""
     run = str(tmp_path / "run")
     first = stopped(1, "clients", *FLAGS, "--run.dir", run)
     assert first.code == 75 and "no client's step was done" in first.output, first.output
@@ -184,7 +184,7 @@ def test_two_restarts_without_a_step_end_the_run(tmp_path: Path, undisturbed: st
 
 
 def test_restarts_with_a_step_always_continue(tmp_path: Path, session: launcher.Session) -> None:
-    """A leg of one step between two without any is progress; a round in progress keeps its cohort."""
+    """One step between two restarts without any is progress; a round in progress keeps its cohort."""
     run = str(tmp_path / "run")
     assert stopped(0, "clients", *FLAGS, "--run.dir", run).code == 75
     assert stopped(0, "contribution", "restart", run).code == 75
@@ -201,7 +201,7 @@ def test_restarts_with_a_step_always_continue(tmp_path: Path, session: launcher.
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("mpi", ["mpich", pytest.param("openmpi", marks=pytest.mark.openmpi)])
 def test_exit_follows_a_signal_within_seconds_on_cifar10(tmp_path: Path, mpi: str) -> None:
-    """Ten clients of CNN-1 to CNN-5, 20 random moments; median and worst."""
+    """Ten clients of CNN-1 to CNN-5 are stopped at 20 random moments; prints median and worst."""
     with tarfile.open(shared_data("cifar10-images.tar")) as images:
         images.extractall(tmp_path / "cifar", filter="data")
     (path,) = {path.parent for path in (tmp_path / "cifar").glob("**/train")}

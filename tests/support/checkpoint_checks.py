@@ -29,7 +29,7 @@ SIZES = (1500, 1, 0, 100, 1024, 5000)
 def sample_content(
     clients: int = 12, partial: bool = False, sizes: Sequence[int] = SIZES, state: int = 700
 ) -> Content:
-    """What a checkpoint may hold; client k's vector has sizes[k mod length] numbers."""
+    """Return content for a checkpoint; client k's vector has sizes[k mod length] numbers."""
     draw = np.random.default_rng(clients)
     layouts = [Layout.join({"model": Layout.of_tensor((sizes[k % len(sizes)],))}) for k in range(clients)]
     split = [draw.integers(0, 1000, k % 4) for k in range(clients)]
@@ -55,20 +55,20 @@ def sample_content(
 
 
 def sample_row(number: int) -> dict[str, Any]:
-    """What a round's row must have."""
+    """Return a metrics row with all required keys."""
     names = ("accuracy", "accuracy_cohort", "accuracy_validation")
     summary = dict.fromkeys(("mean", "weighted", "std", "worst"))
     return {"round": number, "train_loss": 0.1 * number, **{name: {**summary} for name in names}}
 
 
 def client_vector(whole: Content, client: int) -> np.ndarray:
-    """Any bits at all, NaN with payloads among them."""
+    """Return a client's vector of random bits, including NaN with payloads."""
     size = whole.client_layouts[client].size
     return np.random.default_rng(client).integers(0, 2**32, size, np.uint32).view(np.float32)
 
 
 def distribute(world: Comm, whole: Content) -> tuple[list[int], dict[int, np.ndarray]]:
-    """(home of every client, this rank's vectors)."""
+    """Return (home rank of every client, this rank's vectors)."""
     home = [client % world.size for client in range(len(whole.client_layouts))]
     return home, {
         client: client_vector(whole, client) for client, rank in enumerate(home) if rank == world.rank
@@ -89,7 +89,7 @@ def write_together(world: Comm, folder: str) -> None:
 
 
 def write_fails(world: Comm, folder: str) -> None:
-    """A file may not grow on one rank: all hear of it, nothing is left of it, and the next one is good."""
+    """Limit the file size on one rank: the error reaches all, no file is left, the next write succeeds."""
     write_together(world, folder)
     whole = sample_content()
     home, mine = distribute(world, whole)
@@ -112,7 +112,7 @@ def write_fails(world: Comm, folder: str) -> None:
 
 
 def damaged_for_one(world: Comm, folder: str) -> None:
-    """The rank whose share is damaged tells all."""
+    """Damage one rank's share: every rank raises."""
     write_together(world, folder)
     path = Path(folder, checkpoint.name(3, False))
     heard = []
@@ -131,7 +131,7 @@ def damaged_for_one(world: Comm, folder: str) -> None:
 
 
 def write_limited(world: Comm, folder: str) -> None:
-    """Files limited to any length: an error of ours each time, the old file stays, the next is good."""
+    """Limit the file to many lengths: a CheckpointError each time, the old file stays, the last succeeds."""
     whole = sample_content()
     home, mine = distribute(world, whole)
     first = Path(folder, checkpoint.name(3, False))
@@ -152,7 +152,7 @@ def write_limited(world: Comm, folder: str) -> None:
 
 
 def writer_killed(folder: str, seed: str, times: str) -> None:
-    """Children that write checkpoint after checkpoint are killed at any moment; what has a name is good."""
+    """Kill children that keep writing checkpoints; every file without a temporary name must verify."""
     draw, number, unfinished = random.Random(seed), 0, 0
     for _ in range(int(times)):
         child = os.fork()

@@ -1,4 +1,4 @@
-"""Small checkpoints for tests: written alone, taken apart, and sealed anew by a stranger."""
+"""Small checkpoints: written by one rank, taken apart, and edited with a valid seal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.checkpoint_checks import distribute
 
 @cache
 def single_rank() -> Comm:
-    """A world of one rank."""
+    """Return a communicator of one rank."""
     from mpi4py import MPI
 
     return Comm(MPI.COMM_SELF)
@@ -30,14 +30,14 @@ def write_alone(path: Path, whole: Content) -> Path:
 
 
 def read_ranges(path: Path) -> tuple[dict[str, tuple[int, int]], int]:
-    """Offset and length of every dataset with bytes, as the seal names them, and the user block's length."""
+    """Return {dataset: (offset, length)} as the seal lists them, and the user block's length."""
     with open(path, "rb") as file:
         found = seal.read(file, path)
     return {one.name: (one.offset, one.length) for one in found.ranges}, found.start
 
 
 def regions(path: Path) -> dict[str, tuple[int, int]]:
-    """First and last byte of everything a checkpoint is made of."""
+    """Return {region: (first byte, last byte)} of a whole checkpoint."""
     ranges, start = read_ranges(path)
     table = 32 + 48 * len(ranges)
     names = table + len("\n".join(ranges))
@@ -65,7 +65,7 @@ def regions(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def reseal(path: Path, edit: Callable[[Any], object]) -> Path:
-    """A checkpoint after a stranger's edit, its seal as good as ours: anyone can compute it."""
+    """Edit a checkpoint and compute a valid seal for it, as an attacker could."""
     with h5py.File(path, "r+") as file:
         edit(file)
     table: dict[str, tuple[int, int]] = {}

@@ -1,4 +1,4 @@
-"""Data files for tests, made or found, and what a user hears about them."""
+"""Data files, generated or real, and the messages about them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def all_rows(data: Dataset) -> np.ndarray:
 
 
 def data_error(pattern: str, source: str, path: Path | str = "", **settings: Any) -> str:
-    """The message about these data; it matches `pattern` and holds a remedy."""
+    """Return the DataError's message about these data; it must match `pattern` and state a remedy."""
     with pytest.raises(DataError, match=pattern) as caught:
         open_data(source, path, **settings)
     assert "remedy: " in str(caught.value)
@@ -60,7 +60,7 @@ def file_names(folder: Path) -> list[str]:
 
 
 def write_damaged_h5(path: Path, x: np.ndarray, block: int, damaged: int) -> Path:
-    """`x` in chunks of `block` rows under checksums, the chunk of row `damaged` spoilt."""
+    """Write `x` in checksummed chunks of `block` rows, and damage the chunk of row `damaged`."""
     with h5py.File(path, "w") as file:
         file.create_dataset("x", data=x, chunks=(block, *x.shape[1:]), fletcher32=True)
         file["y"] = np.arange(len(x)) % 2

@@ -36,11 +36,11 @@ ROOT_PHASES = {"layout", "seal"}
 
 
 class Injected(Exception):
-    """Nothing the program knows."""
+    """An exception that the program does not expect."""
 
 
 def inject(action: str, phase: str) -> None:
-    """Make the function of a phase raise, or get a signal."""
+    """Make the function of a phase raise, or send its process a signal."""
     owner, name, call = PHASES[phase]
     original: Callable[..., Any] = getattr(owner, name)
     calls = 0

@@ -1,4 +1,4 @@
-"""What tests ask of files and do to them."""
+"""Digests of files, and damage to them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def path_digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's names and files."""
+    """Return the SHA-256 of a file, or of a folder's names and files."""
     if path.is_file():
         return sha256(path.read_bytes()).hexdigest()
     files = sorted(p for p in path.rglob("*") if p.is_file())

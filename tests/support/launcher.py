@@ -1,4 +1,4 @@
-"""The program as its users start it, and many of its command lines in one process, for tests."""
+"""The program as its users start it, and many of its command lines in one process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ QUICK_RUN = (
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended and what it said."""
+    """A command's exit code and output."""
 
     code: int
     out: str
@@ -49,7 +49,7 @@ class Result:
 
 
 def error_message(result: Result, pattern: str) -> str:
-    """The one message of a refused command line; it matches `pattern` and holds a remedy."""
+    """Return the only message of a refused command line; it must match `pattern` and state a remedy."""
     assert result.code == 2, f"exit {result.code}\n{result.out}\n{result.err}"
     assert result.err.count("error: ") == 1 and result.err.count("remedy: ") == 1, result.err
     assert "Traceback" not in result.err and "Warning" not in result.err
@@ -60,17 +60,17 @@ def error_message(result: Result, pattern: str) -> str:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl."""
+    """Return the rows of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
-    """events.jsonl."""
+    """Return the events of events.jsonl."""
     return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
 def reproducible_rows(run: Path) -> list[dict[str, Any]]:
-    """The rows without what differs between runs of the same bits."""
+    """Return the metrics rows without times, memory and MPI traffic, which differ between equal runs."""
     return [
         {k: v for k, v in row.items() if k not in {"seconds", "seconds_ranks", "rss_mb", "mpi_bytes"}}
         for row in read_metrics(run)
@@ -78,7 +78,7 @@ def reproducible_rows(run: Path) -> list[dict[str, Any]]:
 
 
 def clean_environment(mpi: str, extra: dict[str, str]) -> dict[str, str]:
-    """The tests' environment without any launcher's words, one thread per rank, and the MPI to load."""
+    """Return the environment without launcher variables, with one thread per rank and the MPI to load."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
     clean["OMP_NUM_THREADS"] = "1"
     if mpi == "openmpi":
@@ -89,7 +89,7 @@ def clean_environment(mpi: str, extra: dict[str, str]) -> dict[str, str]:
 
 
 def openmpi_folder() -> Path:
-    """Where Open MPI is installed beside MPICH; without it the test is skipped, in CI failed."""
+    """Return the folder of the Open MPI installed beside MPICH; without it skip the test, or fail in CI."""
     folder = Path(os.environ.get("PFEDMOE_OPENMPI") or ROOT / ".openmpi").absolute()
     if not (folder / "lib" / "libmpi.so.40").exists():
         reason = (
@@ -105,7 +105,7 @@ def openmpi_folder() -> Path:
 def start_program(
     ranks: int, *arguments: str, cwd: Path, mpi: str = "mpich", env: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """Start `mpirun -n RANKS python -m pfedmoe_mpi ARGUMENTS`, without mpirun for 0 ranks."""
+    """Start `mpirun -n RANKS python -m pfedmoe_mpi ARGUMENTS`; 0 ranks start without mpirun."""
     command = [sys.executable, "-m", "pfedmoe_mpi", *arguments]
     if ranks and mpi == "openmpi":
         flags = ["--oversubscribe", "--allow-run-as-root"]
@@ -125,7 +125,7 @@ def start_program(
 
 
 def wait_for_end(process: subprocess.Popen[str], timeout: float) -> Result:
-    """How it ended; the test fails if it does not within `timeout` seconds, with nothing left running."""
+    """Return the result; after `timeout` seconds kill all processes and fail the test."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -143,19 +143,19 @@ def run_program(
     timeout: float = 120,
     env: dict[str, str] | None = None,
 ) -> Result:
-    """`start` and `ended`."""
+    """Start the program and wait for its end."""
     return wait_for_end(start_program(ranks, *arguments, cwd=cwd, mpi=mpi, env=env), timeout)
 
 
 def kill_tree(pid: int) -> None:
-    """Kill a process with all it started, whatever groups they made."""
+    """Kill a process and all its descendants, whatever their process groups."""
     for process in [pid, *descendants(pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
 
 def descendants(pid: int) -> list[int]:
-    """Children, grandchildren and so on, by their numbers."""
+    """Return the process ids of all descendants."""
     found = []
     for task in Path("/proc", str(pid), "task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -167,7 +167,7 @@ def descendants(pid: int) -> list[int]:
 def running_job(
     ranks: int, *arguments: str, cwd: Path, mpi: str = "mpich"
 ) -> Iterator[subprocess.Popen[str]]:
-    """A job, killed with all it started when the block ends."""
+    """Run a job inside the block; kill it and its descendants when the block ends."""
     process = start_program(ranks, *arguments, cwd=cwd, mpi=mpi)
     try:
         yield process
@@ -177,7 +177,7 @@ def running_job(
 
 
 def rank_processes(mpirun: int) -> dict[int, int]:
-    """The process of every rank below an mpirun."""
+    """Return {rank: process id} of the ranks below an mpirun."""
     return {_rank(pid): pid for pid in descendants(mpirun) if b"-m\0pfedmoe_mpi" in _command(pid)}
 
 
@@ -198,7 +198,7 @@ def _rank(pid: int) -> int:
 
 
 def wait_for_file(path: Path, job: subprocess.Popen[str], timeout: float = 120) -> None:
-    """Until the file has content."""
+    """Wait until the file has content."""
     deadline = time.monotonic() + timeout
     while not (path.exists() and path.stat().st_size):
         assert time.monotonic() < deadline, f"{path} did not appear"
@@ -207,14 +207,14 @@ def wait_for_file(path: Path, job: subprocess.Popen[str], timeout: float = 120) 
 
 
 def run_to_end(ranks: int, *arguments: str, cwd: Path, timeout: float = 240, mpi: str = "mpich") -> str:
-    """The output of a job that must end well."""
+    """Return the output of a job that must exit with 0."""
     result = run_program(ranks, *arguments, cwd=cwd, timeout=timeout, mpi=mpi)
     assert result.code == 0, result.out + result.err
     return result.out + result.err
 
 
 def checkpoint_digest(run: Path, round: int) -> str:
-    """`inspect --digest` of a whole checkpoint of a run folder."""
+    """Return `inspect --digest` of a round's complete checkpoint in a run folder."""
     from pfedmoe_mpi import checkpoint, inspection
 
     path = run / "checkpoints" / checkpoint.name(round, partial=False)
@@ -224,7 +224,7 @@ def checkpoint_digest(run: Path, round: int) -> str:
 
 
 class Session:
-    """Command lines one after the other in one process without a launcher: what they say costs no start."""
+    """Command lines run one after the other in one process without a launcher, to save start-up time."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None

@@ -27,7 +27,7 @@ SECONDS = 5.0  # for one file
 
 
 def read_messages(source: str, paths: list[Path], timeout: float = 120) -> dict[Path, str]:
-    """The messages about files, by a process of its own."""
+    """Return {path: message} about files, read by a process with limited memory."""
     command = [sys.executable, "-m", "support.limited_memory", source, *map(str, paths)]
     job = subprocess.run(
         command, env=with_support(os.environ), capture_output=True, text=True, timeout=timeout, check=False

@@ -1,4 +1,4 @@
-"""Jobs of the tests' own scripts under mpirun."""
+"""Jobs of this package's scripts, and of conformance.py, under mpirun."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARK = "PFEDMOE_TEST_JOB"
 
 @dataclass(frozen=True)
 class JobResult:
-    """A job that came to an end: exit code, all it printed, how many of its processes were left behind."""
+    """A finished job: exit code, all output, and how many of its processes still run."""
 
     code: int
     output: str
@@ -30,7 +30,7 @@ class JobResult:
 def run_module(
     script: str, *arguments: str, ranks: int = 4, limit: float = 120, mpi: str = "mpich"
 ) -> JobResult:
-    """Run a module of this package; after `limit` seconds everything it started is killed."""
+    """Run a module of this package; after `limit` seconds kill everything it started."""
     token = uuid.uuid4().hex
     launcher = [str(Path(sys.executable).parent / "mpirun")]
     if mpi == "openmpi":
@@ -58,7 +58,7 @@ def run_module(
 
 
 def job_processes(token: str) -> list[int]:
-    """The live processes of a job."""
+    """Return the live processes of a job."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -68,7 +68,7 @@ def job_processes(token: str) -> list[int]:
 
 
 def run_conformance(*arguments: str, timeout: float) -> tuple[int, str]:
-    """One job of four ranks; killed with all it started after `timeout` seconds."""
+    """Run conformance.py on four ranks; kill the job after `timeout` seconds."""
     command = [
         str(Path(sys.executable).parent / "mpirun"),
         "-n",

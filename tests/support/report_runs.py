@@ -1,4 +1,4 @@
-"""Short runs of several methods, settings and seeds, and their reports as files, for tests."""
+"""Short runs of several methods, settings and seeds, and readers of the reports on them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLAGS = (*SMALL_RUN, "--rounds", "4", "--participation", "0.75", "--faults.dropo
 
 
 def make_runs(session: Session, folder: Path) -> Path:
-    """`folder/runs` with a run folder METHOD-CONCENTRATION-SEED for each of RUNS."""
+    """Train each of RUNS in folder/runs/METHOD-CONCENTRATION-SEED and return folder/runs."""
     for method, alpha, seeds in RUNS:
         pool = "mlp5" if method == "fedavg" else "mlp5,mlp4"
         for seed in seeds:
@@ -39,7 +39,7 @@ def make_runs(session: Session, folder: Path) -> Path:
 
 
 def add_class_counts(run: Path) -> None:
-    """Add to the start's event what reports can use, where the run did not: class counts, operations."""
+    """Add class counts and operations to the start event where the run did not record them."""
     lines = read_events(run)
     if "class_counts" not in lines[0]:
         counts = class_counts(run)
@@ -48,7 +48,7 @@ def add_class_counts(run: Path) -> None:
 
 
 def class_counts(run: Path) -> np.ndarray:
-    """Training rows by client and class, (N, classes), from a checkpoint's rows and the data's labels."""
+    """Return training rows by client and class, (N, classes), from a checkpoint and the data's labels."""
     from pfedmoe_mpi import config
     from pfedmoe_mpi.data import open_dataset
 
@@ -61,13 +61,13 @@ def class_counts(run: Path) -> np.ndarray:
 
 
 def read_table(report: Path, name: str) -> list[dict[str, str]]:
-    """A CSV table's rows by heading."""
+    """Return the rows of a CSV table by heading."""
     with open(report / "tables" / f"{name}.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def page_table(report: Path, name: str) -> list[list[tuple[str, str]]]:
-    """A table of the page: (text, classes) of each cell."""
+    """Return (text, CSS classes) of each cell of a table on the page."""
     page = (report / "report.html").read_text(encoding="utf-8")
     body = page.partition(f'<table id="table-{name}">')[2].partition("</table>")[0].partition("<tbody>")[2]
     cell = re.compile(r'<td class="([^"]*)"><span>(.*?)</span></td>', re.S)
@@ -77,14 +77,14 @@ def page_table(report: Path, name: str) -> list[list[tuple[str, str]]]:
 
 
 def same_number(text: str, value: float | None) -> bool:
-    """Whether a CSV cell holds a number to the last digits; empty is None."""
+    """Return whether a CSV cell equals a number to the last digits; an empty cell equals None."""
     if value is None or not text:
         return value is None and not text
     return bool(np.isclose(float(text), value, rtol=1e-12, atol=1e-15))
 
 
 def metrics_by_seed(runs: Path, method: str, alpha: float) -> dict[int, list[dict[str, Any]]]:
-    """metrics.jsonl of a group, by seed."""
+    """Return {seed: rows of metrics.jsonl} of a group."""
     found = {}
     for path in runs.glob(f"{method}-{alpha}-*"):
         lines = (path / "metrics.jsonl").read_text().splitlines()

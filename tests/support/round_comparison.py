@@ -1,4 +1,4 @@
-"""Rounds of the program against rounds written by hand from the papers' equations."""
+"""Comparison of the program's rounds with the reference rounds in `oracles/`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def assert_tensors_agree(found: dict[str, Tensor], expected: dict[str, Tensor], 
 
 
 def assert_same_metrics(it: TrainedFederation, history: list[methods.Round], clients: frozenset[int]) -> None:
-    """Accuracies, losses and their means in the rows are those of the rounds by hand."""
+    """Check that accuracies, losses and their means in the metrics equal those of the reference."""
     method = it.loop.federation.config.algorithm
     for row, record in zip(it.loop.history, history, strict=True):
         known = {k: v for k, v in enumerate(row["clients"]["accuracy_before"]) if v is not None}

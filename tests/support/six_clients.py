@@ -19,7 +19,7 @@ SETTINGS = {"model.pool": "mlp5", "model.dim": 12, "clients": 6, "participation"
 
 
 def write_six_clients(folder: Path) -> Path:
-    """Samples of two classes each."""
+    """Write samples of two classes for each of six clients."""
     draw = np.random.default_rng(7)
     means = draw.uniform(60, 200, (4, 3, 8, 8))
     y = np.concatenate(
@@ -33,7 +33,7 @@ def write_six_clients(folder: Path) -> Path:
 
 
 def write_common_expert(data: Path) -> Path:
-    """A common expert as `export` writes one, which tells the classes apart somewhat."""
+    """Train two rounds and write the model as `export` does, for use as a common expert."""
     loop = build_loop(data, "fedavg", **SETTINGS, rounds=2)
     assert loop.run()
     layout, path = loop.federation.state_layout, data.with_name("common.h5")
@@ -45,7 +45,7 @@ def write_common_expert(data: Path) -> Path:
 
 @dataclass
 class SixClients(TrainedFederation):
-    """Six clients instead of three."""
+    """A trained federation of six clients instead of three."""
 
     @property
     def samples(self) -> list[Samples]:

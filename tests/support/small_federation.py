@@ -1,4 +1,4 @@
-"""A federation of three small clients, played by the program, and what a round by hand needs of it."""
+"""A federation of three small clients, trained by the program, and what a reference round needs from it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ shared_comm = cache(comm.start)
 
 
 def write_data(path: Path, side: int, spoilt: int | None = None) -> Path:
-    """Samples of three clients whose classes can be told apart, mostly; `spoilt` has values near 1e30."""
+    """Write samples of three clients with separable classes; client `spoilt` has values near 1e30."""
     draw = np.random.default_rng(5)
     means = draw.uniform(60, 200, (4, 3, side, side))
     y = np.concatenate([draw.permutation(np.arange(n) % 2 + k) for k, n in enumerate(SAMPLES)])
@@ -68,7 +68,7 @@ def client_rows(k: int) -> slice:
 
 
 def write_data_files(folder: Path) -> dict[str, Path]:
-    """The files of a test module, by name."""
+    """Write all data files and return {name: path}."""
     return {
         "small": write_data(folder / "small.h5", 8),
         "images": write_data(folder / "images.h5", 16),
@@ -78,19 +78,19 @@ def write_data_files(folder: Path) -> dict[str, Path]:
 
 @dataclass
 class TrainedFederation:
-    """A federation that was played, and the vectors it started from."""
+    """A trained federation, and the vectors it started from."""
 
     loop: Loop
     state: Tensor
     private: dict[int, Tensor]
 
     def of_state(self, part: str, start: bool = True) -> dict[str, Tensor]:
-        """A part of the server's vector by tensor name, before round 1 or now."""
+        """Return a part of the server's vector by tensor name, before round 1 or now."""
         layout = self.loop.federation.state_layout
         return named_part(layout.views(self.state if start else self.loop.state), part)
 
     def of_client(self, k: int, part: str, start: bool = True) -> dict[str, Tensor]:
-        """A part of a client's vector by tensor name, before round 1 or now."""
+        """Return a part of a client's vector by tensor name, before round 1 or now."""
         layout = self.loop.federation.client_layouts[k]
         return named_part(
             layout.views(self.private[k] if start else self.loop.federation.clients[k].vector), part
@@ -98,12 +98,12 @@ class TrainedFederation:
 
     @property
     def cohorts(self) -> list[list[int]]:
-        """Who trained in every round, without those left out."""
+        """The clients that trained in each round and were not left out."""
         return [[k for k in row["cohort"] if k not in row["dropped"]] for row in self.loop.history]
 
     @property
     def course(self) -> Course:
-        """What happened, for the other side."""
+        """The samples, cohorts and optimiser settings for the reference."""
         settings = self.loop.federation.config
         train, rounds = settings.train, settings.rounds
         cosine = [0.5 * (1 + np.cos(np.pi * t / rounds)) for t in range(rounds)]
@@ -121,7 +121,7 @@ class TrainedFederation:
 
     @property
     def samples(self) -> list[Samples]:
-        """Every client's batches, drawn from their addresses."""
+        """Every client's batches, drawn again from their random addresses."""
         return [self._samples(k) for k in range(len(SAMPLES))]
 
     def _samples(self, k: int) -> Samples:
@@ -149,7 +149,7 @@ class TrainedFederation:
         return Samples(epochs, train, test)
 
     def _pairs(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Samples as a model sees them: from bytes to [0, 1], minus mean, over standard deviation."""
+        """Return samples as a model sees them: from bytes to [0, 1], minus mean, over standard deviation."""
         dataset = self.loop.federation.dataset
         x = torch.from_numpy(dataset.rows(rows))
         if x.dtype == torch.uint8:
@@ -163,13 +163,13 @@ def named_part(views: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 def split_batches(order: Tensor, size: int) -> list[Tensor]:
-    """Batches of an epoch: a last one of one sample joins the one before it."""
+    """Return an epoch's batches; a last batch of one sample joins the one before it."""
     pieces = list(order.split(size))
     return [*pieces[:-2], torch.cat(pieces[-2:])] if len(pieces[-1]) == 1 else pieces
 
 
 def build_loop(path: Path, method: str, **changes: Any) -> Loop:
-    """A federation before its first round; `__` stands for the dot."""
+    """Build a federation before its first round; `__` in a setting's name stands for the dot."""
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     chosen = config.build({**SETTINGS, "data.path": str(path), "algorithm": method, **dotted})
     return Loop(shared_comm(), setup.build(shared_comm(), chosen), Silent(), None)
@@ -184,7 +184,7 @@ def train_federation(path: Path, method: str, **changes: Any) -> TrainedFederati
 
 
 def first_batch(loop: Loop, k: int = 0) -> tuple[Algorithm, Parts, Batch]:
-    """The parts of a client, and its first batch."""
+    """Return the method, a client's parts and its first batch."""
     federation = loop.federation
     client, method = federation.clients[k], federation.method
     parts = federation.workbench.parts((method.state(), loop.state), (client.spec, client.vector))
@@ -194,7 +194,7 @@ def first_batch(loop: Loop, k: int = 0) -> tuple[Algorithm, Parts, Batch]:
 
 
 def loss_gradients(loop: Loop) -> dict[str, float]:
-    """Largest gradient of the loss by tensor, 0 where there is none."""
+    """Return the largest gradient of the loss by tensor, 0 where there is none."""
     method, parts, batch = first_batch(loop)
     for module in parts.modules().values():
         module.train()
