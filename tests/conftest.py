@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from support import launcher
-from support.files import path_digest
-from support.launcher import SMALL_RUN
+pytest.register_assert_rewrite("support")  # before its import: its assertions show their values too
+
+from support import launcher  # noqa: E402
+from support.files import path_digest  # noqa: E402
+from support.launcher import SMALL_RUN  # noqa: E402
+
+LONG_FOLDERS = ("run", "jobs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the long folders first, so that parallel workers end at about the same time."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG_FOLDERS)
 
 
 @pytest.fixture(scope="session")

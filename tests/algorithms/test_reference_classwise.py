@@ -19,7 +19,7 @@ from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.faults import Faults
 from pfedmoe_mpi.models import mlp
 from pfedmoe_mpi.roundsum import IN, LOST
-from support.round_comparison import SEEDS, assert_same_metrics, assert_tensors_agree
+from support.round_comparison import VARIANTS, assert_tensors_agree, train_and_compare
 from support.small_federation import (
     CLASSES,
     TRAINING_SAMPLES,
@@ -30,7 +30,6 @@ from support.small_federation import (
     write_data_files,
 )
 
-ALL = frozenset({0, 1, 2})
 EQUAL = {"fedprox", "fedrep"}
 
 
@@ -99,14 +98,14 @@ def shuffles(it: TrainedFederation) -> list[list[Tensor]]:
     return found
 
 
-def by_hand_fedprox(it: TrainedFederation) -> list[methods.Round]:
+def reference_fedprox(it: TrainedFederation) -> list[methods.Round]:
     model = nets.model(it.of_state("model"))
     history = classes.fedprox(model, it.course, options(it).mu)
     same_state(it, "model", model)
     return history
 
 
-def by_hand_fedrep(it: TrainedFederation) -> list[methods.Round]:
+def reference_fedrep(it: TrainedFederation) -> list[methods.Round]:
     body, heads = nets.extractor(it.of_state("body")), [linear(it.of_client(k, "head")) for k in range(3)]
     first = options(it).head_epochs
     course = longer(it, first + it.loop.federation.config.train.epochs)
@@ -116,7 +115,7 @@ def by_hand_fedrep(it: TrainedFederation) -> list[methods.Round]:
     return history
 
 
-def by_hand_lg_fedavg(it: TrainedFederation) -> list[methods.Round]:
+def reference_lg_fedavg(it: TrainedFederation) -> list[methods.Round]:
     head, extractors = linear(it.of_state("head")), extractors_of(it)
     history = classes.lg_fedavg(head, extractors, it.course)
     same_state(it, "head", head)
@@ -124,7 +123,7 @@ def by_hand_lg_fedavg(it: TrainedFederation) -> list[methods.Round]:
     return history
 
 
-def by_hand_fd(it: TrainedFederation) -> list[methods.Round]:
+def reference_fd(it: TrainedFederation) -> list[methods.Round]:
     models = models_of(it)
     last: dict[int, dict[int, Tensor]] = {}
     seen: dict[int, dict[int, Tensor]] = {}
@@ -143,7 +142,7 @@ def by_hand_fd(it: TrainedFederation) -> list[methods.Round]:
     return history
 
 
-def by_hand_fedgh(it: TrainedFederation) -> list[methods.Round]:
+def reference_fedgh(it: TrainedFederation) -> list[methods.Round]:
     head, extractors = linear(it.of_state("head")), extractors_of(it)
     lr = options(it).lr or it.course.lr_shared
     history = classes.fedgh(head, extractors, it.course, shuffles(it), options(it).batch, lr)
@@ -152,7 +151,7 @@ def by_hand_fedgh(it: TrainedFederation) -> list[methods.Round]:
     return history
 
 
-def by_hand_fedtgp(it: TrainedFederation) -> list[methods.Round]:
+def reference_fedtgp(it: TrainedFederation) -> list[methods.Round]:
     models, generator = models_of(it), dict(it.of_state("generator"))
     chosen, batch = options(it), it.loop.federation.config.train.batch
     nearest = chosen.answer == "prototype"
@@ -165,7 +164,7 @@ def by_hand_fedtgp(it: TrainedFederation) -> list[methods.Round]:
     return history
 
 
-def by_hand_fedssa(it: TrainedFederation) -> list[methods.Round]:
+def reference_fedssa(it: TrainedFederation) -> list[methods.Round]:
     models, start = models_of(it), it.of_state("header")["rows"]
     rows = [(row[:-1].clone(), row[-1].clone()) for row in start]
     history = classes.fedssa(rows, models, it.course, options(it).mu, options(it).stable_rounds)
@@ -175,14 +174,14 @@ def by_hand_fedssa(it: TrainedFederation) -> list[methods.Round]:
     return history
 
 
-BY_HAND: dict[str, Callable[[TrainedFederation], list[methods.Round]]] = {
-    "fedprox": by_hand_fedprox,
-    "fedrep": by_hand_fedrep,
-    "lg_fedavg": by_hand_lg_fedavg,
-    "fd": by_hand_fd,
-    "fedgh": by_hand_fedgh,
-    "fedtgp": by_hand_fedtgp,
-    "fedssa": by_hand_fedssa,
+REFERENCES: dict[str, Callable[[TrainedFederation], list[methods.Round]]] = {
+    "fedprox": reference_fedprox,
+    "fedrep": reference_fedrep,
+    "lg_fedavg": reference_lg_fedavg,
+    "fd": reference_fd,
+    "fedgh": reference_fedgh,
+    "fedtgp": reference_fedtgp,
+    "fedssa": reference_fedssa,
 }
 USUAL: dict[str, Any] = {"fedrep": {"fedrep.head_epochs": 2}, "fedtgp": {"fedtgp.epochs": 4}}
 
@@ -191,36 +190,19 @@ def unlike(method: str) -> str:
     return "mlp4" if method in EQUAL else "mlp4,mlp5,mlp3"
 
 
-def by_hand(path: Path, method: str, **changes: Any) -> TrainedFederation:
-    """Train and compare everything with the reference; three seeds, as in `test_reference_rounds.by_hand`."""
-    for seed in SEEDS:
-        chosen = {"model.pool": unlike(method), "seed": seed, **USUAL.get(method, {}), **changes}
-        it = train_federation(path, method, **chosen)
-        try:
-            assert_same_metrics(it, BY_HAND[method](it), ALL)
-        except AssertionError:
-            if seed == SEEDS[-1]:
-                raise
-        else:
-            break
-    return it
+def compare(path: Path, method: str, **changes: Any) -> TrainedFederation:
+    settings = {"model.pool": unlike(method), **USUAL.get(method, {}), **changes}
+    return train_and_compare(path, method, REFERENCES[method], settings)
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "some": {},
-    "all": {"participation": 1.0, "train.clip": 0.5, "train.schedule": "cosine", "train.weight_decay": 0.01},
-    "one": {"participation": 0.3, "train.momentum": 0.0, "train.clip": 0.0},
-}
-
-
-@pytest.mark.parametrize("method", BY_HAND)
+@pytest.mark.parametrize("method", REFERENCES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rounds_match_the_reference(data: dict[str, Path], method: str, variant: str) -> None:
-    it = by_hand(data["small"], method, **VARIANTS[variant])
+    it = compare(data["small"], method, **VARIANTS[variant])
     assert {len(cohort) for cohort in it.cohorts} == {{"some": 2, "all": 3, "one": 1}[variant]}
 
 
-@pytest.mark.parametrize("method", BY_HAND)
+@pytest.mark.parametrize("method", REFERENCES)
 def test_rounds_with_batch_norm_match_the_reference(
     data: dict[str, Path], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +212,7 @@ def test_rounds_with_batch_norm_match_the_reference(
         return nets.Dense(int(np.prod(shape)), 30, dim, norm=True)
 
     monkeypatch.setattr(mlp, "MLPExtractor", normed)
-    it = by_hand(data["small"], method, **{"model.pool": "mlp5", "train.batch": 24})
+    it = compare(data["small"], method, **{"model.pool": "mlp5", "train.batch": 24})
     names = [entry.name for entry in it.loop.federation.state_layout.entries]
     assert any("running_var" in name for name in names) == (method in EQUAL)
 
@@ -255,7 +237,7 @@ def test_rounds_with_batch_norm_match_the_reference(
 def test_method_options_match_the_reference(
     data: dict[str, Path], method: str, option: str, value: float
 ) -> None:
-    it = by_hand(data["small"], method, **{f"{method}.{option}": value, "participation": 1.0})
+    it = compare(data["small"], method, **{f"{method}.{option}": value, "participation": 1.0})
     settings = it.loop.federation.config
     same = {"model.pool": unlike(method), "seed": settings.seed, "participation": 1.0}
     usual = train_federation(data["small"], method, **same, **USUAL.get(method, {}))
@@ -267,7 +249,7 @@ def test_method_options_match_the_reference(
 
 
 def test_fedtgp_can_predict_with_the_nearest_prototype(data: dict[str, Path]) -> None:
-    it = by_hand(data["small"], "fedtgp", **{"fedtgp.answer": "prototype", "fedtgp.weight": 5.0})
+    it = compare(data["small"], "fedtgp", **{"fedtgp.answer": "prototype", "fedtgp.weight": 5.0})
     seed = it.loop.federation.config.seed
     usual = train_federation(
         data["small"], "fedtgp", model__pool=unlike(""), seed=seed, fedtgp__epochs=4, fedtgp__weight=5.0
@@ -333,7 +315,7 @@ def test_fd_teacher_of_an_unsent_class_is_the_whole_mean(data: dict[str, Path]) 
 # What a deployment sends, and clients that never train
 
 
-@pytest.mark.parametrize("method", BY_HAND)
+@pytest.mark.parametrize("method", REFERENCES)
 def test_reported_bytes_are_those_of_a_deployment(data: dict[str, Path], method: str) -> None:
     more = {name.replace(".", "__"): value for name, value in USUAL.get(method, {}).items()}
     it = train_federation(
@@ -356,7 +338,7 @@ def test_reported_bytes_are_those_of_a_deployment(data: dict[str, Path], method:
         assert row["bytes"]["down"] == pytest.approx(4 * expected)
 
 
-@pytest.mark.parametrize("method", BY_HAND)
+@pytest.mark.parametrize("method", REFERENCES)
 def test_methods_state_why_unseen_clients_have_no_model(data: dict[str, Path], method: str) -> None:
     it = train_federation(data["small"], method, model__pool=unlike(method), rounds=1, **{"train.epochs": 1})
     found: Algorithm = it.loop.federation.method

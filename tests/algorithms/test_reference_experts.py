@@ -37,7 +37,7 @@ def train_six_clients(path: Path, method: str, **changes: Any) -> SixClients:
     return it
 
 
-def by_hand_fedjets(it: SixClients) -> list[Round]:
+def reference_fedjets(it: SixClients) -> list[Round]:
     federation = it.loop.federation
     method, options = federation.method, federation.config.options
     number = len(method.anchors) or options.experts
@@ -65,7 +65,7 @@ def by_hand_fedjets(it: SixClients) -> list[Round]:
     return history
 
 
-def by_hand_fedmix(it: SixClients) -> list[Round]:
+def reference_fedmix(it: SixClients) -> list[Round]:
     own = [nets.model(it.of_state(f"expert{m}")) for m in range(2)]
     gate = nets.gate(it.of_state("gate"))
     history = experts.fedmix(own, gate, it.course)
@@ -75,7 +75,7 @@ def by_hand_fedmix(it: SixClients) -> list[Round]:
     return history
 
 
-def by_hand_ensemble(it: SixClients) -> list[Round]:
+def reference_ensemble(it: SixClients) -> list[Round]:
     method = it.loop.federation.method
     number = it.loop.federation.config.options.models or 5
     models = [nets.model(it.of_state(f"model{q}")) for q in range(number)]
@@ -87,19 +87,19 @@ def by_hand_ensemble(it: SixClients) -> list[Round]:
     return history
 
 
-BY_HAND: dict[str, Callable[[SixClients], list[Round]]] = {
-    "fedjets": by_hand_fedjets,
-    "fedmix": by_hand_fedmix,
-    "ensemble": by_hand_ensemble,
+REFERENCES: dict[str, Callable[[SixClients], list[Round]]] = {
+    "fedjets": reference_fedjets,
+    "fedmix": reference_fedmix,
+    "ensemble": reference_ensemble,
 }
 
 
-def by_hand(path: Path, method: str, **changes: Any) -> SixClients:
+def compare(path: Path, method: str, **changes: Any) -> SixClients:
     """Train and compare with the reference; three seeds, because a ReLU near zero may round either way."""
     for seed in (0, 1, 2):
         it = train_six_clients(path, method, **{"seed": seed, **changes})
         try:
-            for row, record in zip(it.loop.history, BY_HAND[method](it), strict=True):
+            for row, record in zip(it.loop.history, REFERENCES[method](it), strict=True):
                 known = {k: v for k, v in enumerate(row["clients"]["accuracy_before"]) if v is not None}
                 assert known == record.before
                 for k in range(6):
@@ -116,7 +116,7 @@ def by_hand(path: Path, method: str, **changes: Any) -> SixClients:
     return it
 
 
-# Rounds by hand
+# Rounds against the reference
 
 COMMON: dict[str, dict[str, Any]] = {
     "some": {},
@@ -137,21 +137,21 @@ FEDJETS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", COMMON)
-@pytest.mark.parametrize("method", BY_HAND)
+@pytest.mark.parametrize("method", REFERENCES)
 def test_rounds_match_the_reference(data: Path, common: Path, method: str, variant: str) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 3} if method == "fedjets" else {}
-    by_hand(data, method, **own, **COMMON[variant])
+    compare(data, method, **own, **COMMON[variant])
 
 
 @pytest.mark.parametrize("variant", FEDJETS)
 def test_fedjets_options_match_the_reference(data: Path, common: Path, variant: str) -> None:
     own = {"common": str(common), "experts": 3, **FEDJETS[variant]}
-    by_hand(data, "fedjets", **{f"fedjets.{name}": value for name, value in own.items()})
+    compare(data, "fedjets", **{f"fedjets.{name}": value for name, value in own.items()})
 
 
 def test_unseen_clients_match_the_reference(data: Path, common: Path) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 3, "unseen.clients": 2}
-    it = by_hand(data, "fedjets", **own, **{"train.lr_gate": 1.0})
+    it = compare(data, "fedjets", **own, **{"train.lr_gate": 1.0})
     unseen = it.loop.federation.task.unseen
     assert len(unseen) == 2 and not unseen & {k for cohort in it.cohorts for k in cohort}
     row = it.loop.history[-1]
@@ -160,7 +160,7 @@ def test_unseen_clients_match_the_reference(data: Path, common: Path) -> None:
 
 
 def test_ensemble_of_two_matches_the_reference(data: Path) -> None:
-    by_hand(data, "ensemble", **{"ensemble.models": 2})
+    compare(data, "ensemble", **{"ensemble.models": 2})
 
 
 @pytest.mark.parametrize("weights", ["equal", "learned"])

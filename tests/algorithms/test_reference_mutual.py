@@ -16,7 +16,7 @@ from pfedmoe_mpi import config, seeds
 from pfedmoe_mpi.algorithms.fedkd import low_rank
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import mlp
-from support.round_comparison import ALL_CLIENTS, SEEDS, VARIANTS, assert_same_metrics, assert_tensors_agree
+from support.round_comparison import ALL_CLIENTS, VARIANTS, assert_tensors_agree, train_and_compare
 from support.small_federation import (
     TRAINING_SAMPLES,
     TrainedFederation,
@@ -55,14 +55,14 @@ def linear(tensors: dict[str, Tensor]) -> nn.Module:
     return nets.loaded(nn.Linear(into, out, bias="bias" in tensors), tensors)
 
 
-def by_hand_fml(it: TrainedFederation) -> list[methods.Round]:
+def reference_fml(it: TrainedFederation) -> list[methods.Round]:
     shared, models = started(it)
     history = mutual.fml(shared, models, it.course, options(it).alpha, options(it).beta)
     ended(it, shared, models)
     return history
 
 
-def by_hand_fedapen(it: TrainedFederation) -> list[methods.Round]:
+def reference_fedapen(it: TrainedFederation) -> list[methods.Round]:
     shared, models = started(it)
     settings, chosen = it.loop.federation.config, options(it)
     weights = [0.5] * 3
@@ -94,7 +94,7 @@ def held_out(it: TrainedFederation) -> list[list[int]]:
     return found
 
 
-def by_hand_fedmrl(it: TrainedFederation) -> list[methods.Round]:
+def reference_fedmrl(it: TrainedFederation) -> list[methods.Round]:
     shared, models = started(it)
     projectors = [linear(it.of_client(k, "projector")) for k in range(3)]
     chosen = options(it)
@@ -107,7 +107,7 @@ def by_hand_fedmrl(it: TrainedFederation) -> list[methods.Round]:
     return history
 
 
-def by_hand_fedkd(it: TrainedFederation) -> list[methods.Round]:
+def reference_fedkd(it: TrainedFederation) -> list[methods.Round]:
     shared, models = started(it)
     maps = [linear(it.of_client(k, "map")) for k in range(3)]
     chosen, rounds = options(it), it.loop.federation.config.rounds
@@ -126,43 +126,33 @@ def by_hand_fedkd(it: TrainedFederation) -> list[methods.Round]:
     return history
 
 
-BY_HAND: dict[str, Callable[[TrainedFederation], list[methods.Round]]] = {
-    "fml": by_hand_fml,
-    "fedkd": by_hand_fedkd,
-    "fedapen": by_hand_fedapen,
-    "fedmrl": by_hand_fedmrl,
+REFERENCES: dict[str, Callable[[TrainedFederation], list[methods.Round]]] = {
+    "fml": reference_fml,
+    "fedkd": reference_fedkd,
+    "fedapen": reference_fedapen,
+    "fedmrl": reference_fedmrl,
 }
 
 
-def by_hand(
+def compare(
     path: Path, method: str, clients: frozenset[int] = ALL_CLIENTS, **changes: Any
 ) -> TrainedFederation:
-    """Train and compare everything with the reference; three seeds, as in `test_reference_rounds.by_hand`."""
-    for seed in SEEDS:
-        it = train_federation(path, method, **{"model.pool": POOL, "seed": seed, **changes})
-        try:
-            assert_same_metrics(it, BY_HAND[method](it), clients)
-        except AssertionError:
-            if seed == SEEDS[-1]:
-                raise
-        else:
-            break
-    return it
+    return train_and_compare(path, method, REFERENCES[method], {"model.pool": POOL, **changes}, clients)
 
 
-@pytest.mark.parametrize("method", BY_HAND)
+@pytest.mark.parametrize("method", REFERENCES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rounds_match_the_reference(data: dict[str, Path], method: str, variant: str) -> None:
-    it = by_hand(data["small"], method, **VARIANTS[variant])
+    it = compare(data["small"], method, **VARIANTS[variant])
     assert {len(cohort) for cohort in it.cohorts} == {{"some": 2, "all": 3, "one": 1}[variant]}
 
 
-@pytest.mark.parametrize("method", BY_HAND)
+@pytest.mark.parametrize("method", REFERENCES)
 def test_convolution_rounds_match_the_reference(data: dict[str, Path], method: str) -> None:
-    by_hand(data["images"], method, **{"model.pool": "cnn4,cnn5", "rounds": 2, "train.epochs": 1})
+    compare(data["images"], method, **{"model.pool": "cnn4,cnn5", "rounds": 2, "train.epochs": 1})
 
 
-@pytest.mark.parametrize("method", BY_HAND)
+@pytest.mark.parametrize("method", REFERENCES)
 def test_rounds_with_batch_norm_match_the_reference(
     data: dict[str, Path], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +162,7 @@ def test_rounds_with_batch_norm_match_the_reference(
         return nets.Dense(int(np.prod(shape)), 30, dim, norm=True)
 
     monkeypatch.setattr(mlp, "MLPExtractor", normed)
-    it = by_hand(data["small"], method, **{"model.pool": "mlp5", "train.batch": 24})
+    it = compare(data["small"], method, **{"model.pool": "mlp5", "train.batch": 24})
     assert any("running_var" in entry.name for entry in it.loop.federation.state_layout.entries)
 
 
@@ -196,7 +186,7 @@ def test_method_options_match_the_reference(
     data: dict[str, Path], method: str, option: str, value: float
 ) -> None:
     base = {"fedapen.lr_weight": 1.0} if option == "passes" else {}
-    it = by_hand(data["small"], method, **base, **{f"{method}.{option}": value})
+    it = compare(data["small"], method, **base, **{f"{method}.{option}": value})
     usual = train_federation(
         data["small"], method, **{"model.pool": POOL, "seed": it.loop.federation.config.seed, **base}
     )
@@ -206,7 +196,7 @@ def test_method_options_match_the_reference(
 
 
 def test_ensemble_weight_stays_in_its_range(data: dict[str, Path]) -> None:
-    it = by_hand(data["small"], "fedapen", **{"fedapen.lr_weight": 100.0, "participation": 1.0})
+    it = compare(data["small"], "fedapen", **{"fedapen.lr_weight": 100.0, "participation": 1.0})
     found = {float(it.of_client(k, "weight", start=False)[""]) for k in range(3)}
     assert found <= {0.0, 1.0}
 
@@ -254,15 +244,15 @@ def test_low_rank_factors_are_the_truncated_svd() -> None:
     assert low_rank(torch.full((9, 9), float("inf")), 0.5) is None
 
 
-@pytest.mark.parametrize("method", BY_HAND)
+@pytest.mark.parametrize("method", REFERENCES)
 @pytest.mark.parametrize("clip", [0.0, 50.0])
 def test_nonfinite_client_is_left_out(data: dict[str, Path], method: str, clip: float) -> None:
-    it = by_hand(data["spoilt"], method, ALL_CLIENTS - {1}, **{"participation": 1.0, "train.clip": clip})
+    it = compare(data["spoilt"], method, ALL_CLIENTS - {1}, **{"participation": 1.0, "train.clip": clip})
     assert [row["dropped"] for row in it.loop.history] == [[1]] * 3
     assert torch.equal(it.loop.federation.clients[1].vector, it.private[1])
 
 
-@pytest.mark.parametrize("method", BY_HAND)
+@pytest.mark.parametrize("method", REFERENCES)
 def test_shared_model_answers_for_unseen_clients(data: dict[str, Path], method: str) -> None:
     """The shared model answers alone; FedMRL cannot, because its shared head reads a private projector."""
     loop = build_loop(data["small"], method, model__pool=POOL, rounds=1)

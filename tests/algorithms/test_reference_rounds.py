@@ -20,7 +20,7 @@ from oracles import methods, nets
 from pfedmoe_mpi import algorithms
 from pfedmoe_mpi.errors import RunError
 from pfedmoe_mpi.models import mlp
-from support.round_comparison import ALL_CLIENTS, SEEDS, VARIANTS, assert_same_metrics, assert_tensors_agree
+from support.round_comparison import ALL_CLIENTS, VARIANTS, assert_tensors_agree, train_and_compare
 from support.small_federation import (
     CLASSES,
     TrainedFederation,
@@ -37,10 +37,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_data_files(tmp_path_factory.mktemp("oracles"))
 
 
-# The two sides, method by method: run the oracle from the program's start, compare what it ends with.
+# Method by method: run the reference from the program's start and compare the results
 
 
-def by_hand_pfedmoe(it: TrainedFederation) -> list[methods.Round]:
+def reference_pfedmoe(it: TrainedFederation) -> list[methods.Round]:
     share = it.loop.federation.config.options.share
     models = [nets.model(it.of_client(k, "model")) for k in range(3)]
     gates = [nets.gate(it.of_client(k, "gate")) for k in range(3)]
@@ -62,7 +62,7 @@ def by_hand_pfedmoe(it: TrainedFederation) -> list[methods.Round]:
     return history
 
 
-def by_hand_standalone(it: TrainedFederation) -> list[methods.Round]:
+def reference_standalone(it: TrainedFederation) -> list[methods.Round]:
     models = [nets.model(it.of_client(k, "model")) for k in range(3)]
     history = methods.standalone(models, it.course)
     for k in range(3):
@@ -73,7 +73,7 @@ def by_hand_standalone(it: TrainedFederation) -> list[methods.Round]:
     return history
 
 
-def by_hand_fedavg(it: TrainedFederation) -> list[methods.Round]:
+def reference_fedavg(it: TrainedFederation) -> list[methods.Round]:
     model = nets.model(it.of_state("model"))
     history = methods.fedavg(model, it.course)
     assert_tensors_agree(it.of_state("model", start=False), nets.tensors(model), "w")
@@ -81,7 +81,7 @@ def by_hand_fedavg(it: TrainedFederation) -> list[methods.Round]:
     return history
 
 
-def by_hand_fedproto(it: TrainedFederation) -> list[methods.Round]:
+def reference_fedproto(it: TrainedFederation) -> list[methods.Round]:
     models = [nets.model(it.of_client(k, "model")) for k in range(3)]
     prototypes: dict[int, Tensor] = {}
     assert it.state.isnan().all()
@@ -99,7 +99,7 @@ def by_hand_fedproto(it: TrainedFederation) -> list[methods.Round]:
     return history
 
 
-def by_hand_scaffold(it: TrainedFederation) -> list[methods.Round]:
+def reference_scaffold(it: TrainedFederation) -> list[methods.Round]:
     model = nets.model(it.of_state("model"))
     own = [[torch.zeros_like(p) for p in model.parameters()] for _ in range(3)]
     c = [torch.zeros_like(p) for p in model.parameters()]
@@ -115,12 +115,12 @@ def by_hand_scaffold(it: TrainedFederation) -> list[methods.Round]:
     return history
 
 
-BY_HAND: dict[str, Callable[[TrainedFederation], list[methods.Round]]] = {
-    "pfedmoe": by_hand_pfedmoe,
-    "standalone": by_hand_standalone,
-    "fedavg": by_hand_fedavg,
-    "fedproto": by_hand_fedproto,
-    "scaffold": by_hand_scaffold,
+REFERENCES: dict[str, Callable[[TrainedFederation], list[methods.Round]]] = {
+    "pfedmoe": reference_pfedmoe,
+    "standalone": reference_standalone,
+    "fedavg": reference_fedavg,
+    "fedproto": reference_fedproto,
+    "scaffold": reference_scaffold,
 }
 
 
@@ -128,28 +128,14 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-# Rounds by hand
+# Rounds against the reference
 
 
-def by_hand(
+def compare(
     path: Path, method: str, clients: frozenset[int] = ALL_CLIENTS, **changes: Any
 ) -> TrainedFederation:
-    """Play, and compare everything with the rounds by hand.
-
-    A ReLU within rounding of zero may fall either way on the two sides, and then one unit's weights differ by
-    more than rounding: rare, and not with three seeds. What is wrong is wrong with each of them, as the
-    cohorts agree.
-    """
-    for seed in SEEDS:
-        it = train_federation(path, method, **{"model.pool": unlike(method), "seed": seed, **changes})
-        try:
-            assert_same_metrics(it, BY_HAND[method](it), clients)
-        except AssertionError:
-            if seed == SEEDS[-1]:
-                raise
-        else:
-            break
-    return it
+    settings = {"model.pool": unlike(method), **changes}
+    return train_and_compare(path, method, REFERENCES[method], settings, clients)
 
 
 def unlike(method: str) -> str:
@@ -157,18 +143,22 @@ def unlike(method: str) -> str:
 
 
 def test_every_method_has_a_reference() -> None:
-    import test_reference_classwise  # each of them uses this module
+    import test_reference_classwise
     import test_reference_experts
     import test_reference_mutual
 
-    others = (test_reference_classwise.BY_HAND, test_reference_experts.BY_HAND, test_reference_mutual.BY_HAND)
-    assert set().union(BY_HAND, *others) == set(algorithms.names())
+    others = (
+        test_reference_classwise.REFERENCES,
+        test_reference_experts.REFERENCES,
+        test_reference_mutual.REFERENCES,
+    )
+    assert set().union(REFERENCES, *others) == set(algorithms.names())
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rounds_match_the_reference(data: dict[str, Path], method: str, variant: str) -> None:
-    it = by_hand(data["small"], method, **VARIANTS[variant])
+    it = compare(data["small"], method, **VARIANTS[variant])
     assert {len(cohort) for cohort in it.cohorts} == {{"some": 2, "all": 3, "one": 1}[variant]}
     if variant == "some":  # in round 2 client 2 has samples of a class with a prototype, and of one without
         assert it.cohorts[:2] == [[0, 1], [1, 2]]
@@ -177,7 +167,7 @@ def test_rounds_match_the_reference(data: dict[str, Path], method: str, variant:
 @pytest.mark.parametrize("method", METHODS)
 def test_convolution_rounds_match_the_reference(data: dict[str, Path], method: str) -> None:
     pool = "cnn5" if method in {"fedavg", "scaffold"} else "cnn4,cnn5"
-    by_hand(data["images"], method, **{"model.pool": pool, "rounds": 2, "train.epochs": 1})
+    compare(data["images"], method, **{"model.pool": pool, "rounds": 2, "train.epochs": 1})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -190,7 +180,7 @@ def test_rounds_with_batch_norm_match_the_reference(
         return nets.Dense(int(np.prod(shape)), 30, dim, norm=True)
 
     monkeypatch.setattr(mlp, "MLPExtractor", normed)
-    it = by_hand(data["small"], method, **{"model.pool": "mlp5", "train.batch": 24})
+    it = compare(data["small"], method, **{"model.pool": "mlp5", "train.batch": 24})
     names = [entry.name for entry in it.loop.federation.state_layout.entries]
     assert any("running_var" in name for name in names) == (method not in {"standalone", "fedproto"})
 
@@ -201,7 +191,7 @@ def test_rounds_with_batch_norm_match_the_reference(
 def test_method_options_match_the_reference(
     data: dict[str, Path], method: str, option: str, value: float
 ) -> None:
-    it = by_hand(data["small"], method, **{f"{method}.{option}": value})
+    it = compare(data["small"], method, **{f"{method}.{option}": value})
     usual = train_federation(
         data["small"], method, model__pool=unlike(method), seed=it.loop.federation.config.seed
     )
@@ -258,7 +248,7 @@ def test_prototypes_are_sent_down_once_they_exist(data: dict[str, Path]) -> None
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_pfedmoe_without_sharing_trains_clients_alone(data: dict[str, Path], variant: str) -> None:
     """Every client has its own θ, which is never averaged."""
-    it = by_hand(data["small"], "pfedmoe", **{"pfedmoe.share": False, **VARIANTS[variant]})
+    it = compare(data["small"], "pfedmoe", **{"pfedmoe.share": False, **VARIANTS[variant]})
     assert not it.loop.state.numel() and it.loop.history[0]["bytes"] == {"up": 0, "down": 0, "once": 0}
     first, second = (it.of_client(k, "shared", start=False)["fc1.weight"] for k in (0, 1))
     assert not torch.allclose(first, second, atol=1e-3)
@@ -273,7 +263,7 @@ def test_pfedmoe_without_sharing_trains_clients_alone(data: dict[str, Path], var
 @pytest.mark.parametrize("method", METHODS)
 def test_nonfinite_client_is_left_out(data: dict[str, Path], method: str, clip: float) -> None:
     """The round is that of the other clients, weighted by their samples; the client keeps its vector."""
-    it = by_hand(data["spoilt"], method, ALL_CLIENTS - {1}, **{"participation": 1.0, "train.clip": clip})
+    it = compare(data["spoilt"], method, ALL_CLIENTS - {1}, **{"participation": 1.0, "train.clip": clip})
     assert [row["dropped"] for row in it.loop.history] == [[1]] * 3
     assert it.cohorts == [[0, 2]] * 3 and it.loop.history[0]["cohort"] == [0, 1, 2]
     assert torch.equal(it.loop.federation.clients[1].vector, it.private[1])
