@@ -1,7 +1,7 @@
 """Rounds of five methods agree with reference rounds in plain torch, written from the papers' equations.
 
-The hand-written side is `tests/oracles/`, which knows only torch. A federation of three clients is played by
-the program, and the same starting weights, cohorts and batches are handed to the other side.
+The reference is `tests/oracles/`, which uses torch alone. The program trains a federation of three clients,
+and the reference gets the same starting weights, cohorts and batches.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def images(n: int, channels: int = 2, high: int = 12, wide: int = 10) -> Tensor:
     return 1 + torch.arange(n * channels * high * wide, dtype=torch.float32).view(n, channels, high, wide)
 
 
-def by_hand(x: Tensor, names: tuple[str, ...], draws: np.ndarray) -> np.ndarray:
+def augmented_pixel_by_pixel(x: Tensor, names: tuple[str, ...], draws: np.ndarray) -> np.ndarray:
     """Flip, erase and crop every image pixel by pixel."""
     out = x.numpy().copy()
     n, _, high, wide = out.shape
@@ -185,7 +185,7 @@ def test_augmentation_equals_plain_loops(names: tuple[str, ...]) -> None:
     x = images(60)
     got = augmented(x.clone(), names, generator(9))
     draws = torch.rand((60, 8), generator=generator(9)).double().numpy()
-    assert np.array_equal(got.numpy(), by_hand(x, names, draws))
+    assert np.array_equal(got.numpy(), augmented_pixel_by_pixel(x, names, draws))
     assert torch.equal(augmented(x.clone(), tuple(reversed(names)), generator(9)), got), "the order is fixed"
     assert not torch.equal(augmented(x.clone(), names, generator(10)), got)
 

@@ -22,8 +22,8 @@ KNOWN = {
 
 def test_addressed_draws_never_change() -> None:
     assert {place: seeds.address(*place) for place in KNOWN} == KNOWN
-    by_hand = b"".join(n.to_bytes(8, "little", signed=True) for n in (2024, 17, 5)) + b"batches"
-    whole = int.from_bytes(blake2b(by_hand, digest_size=8).digest(), "little")
+    address = b"".join(n.to_bytes(8, "little", signed=True) for n in (2024, 17, 5)) + b"batches"
+    whole = int.from_bytes(blake2b(address, digest_size=8).digest(), "little")
     assert seeds.address(2024, "batches", 17, 5) == whole // 2
     assert seeds.address(1, "cohort", 3) == seeds.address(1, "cohort", 3, seeds.SERVER)
 

@@ -123,7 +123,7 @@ def test_requeue_survives_time_limit_preemption_and_lost_node(
     started(run, starts=2)
     assert cluster.facts(job)["Restarts"] == "1"
     assert kinds(run) == ["start", "stop", "restart"]
-    cluster.ask("scontrol", "update", f"jobid={job}", "timelimit=10")  # the next legs meet other ends
+    cluster.ask("scontrol", "update", f"jobid={job}", "timelimit=10")  # the next starts end otherwise
     cluster.ask("scontrol", "requeue", job)
 
     started(run, starts=3)

@@ -277,7 +277,7 @@ def switchnorm(features: int) -> SwitchNorm:
     return norm
 
 
-def by_hand(norm: SwitchNorm, x: np.ndarray, mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+def reference_switchnorm(norm: SwitchNorm, x: np.ndarray, mean: np.ndarray, var: np.ndarray) -> np.ndarray:
     """Compute Luo et al., section 2, in float64; `mean` and `var` are the batch's."""
     values = {name: tensor.detach().double().numpy() for name, tensor in norm.named_parameters()}
     share = {key: np.exp(values[key]) / np.exp(values[key]).sum() for key in ("mean_weight", "var_weight")}
@@ -298,14 +298,16 @@ def test_switchnorm_equals_numpy(samples: int, features: int, far: float) -> Non
     for batch in batches:
         x = batch.double().numpy()
         np.testing.assert_allclose(
-            norm(batch).detach(), by_hand(norm, x, x.mean(0), x.var(0)), rtol=0, atol=2e-3
+            norm(batch).detach(), reference_switchnorm(norm, x, x.mean(0), x.var(0)), rtol=0, atol=2e-3
         )
         mean, var = 0.9 * mean + 0.1 * x.mean(0), 0.9 * var + 0.1 * x.var(0, ddof=1)
     np.testing.assert_allclose(norm.running_mean, mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(norm.running_var, var, rtol=1e-4)
     norm.eval()
     x = batches[0].double().numpy()
-    np.testing.assert_allclose(norm(batches[0]).detach(), by_hand(norm, x, mean, var), rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(
+        norm(batches[0]).detach(), reference_switchnorm(norm, x, mean, var), rtol=2e-4, atol=2e-4
+    )
     np.testing.assert_allclose(norm.running_mean, mean, rtol=1e-5, atol=1e-6)  # evaluation moves nothing
 
 
