@@ -126,6 +126,22 @@ def test_hdf5_refused(tmp_path: Path, tables: dict[str, Any], pattern: str) -> N
     assert snapshot(tmp_path) == ["a.h5"]
 
 
+def test_gaps_between_rows_are_skipped_in_a_file_without_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = images(200_000, 16)
+    with opened("hdf5", write_h5(tmp_path / "a.h5", x=x, y=np.arange(len(x)) % 2)) as data:
+        lengths, read = [], type(data.store)._span
+
+        def counted(store: Any, first: int, last: int) -> np.ndarray:
+            lengths.append(last - first)
+            return read(store, first, last)
+
+        monkeypatch.setattr(type(data.store), "_span", counted)
+        assert np.array_equal(data.rows(np.array([150_000, 1])), x[[150_000, 1]])
+    assert 16 * sum(lengths) <= 2 * 65536
+
+
 def test_nan_is_found_by_the_rank_that_reads_it(tmp_path: Path) -> None:
     path = write_h5(tmp_path / "a.h5", x=NAN, y=GOOD_Y)
     data = open_dataset(Data(source="hdf5", path=str(path)), 0, clients=2, check=False)

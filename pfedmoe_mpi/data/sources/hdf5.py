@@ -254,7 +254,7 @@ def _constants(file: Any, name: str, store: StoredRows) -> tuple[float, ...]:
 
 
 _CHUNK = 64 << 10  # bytes: a rank's rows lie scattered, and every chunk one of them is in is read whole
-_BLOCK = 16 << 20  # bytes moved at once
+_COPIED = 16 << 20  # bytes moved at once
 
 
 def write_hdf5(path: Path, data: Dataset) -> None:
@@ -267,7 +267,7 @@ def write_hdf5(path: Path, data: Dataset) -> None:
         row_bytes = data.dtype.itemsize * int(np.prod(data.shape))
         rows = min(len(data), max(1, _CHUNK // row_bytes))
         x = file.create_dataset("x", (len(data), *data.shape), data.dtype, chunks=(rows, *data.shape))
-        step = rows * max(1, _BLOCK // (rows * row_bytes))
+        step = rows * max(1, _COPIED // (rows * row_bytes))
         for start in range(0, len(data), step):
             index = np.arange(start, min(start + step, len(data)))
             x[start : start + step] = data.rows(index)
