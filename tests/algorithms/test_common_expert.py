@@ -105,7 +105,7 @@ def test_common_experts_that_will_not_do(data: Path, common: Path, tmp_path: Pat
 
 
 def test_a_share_of_hardly_a_row(data: Path) -> None:
-    with pytest.raises(PartitionError, match="reserves 3 for the server"):
+    with pytest.raises(PartitionError, match="reserves 3 rows for the server"):
         build(data, "fedjets", **{**SIZES, "fedjets.common_share": 0.01})
 
 

@@ -130,7 +130,7 @@ def test_bytes_named_again_and_again_take_no_memory(tmp_path: Path) -> None:
     """A mebibyte that twenty thousand arrays share."""
     folder = npz(tmp_path / "many", _many(1 << 20, 20_000))
     message = said("npz", [folder])[folder]
-    assert "names the same bytes again and again" in message and "remedy: " in message
+    assert "repeats the same bytes too often" in message and "remedy: " in message
 
 
 def _many(length: int, times: int) -> bytes:

@@ -70,10 +70,10 @@ def test_groups_of_equal_combinations_stay_together() -> None:
 
 def test_impossible_numbers_are_told(refused: Callable[..., str]) -> None:
     flags = ("--partition.kind", "iid", "--unseen.clients", "4")
-    message = refused("4 unseen clients cannot have label combinations of their own", *flags)
+    message = refused("unseen.clients = 4: no choice of clients has label combinations", *flags)
     assert "--partition.kind pathological" in message
     flags = ("--unseen.clients", "4", "--partition.alpha", "1000")
-    assert "20 clients have 1 combinations" in refused("unseen clients", *flags)
+    assert "20 clients have 1 combinations" in refused("unseen.clients = 4", *flags)
     refused("leaves nobody to train", "--unseen.clients", "20")
 
 
