@@ -21,7 +21,7 @@ import torch
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, weights
-from pfedmoe_mpi.commands.checkpoints import digest
+from pfedmoe_mpi.commands.inspect import digest
 from pfedmoe_mpi.errors import CheckpointError, DataError, UserError
 from support.checkpoint_checks import content
 from support.checkpoint_files import resealed, write

@@ -81,7 +81,7 @@ def test_a_partition_written_is_that_of_the_run(tmp_path: Path, session: launche
     flags = [*FLAGS, "--algorithm", "fedjets"]
     said = session("data", "partition", "p.h5", *flags, cwd=tmp_path)
     assert said.code == 0 and said.out.count("|  unseen\n") == 4, said.err
-    assert "80 rows are the server's" in said.out
+    assert "80 rows are reserved for the server" in said.out
     partition = built(algorithm="fedjets").partition
     with h5py.File(tmp_path / "p.h5") as file:
         assert file.attrs["digest"] == partition.digest()

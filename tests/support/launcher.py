@@ -225,12 +225,12 @@ def finished(ranks: int, *arguments: str, cwd: Path, timeout: float = 240, mpi: 
 def learned_digest(run: Path, round: int) -> str:
     """`inspect --digest` of a whole checkpoint of a run folder."""
     from pfedmoe_mpi import checkpoint
-    from pfedmoe_mpi.commands import checkpoints
+    from pfedmoe_mpi.commands import inspect
 
     path = run / "checkpoints" / checkpoint.name(round, partial=False)
     checkpoint.verify(path)
     with checkpoint.Checkpoint(path) as loaded:
-        return checkpoints.digest(loaded)
+        return inspect.digest(loaded)
 
 
 class Session:
