@@ -29,12 +29,7 @@ from pfedmoe_mpi.errors import EXIT_DONE, EXIT_FAULT, UserError
 from pfedmoe_mpi.mpi import comm, device, session
 from pfedmoe_mpi.mpi.comm import Comm
 
-SUM_SIZES = (
-    1,
-    1_000,
-    665_048,
-    4_000_000,
-)  # int64 numbers; the third is the size of pFedMoE's shared extractor
+SUM_SIZES = (1, 1_000, 665_048, 4_000_000)  # int64 numbers; pFedMoE's shared extractor has 665,048
 PIECE = 1 << 22  # bytes that each rank writes
 RENAMES = 100
 OTHER_FOLDER = "use a writable folder with free space on a file system that all hosts share"

@@ -128,7 +128,7 @@ def test_requeue_survives_the_time_limit_preemption_and_a_lost_node(
     said = cluster.output(job)
     assert facts["JobState"] == "COMPLETED" and facts["Restarts"] == "3", said
     assert facts["NodeList"] != node, "it went on elsewhere"
-    assert last_event(cluster, job)["event"] == "finish" and "leg 4: exit code 0" in said
+    assert last_event(cluster, job)["event"] == "finish" and "start 4: exit code 0" in said
     assert kinds(run)[5:] == ["restart", "finish"], "a killed leg says nothing"
     assert digest(session, run) == undisturbed
 
