@@ -115,7 +115,7 @@ def make_partition(
     """
     official = official_test if settings.kind == "natural" or settings.pool == "official" else None
     if settings.kind == "natural":
-        owner, generator = _natural(settings, client, clients, seed)
+        owner, generator = _natural_owners(settings, client, clients, seed)
     else:
         _reject_impossible(settings, len(labels), classes, clients, official)
         owner, generator = _draw(settings, labels, (clients, classes), seed, official)
@@ -144,8 +144,7 @@ def _reject_impossible(
     """Reject settings that no draw could satisfy."""
     if settings.pool == "official" and (official is None or not 0 < official.sum() < rows):
         raise PartitionError(
-            "partition.pool = official needs data with official training and test rows; these data have not "
-            "both",
+            "partition.pool = official needs data with official training and test rows; these data lack one",
             "set --partition.pool all",
         )
     if settings.kind in {"pathological", "classes"} and settings.classes > classes:
@@ -163,10 +162,10 @@ def _reject_impossible(
         )
 
 
-def _natural(
+def _natural_owners(
     settings: PartitionSettings, client: np.ndarray | None, clients: int, seed: int
 ) -> tuple[np.ndarray, np.random.Generator]:
-    """Return the data's own owner of every row, and the generator for the held-out parts."""
+    """Return the owner of every row as the data name it, and the generator for the held-out parts."""
     if client is None:
         raise PartitionError(
             "partition.kind = natural needs data that name the client of every row; these data do not",
