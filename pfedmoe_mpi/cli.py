@@ -92,9 +92,9 @@ def evaluate(arguments: Sequence[str]) -> int:
     """Measure every client of a checkpoint."""
     words, flags, extra = _parse(arguments, {"json": "false"})
     source = _exactly("evaluate", words, "CHECKPOINT.h5")[0]
-    from pfedmoe_mpi.commands import checkpoints
+    from pfedmoe_mpi.commands import evaluate
 
-    return checkpoints.evaluate(Path(source), flags, _boolean("json", extra["json"]))
+    return evaluate.run(Path(source), flags, _boolean("json", extra["json"]))
 
 
 def inspect(arguments: Sequence[str]) -> int:
@@ -102,9 +102,9 @@ def inspect(arguments: Sequence[str]) -> int:
     words, flags, _ = _parse([word for word in arguments if word != "--digest"], {})
     source = _exactly("inspect", words, "CHECKPOINT.h5")[0]
     _no_settings("inspect", flags)
-    from pfedmoe_mpi.commands import checkpoints
+    from pfedmoe_mpi.commands import inspect
 
-    return checkpoints.inspect(Path(source), digest_only="--digest" in arguments)
+    return inspect.run(Path(source), digest_only="--digest" in arguments)
 
 
 def export(arguments: Sequence[str]) -> int:
@@ -114,9 +114,9 @@ def export(arguments: Sequence[str]) -> int:
     _no_settings("export", flags)
     if not extra["client"].isdecimal():
         raise ConfigError(f"--client {extra['client'] or 'is missing'}", "--client 7 exports client 7")
-    from pfedmoe_mpi.commands import checkpoints
+    from pfedmoe_mpi.commands import export
 
-    return checkpoints.export(Path(source), int(extra["client"]), Path(out))
+    return export.run(Path(source), int(extra["client"]), Path(out))
 
 
 def data(arguments: Sequence[str]) -> int:

@@ -1,9 +1,9 @@
-"""`check`: what this cluster can do for a job: MPI, hosts, GPU, file system, signals, versions.
+"""`check`: whether this cluster can run a job: versions, hosts, GPUs, MPI, signals and the file system.
 
     mpirun -n 4 python -m pfedmoe_mpi check [FOLDER]
 
-One line per finding, `ok` or `FAIL` with the remedy. FOLDER is where runs will be written; what is written
-there is removed again.
+Every finding is one line: `ok`, or `FAIL` with a remedy. FOLDER is where runs will be written; the check
+removes the files that it writes there.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from pfedmoe_mpi.errors import EXIT_DONE, EXIT_FAULT, UserError
 from pfedmoe_mpi.mpi import comm, device, session
 from pfedmoe_mpi.mpi.comm import Comm
 
-SUM_SIZES = (1, 1_000, 665_048, 4_000_000)  # int64 numbers; the third is pFedMoE's shared extractor
-PIECE = 1 << 22  # bytes each rank writes
+SUM_SIZES = (1, 1_000, 665_048, 4_000_000)  # int64 numbers; pFedMoE's shared extractor has 665,048
+PIECE = 1 << 22  # bytes that each rank writes
 RENAMES = 100
-OTHER_FOLDER = "use a folder on a file system that all hosts share, with the space and the right to write"
+OTHER_FOLDER = "use a writable folder with free space on a file system that all hosts share"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line."""
+    """The result of one check, printed as one line."""
 
     ok: bool
     text: str
@@ -48,7 +48,7 @@ class Finding:
 
 
 def run(folder: Path) -> int:
-    """Print the findings; 0 if all are ok, else 1."""
+    """Print the findings, and return exit code 0 if all are ok, else 1."""
     return session.under_mpi(lambda world, code: _check(world, folder, code), singleton=True)
 
 
@@ -62,7 +62,7 @@ def _check(world: Comm, folder: Path, code: str) -> int:
 
 
 def findings(world: Comm, folder: Path, code: str) -> Iterator[Finding]:
-    """All checks, one after the other; collective, the same findings on every rank."""
+    """Yield the finding of every check, the same on every rank; collective."""
     yield from _versions(world, code)
     yield _ranks(world)
     yield from _devices(world)
@@ -71,18 +71,18 @@ def findings(world: Comm, folder: Path, code: str) -> Iterator[Finding]:
     yield from _files(world, folder)
 
 
-def _told(world: Comm, work: Callable[[], object], purpose: str) -> str:
-    """Do `work` on every rank; what went wrong, by rank, or nothing."""
+def _errors_of(world: Comm, work: Callable[[], object], purpose: str) -> str:
+    """Do `work` on every rank, and return the error messages by rank, or ""; collective."""
     try:
         work()
-        own = ""
+        message = ""
     except (OSError, RuntimeError, ValueError) as error:
-        own = str(error) or type(error).__name__
-    told = world.gather(own, purpose)
-    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(told) if text)
+        message = str(error) or type(error).__name__
+    messages = world.gather(message, purpose)
+    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(messages) if text)
 
 
-# Programs and machines
+# Software and hosts
 
 
 def _versions(world: Comm, code: str) -> Iterator[Finding]:
@@ -91,17 +91,17 @@ def _versions(world: Comm, code: str) -> Iterator[Finding]:
     from pfedmoe_mpi.storage import hdf5_check
 
     yield Finding(True, f"{comm.library()}, mpi4py {metadata.version('mpi4py')}")
-    own = (
+    versions = (
         f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
         f"{hdf5_check.version_text()}"
     )
-    found = world.gather(own, "versions")
-    unlike = {text: found.index(text) for text in found}
+    of_ranks = world.gather(versions, "versions")
+    first_rank = {text: of_ranks.index(text) for text in of_ranks}
     yield Finding(
-        len(unlike) == 1,
-        f"pfedmoe_mpi {world.gather(code, 'versions')[0]}, {own}"
-        if len(unlike) == 1
-        else "unlike versions: " + "; ".join(f"rank {rank}: {text}" for text, rank in unlike.items()),
+        len(first_rank) == 1,
+        f"pfedmoe_mpi {world.gather(code, 'versions')[0]}, {versions}"
+        if len(first_rank) == 1
+        else "versions differ: " + "; ".join(f"rank {rank}: {text}" for text, rank in first_rank.items()),
         "start every rank from the same environment",
     )
 
@@ -112,42 +112,51 @@ def _ranks(world: Comm) -> Finding:
         return Finding(
             False,
             f"the launcher started {launched} ranks, but each believes it is alone",
-            "use the mpirun of the same MPI, or srun --mpi=pmi2 (MPICH) or pmix (Open MPI)",
+            "use the mpirun of the MPI library that mpi4py uses, or srun --mpi=pmi2 (MPICH), srun --mpi=pmix "
+            "(Open MPI)",
         )
     hosts = Counter(world.gather(platform.node(), "hosts"))
-    listed = ", ".join(f"{host}: {ranks}" for host, ranks in hosts.items())
-    return Finding(True, f"{world.size} rank(s) on {len(hosts)} host(s) ({listed})")
+    ranks_by_host = ", ".join(f"{host}: {ranks}" for host, ranks in hosts.items())
+    return Finding(True, f"{world.size} rank(s) on {len(hosts)} host(s) ({ranks_by_host})")
 
 
 def _devices(world: Comm) -> Iterator[Finding]:
-    """One line per rank: host, local rank, GPU or cores and threads."""
-    left = world.gather((environment.cores(), environment.CORES), "cores")
-    shrunk = [rank for rank, (now, then) in enumerate(left) if now < then]
+    """Yield one finding per rank: host, local rank, GPU or cores and threads."""
+    cores = world.gather((environment.cores(), environment.CORES), "cores")
+    shrunk = [rank for rank, (now, at_start) in enumerate(cores) if now < at_start]
     if shrunk:
-        text = f"importing torch left rank {shrunk[0]} {left[shrunk[0]][0]} of {left[shrunk[0]][1]} cores"
+        now, at_start = cores[shrunk[0]]
+        text = f"importing torch reduced the cores of rank {shrunk[0]} from {at_start} to {now}"
         yield Finding(False, text, "unset OMP_PROC_BIND")
-    local, beside = world.local()
+    local, ranks_on_host = world.local()
     try:
         chosen = device.choose(world, Train())
     except UserError as error:
-        yield Finding(False, str(error).partition("\n")[0], "ask the job for GPUs on every host")
+        yield Finding(False, str(error).partition("\n")[0], "request GPUs on every host of the job")
         return
-    for rank, line in enumerate(world.gather(f"local rank {local} of {beside}, {chosen.line}", "devices")):
-        yield Finding(True, f"rank {rank}: {line}")
+    line = f"local rank {local} of {ranks_on_host}, {chosen.line}"
+    for rank, text in enumerate(world.gather(line, "devices")):
+        yield Finding(True, f"rank {rank}: {text}")
     kinds = set(world.gather(chosen.device.type, "devices"))
     if len(kinds) > 1:
-        yield Finding(False, "some ranks see a GPU, others none", "ask the job for GPUs on every host")
-    crowded = world.gather(beside > environment.CORES and chosen.device.type == "cpu", "cores")
+        yield Finding(False, "some ranks see a GPU, others do not", "request GPUs on every host of the job")
+    crowded = world.gather(ranks_on_host > environment.CORES and chosen.device.type == "cpu", "cores")
     if any(crowded):
-        hosts = "there are more ranks than cores"
-        yield Finding(True, f"{hosts} (rank {crowded.index(True)}): it works, no faster than one per core")
+        yield Finding(
+            True,
+            f"the host of rank {crowded.index(True)} has more ranks than cores; this works, but not faster "
+            "than one rank per core",
+        )
 
 
 # MPI
 
 
 def _sum(world: Comm) -> Finding:
-    """Σ over ranks r of (r + 1)·a + r must be a·n(n+1)/2 + n(n−1)/2, to the last bit, for large random a."""
+    """Check the integer sum bit by bit.
+
+    The sum over ranks r of (r + 1)·a + r must be a·n(n+1)/2 + n(n−1)/2 for large random a.
+    """
     ranks = world.size
     pairs = ranks * (ranks + 1) // 2
     seconds = 0.0
@@ -162,7 +171,7 @@ def _sum(world: Comm) -> Finding:
             return Finding(
                 False,
                 f"the integer sum of {size:,} numbers over {ranks} rank(s) is wrong",
-                "report it to whoever maintains this MPI; another MPI library or another transport may do",
+                "use another MPI library or another transport, and report the error to the site's support",
             )
     speed = 8e-6 * SUM_SIZES[-1] / max(world.gather(seconds, "sum"))
     sizes = ", ".join(f"{size:,}" for size in SUM_SIZES)
@@ -171,47 +180,52 @@ def _sum(world: Comm) -> Finding:
 
 
 def _signals(world: Comm) -> Finding:
-    """Whether a handler runs while this rank sleeps between two tests, as it does when it waits."""
-    got = threading.Event()
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: got.set())
+    """Check that a signal handler runs while this rank sleeps between two polls, as it does when it waits."""
+    received = threading.Event()
+    previous_handler = signal.signal(signal.SIGUSR1, lambda number, frame: received.set())
     try:
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1)).start()
         deadline = time.monotonic() + 5
-        while not got.is_set() and time.monotonic() < deadline:
+        while not received.is_set() and time.monotonic() < deadline:
             time.sleep(0.01)
     finally:
-        signal.signal(signal.SIGUSR1, before)
-    deaf = [rank for rank, heard in enumerate(world.gather(got.is_set(), "signals")) if not heard]
-    if deaf:
+        signal.signal(signal.SIGUSR1, previous_handler)
+    unreached = [
+        rank for rank, handled in enumerate(world.gather(received.is_set(), "signals")) if not handled
+    ]
+    if unreached:
         remedy = "do not start the job with SIGUSR1 blocked"
-        return Finding(False, f"SIGUSR1 does not reach rank {', '.join(map(str, deaf))}", remedy)
+        return Finding(False, f"SIGUSR1 does not reach rank {', '.join(map(str, unreached))}", remedy)
     return Finding(True, f"SIGUSR1 is handled while waiting; {_launcher_signals()}")
 
 
 def _launcher_signals() -> str:
-    """How this MPI's launcher passes signals on."""
+    """Return how this MPI's launcher forwards signals."""
     library = comm.library()
-    family = "whether mpirun passes it on is not known for this MPI"
+    forwarding = "it is unknown whether this MPI's mpirun forwards it"
     if "Open MPI" in library:
-        family = "Open MPI's mpirun passes it on, SIGTERM ends the job at once"
+        forwarding = "Open MPI's mpirun forwards it, but SIGTERM ends the job at once"
     elif "MPICH" in library or "Intel" in library:
-        family = "MPICH's mpirun passes on SIGUSR1, SIGTERM and Ctrl-C, SIGUSR2 kills it"
-    return f"{family}; Slurm: --signal=B:USR1@120 and a trap that tells mpirun, under srun without B:"
+        forwarding = "MPICH's mpirun forwards SIGUSR1, SIGTERM and Ctrl-C, but SIGUSR2 kills it"
+    return (
+        f"{forwarding}; in Slurm use --signal=B:USR1@120 and a trap that signals mpirun, or with srun "
+        "--signal=USR1@120"
+    )
 
 
 # The file system
 
 
 def _files(world: Comm, folder: Path) -> Iterator[Finding]:
-    made, trouble = world.from_root(lambda: _make_folder(folder), "folder")
-    if trouble:
-        yield Finding(False, f"{folder}: {trouble}", OTHER_FOLDER)
+    name, error = world.from_root(lambda: _make_folder(folder), "folder")
+    if error:
+        yield Finding(False, f"{folder}: {error}", OTHER_FOLDER)
         return
-    path = Path(made)
+    path = Path(name)
     try:
-        seen = world.gather(path.is_dir(), "folder")
-        if not all(seen):
-            text = f"rank {seen.index(False)} does not see {folder} as rank 0 does"
+        visible = world.gather(path.is_dir(), "folder")
+        if not all(visible):
+            text = f"rank {visible.index(False)} does not see the folder that rank 0 made in {folder}"
             yield Finding(False, text, OTHER_FOLDER)
             return
         yield _parallel_write(world, path / "pieces")
@@ -224,17 +238,17 @@ def _files(world: Comm, folder: Path) -> Iterator[Finding]:
 
 
 def _make_folder(folder: Path) -> tuple[str, str]:
-    """(a new folder in `folder`, ""), or ("", the reason why not)."""
+    """Return (the name of a new folder in `folder`, ""), or ("", the error)."""
     if not folder.is_dir():
         return "", "there is no such folder"
     try:
         return tempfile.mkdtemp(prefix=".pfedmoe-check-", dir=folder.absolute()), ""
     except OSError as error:
-        return "", f"cannot write there ({error.strerror})"
+        return "", f"no file can be written there ({error.strerror})"
 
 
 def _parallel_write(world: Comm, path: Path) -> Finding:
-    """Every rank writes its piece of one file, and reads its neighbour's."""
+    """Check that all ranks can write pieces of one file, and read their neighbour's piece."""
 
     def pattern(rank: int) -> bytes:
         return np.random.default_rng(rank).bytes(PIECE)
@@ -245,38 +259,38 @@ def _parallel_write(world: Comm, path: Path) -> Finding:
 
     def write() -> None:
         with open(path, "r+b", buffering=0) as file:
-            done = 0
-            while done < PIECE:
-                done += os.pwrite(file.fileno(), own[done:], world.rank * PIECE + done)
+            written = 0
+            while written < PIECE:
+                written += os.pwrite(file.fileno(), piece[written:], world.rank * PIECE + written)
             os.fsync(file.fileno())
 
     def read() -> None:
         other = (world.rank + 1) % world.size
         with open(path, "rb", buffering=0) as file:
             if os.pread(file.fileno(), PIECE, other * PIECE) != pattern(other):
-                raise ValueError(f"reads other bytes than rank {other} wrote")
+                raise ValueError(f"did not read the bytes that rank {other} wrote")
 
-    own = memoryview(pattern(world.rank))
-    trouble = _told(world, create, "create")
+    piece = memoryview(pattern(world.rank))
+    errors = _errors_of(world, create, "create")
     started = time.perf_counter()
-    trouble = trouble or _told(world, write, "pwrite")
+    errors = errors or _errors_of(world, write, "pwrite")
     seconds = time.perf_counter() - started
-    trouble = trouble or _told(world, read, "read back")
-    if trouble:
-        return Finding(False, f"one file written by all ranks: {trouble}", OTHER_FOLDER)
+    errors = errors or _errors_of(world, read, "read back")
+    if errors:
+        return Finding(False, f"one file written by all ranks: {errors}", OTHER_FOLDER)
     speed = 1e-6 * PIECE * world.size / seconds
     return Finding(True, f"one file written by {world.size} rank(s) with pwrite and fsync, {speed:.0f} MB/s")
 
 
 def _rename(world: Comm, folder: Path) -> Finding:
-    """Rank 0 replaces a file again and again; whoever reads it meets one of its versions, whole."""
-    target, fresh = folder / "renamed", folder / "fresh"
+    """Check that ranks that read a file, while rank 0 replaces it repeatedly, always see a whole version."""
+    target, replacement = folder / "renamed", folder / "fresh"
     versions = {bytes([letter]) * 4096 for letter in b"ab"}
 
     def replace() -> None:
         for number in range(RENAMES):
-            fresh.write_bytes(sorted(versions)[number % 2])
-            os.replace(fresh, target)
+            replacement.write_bytes(sorted(versions)[number % 2])
+            os.replace(replacement, target)
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -284,17 +298,19 @@ def _rename(world: Comm, folder: Path) -> Finding:
     def watch() -> None:
         for _ in range(RENAMES):
             if target.read_bytes() not in versions:
-                raise ValueError("saw a file that was not whole")
+                raise ValueError("read an incomplete file")
 
-    first = _told(world, replace if world.rank == 0 else lambda: None, "rename")
-    both = _told(world, replace if world.rank == 0 else watch, "rename")
-    trouble = first or both or _told(world, watch, "rename")
-    if trouble:
-        return Finding(False, f"rename is not atomic here: {trouble}", OTHER_FOLDER)
+    alone = _errors_of(world, replace if world.rank == 0 else lambda: None, "rename")
+    watched = _errors_of(world, replace if world.rank == 0 else watch, "rename")
+    errors = alone or watched or _errors_of(world, watch, "rename")
+    if errors:
+        return Finding(False, f"rename is not atomic: {errors}", OTHER_FOLDER)
     return Finding(True, f"rename is atomic ({RENAMES} times, watched by {world.size - 1} other rank(s))")
 
 
 def _hard_links(world: Comm, folder: Path) -> Finding:
+    """Report whether hard links work; a run works without them."""
+
     def link() -> bool:
         try:
             os.link(folder / "renamed", folder / "linked")
@@ -303,19 +319,21 @@ def _hard_links(world: Comm, folder: Path) -> Finding:
         return True
 
     if world.from_root(link, "hard link"):
-        return Finding(True, "hard links work: best.h5 takes no space of its own")
-    return Finding(True, "no hard links here: best.h5 is a copy, which works too")
+        return Finding(True, "hard links work: best.h5 needs no extra space")
+    return Finding(True, "hard links do not work: best.h5 will be a copy, which is fine")
 
 
 def _locking(world: Comm, path: Path) -> Finding:
-    """HDF5 with the locking this program asks for: one writes, then all read at once."""
+    """Check HDF5 with the locking that this program uses: one rank writes, then all read at once."""
     from pfedmoe_mpi.storage import hdf5_check
 
-    trouble = _told(world, lambda: hdf5_check.write_numbers(path) if world.rank == 0 else None, "HDF5")
-    trouble = trouble or _told(world, lambda: hdf5_check.read_numbers(path), "HDF5")
-    if trouble:
-        return Finding(False, f"HDF5: {trouble}", "HDF5_USE_FILE_LOCKING=BEST_EFFORT, or another file system")
+    errors = _errors_of(world, lambda: hdf5_check.write_numbers(path) if world.rank == 0 else None, "HDF5")
+    errors = errors or _errors_of(world, lambda: hdf5_check.read_numbers(path), "HDF5")
+    if errors:
+        remedy = "export HDF5_USE_FILE_LOCKING=BEST_EFFORT, or use another file system"
+        return Finding(False, f"HDF5: {errors}", remedy)
     locks = all(world.gather(hdf5_check.locks_work(path), "HDF5"))
     return Finding(
-        True, f"HDF5 writes and reads; its file locks {'work' if locks else 'do not, and are not needed'}"
+        True,
+        f"HDF5 writes and reads; its file locks {'work' if locks else 'do not work, but are not needed'}",
     )

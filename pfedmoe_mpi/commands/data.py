@@ -1,4 +1,4 @@
-"""Data and partitions written as files: any source as one HDF5 file, a partition as HDF5 or as a picture."""
+"""`data prepare` and `data partition`: any source as one HDF5 file, a partition as HDF5 file or picture."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.storage import durable
 
-_SHOWN = 40  # clients and classes a heat map in text shows
+_SHOWN = 40  # clients and classes in a heat map as text
 _SHADES = " ░▒▓█"
 
 
 def prepare(config: Config, out: Path) -> str:
-    """Write the data that `config.data` names as one HDF5 file, of which a rank reads only the rows it needs.
+    """Write the data of `config.data` as one HDF5 file, from which a rank reads only the rows it needs.
 
-    torchvision may download here. Source `hdf5` reads the file back as the same data set.
+    This is the only place where torchvision may download. `data.source = hdf5` reads the file back as the
+    same data set.
 
     Returns:
-        One line about what was written.
+        One line that describes the file.
 
     Raises:
-        DataError: unusable data, or `out` exists or cannot be written; then nothing is left behind.
+        DataError: the data are unusable, or `out` exists or cannot be written; no partial file remains.
     """
     _refuse_existing(out)
     with open_dataset(config.data, config.seed, clients=config.clients, download=True) as data:
         if data.fit:
             raise DataError(
-                f"{data.name} is made ready by what each client trains on, and cannot be prepared before",
-                f"run on --data.source {config.data.source} itself; the first rank reads it and sends rows",
+                f"{data.name} depends on the training rows of each client and cannot be prepared before the "
+                "partition",
+                f"run with --data.source {config.data.source}; the first rank reads the data and sends rows",
             )
         with _new_file(out) as path:
             write_hdf5(path, data)
@@ -47,20 +49,19 @@ def prepare(config: Config, out: Path) -> str:
 
 
 def write_partition(config: Config, out: Path) -> str:
-    """Compute the partition of `config`; write its row numbers as HDF5, or its heat map to a `.png`.
+    """Compute the partition of `config`, and write its row numbers as HDF5 or its heat map as `.png`.
 
-    The file has groups `train`, `validation` and `test`, each with `rows`, all clients' row numbers one after
-    the other, and `offsets` (N + 1): client k has rows[offsets[k] : offsets[k + 1]]; `unseen` are the clients
-    that never train, `reserved` the rows that no client has.
+    `partition_file.write_rows` describes the HDF5 file.
 
     Returns:
         The heat map client × class as text.
 
     Raises:
-        DataError: unusable data, `out` exists or cannot be written, or a picture without matplotlib.
-        PartitionError: the partition cannot be met.
+        DataError: the data are unusable, `out` exists or cannot be written, or matplotlib is missing for a
+            picture.
+        PartitionError: the settings cannot be satisfied.
     """
-    # Imported here: a method may reserve rows, and methods need torch.
+    # Imported late because these need torch: a method decides whether rows are reserved.
     from pfedmoe_mpi.federation.effective import with_proposals
     from pfedmoe_mpi.federation.plan import draw_partition
 
@@ -68,7 +69,7 @@ def write_partition(config: Config, out: Path) -> str:
     with open_dataset(config.data, config.seed, clients=config.clients) as data:
         config = with_proposals(config, data)
         partition = draw_partition(config, data)
-        data = data.fitted(partition)  # of next words this makes the classes
+        data = data.fitted(partition)  # for next words this determines the classes
     if out.suffix.lower() == ".png":
         _draw(out, partition, data)
     else:
@@ -78,10 +79,13 @@ def write_partition(config: Config, out: Path) -> str:
 
 
 def heat_map(partition: Partition, data: Dataset) -> str:
-    """Training samples by client (rows) and class (columns) as shades of the largest cell, 40 of each."""
+    """Return the training samples by client (lines) and class (columns) as text, 40 of each at most.
+
+    Shades are relative to the largest cell.
+    """
     counts = partition.counts(data.labels, data.classes)
     shown = counts[:_SHOWN, :_SHOWN]
-    shades = -(-shown * (len(_SHADES) - 1) // max(1, counts.max()))  # rounded up: one sample is visible
+    shades = -(-shown * (len(_SHADES) - 1) // max(1, counts.max()))  # rounded up, so one sample is visible
     lines = [f"client  train valid  test  classes 0 to {shown.shape[1] - 1} ({_SHADES[-1]} = {counts.max()})"]
     for client, shade in enumerate(shades):
         parts = (partition.train, partition.validation, partition.test)
@@ -92,17 +96,19 @@ def heat_map(partition: Partition, data: Dataset) -> str:
         if total > _SHOWN:
             lines.append(f"and {total - _SHOWN} more {noun}")
     if len(partition.reserved):
-        lines.append(f"{len(partition.reserved)} rows are the server's")
+        lines.append(f"{len(partition.reserved)} rows are reserved for the server")
     return "\n".join(lines)
 
 
 def _draw(out: Path, partition: Partition, data: Dataset) -> None:
+    """Write the heat map client × class as a picture."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ModuleNotFoundError as error:
         raise DataError(
-            "drawing needs matplotlib", "pip install 'pfedmoe_mpi[report]', or write to .h5"
+            f"writing the picture {out} needs matplotlib",
+            "pip install 'pfedmoe_mpi[report]', or name an output file that ends in .h5",
         ) from error
     counts = partition.counts(data.labels, data.classes)
     figure = Figure(figsize=(3 + 0.2 * min(data.classes, 60), 2 + 0.15 * min(partition.clients, 80)), dpi=150)
@@ -116,18 +122,19 @@ def _draw(out: Path, partition: Partition, data: Dataset) -> None:
 
 
 def _refuse_existing(out: Path) -> None:
+    """Raise a DataError if `out` exists or its folder does not."""
     if os.path.lexists(out):
         raise DataError(f"{out} exists and is not overwritten", "name another file, or move this one away")
     if not os.path.isdir(out.parent):
-        raise DataError(f"there is no folder {out.parent}", "make it first")
+        raise DataError(f"there is no folder {out.parent}", f"make it first: mkdir -p {out.parent}")
 
 
 @contextmanager
 def _new_file(out: Path) -> Iterator[Path]:
-    """Yield a path to write that becomes `out` once it is complete.
+    """Yield a path to write, which becomes `out` once it is complete.
 
     Raises:
-        DataError: `out` exists by then or cannot be written.
+        DataError: `out` exists by then, or cannot be written.
     """
     try:
         with durable.new_file(out) as path:

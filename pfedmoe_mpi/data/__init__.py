@@ -1,8 +1,8 @@
 """Data: one `Dataset` from any source, and its partition over clients.
 
-`sources.open_dataset` opens, `partition.make_partition` assigns rows to clients, `Dataset.fitted`
-learns from training rows alone (missing values, scale, vocabulary).
-Nothing here knows of MPI or torch; what needs PIL or torchvision imports it where it is used.
+`open_dataset` opens a source, `make_partition` assigns its rows to clients, and `Dataset.fitted` learns
+from training rows alone (missing values, scale, vocabulary).
+This package does not use MPI or torch. Only the functions that need PIL or torchvision import them.
 """
 
 from pfedmoe_mpi.data.dataset import Dataset

@@ -1,4 +1,4 @@
-"""What a data set is, whatever it was read from, and the checks every source shares."""
+"""The `Dataset` that every source returns, and the checks that all sources share."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class RowStore(Protocol):
-    """Where samples lie: in memory or in a file."""
+    """The samples of a data set, in memory or in a file."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one sample."""
+        """The shape of one sample."""
 
     @property
     def dtype(self) -> np.dtype:
-        """uint8 or float32; int32 where samples are tokens."""
+        """uint8 or float32; int32 if samples are tokens."""
 
     @property
     def distributed(self) -> bool:
-        """Whether every rank opens the store by itself and reads just the rows it asks for."""
+        """Whether every rank opens the store itself and reads only the rows it needs."""
 
     def read(self, index: np.ndarray) -> np.ndarray:
-        """Rows `index` (m,) in the order asked, as (m, *shape), contiguous."""
+        """Return rows `index` (m,) in that order, as a contiguous array (m, *shape)."""
 
     def close(self) -> None:
-        """Give back what is held open."""
+        """Close the file behind the samples, if any."""
 
 
 @dataclass(frozen=True, eq=False)
-class HeldRows:
+class MemoryRows:
     """Samples in memory, (n, *shape) uint8, float32 or int32."""
 
     x: np.ndarray
@@ -69,7 +69,7 @@ class HeldRows:
 
 @dataclass(frozen=True, eq=False)
 class ResizedRows:
-    """Images of another store, brought to size × size pixels as they are read."""
+    """Images of another store, resized to size × size pixels when they are read."""
 
     store: RowStore
     size: int
@@ -94,19 +94,19 @@ class ResizedRows:
 
 
 class Fit(Protocol):
-    """What a source can do only when it is known which rows train whom: impute, standardise, number words.
+    """The step that needs the partition: impute, standardise, build a vocabulary.
 
-    It learns from training rows alone. Only the root calls it; like all of a `Dataset` but rows, it is sent
-    to the other ranks.
+    It learns from training rows alone. Only the root calls it. Like everything in a `Dataset` except the
+    rows, it is sent to the other ranks.
     """
 
     def __call__(self, data: Dataset, partition: Partition) -> Dataset:
-        """The data as their clients use them; rows and their owners stay the same."""
+        """Return the data that clients train on; the rows and their owners stay the same."""
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
-    """What a source gives before the common checks; `where` names it in messages."""
+class SourceData:
+    """The data of one source before the common checks; `where` names the source in messages."""
 
     name: str
     where: str
@@ -127,15 +127,16 @@ class Loaded:
 class Dataset:
     """n labelled samples.
 
-    `shape` is (C, H, W), (features,) or (tokens,); `labels` (n,) int64 in 0..classes-1, every class present;
-    `client` (n,) int64 where the data have natural clients; `official_test` (n,) bool where they have a test
-    part of their own. `mean` and `std` hold one number per channel (per feature), meant for x / 255 when
-    `dtype` is uint8 and for x itself when it is float32; empty means no normalisation.
+    `shape` is (C, H, W), (features,) or (tokens,). `labels` are (n,) int64 in 0..classes-1, and every class
+    occurs. `client` is (n,) int64, or None if the data have no natural clients. `official_test` is (n,) bool,
+    or None if the data have no test part. `mean` and `std` hold one number per channel (per feature); they
+    apply to x / 255 if `dtype` is uint8 and to x itself if it is float32. Empty means no normalisation.
 
-    `client_names` name the natural clients where they have names, such as hospitals. `proposals` are settings
-    by dotted name that suit the data, for those the user has not given. With a `fit` the data are not ready
-    before `fitted`: samples may hold NaN. `vocabulary` is the number of tokens there may be, 0 where samples
-    are no tokens. `ordered` rows overlap those that follow them: parts are cut from their end and not drawn.
+    `client_names` are the names of the natural clients, such as hospitals, if they have names. `proposals`
+    maps dotted names of settings to values that suit the data; they replace defaults, not the user's values.
+    If `fit` is set, samples may hold NaN until `fitted` is called. `vocabulary` is the number of possible
+    tokens, 0 if samples are not tokens. `ordered` means that each row overlaps the rows after it: parts are
+    then cut from the end and not drawn at random.
     """
 
     name: str
@@ -160,27 +161,27 @@ class Dataset:
 
     @property
     def distributed(self) -> bool:
-        """True: every rank opens the data and reads its rows; False: only the root does, and sends rows."""
+        """True: every rank opens the data and reads its rows. False: the root reads all and sends rows."""
         return self.store.distributed
 
     @property
     def tokens(self) -> bool:
-        """Whether samples are texts: (length,) tokens, 0 for padding."""
+        """Whether samples are texts: (length,) tokens, with 0 as padding."""
         return self.dtype == np.int32
 
     def fitted(self, partition: Partition) -> Dataset:
-        """The data as their clients use them, once it is known which rows train whom."""
+        """Return the data that clients train on, after the source's `fit` to this partition, if any."""
         return replace(self.fit(self, partition), fit=None) if self.fit else self
 
     def without_rows(self) -> Dataset:
-        """All that is known of the data but the rows themselves."""
-        return replace(self, store=HeldRows(np.empty((0, *self.shape), self.dtype)))
+        """Return a copy that keeps everything except the samples."""
+        return replace(self, store=MemoryRows(np.empty((0, *self.shape), self.dtype)))
 
     def rows(self, index: np.ndarray) -> np.ndarray:
-        """Samples `index` (m,) in the order asked: (m, *shape), of `dtype`, contiguous.
+        """Return samples `index` (m,) in that order, as a contiguous array (m, *shape) of `dtype`.
 
         Raises:
-            DataError: the file cannot be read any more, or holds a NaN or an infinity in one of these rows.
+            DataError: the file can no longer be read, or one of these rows holds a NaN or an infinity.
         """
         return self.store.read(np.asarray(index, dtype=np.int64))
 
@@ -195,84 +196,86 @@ class Dataset:
         self.close()
 
 
-def describe(loaded: Loaded, settings: Data) -> Dataset:
-    """The data set of a source after the common checks; the user's settings win over its constants.
+def build_dataset(source: SourceData, settings: Data) -> Dataset:
+    """Return the data set of a source after the common checks; `data.mean` and `data.std` override its own.
 
     Raises:
-        DataError: labels with gaps, arrays of unlike lengths, `data.size` or `data.mean` that do not fit.
+        DataError: labels with gaps, arrays of different lengths, `data.size` or `data.mean` that do not fit.
     """
-    store = _sized(loaded, settings)
-    classes = check_labels(loaded.labels, loaded.where)
-    names = loaded.class_names or tuple(map(str, range(classes)))
+    store = _resized_store(source, settings)
+    classes = check_labels(source.labels, source.where)
+    names = source.class_names or tuple(map(str, range(classes)))
     if len(names) != classes:
         raise DataError(
-            f"{loaded.where} names {len(names)} classes and has rows of {classes}",
+            f"{source.where} has {len(names)} class names but rows of {classes} classes",
             "give one name per class, and rows of every class",
         )
-    mean, std = _normalisation(loaded, settings, store)
+    mean, std = _normalisation(source, settings, store)
     return Dataset(
-        name=loaded.name,
+        name=source.name,
         shape=store.shape,
         classes=classes,
-        labels=np.asarray(loaded.labels, dtype=np.int64),
+        labels=np.asarray(source.labels, dtype=np.int64),
         class_names=names,
-        client=loaded.client,
-        official_test=loaded.official_test,
+        client=source.client,
+        official_test=source.official_test,
         mean=mean,
         std=std,
         dtype=store.dtype,
         store=store,
-        client_names=loaded.client_names,
-        proposals=loaded.proposals,
-        fit=loaded.fit,
-        ordered=loaded.ordered,
+        client_names=source.client_names,
+        proposals=source.proposals,
+        fit=source.fit,
+        ordered=source.ordered,
     )
 
 
-def _sized(loaded: Loaded, settings: Data) -> RowStore:
-    shape, size = loaded.store.shape, settings.size
+def _resized_store(source: SourceData, settings: Data) -> RowStore:
+    """Return the samples at `data.size`, or unchanged if it is 0."""
+    shape, size = source.store.shape, settings.size
     if not size or shape[1:] == (size, size):
-        return loaded.store
+        return source.store
     if len(shape) != 3:
         raise DataError(
-            f"data.size {size} is for images, but a sample of {loaded.where} has shape {shape}",
-            "leave out --data.size",
+            f"data.size = {size} needs images, but a sample of {source.where} has shape {shape}",
+            "remove --data.size",
         )
-    return ResizedRows(loaded.store, size)
+    return ResizedRows(source.store, size)
 
 
 def _normalisation(
-    loaded: Loaded, settings: Data, store: RowStore
+    source: SourceData, settings: Data, store: RowStore
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return (mean, std), one number per channel each, or two empty tuples."""
     channels = store.shape[0]
-    if loaded.fit and settings.mean:
+    if source.fit and settings.mean:
         raise DataError(
-            f"data.mean and data.std do not apply to {loaded.where}, whose samples are made ready by what "
-            "clients train on",
-            "leave them out",
+            f"data.mean and data.std do not apply to {source.where}: its samples are prepared from each "
+            "client's training rows",
+            "remove --data.mean and --data.std",
         )
-    mean, std = (settings.mean, settings.std) if settings.mean else (loaded.mean, loaded.std)
+    mean, std = (settings.mean, settings.std) if settings.mean else (source.mean, source.std)
     if not mean and store.dtype == np.uint8:
         mean = std = (0.5,) * channels
     if len(mean) != channels and mean:
-        origin = "data.mean and data.std" if settings.mean else f"mean and std of {loaded.where}"
+        origin = "data.mean and data.std" if settings.mean else f"mean and std of {source.where}"
         raise DataError(
-            f"{origin} have {len(mean)} numbers, a sample has {channels} channels (shape {store.shape})",
+            f"{origin} have {len(mean)} numbers, but a sample has {channels} channels (shape {store.shape})",
             f"give {channels} numbers each, one per channel",
         )
     return mean, std
 
 
 def check_labels(labels: np.ndarray, where: str) -> int:
-    """The number of classes of `labels` (n,).
+    """Return the number of classes of `labels` (n,).
 
     Raises:
-        DataError: none, not integers, negative, not counted from 0 without gaps, or fewer than two classes.
+        DataError: no labels, not integers, negative, gaps in 0..classes-1, or fewer than two classes.
     """
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
             f"labels of {where} are {labels.dtype} of shape {labels.shape}",
-            "give one integer per sample, (n,)",
+            "give one integer label per sample, (n,)",
         )
     if not len(labels):
         raise DataError(f"{where} is empty", "give at least one sample of every class")
@@ -280,40 +283,43 @@ def check_labels(labels: np.ndarray, where: str) -> int:
 
 
 def check_clients(client: np.ndarray, rows: int, where: str) -> np.ndarray:
-    """`client` (n,) as int64, clients counted from 0 without gaps."""
+    """Return `client` (n,) as int64 once it is checked: clients counted from 0, without gaps.
+
+    Raises:
+        DataError: another shape, not integers, negative, or a client without rows.
+    """
     if client.shape != (rows,) or not np.issubdtype(client.dtype, np.integer):
         raise DataError(
             f"client of {where} is {client.dtype} of shape {client.shape}",
-            f"give one integer per sample, ({rows},)",
+            f"give one integer client per sample, ({rows},)",
         )
     _check_numbers(client, f"client of {where}", "client", least=1)
     return client.astype(np.int64)
 
 
 def _check_numbers(numbers: np.ndarray, where: str, noun: str, least: int = 2) -> int:
-    found = np.unique(numbers)
-    if found[0] < 0:
-        raise DataError(
-            f"{where}: row {int(np.argmin(numbers))} has {found[0]}",
-            f"number every {noun} from 0, without gaps",
-        )
-    missing = np.flatnonzero(found != np.arange(len(found)))
+    """Return how many different numbers there are; refuse negative ones, gaps, and fewer than `least`."""
+    values = np.unique(numbers)
+    remedy = f"number every {noun} from 0, without gaps"
+    if values[0] < 0:
+        raise DataError(f"{where}: row {int(np.argmin(numbers))} has {values[0]}", remedy)
+    missing = np.flatnonzero(values != np.arange(len(values)))
     if len(missing):
-        remedy = f"number every {noun} from 0, without gaps"
+        consecutive = values[-1] - values[0] == len(values) - 1
         raise DataError(
-            f"{where} run from {found[0]} to {found[-1]}, but {noun} {missing[0]} has no row",
-            f"subtract {found[0]} from each" if found[-1] - found[0] == len(found) - 1 else remedy,
+            f"{where} run from {values[0]} to {values[-1]}, but {noun} {missing[0]} has no row",
+            f"subtract {values[0]} from each" if consecutive else remedy,
         )
-    if len(found) < least:
+    if len(values) < least:
         raise DataError(f"{where} hold one class only", f"give rows of {least} classes or more")
-    return len(found)
+    return len(values)
 
 
 def sample_shape(shape: tuple[int, ...], where: str) -> tuple[int, ...]:
-    """(C, H, W) or (features,) of an array (n, C, H, W), (n, H, W) or (n, features).
+    """Return the shape of a sample, (C, H, W) or (features,), of x (n, C, H, W), (n, H, W) or (n, features).
 
     Raises:
-        DataError: no rows, another number of dimensions, a dimension of 0, or channels in the last place.
+        DataError: no rows, another number of dimensions, a dimension of 0, or channels as the last dimension.
     """
     remedy = "give images as (n, channels, height, width) or (n, height, width), features as (n, features)"
     if len(shape) not in {2, 3, 4}:
@@ -322,32 +328,36 @@ def sample_shape(shape: tuple[int, ...], where: str) -> tuple[int, ...]:
         raise DataError(f"x of {where} is empty (shape {shape})", "give at least one sample of every class")
     if len(shape) == 4 and shape[3] in {1, 3, 4} and shape[1] > 4:
         raise DataError(
-            f"x of {where} has shape {shape}, its channels in the last place",
+            f"x of {where} has shape {shape}, with channels as the last dimension",
             "transpose it: x.transpose(0, 3, 1, 2)",
         )
     return (1, *shape[1:]) if len(shape) == 3 else tuple(shape[1:])
 
 
 def check_finite(x: np.ndarray, row_numbers: np.ndarray, where: str) -> None:
-    """Refuse NaN and infinities in rows `x` (m, ...), naming the first of `row_numbers` (m,) with one."""
+    """Check rows `x` (m, ...) for NaN and infinities.
+
+    Raises:
+        DataError: a row holds one; names the first such row by its number in `row_numbers` (m,).
+    """
     if x.dtype == np.uint8 or np.isfinite(x).all():
         return
     bad = ~np.isfinite(x.reshape(len(x), -1)).all(axis=1)
     raise DataError(
         f"{where}: row {row_numbers[np.argmax(bad)]} holds a NaN or an infinity",
-        "replace such values or leave the rows out",
+        "replace such values or remove the rows",
     )
 
 
 def user_path(settings: Data) -> Path:
-    """`data.path` as a path that exists.
+    """Return `data.path` as a path that exists.
 
     Raises:
-        DataError: there is nothing.
+        DataError: nothing exists at this path, or it cannot be accessed.
     """
     path = Path(settings.path).expanduser()
     try:
         path.stat()
     except OSError as error:
-        raise DataError(f"data.path {path}: {error.strerror}", "check --data.path") from error
+        raise DataError(f"data.path = {path}: {error.strerror}", "check --data.path") from error
     return path

@@ -1,4 +1,4 @@
-"""A partition as an HDF5 file."""
+"""Writing a partition as an HDF5 file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pfedmoe_mpi.data.partition import Partition
 
 
 def write_rows(path: Path, partition: Partition, config: Config) -> None:
-    """Write the row numbers of every client, by split.
+    """Write the row numbers of every client, one group per part.
 
-    Groups `train`, `validation` and `test` hold `rows`, all clients' row numbers one after the other, and
+    The groups `train`, `validation` and `test` hold `rows`, the concatenated row numbers of all clients, and
     `offsets` (N + 1): client k has rows[offsets[k] : offsets[k + 1]]. `unseen` are the clients that never
-    train, `reserved` the rows that no client has.
+    train, `reserved` the rows that the server keeps.
 
     Raises:
         OSError, RuntimeError: from the HDF5 library.

@@ -1,28 +1,29 @@
-"""Images brought to another size, bilinear with antialiasing.
+"""Bilinear resizing of images, with antialiasing.
 
-Sums run tap by tap and not through a matrix product: the value of a pixel then depends neither on how many
-images are read together nor on a library's number of threads.
+The sum runs over the taps one by one, not through a matrix product. The value of a pixel then depends neither
+on how many images are read together nor on a library's number of threads.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-_BLOCK = 1024  # images at once: bounds the float32 copies
+_BLOCK = 1024  # images resized at once: bounds the memory of the float32 copies
 
 
 def resize(x: np.ndarray, size: int) -> np.ndarray:
-    """Images (m, C, H, W) as (m, C, size, size) of the same dtype; uint8 is rounded."""
+    """Return images (m, C, H, W) as (m, C, size, size) of the same dtype; uint8 is rounded."""
     out = np.empty((*x.shape[:2], size, size), x.dtype)
     for start in range(0, len(x), _BLOCK):
         block = x[start : start + _BLOCK].astype(np.float32)
-        tall = _along_rows(block, size)
-        wide = _along_rows(tall.swapaxes(2, 3), size).swapaxes(2, 3)
-        out[start : start + _BLOCK] = np.rint(wide).clip(0, 255) if x.dtype == np.uint8 else wide
+        rows_resized = _resize_rows(block, size)
+        resized = _resize_rows(rows_resized.swapaxes(2, 3), size).swapaxes(2, 3)
+        out[start : start + _BLOCK] = np.rint(resized).clip(0, 255) if x.dtype == np.uint8 else resized
     return out
 
 
-def _along_rows(x: np.ndarray, size: int) -> np.ndarray:
+def _resize_rows(x: np.ndarray, size: int) -> np.ndarray:
+    """Return images (m, C, H, W) as (m, C, size, W)."""
     index, weight = _taps(x.shape[2], size)
     out = np.zeros((*x.shape[:2], size, x.shape[3]), np.float32)
     for tap in range(index.shape[1]):
@@ -31,7 +32,10 @@ def _along_rows(x: np.ndarray, size: int) -> np.ndarray:
 
 
 def _taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source rows (size, taps) and their triangle weights, which widen with the scale when shrinking."""
+    """Return the source rows (size, taps) of every target row, and their triangle weights.
+
+    When an image shrinks, the triangle is wider by the scale.
+    """
     scale = length / size
     reach = max(scale, 1.0)
     centre = (np.arange(size) + 0.5) * scale - 0.5

@@ -1,4 +1,4 @@
-"""Rows and clients set apart: what the server keeps for itself, and clients that never train."""
+"""Rows reserved for the server, and clients that never train."""
 
 from __future__ import annotations
 
@@ -12,40 +12,44 @@ from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.data.partition import Partition
 from pfedmoe_mpi.errors import PartitionError
 
-LEAST = 10  # reserved rows: 8 to train, 2 to test
+MIN_RESERVED = 10  # rows: 8 to train, 2 to test
 
 
-def with_reserve(rows: int, share: float, seed: int, deal: Callable[[np.ndarray], Partition]) -> Partition:
-    """Keep a share of all rows apart, drawn, and deal the rest.
+def with_reserve(
+    rows: int, share: float, seed: int, partition_rest: Callable[[np.ndarray], Partition]
+) -> Partition:
+    """Draw a share of all rows for the server and partition the rest.
 
     Args:
-        deal: makes a partition of the rows given (ascending), numbered from 0.
+        partition_rest: returns a partition of the given rows (ascending), which it numbers from 0.
 
     Raises:
-        PartitionError: the share is not nothing, yet hardly a row.
+        PartitionError: the share is above 0, but gives fewer than `MIN_RESERVED` rows.
     """
     number = int(share * rows + 0.5)
-    if share and number < LEAST:
+    if share and number < MIN_RESERVED:
         raise PartitionError(
-            f"a share of {share:g} of {rows} rows reserves {number} for the server, which needs {LEAST}",
-            f"raise the share to {LEAST / rows:.3g} or more, or take larger data",
+            f"a share of {share:g} of {rows} rows reserves {number} rows for the server, which needs "
+            f"{MIN_RESERVED}",
+            f"raise the share to {MIN_RESERVED / rows:.3g} or more, or use a larger data set",
         )
     reserved = numpy_generator(seed, "reserve").permutation(rows)[:number]
     rest = np.setdiff1d(np.arange(rows), reserved)
-    dealt = deal(rest)
+    partition = partition_rest(rest)
     train, validation, test = (
-        tuple(rest[own] for own in part) for part in (dealt.train, dealt.validation, dealt.test)
+        tuple(rest[client_rows] for client_rows in part)
+        for part in (partition.train, partition.validation, partition.test)
     )
     return Partition(train, validation, test, reserved=np.sort(reserved))
 
 
 def choose_unseen(partition: Partition, labels: np.ndarray, wanted: int, seed: int) -> Partition:
-    """Name `wanted` clients that never train, whose combinations of labels no other client has.
+    """Choose `wanted` clients that never train and whose combinations of labels no other client has.
 
-    Clients with equal combinations stay together: whole groups are taken, drawn, as long as they fit.
+    Clients with equal combinations stay together: whole groups are drawn as long as they fit.
 
     Raises:
-        PartitionError: there is no such choice among a bounded number of draws.
+        PartitionError: none of a bounded number of draws gives exactly `wanted` clients.
     """
     groups: dict[frozenset[int], list[int]] = defaultdict(list)
     for client, rows in enumerate(partition.train):
@@ -60,7 +64,8 @@ def choose_unseen(partition: Partition, labels: np.ndarray, wanted: int, seed: i
         if len(chosen) == wanted:
             return replace(partition, unseen=frozenset(chosen))
     raise PartitionError(
-        f"{wanted} unseen clients cannot have label combinations of their own: {partition.clients} clients "
-        f"have {len(members)} combinations",
-        "--partition.kind pathological gives many, or change --unseen.clients or --partition.classes",
+        f"unseen.clients = {wanted}: no choice of clients has label combinations that no other client has; "
+        f"the {partition.clients} clients have {len(members)} combinations",
+        "set --partition.kind pathological, which gives many, or change --unseen.clients or "
+        "--partition.classes",
     )

@@ -107,7 +107,7 @@ def test_unusable_common_experts_are_refused(data: Path, common: Path, tmp_path:
 
 
 def test_too_small_pretraining_share_is_refused(data: Path) -> None:
-    with pytest.raises(PartitionError, match="reserves 3 for the server"):
+    with pytest.raises(PartitionError, match="reserves 3 rows for the server"):
         build_loop(data, "fedjets", **{**SETTINGS, "fedjets.common_share": 0.01})
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, seal
-from pfedmoe_mpi.commands.checkpoints import digest
+from pfedmoe_mpi.commands.inspect import digest
 from pfedmoe_mpi.errors import CheckpointError
 from support.checkpoint_checks import sample_content
 from support.checkpoint_files import read_ranges, regions, write_alone

@@ -48,7 +48,7 @@ def test_check_passes_under_open_mpi(tmp_path: Path) -> None:
     code, lines = check(2, tmp_path, mpi="openmpi")
     assert code == 0 and all(line.startswith("ok   ") for line in lines), lines
     assert any("integer sum over 2 rank(s) exact" in line for line in lines)
-    assert any("Open MPI's mpirun passes it on, SIGTERM ends the job at once" in line for line in lines)
+    assert any("Open MPI's mpirun forwards it, but SIGTERM ends the job at once" in line for line in lines)
 
 
 def failed(lines: list[str]) -> str:
@@ -81,7 +81,7 @@ def test_check_reports_a_read_only_folder(tmp_path: Path) -> None:
             pytest.skip("no folder that root may not write to")
     code, lines = check(2, folder)
     assert code == 1
-    assert "cannot write there" in failed(lines)
+    assert "no file can be written there" in failed(lines)
 
 
 def test_check_reports_a_launcher_of_another_mpi(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from support.launcher import Result, Session
         ("--rounds needs a value", ["--rounds", "--clients", "3"]),
         ("--dry yes: neither true nor false", ["--dry", "yes"]),
         ("no flag --lr; did you mean 'train.lr' or", ["--lr", "0.1"]),
-        ("data.source digits reads no file(.|\n)*--data.source tells", ["--data.path", "my.h5"]),
+        ("data.source = digits reads no file(.|\n)*set --data.source", ["--data.path", "my.h5"]),
         ("expected CHECKPOINT.h5, not nothing\n  remedy: python -m pfedmoe_mpi inspect .*$", ["inspect"]),
         ("rounds = 'many'", ["--rounds", "many"]),
         ("participation = '2'", ["--participation", "2"]),
@@ -91,10 +91,10 @@ def test_checkpoint_or_run_folder_is_not_a_configuration(
     ("pattern", "arguments"),
     [
         (
-            "partition.classes is 11, but the data have 10",
+            "partition.classes = 11, but the data have 10",
             ["--partition.kind", "pathological", "--partition.classes", "11"],
         ),
-        ("partition.classes is 99", ["--partition.kind", "classes", "--partition.classes", "99"]),
+        ("partition.classes = 99", ["--partition.kind", "classes", "--partition.classes", "99"]),
         ("fedavg needs equal models, but model.pool has mlp5, mlp4", ["--algorithm", "fedavg"]),
         ("scaffold needs equal models", ["--algorithm", "scaffold"]),
         ("auto stands alone", ["--model.pool", "auto,mlp5"]),
@@ -108,15 +108,15 @@ def test_checkpoint_or_run_folder_is_not_a_configuration(
         ),
         ("model cnn1 cannot take 3x8x8: needs at least 3x16x16", ["--model.pool", "cnn1"]),
         ("model vgg11 cannot take 3x8x8", ["--model.pool", "vgg11"]),
-        ("200 clients of partition.min_samples 10 need 2000 rows", ["--clients", "200"]),
-        ("data.samples 200 is below the number of clients", ["--clients", "500"]),
+        ("clients = 200 with partition.min_samples = 10 need 2000 rows", ["--clients", "200"]),
+        ("data.samples = 200 is below the number of clients", ["--clients", "500"]),
         (
-            "no draw of partition.tries 2 met",
+            "none of partition.tries = 2 draws satisfied",
             ["--partition.alpha", "0.001", "--clients", "19", "--partition.tries", "2"],
         ),
-        ("official needs data with", ["--partition.pool", "official"]),
+        ("partition.pool = official needs data with", ["--partition.pool", "official"]),
         (
-            "the data have 4 natural clients, not 3|client 0 has|natural",
+            "clients = 3, but the data have 4 natural clients|client 0 has|natural",
             ["--partition.kind", "natural", "--partition.min_samples", "60"],
         ),
         (
@@ -133,7 +133,7 @@ def test_contradicting_flags_are_refused(
 
 
 def test_digits_without_natural_clients_are_refused(assert_refused: Callable[..., str]) -> None:
-    assert_refused("partition.kind natural needs data that say", "--partition.kind", "natural")
+    assert_refused("partition.kind = natural needs data that name", "--partition.kind", "natural")
 
 
 @pytest.mark.parametrize("dry", ["true", "false"])
@@ -169,7 +169,7 @@ NAN = np.full((40, 5), np.nan, np.float32)
         ("x of .* is int64", {"x": X.astype(np.int64), "y": Y}),
         ("y has shape", {"x": X, "y": Y[:30]}),
         ("has shape \\(40,\\)", {"x": X[:, 0, 0, 0], "y": Y}),
-        ("channels in the last place", {"x": X.transpose(0, 2, 3, 1), "y": Y}),
+        ("channels as the last dimension", {"x": X.transpose(0, 2, 3, 1), "y": Y}),
         ("class 2 has no row", {"x": X, "y": np.where(Y == 2, 3, Y)}),
         ("row 0 has -1", {"x": X, "y": Y - 1}),
         ("subtract 1", {"x": X, "y": Y + 1}),
@@ -207,7 +207,7 @@ def test_missing_download_names_the_download_command(
     )
     assert "data prepare" in message and str(tmp_path) in message
     assert_refused(
-        "no data.name 'cifar11'; did you mean",
+        "data.name = 'cifar11' is unknown; did you mean",
         "--data.source",
         "torchvision",
         "--data.name",
@@ -255,7 +255,7 @@ class Harmful:
         ("pathlib.*, which is not an array", {"x": Path(), "y": Y}),
         ("not one dict of arrays", np.array([None, None])),
         ("no arrays x and y", {"x": X}),
-        ("40 samples and labels of int64 \\(30,\\)", {"x": X, "y": Y[:30]}),
+        ("40 samples, but labels of int64 \\(30,\\)", {"x": X, "y": Y[:30]}),
         ("holds a NaN", {"x": NAN, "y": Y}),
         ("class 1 has no row", {"x": X, "y": np.where(Y == 1, 0, Y)}),
     ],
@@ -275,7 +275,7 @@ def test_npz_clients_of_different_shapes_are_refused(
     flags = ("--data.source", "npz", "--data.path", tmp_path / "d")
     assert_refused("x of client 1 is uint8", *flags)
     client_file(tmp_path / "d" / "train" / "1.npz", {"x": X, "y": Y})
-    assert_refused("2 natural clients, not 3", *flags, "--clients", "3")
+    assert_refused("clients = 3, but the data have 2 natural clients", *flags, "--clients", "3")
     assert "as the data propose: partition.kind natural, clients 2" in run_command(*flags, "--dry").out
 
 

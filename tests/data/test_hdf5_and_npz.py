@@ -100,7 +100,7 @@ def test_hdf5_optional_parts_are_read(tmp_path: Path) -> None:
     [
         ({"x": GOOD_X}, "no dataset 'y'; it has x"),
         ({"y": GOOD_Y}, "no dataset 'x'"),
-        ({"x": GOOD_X, "y": GOOD_Y[:5]}, r"6 rows, y has shape \(5,\)"),
+        ({"x": GOOD_X, "y": GOOD_Y[:5]}, r"6 rows, but y has shape \(5,\)"),
         ({"x": GOOD_X, "y": GOOD_Y[:, None]}, r"y has shape \(6, 1\)"),
         ({"x": GOOD_X, "y": GOOD_Y + 0.5}, "labels of .* are float64"),
         ({"x": GOOD_X, "y": GOOD_Y - 1}, "row 0 has -1"),
@@ -110,20 +110,39 @@ def test_hdf5_optional_parts_are_read(tmp_path: Path) -> None:
         ({"x": GOOD_X.astype(np.int64), "y": GOOD_Y}, "x of .* is int64"),
         ({"x": GOOD_X[..., None], "y": GOOD_Y}, "has shape"),
         ({"x": np.arange(6.0), "y": GOOD_Y}, "has shape"),
-        ({"x": random_images(6, 8, 8, 3), "y": GOOD_Y}, "channels in the last place"),
+        ({"x": random_images(6, 8, 8, 3), "y": GOOD_Y}, "channels as the last dimension"),
         ({"x": GOOD_X[:0], "y": GOOD_Y[:0]}, "is empty"),
         ({"x": NAN, "y": GOOD_Y}, "row 4 holds a NaN"),
         ({"x": GOOD_X * 1e300, "y": GOOD_Y}, "NaN or an infinity"),
         ({"x": GOOD_X, "y": GOOD_Y, "client": GOOD_Y + 1}, "client 0 has no row"),
-        ({"x": GOOD_X, "y": GOOD_Y, "client": GOOD_Y[:2]}, r"6 rows, client has shape \(2,\)"),
-        ({"x": GOOD_X, "y": GOOD_Y, "official_test": GOOD_Y}, "official_test of .* more than true and false"),
-        ({"x": GOOD_X, "y": GOOD_Y, "class_names": ["a", "b"]}, "names 2 classes and has rows of 3"),
+        ({"x": GOOD_X, "y": GOOD_Y, "client": GOOD_Y[:2]}, r"6 rows, but client has shape \(2,\)"),
+        (
+            {"x": GOOD_X, "y": GOOD_Y, "official_test": GOOD_Y},
+            "official_test of .* other than true and false",
+        ),
+        ({"x": GOOD_X, "y": GOOD_Y, "class_names": ["a", "b"]}, "has 2 class names but rows of 3"),
         ({"x": GOOD_X, "y": GOOD_Y, "class_names": [1, 2, 3]}, "cannot be read"),
     ],
 )
 def test_unusable_hdf5_is_refused(tmp_path: Path, tables: dict[str, Any], pattern: str) -> None:
     data_error(pattern, "hdf5", write_h5(tmp_path / "a.h5", **tables))
     assert file_names(tmp_path) == ["a.h5"]
+
+
+def test_gaps_between_rows_are_skipped_in_a_file_without_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = images(200_000, 16)
+    with opened("hdf5", write_h5(tmp_path / "a.h5", x=x, y=np.arange(len(x)) % 2)) as data:
+        lengths, read = [], type(data.store)._read_span
+
+        def counted(store: Any, first: int, last: int) -> np.ndarray:
+            lengths.append(last - first)
+            return read(store, first, last)
+
+        monkeypatch.setattr(type(data.store), "_read_span", counted)
+        assert np.array_equal(data.rows(np.array([150_000, 1])), x[[150_000, 1]])
+    assert 16 * sum(lengths) <= 2 * 65536
 
 
 def test_nan_is_reported_by_the_rank_that_reads_it(tmp_path: Path) -> None:
@@ -238,12 +257,12 @@ def test_npz_pickle_with_numpy_functions_is_refused(tmp_path: Path) -> None:
         ({"x": GOOD_X}, "no arrays x and y; it has x"),
         ({"x": GOOD_X, "y": [0, 1, 2, 0, 1, 2]}, "no arrays x and y"),
         ({1, 2}, "not one dict"),
-        ({"x": GOOD_X, "y": GOOD_Y[:3]}, "6 samples and labels"),
-        ({"x": GOOD_X, "y": GOOD_Y / 2}, "6 samples and labels of float64"),
+        ({"x": GOOD_X, "y": GOOD_Y[:3]}, "6 samples, but labels"),
+        ({"x": GOOD_X, "y": GOOD_Y / 2}, "6 samples, but labels of float64"),
         ({"x": NAN, "y": GOOD_Y}, "0.npz: row 4 holds a NaN"),
         ({"x": GOOD_X.astype(np.int32), "y": GOOD_Y}, "is int32"),
         ({"x": GOOD_X, "y": GOOD_Y + 1}, "subtract 1"),
-        ({"x": np.array(["a"] * 6), "y": GOOD_Y}, "an array of dtype"),
+        ({"x": np.array(["a"] * 6), "y": GOOD_Y}, "unsupported dtype"),
         ({"x": np.array([[{}]] * 6), "y": GOOD_Y}, "no arrays x and y; it has y"),
     ],
 )

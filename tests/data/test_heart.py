@@ -139,7 +139,9 @@ def test_plan_names_the_hospitals(run_command: Callable[..., Result], hospitals:
 
 
 def test_wrong_number_of_clients_is_refused(assert_refused: Callable[..., str], hospitals: Path) -> None:
-    assert_refused("3 natural clients, not 7", *FLAGS, "--data.path", hospitals, "--clients", "7")
+    assert_refused(
+        "clients = 7, but the data have 3 natural clients", *FLAGS, "--data.path", hospitals, "--clients", "7"
+    )
     assert_refused("unseen.clients leaves nobody", *FLAGS, "--data.path", hospitals, "--unseen.clients", "3")
 
 
@@ -249,12 +251,12 @@ GOOD = "63,1,1,145,233,1,2,150,0,2.3,3,0,6,0"
     [
         ("", "processed.a.data is empty"),
         (HEADER + "\n", "no patient"),
-        (f"{GOOD}\n{GOOD},1\n", "line 2: 15 values, where 14 are expected"),
-        (f"{HEADER}\n{GOOD}\n\nold{GOOD}\n", "line 4: age 'old63' is no number"),
-        (f"{GOOD}\n{GOOD.replace('145', 'nan')}\n", "line 2: trestbps 'nan' is no number"),
-        (GOOD[:-1] + "5\n", "line 1: target '5' is no label"),
-        (GOOD[:-1] + "?\n", r"line 1: target '\?' is no label"),
-        (GOOD.replace("1,1,145", "1,9,145"), "line 1: cp is 9(.|\n)*its codes are 1, 2, 3, 4"),
+        (f"{GOOD}\n{GOOD},1\n", "line 2 has 15 values, expected 14"),
+        (f"{HEADER}\n{GOOD}\n\nold{GOOD}\n", "line 4: age 'old63' is not a number"),
+        (f"{GOOD}\n{GOOD.replace('145', 'nan')}\n", "line 2: trestbps 'nan' is not a number"),
+        (GOOD[:-1] + "5\n", "line 1: target '5' is not a label"),
+        (GOOD[:-1] + "?\n", r"line 1: target '\?' is not a label"),
+        (GOOD.replace("1,1,145", "1,9,145"), "line 1: cp = 9 is not a code(.|\n)*one of 1, 2, 3, 4"),
         (f"{GOOD}\n{GOOD}\n", "hold one class only"),
         (f"{GOOD}\n".encode() + b"63,\xe9", "line 2: byte 0xe9 is not UTF-8"),
     ],

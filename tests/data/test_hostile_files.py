@@ -21,7 +21,7 @@ import torch
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, weights
-from pfedmoe_mpi.commands.checkpoints import digest
+from pfedmoe_mpi.commands.inspect import digest
 from pfedmoe_mpi.errors import CheckpointError, DataError, UserError
 from support.checkpoint_checks import sample_content
 from support.checkpoint_files import reseal, write_alone
@@ -130,7 +130,7 @@ def test_archive_repeating_the_same_bytes_is_refused(tmp_path: Path) -> None:
     """Twenty thousand arrays share one mebibyte."""
     folder = npz(tmp_path / "many", _many(1 << 20, 20_000))
     message = read_messages("npz", [folder])[folder]
-    assert "names the same bytes again and again" in message and "remedy: " in message
+    assert "repeats the same bytes too often" in message and "remedy: " in message
 
 
 def _many(length: int, times: int) -> bytes:

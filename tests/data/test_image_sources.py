@@ -74,7 +74,7 @@ def test_normalisation_setting_wins_and_must_fit() -> None:
     assert (open_data("digits").mean, open_data("digits").std) == ((0.5,), (0.5,))
     data = open_data("digits", mean=(0.1,), std=(0.3,))
     assert (data.mean, data.std) == ((0.1,), (0.3,))
-    data_error("3 numbers, a sample has 1 channels", "digits", mean=(0.1, 0.2, 0.3), std=(1, 1, 1))
+    data_error("3 numbers, but a sample has 1 channels", "digits", mean=(0.1, 0.2, 0.3), std=(1, 1, 1))
 
 
 def test_resize_agrees_with_pillow() -> None:
@@ -93,7 +93,7 @@ def test_size_resizes_rows_of_a_file(tmp_path: Path) -> None:
     assert data.shape == (3, 8, 8) and data.distributed
     assert np.array_equal(data.rows(np.array([4, 1])), resize(x[[4, 1]], 8))
     flat = write_h5(tmp_path / "b.h5", x=x.reshape(6, -1), y=np.arange(6) % 2)
-    data_error("data.size 8 is for images", "hdf5", flat, size=8)
+    data_error("data.size = 8 needs images", "hdf5", flat, size=8)
 
 
 # image folders
@@ -235,4 +235,6 @@ def test_torchvision_downloads_only_on_request(tmp_path: Path, name: str) -> Non
 
 
 def test_unknown_torchvision_name_is_refused(tmp_path: Path) -> None:
-    data_error("no data.name 'CIFAR1O'; did you mean 'CIFAR10'", "torchvision", tmp_path, name="CIFAR1O")
+    data_error(
+        "data.name = 'CIFAR1O' is unknown; did you mean 'CIFAR10'", "torchvision", tmp_path, name="CIFAR1O"
+    )

@@ -301,12 +301,12 @@ def test_natural_keeps_clients_and_their_own_test_rows() -> None:
 
 
 IMPOSSIBLE: list[tuple[dict[str, Any], int, int, str]] = [
-    ({"kind": "iid"}, 300, 100, r"need 400 rows, the data have 300(.|\n)*--clients to 75"),
+    ({"kind": "iid"}, 300, 100, r"need 400 rows, but the data have 300(.|\n)*--clients 75"),
     (
         {"kind": "pathological", "classes": 11},
         500,
         5,
-        r"11, but the data have 10 classes(.|\n)*--partition.classes to 10",
+        r"11, but the data have 10 classes(.|\n)*--partition.classes 10",
     ),
     ({"kind": "classes", "classes": 11}, 500, 5, "the data have 10 classes"),
     (
@@ -319,10 +319,10 @@ IMPOSSIBLE: list[tuple[dict[str, Any], int, int, str]] = [
         {"kind": "dirichlet", "alpha": 0.01, "min_samples": 45},
         500,
         10,
-        r"not 45(.|\n)*--partition.alpha \(now 0.01\)",
+        r"fewer than partition.min_samples = 45(.|\n)*--partition.alpha \(now 0.01\)",
     ),
-    ({"kind": "dirichlet", "pool": "official"}, 500, 5, "training and test rows of their own(.|\n)*pool all"),
-    ({"kind": "natural"}, 500, 5, "which client a row is from(.|\n)*--partition.kind"),
+    ({"kind": "dirichlet", "pool": "official"}, 500, 5, "official training and test rows(.|\n)*pool all"),
+    ({"kind": "natural"}, 500, 5, "name the client of every row(.|\n)*--partition.kind"),
 ]
 
 
@@ -339,9 +339,11 @@ def test_impossible_partitions_are_refused(
 def test_unusable_natural_clients_are_refused() -> None:
     labels, client = np.arange(500) % 10, np.arange(500) % 5
     settings = settings_of(kind="natural")
-    with pytest.raises(PartitionError, match=r"5 natural clients, not 6(.|\n)*--clients 5"):
+    with pytest.raises(
+        PartitionError, match=r"clients = 6, but the data have 5 natural clients(.|\n)*--clients 5"
+    ):
         make_partition(settings, labels, 10, 6, 0, client=client)
-    with pytest.raises(PartitionError, match=r"client 5 has 3 rows(.|\n)*--partition.min_samples to 3"):
+    with pytest.raises(PartitionError, match=r"client 5 has 3 rows(.|\n)*--partition.min_samples 3"):
         make_partition(settings, labels, 10, 6, 0, client=np.where(np.arange(500) < 3, 5, client))
     with pytest.raises(PartitionError, match="client 2 has no test rows"):
         make_partition(settings, labels, 10, 5, 0, client=client, official_test=client < 2)
@@ -368,7 +370,7 @@ def test_too_few_official_test_rows_are_refused() -> None:
 def test_impossible_partition_of_many_clients_fails_soon(values: dict[str, Any]) -> None:
     """60,000 rows, 1,000 clients, no draw that fits: a message, and soon."""
     start = time.perf_counter()
-    with pytest.raises(PartitionError, match=r"partition.tries 100 .*(.|\n)*--clients \(now 1000\)"):
+    with pytest.raises(PartitionError, match=r"partition.tries = 100 .*(.|\n)*--clients \(now 1000\)"):
         make_partition(settings_of(**values, min_samples=60), np.arange(60_000) % 10, 10, 1000, 0)
     assert time.perf_counter() - start < 30
 

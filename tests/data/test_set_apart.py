@@ -68,10 +68,10 @@ def test_clients_of_equal_classes_stay_together() -> None:
 
 def test_impossible_number_of_unseen_clients_is_refused(assert_refused: Callable[..., str]) -> None:
     flags = ("--partition.kind", "iid", "--unseen.clients", "4")
-    message = assert_refused("4 unseen clients cannot have label combinations of their own", *flags)
+    message = assert_refused("unseen.clients = 4: no choice of clients has label combinations", *flags)
     assert "--partition.kind pathological" in message
     flags = ("--unseen.clients", "4", "--partition.alpha", "1000")
-    assert "20 clients have 1 combinations" in assert_refused("unseen clients", *flags)
+    assert "20 clients have 1 combinations" in assert_refused("unseen.clients = 4", *flags)
     assert_refused("leaves nobody to train", "--unseen.clients", "20")
 
 
@@ -79,7 +79,7 @@ def test_written_partition_is_that_of_the_run(tmp_path: Path, session: launcher.
     flags = [*FLAGS, "--algorithm", "fedjets"]
     said = session("data", "partition", "p.h5", *flags, cwd=tmp_path)
     assert said.code == 0 and said.out.count("|  unseen\n") == 4, said.err
-    assert "80 rows are the server's" in said.out
+    assert "80 rows are reserved for the server" in said.out
     partition = build_federation(algorithm="fedjets").partition
     with h5py.File(tmp_path / "p.h5") as file:
         assert file.attrs["digest"] == partition.digest()

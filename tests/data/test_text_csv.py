@@ -15,7 +15,7 @@ import torch
 
 from pfedmoe_mpi import config
 from pfedmoe_mpi.config import methods
-from pfedmoe_mpi.data.sources.tokens import words_of
+from pfedmoe_mpi.data.sources.tokens import split_words
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import build, plan
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
@@ -102,7 +102,7 @@ def test_labels_may_be_numbers_or_names(news: Path, tmp_path: Path) -> None:
 
 
 def test_accent_is_part_of_its_word() -> None:
-    found = words_of("Nai\u0308ve, l'\xc9T\xc9; \u65e5\u672c 3_a")
+    found = split_words("Nai\u0308ve, l'\xc9T\xc9; \u65e5\u672c 3_a")
     assert found == ["na\xefve", "l", "\xe9t\xe9", "\u65e5\u672c", "3_a"]
 
 
@@ -238,12 +238,12 @@ def test_ag_news_is_read() -> None:
     ("content", "pattern"),
     [
         ("", "t.csv is empty"),
-        ("1,a\n\n2\n", "line 3: a label and a text are expected"),
-        ("Class,Title\n1,a\n2,b\n", "line 1: label 'Class' is not known(.|\n)*remove a line of headings"),
-        ('1,a\n2,"b" c\n', "line 2: not CSV"),
-        ('1,a\n2,"b\nc', "line 2: not CSV"),
-        ('1,"a\nb"\n2\n', "line 3: a label and a text are expected"),
-        ("v1,v2\nham,a\nspam,b\nham,c\nspam,d\n", "label 'v1' stands in no other row(.|\n)*headings"),
+        ("1,a\n\n2\n", "line 3: one column, expected a label and a text"),
+        ("Class,Title\n1,a\n2,b\n", "line 1: unknown label 'Class'(.|\n)*remove a header line"),
+        ('1,a\n2,"b" c\n', "line 2 is not CSV"),
+        ('1,a\n2,"b\nc', "line 2 is not CSV"),
+        ('1,"a\nb"\n2\n', "line 3: one column, expected a label and a text"),
+        ("v1,v2\nham,a\nspam,b\nham,c\nspam,d\n", "no other row has the first row's label 'v1'(.|\n)*header"),
         ("1,a\n1,b\n", "hold one class only"),
         (b"1,a\n2,caf\xe9\n", "line 2: byte 0xe9 is not UTF-8"),
     ],
@@ -256,7 +256,7 @@ def test_bad_text_file_is_reported_with_its_line(tmp_path: Path, content: str | 
 def test_labels_must_fit_their_names(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("1,a\n2,b\n4,c\n")
     (tmp_path / "classes.txt").write_text("one\ntwo\nthree\n")
-    data_error("line 3: label '4' is not known(.|\n)*one, two, three", "text", tmp_path / "t.csv")
+    data_error("line 3: unknown label '4'(.|\n)*one, two, three", "text", tmp_path / "t.csv")
     (tmp_path / "t.csv").write_text("1,a\n2,b\n")
-    data_error("names 3 classes and has rows of 2", "text", tmp_path / "t.csv")
+    data_error("has 3 class names but rows of 2", "text", tmp_path / "t.csv")
     data_error("cannot be read", "text", tmp_path)

@@ -63,7 +63,7 @@ def test_row_in_two_places_raises() -> None:
     good = Partition((np.array([0, 1]),), (np.array([2]),), (np.array([3]),), reserved=np.array([4, 5]))
     good.check()
     for bad in (3, 1, 2):
-        with pytest.raises(AssertionError, match="a row is in two places"):
+        with pytest.raises(AssertionError, match="a row occurs twice"):
             Partition(good.train, good.validation, good.test, reserved=np.array([4, bad])).check()
 
 
@@ -76,7 +76,7 @@ def test_reserving_is_repeatable_and_bounded() -> None:
     assert not np.array_equal(first.reserved, other.reserved)
     assert sorted([*first.reserved, *first.train[0]]) == list(range(100))
     assert len(with_reserve(100, 0.0, 0, deal).reserved) == 0
-    with pytest.raises(PartitionError, match="reserves 5 for the server"):
+    with pytest.raises(PartitionError, match="reserves 5 rows for the server"):
         with_reserve(100, 0.05, 0, deal)
 
 

@@ -134,7 +134,7 @@ def test_requeue_survives_time_limit_preemption_and_lost_node(
     said = cluster.output(job)
     assert facts["JobState"] == "COMPLETED" and facts["Restarts"] == "3", said
     assert facts["NodeList"] != node, "it went on elsewhere"
-    assert last_event(cluster, job)["event"] == "finish" and "leg 4: exit code 0" in said
+    assert last_event(cluster, job)["event"] == "finish" and "start 4: exit code 0" in said
     assert kinds(run)[5:] == ["restart", "finish"], "a killed start records no event"
     assert digest(session, run) == undisturbed
 

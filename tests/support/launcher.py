@@ -216,12 +216,12 @@ def run_to_end(ranks: int, *arguments: str, cwd: Path, timeout: float = 240, mpi
 def checkpoint_digest(run: Path, round: int) -> str:
     """Return `inspect --digest` of a round's complete checkpoint in a run folder."""
     from pfedmoe_mpi import checkpoint
-    from pfedmoe_mpi.commands import checkpoints
+    from pfedmoe_mpi.commands import inspect
 
     path = run / "checkpoints" / checkpoint.name(round, partial=False)
     checkpoint.verify(path)
     with checkpoint.Checkpoint(path) as loaded:
-        return checkpoints.digest(loaded)
+        return inspect.digest(loaded)
 
 
 class Session:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint
-from pfedmoe_mpi.commands.checkpoints import digest
+from pfedmoe_mpi.commands.inspect import digest
 from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.errors import UserError

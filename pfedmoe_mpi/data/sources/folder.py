@@ -1,4 +1,4 @@
-"""Image folders: one folder per class, below `train/` and `test/` or directly in the root."""
+"""Image folders: one folder per class, in `train/` and `test/` or directly in the root."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoe_mpi.data.dataset import IMAGENET_MEAN, IMAGENET_STD, HeldRows, Loaded
+from pfedmoe_mpi.data.dataset import IMAGENET_MEAN, IMAGENET_STD, MemoryRows, SourceData
 from pfedmoe_mpi.environment import CORES
 from pfedmoe_mpi.errors import DataError
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 _GREY = {"1", "L", "LA"}
 _DEEP = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
-_PER_TASK = 256  # files a thread takes at a time
+_PER_TASK = 256  # files that a thread reads per task
 
 
 class _ColourError(Exception):
-    """A colour image among those taken for grey."""
+    """A colour image after a grey first image."""
 
 
-def load_folder(root: Path, size: int) -> Loaded:
+def load_folder(root: Path, size: int) -> SourceData:
     """Read the images of every class folder, in sorted order, into memory: (n, 1 or 3, H, W) uint8.
 
-    The layout is torchvision's ImageFolder; with `train/` and `test/` in the root the latter is the official
-    test part. Images stay grey if all are; `size` > 0 brings each to size × size pixels.
+    The layout is torchvision's ImageFolder. If the root has `train/` and `test/`, the latter is the official
+    test part. Images stay grey if all of them are grey. `size` > 0 resizes each to size × size pixels.
 
     Raises:
-        DataError: no images, an empty class, an unreadable file, images of unlike sizes without `size`.
+        DataError: no images, an empty class, an unreadable file, or images of different sizes without `size`.
     """
-    files, labels, names, official = _listing(root)
+    files, labels, names, official = _list_images(root)
     x = _read(files, size)
     coloured = x.shape[1] == 3
-    return Loaded(
+    return SourceData(
         name=root.resolve().name,
         where=f"image folder {root}",
-        store=HeldRows(x),
+        store=MemoryRows(x),
         labels=labels,
         class_names=names,
         official_test=official,
@@ -48,48 +48,55 @@ def load_folder(root: Path, size: int) -> Loaded:
     )
 
 
-def _listing(root: Path) -> tuple[list[str], np.ndarray, tuple[str, ...], np.ndarray | None]:
+def _list_images(root: Path) -> tuple[list[str], np.ndarray, tuple[str, ...], np.ndarray | None]:
+    """Return (files, labels (n,), class names, mask (n,) of the official test part or None)."""
     parts = [root / name for name in ("train", "test") if (root / name).is_dir()]
     if not parts or not (root / "train").is_dir():
         parts = [root]
-    names = _folders(parts[0])
+    names = _class_folders(parts[0])
     files: list[str] = []
     labels: list[int] = []
     starts: list[int] = []
     for part in parts:
         starts.append(len(files))
-        if _folders(part) != names:
-            unlike = sorted(set(names) ^ set(_folders(part)))
+        if _class_folders(part) != names:
+            differing = sorted(set(names) ^ set(_class_folders(part)))
             raise DataError(
-                f"{parts[0]} and {part} differ in class {unlike[0]}", "give both the same class folders"
+                f"{parts[0]} and {part} differ in class {differing[0]}", "give both the same class folders"
             )
         for label, name in enumerate(names):
-            found = sorted(_images(part / name))
-            if not found:
+            images = sorted(_images(part / name))
+            if not images:
                 raise DataError(
                     f"{part / name} holds no image", f"remove it, or add images ({', '.join(_ENDINGS)})"
                 )
-            files += found
-            labels += [label] * len(found)
+            files += images
+            labels += [label] * len(images)
     official = np.arange(len(files)) >= starts[1] if len(parts) == 2 else None
     return files, np.array(labels, np.int64), names, official
 
 
-def _folders(part: Path) -> tuple[str, ...]:
+def _class_folders(part: Path) -> tuple[str, ...]:
+    """Return the names of the class folders, sorted."""
     try:
         names = sorted(entry.name for entry in os.scandir(part) if entry.is_dir() and entry.name[0] != ".")
     except OSError as error:
         raise DataError(
-            f"{part} cannot be listed: {error.strerror}", "give a folder with one folder per class"
+            f"{part} cannot be listed: {error.strerror}",
+            "set --data.path to a folder with one folder of images per class",
         ) from error
     if not names:
-        raise DataError(f"{part} has no class folders", "give a folder with one folder of images per class")
+        raise DataError(
+            f"{part} has no class folders",
+            "set --data.path to a folder with one folder of images per class",
+        )
     return tuple(names)
 
 
 def _images(folder: Path) -> Iterator[str]:
-    for place, _, names in os.walk(folder, followlinks=True):
-        yield from (os.path.join(place, name) for name in names if _is_image(name))
+    """Yield the paths of all images below a folder."""
+    for parent, _, names in os.walk(folder, followlinks=True):
+        yield from (os.path.join(parent, name) for name in names if _is_image(name))
 
 
 def _is_image(name: str) -> bool:
@@ -97,6 +104,7 @@ def _is_image(name: str) -> bool:
 
 
 def _read(files: Sequence[str], size: int) -> np.ndarray:
+    """Return all images as (n, 1, H, W) if they are all grey, else (n, 3, H, W)."""
     first = _decode(files[0], size, colour=None)
     try:
         return _read_all(files, size, first)
@@ -105,7 +113,10 @@ def _read(files: Sequence[str], size: int) -> np.ndarray:
 
 
 def _read_all(files: Sequence[str], size: int, first: np.ndarray) -> np.ndarray:
-    """All images with as many channels as `first`, in threads, as decoding leaves the interpreter free."""
+    """Return all images with as many channels as `first`.
+
+    Threads read them, because decoding releases the interpreter lock.
+    """
     x = np.empty((len(files), *first.shape), np.uint8)
 
     def fill(start: int) -> None:
@@ -115,7 +126,7 @@ def _read_all(files: Sequence[str], size: int, first: np.ndarray) -> np.ndarray:
                 raise DataError(
                     f"{files[row]} has {image.shape[1]} × {image.shape[2]} pixels, "
                     f"{files[0]} {first.shape[1]} × {first.shape[2]}",
-                    "bring all images to one size with --data.size, e.g. 32",
+                    "resize all images with --data.size, for example --data.size 32",
                 )
             x[row] = image
 
@@ -131,11 +142,11 @@ def _read_all(files: Sequence[str], size: int, first: np.ndarray) -> np.ndarray:
 
 
 def _decode(file: str, size: int, colour: bool | None) -> np.ndarray:
-    """One image as (1 or 3, H, W); `colour` None lets the file decide.
+    """Return one image as (1 or 3, H, W); if `colour` is None, the file decides.
 
     Raises:
         _ColourError: `colour` is False and the file has colours.
-        DataError: not an image of 8 bits a channel.
+        DataError: not an image, or more than 8 bits per channel.
     """
     from PIL import Image
 
@@ -143,17 +154,21 @@ def _decode(file: str, size: int, colour: bool | None) -> np.ndarray:
         with Image.open(file) as image:
             if image.mode in _DEEP:
                 raise DataError(
-                    f"{file} has more than 8 bits a channel", "store such images as float32 in HDF5"
+                    f"{file} has more than 8 bits per channel",
+                    "store such images as float32 in an HDF5 file and set --data.source hdf5",
                 )
             grey = image.mode in _GREY
             if colour is False and not grey:
                 raise _ColourError
             return _pixels(image, size, colour=not grey if colour is None else colour)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} cannot be read as an image: {error}", "mend or remove the file") from error
+        raise DataError(
+            f"{file} cannot be read as an image: {error}", "replace or remove the file"
+        ) from error
 
 
 def _pixels(image: Any, size: int, colour: bool) -> np.ndarray:
+    """Return a PIL image as (1 or 3, H, W) uint8."""
     from PIL import Image
 
     mode = "RGB" if colour else "L"

@@ -1,4 +1,4 @@
-"""HDF5 files: `x`, `y`, optionally `client`, `official_test`, `class_names`; rows are read when asked for."""
+"""HDF5 files: `x`, `y`, optionally `client`, `official_test`, `class_names`; rows are read on demand."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pfedmoe_mpi.data.dataset import Dataset, Loaded, check_clients, check_finite, sample_shape
+from pfedmoe_mpi.data.dataset import Dataset, SourceData, check_clients, check_finite, sample_shape
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.storage import untrusted_hdf5
 from pfedmoe_mpi.storage.untrusted_hdf5 import UnfitError
 
 _SPAN = 16 << 20  # bytes read at once
-_BLOCK = 64 << 10  # bytes of a block where the file has no chunks: reading a gap this short beats a seek
-_FREE, _RATIO = 64 << 20, 100  # what a file may unpack to: so many bytes, and so many times its own
-_UNPACKED = 256 << 20  # a chunk that could become more is unpacked piece by piece first
-_PACKED = {h5py.h5z.FILTER_DEFLATE: 1032, h5py.h5z.FILTER_LZF: 90}  # how much longer they can make bytes
+_BLOCK = 64 << 10  # bytes of a block if the file has no chunks: reading so short a gap is faster than a seek
+_FREE, _RATIO = 64 << 20, 100  # a file may unpack to _FREE bytes plus _RATIO times its own length
+_CHUNK = 64 << 10  # bytes of a chunk that is written: ranks read scattered rows, and always whole chunks
+_COPIED = 16 << 20  # bytes written at once
+_UNPACKED = 256 << 20  # bytes; a chunk that could unpack to more is first unpacked piece by piece
+_PACKED = {h5py.h5z.FILTER_DEFLATE: 1032, h5py.h5z.FILTER_LZF: 90}  # highest ratio of each compression
 _NAMES = 1 << 16  # class names
-_COPY = "copy the file again, or write it anew with `data prepare`"
+_COPY = "copy the file again, or write it again with `data prepare`"
 _INSIDE = "store x and y as plain arrays in the file itself"
 _REPACK = "unpack it first: h5repack -f NONE FILE NEW_FILE"
 
 
-class StoredRows:
-    """Rows of an open HDF5 file; every rank opens the file itself and reads only what it asks for."""
+class FileRows:
+    """Rows of an open HDF5 file; every rank opens the file itself and reads only the rows it needs."""
 
     distributed = True
 
@@ -41,60 +43,74 @@ class StoredRows:
         self._most = max(1, _SPAN // (row_bytes * self._block))  # blocks in one span
 
     def read(self, index: np.ndarray) -> np.ndarray:
-        """Rows in the order asked, through spans of whole blocks, each read once."""
+        """Return rows `index` in that order, read in spans of whole blocks, each block once.
+
+        Raises:
+            DataError: the file cannot be read, or one of these rows holds a NaN or an infinity.
+        """
         out = np.empty((len(index), *self.shape), self.dtype)
         order = np.argsort(index, kind="stable")
-        asked = index[order]
-        assert not len(asked) or 0 <= asked[0] <= asked[-1] < len(self._x), "row numbers out of range"
-        for first, last in self._spans(asked):
-            low, high = np.searchsorted(asked, (first, last))
-            rows = asked[low:high]
-            picked = self._span(first, last)[rows - first]
-            check_finite(picked, rows, self._where)
-            out[order[low:high]] = picked
+        sorted_rows = index[order]
+        assert not len(sorted_rows) or 0 <= sorted_rows[0] <= sorted_rows[-1] < len(self._x), (
+            "row numbers out of range"
+        )
+        for first, last in self._spans(sorted_rows):
+            low, high = np.searchsorted(sorted_rows, (first, last))
+            rows = sorted_rows[low:high]
+            samples = self._read_span(first, last)[rows - first]
+            check_finite(samples, rows, self._where)
+            out[order[low:high]] = samples
         return out
 
     def check(self) -> None:
-        """Refuse a file with a NaN or an infinity anywhere, a span at a time."""
+        """Search the whole file for NaN and infinities, a span at a time.
+
+        Raises:
+            DataError: a row holds one, or cannot be read.
+        """
         step = self._block * self._most
         for first in range(0, len(self._x) if self.dtype != np.uint8 else 0, step):
             last = min(first + step, len(self._x))
-            check_finite(self._span(first, last), np.arange(first, last), self._where)
+            check_finite(self._read_span(first, last), np.arange(first, last), self._where)
 
     def close(self) -> None:
         self._file.close()
 
-    def _spans(self, asked: np.ndarray) -> Iterator[tuple[int, int]]:
-        blocks = np.unique(asked // self._block)
+    def _spans(self, sorted_rows: np.ndarray) -> Iterator[tuple[int, int]]:
+        """Yield [first, last) of each run of adjacent blocks that hold these rows."""
+        blocks = np.unique(sorted_rows // self._block)
         for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
             for start in range(0, len(run), self._most):
                 part = run[start : start + self._most]
                 yield int(part[0]) * self._block, min((int(part[-1]) + 1) * self._block, len(self._x))
 
-    def _span(self, first: int, last: int) -> np.ndarray:
+    def _read_span(self, first: int, last: int) -> np.ndarray:
         try:
             raw = self._x[first:last]
         except OSError as error:
             raise DataError(
                 f"{self._where}: rows {first} to {last} cannot be read: {error}", _COPY
             ) from error
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        with np.errstate(over="ignore"):  # values too large for float32 become infinite, which is refused
             span: np.ndarray = raw.astype(self.dtype, copy=False).reshape(-1, *self.shape)
         return span
 
 
-def open_hdf5(path: Path, check: bool) -> Loaded:
-    """Open `path`; labels, clients and test marks are read, samples stay in the file.
+def open_hdf5(path: Path, check: bool) -> SourceData:
+    """Open `path`: read labels, clients and test marks, and leave the samples in the file.
 
     Raises:
-        DataError: not HDF5, no `x` or `y`, unlike lengths, another dtype than uint8 or float, NaN (`check`);
-            values that lie in other files, or a file that would unpack to far more than it is.
+        DataError: not HDF5, no `x` or `y`, different lengths, another dtype than uint8 or float, NaN (if
+            `check`), values stored in other files, or a file that would unpack to far more than its length.
     """
     try:
         file = h5py.File(path, "r", locking="best-effort")
     except OSError as error:
         if path.is_dir():
-            raise DataError(f"{path} is a folder", "name the HDF5 file, or --data.source folder") from error
+            raise DataError(
+                f"data.path = {path} is a folder",
+                "set --data.path to the HDF5 file, or --data.source folder for a folder of images",
+            ) from error
         raise DataError(f"{path} cannot be opened as HDF5: {error}", _COPY) from error
     try:
         return _load(file, path, check)
@@ -107,20 +123,20 @@ def open_hdf5(path: Path, check: bool) -> Loaded:
         raise
 
 
-def _load(file: Any, path: Path, check: bool) -> Loaded:
+def _load(file: Any, path: Path, check: bool) -> SourceData:
     if check:
         untrusted_hdf5.check_heaps(file, path)
     x = _table(file, "x", path)
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise DataError(f"x of {path} is {x.dtype}", "store uint8 (0 to 255) or float32")
-    store = StoredRows(file, x, str(path))
+    store = FileRows(file, x, str(path))
     rows = len(x)
     labels = _column(file, "y", rows, path)
     if check:
         _check_chunks(x, f"x of {path}")
         store.check()
     client, official = (_optional(file, name, rows, path) for name in ("client", "official_test"))
-    return Loaded(
+    return SourceData(
         name=_name(file, path),
         where=str(path),
         store=store,
@@ -134,12 +150,16 @@ def _load(file: Any, path: Path, check: bool) -> Loaded:
 
 
 def _table(file: Any, name: str, path: Path) -> Any:
-    """A dataset that lies in the file and unpacks to no more than the file can mean."""
+    """Return a dataset stored in the file itself that unpacks to a plausible size.
+
+    Raises:
+        DataError: no such dataset, a size that the file's length cannot justify, or unsupported filters.
+    """
     table = untrusted_hdf5.find(file, name)
     if table is None:
-        held = ", ".join(ascii(key).strip("'") for key, _ in zip(file, range(8), strict=False))
+        names = ", ".join(ascii(key).strip("'") for key, _ in zip(file, range(8), strict=False))
         raise DataError(
-            f"{path} has no dataset '{name}'; it has {held or 'nothing'}",
+            f"{path} has no dataset '{name}'; it has {names or 'nothing'}",
             "store samples as x and labels as y, optionally client and official_test",
         )
     limit = _FREE + _RATIO * path.stat().st_size
@@ -155,39 +175,45 @@ def _table(file: Any, name: str, path: Path) -> Any:
 
 
 def _filters(table: Any) -> list[int]:
+    """Return the codes of the HDF5 filters of a dataset."""
     plan = table.id.get_create_plist()
     return [plan.get_filter(number)[0] for number in range(plan.get_nfilters())]
 
 
 def _check_filters(table: Any, name: str, path: Path) -> None:
-    """One compression, gzip or lzf: what others allocate is for the file to say."""
-    known = {*_PACKED, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
+    """Allow one compression, gzip or lzf: with other filters the file decides how much memory they take."""
+    allowed = {*_PACKED, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
     used = _filters(table)
-    if not {*used} <= known or len({*used}) < len(used) or {*used} >= {*_PACKED}:
-        raise DataError(f"{name} of {path} is packed by HDF5 filters {used}; gzip or lzf are read", _REPACK)
+    if not {*used} <= allowed or len({*used}) < len(used) or {*used} >= {*_PACKED}:
+        raise DataError(
+            f"{name} of {path} uses HDF5 filters {used}; gzip, lzf, shuffle and fletcher32 are supported",
+            _REPACK,
+        )
 
 
 def _check_chunks(table: Any, where: str) -> None:
-    """Refuse chunks that unpack to more than they are said to hold: HDF5 would take the memory first."""
+    """Refuse chunks that unpack to more than their declared size, before HDF5 allocates the memory."""
     packed = {*_filters(table)} & {*_PACKED}
     if not packed:
         return
-    length = math.prod(table.chunks) * table.dtype.itemsize + 4  # a checksum may be packed with it
+    length = math.prod(table.chunks) * table.dtype.itemsize + 4  # plus 4: a checksum may be packed with it
     suspects: list[tuple[int, ...]] = []
 
-    def look(chunk: Any) -> None:
+    def add_suspect(chunk: Any) -> None:
         if chunk.size * _PACKED[min(packed)] > max(_UNPACKED, length):
             suspects.append(chunk.chunk_offset)
 
-    table.id.chunk_iter(look)
-    for place in suspects:
-        skipped, raw = table.id.read_direct_chunk(place)
-        if packed == {h5py.h5z.FILTER_LZF} or (not skipped and _unpacked(raw, length) > length):
-            raise DataError(f"{where}: the chunk at {place} could unpack to more than it may hold", _REPACK)
+    table.id.chunk_iter(add_suspect)
+    for offset in suspects:
+        skipped, raw = table.id.read_direct_chunk(offset)
+        if packed == {h5py.h5z.FILTER_LZF} or (not skipped and _unpacked_length(raw, length) > length):
+            raise DataError(
+                f"{where}: the chunk at {offset} could unpack to more than its declared size", _REPACK
+            )
 
 
-def _unpacked(raw: bytes, most: int) -> int:
-    """How many bytes gzip makes of these, counted to a little more than `most`."""
+def _unpacked_length(raw: bytes, most: int) -> int:
+    """Return the unpacked length of these gzip bytes; stop counting a little above `most`."""
     unpacker, count = zlib.decompressobj(), 0
     try:
         while raw and not unpacker.eof and count <= most:
@@ -199,11 +225,12 @@ def _unpacked(raw: bytes, most: int) -> int:
 
 
 def _column(file: Any, name: str, rows: int, path: Path) -> np.ndarray:
-    """One value per sample; shape and type are compared before anything of a wrong size is read."""
+    """Return one value per sample; check shape and type before reading."""
     table = _table(file, name, path)
     if table.shape != (rows,):
         raise DataError(
-            f"x of {path} has {rows} rows, {name} has shape {table.shape}", f"give one per sample, ({rows},)"
+            f"x of {path} has {rows} rows, but {name} has shape {table.shape}",
+            f"give one value per sample, ({rows},)",
         )
     if table.dtype.kind not in "biuf":
         raise DataError(f"{name} of {path} is {table.dtype}", f"give one integer per sample, ({rows},)")
@@ -219,25 +246,25 @@ def _optional(file: Any, name: str, rows: int, path: Path) -> np.ndarray | None:
 def _marks(marks: np.ndarray, path: Path) -> np.ndarray:
     if marks.dtype.kind not in "biu" or not np.isin(marks, (0, 1)).all():
         raise DataError(
-            f"official_test of {path} ({marks.dtype}) holds more than true and false",
-            "give one true or false per sample",
+            f"official_test of {path} ({marks.dtype}) holds values other than true and false",
+            "give one boolean per sample",
         )
     return marks.astype(bool)
 
 
 def _names(file: Any, path: Path) -> tuple[str, ...]:
-    """Class names, one read after the other: each may point to the same long text."""
+    """Return the class names, reading one at a time, because all may point to the same long text."""
     table = _table(file, "class_names", path)
     remedy = "give one text per class, (classes,)"
     if h5py.check_string_dtype(table.dtype) is None or len(table.shape) != 1 or len(table) > _NAMES:
         problem = f"class_names of {path} cannot be read: {table.dtype} of shape {table.shape}"
         raise DataError(problem, remedy)
     names: list[str] = []
-    left = 16 * _NAMES
+    characters_left = 16 * _NAMES
     for number in range(len(table)):
         names.append(untrusted_hdf5.whole(table.asstr()[number], "class_names"))
-        left -= len(names[-1])
-        if left < 0:
+        characters_left -= len(names[-1])
+        if characters_left < 0:
             raise DataError(f"class_names of {path} is longer than {16 * _NAMES} characters", remedy)
     return tuple(names)
 
@@ -247,27 +274,23 @@ def _name(file: Any, path: Path) -> str:
     return path.stem if name is None else str(name)
 
 
-def _constants(file: Any, name: str, store: StoredRows) -> tuple[float, ...]:
-    """mean or std: numbers, no more than a sample has."""
+def _constants(file: Any, name: str, store: FileRows) -> tuple[float, ...]:
+    """Return attribute `mean` or `std`: as many numbers as a sample has, at most."""
     values = untrusted_hdf5.attribute(file, name, 64 + 16 * math.prod(store.shape))
     return () if values is None else tuple(map(float, np.atleast_1d(values)))
 
 
-_CHUNK = 64 << 10  # bytes: a rank's rows lie scattered, and every chunk one of them is in is read whole
-_BLOCK = 16 << 20  # bytes moved at once
-
-
 def write_hdf5(path: Path, data: Dataset) -> None:
-    """Write a data set as the file that `open_hdf5` reads.
+    """Write a data set as a file that `open_hdf5` reads.
 
     Raises:
         OSError, RuntimeError: from the HDF5 library.
     """
     with h5py.File(path, "w", locking="best-effort") as file:
         row_bytes = data.dtype.itemsize * int(np.prod(data.shape))
-        rows = min(len(data), max(1, _CHUNK // row_bytes))
+        rows = min(len(data), max(1, _CHUNK // row_bytes))  # of a chunk
         x = file.create_dataset("x", (len(data), *data.shape), data.dtype, chunks=(rows, *data.shape))
-        step = rows * max(1, _BLOCK // (rows * row_bytes))
+        step = rows * max(1, _COPIED // (rows * row_bytes))
         for start in range(0, len(data), step):
             index = np.arange(start, min(start + step, len(data)))
             x[start : start + step] = data.rows(index)

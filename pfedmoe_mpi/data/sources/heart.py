@@ -1,13 +1,12 @@
 """Heart disease of four hospitals (UCI): a folder of `processed.HOSPITAL.data`, one natural client each.
 
 Source: A. Janosi, W. Steinbrunn, M. Pfisterer, R. Detrano: Heart Disease, UCI Machine Learning Repository,
-1989 (CC BY 4.0): 13 attributes and a target, comma-separated, with or without a line of their names; missing
-values are `?`, empty, or -9, as its documentation has them. Target 0 is healthy, 1 to 4 are degrees of
-disease, here one class.
+1989 (CC BY 4.0). Files have 13 attributes and a target, comma-separated, with or without a header line.
+Missing values are `?`, empty, or -9 as in its documentation. Target 0 is healthy; 1 to 4 are degrees of
+disease, which are one class here.
 
-Chest pain (cp), resting ECG, the slope of ST and thal become one column per code, as their codes have no
-order; ca counts vessels and stays a number, as do all others. A cholesterol of 0 is kept as the files have
-it.
+Chest pain (cp), resting ECG, the slope of ST and thal become one column per code, because their codes have no
+order. ca counts vessels and stays a number, as do all other attributes. A cholesterol of 0 is kept.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pfedmoe_mpi.data.dataset import Dataset, HeldRows, Loaded
+from pfedmoe_mpi.data.dataset import Dataset, MemoryRows, SourceData
 from pfedmoe_mpi.data.partition import Partition
-from pfedmoe_mpi.data.sources.text_file import text_of
+from pfedmoe_mpi.data.sources.text_file import read_text
 from pfedmoe_mpi.errors import DataError
 
-# Every attribute in the order of the files, with its codes if they are names and no numbers.
+# Every attribute in the order of the files, with its codes if it is categorical.
 ATTRIBUTES: dict[str, tuple[int, ...]] = {
     "age": (),
     "sex": (),
@@ -42,66 +41,68 @@ ATTRIBUTES: dict[str, tuple[int, ...]] = {
 }
 TARGETS = 5  # 0 to 4
 MISSING = ("", "?")
-MISSING_NUMBER = -9.0  # below what any attribute can be
-# A hospital has 100 to 240 training patients: with the default step the large MLPs learn them by heart.
+MISSING_NUMBER = -9.0  # below any possible value of an attribute
+# A hospital has 100 to 240 training patients; at the default learning rate the large MLPs overfit them.
 TRAINING = {"train.lr": 0.005, "train.lr_shared": 0.005, "train.weight_decay": 0.03}
 
 
-def load_heart(root: Path) -> Loaded:
-    """All hospitals in memory, in alphabetical order: (n, 22) float32, NaN where a value is missing.
+def load_heart(root: Path) -> SourceData:
+    """Read all hospitals into memory, in alphabetical order: (n, 22) float32, NaN where a value is missing.
 
     Raises:
-        DataError: no such files, or one with a line that is no patient; names file and line.
+        DataError: no such files, or a line that is not a patient; names file and line.
     """
     files = sorted(root.glob("processed.*.data"))
     if not files:
         raise DataError(
             f"{root} has no file processed.HOSPITAL.data",
-            "--data.path names the folder of UCI's Heart Disease: processed.cleveland.data and so on",
+            "set --data.path to the folder of UCI's Heart Disease: processed.cleveland.data and so on",
         )
     tables = [_patients(path) for path in files]
     table = np.concatenate(tables)
-    return Loaded(
+    return SourceData(
         name="heart disease",
         where=f"heart disease in {root}",
-        store=HeldRows(_columns(table[:, :-1])),
+        store=MemoryRows(_columns(table[:, :-1])),
         labels=(table[:, -1] > 0).astype(np.int64),
         class_names=("healthy", "sick"),
         client=np.repeat(np.arange(len(files)), [len(rows) for rows in tables]),
         client_names=tuple(path.name.split(".")[1] for path in files),
         proposals={"partition.kind": "natural", "clients": len(files), **TRAINING},
-        fit=standardised,
+        fit=standardise,
     )
 
 
 def _patients(path: Path) -> np.ndarray:
-    """(n, 14) float64 of one file, NaN where a value is missing."""
-    lines = [(number, line.strip()) for number, line in enumerate(text_of(path).splitlines(), 1)]
+    """Return the patients of one file, (n, 14) float64, NaN where a value is missing."""
+    lines = [(number, line.strip()) for number, line in enumerate(read_text(path).splitlines(), 1)]
     lines = [(number, line) for number, line in lines if line]
     if lines[0][1].lower().startswith("age,"):
         lines = lines[1:]
     if not lines:
-        raise DataError(f"{path} has no patient", "give it rows, or remove it")
+        raise DataError(f"{path} has no patient", "add rows, or remove the file")
     return np.array([_patient(line.split(","), f"{path}, line {number}") for number, line in lines])
 
 
 def _patient(values: Sequence[str], where: str) -> list[float]:
+    """Return one patient's 13 attributes and target as numbers."""
     names = (*ATTRIBUTES, "target")
     if len(values) != len(names):
         raise DataError(
-            f"{where}: {len(values)} values, where {len(names)} are expected",
-            f"give {', '.join(names)}, separated by commas; `?` or nothing for what is missing",
+            f"{where} has {len(values)} values, expected {len(names)}",
+            f"give {', '.join(names)}, separated by commas; `?` or nothing for a missing value",
         )
     row = [_number(name, value.strip(), where) for name, value in zip(names, values, strict=True)]
     if row[-1] not in range(TARGETS):
         raise DataError(
-            f"{where}: target '{values[-1].strip()}' is no label",
-            f"the target is 0 (healthy) to {TARGETS - 1}; leave out patients without one",
+            f"{where}: target '{values[-1].strip()}' is not a label",
+            f"give 0 (healthy) to {TARGETS - 1}, and remove patients without a target",
         )
     return row
 
 
 def _number(name: str, value: str, where: str) -> float:
+    """Return an attribute as a number, NaN if it is missing."""
     if value in MISSING:
         return math.nan
     try:
@@ -109,19 +110,22 @@ def _number(name: str, value: str, where: str) -> float:
     except ValueError:
         number = math.inf
     if not math.isfinite(number):
-        remedy = "give a number; `?` or nothing for what is missing"
-        raise DataError(f"{where}: {name} '{value}' is no number", remedy)
+        remedy = "give a number; `?` or nothing for a missing value"
+        raise DataError(f"{where}: {name} '{value}' is not a number", remedy)
     if number == MISSING_NUMBER:
         return math.nan
     codes = ATTRIBUTES.get(name)
     if codes and number not in codes:
         listed = ", ".join(map(str, codes))
-        raise DataError(f"{where}: {name} is {value}", f"its codes are {listed}; `?` or nothing for missing")
+        raise DataError(
+            f"{where}: {name} = {value} is not a code",
+            f"give one of {listed}; `?` or nothing for a missing value",
+        )
     return number
 
 
 def _columns(table: np.ndarray) -> np.ndarray:
-    """Attributes (n, 13) as columns (n, 22) float32: one per number, one of 0 and 1 per code."""
+    """Return attributes (n, 13) as columns (n, 22) float32: one per number, one of 0 and 1 per code."""
     columns = []
     for values, codes in zip(table.T, ATTRIBUTES.values(), strict=True):
         indicators = [np.where(np.isnan(values), np.nan, values == code) for code in codes]
@@ -129,35 +133,37 @@ def _columns(table: np.ndarray) -> np.ndarray:
     return np.stack(columns, 1).astype(np.float32)
 
 
-def standardised(data: Dataset, partition: Partition) -> Dataset:
-    """Missing values filled in, every column of mean 0 and standard deviation 1, by each client for itself.
+def standardise(data: Dataset, partition: Partition) -> Dataset:
+    """Return the data with missing values filled and every column standardised, per client.
 
-    A number that is missing becomes the median, a code the most frequent one, of the client's own training
-    rows; so are mean and deviation. A column that they do not have, or that is the same in all of them, tells
-    the client nothing and is 0.
+    A missing number becomes the median, a missing code the most frequent one. Median, code, mean and standard
+    deviation are those of the client's own training rows. A column that is missing or constant in all of them
+    is 0.
     """
     raw = data.rows(np.arange(len(data))).astype(np.float64)
     x = np.zeros_like(raw)
     for train, rows in partition.trainers():
-        typical = _typical(raw[train])
-        filled = np.where(np.isnan(raw), typical, raw)
+        filled = np.where(np.isnan(raw), _typical_values(raw[train]), raw)
         mean, std = filled[train].mean(axis=0), filled[train].std(axis=0)
-        known = std > 0  # False for NaN: missing in all training rows
-        x[np.ix_(rows, known)] = (filled[rows][:, known] - mean[known]) / std[known]
+        varying = std > 0  # False for NaN: missing in all training rows
+        x[np.ix_(rows, varying)] = (filled[rows][:, varying] - mean[varying]) / std[varying]
     assert np.isfinite(x).all(), "a missing value is left"
-    return replace(data, store=HeldRows(x.astype(np.float32)))
+    return replace(data, store=MemoryRows(x.astype(np.float32)))
 
 
-def _typical(rows: np.ndarray) -> np.ndarray:
-    """What stands for a missing value, (22,): median, or 1 for the most frequent code; NaN if all are."""
+def _typical_values(rows: np.ndarray) -> np.ndarray:
+    """Return the value that replaces a missing one, per column (22,).
+
+    It is the median, or 1 for the most frequent code and 0 for the others; NaN if all rows lack the value.
+    """
     typical = np.full(rows.shape[1], np.nan)
-    at = 0
+    start = 0
     for codes in ATTRIBUTES.values():
-        place = slice(at, at + max(1, len(codes)))
-        known = rows[~np.isnan(rows[:, at]), place]
-        if len(known) and codes:
-            typical[place] = np.arange(len(codes)) == known.sum(axis=0).argmax()
-        elif len(known):
-            typical[place] = np.median(known)
-        at = place.stop
+        columns = slice(start, start + max(1, len(codes)))
+        present = rows[~np.isnan(rows[:, start]), columns]
+        if len(present) and codes:
+            typical[columns] = np.arange(len(codes)) == present.sum(axis=0).argmax()
+        elif len(present):
+            typical[columns] = np.median(present)
+        start = columns.stop
     return typical

@@ -1,11 +1,11 @@
-"""The sources by name, and the two that need no file of the user's: digits and synthetic."""
+"""Opening a data set from any source by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from pfedmoe_mpi.config.sections import Data
-from pfedmoe_mpi.data.dataset import Dataset, Loaded, describe, user_path
+from pfedmoe_mpi.data.dataset import Dataset, SourceData, build_dataset, user_path
 from pfedmoe_mpi.data.sources.builtin import draw_synthetic, load_digits
 from pfedmoe_mpi.data.sources.folder import load_folder
 from pfedmoe_mpi.data.sources.hdf5 import open_hdf5
@@ -20,26 +20,26 @@ from pfedmoe_mpi.errors import DataError
 def open_dataset(
     settings: Data, seed: int, *, clients: int, download: bool = False, check: bool = True
 ) -> Dataset:
-    """Open the data that `settings` name.
+    """Open the data set of `settings`.
 
-    `seed` and `clients` serve the synthetic source only. `download` lets torchvision fetch what is missing;
-    ranks never set it. `check=False` leaves the search of a whole HDF5 file for NaN to another rank; rows are
-    searched again when they are read.
+    Only the synthetic source uses `seed` and `clients`. `download` lets torchvision fetch missing files;
+    ranks never set it. `check=False` skips the search of a whole HDF5 file for NaN, which one rank does for
+    all; rows are checked again when they are read.
 
     Raises:
-        DataError: data that are missing, unreadable, empty, or of unusable shapes, labels or values; a path
-            for a source that reads none.
+        DataError: the data are missing, unreadable, empty, or have unusable shapes, labels or values, or
+            `data.path` is set for a source that reads no file.
     """
-    loaded = _load(settings, seed, clients, download, check)
+    source = _load(settings, seed, clients, download, check)
     try:
-        return describe(loaded, settings)
+        return build_dataset(source, settings)
     except BaseException:
-        loaded.store.close()
+        source.store.close()
         raise
 
 
-def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) -> Loaded:
-    readers: dict[str, Callable[[], Loaded]] = {
+def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) -> SourceData:
+    readers: dict[str, Callable[[], SourceData]] = {
         "digits": lambda: load_digits(settings),
         "synthetic": lambda: draw_synthetic(settings, seed, clients),
         "torchvision": lambda: load_torchvision(settings, download),
@@ -51,6 +51,8 @@ def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) 
         "words": lambda: load_words(user_path(settings), settings),
     }
     if settings.path and settings.source in {"digits", "synthetic"}:
-        problem = f"data.source {settings.source} reads no file, but data.path is {settings.path}"
-        raise DataError(problem, f"--data.source tells what it is: {', '.join(list(readers)[2:])}")
+        raise DataError(
+            f"data.source = {settings.source} reads no file, but data.path = {settings.path}",
+            f"set --data.source to the file's format: {', '.join(list(readers)[2:])}",
+        )
     return readers[settings.source]()

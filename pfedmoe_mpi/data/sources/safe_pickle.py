@@ -1,8 +1,8 @@
-"""Arrays out of a pickle, and nothing else.
+"""A reader of pickles that constructs arrays only.
 
-A pickle is a program. This reader runs it with classes of its own in place of numpy's: they only take notes
-(a shape, a dtype, bytes), so that a file can reach no constructor of numpy and no function at all. Any name
-beside numpy's few and plain containers is refused.
+A pickle is a program. This reader runs it with its own classes in place of numpy's. They only record a
+shape, a dtype and bytes, so a file cannot call a constructor of numpy or any function. All names are refused
+except the few that numpy uses and plain containers.
 """
 
 from __future__ import annotations
@@ -17,59 +17,61 @@ import numpy as np
 
 from pfedmoe_mpi.errors import DataError, UserError
 
-_RATIO = 4  # arrays may share bytes, but not add up to more times the pickle's length
-_REMEDY = "convert the file with the program that wrote it: numpy arrays in plain containers only"
+_RATIO = 4  # arrays may share bytes, but may not add up to more than _RATIO times the pickle's length
+_REMEDY = "write the file again with numpy arrays in plain containers only"
 
 
 class _Type:
-    """Stands for numpy.ndarray where a pickle names the class."""
+    """A stand-in for the class numpy.ndarray."""
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a state where none belongs")
+        raise pickle.UnpicklingError("unexpected state")
 
 
 class _Dtype:
-    """Stands for numpy.dtype: plain numbers, booleans and objects."""
+    """A stand-in for numpy.dtype: plain numbers, booleans and objects."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
         if not re.fullmatch(r"[<>|=]?([biuf][1248]|O8?)", code):
-            raise pickle.UnpicklingError(f"an array of dtype {code}")
+            raise pickle.UnpicklingError(f"unsupported dtype {code}")
         self.value = np.dtype(code.replace("O8", "O"))
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         order = state[1]
         if order not in ("<", ">", "=", "|"):
-            raise pickle.UnpicklingError(f"a byte order {order!r}")
+            raise pickle.UnpicklingError(f"unknown byte order {order!r}")
         self.value = self.value.newbyteorder(order)
 
 
 class _Array:
-    """Stands for an array: made empty, then given (version, shape, dtype, Fortran order, bytes or list).
+    """A stand-in for an array: created empty, then filled from (version, shape, dtype, Fortran order, data).
 
-    The bytes are kept as they came, maybe shared: a few of a pickle can name them a million times.
+    Data are bytes or a list. The bytes are not copied, because a small pickle can refer to the same bytes a
+    million times.
     """
 
     def __init__(self, *_: Any) -> None:
         self.objects: list[Any] | None = None
         self.data: bytes | _Bytes = b""
-        self._made: tuple[Any, ...] = ((0,), np.dtype("u1"), False)
+        self._layout: tuple[Any, ...] = ((0,), np.dtype("u1"), False)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, data = state
         if dtype.value.hasobject:
             self.objects = data if isinstance(data, list) else []
         else:
-            self._made, self.data = (shape, dtype.value, fortran), data
+            self._layout, self.data = (shape, dtype.value, fortran), data
 
     def array(self) -> np.ndarray:
-        shape, dtype, fortran = self._made
+        """Return the array itself."""
+        shape, dtype, fortran = self._layout
         data = self.data.text.encode("latin1") if isinstance(self.data, _Bytes) else self.data
         flat = np.frombuffer(data, dtype) if data else np.empty(0, dtype)
         return flat.astype(dtype.newbyteorder("=")).reshape(shape, order="F" if fortran else "C")
 
 
 class _Scalar:
-    """Stands for numpy.core.multiarray.scalar, which no data are made of."""
+    """A stand-in for numpy.core.multiarray.scalar, whose value is not used."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -78,7 +80,7 @@ class _Scalar:
 
 
 class _Bytes:
-    """Stands for _codecs.encode and bytes, by which old pickle protocols write bytes."""
+    """A stand-in for _codecs.encode and bytes, with which old pickle protocols write bytes."""
 
     def __init__(self, text: str = "", encoding: str = "latin1") -> None:
         self.text = text
@@ -90,12 +92,18 @@ class _Bytes:
 
 
 class _Reader(pickle.Unpickler):
+    """An unpickler that knows stand-ins only."""
+
     def __init__(self, raw: bytes, where: str) -> None:
         super().__init__(io.BytesIO(raw))
         self._where = where
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in of an admitted name."""
+        """Return the stand-in of an allowed name.
+
+        Raises:
+            DataError: any other name.
+        """
         stand_in = _stand_in(module.replace("numpy._core", "numpy.core"), name)
         if stand_in is None:
             raise DataError(f"{self._where} holds a pickled {module}.{name}, which is not an array", _REMEDY)
@@ -115,10 +123,12 @@ def _stand_in(module: str, name: str) -> type | None:
 
 
 def read_arrays(raw: bytes, where: str) -> dict[str, np.ndarray]:
-    """The arrays of the one dict in a pickled object array, as `numpy.savez(file, data={...})` writes it.
+    """Return the arrays of the one dict in a pickled object array.
+
+    `numpy.savez(file, data={...})` writes such an array.
 
     Raises:
-        DataError: not such a pickle, or one that names anything but arrays and plain containers.
+        DataError: not such a pickle, or one that names anything except arrays and plain containers.
     """
     try:
         outer = _Reader(raw, where).load()
@@ -132,7 +142,7 @@ def read_arrays(raw: bytes, where: str) -> dict[str, np.ndarray]:
             if isinstance(name, str) and isinstance(item, _Array) and item.objects is None
         }
         if sum(len(array.data) for array in arrays.values()) > _RATIO * len(raw):
-            raise DataError(f"{where} holds a pickle that names the same bytes again and again", _REMEDY)
+            raise DataError(f"{where} holds a pickle that repeats the same bytes too often", _REMEDY)
         return {name: array.array() for name, array in arrays.items()}
     except UserError:
         raise

@@ -1,4 +1,4 @@
-"""Texts to classify: a CSV file, the label in the first column, the text in the others."""
+"""Text classification: a CSV file with the label in the first column and the text in the others."""
 
 from __future__ import annotations
 
@@ -10,38 +10,39 @@ from pathlib import Path
 import numpy as np
 
 from pfedmoe_mpi.config.sections import Data
-from pfedmoe_mpi.data.dataset import HeldRows, Loaded
-from pfedmoe_mpi.data.sources.text_file import text_of
-from pfedmoe_mpi.data.sources.tokens import Vocabulary, numbered, padded, words_of
+from pfedmoe_mpi.data.dataset import MemoryRows, SourceData
+from pfedmoe_mpi.data.sources.text_file import read_text
+from pfedmoe_mpi.data.sources.tokens import Vocabulary, number_words, pad, split_words
 from pfedmoe_mpi.errors import DataError
 
 _NAMES = "classes.txt"
 
 
-def load_text(path: Path, settings: Data) -> Loaded:
-    """Every row as the numbers of its first `data.length` words, (n, length) int32; columns are joined.
+def load_text(path: Path, settings: Data) -> SourceData:
+    """Read every row as the numbers of its first `data.length` words, (n, length) int32.
 
-    Labels are names, or numbers: with a `classes.txt` beside the file, one name per line, they are its names
-    or their numbers from 1 (as in AG News).
+    The text is all columns after the label, joined by spaces. Labels are names or numbers. If a
+    `classes.txt` lies beside the file, one name per line, labels are these names or their numbers from 1 (as
+    in AG News).
 
     Raises:
-        DataError: not CSV, a row without a text, a label that is not known; names file and line.
+        DataError: not CSV, a row without a text, or an unknown label; names file and line.
     """
     lines, labels, texts = zip(*_records(path), strict=True)
-    known, names = _classes(path, labels)
+    classes, names = _classes(path, labels)
     for line, label in zip(lines, labels, strict=True):
-        if label not in known:
+        if label not in classes:
             raise DataError(
-                f"{path}, line {line}: label '{label}' is not known",
-                f"the first column is one of {', '.join(names[:10])}, or its number from 1; "
-                "remove a line of headings",
+                f"{path}, line {line}: unknown label '{label}'",
+                f"the first column must be one of {', '.join(names[:10])}, or its number from 1; "
+                "remove a header line",
             )
-    rows, words = numbered([words_of(text) for text in texts])
-    return Loaded(
+    rows, words = number_words([split_words(text) for text in texts])
+    return SourceData(
         name=path.stem,
         where=str(path),
-        store=HeldRows(padded(rows, settings.length)),
-        labels=np.array([known[label] for label in labels], np.int64),
+        store=MemoryRows(pad(rows, settings.length)),
+        labels=np.array([classes[label] for label in labels], np.int64),
         class_names=names,
         proposals={"rounds": 12},
         fit=Vocabulary(len(words), settings.vocabulary),
@@ -49,8 +50,8 @@ def load_text(path: Path, settings: Data) -> Loaded:
 
 
 def _records(path: Path) -> Iterator[tuple[int, str, str]]:
-    """The line where it begins, label and text of every row."""
-    content = text_of(path)
+    """Yield (first line, label, text) of every row."""
+    content = read_text(path)
     csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # a text may be a book
     reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     line = 1
@@ -58,7 +59,7 @@ def _records(path: Path) -> Iterator[tuple[int, str, str]]:
         for record in reader:
             if len(record) == 1:
                 raise DataError(
-                    f"{path}, line {line}: a label and a text are expected, not one column",
+                    f"{path}, line {line}: one column, expected a label and a text",
                     'give rows such as "3","Title","Text"',
                 )
             if record:
@@ -66,25 +67,25 @@ def _records(path: Path) -> Iterator[tuple[int, str, str]]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{path}, line {line}: not CSV: {error}",
-            'put a text that holds commas or line breaks in quotes, and write its own quotes twice: ""',
+            f"{path}, line {line} is not CSV: {error}",
+            'quote a text that holds commas or line breaks, and double the quotes inside it: ""',
         ) from error
 
 
 def _classes(path: Path, labels: Sequence[str]) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The class of every label that may stand in the file, and the names of the classes."""
+    """Return the class of every possible label, and the class names."""
     named = path.with_name(_NAMES)
     if named.exists():
-        names = tuple(line.strip() for line in text_of(named).splitlines() if line.strip())
+        names = tuple(line.strip() for line in read_text(named).splitlines() if line.strip())
         return {**{str(k): k - 1 for k in range(1, len(names) + 1)}, **_places(names)}, names
-    numbers = _is_number(labels[-1])
-    if not numbers and labels.count(labels[0]) == 1:
+    numeric = _is_number(labels[-1])  # of the last row, because the first may be a header
+    if not numeric and labels.count(labels[0]) == 1:
         raise DataError(
-            f"{path}: the first row's label '{labels[0]}' stands in no other row",
-            "remove a line of headings, or give the class more rows",
+            f"{path}: no other row has the first row's label '{labels[0]}'",
+            "remove a header line, or give the class more rows",
         )
-    found = {label for label in labels if _is_number(label) == numbers}
-    names = tuple(sorted(sorted(found), key=int) if numbers else sorted(found))
+    same_kind = {label for label in labels if _is_number(label) == numeric}
+    names = tuple(sorted(sorted(same_kind), key=int) if numeric else sorted(same_kind))
     return _places(names), names
 
 

@@ -1,4 +1,4 @@
-"""Text files of users: read whole, or refused with file, line and remedy."""
+"""Reading a user's text file; an error names file, line and remedy."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from pfedmoe_mpi.errors import DataError
 
 
-def text_of(path: Path) -> str:
-    """The file's text, without a byte order mark.
+def read_text(path: Path) -> str:
+    """Return the file's text, without a byte order mark.
 
     Raises:
-        DataError: it cannot be read, is empty, or is not UTF-8; names the first line that is not.
+        DataError: the file cannot be read, is empty, or is not UTF-8; names the first line that is not.
     """
     try:
         raw = path.read_bytes()
@@ -27,5 +27,5 @@ def text_of(path: Path) -> str:
             f"store the file as UTF-8: iconv -f {likely} -t UTF-8 FILE > NEW_FILE",
         ) from error
     if not text.strip():
-        raise DataError(f"{path} is empty", "give a file with rows, or remove it")
+        raise DataError(f"{path} is empty", "add rows, or remove the file")
     return text

@@ -1,0 +1,87 @@
+"""`inspect`: what a checkpoint holds, and the digest of its state."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi.checkpoint import Checkpoint, seal
+from pfedmoe_mpi.errors import EXIT_DONE
+from pfedmoe_mpi.federation import metrics
+
+
+def run(path: Path, *, digest_only: bool) -> int:
+    """Print a description of a checkpoint, or only its digest, and return the exit code.
+
+    Raises:
+        CheckpointError: a missing or damaged checkpoint.
+    """
+    checkpoint.verify(path)
+    with Checkpoint(path) as loaded:
+        print(digest(loaded) if digest_only else _description(loaded))
+    return EXIT_DONE
+
+
+def digest(loaded: Checkpoint) -> str:
+    """Return the SHA-256 over everything that a restart uses, but no time, memory, host or path.
+
+    It covers vectors, round, partial sum, learning metrics (in their shortest decimal form, which determines
+    the float's bits), data and partition digests, seed, model settings, and the method with its section.
+    """
+    state = sha256()
+    method = loaded.config["algorithm"]
+    facts = {
+        "round": loaded.round,
+        "algorithm": [method, loaded.config.get(method), loaded.config["seed"], loaded.config["model"]],
+        "digests": [loaded.identity["data_digest"], loaded.identity["partition_digest"]],
+        "layouts": [loaded.state_layout.digest, *(loaded.layout(k).digest for k in range(loaded.clients))],
+        "history": [metrics.learning(row) for row in loaded.history],
+    }
+    state.update(json.dumps(facts, sort_keys=True).encode())
+    state.update(loaded.state.tobytes())
+    for client in range(loaded.clients):
+        state.update(loaded.vector(client).tobytes())
+    if loaded.partial is not None:
+        state.update(loaded.partial.tobytes())
+    return state.hexdigest()
+
+
+def _description(loaded: Checkpoint) -> str:
+    """Return the lines that `inspect` prints."""
+    settings, identity = loaded.config, loaded.identity
+    lines = [
+        f"{loaded.path}: {settings['algorithm']}, round {loaded.round} of {settings['rounds']}",
+        f"data {settings['data']['source']}, partition {settings['partition']['kind']}",
+        f"format: {seal.FORMAT}",
+    ]
+    if loaded.partial is not None:
+        lines.append(f"round {loaded.round + 1} in progress: clients {loaded.finished} are in its sum")
+    if loaded.history:
+        row = loaded.history[-1]
+        lines.append(f"accuracy mean {row['accuracy']['mean']}, worst {row['accuracy']['worst']}")
+        top = metrics.best(loaded.history)
+        kind = "validation" if metrics.selected_on(loaded.history) == "accuracy_validation" else "test"
+        lines.append(f"best on {kind}: round {top['round'] if top else None}")
+    lines.append(f"server: {_sizes(loaded.state_layout)}")
+    same_layout: dict[str, list[int]] = {}
+    for client in range(loaded.clients):
+        same_layout.setdefault(loaded.layout(client).digest, []).append(client)
+    lines += [
+        f"clients {_listed(clients)}: {_sizes(loaded.layout(clients[0]))}" for clients in same_layout.values()
+    ]
+    lines += [f"{name}: {value}" for name, value in sorted(identity.items())]
+    lines.append(f"digest: {digest(loaded)}")
+    return "\n".join(lines)
+
+
+def _sizes(layout: Any) -> str:
+    """Return the length of a vector and of its parts."""
+    parts = [f"{name} {size:,}" for name, size in layout.sizes.items()]
+    return f"{layout.size:,} numbers ({', '.join(parts)})" if parts else "nothing"
+
+
+def _listed(clients: list[int]) -> str:
+    return ", ".join(map(str, clients[:8])) + (f", … ({len(clients)})" if len(clients) > 8 else "")
