@@ -132,8 +132,8 @@ def test_unusable_hdf5_is_refused(tmp_path: Path, tables: dict[str, Any], patter
 def test_gaps_between_rows_are_skipped_in_a_file_without_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = images(200_000, 16)
-    with opened("hdf5", write_h5(tmp_path / "a.h5", x=x, y=np.arange(len(x)) % 2)) as data:
+    x = random_images(200_000, 16)
+    with open_data("hdf5", write_h5(tmp_path / "a.h5", x=x, y=np.arange(len(x)) % 2)) as data:
         lengths, read = [], type(data.store)._read_span
 
         def counted(store: Any, first: int, last: int) -> np.ndarray:
