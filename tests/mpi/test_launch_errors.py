@@ -129,4 +129,4 @@ def test_what_a_rank_without_a_client_would_not_meet(small: tuple[str, ...], tmp
         file["x"], file["y"] = np.zeros((200, 5), np.float32), np.arange(200) % 2
     flags = ("--data.source", "hdf5", "--data.path", "d.h5", "--clients", "2", "--gate.input", "pooled")
     flags = (*flags, "--data.size", "0")
-    told(program(3, *small, *flags, cwd=tmp_path, timeout=60), "gate.input pooled needs images")
+    told(program(3, *small, *flags, cwd=tmp_path, timeout=60), "gate.input = pooled needs images")
