@@ -265,7 +265,9 @@ class Algorithm:
         for phase in self.phases(turn.role):
             turn.sgd(phase)
         vectors = {name: turn.parts.vector(name) for name in self.state()}
-        return {name: vector for name, vector in vectors.items() if vector.numel()}  # a part may be empty
+        return {
+            name: vector for name, vector in vectors.items() if vector.numel()
+        }  # a gate of equal weights is empty
 
     def phases(self, role: str) -> list[Phase]:
         """Return the phases of a client step, trained one after the other.

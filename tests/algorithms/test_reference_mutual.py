@@ -269,6 +269,6 @@ def test_who_answers_for_a_client_that_never_trained(data: dict[str, Path], meth
 
 
 def test_the_nested_piece_is_no_longer_than_the_whole(data: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match=r"fedmrl\.dim 13 is above 12"):
+    with pytest.raises(ConfigError, match=r"fedmrl\.dim = 13 exceeds model\.dim = 12"):
         build(data["small"], "fedmrl", model__pool=POOL, fedmrl__dim=13)
     assert config.build({"algorithm": "fedmrl"}).options.dim == 0

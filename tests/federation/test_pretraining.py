@@ -104,7 +104,7 @@ def test_a_divergence_before_round_1_is_told() -> None:
 def test_what_pretraining_reached_is_told(tmp_path: Path, session: launcher.Session) -> None:
     flags = ("--algorithm", "fedjets", "--fedjets.common_target", "1", "--fedjets.common_epochs", "1")
     said = session(*FLAGS, *flags, "--run.dir", "run", cwd=tmp_path)
-    assert "common expert: accuracy " in said.out and "below fedjets.common_target 1" in said.out
+    assert "common expert: accuracy " in said.out and "below fedjets.common_target = 1" in said.out
     (line,) = [
         event["result"] for event in launcher.events(tmp_path / "run") if event["event"] == "pretrained"
     ]
