@@ -218,20 +218,21 @@ class Algorithm:
     # What exists, and what is sent
 
     def state(self) -> Spec:
-        """Return the server's parts. The cohort receives them; only `server_update` changes them."""
+        """Return the server's parts by name.
+
+        The cohort receives them, only `server_update` changes them, and every checkpoint contains them.
+        """
         return {}
 
     def client_state(self, client: int) -> Spec:
-        """Return a client's private parts. They are kept between rounds and never leave the client.
+        """Return a client's private parts by name, kept between rounds. They never leave the client.
 
-        Every client has the same names; the architectures may differ.
+        Every client has parts of the same names; the architectures may differ.
         """
         return {}
 
     def payload(self, sizes: Mapping[str, int]) -> Mapping[str, Block]:
-        """Return what a client sends, by name.
-
-        Default: every part of the state, weighted by n_k.
+        """Return what a client sends, by name. Default: every part of the state, weighted by n_k.
 
         Args:
             sizes: length of each part of the state as a vector.
@@ -265,9 +266,8 @@ class Algorithm:
         for phase in self.phases(turn.role):
             turn.sgd(phase)
         vectors = {name: turn.parts.vector(name) for name in self.state()}
-        return {
-            name: vector for name, vector in vectors.items() if vector.numel()
-        }  # a gate of equal weights is empty
+        # A part without numbers, such as a gate with gate.weights = equal, is not sent.
+        return {name: vector for name, vector in vectors.items() if vector.numel()}
 
     def phases(self, role: str) -> list[Phase]:
         """Return the phases of a client step, trained one after the other.

@@ -48,7 +48,7 @@ class Options(Section):
     """If false, every client keeps a shared extractor of its own, and nothing is averaged (an ablation).
     Default: the method shares its extractor."""
     extractors: int = Field(1, ge=1)
-    """Number m of shared extractors G_1..G_m; the gate weighs m + 1 experts. Default: the paper."""
+    """Number m of shared extractors G_1..G_m; the gate weighs m + 1 experts. Default: the paper has one."""
 
 
 class PFedMoE(Algorithm):
@@ -105,9 +105,7 @@ class PFedMoE(Algorithm):
             values["mean_gate"] = parts.vector("gate")
             values["mean_head"] = torch.cat([head.weight.detach().reshape(-1), head.bias.detach()])
             turn.bytes_down = 4 * sum(values[name].numel() for name in self._names)
-        return {
-            name: value for name, value in values.items() if value.numel()
-        }  # gate.weights = equal has none
+        return {name: value for name, value in values.items() if value.numel()}  # as in the default step
 
     def answer(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
         """Return the whole mixture; for a client that never trained, the mean gate and head if available."""

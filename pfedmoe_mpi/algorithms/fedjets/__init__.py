@@ -113,7 +113,7 @@ class FedJETs(Algorithm):
             raise ConfigError(problem, f"use --fedjets.experts {most} or less, or raise --clients")
         self._names = [f"expert{m}" for m in range(number)]
         self._top = min(options.top, number)
-        self._anchors: tuple[Tensor, list[int]] | None = None  # chosen from these `prepared` vectors
+        self._cached_anchors: tuple[Tensor, list[int]] | None = None  # with the `prepared` they come from
         self._gate = Module(f"gate of {number} experts", partial(self._build_gate, number))
         sizes = {name: part.layout().size for name, part in (("gate", self._gate), ("c", self._common.part))}
         self.bytes_once = 4 * (sizes["c"] + self.prepared_size + options.gate_frozen * sizes["gate"])
@@ -142,7 +142,7 @@ class FedJETs(Algorithm):
 
     @classmethod
     def reserve(cls, config: Config) -> float:
-        """Return the share of all rows on which the common expert is trained; 0 if it comes from a file."""
+        """Return the share of all rows reserved for the common expert; 0 if it is read from a file."""
         options: Any = config.options
         return float(options.common_share) if options.common == common.PRETRAIN else 0.0
 
@@ -170,10 +170,10 @@ class FedJETs(Algorithm):
 
     @property
     def anchors(self) -> list[int]:
-        """The anchors, number q for expert q; empty without anchors. Clusters are defined after `prepare`."""
-        if self._anchors is None or self._anchors[0] is not self.prepared:
-            self._anchors = self.prepared, self._choose_anchors()
-        return self._anchors[1]
+        """Anchor q of every expert q; empty without anchors. With clusters it is valid only after `prepare`."""
+        if self._cached_anchors is None or self._cached_anchors[0] is not self.prepared:
+            self._cached_anchors = self.prepared, self._choose_anchors()
+        return self._cached_anchors[1]
 
     def _choose_anchors(self) -> list[int]:
         """Return anchors among the clients that train from round 1 on, or among all if these are too few."""
