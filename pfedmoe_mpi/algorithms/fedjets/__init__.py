@@ -170,7 +170,7 @@ class FedJETs(Algorithm):
 
     @property
     def anchors(self) -> list[int]:
-        """Anchor q of every expert q; empty without anchors. With clusters it is valid only after `prepare`."""
+        """Anchor q of every expert q; empty without anchors. With clusters it is valid after `prepare`."""
         if self._cached_anchors is None or self._cached_anchors[0] is not self.prepared:
             self._cached_anchors = self.prepared, self._choose_anchors()
         return self._cached_anchors[1]

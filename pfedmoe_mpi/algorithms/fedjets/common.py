@@ -69,7 +69,7 @@ class Common:
 
 
 def _mismatch(tensors: Mapping[str, Tensor], layout: Layout) -> str:
-    """Return the first tensor that is missing, unexpected, of another shape or not finite; empty if none."""
+    """Return how the first tensor at fault differs from the layout, or that it is not finite; empty if none."""
     for entry in layout.entries:
         tensor = tensors.get(entry.name)
         if tensor is None:
