@@ -168,7 +168,7 @@ def run_until_stopped(world: Comm, name: str, polls: int, folder: Path) -> None:
 
     world.poll = counting_poll  # type: ignore[method-assign]
     loop = Loop(world, build.build(world, settings(name)), SilentObserver(), folder)
-    assert loop.begin()  # a stop before round 1 would repeat it, not leave a partial round
+    assert loop.begin()  # a stop before round 1 leaves no partial round: the work is repeated
     remaining = polls
     assert not loop.run(), "the signal did not stop the run"
 

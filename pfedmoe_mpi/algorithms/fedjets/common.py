@@ -69,7 +69,7 @@ class Common:
 
 
 def _mismatch(tensors: Mapping[str, Tensor], layout: Layout) -> str:
-    """Return how the first tensor at fault differs from the layout, or that it is not finite; empty if none."""
+    """Return the first problem: a tensor missing, of another shape, not finite or unexpected; else empty."""
     for entry in layout.entries:
         tensor = tensors.get(entry.name)
         if tensor is None:
