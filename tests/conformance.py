@@ -31,9 +31,9 @@ from pfedmoe_mpi.federation import build, metrics
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.mpi.comm import Comm
-from support.traffic_check import wrongs
+from support.traffic_check import traffic_errors
 
-SMALL: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "data.source": "synthetic",
     "data.samples": 160,
     "data.size": 8,
@@ -52,7 +52,9 @@ SMALL: dict[str, Any] = {
 
 def settings(name: str, **changes: Any) -> config.Config:
     """Return the configuration of a federation that runs for seconds; `__` in a name stands for the dot."""
-    return config.build({**SMALL, "algorithm": name, **{k.replace("__", "."): v for k, v in changes.items()}})
+    return config.build(
+        {**SETTINGS, "algorithm": name, **{k.replace("__", "."): v for k, v in changes.items()}}
+    )
 
 
 def run_federation(
@@ -87,7 +89,7 @@ def run_digest(world: Comm, chosen: config.Config, source: Path | None = None) -
     return digest(run_federation(world, chosen, source=source))
 
 
-def run_on(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
+def on_ranks(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
     """Run `work` on the first ranks of the world; return its result, or raise its assertion, on all ranks."""
     part = world.split(0 if world.rank < ranks else -1)
     result: Any = None
@@ -109,37 +111,37 @@ def run_on(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
 
 def ranks(world: Comm, name: str) -> None:
     """Check that the result has the same bits on 1, 2 and 4 ranks."""
-    digests = [run_on(world, n, lambda part: run_digest(part, settings(name, rounds=2))) for n in (1, 2, 4)]
+    digests = [on_ranks(world, n, lambda part: run_digest(part, settings(name, rounds=2))) for n in (1, 2, 4)]
     assert len(set(digests)) == 1, f"the digests on 1, 2 and 4 ranks differ: {digests}"
 
 
 def idle(world: Comm, name: str) -> None:
     """Check that ranks without clients do not change the result."""
     chosen = settings(name, rounds=2, clients=2, participation=0.5, partition__alpha=100.0)
-    alone, with_idle_ranks = (run_on(world, n, lambda part: run_digest(part, chosen)) for n in (1, 4))
+    alone, with_idle_ranks = (on_ranks(world, n, lambda part: run_digest(part, chosen)) for n in (1, 4))
     assert alone == with_idle_ranks, "idle ranks changed the result"
 
 
 def restart(world: Comm, name: str) -> None:
     """Check that two rounds, a restart on another number of ranks and two more rounds equal four rounds."""
-    with scratch(world) as folder:
-        uninterrupted = run_on(world, 2, lambda part: run_digest(part, settings(name)))
-        run_on(world, 4, lambda part: run_federation(part, settings(name, rounds=2), folder).round)
+    with ScratchFolder(world) as folder:
+        uninterrupted = on_ranks(world, 2, lambda part: run_digest(part, settings(name)))
+        on_ranks(world, 4, lambda part: run_federation(part, settings(name, rounds=2), folder).round)
         source = folder / checkpoint.name(2, partial=False)
         for n in (1, 3):
-            restarted = run_on(world, n, lambda part: run_digest(part, settings(name), source))
+            restarted = on_ranks(world, n, lambda part: run_digest(part, settings(name), source))
             assert restarted == uninterrupted, f"a restart on {n} ranks differs from an uninterrupted run"
 
 
 def midround(world: Comm, name: str) -> None:
     """Check that a run stopped by a signal inside a round and restarted equals an uninterrupted run."""
-    uninterrupted = run_on(world, 1, lambda part: run_digest(part, settings(name)))
+    uninterrupted = on_ranks(world, 1, lambda part: run_digest(part, settings(name)))
     partial = 0
     for polls in (3, 7, 11, 29):
         if polls == 29 and partial:  # for methods that take many steps per turn
             break
-        with scratch(world) as folder:
-            run_on(
+        with ScratchFolder(world) as folder:
+            on_ranks(
                 world,
                 2,
                 lambda part, polls=polls, folder=folder: run_until_stopped(part, name, polls, folder),
@@ -147,7 +149,9 @@ def midround(world: Comm, name: str) -> None:
             source = checkpoint.newest_first(folder)[0]
             with Checkpoint(source) as loaded:
                 partial += 0 < len(loaded.finished) < 4
-            restarted = run_on(world, 3, lambda part, source=source: run_digest(part, settings(name), source))
+            restarted = on_ranks(
+                world, 3, lambda part, source=source: run_digest(part, settings(name), source)
+            )
             assert restarted == uninterrupted, (
                 f"a restart from {source.name} differs from an uninterrupted run"
             )
@@ -178,7 +182,9 @@ def moves(world: Comm, name: str) -> None:
     for changes in ({}, {"model__pool": "shufflenet_v2_x0_5", "model__shared": "shufflenet_v2_x0_5"}):
         bigger = {"data__size": 32, "clients": 2, "data__samples": 60} if changes else {}
         chosen = {"rounds": 1, "participation": 1.0, **changes, **bigger}
-        before, after, layout = run_on(world, 1, lambda part, chosen=chosen: state_change(part, name, chosen))
+        before, after, layout = on_ranks(
+            world, 1, lambda part, chosen=chosen: state_change(part, name, chosen)
+        )
         for entry in Layout.from_json(layout).entries:
             stretch = slice(entry.offset, entry.offset + entry.size)
             same = np.array_equal(before[stretch].view(np.uint32), after[stretch].view(np.uint32))
@@ -197,7 +203,7 @@ def fixpoint(world: Comm, name: str) -> None:
     """Check that with vanishing steps the mean over a part of the clients equals the state they received."""
     tiny = dict.fromkeys(("train__lr", "train__lr_shared", "train__lr_gate"), 1e-7)
     chosen = {"participation": 0.4, "rounds": 2, **tiny}
-    before, after, layout = run_on(world, 2, lambda part: state_change(part, name, chosen))
+    before, after, layout = on_ranks(world, 2, lambda part: state_change(part, name, chosen))
     for entry in Layout.from_json(layout).entries:
         stretch = slice(entry.offset, entry.offset + entry.size)
         if entry.trained:
@@ -208,7 +214,7 @@ def fixpoint(world: Comm, name: str) -> None:
 
 def layouts(world: Comm, name: str) -> None:
     """Check that module to vector to module keeps every tensor, JSON every layout, and vectors fit them."""
-    number = run_on(world, 1, lambda part: check_round_trips(part, name))
+    number = on_ranks(world, 1, lambda part: check_round_trips(part, name))
     assert number, "no layout was checked"
 
 
@@ -229,22 +235,22 @@ def check_round_trips(part: Comm, name: str) -> int:
 
 def wire(world: Comm, name: str) -> None:
     """Check on 2 and 3 ranks that only the declared payload, weights and metrics leave a client."""
-    with scratch(world) as folder:
+    with ScratchFolder(world) as folder:
         for n, share, lost in ((2, 1.0, 0.0), (3, 0.8, 0.4)):
             chosen = settings(name, rounds=2, participation=share, faults__dropout=lost)
-            run_on(world, n, lambda part, chosen=chosen: check_traffic(part, chosen, folder))
+            on_ranks(world, n, lambda part, chosen=chosen: assert_declared_traffic(part, chosen, folder))
 
 
-def check_traffic(part: Comm, chosen: config.Config, folder: Path) -> None:
+def assert_declared_traffic(part: Comm, chosen: config.Config, folder: Path) -> None:
     """Assert that the traffic of a run has no violations; report the first three."""
-    violations = wrongs(part, chosen, folder)
+    violations = traffic_errors(part, chosen, folder)
     assert not violations, "; ".join(violations[:3])
 
 
 CHECKS = {check.__name__: check for check in (layouts, moves, fixpoint, wire, idle, ranks, restart, midround)}
 
 
-class scratch:
+class ScratchFolder:
     """A temporary folder of the job, removed at the end."""
 
     def __init__(self, world: Comm) -> None:
@@ -260,7 +266,7 @@ class scratch:
             shutil.rmtree(self._folder)
 
 
-def report_check(world: Comm, check: Callable[[Comm, str], None], name: str) -> bool:
+def run_check(world: Comm, check: Callable[[Comm, str], None], name: str) -> bool:
     """Run one check, print its verdict and return True, on all ranks, if it passed."""
     try:
         check(world, name)
@@ -282,7 +288,7 @@ def main() -> int:
     parser.add_argument("--broken", action="store_true", help="make the methods of tests/broken available")
     parser.add_argument("--set", action="append", default=[], help="section.field=VALUE, for all federations")
     options = parser.parse_args()
-    SMALL.update(item.split("=", 1) for item in options.set)
+    SETTINGS.update(item.split("=", 1) for item in options.set)
     if options.broken:
         algorithms.__path__.append(str(Path(__file__).parent / "broken"))
     torch.set_num_threads(1)
@@ -290,7 +296,7 @@ def main() -> int:
     world.timeout = 20.0
     try:
         verdicts = [
-            report_check(world, CHECKS[check], name)
+            run_check(world, CHECKS[check], name)
             for name in options.methods or methods.names()
             for check in options.check or CHECKS
         ]
