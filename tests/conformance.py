@@ -1,9 +1,10 @@
-"""Rules that every method must keep, checked on sub-communicators of one job.
+"""The checks that every method must pass, run on sub-communicators of one job.
 
     mpirun -n 4 python tests/conformance.py [METHOD ...] [--check NAME] [--set section.field=VALUE]
 
-Methods are found, not listed; no check has a line for a particular method. Deliberately wrong methods lie in
-`tests/broken/` and are added with --broken. One line per check and method: `pass`, or `FAIL` with the reason.
+Methods are discovered; no check has a line for a particular method. With --broken the deliberately wrong
+methods of `tests/broken/` are added. Each check prints one line per method: `pass`, or `FAIL` with the
+reason.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def settings(name: str, **changes: Any) -> config.Config:
-    """Return the settings of a federation that takes seconds; `__` stands for the dot."""
+    """Return the configuration of a federation that runs for seconds; `__` in a name stands for the dot."""
     return config.build(
         {**SETTINGS, "algorithm": name, **{k.replace("__", "."): v for k, v in changes.items()}}
     )
@@ -59,7 +60,7 @@ def settings(name: str, **changes: Any) -> config.Config:
 def run_federation(
     world: Comm, chosen: config.Config, folder: Path | None = None, source: Path | None = None
 ) -> Loop:
-    """Train a federation from round 1, or from a checkpoint, to its end."""
+    """Run a federation from round 1, or from a checkpoint, to its end, and return its loop."""
     loop = Loop(world, build.build(world, chosen), SilentObserver(), folder)
     if source:
         world.agree(lambda: checkpoint.verify(source, world.rank, world.size), "verify")
@@ -70,21 +71,26 @@ def run_federation(
 
 
 def digest(loop: Loop) -> str:
-    """Return the SHA-256 of everything that must repeat."""
-    own = {k: client.vector.numpy().tobytes() for k, client in loop.federation.clients.items()}
+    """Return the SHA-256 of everything that must be reproducible."""
+    clients = {k: client.vector.numpy().tobytes() for k, client in loop.federation.clients.items()}
     vectors: dict[int, bytes] = {}
-    for part in loop.comm.gather(own, "digest"):
+    for part in loop.comm.gather(clients, "digest"):
         vectors |= part
-    state = sha256(loop.state.numpy().tobytes())
+    sha = sha256(loop.state.numpy().tobytes())
     for k in sorted(vectors):
-        state.update(vectors[k])
+        sha.update(vectors[k])
     for row in loop.history:
-        state.update(metrics.dumps(metrics.learning(row)).encode())
-    return state.hexdigest()
+        sha.update(metrics.dumps(metrics.learning(row)).encode())
+    return sha.hexdigest()
+
+
+def run_digest(world: Comm, chosen: config.Config, source: Path | None = None) -> str:
+    """Run a federation and return its digest."""
+    return digest(run_federation(world, chosen, source=source))
 
 
 def on_ranks(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
-    """Run `work` on the first ranks; return its result, or raise its failed assertion, on all."""
+    """Run `work` on the first ranks of the world; return its result, or raise its assertion, on all ranks."""
     part = world.split(0 if world.rank < ranks else -1)
     result: Any = None
     if part:
@@ -94,9 +100,9 @@ def on_ranks(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
         except AssertionError as error:
             result = error
         part.finish()
-    for found in world.gather(result, "sub-communicator"):
-        if isinstance(found, AssertionError):
-            raise found
+    for outcome in world.gather(result, "sub-communicator"):
+        if isinstance(outcome, AssertionError):
+            raise outcome
     return result if ranks == world.size else world.gather(result, "result")[0]
 
 
@@ -104,39 +110,32 @@ def on_ranks(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
 
 
 def ranks(world: Comm, name: str) -> None:
-    """Require the same bits on 1, 2 and 4 ranks."""
-    found = [
-        on_ranks(world, n, lambda part: digest(run_federation(part, settings(name, rounds=2))))
-        for n in (1, 2, 4)
-    ]
-    assert len(set(found)) == 1, f"digests on 1, 2 and 4 ranks: {found}"
+    """Check that the result has the same bits on 1, 2 and 4 ranks."""
+    digests = [on_ranks(world, n, lambda part: run_digest(part, settings(name, rounds=2))) for n in (1, 2, 4)]
+    assert len(set(digests)) == 1, f"the digests on 1, 2 and 4 ranks differ: {digests}"
 
 
 def idle(world: Comm, name: str) -> None:
-    """Require that ranks without clients change nothing."""
+    """Check that ranks without clients do not change the result."""
     chosen = settings(name, rounds=2, clients=2, participation=0.5, partition__alpha=100.0)
-    alone, beside_idle = (
-        on_ranks(world, n, lambda part: digest(run_federation(part, chosen))) for n in (1, 4)
-    )
-    assert alone == beside_idle, "idle ranks changed the result"
+    alone, with_idle_ranks = (on_ranks(world, n, lambda part: run_digest(part, chosen)) for n in (1, 4))
+    assert alone == with_idle_ranks, "idle ranks changed the result"
 
 
 def restart(world: Comm, name: str) -> None:
-    """Require that two rounds, a restart on other ranks and two more equal four at once."""
+    """Check that two rounds, a restart on another number of ranks and two more rounds equal four rounds."""
     with ScratchFolder(world) as folder:
-        whole = on_ranks(world, 2, lambda part: digest(run_federation(part, settings(name))))
+        uninterrupted = on_ranks(world, 2, lambda part: run_digest(part, settings(name)))
         on_ranks(world, 4, lambda part: run_federation(part, settings(name, rounds=2), folder).round)
         source = folder / checkpoint.name(2, partial=False)
         for n in (1, 3):
-            again = on_ranks(
-                world, n, lambda part: digest(run_federation(part, settings(name), source=source))
-            )
-            assert again == whole, f"restart on {n} ranks differs from four rounds at once"
+            restarted = on_ranks(world, n, lambda part: run_digest(part, settings(name), source))
+            assert restarted == uninterrupted, f"a restart on {n} ranks differs from an uninterrupted run"
 
 
 def midround(world: Comm, name: str) -> None:
-    """Require that a stop during a round and a restart on other ranks equal the undisturbed run."""
-    whole = on_ranks(world, 1, lambda part: digest(run_federation(part, settings(name))))
+    """Check that a run stopped by a signal inside a round and restarted equals an uninterrupted run."""
+    uninterrupted = on_ranks(world, 1, lambda part: run_digest(part, settings(name)))
     partial = 0
     for polls in (3, 7, 11, 29):
         if polls == 29 and partial:  # for methods that take many steps per turn
@@ -150,60 +149,61 @@ def midround(world: Comm, name: str) -> None:
             source = checkpoint.newest_first(folder)[0]
             with Checkpoint(source) as loaded:
                 partial += 0 < len(loaded.finished) < 4
-            again = on_ranks(
-                world,
-                3,
-                lambda part, source=source: digest(run_federation(part, settings(name), source=source)),
+            restarted = on_ranks(
+                world, 3, lambda part, source=source: run_digest(part, settings(name), source)
             )
-            assert again == whole, f"restart of {source.name} differs from the undisturbed run"
-    assert partial, "no stop fell into the middle of a round"
+            assert restarted == uninterrupted, (
+                f"a restart from {source.name} differs from an uninterrupted run"
+            )
+    assert partial, "no signal arrived in the middle of a round"
 
 
 def run_until_stopped(world: Comm, name: str, polls: int, folder: Path) -> None:
-    """Train until rank 0 gets SIGUSR1 at its `polls`-th check for a stop from round 1 on."""
+    """Run until rank 0 receives SIGUSR1 at its `polls`-th poll, counted from round 1 on."""
     world.catch_signals()
-    left, poll = 0, world.poll
+    remaining, poll = 0, world.poll
 
-    def counting() -> None:
-        nonlocal left
-        left -= 1
-        if left == 0 and world.rank == 0:
+    def counting_poll() -> None:
+        nonlocal remaining
+        remaining -= 1
+        if remaining == 0 and world.rank == 0:
             os.kill(os.getpid(), signal.SIGUSR1)
         poll()
 
-    world.poll = counting  # type: ignore[method-assign]
+    world.poll = counting_poll  # type: ignore[method-assign]
     loop = Loop(world, build.build(world, settings(name)), SilentObserver(), folder)
-    assert loop.begin()  # what is stopped before round 1 is done again
-    left = polls
+    assert loop.begin()  # a stop before round 1 leaves no partial round: the work is repeated
+    remaining = polls
     assert not loop.run(), "the signal did not stop the run"
 
 
 def moves(world: Comm, name: str) -> None:
-    """Require that every shared tensor, BatchNorm's statistics included, changes in the first round."""
+    """Check that the first round changes every shared tensor, including BatchNorm's running statistics."""
     for changes in ({}, {"model__pool": "shufflenet_v2_x0_5", "model__shared": "shufflenet_v2_x0_5"}):
         bigger = {"data__size": 32, "clients": 2, "data__samples": 60} if changes else {}
+        chosen = {"rounds": 1, "participation": 1.0, **changes, **bigger}
         before, after, layout = on_ranks(
-            world, 1, lambda part, c={**changes, **bigger}: first_round(part, name, c)
+            world, 1, lambda part, chosen=chosen: state_change(part, name, chosen)
         )
         for entry in Layout.from_json(layout).entries:
             stretch = slice(entry.offset, entry.offset + entry.size)
             same = np.array_equal(before[stretch].view(np.uint32), after[stretch].view(np.uint32))
-            assert not same, f"shared tensor {entry.name} did not move in the first round"
+            assert not same, f"shared tensor {entry.name} did not change in the first round"
 
 
-def first_round(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
-    built = build.build(part, settings(name, rounds=1, participation=1.0, **changes))
-    loop = Loop(part, built, SilentObserver(), None)
+def state_change(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return the server's vector before and after a run, and its layout as JSON."""
+    loop = Loop(part, build.build(part, settings(name, **changes)), SilentObserver(), None)
     before = loop.state.numpy().copy()
     loop.run()
-    return before, loop.state.numpy(), built.state_layout.to_json()
+    return before, loop.state.numpy(), loop.federation.state_layout.to_json()
 
 
 def fixpoint(world: Comm, name: str) -> None:
-    """Require that with vanishing steps the mean over a part of the clients equals what was sent to them."""
+    """Check that with vanishing steps the mean over a part of the clients equals the state they received."""
     tiny = dict.fromkeys(("train__lr", "train__lr_shared", "train__lr_gate"), 1e-7)
     chosen = {"participation": 0.4, "rounds": 2, **tiny}
-    before, after, layout = on_ranks(world, 2, lambda part: shared_vectors(part, name, chosen))
+    before, after, layout = on_ranks(world, 2, lambda part: state_change(part, name, chosen))
     for entry in Layout.from_json(layout).entries:
         stretch = slice(entry.offset, entry.offset + entry.size)
         if entry.trained:
@@ -212,20 +212,14 @@ def fixpoint(world: Comm, name: str) -> None:
             )
 
 
-def shared_vectors(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
-    loop = Loop(part, build.build(part, settings(name, **changes)), SilentObserver(), None)
-    before = loop.state.numpy().copy()
-    loop.run()
-    return before, loop.state.numpy(), loop.federation.state_layout.to_json()
-
-
 def layouts(world: Comm, name: str) -> None:
-    """Require that modules, vectors, layouts and their JSON convert into each other without loss."""
-    built = on_ranks(world, 1, lambda part: round_trip(part, name))
-    assert built, "no layout was checked"
+    """Check that module to vector to module keeps every tensor, JSON every layout, and vectors fit them."""
+    number = on_ranks(world, 1, lambda part: check_round_trips(part, name))
+    assert number, "no layout was checked"
 
 
-def round_trip(part: Comm, name: str) -> int:
+def check_round_trips(part: Comm, name: str) -> int:
+    """Check the layouts of every client, and return how many clients there are."""
     built = build.build(part, settings(name))
     method, bench = built.method, built.workbench
     for client in built.clients.values():
@@ -240,7 +234,7 @@ def round_trip(part: Comm, name: str) -> int:
 
 
 def wire(world: Comm, name: str) -> None:
-    """Require on 2 and 3 ranks that a client sends only its declared payload, weights and metrics."""
+    """Check on 2 and 3 ranks that only the declared payload, weights and metrics leave a client."""
     with ScratchFolder(world) as folder:
         for n, share, lost in ((2, 1.0, 0.0), (3, 0.8, 0.4)):
             chosen = settings(name, rounds=2, participation=share, faults__dropout=lost)
@@ -248,8 +242,9 @@ def wire(world: Comm, name: str) -> None:
 
 
 def assert_declared_traffic(part: Comm, chosen: config.Config, folder: Path) -> None:
-    wrong = traffic_errors(part, chosen, folder)
-    assert not wrong, "; ".join(wrong[:3])
+    """Assert that the traffic of a run has no violations; report the first three."""
+    violations = traffic_errors(part, chosen, folder)
+    assert not violations, "; ".join(violations[:3])
 
 
 CHECKS = {check.__name__: check for check in (layouts, moves, fixpoint, wire, idle, ranks, restart, midround)}
@@ -272,24 +267,26 @@ class ScratchFolder:
 
 
 def run_check(world: Comm, check: Callable[[Comm, str], None], name: str) -> bool:
-    """Run one check and print its verdict; ranks agree on it."""
+    """Run one check, print its verdict and return True, on all ranks, if it passed."""
     try:
         check(world, name)
-        reason = ""
+        failure = ""
     except AssertionError as error:
-        reason = str(error) or "assertion"
-    reasons = [r for r in world.gather(reason, "verdict") if r]
+        failure = str(error) or "an assertion without a message failed"
+    failures = [item for item in world.gather(failure, "verdict") if item]
     if world.rank == 0:
-        print(f"{check.__name__} {name}: {'FAIL ' + reasons[0] if reasons else 'pass'}", flush=True)
-    return not reasons
+        print(f"{check.__name__} {name}: {'FAIL ' + failures[0] if failures else 'pass'}", flush=True)
+    return not failures
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("methods", nargs="*")
-    parser.add_argument("--check", action="append", choices=list(CHECKS))
-    parser.add_argument("--broken", action="store_true", help="add tests/broken to the methods")
-    parser.add_argument("--set", action="append", default=[], help="another setting of all federations")
+    parser = argparse.ArgumentParser(
+        description="Check that methods keep the contract of algorithms/base.py."
+    )
+    parser.add_argument("methods", nargs="*", help="default: all")
+    parser.add_argument("--check", action="append", choices=list(CHECKS), help="default: all")
+    parser.add_argument("--broken", action="store_true", help="make the methods of tests/broken available")
+    parser.add_argument("--set", action="append", default=[], help="section.field=VALUE, for all federations")
     options = parser.parse_args()
     SETTINGS.update(item.split("=", 1) for item in options.set)
     if options.broken:
@@ -298,7 +295,7 @@ def main() -> int:
     world = comm.start()
     world.timeout = 20.0
     try:
-        good = [
+        verdicts = [
             run_check(world, CHECKS[check], name)
             for name in options.methods or methods.names()
             for check in options.check or CHECKS
@@ -306,7 +303,7 @@ def main() -> int:
     except BaseException as error:
         world.fault(error)
     world.finish()
-    return 0 if all(good) else 1
+    return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The methods, one file each: the file's name is the method's name. `base` is their contract."""
+"""The methods, one file each, named like the method. `base` is their contract."""

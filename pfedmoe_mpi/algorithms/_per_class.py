@@ -1,4 +1,4 @@
-"""For methods that send one vector per class: class means, and a server that trains on them."""
+"""Functions for methods that send one vector per class: class means, and training on the server."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from pfedmoe_mpi.core.sgd import SGD
 from pfedmoe_mpi.core.turn import Turn
 
 
-def class_means(turn: Turn, classes: int, of: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean of `of(x)` (B, size) over the client's training samples of every class, in evaluation mode.
+def class_means(turn: Turn, classes: int, extract: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the mean of `extract(x)` over the client's training samples of each class, in evaluation mode.
+
+    Args:
+        extract: samples (B, *shape) to vectors (B, size).
 
     Returns:
         float32 (classes, size) on the turn's device; NaN for a class without samples.
@@ -24,18 +27,18 @@ def class_means(turn: Turn, classes: int, of: Callable[[Tensor], Tensor]) -> Ten
     sums: Tensor | None = None
     counts = torch.zeros(classes, device=turn.device)
     for batch in turn.training_batches():
-        found = of(batch.x).float()
-        sums = found.new_zeros((classes, found.shape[1])) if sums is None else sums
-        sums.index_add_(0, batch.y, found)
+        vectors = extract(batch.x).float()
+        sums = vectors.new_zeros((classes, vectors.shape[1])) if sums is None else sums
+        sums.index_add_(0, batch.y, vectors)
         counts += torch.bincount(batch.y, minlength=classes)
-    assert sums is not None, "a client without training samples"
+    assert sums is not None, "the client has no training samples"
     return sums / counts[:, None]
 
 
-def received(mean: Mean) -> tuple[Tensor, Tensor]:
-    """The rows that members sent in a slot of one row per class: (n, size) and their classes int64 (n,).
+def collect_rows(mean: Mean) -> tuple[Tensor, Tensor]:
+    """Return the rows that members sent in a slot with one row per class: (n, size), and classes int64 (n,).
 
-    Member by member in the cohort's order, ascending by class: an order that no number of ranks changes.
+    The order is that of the cohort, then ascending by class, so it does not depend on the number of ranks.
     """
     sent = mean.weight > 0
     return mean.value[sent], sent.nonzero()[:, 1]
@@ -51,31 +54,34 @@ def train_on_server(
     generator: torch.Generator,
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
 ) -> nn.Module:
-    """SGD of a part over labelled rows, shuffled every epoch, a smaller last batch kept; `vector` in place.
+    """Train a part by SGD on labelled rows, shuffled every epoch, and write the result into `vector`.
+
+    A smaller last batch is trained too.
 
     Args:
         phase: epochs, momentum, weight decay, clip, and the learning rate under the name "server".
         rate: factor on the learning rate.
-        rows: (n, size) and labels int64 (n,).
-        loss: scalar of the module, a batch of rows and their labels.
+        rows: vectors (n, size) and labels int64 (n,).
+        loss: takes the module, a batch of rows and their labels; returns a scalar.
 
     Returns:
         The trained module, in evaluation mode.
 
     Raises:
-        NotFiniteError: what was trained is not finite.
+        NotFiniteError: a trained value is not finite.
     """
     bound = Bound(part.build(), torch.device("cpu"))
     bound.load(vector)
     optimiser = SGD(Parts({"server": bound}), phase, rate)
     module = bound.module.train()
+    vectors, labels = rows
     for _ in range(phase.epochs):
-        for chosen in torch.randperm(len(rows[1]), generator=generator).split(batch):
+        for chosen in torch.randperm(len(labels), generator=generator).split(batch):
             optimiser.zero_grad()
-            loss(module, rows[0][chosen], rows[1][chosen]).backward()
+            loss(module, vectors[chosen], labels[chosen]).backward()
             optimiser.step()
     optimiser.zero_grad()
     if not bool(bound.vector.isfinite().all()):
-        raise NotFiniteError("what the server trained is not finite")
+        raise NotFiniteError("the vector that the server trained is not finite")
     vector.copy_(bound.vector)
     return module.eval()

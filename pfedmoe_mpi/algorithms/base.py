@@ -1,8 +1,24 @@
-"""The contract of a method: a client step, a weighted sum over the cohort, a server update.
+"""The contract of a method: a client step, a weighted mean over the cohort, a server update.
 
-A method is one file with one subclass of `Algorithm`, and optionally a class `Options(Section)` whose fields
-become its configuration section and flags. Everything here has a default: FedAvg with whatever `state` and
-`client_state` declare. A method knows nothing of MPI, HDF5 or the command line.
+A method is one file with one subclass of `Algorithm`. If it has settings, the file also defines a class
+`Options(Section)`: its fields become a configuration section and flags. A method knows nothing of MPI, HDF5
+or the command line. Every hook except `predict` has a default; together the defaults are FedAvg.
+
+    hook           runs                                    default
+    state          on every rank, whenever needed          no shared parts
+    client_state   on every rank, whenever needed          no private parts
+    payload        on every rank, once a round             every part of the state, weighted by n_k
+    cohort         on every rank, once a round             K clients, drawn without replacement
+    client_step    on one rank, once per member            SGD over `phases`, then send the state's parts
+      phases       in `client_step`                        all modules together for E epochs
+      loss         in `client_step`, per batch             cross-entropy of `predict`
+    server_update  on rank 0, once a round                 copy the means into the state, on every rank
+    answer         on one rank, per client evaluated       `predict`, or None for a client that never trained
+      predict      in `loss` and `answer`, per batch       no default
+      weights      in the evaluation, per batch            None: the method has no gate
+
+`reserve`, `check`, `pretrain` and `prepare` run before round 1; by default they do nothing. The result of a
+hook depends on its arguments, the task and the seed alone: what must last is kept in the parts.
 """
 
 from __future__ import annotations
@@ -33,7 +49,7 @@ if TYPE_CHECKING:
     from pfedmoe_mpi.core.batches import Batch
     from pfedmoe_mpi.core.turn import Turn
 
-Inputs = Callable[[], Iterator[Tensor]]
+Inputs = Callable[[], Iterator[Tensor]]  # every call iterates over a client's samples again, without labels
 ReadWeights = Callable[[Path, Sequence[str]], Mapping[str, Tensor]]
 
 __all__ = [
@@ -42,6 +58,7 @@ __all__ = [
     "Inputs",
     "Mean",
     "Module",
+    "Parts",
     "Phase",
     "ReadWeights",
     "Spec",
@@ -52,58 +69,48 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Block:
-    """One stretch of the sum: `rows` weighted means of `size` numbers each, or a slot per cohort member.
+    """One entry of the payload: `rows` vectors of `size` numbers, each averaged over the cohort.
 
-    Weight rules: `samples` n_k (training samples), `one` 1, `class_samples` n_kc for row c (training samples
-    of class c), `class_one` 1 for row c where n_kc > 0. `scale` is the number of bits after the point. A slot
-    carries float32 bit patterns of (rows, size) for every cohort member, exactly: the sum is then a gather.
+    The weight of client k in row c is n_k, its training samples (`samples`); 1 (`one`); n_kc, its training
+    samples of class c (`class_samples`); or 1 if n_kc > 0, else 0 (`class_one`). A slot carries the float32
+    bit patterns of every member's (rows, size) exactly: a gather instead of a mean.
     """
 
     size: int
     rows: int = 1
     weight: Literal["samples", "one", "class_samples", "class_one"] = "samples"
-    scale: int = SCALE
+    scale: int = SCALE  # bits after the binary point in the integer sum
     slot: bool = False
 
 
 @dataclass(frozen=True)
 class Mean:
-    """What the sum of a block gives: value float32 (rows, size) on the CPU, weight int64 (rows,).
+    """The weighted mean of a block. For a slot, both tensors have a leading axis of cohort members."""
 
-    Rows of zero weight are NaN. For a slot block value is (members, rows, size) and weight (members, rows).
-    """
-
-    value: Tensor
-    weight: Tensor
+    value: Tensor  # float32 (rows, size) on the CPU; NaN in a row of weight 0
+    weight: Tensor  # int64 (rows,), the sum of the members' weights
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is known to a method before round 1, the same on every rank.
-
-    `counts` int64 (N, classes) are the clients' training samples of each class; `unseen` are the clients that
-    never train, `late` those that join in round `join.round`; `vocabulary` is how many tokens there are where
-    samples are texts, else 0.
-    """
+    """The facts that a method may use before round 1, equal on every rank, and builders for its parts."""
 
     config: Config
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one sample
     classes: int
-    counts: np.ndarray
-    pool: tuple[str, ...]
-    shared: str
-    dim: int
-    unseen: frozenset[int] = frozenset()
-    late: frozenset[int] = frozenset()
-    vocabulary: int = 0
+    counts: np.ndarray  # int64 (N, classes), training samples by client and class
+    pool: tuple[str, ...]  # architectures of the clients' own models
+    shared: str  # architecture of the shared model
+    dim: int  # d, length of a representation
+    unseen: frozenset[int] = frozenset()  # clients that never train
+    late: frozenset[int] = frozenset()  # clients that join in round `join.round`
+    vocabulary: int = 0  # number of tokens if the samples are texts, else 0
 
-    def absent(self, round: int) -> frozenset[int]:
-        """The clients that have not trained by a round, because they never do or join later."""
-        return self.unseen | (self.late if round < self.config.join.round else frozenset())
+    # Clients
 
     @property
     def clients(self) -> int:
-        """N, the unseen ones included."""
+        """N, including the unseen clients."""
         return len(self.counts)
 
     @property
@@ -111,120 +118,162 @@ class Task:
         """The clients that train, ascending."""
         return [client for client in range(self.clients) if client not in self.unseen]
 
+    def absent(self, round: int) -> frozenset[int]:
+        """Return the clients that have not trained by a round: they never train, or they join later."""
+        return self.unseen | (self.late if round < self.config.join.round else frozenset())
+
     def samples(self, client: int) -> int:
-        """n_k: training samples of a client."""
+        """Return n_k, a client's number of training samples."""
         return int(self.counts[client].sum())
 
     def architecture(self, client: int) -> str:
-        """Client k takes number k mod length of the pool."""
+        """Return client k's architecture: number k mod len(pool) of the pool."""
         return self.pool[client % len(self.pool)]
 
+    # Parts
+
     def model(self, name: str, dim: int = 0) -> Module:
-        """Extractor and head of an architecture; `dim` gives the representation another length."""
+        """Return an architecture's extractor and head; `dim` replaces the length d of the representation."""
         sizes = (self.classes, dim or self.dim, self.config.model.stem, self.vocabulary)
         build = partial(registry.build_model, name, self.shape, *sizes)
         return Module(f"model {name} to {dim}" if dim else f"model {name}", build)
 
     def extractor(self, name: str) -> Module:
-        """The extractor alone, (B, *shape) to (B, dim)."""
+        """Return an architecture's extractor, (B, *shape) to (B, d)."""
         sizes = (self.dim, self.config.model.stem, self.vocabulary)
         build = partial(registry.build_extractor, name, self.shape, *sizes)
         return Module(f"extractor {name}", build)
 
     def head(self) -> Module:
-        """The linear head of every architecture, (B, dim) to (B, classes)."""
+        """Return the linear head that fits every architecture, (B, d) to (B, classes)."""
         return Module("head", partial(torch.nn.Linear, self.dim, self.classes))
 
     def gate(self, experts: int = 2) -> Module:
-        """A gate to weights (B, experts): on what `seen` gives of the input, or as `gate.input` says.
+        """Return a gate as `gate.*` configures it; its output is weights (B, experts).
+
+        With `gate.input` = raw its input is what `seen` returns.
 
         Raises:
-            ConfigError: pooled input of samples that are no images.
+            ConfigError: gate.input = pooled, but the samples are not images.
         """
         options = self.config.gate
         if options.input == "pooled" and len(self.shape) != 3:
-            problem = "gate.input pooled needs images, and these samples are none"
-            raise ConfigError(problem, "--gate.input raw")
+            problem = f"gate.input = pooled needs images; the samples have shape {self.shape}"
+            raise ConfigError(problem, "use --gate.input raw")
         shape = (EMBEDDING,) if self.vocabulary else self.shape
         build = partial(build_gate, shape, self.dim, experts, **options.model_dump())
         return Module(f"gate {experts}", build)
 
     def seen(self, x: Tensor, extractor: Any) -> Tensor:
-        """What a gate on the raw input sees of samples (B, *shape): these themselves.
+        """Return the raw input of a gate: samples (B, *shape) unchanged, or texts (B, tokens) as (B, 64).
 
-        The numbers of words mean nothing; of texts it is the embeddings that `extractor` begins with, as one
-        (B, 64): the mean of a text's n tokens times √n. The gate sends no gradient into them.
+        Token numbers carry no meaning, so a text is represented by the embeddings in the first layer of
+        `extractor`: the mean over its n tokens times √n. The gate sends no gradient into them.
         """
         if not self.vocabulary:
             return x
         embedded: Tensor = extractor.embedded(x)
         return embedded.detach()
 
+    # Weights of the mean
+
     def weight(self, rule: str, client: int) -> Tensor:
-        """A client's weight under a rule, int64 (rows,)."""
+        """Return a client's weight under a rule of `Block`, int64 (rows,)."""
         if rule.startswith("class"):
-            held = torch.from_numpy(self.counts[client].astype(np.int64))
-            return held if rule == "class_samples" else (held > 0).long()
+            counts = torch.from_numpy(self.counts[client].astype(np.int64))
+            return counts if rule == "class_samples" else (counts > 0).long()
         return torch.tensor([self.samples(client) if rule == "samples" else 1])
 
     def total(self, rule: str, cohort: Sequence[tuple[int, str]]) -> int:
-        """The cohort's weight under a rule: its members' shares of it add up to at most 1."""
+        """Return the cohort's weight under a rule; its members' shares of it add up to at most 1."""
         if rule.endswith("one"):
             return len(cohort)
         return sum(self.samples(client) for client, _ in cohort)
 
 
 class Algorithm:
-    """Base of all methods. Override what differs."""
+    """The base of all methods: override the hooks that differ from FedAvg."""
 
-    homogeneous = False  # True where the method presumes equal models: model.pool = auto is then model.shared
+    homogeneous = False  # True if the method needs equal models: model.pool = auto is then model.shared
+    averages_private = False  # True if the method supports unseen.private = average
+    bytes_once = 0  # bytes that a deployment sends every client once, before its first round
+    prepared_size = 0  # length of the vector that `prepare` returns; 0 if the method does not prepare
 
-    averages_private = False  # True where `unseen.private` average means something
-    bytes_once = 0  # what a deployment sends every client once, before its first round
-    prepared_size = 0  # how many numbers `prepare` gives; 0: there is nothing to prepare
+    # Set by the federation. `poll` raises StoppedError once the run must stop: call it now and then in a
+    # `server_update` that takes seconds. `read_weights` returns the named float tensors of a file of weights:
+    # of the first of the given parts that the file has. Only `check` and `pretrain` may call it.
+    poll: Callable[[], None]
+    read_weights: ReadWeights
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.prepared = torch.zeros(task.clients, self.prepared_size)  # what `prepare` gave, by client
-        # Raises StoppedError if a stop was asked for: for a `server_update` of seconds to call now and then.
-        self.poll: Callable[[], None] = lambda: None
-        # Returns the named float tensors of a file of weights, of the first of these parts that it
-        # has. Set by the federation; `check` and `pretrain` may call it.
-        self.read_weights: ReadWeights
+        self.prepared = torch.zeros(task.clients, self.prepared_size)  # by client, what `prepare` returned
+        self.poll = lambda: None
 
     @property
     def options(self) -> Any:
         """The method's section of the configuration."""
         return self.task.config.options
 
+    # What exists, and what is sent
+
     def state(self) -> Spec:
-        """The server's parts: sent to the cohort, changed only by `server_update`, in every checkpoint."""
+        """Return the server's parts by name.
+
+        The cohort receives them, only `server_update` changes them, and every checkpoint contains them.
+        """
         return {}
 
     def client_state(self, client: int) -> Spec:
-        """A client's private parts, kept between rounds; they never leave it. Architectures may differ."""
+        """Return a client's private parts by name, kept between rounds. They never leave the client.
+
+        Every client has parts of the same names; the architectures may differ.
+        """
         return {}
 
     def payload(self, sizes: Mapping[str, int]) -> Mapping[str, Block]:
-        """What a client sends; `sizes` are the lengths of the state's vectors. Default: these, weight n_k."""
+        """Return what a client sends, by name. Default: every part of the state, weighted by n_k.
+
+        Args:
+            sizes: length of each part of the state as a vector.
+        """
         return {name: Block(size) for name, size in sizes.items()}
 
+    # A round
+
     def cohort(self, round: int) -> list[tuple[int, str]]:
-        """(client, role) of those who train in a round, ascending. Default: K drawn without replacement."""
+        """Return (client, role) of the clients that train in a round, ascending.
+
+        Default: `drawn` from all clients that train, each in the role "client".
+        """
         return [(client, "client") for client in self.drawn(round, self.task.training)]
 
     def drawn(self, round: int, clients: Sequence[int], purpose: str = "cohort") -> list[int]:
-        """max(1, floor(C·n + ½)) of the n clients that have joined, without replacement, ascending."""
+        """Draw max(1, floor(C·n + ½)) of the n clients that have joined, without replacement, ascending."""
         config, absent = self.task.config, self.task.absent(round)
         clients = [client for client in clients if client not in absent]
         if not clients:
             return []
         number = max(1, int(config.participation * len(clients) + 0.5))
-        draw = seeds.numpy_generator(config.seed, purpose, round)
-        return sorted(draw.choice(np.array(clients), number, replace=False).tolist())
+        generator = seeds.numpy_generator(config.seed, purpose, round)
+        return sorted(generator.choice(np.array(clients), number, replace=False).tolist())
+
+    def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
+        """Train `turn.parts` in place and return the payload's values; a block left out has weight 0.
+
+        Default: SGD over `phases`, then the vectors of the state's parts.
+        """
+        for phase in self.phases(turn.role):
+            turn.sgd(phase)
+        vectors = {name: turn.parts.vector(name) for name in self.state()}
+        # A part without numbers, such as a gate with gate.weights = equal, is not sent.
+        return {name: vector for name, vector in vectors.items() if vector.numel()}
 
     def phases(self, role: str) -> list[Phase]:
-        """What is trained, one after the other. Default: all parts together for E epochs."""
+        """Return the phases of a client step, trained one after the other.
+
+        Default: one phase with all modules, shared and private, at `train.lr` for `train.epochs` epochs.
+        """
         train = self.task.config.train
         names = {**self.state(), **self.client_state(0)}
         return [self.phase({name: train.lr for name, part in names.items() if isinstance(part, Module)})]
@@ -236,7 +285,14 @@ class Algorithm:
         momentum: float | None = None,
         plain: Collection[str] = (),
     ) -> Phase:
-        """A phase with the configured optimiser."""
+        """Return a phase of the configured SGD.
+
+        Args:
+            lr: learning rate of each part that is trained; the others are frozen.
+            epochs: default `train.epochs`.
+            momentum: default `train.momentum`.
+            plain: parts trained without momentum and weight decay.
+        """
         train = self.task.config.train
         return Phase(
             lr,
@@ -248,95 +304,97 @@ class Algorithm:
         )
 
     def loss(self, parts: Parts, batch: Batch) -> Tensor:
-        """Scalar. Default: cross-entropy of `predict`."""
+        """Return the scalar loss of a batch. Default: cross-entropy of `predict`."""
         return torch.nn.functional.cross_entropy(self.predict(parts, batch.x), batch.y)
 
+    def server_update(self, state: Mapping[str, Tensor], means: Mapping[str, Mean], round: int) -> None:
+        """Change the state's vectors, each (size,), in place.
+
+        Default: copy the means; a row without a contribution is unchanged. The default is exact, so every
+        rank computes it. An override runs on rank 0, and the result is sent to the others.
+        """
+        for name, mean in means.items():
+            rows = state[name].view(mean.value.shape)
+            contributed = mean.weight > 0
+            rows[contributed] = mean.value[contributed]
+
+    # Evaluation
+
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
-        """Logits (B, classes) of the client's whole model."""
+        """Return the logits (B, classes) of the client's whole model for samples (B, *shape)."""
         raise NotImplementedError
 
     def answer(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
-        """How a client answers, (B, *shape) to logits (B, classes), decided once per evaluation.
+        """Return the function from samples (B, *shape) to logits (B, classes) for one evaluation.
 
-        Default: `predict`. None: a client that never trained has no answer that is natural to the method;
-        by default one whose private parts hold a module. `unseen_null` tells the reason.
+        None means that the method has no natural answer for a client that never trained; `unseen_null`
+        states the reason. Default: `predict`; None for an unseen client if any private part is a module.
 
         Args:
-            inputs: calls give the client's samples anew, batch by batch, without labels.
-            unseen: the client never trained; its private parts are as they were initialised.
+            inputs: each call iterates over the client's samples again, in batches, without labels.
+            unseen: the client never trained; its private parts have their initial values.
         """
         return None if unseen and self.unseen_null else partial(self.predict, parts)
 
     @property
     def unseen_null(self) -> str:
-        """Why clients that never trained have no accuracy; empty where they have one."""
+        """The reason why clients that never trained have no accuracy; empty if they have one."""
         private = [name for name, part in self.client_state(0).items() if isinstance(part, Module)]
         return f"a client that never trained has no {' and no '.join(private)}" if private else ""
 
     def weights(self, parts: Parts, x: Tensor) -> Tensor | None:
-        """Gate weights (B, experts), shared experts first, the local one last; None without such a gate."""
+        """Return gate weights (B, experts): shared experts first, the local one last.
+
+        Default: None, for methods without such a gate.
+        """
         return None
-
-    def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
-        """Train `turn.parts` in place and return the payload's values; a block left out has weight 0.
-
-        Default: SGD over the phases, then the vectors of the state's parts.
-        """
-        for phase in self.phases(turn.role):
-            turn.sgd(phase)
-        vectors = {name: turn.parts.vector(name) for name in self.state()}
-        return {name: vector for name, vector in vectors.items() if vector.numel()}  # equal weights are none
-
-    def server_update(self, state: Mapping[str, Tensor], means: Mapping[str, Mean], round: int) -> None:
-        """Change the state's vectors in place. Default: copy the mean; a row nobody contributed stays.
-
-        The default is exact and done by all ranks; an overriding one runs on rank 0 and its result is sent.
-        """
-        for name, mean in means.items():
-            rows = state[name].view(mean.value.shape)
-            known = mean.weight > 0
-            rows[known] = mean.value[known]
 
     # Before round 1
 
     @property
     def pretrains(self) -> bool:
-        """Whether there is something to do for `pretrain`."""
+        """True if the method overrides `pretrain`."""
         return type(self).pretrain is not Algorithm.pretrain
 
     @classmethod
     def reserve(cls, config: Config) -> float:
-        """Share of all rows that the server keeps for `pretrain`; no client gets any of them."""
+        """Return the share of all rows that the server keeps for `pretrain`; no client gets these rows."""
         return 0.0
 
     def check(self) -> None:
-        """Raise UserError for files that will not do; on rank 0, before anything of a new run is written."""
+        """Check the files that the method reads. Called on rank 0, before a new run writes anything.
+
+        Raises:
+            UserError: a file is missing or unsuitable.
+        """
 
     def pretrain(self, turn: Turn) -> str:
-        """Fill or train the state's parts in place, before round 1; runs on rank 0.
+        """Fill or train the state's parts in place and return one line about the result. Called on rank 0.
 
-        `turn` holds the reserved rows, 8 : 2 as `train` and `test`; a UserError ends the run on all ranks.
+        Args:
+            turn: the reserved rows, split 8 : 2 into `train` and `test`, and the state's parts.
 
-        Returns:
-            a line that says how it went.
+        Raises:
+            UserError: ends the run on all ranks.
         """
         return ""
 
     def prepare(self, parts: Parts, inputs: Inputs) -> Tensor:
-        """(prepared_size,) float32 of a client, derived from the initial state, and never saved.
+        """Return float32 (prepared_size,) for one client, computed from its samples and the initial state.
 
-        All clients' are in `self.prepared` before round 1: they leave the clients, once.
+        The vectors of all clients are in `self.prepared` before round 1. They leave the clients once and are
+        never saved.
         """
         raise NotImplementedError
 
 
 def load(name: str) -> type[Algorithm]:
-    """Import a method's file and return its `Algorithm`."""
+    """Import a method's file and return its subclass of `Algorithm`."""
     module = importlib.import_module(f"pfedmoe_mpi.algorithms.{name}")
-    found = [
+    methods = [
         item
         for item in vars(module).values()
         if isinstance(item, type) and issubclass(item, Algorithm) and item.__module__ == module.__name__
     ]
-    assert len(found) == 1, f"algorithms/{name}.py must define one Algorithm, not {len(found)}"
-    return found[0]
+    assert len(methods) == 1, f"algorithms/{name}.py must define one Algorithm; it defines {len(methods)}"
+    return methods[0]

@@ -1,15 +1,15 @@
 """Ensemble: M independently seeded models, each trained by a part of the cohort; the answer is their average.
 
 The baseline "average ensembles" of Dun et al.: "FedJETs: Efficient Just-In-Time Personalization with
-Federated Mixture of Experts", arXiv 2306.08586, 2023. Every round deals the M models to the cohort, as evenly
-as it divides, drawn anew. Member k trains its model q by cross-entropy; the server sets
-W_q = Σ_k n_k W_q^k / Σ_k n_k over the members that trained it; a model nobody trained stays. The answer is
-p(y | x) = (1/M) Σ_q softmax(W_q(x))_y, for clients that never trained too.
+Federated Mixture of Experts", arXiv 2306.08586, 2023. In every round the M models are assigned to the
+cohort, as evenly as possible and drawn anew. Member k trains its model q by cross-entropy; the server sets
+W_q = Σ_k n_k W_q^k / Σ_k n_k over the members that trained it, and a model that no member trained does not
+change. The answer is p(y | x) = (1/M) Σ_q softmax(W_q(x))_y, also for clients that never trained.
 
-Shared: one model per client and round, each way; a client needs all M to answer.
+Shared: one model per client and round, each way; a client needs all M models to answer.
 
-Departures: the paper gives no procedure; dealing the models to the cohort is ours, and costs a client what
-FedAvg does.
+Departures: the paper gives no procedure. Assigning one model to each member is our choice; it costs a client
+as much as FedAvg.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from pfedmoe_mpi.core.turn import Turn
 
 class Options(Section):
     models: int = Field(0, ge=0)
-    """Models M; 0 = 5, or as many as there are training clients, if fewer."""
+    """Number of models M; 0 chooses it. Default: 0 = 5, as many as FedJETs has experts, or one per training
+    client if these are fewer."""
 
 
 class Ensemble(Algorithm):
@@ -42,28 +43,28 @@ class Ensemble(Algorithm):
         self._names = [f"model{q}" for q in range(number)]
 
     def state(self) -> Spec:
-        """W_1..W_M."""
+        """Return the models W_1..W_M."""
         return {name: self.task.model(self.task.pool[0]) for name in self._names}
 
     def cohort(self, round: int) -> list[tuple[int, str]]:
-        """The default cohort; a member's role is the name of its model."""
+        """Return the default cohort; a member's role is the name of its model."""
         members = self.drawn(round, self.task.training)
-        dealt = seeds.numpy_generator(self.task.config.seed, "ensemble", round).permutation(len(members))
-        return [(k, self._names[q % len(self._names)]) for k, q in zip(members, dealt, strict=True)]
+        order = seeds.numpy_generator(self.task.config.seed, "ensemble", round).permutation(len(members))
+        return [(k, self._names[q % len(self._names)]) for k, q in zip(members, order, strict=True)]
 
     def phases(self, role: str) -> list[Phase]:
         return [self.phase({role: self.task.config.train.lr_shared})]
 
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
-        """Train the model dealt, and send it alone."""
+        """Train and return the member's model."""
         model = getattr(turn.parts, turn.role)
         (phase,) = self.phases(turn.role)
         turn.sgd(phase, loss=lambda batch: torch.nn.functional.cross_entropy(model(batch.x), batch.y))
-        sent = turn.parts.vector(turn.role)
-        turn.bytes_down = 4 * sent.numel()
-        return {turn.role: sent}
+        vector = turn.parts.vector(turn.role)
+        turn.bytes_down = 4 * vector.numel()
+        return {turn.role: vector}
 
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
-        """log p(y | x) (B, classes)."""
-        each = [getattr(parts, name)(x).float().log_softmax(1) for name in self._names]
-        return torch.stack(each).logsumexp(0) - math.log(len(each))
+        """Return log p(y | x) (B, classes)."""
+        models = [getattr(parts, name)(x).float().log_softmax(1) for name in self._names]
+        return torch.stack(models).logsumexp(0) - math.log(len(models))

@@ -1,19 +1,20 @@
-"""FD, federated distillation: clients share their mean outputs per class, and each learns from the others'.
+"""FD, federated distillation: clients share their mean outputs per class and learn from those of the others.
 
 Jeong, Oh, Kim, Park, Bennis, Kim: "Communication-Efficient On-Device Machine Learning: Federated Distillation
-and Augmentation under Non-IID Private Data", arXiv 1811.11479, 2018, its algorithm of FD. While client k
-trains, it adds up its output vectors (logits through softmax) by true class: F_k,c is their mean. The server
-averages over the M clients that hold class c, and client k's teacher for c leaves out its own part,
+and Augmentation under Non-IID Private Data", arXiv 1811.11479, 2018, algorithm FD. While client k trains, it
+adds up its output vectors (logits through softmax) by true class; F_k,c is their mean. The server averages
+over the M clients that hold class c, and client k's teacher for c excludes its own contribution,
 
     F̂_k,c = (M·F̄_c − F_k,c) / (M − 1)        loss = cross-entropy(y) + γ·cross-entropy(F̂_k,y).
 
-Shared: one vector of `classes` probabilities per class held, each way per client and round.
+Shared: one vector of `classes` probabilities per class held, each way, per client and round.
 
-Departures: M counts those of the cohort that held the class when it was last summed. A class without another
-client's part has no teacher, and its samples carry no distillation. A deployment's server makes every
-client's teacher; here a client makes it from the mean, M, and its own part, which it keeps as sums and
-counts, and the bytes are those of a deployment. If its own part in the mean is no longer the one it keeps
-(its later one got lost on the way), the class has no teacher until the next sum.
+Departures: M counts the cohort members that held the class when it was last averaged. A class to which no
+other client contributed has no teacher, and its samples have no distillation loss. In a deployment the server
+computes every client's teacher; here the client computes it from the mean, M and its own contribution, which
+it keeps as sums and counts, and the bytes counted are those of a deployment. If the contribution in the mean
+is not the one that the client keeps (because a later one was lost on the way), the class has no teacher until
+it is averaged again.
 """
 
 from __future__ import annotations
@@ -34,12 +35,17 @@ from pfedmoe_mpi.core.turn import Turn
 
 class Options(Section):
     weight: float = Field(1.0, ge=0)
-    """γ, weight of the cross-entropy to the teacher."""
+    """γ, weight of the cross-entropy to the teacher.
+    Default: the value in HtFLlib; the paper was not available."""
 
 
 class FD(Algorithm):
     def state(self) -> Spec:
-        """F̄ (classes, classes), NaN if undefined; by class M and the round of its sum; by client its last."""
+        """Return F̄ (classes, classes), NaN if undefined, and the rounds that tell which contributions it has.
+
+        `members` is M by class, `summed` the round in which a class was last averaged, `heard` the round of
+        each client's last contribution.
+        """
         classes = self.task.classes
         return {
             "outputs": TensorPart((classes, classes), fill=float("nan")),
@@ -49,7 +55,7 @@ class FD(Algorithm):
         }
 
     def client_state(self, client: int) -> Spec:
-        """ω_k, the client's own model; sums and counts of F_k and the round they are of."""
+        """Return ω_k, the client's own model, and F_k as sums and counts, with their round as `stamp`."""
         classes = self.task.classes
         return {
             "model": self.task.model(self.task.architecture(client)),
@@ -59,7 +65,7 @@ class FD(Algorithm):
         }
 
     def payload(self, sizes: Mapping[str, int]) -> Mapping[str, Block]:
-        """One row per class, every client that holds it with weight 1; and who sent it."""
+        """Return one row per class, weight 1 for every client that holds it, and the sender's number."""
         classes = self.task.classes
         return {
             "outputs": Block(classes, rows=classes, weight="class_one"),
@@ -74,18 +80,18 @@ class FD(Algorithm):
         return logits
 
     def teacher(self, parts: Parts, client: int) -> Tensor:
-        """F̂_k (classes, classes), NaN for a class without one."""
+        """Return F̂_k (classes, classes), NaN in the row of a class without a teacher."""
         last = parts.heard[client]
-        theirs = parts.summed == last  # rows whose sum this client was in
-        own = theirs & (parts.counts > 0)
-        others = parts.members - own.float()
-        part = torch.where(own[:, None], parts.sums / parts.counts[:, None], 0.0)
-        mean = (parts.members[:, None] * parts.outputs - part) / others[:, None]
-        known = (others > 0) & (~theirs | (parts.stamp == last))
-        return torch.where(known[:, None], mean, float("nan"))
+        took_part = parts.summed == last  # classes that were averaged in this client's last round
+        included = took_part & (parts.counts > 0)  # classes whose mean contains this client's outputs
+        others = parts.members - included.float()
+        contribution = torch.where(included[:, None], parts.sums / parts.counts[:, None], 0.0)
+        mean = (parts.members[:, None] * parts.outputs - contribution) / others[:, None]
+        defined = (others > 0) & (~took_part | (parts.stamp == last))
+        return torch.where(defined[:, None], mean, float("nan"))
 
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
-        """Train towards labels and teacher, adding up the outputs on the way."""
+        """Train towards labels and teacher, and add up the outputs meanwhile."""
         parts, classes = turn.parts, self.task.classes
         teacher = self.teacher(parts, turn.client)
         sums, counts = torch.zeros_like(parts.sums), torch.zeros_like(parts.counts)
@@ -95,26 +101,26 @@ class FD(Algorithm):
             sums.index_add_(0, batch.y, logits.detach().softmax(1))
             counts.add_(torch.bincount(batch.y, minlength=classes))
             target = teacher[batch.y]
-            known = ~target.isnan().any(1)
+            has_teacher = ~target.isnan().any(1)
             distance = -(target.nan_to_num() * logits.log_softmax(1)).sum(1)
-            distilled = torch.where(known, distance, 0.0).mean()
-            return functional.cross_entropy(logits, batch.y) + self.options.weight * distilled
+            distillation = torch.where(has_teacher, distance, 0.0).mean()
+            return functional.cross_entropy(logits, batch.y) + self.options.weight * distillation
 
         for phase in self.phases(turn.role):
             turn.sgd(phase, loss)
         parts.sums.copy_(sums)
         parts.counts.copy_(counts)
         parts.stamp.fill_(turn.round)
-        held = counts > 0
-        turn.bytes_up = 4 * classes * int(held.sum())
-        turn.bytes_down = 4 * classes * int((held & ~teacher.isnan().any(1)).sum())
+        has_samples = counts > 0
+        turn.bytes_up = 4 * classes * int(has_samples.sum())
+        turn.bytes_down = 4 * classes * int((has_samples & ~teacher.isnan().any(1)).sum())
         return {"outputs": sums / counts[:, None], "sender": torch.tensor([float(turn.client)])}
 
     def server_update(self, state: Mapping[str, Tensor], means: Mapping[str, Mean], round: int) -> None:
-        """F̄ and M of the classes that came; a class nobody sent keeps its own."""
+        """Set F̄ and M of the classes that were sent; the others do not change."""
         outputs, sender = means["outputs"], means["sender"]
-        came = outputs.weight > 0
-        state["outputs"].view(outputs.value.shape)[came] = outputs.value[came]
-        state["members"][came] = outputs.weight[came].float()
-        state["summed"][came] = round
+        sent = outputs.weight > 0
+        state["outputs"].view(outputs.value.shape)[sent] = outputs.value[sent]
+        state["members"][sent] = outputs.weight[sent].float()
+        state["summed"][sent] = round
         state["heard"][sender.value[sender.weight[:, 0] > 0].view(-1).long()] = round

@@ -2,12 +2,13 @@
 
 McMahan, Moore, Ramage, Hampson, Agüera y Arcas: "Communication-Efficient Learning of Deep Networks from
 Decentralized Data", AISTATS 2017, Algorithm 1: w_{t+1} = Σ_{k∈S_t} n_k / m_t · w^k_{t+1} with m_t =
-Σ_{k∈S_t} n_k, as arXiv 1602.05629v4 corrects it (the print of 2017 divides by the samples of all clients).
+Σ_{k∈S_t} n_k, as corrected in arXiv 1602.05629v4 (the proceedings of 2017 divide by the samples of all
+clients).
 
-Shared: the whole model, running statistics of BatchNorm included, one float32 vector per client and round.
+Shared: the whole model, including BatchNorm's running statistics, one float32 vector per client and round.
 
-Departure: local steps are the configured SGD, its momentum from zero in every client step; the paper's SGD
-is plain.
+Departure: local steps are the configured SGD, with momentum starting at zero in every client step; the
+paper's SGD is plain.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class FedAvg(Algorithm):
     homogeneous = True
 
     def state(self) -> Spec:
-        """w, the global model."""
+        """Return w, the global model."""
         return {"model": self.task.model(self.task.pool[0])}
 
     def phases(self, role: str) -> list[Phase]:

@@ -10,9 +10,9 @@ in one SGD step over W_1..W_M and φ together; the server averages all of them, 
 
 Shared: M models and the gate, per client and round, each way.
 
-Departures: the paper trains a selection of the experts that suits the client; as a baseline of FedJETs all
-go to everyone, and the gate is one network, averaged like the experts. It sees the raw input (`gate.*` is its
-design): FedMix has no common expert whose embeddings it could see.
+Departures: in the paper a client trains a selection of the experts that suits it; as the baseline of FedJETs
+every client trains all of them. The gate is one network, averaged like the experts. Its input is the raw
+sample, because FedMix has no common expert whose embeddings it could use; `gate.*` sets its design.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from pfedmoe_mpi.core.batches import Batch
 from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.errors import ConfigError
 
-LEAST = 1e-30  # weight of an expert that top-1 routing left out: its logarithm is finite
+MIN_WEIGHT = 1e-30  # replaces weight 0 of an expert that top-1 routing leaves out: its logarithm is finite
 
 
 class Options(Section):
     experts: int = Field(2, ge=2)
-    """Experts M, all sent to every client."""
+    """Number of experts M, all sent to every client. Default: FedJETs' comparison has M = K = 2."""
 
 
 class FedMix(Algorithm):
@@ -42,26 +42,26 @@ class FedMix(Algorithm):
         super().__init__(task)
         if task.config.gate.input == "shared":
             raise ConfigError(
-                "gate.input is shared, but fedmix has no shared representation", "--gate.input raw"
+                "gate.input = shared, but fedmix has no shared representation", "use --gate.input raw"
             )
         self._names = [f"expert{m}" for m in range(self.options.experts)]
 
     def state(self) -> Spec:
-        """W_1..W_M and φ."""
+        """Return the experts W_1..W_M and the gate φ."""
         experts = {name: self.task.model(self.task.pool[0]) for name in self._names}
         return {**experts, "gate": self.task.gate(len(experts))}
 
     def phases(self, role: str) -> list[Phase]:
-        """Everything together."""
+        """Return one phase that trains experts and gate together."""
         train = self.task.config.train
         return [self.phase({**dict.fromkeys(self._names, train.lr_shared), "gate": train.lr_gate})]
 
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
-        """log p(y | x) (B, classes)."""
+        """Return log p(y | x) (B, classes)."""
         weights: Tensor = parts.gate(self.task.seen(x, getattr(parts, self._names[0]).extractor))
-        each = [getattr(parts, name)(x).float().log_softmax(1) for name in self._names]
-        return (torch.stack(each, 1) + weights.clamp_min(LEAST).log().unsqueeze(2)).logsumexp(1)
+        experts = [getattr(parts, name)(x).float().log_softmax(1) for name in self._names]
+        return (torch.stack(experts, 1) + weights.clamp_min(MIN_WEIGHT).log().unsqueeze(2)).logsumexp(1)
 
     def loss(self, parts: Parts, batch: Batch) -> Tensor:
-        """−log p(y | x), the mean over the batch."""
+        """Return −log p(y | x), averaged over the batch."""
         return torch.nn.functional.nll_loss(self.predict(parts, batch.x), batch.y)

@@ -1,15 +1,15 @@
-"""FedProx: FedAvg whose clients are held near the global model by a proximal term.
+"""FedProx: FedAvg with a proximal term that holds clients near the global model.
 
 Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith: "Federated Optimization in Heterogeneous Networks", MLSys 2020.
 A client minimises h_k(w; w^t) = F_k(w) + μ/2·‖w − w^t‖² from w^t (eq. 2, Algorithm 2); the server averages.
 
-Shared: the whole model, running statistics of BatchNorm included, one float32 vector per client and round.
+Shared: the whole model, including BatchNorm's running statistics, one float32 vector per client and round.
 
 Departures: the cohort is drawn uniformly and averaged by samples, as in FedAvg; Algorithm 2 draws clients
-with probability p_k and averages without weights. Every client trains the configured epochs, and γ, the
-inexactness of a local solution, is whatever these give; clients that fall behind are left out
-(`faults.deadline`), not cut short. The norm is over parameters; running statistics have no proximal term. The
-term's gradient counts in `train.clip`.
+with probability p_k and averages without weights. Every client trains the configured number of epochs, and
+these determine γ, the inexactness of a local solution; slow clients are left out (`faults.deadline`) instead
+of training less. The norm is over parameters; running statistics have no proximal term. The term's gradient
+is included in `train.clip`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from pfedmoe_mpi.core.turn import Turn
 
 class Options(Section):
     mu: float = Field(0.1, ge=0)
-    """μ, weight of the proximal term; 0 is FedAvg."""
+    """μ, weight of the proximal term; 0 is FedAvg. Default: within the paper's grid from 0.001 to 1."""
 
 
 class FedProx(Algorithm):
     homogeneous = True
 
     def state(self) -> Spec:
-        """w, the global model."""
+        """Return w, the global model."""
         return {"model": self.task.model(self.task.pool[0])}
 
     def phases(self, role: str) -> list[Phase]:
@@ -47,7 +47,7 @@ class FedProx(Algorithm):
         return logits
 
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
-        """SGD on h_k from w^t."""
+        """Train by SGD on h_k, starting at w^t."""
         start = turn.parts.parameter_vector("model").clone()
         parameters = turn.parts.parameters("model")
         pieces = start.split([p.numel() for p in parameters])

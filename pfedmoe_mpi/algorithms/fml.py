@@ -5,14 +5,15 @@ paper's two local objectives, with the outputs p_l of the client's own model and
 
     L_local = α·CE(p_l, y) + (1 − α)·KL(p_m ‖ p_l)        L_meme = β·CE(p_m, y) + (1 − β)·KL(p_l ‖ p_m)
 
-Each model descends its own objective, the other's output taken as given, both in one step. The global model
-is the mean of the meme models; a client answers with its own model, one that never trained with the global.
+Each model descends its own objective, with the other model's output as a constant, both in one step. The
+global model is the mean of the meme models. A client answers with its own model; one that never trained
+answers with the global model.
 
 Shared: the meme model with its head, one float32 vector per client and round.
 
 Departures: the mean is weighted by n_k (the authors' code: unweighted). KL is per sample, averaged over the
-batch, as in the authors' code. The gradient is clipped by its joint norm over both models; momentum of both
-starts at zero in every client step (the authors' code: that of the meme model alone).
+batch, as in the authors' code. The gradient is clipped by its joint norm over both models; the momentum of
+both starts at zero in every client step (the authors' code: only that of the meme model).
 """
 
 from __future__ import annotations
@@ -31,30 +32,31 @@ from pfedmoe_mpi.core.parts import Parts
 
 class Options(Section):
     alpha: float = Field(0.5, ge=0, le=1)
-    """α, share of the cross-entropy in the private model's loss; the rest is distillation."""
+    """α, share of the cross-entropy in the private model's loss; the rest is distillation.
+    Default: the authors' code."""
     beta: float = Field(0.5, ge=0, le=1)
-    """β, share of the cross-entropy in the shared model's loss."""
+    """β, share of the cross-entropy in the shared model's loss. Default: the authors' code."""
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(softmax(teacher) ‖ softmax(student)) of every sample (B,); no gradient to the teacher."""
-    known, log_q = functional.log_softmax(teacher.detach(), 1), functional.log_softmax(student, 1)
-    return functional.kl_div(log_q, known, reduction="none", log_target=True).sum(1)
+    """Return KL(softmax(teacher) ‖ softmax(student)) of every sample (B,); no gradient to the teacher."""
+    log_p, log_q = functional.log_softmax(teacher.detach(), 1), functional.log_softmax(student, 1)
+    return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
 class FML(Algorithm):
     unseen_null = ""
 
     def state(self) -> Spec:
-        """The meme model."""
+        """Return the meme model."""
         return {"shared": self.task.model(self.task.shared)}
 
     def client_state(self, client: int) -> Spec:
-        """The client's own model."""
+        """Return the client's own model."""
         return {"model": self.task.model(self.task.architecture(client))}
 
     def phases(self, role: str) -> list[Phase]:
-        """Both together."""
+        """Return one phase that trains both models together."""
         train = self.task.config.train
         return [self.phase({"shared": train.lr_shared, "model": train.lr})]
 
@@ -63,11 +65,11 @@ class FML(Algorithm):
         return logits
 
     def answer(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
-        """The own model; the global one where the client never trained."""
+        """Return the client's own model; the global model if the client never trained."""
         return parts.shared if unseen else super().answer(parts, inputs, unseen)
 
     def loss(self, parts: Parts, batch: Batch) -> Tensor:
-        """L_local + L_meme: no parameter is in both."""
+        """Return L_local + L_meme; no parameter receives a gradient from both."""
         local, meme = parts.model(batch.x), parts.shared(batch.x)
         alpha, beta = self.options.alpha, self.options.beta
         private = alpha * functional.cross_entropy(local, batch.y)

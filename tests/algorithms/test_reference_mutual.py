@@ -277,6 +277,6 @@ def test_shared_model_answers_for_unseen_clients(data: dict[str, Path], method: 
 
 
 def test_nested_length_above_the_representation_is_refused(data: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match=r"fedmrl\.dim 13 is above 12"):
+    with pytest.raises(ConfigError, match=r"fedmrl\.dim = 13 exceeds model\.dim = 12"):
         build_loop(data["small"], "fedmrl", model__pool=POOL, fedmrl__dim=13)
     assert config.build({"algorithm": "fedmrl"}).options.dim == 0

@@ -37,7 +37,7 @@ def refused(pattern: str, **settings: Any) -> str:
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_has_a_description_and_a_valid_default(name: str) -> None:
     text = FIELDS[name].description or ""
-    assert len(text) > 10 and text.endswith((".", ")")) and "\n" not in text, text
+    assert len(text) > 10 and text.endswith((".", ")")), text
     settings = config.build({name: FIELDS[name].default})
     assert config.flatten(settings.model_dump())[name] == FIELDS[name].default
 

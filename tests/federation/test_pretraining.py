@@ -106,7 +106,7 @@ def test_divergence_before_round_1_is_reported() -> None:
 def test_pretraining_accuracy_is_reported(tmp_path: Path, session: launcher.Session) -> None:
     flags = ("--algorithm", "fedjets", "--fedjets.common_target", "1", "--fedjets.common_epochs", "1")
     said = session(*FLAGS, *flags, "--run.dir", "run", cwd=tmp_path)
-    assert "common expert: accuracy " in said.out and "below fedjets.common_target 1" in said.out
+    assert "common expert: accuracy " in said.out and "below fedjets.common_target = 1" in said.out
     (line,) = [
         event["result"] for event in launcher.read_events(tmp_path / "run") if event["event"] == "pretrained"
     ]

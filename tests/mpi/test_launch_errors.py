@@ -136,5 +136,5 @@ def test_idle_rank_reports_the_same_error(small_run: tuple[str, ...], tmp_path: 
     flags = ("--data.source", "hdf5", "--data.path", "d.h5", "--clients", "2", "--gate.input", "pooled")
     flags = (*flags, "--data.size", "0")
     error_message(
-        run_program(3, *small_run, *flags, cwd=tmp_path, timeout=60), "gate.input pooled needs images"
+        run_program(3, *small_run, *flags, cwd=tmp_path, timeout=60), "gate.input = pooled needs images"
     )

@@ -1,4 +1,4 @@
-"""The common expert: its architecture, its file, its training, and the embeddings it gives."""
+"""The common expert: its architecture, its file, its training and its embeddings."""
 
 from __future__ import annotations
 
@@ -18,104 +18,89 @@ from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import names, registry
 
 PRETRAIN = "pretrain"
-HDF5 = (".h5", ".hdf5")  # of this program; other files are torch's
-CHECKS = 10  # looks at the accuracy in an epoch
+HDF5 = (".h5", ".hdf5")  # files of this program; other files were saved by torch
+CHECKS = 10  # measurements of the accuracy per epoch
 
 
 class Common:
-    """W_c as configured; `part` is its module, `width` the length d of an embedding."""
+    """The common expert W_c as configured; `part` is its module, `width` the length d of an embedding."""
 
     def __init__(self, task: Task, source: str, architecture: str) -> None:
         name = task.pool[0] if architecture == "auto" else names.resolve_name(architecture)
         self._path = None if source == PRETRAIN else Path(source).expanduser()
-        published = self._path is not None and self._path.suffix not in HDF5
-        self._published = published and name in names.TORCHVISION and architecture != "auto"
+        saved_by_torch = self._path is not None and self._path.suffix not in HDF5
+        self._published = saved_by_torch and name in names.TORCHVISION and architecture != "auto"
         self.name = name
         if self._published:
-            self.part, self.width, self._last = _published(name, task.shape)
+            self.part, self.width, self._last = _published_network(name, task.shape)
         else:
             sizes = (task.classes, task.dim, task.config.model.stem, task.vocabulary)
             registry.check_model(name, task.shape, *sizes)
             self.part, self.width = task.model(name), task.dim
 
     def from_file(self, read: ReadWeights) -> Tensor | None:
-        """Its vector, if a file gives it.
+        """Return its vector as read from its file; None without a file.
 
         Raises:
-            ConfigError: no such file, or not of this architecture on these data.
+            ConfigError: the file is missing, or is not of this architecture for these data.
         """
         if self._path is None:
             return None
-        found = read(self._path, ("common", "model"))
+        tensors = read(self._path, ("common", "model"))
         if self._published:
             dropped = (f"{self._last}.", "aux", "AuxLogits.")
-            found = {f"network.{name}": t for name, t in found.items() if not name.startswith(dropped)}
-        return _vector(
-            self._path,
-            found,
-            self.part.layout(),
-            f"{self.name} as these data need it",
-            "name its architecture by --fedjets.common_model (auto: the experts', --model.shared), "
-            "or --fedjets.common pretrain",
-        )
+            tensors = {f"network.{name}": t for name, t in tensors.items() if not name.startswith(dropped)}
+        layout = self.part.layout()
+        problem = _mismatch(tensors, layout)
+        if problem:
+            raise ConfigError(
+                f"fedjets.common = {self._path} does not hold {self.name} for these data: {problem}",
+                "set --fedjets.common_model to the file's architecture (auto: the experts', --model.shared), "
+                "or use --fedjets.common pretrain",
+            )
+        return torch.cat([tensors[entry.name].reshape(-1) for entry in layout.entries])
 
     def embed(self, parts: Parts, x: Tensor) -> Tensor:
-        """x̂ (B, d) of samples, float32, without a gradient."""
+        """Return the embeddings x̂ (B, d) of samples, float32, without a gradient."""
         with torch.no_grad():
             module = parts.common if self._published else parts.common.extractor
             embeddings: Tensor = module(x).float()
         return embeddings
 
 
-def _vector(path: Path, found: Mapping[str, Tensor], layout: Layout, what: str, remedy: str) -> Tensor:
-    """The tensors as the flat vector of a layout (size,).
+def _mismatch(tensors: Mapping[str, Tensor], layout: Layout) -> str:
+    """Return the first problem: a tensor missing, of another shape, not finite or unexpected; else empty."""
+    for entry in layout.entries:
+        tensor = tensors.get(entry.name)
+        if tensor is None:
+            return f"the tensor {entry.name} is missing"
+        if tuple(tensor.shape) != entry.shape:
+            return f"{entry.name} has shape {tuple(tensor.shape)}, expected {entry.shape}"
+        if not bool(tensor.isfinite().all()):
+            return f"{entry.name} is not finite"
+    unexpected = sorted(tensors.keys() - {entry.name for entry in layout.entries})
+    return f"the tensor {unexpected[0]} is not part of the architecture" if unexpected else ""
+
+
+def _published_network(name: str, shape: tuple[int, ...]) -> tuple[Module, int, str]:
+    """Return a torchvision network as published, the length of its embedding, and its last layer's name.
 
     Raises:
-        ConfigError: some are missing, too many, of another shape, or not finite; names the first.
+        ConfigError: the network cannot process samples of this shape.
     """
-    problem = ""
-    for entry in layout.entries:
-        tensor = found.get(entry.name)
-        if tensor is None:
-            problem = f"it has no {entry.name}"
-        elif tuple(tensor.shape) != entry.shape:
-            problem = f"{entry.name} is {tuple(tensor.shape)}, not {entry.shape}"
-        elif not bool(tensor.isfinite().all()):
-            problem = f"{entry.name} is not finite"
-        if problem:
-            break
-    extra = sorted(found.keys() - {entry.name for entry in layout.entries})
-    if not problem and extra:
-        problem = f"it has {extra[0]} too"
-    if problem:
-        raise ConfigError(f"{path} is not {what}: {problem}", remedy)
-    return torch.cat([found[entry.name].reshape(-1) for entry in layout.entries])
-
-
-def _published(name: str, shape: tuple[int, ...]) -> tuple[Module, int, str]:
-    """A torchvision network as published, the length of its embedding, and the name of its last layer."""
     from pfedmoe_mpi.models.backbones import Embedding
 
     try:
         with registry.Weightless():
             embedding = Embedding(name, shape)
     except (AssertionError, RuntimeError, ValueError) as error:
-        given = "x".join(map(str, shape))
-        raise ConfigError(
-            f"{name} cannot be the common expert for {given}: {error}", "use resnet18"
-        ) from error
+        problem = f"fedjets.common_model = {name} cannot process samples of shape {shape}: {error}"
+        raise ConfigError(problem, "use --fedjets.common_model resnet18") from error
     return Module(f"published {name}", partial(Embedding, name, shape)), embedding.width, embedding.last
 
 
-def too_many(experts: int, clients: int) -> ConfigError:
-    return ConfigError(
-        f"fedjets.experts is {experts}, and every expert needs an anchor, but {clients} clients train",
-        f"--fedjets.experts {clients} or less, or more --clients",
-    )
-
-
-def trained(turn: Turn, phase: Phase, target: float, batch: int) -> str:
-    """Train until the accuracy on the reserved test rows reaches `target`; the line that tells."""
+def train(turn: Turn, phase: Phase, target: float, batch: int) -> str:
+    """Train until the accuracy on the reserved test rows reaches `target`; return a line about the result."""
     every = max(1, turn.samples // (batch * CHECKS))
     accuracy = _accuracy(turn)
 
@@ -133,11 +118,11 @@ def trained(turn: Turn, phase: Phase, target: float, batch: int) -> str:
     steps = turn.sgd(phase, loss, enough) if accuracy < target else 0
     accuracy = _accuracy(turn)
     turn.parts.common_accuracy.fill_(accuracy)
-    missed = "" if accuracy >= target else f", below fedjets.common_target {target:g}"
+    missed = "" if accuracy >= target else f", below fedjets.common_target = {target:g}"
     return f"common expert: accuracy {100 * accuracy:.2f} % on reserved rows after {steps} steps{missed}"
 
 
 def _accuracy(turn: Turn) -> float:
-    """Share of right answers on the reserved test rows."""
-    found = [turn.parts.common(batch.x).argmax(1) == batch.y for batch in turn.batches("test")]
-    return float(torch.cat(found).double().mean())
+    """Return the share of correct answers on the reserved test rows."""
+    correct = [turn.parts.common(batch.x).argmax(1) == batch.y for batch in turn.batches("test")]
+    return float(torch.cat(correct).double().mean())
