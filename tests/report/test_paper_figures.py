@@ -57,7 +57,7 @@ def test_ours_beside_the_papers(report: Path) -> None:
     assert row["as run"] == "as the table"
     reduced = rows["cifar10-n10", "pfedmoe"]
     assert report_runs.close(reduced["paper"], 0.968)
-    assert reduced["as run"] == "reduced scale: 1 of 10 rounds; other train.epochs = 1, data.size = 8"
+    assert reduced["as run"] == "reduced scale: 1 of 10 rounds; changed: train.epochs = 1, data.size = 8"
     unknown = rows["cifar10-n50", "pfedmoe"]
     assert unknown["ours mean"] and not unknown["paper"] and not unknown["difference"]
 
@@ -84,9 +84,9 @@ def test_runs_altered_in_unlike_ways_are_no_replicates(trained: Path) -> None:
     ]
     (section,) = paper_section.sections(made)
     (found,) = section.tables
-    assert section.title == "Cells of tables", "no paper prints it"
+    assert section.title == "Results by table", "no paper prints it"
     assert [column.title for column in found.columns] == ["setting", "method", "ours", "as run"]
-    assert [row[-1].text for row in found.rows] == [f"other train.epochs = {n}" for n in (1, 5)]
+    assert [row[-1].text for row in found.rows] == [f"changed: train.epochs = {n}" for n in (1, 5)]
     assert [row[2].values[2] for row in found.rows] == [1, 1]
 
 
@@ -107,7 +107,7 @@ def test_the_papers_table_is_one_table(trained: Path) -> None:
 
 
 def test_every_figure_belongs_to_a_cell_of_a_table() -> None:
-    figures = tomllib.loads(paper_section.FIGURES.read_text())
+    figures = tomllib.loads(paper_section.PUBLISHED.read_text())
     number = 0
     for name, held in figures.items():
         runs = grid.expand(grid.read(JOBS / "tables" / f"{name}.toml"), {})

@@ -22,7 +22,7 @@ from pfedmoe_mpi.models import registry
 from pfedmoe_mpi.models.gate import build_gate
 from pfedmoe_mpi.report import probe
 from pfedmoe_mpi.report.load import load_run
-from pfedmoe_mpi.report.model_views import Looked, principal
+from pfedmoe_mpi.report.model_views import ModelViews, principal_components
 from support.launcher import Result, Session, finished, flip, rows
 from support.paths import ROOT
 from support.report_runs import close, table
@@ -99,8 +99,8 @@ def report(session: Session, trained: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def looked(trained: Path) -> Looked:
-    return probe.look(load_run(trained))
+def looked(trained: Path) -> ModelViews:
+    return probe.view_models(load_run(trained))
 
 
 def test_gate_weights_by_class(known: list[Known], trained: Path, report: Path) -> None:
@@ -129,7 +129,7 @@ def test_shared_test_set(known: list[Known], report: Path, trained: Path) -> Non
         assert close(summary[name]["mean"], float(np.mean(values)))
         assert close(summary[name]["worst"], min(values)) and close(summary[name]["best"], max(values))
     page = (report / "report.html").read_text()
-    assert f"the same {len(y)} rows for everybody" in page
+    assert f"the same {len(y)} rows for every client" in page
 
 
 def test_samples_at_both_ends(known: list[Known], report: Path) -> None:
@@ -146,7 +146,7 @@ def test_samples_at_both_ends(known: list[Known], report: Path) -> None:
     assert "data:image/png" in (report / "report.html").read_text()
 
 
-def test_representations(known: list[Known], looked: Looked) -> None:
+def test_representations(known: list[Known], looked: ModelViews) -> None:
     assert looked.method == "PCA" and list(looked.representations) == ["r_G", "r_F", "r"]
     assert looked.labels.tolist() == [y for one in known for y in one.y]
     assert looked.clients.tolist() == [k for k, one in enumerate(known) for _ in one.y]
@@ -158,7 +158,7 @@ def test_representations(known: list[Known], looked: Looked) -> None:
         assert np.allclose((looked.embeddings[name] ** 2).sum(axis=0), variances, rtol=1e-3)
 
 
-def test_pictures_are_the_samples(known: list[Known], looked: Looked, trained: Path) -> None:
+def test_pictures_are_the_samples(known: list[Known], looked: ModelViews, trained: Path) -> None:
     place = int(looked.extremes[0][0])
     x = torch.cat([one.x for one in known])[place].numpy()
     shown = looked.picture(place)
@@ -172,16 +172,16 @@ def test_neighbours_stay_neighbours() -> None:
     labels = np.repeat(np.arange(4), 40)
     far = drawn.normal(size=(4, 60))[labels] * 9 + drawn.normal(size=(160, 60))
     few = {"clients": labels, "labels": labels, "alpha": None, "raw": far, "shared_rows": 1}
-    nothing = {"shared": np.empty(0), "own": np.empty(0), "round": 1, "samples": 160}
-    seen = Looked(**few, **nothing, representations={"r": far}, seed=1)
+    nothing = {"accuracy_shared": np.empty(0), "accuracy_own": np.empty(0), "round": 1, "samples": 160}
+    seen = ModelViews(**few, **nothing, representations={"r": far}, seed=1)
     assert seen.method == "t-SNE" and not seen.images
     flat = seen.embeddings["r"]
     assert flat.shape == (160, 2) and trustworthiness(far, flat) > 0.9
-    again = Looked(**few, **nothing, representations={"r": far}, seed=1).embeddings["r"]
+    again = ModelViews(**few, **nothing, representations={"r": far}, seed=1).embeddings["r"]
     assert np.array_equal(flat, again)
     centres = np.array([flat[labels == k].mean(axis=0) for k in range(4)])
     assert (np.argmin(((flat[:, None] - centres) ** 2).sum(axis=2), axis=1) == labels).all()
-    assert principal(np.ones((5, 1))).shape == (5, 2), "one feature is no plane"
+    assert principal_components(np.ones((5, 1))).shape == (5, 2), "one feature is no plane"
 
 
 def test_seconds_by_rank(trained: Path, report: Path) -> None:
@@ -231,21 +231,21 @@ def test_features_are_listed_and_not_drawn(session: Session, small: tuple[str, .
 def test_what_is_missing_is_one_sentence(done: Callable[..., Result], run: Path, tmp_path: Path) -> None:
     newest = run / "checkpoints" / "round-000003.h5"
     flip(newest, newest.stat().st_size - 9)
-    assert probe.look(load_run(run)).round == 2, "the one before"
+    assert probe.view_models(load_run(run)).round == 2, "the one before"
     done("report", run, "--out", "none", "--models", "false")
     text = (tmp_path / "none" / "report.html").read_text()
     assert "<h2>Models</h2>" not in text and "shared test" not in text
     shutil.rmtree(run / "checkpoints")
     done("report", run, "--out", "gone")
     text = (tmp_path / "gone" / "report.html").read_text()
-    assert text.count("Nobody looked into the models: the run has no good checkpoint.") == 1
+    assert text.count("The models were not evaluated: the run has no good checkpoint.") == 1
     assert (tmp_path / "gone" / "figures" / "gates_class.png").exists()
 
 
 def test_under_mpirun_the_first_rank_reports_and_waits_for_nobody(run: Path, tmp_path: Path) -> None:
     finished(2, "report", "run", "--out", "page", cwd=tmp_path, timeout=60)
     text = (tmp_path / "page" / "report.html").read_text()
-    assert text.count("a report is the work of one rank") == 1
+    assert text.count("report runs on one rank") == 1
 
 
 def test_before_anybody_has_trained_there_is_nothing_to_look_into(
@@ -253,7 +253,7 @@ def test_before_anybody_has_trained_there_is_nothing_to_look_into(
 ) -> None:
     done(*small, "--join.share", "0.9", "--join.round", "2", "--run.dir", "run")
     done("report", "run", "--out", "page")
-    assert "no client that has test rows has trained yet" in (tmp_path / "page" / "report.html").read_text()
+    assert "no client with test samples has trained yet" in (tmp_path / "page" / "report.html").read_text()
 
 
 # Rows and output for other tools
