@@ -104,7 +104,7 @@ def client_differences(
         axes.axhline(0, color=paint.ink, linewidth=1)
         axes.set_xticks([])
         axes.set_xlabel("clients, sorted for each method")
-        axes.set_ylabel(f"difference from {base}, points")
+        axes.set_ylabel("difference, points")
         legend_above(canvas, axes, _columns(comparison))
 
     caption = (

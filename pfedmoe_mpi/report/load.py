@@ -94,7 +94,7 @@ class Run:
         """One flat dict per round: `round`, `accuracy.mean`, `seconds.train`, …; lists stay lists."""
         run = {"seed": self.seed, "algorithm": self.algorithm}
         flat = [_flat({**row, "clients": {}}) for row in self.history]
-        # A value that is null in one row may be an object in another; such a name is no column.
+        # A value that is null in one row may be an object in another; such a name is not a column.
         names = dict.fromkeys([*(name for row in flat for name in row), *DRIFT])
         objects = {name.rpartition(".")[0] for name in names}
         return [{**run, **{name: row.get(name) for name in names if name not in objects}} for row in flat]
