@@ -1,1 +1,1 @@
-"""`bench`: what this machine reaches, as ratios of two things measured side by side."""
+"""The command `bench`: the speed of this machine, as ratios of two times measured side by side."""

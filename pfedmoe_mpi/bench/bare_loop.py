@@ -1,8 +1,8 @@
-"""pFedMoE's clients in plain PyTorch: what a round costs without this program around it.
+"""pFedMoE's clients in plain PyTorch: the cost of a round without this program around it.
 
-The reference of `bench round`. Every client holds ordinary modules, the same architectures with the same
-first values; the loop takes the same batches, the same optimiser settings and the same two evaluations. There
-is no sum, no flat vector, no communication, no look for a stop, no check of what came out.
+The reference of `bench round`. Every client has ordinary modules of the same architectures with the same
+initial values; the loop uses the same batches, the same optimiser settings and the same two evaluations. It
+has no sum, no flat vectors, no communication, no check for a stop and no check of the results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pfedmoe_mpi.models.registry import Model
 
 @dataclass(frozen=True)
 class BareClient:
-    """A client: its copy of the shared extractor, its own model, its gate and what that sees of x."""
+    """A client: its copy of the shared extractor, its model, its gate, and the gate's view of x, `seen`."""
 
     id: int
     shared: nn.Module
@@ -36,10 +36,11 @@ class BareClient:
     splits: Mapping[str, Split]
 
     def modules(self) -> tuple[nn.Module, ...]:
+        """Return the shared extractor, the model and the gate."""
         return self.shared, self.model, self.gate
 
     def predict(self, x: Tensor) -> Tensor:
-        """Logits (B, classes)."""
+        """Return logits (B, classes)."""
         alpha = self.gate(self.seen(x, self.shared))
         representation = alpha[:, :1] * self.shared(x) + alpha[:, 1:] * self.model.extractor(x)
         logits: Tensor = self.model.head(representation)
@@ -47,7 +48,7 @@ class BareClient:
 
 
 class BareLoop:
-    """This rank's clients of a federation of pFedMoE, as copies that share nothing with it."""
+    """This rank's clients of a pFedMoE federation, as copies that share no memory with it."""
 
     def __init__(self, federation: Federation, state: Tensor) -> None:
         self._federation = federation
@@ -63,8 +64,8 @@ class BareLoop:
             for k, client in federation.clients.items()
         ]
 
-    def play(self, round: int) -> None:
-        """Train and measure the clients, then measure all of them again, as a round does after its sum."""
+    def run_round(self, round: int) -> None:
+        """Train and evaluate each client, then evaluate all again, as a round does after its sum."""
         started = time.perf_counter()
         for client in self.clients:
             self.train(client, round)
@@ -75,7 +76,7 @@ class BareLoop:
         self.seconds = {"train": trained - started, "evaluate": time.perf_counter() - trained}
 
     def train(self, client: BareClient, round: int) -> float:
-        """E epochs of SGD; the mean training loss per sample of the last."""
+        """Run E epochs of SGD; return the mean training loss per sample of the last."""
         settings, engine = self._train, self._federation.engine
         rate = learning_rate_factor(settings.schedule, round, self._federation.config.rounds)
         for module in client.modules():
@@ -106,7 +107,7 @@ class BareLoop:
 
     @torch.no_grad()
     def accuracy(self, client: BareClient) -> float:
-        """On the client's test samples."""
+        """Return the accuracy on the client's test samples."""
         engine = self._federation.engine
         split = client.splits["test"]
         for module in client.modules():
@@ -122,18 +123,19 @@ class BareLoop:
 
 
 def _modules(federation: Federation, state: Tensor, spec: Spec, vector: Tensor) -> dict[str, Any]:
-    """Newly built modules with the values of the server's and the client's vectors."""
+    """Build modules with the values of the server's and the client's vectors."""
     modules: dict[str, Any] = {}
-    for declared, values in ((federation.method.state(), state), (spec, vector)):
-        places = federation.workbench.layout(declared).parts
-        for name, part in declared.items():
+    for parts, values in ((federation.method.state(), state), (spec, vector)):
+        ranges = federation.workbench.layout(parts).parts
+        for name, part in parts.items():
             assert isinstance(part, Module), f"{name} is not a module"
-            modules[name] = _loaded(part.build(), values[places[name]]).to(federation.engine.device)
+            modules[name] = _loaded(part.build(), values[ranges[name]]).to(federation.engine.device)
     return modules
 
 
 @torch.no_grad()
 def _loaded(module: nn.Module, vector: Tensor) -> nn.Module:
+    """Return the module with the values of a flat vector."""
     tensors = {**dict(module.named_parameters()), **float_buffers(module)}
     for name, view in Layout.of(module).views(vector).items():
         tensors[name].copy_(view)

@@ -1,4 +1,4 @@
-"""The parts of `bench`: each measures two things side by side and gives lines of the table."""
+"""The parts of `bench`: each measures two times side by side and returns lines of the table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import config, environment
-from pfedmoe_mpi.bench.timing import REPEATS, Line, Pair, play, side_by_side
+from pfedmoe_mpi.bench.timing import REPEATS, Line, Pair, run_round, side_by_side
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import ConfigError, StoppedError
 from pfedmoe_mpi.mpi import comm, device
@@ -25,7 +25,7 @@ from pfedmoe_mpi.mpi.comm import Comm
 if TYPE_CHECKING:
     from pfedmoe_mpi.federation.loop import Loop
 
-# In the order measured; `start` stands alone.
+# In the order of measurement; `start` is measured without MPI, see `bench.start`.
 PARTS = ("round", "ranks", "sum", "idle", "precision", "write", "network")
 DEFAULTS = {
     "data.source": "synthetic",
@@ -34,14 +34,14 @@ DEFAULTS = {
     "partition.kind": "pathological",
     "train.batch": 128,
 }
-# The rounds measured are a few of many, and a rank may wait long for another that is measured alone.
+# A few of many rounds are measured; other ranks may wait long for a rank that is measured alone.
 ALWAYS = {"rounds": 1_000_000, "run.timeout": 86_400.0}
 WIDE_BATCH = 512
-SEVERAL = {"ranks", "idle"}  # parts that need two ranks or more
+SEVERAL = {"ranks", "idle"}  # parts that need at least two ranks
 
 
 class Bench:
-    """The parts; every public method but `show` is collective."""
+    """The parts of `bench` as methods; every public method except `show` is collective."""
 
     def __init__(self, world: Comm, settings: Config, flags: Mapping[str, Any]) -> None:
         self.world = world
@@ -50,13 +50,14 @@ class Bench:
         world.timeout = settings.run.timeout
 
     def show(self, lines: Sequence[str]) -> None:
+        """Print lines, on rank 0 only."""
         if self.world.rank == 0:
             print("\n".join(lines), flush=True)
 
     def sensible(self) -> list[str]:
-        """The parts that tell something on these ranks: with more ranks than cores, not their speed."""
-        crowded = any(self.world.gather(self.world.local()[1] > environment.CORES, "cores"))
-        if crowded:
+        """Return the parts that make sense on these ranks; with more ranks than cores, no speed-ups."""
+        oversubscribed = any(self.world.gather(self.world.local()[1] > environment.CORES, "cores"))
+        if oversubscribed:
             return ["idle", "write"]
         unfit = SEVERAL if self.world.size == 1 else set()
         if self.settings.algorithm != "pfedmoe":
@@ -66,7 +67,7 @@ class Bench:
         return [part for part in PARTS if part not in unfit]
 
     def heading(self, code: str) -> list[str]:
-        """Machine, versions and date."""
+        """Return lines with date, versions and machine."""
         threads = device.threads(self.world, self.settings.train.threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported
         import torch
@@ -81,10 +82,10 @@ class Bench:
             f"{device.processor()}{gpu}: {ranks} on {self.hosts} host(s), {environment.CORES} cores here",
         ]
 
-    # The parts
+    # Parts
 
     def round(self) -> list[Line]:
-        """A round against a bare loop over the same modules, batches and evaluations in these processes."""
+        """Compare a round with a bare loop over the same modules, batches and evaluations."""
         from pfedmoe_mpi.bench.bare_loop import BareLoop
 
         loop = self.loop
@@ -92,13 +93,13 @@ class Bench:
         split: list[dict[str, float]] = []
 
         def reference() -> float:
-            seconds = self._timed(lambda: bare.play(loop.round))
-            every = self.world.gather(bare.seconds, "bench")
-            split.append({name: max(rank[name] for rank in every) for name in bare.seconds})
+            seconds = self._timed(lambda: bare.run_round(loop.round))
+            by_rank = self.world.gather(bare.seconds, "bench")
+            split.append({name: max(rank[name] for rank in by_rank) for name in bare.seconds})
             return seconds
 
-        whole = side_by_side(lambda: self._timed(lambda: play(loop)), reference)
-        lines = [whole.line(f"round of {self._name(loop)} vs bare loop", 1.10)]
+        rounds = side_by_side(lambda: self._timed(lambda: run_round(loop)), reference)
+        lines = [rounds.line(f"round of {self._name(loop)} vs bare loop", 1.10)]
         for name in ("train", "evaluate", "sum", "wait"):
             ours = [row["seconds"][name] for row in loop.history[-REPEATS:]]
             if name in bare.seconds:
@@ -109,24 +110,25 @@ class Bench:
         return lines
 
     def ranks(self) -> list[Line]:
-        """All ranks against one: the same federation on rank 0 alone while the others wait."""
+        """Compare all ranks with one: the same federation on rank 0 alone while the others wait."""
         alone, loop = self._on_one_rank(self.settings), self.loop
         pair = self._rounds(loop, alone)
         what = f"speed-up of a round on {self.world.size} ranks over 1"
         return [pair.faster(what, 1.8 if self.world.size == 2 else None)]
 
     def sum(self) -> list[Line]:
-        """Conversion, reduction and mean of a round's payload, without waiting, as a share of the round."""
+        """Compare conversion, reduction and mean of a round's payload, without waiting, with the round."""
         loop = self.loop
-        pair = side_by_side(lambda: self._sum_once(loop), lambda: self._timed(lambda: play(loop)))
+        pair = side_by_side(lambda: self._sum_once(loop), lambda: self._timed(lambda: run_round(loop)))
         return [pair.line("sum with conversion, as a share of the round", 0.01)]
 
     def _sum_once(self, loop: Loop) -> float:
+        """Return the seconds of one sum on the slowest rank, without waiting; the result is dropped."""
         from pfedmoe_mpi.federation.round_sum import MEMBER_METRICS, RoundSum
 
         federation, method = loop.federation, loop.federation.method
-        places = federation.state_layout.parts
-        values = {name: loop.state[place].to(federation.engine.device) for name, place in places.items()}
+        ranges = federation.state_layout.parts
+        values = {name: loop.state[part].to(federation.engine.device) for name, part in ranges.items()}
         zeros = dict.fromkeys(MEMBER_METRICS, 0.0)
         state = loop.state.clone()
         self.world.wait("bench")
@@ -137,11 +139,11 @@ class Bench:
             if federation.home[client] == self.world.rank:
                 total.add(position, values, zeros)
         waited = self.world.sum(total.buffer, "bench")
-        method.server_update({name: state[place] for name, place in places.items()}, total.means(), 1)
+        method.server_update({name: state[part] for name, part in ranges.items()}, total.means(), 1)
         return float(max(self.world.gather(time.perf_counter() - started - waited, "bench")))
 
     def idle(self) -> list[Line]:
-        """One client: what the ranks that have nothing to do cost the one that works."""
+        """Compare a round of one client on all ranks with one rank: the cost of idle ranks."""
         fixed = {**ALWAYS, "clients": 1, "partition.kind": "iid"}
         settings = config.build({**DEFAULTS, "data.samples": 6_000, **self._flags, **fixed})
         alone, loop = self._on_one_rank(settings), self._build(self.world, settings)
@@ -149,7 +151,7 @@ class Bench:
         return [pair.line(f"round of 1 client on {self.world.size} ranks vs 1 rank", 1.3)]
 
     def precision(self) -> list[Line]:
-        """bf16 against fp32: the training epochs of all clients with wide batches."""
+        """Compare bf16 with fp32: the training of all clients with batches of WIDE_BATCH."""
         loop = self.loop
         pair = side_by_side(
             lambda: self._timed(lambda: self._epochs(loop, "bf16")),
@@ -160,21 +162,21 @@ class Bench:
         return [pair.faster(what + (" (AMX)" if amx else ""), 1.7 if amx else None)]
 
     def _epochs(self, loop: Loop, precision: str) -> None:
-        """This rank's clients' training, from their vectors as they are; the result is dropped."""
+        """Train this rank's clients from their current vectors; the result is dropped."""
         from pfedmoe_mpi.core.turn import Turn
 
         federation, method = loop.federation, loop.federation.method
         train = federation.engine.train.model_copy(update={"precision": precision, "batch": WIDE_BATCH})
-        # A rank that left at a stop would be missed by the others, who wait for its time.
+        # No check for a stop: the other ranks wait for this rank's time.
         engine = replace(federation.engine, train=train, poll=lambda: None)
         for client, role in method.cohort(loop.round + 1):
             if client in federation.clients:
-                own = federation.clients[client]
-                parts = federation.parts(own, loop.state)
-                method.client_step(Turn(engine, method.loss, own, parts, 1, role))
+                member = federation.clients[client]
+                parts = federation.parts(member, loop.state)
+                method.client_step(Turn(engine, method.loss, member, parts, 1, role))
 
     def write(self) -> list[Line]:
-        """A checkpoint against the same bytes written plainly by one rank; both end with an fsync."""
+        """Compare a checkpoint with a plain write of the same bytes by one rank; both end with an fsync."""
         from pfedmoe_mpi import checkpoint
         from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 
@@ -195,16 +197,16 @@ class Bench:
         return [Line(what, ours, reference, 1 / pair.ratio)]
 
     def network(self) -> list[Line]:
-        """What a round sends from host to host, and its time on this link."""
+        """Measure what a round sends from host to host, and its time on this link."""
         from pfedmoe_mpi.bench import network
 
         return network.measure(self.world, self.loop)
 
-    # What they are made of
+    # Helpers of the parts
 
     @cached_property
     def hosts(self) -> int:
-        """How many hosts the ranks are on."""
+        """The number of hosts of the ranks."""
         return len(set(self.world.gather(platform.node(), "hosts")))
 
     @cached_property
@@ -222,15 +224,17 @@ class Bench:
         return loop
 
     def _on_one_rank(self, settings: Config) -> Loop | None:
-        """The federation on rank 0 alone; None on the others, which learn of a UserError there."""
+        """Build the federation on rank 0 alone, None elsewhere; all ranks raise a UserError of rank 0."""
         part = self.world.split(0 if self.world.rank == 0 else -1)
         return self.world.attempt(lambda: self._build(part, settings) if part else None, "one rank")
 
     def _rounds(self, loop: Loop, alone: Loop | None) -> Pair:
-        return side_by_side(lambda: self._timed(lambda: play(loop)), lambda: self._timed(lambda: play(alone)))
+        return side_by_side(
+            lambda: self._timed(lambda: run_round(loop)), lambda: self._timed(lambda: run_round(alone))
+        )
 
     def _timed(self, work: Callable[[], object]) -> float:
-        """Seconds of `work` on the slowest rank, all starting together and the GPU done."""
+        """Return the seconds of `work` on the slowest rank, from a common start until the GPUs are done."""
         self.world.wait("bench")
         _synchronise()
         started = time.perf_counter()
@@ -239,13 +243,14 @@ class Bench:
         return float(max(self.world.gather(time.perf_counter() - started, "bench")))
 
     def _name(self, loop: Loop) -> str:
+        """Return the data and the sizes of a round, for its row."""
         federation = loop.federation
         batch, epochs = federation.config.train.batch, federation.config.train.epochs
         return f"{federation.dataset.name}, N = {federation.task.clients}, B = {batch}, E = {epochs}"
 
 
 class _Folder:
-    """A temporary folder that all ranks see, made and removed by the root."""
+    """A temporary folder that all ranks see, created and removed by the root."""
 
     def __init__(self, world: Comm, parent: Path) -> None:
         self._world, self._parent = world, parent
@@ -255,7 +260,7 @@ class _Folder:
             try:
                 return tempfile.mkdtemp(prefix=".pfedmoe-bench-", dir=self._parent.absolute())
             except OSError as error:
-                remedy = "--run.dir names the folder to measure"
+                remedy = "name a writable folder to measure: --run.dir FOLDER"
                 raise ConfigError(f"bench cannot write: {error}", remedy) from error
 
         self._path = Path(self._world.from_root(make, "bench folder"))

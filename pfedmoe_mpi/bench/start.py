@@ -1,6 +1,6 @@
-"""`bench start`: how long a job takes to begin, against the same ranks merely importing torch.
+"""`bench start`: the time until a job starts round 1, compared with the same ranks importing torch only.
 
-Runs without a launcher and starts one itself, because no process may be started once MPI runs.
+Runs without a launcher and starts one itself, because a process must not start others once MPI runs.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ from pfedmoe_mpi.bench import timing
 from pfedmoe_mpi.errors import EXIT_DONE, ConfigError, LaunchError
 from pfedmoe_mpi.mpi import device
 
-RANKS = 16  # the README's first command
+RANKS = 16  # as in the README's first command
 REPEATS = 3
 LIMIT = 600.0  # seconds for one start
 IMPORT = "import torch; print('imported', flush=True)"
 
 
 def run(words: Sequence[str], flags: Mapping[str, Any]) -> int:
-    """Print the table. `words` may hold the number of ranks.
+    """Measure and print the table; `words` may contain the number of ranks.
 
     Raises:
-        ConfigError: another word, or more than one.
-        LaunchError: under a launcher, or there is none, or the job fails.
+        ConfigError: there are other words, or more than one.
+        LaunchError: this runs under a launcher, there is no launcher, or the job fails.
     """
     if len(words) > 1 or not all(word.isdecimal() and int(word) for word in words):
-        raise ConfigError(f"bench start takes a number of ranks, not {' '.join(words)}", "bench start 16")
+        problem = f"bench start takes a number of ranks, not {' '.join(words)}"
+        raise ConfigError(problem, "pfedmoe-mpi bench start 16")
     if environment.launched_size(os.environ) > 1:
-        raise LaunchError("bench start launches ranks itself", "leave out mpirun: bench start 16")
+        raise LaunchError(
+            "bench start launches ranks itself", "run it without mpirun: pfedmoe-mpi bench start 16"
+        )
     ranks = int(words[0]) if words else RANKS
     command = _launcher(ranks)
     with tempfile.TemporaryDirectory(prefix="pfedmoe-bench-") as folder:
@@ -49,8 +52,8 @@ def run(words: Sequence[str], flags: Mapping[str, Any]) -> int:
             settings = [
                 f"--{name}={value}" for name, value in flags.items() if name not in {"rounds", "run.dir"}
             ]
-            own = ["--rounds=1", f"--run.dir={folder}/{number}"]
-            return _seconds_until([*command, "-m", "pfedmoe_mpi", *settings, *own], "run folder ", 1)
+            fixed = ["--rounds=1", f"--run.dir={folder}/{number}"]
+            return _seconds_until([*command, "-m", "pfedmoe_mpi", *settings, *fixed], "run folder ", 1)
 
         def reference() -> float:
             return _seconds_until([*command, "-c", IMPORT], "imported", ranks)
@@ -63,22 +66,21 @@ def run(words: Sequence[str], flags: Mapping[str, Any]) -> int:
 
 
 def _launcher(ranks: int) -> list[str]:
-    """The command that starts Python on that many ranks of this host, more than it has cores if need be."""
-    beside = str(Path(sys.executable).parent / "mpirun")
-    found = shutil.which("mpirun") or shutil.which("mpiexec") or shutil.which(beside)
-    if not found:
-        raise LaunchError(
-            "there is no mpirun", "load the cluster's MPI module, or pip install 'pfedmoe_mpi[mpich]'"
-        )
+    """Return the command that starts Python on `ranks` ranks of this host, even on more than it has cores."""
+    beside_python = str(Path(sys.executable).parent / "mpirun")
+    launcher = shutil.which("mpirun") or shutil.which("mpiexec") or shutil.which(beside_python)
+    if not launcher:
+        remedy = "load the cluster's MPI module, or pip install 'pfedmoe_mpi[mpich]'"
+        raise LaunchError("mpirun is not installed", remedy)
     version = subprocess.run(
-        [found, "--version"], capture_output=True, text=True, check=False, timeout=60
+        [launcher, "--version"], capture_output=True, text=True, check=False, timeout=60
     ).stdout
-    more = ["--oversubscribe"] if "Open MPI" in version or "OpenRTE" in version else []
-    return [found, "-n", str(ranks), *more, sys.executable]
+    options = ["--oversubscribe"] if "Open MPI" in version or "OpenRTE" in version else []
+    return [launcher, "-n", str(ranks), *options, sys.executable]
 
 
 def _seconds_until(command: Sequence[str], word: str, times: int) -> float:
-    """Start the command, wait for the n-th `word` of its output, let it end; the seconds to that word."""
+    """Run a command to its end; return the seconds until its output has `word` for the `times`-th time."""
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryFile("w+") as errors:
         started = time.perf_counter()
@@ -101,23 +103,24 @@ def _seconds_until(command: Sequence[str], word: str, times: int) -> float:
             errors.seek(0)
             tail = errors.read()[-2000:].strip()
             raise LaunchError(
-                f"`{' '.join(command)}` failed with code {process.returncode}:\n{tail}", "mend that first"
+                f"`{' '.join(command)}` failed with code {process.returncode}:\n{tail}",
+                "run this command alone to find its fault",
             )
     return seconds
 
 
 def _read_until(process: subprocess.Popen[str], word: str, times: int, started: float) -> float | None:
-    """Seconds to the n-th `word`, None if the output ends or the limit passes before."""
+    """Return the seconds to the `times`-th `word`, None if the output ends or LIMIT passes before."""
     import threading
 
     assert process.stdout
-    watch = threading.Timer(LIMIT, os.killpg, (process.pid, signal.SIGKILL))
-    watch.start()
+    timer = threading.Timer(LIMIT, os.killpg, (process.pid, signal.SIGKILL))
+    timer.start()
     try:
         for line in process.stdout:
             times -= line.count(word)
             if times <= 0:
                 return time.perf_counter() - started
     finally:
-        watch.cancel()
+        timer.cancel()
     return None

@@ -1,4 +1,4 @@
-"""Two things timed side by side, and a line of the table that reports them."""
+"""Times measured side by side, and the lines of the table that reports them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table. `aim` is the bound on `ratio`, from above or, with `at_least`, from below."""
+    """A row of the table; `aim` bounds `ratio` from above or, with `at_least`, from below."""
 
     what: str
     ours: str
@@ -28,11 +28,12 @@ class Line:
     at_least: bool = False
 
     def text(self) -> str:
+        """Return the row with aligned columns."""
         ratio = "" if self.ratio is None else f"{self.ratio:.3f}"
         if self.aim is None or self.ratio is None:
             return _columns(self.what, self.ours, self.reference, ratio, "")
-        met = self.ratio >= self.aim if self.at_least else self.ratio <= self.aim
-        sign, verdict = "≥" if self.at_least else "≤", "met" if met else "missed"
+        reached = self.ratio >= self.aim if self.at_least else self.ratio <= self.aim
+        sign, verdict = "≥" if self.at_least else "≤", "met" if reached else "missed"
         return _columns(self.what, self.ours, self.reference, ratio, f"{sign} {self.aim:g} {verdict}")
 
 
@@ -46,39 +47,45 @@ HEADING = _columns("what", "ours", "reference", "ratio", "aim")
 
 @dataclass(frozen=True)
 class Pair:
-    """Medians of two measured alternately, in seconds, and of their quotient."""
+    """Medians of two alternately measured times, in seconds, and of their ratio."""
 
     ours: float
     reference: float
     ratio: float
 
     @classmethod
-    def of(cls, taken: Sequence[tuple[float, float]]) -> Pair:
-        return cls(median(a for a, _ in taken), median(b for _, b in taken), median(a / b for a, b in taken))
+    def of(cls, times: Sequence[tuple[float, float]]) -> Pair:
+        """Return the medians of measured pairs (ours, reference)."""
+        return cls(median(a for a, _ in times), median(b for _, b in times), median(a / b for a, b in times))
 
     def line(self, what: str, aim: float | None = None) -> Line:
+        """Return a row with the ratio of our time to the reference's."""
         return Line(what, f"{self.ours:.4g} s", f"{self.reference:.4g} s", self.ratio, aim)
 
     def faster(self, what: str, aim: float | None = None) -> Line:
-        """As a speed-up: how many times as fast as the reference."""
+        """Return a row with the speed-up over the reference."""
         return Line(what, f"{self.ours:.4g} s", f"{self.reference:.4g} s", 1 / self.ratio, aim, at_least=True)
 
 
 def side_by_side(ours: Callable[[], float], reference: Callable[[], float], repeats: int = REPEATS) -> Pair:
-    """Two functions that return seconds: once each to warm up, then by turns."""
+    """Call two functions that return seconds: once to warm up, then alternately in alternating order."""
     ours()
     reference()
-    taken: list[tuple[float, float]] = []
+    times: list[tuple[float, float]] = []
     for number in range(repeats):
         if number % 2:
             second = reference()
-            taken.append((ours(), second))
+            times.append((ours(), second))
         else:
-            taken.append((ours(), reference()))
-    return Pair.of(taken)
+            times.append((ours(), reference()))
+    return Pair.of(times)
 
 
-def play(loop: Loop | None) -> None:
-    """One round, on the ranks that have part in it."""
+def run_round(loop: Loop | None) -> None:
+    """Run one round on the ranks that have a loop.
+
+    Raises:
+        StoppedError: a stop was requested.
+    """
     if loop and not loop.run_round():
         raise StoppedError

@@ -1,4 +1,4 @@
-"""The command `report`: read the runs, then print, or write the page, figures and tables."""
+"""The command `report`: read runs, then print the report or write its page, figures and tables."""
 
 from __future__ import annotations
 
@@ -16,40 +16,43 @@ from pfedmoe_mpi.report import comparison_report, drawing, page, run_report, ter
 from pfedmoe_mpi.report.compare import CompareError
 from pfedmoe_mpi.report.document import Report
 from pfedmoe_mpi.report.load import Run, load_runs
-from pfedmoe_mpi.report.model_views import Looked
+from pfedmoe_mpi.report.model_views import ModelViews
 from pfedmoe_mpi.report.tables import to_csv, to_latex
 
-FIGURES, TABLES = {".png", ".pdf"}, {".csv", ".tex"}
-UNFINISHED = f".{page.NAME}.tmp"
-NEEDED = ("matplotlib", "jinja2")
+FIGURES, TABLES = {".png", ".pdf"}, {".csv", ".tex"}  # suffixes of the files
+UNFINISHED = f".{page.NAME}.tmp"  # name of the page while its report is being written
+REQUIRED = ("matplotlib", "jinja2")  # packages of a report with figures
 
 
 class ReportError(UserError):
-    """A report that cannot be written as asked."""
+    """A report that cannot be written with these flags."""
 
 
 def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str, models: bool) -> int:
-    """Report on one run, or on several side by side; `models`: look into those of one run.
+    """Report on one run, or on several side by side; `models`: evaluate the models of a single run too.
 
     Raises:
-        UserError: folders that are no runs, runs that cannot be compared, an output that is in the way, a
-            missing package; nothing was written.
+        UserError: a folder is not a run folder, the runs cannot be compared, `out` holds something else, or
+            a package is missing; nothing was written.
     """
-    wanted = _share(target)
-    runs, left_out = load_runs([Path(folder) for folder in folders])
+    target_share = _share(target)
+    runs, notes = load_runs([Path(folder) for folder in folders])
     if len(runs) == 1 and baseline:
-        raise CompareError("one run has nothing to compare with a baseline", "name the baseline's runs too")
+        raise CompareError(
+            f"--baseline = {baseline} needs at least two runs to compare, not one",
+            "name the baseline's run folders too, or remove --baseline",
+        )
     if text:
-        wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-        print(terminal.text(_made(runs, baseline, wanted, left_out), wide))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+        print(terminal.text(_report(runs, baseline, target_share, notes), width))
         return EXIT_DONE
-    missing = [name for name in NEEDED if not find_spec(name)]
+    missing = [name for name in REQUIRED if not find_spec(name)]
     if missing:
-        remedy = "pip install 'pfedmoe_mpi[report]', or --text true, which needs neither"
+        remedy = "pip install 'pfedmoe_mpi[report]', or print the report with --text true"
         raise ReportError(f"a report with figures needs {' and '.join(missing)}", remedy)
     folder = Path(out or (runs[0].path / "report" if len(runs) == 1 else "report"))
-    _refuse_foreign(folder)
-    report = _made(runs, baseline, wanted, left_out, models)
+    _check_folder(folder)
+    report = _report(runs, baseline, target_share, notes, models)
     for note in report.notes:
         print(f"note: {note}")
     _write(report, folder)
@@ -57,32 +60,33 @@ def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str
     return EXIT_DONE
 
 
-def _made(
+def _report(
     runs: Sequence[Run], baseline: str, target: float | None, notes: Sequence[str], models: bool = False
 ) -> Report:
     if len(runs) == 1:
-        made = run_report.report(runs[0], target, _look(runs[0]) if models else "")
+        report = run_report.report(runs[0], target, _model_views(runs[0]) if models else "")
     else:
-        made = comparison_report.report(runs, baseline, target)
-    return replace(made, notes=[*made.notes, *notes])
+        report = comparison_report.report(runs, baseline, target)
+    return replace(report, notes=[*report.notes, *notes])
 
 
-def _look(run: Run) -> Looked | str:
-    """What is in its models, or why that cannot be seen."""
+def _model_views(run: Run) -> ModelViews | str:
+    """Return the run's evaluated models, or the sentence that says why they were not evaluated."""
     if not find_spec("torch"):
-        return "Nobody looked into the models: torch is not installed here."
+        return "The models were not evaluated: torch is not installed."
     if environment.launched_size(os.environ) > 1:  # MPI would wait for ranks that have ended
-        return "Nobody looked into the models: a report is the work of one rank, start it without mpirun."
+        return "The models were not evaluated: report runs on one rank; start it without mpirun."
     from pfedmoe_mpi.report import probe
 
-    print("looking into the models; --models false leaves them out", file=sys.stderr, flush=True)
+    print("evaluating the models; --models false skips this", file=sys.stderr, flush=True)
     try:
-        return probe.look(run)
+        return probe.view_models(run)
     except UserError as error:
-        return f"Nobody looked into the models: {error.problem}."
+        return f"The models were not evaluated: {error.problem}."
 
 
 def _share(target: str) -> float | None:
+    """Return the target accuracy as a number in (0, 1], None without one."""
     if not target:
         return None
     try:
@@ -90,48 +94,57 @@ def _share(target: str) -> float | None:
     except ValueError:
         value = -1.0
     if not 0 < value <= 1:
-        raise ReportError(f"--target {target}: an accuracy is above 0 and at most 1", "--target 0.9 for 90 %")
+        raise ReportError(
+            f"--target = {target}: an accuracy is above 0 and at most 1", "--target 0.9 for 90 %"
+        )
     return value
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """An earlier report is replaced, anything else is left alone."""
+def _check_folder(folder: Path) -> None:
+    """Accept a new or empty folder, or one with an earlier report, which is replaced.
+
+    Raises:
+        ReportError: the path is a file, or the folder holds other files.
+    """
     if folder.exists() and not folder.is_dir():
-        raise ReportError(f"{folder} is a file", "--out takes a folder")
-    ours = any((folder / name).is_file() for name in (page.NAME, UNFINISHED))
-    if folder.is_dir() and any(folder.iterdir()) and not ours:
-        raise ReportError(f"{folder} holds something else than a report", "choose another --out")
+        raise ReportError(f"--out = {folder} is a file", "name a folder: --out FOLDER")
+    has_report = any((folder / name).is_file() for name in (page.NAME, UNFINISHED))
+    if folder.is_dir() and any(folder.iterdir()) and not has_report:
+        problem = f"--out = {folder} holds files that are not a report"
+        raise ReportError(problem, "name another folder: --out FOLDER")
 
 
 def _write(report: Report, folder: Path) -> None:
-    """Page, figures and tables. The page gets its name last, so that a folder with a page is a whole report;
-    until then the folder is known by the page's other name.
+    """Write page, figures and tables.
+
+    The page gets its final name last, so a folder that has it holds a complete report. Until then the page is
+    called UNFINISHED, which marks the folder as a report's.
     """
-    shown = page.html(report)
+    html = page.html(report)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / UNFINISHED).write_text(shown, encoding="utf-8")
+        (folder / UNFINISHED).write_text(html, encoding="utf-8")
         (folder / page.NAME).unlink(missing_ok=True)
-        for below in ("figures", "tables"):
-            (folder / below).mkdir(exist_ok=True)
+        for name in ("figures", "tables"):
+            (folder / name).mkdir(exist_ok=True)
         for figure in report.figures:
             drawing.save(figure, folder / "figures")
         for table in report.tables:
             (folder / "tables" / f"{table.name}.csv").write_text(to_csv(table), encoding="utf-8")
             (folder / "tables" / f"{table.name}.tex").write_text(to_latex(table), encoding="utf-8")
-        _drop_stale(folder, report)
+        _remove_stale(folder, report)
         os.replace(folder / UNFINISHED, folder / page.NAME)
     except OSError as error:
-        raise ReportError(f"the report cannot be written: {error}", "choose another --out") from error
+        raise ReportError(f"cannot write the report: {error}", "name another folder: --out FOLDER") from error
 
 
-def _drop_stale(folder: Path, report: Report) -> None:
-    """An earlier report's figures and tables that this one does not have."""
+def _remove_stale(folder: Path, report: Report) -> None:
+    """Remove figures and tables of an earlier report that this one does not have."""
     kept: Mapping[str, tuple[set[str], set[str]]] = {
         "figures": ({figure.name for figure in report.figures}, FIGURES),
         "tables": ({table.name for table in report.tables}, TABLES),
     }
-    for below, (names, endings) in kept.items():
-        for path in (folder / below).iterdir():
-            if path.suffix in endings and path.stem not in names:
+    for subfolder, (names, suffixes) in kept.items():
+        for path in (folder / subfolder).iterdir():
+            if path.suffix in suffixes and path.stem not in names:
                 path.unlink()

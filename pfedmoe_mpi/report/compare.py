@@ -1,4 +1,4 @@
-"""Runs side by side: grouped by configuration, with seeds as the replicates."""
+"""Comparison of runs: grouped by configuration, with seeds as the replicates."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from itertools import pairwise
 import numpy as np
 
 from pfedmoe_mpi.errors import UserError, nearest
-from pfedmoe_mpi.report.labels import counted, labels
+from pfedmoe_mpi.report.labels import grouping_settings, labels
 from pfedmoe_mpi.report.load import Run
 
-ENOUGH = 5  # seeds, to speak of a difference
+ENOUGH = 5  # common seeds for an interval and a verdict
 
 
 class CompareError(UserError):
-    """Runs that cannot be compared as asked."""
+    """Runs that cannot be compared."""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs that differ in their seed only, by seed."""
+    """Runs that differ only in their seed, in order of seeds."""
 
     method: str
     setting: str
@@ -32,20 +32,20 @@ class Group:
 
     @property
     def finished(self) -> tuple[Run, ...]:
-        """The replicates that tables are made of."""
+        """The replicates in the tables."""
         return tuple(run for run in self.runs if run.finished)
 
     @property
-    def drawn(self) -> tuple[Run, ...]:
-        """The replicates whose curve is drawn: one that has just started would cut that of the finished."""
+    def curve_runs(self) -> tuple[Run, ...]:
+        """The replicates of the curve: the finished ones, else all; unfinished ones would shorten it."""
         return self.finished or self.runs
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Groups by setting, in order of its numbers; methods as the runs were named.
+    """Groups in order of settings (numbers by value), then of methods; methods in the order of the runs.
 
-    `notes` say what the labels leave out.
+    `notes` name the differences between runs that the labels leave out.
     """
 
     groups: tuple[Group, ...]
@@ -63,49 +63,49 @@ class Comparison:
         return next((g for g in self.groups if (g.method, g.setting) == (method, setting)), None)
 
     def baseline(self, name: str) -> str | None:
-        """The method that a name means; without a name `standalone`, if there is only one of it.
+        """Return the method of this name or algorithm; without a name `standalone`, if there is just one.
 
         Raises:
-            CompareError: no method of that name, or several.
+            CompareError: there is no method of that name, or several.
         """
         wanted = name.replace("-", "_") or "standalone"
         if name in self.methods or wanted in self.methods:
             return name if name in self.methods else wanted
-        same = list(dict.fromkeys(g.method for g in self.groups if g.runs[0].algorithm == wanted))
-        if len(same) == 1:
-            return same[0]
+        variants = list(dict.fromkeys(g.method for g in self.groups if g.runs[0].algorithm == wanted))
+        if len(variants) == 1:
+            return variants[0]
         if not name:
             return None
-        known = ", ".join(repr(method) for method in same or self.methods)
-        problem = f"there is no method '{name}' among the runs{nearest(name, self.methods)}"
-        problem = f"'{name}' means several methods" if same else problem
-        raise CompareError(problem, f"--baseline takes one of {known}")
+        choices = ", ".join(repr(method) for method in variants or self.methods)
+        problem = f"--baseline = {name} is not a method of these runs{nearest(name, self.methods)}"
+        problem = f"--baseline = {name} matches several methods" if variants else problem
+        raise CompareError(problem, f"set --baseline to one of {choices}")
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """Group runs by configuration.
 
     Raises:
-        CompareError: two runs of one configuration and seed.
+        CompareError: two runs have the same configuration and seed.
     """
-    by_key: dict[str, list[Run]] = {}
+    by_configuration: dict[str, list[Run]] = {}
     for run in runs:
-        by_key.setdefault(repr(sorted(counted(run).items())), []).append(run)
-    groups = [sorted(same, key=lambda run: run.seed) for same in by_key.values()]
-    for same in groups:
-        for one, other in pairwise(same):
+        by_configuration.setdefault(repr(sorted(grouping_settings(run).items())), []).append(run)
+    by_seed = [sorted(replicates, key=lambda run: run.seed) for replicates in by_configuration.values()]
+    for replicates in by_seed:
+        for one, other in pairwise(replicates):
             if one.seed == other.seed:
-                problem = f"{one.path} and {other.path} are the same configuration and seed"
-                raise CompareError(problem, "name one of them: seeds are the replicates")
-    names, notes = labels([same[0] for same in groups])
-    found = [Group(*label, tuple(same)) for label, same in zip(names, groups, strict=True)]
-    methods = tuple(dict.fromkeys(group.method for group in found))
-    found.sort(key=lambda group: (_natural(group.setting), methods.index(group.method)))
-    return Comparison(tuple(found), methods, notes)
+                problem = f"{one.path} and {other.path} have the same configuration and seed"
+                raise CompareError(problem, "name only one of them: replicates differ in their seed")
+    names, notes = labels([replicates[0] for replicates in by_seed])
+    groups = [Group(*label, tuple(replicates)) for label, replicates in zip(names, by_seed, strict=True)]
+    methods = tuple(dict.fromkeys(group.method for group in groups))
+    groups.sort(key=lambda group: (_natural(group.setting), methods.index(group.method)))
+    return Comparison(tuple(groups), methods, notes)
 
 
 def _natural(text: str) -> list[tuple[bool, float, str]]:
-    """Sorts numbers within words by value."""
+    """Return a sort key that orders numbers within words by value."""
     parts = re.split(r"(\d+(?:\.\d+)?)", text)
     return [(bool(n % 2), float(part) if n % 2 else 0.0, part) for n, part in enumerate(parts)]
 
@@ -114,40 +114,41 @@ def _natural(text: str) -> list[tuple[bool, float, str]]:
 
 
 def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation of the sample (n - 1), which one value does not have; exact, so that equal
-    values have none.
+    """Return the mean and the sample standard deviation (n - 1), None for a single value.
+
+    Computed exactly, so that equal values have a deviation of 0.
     """
     if not values:
         return None, None
     return float(statistics.mean(values)), float(statistics.stdev(values)) if len(values) > 1 else None
 
 
-def known(runs: Iterable[Run], value: Callable[[Run], float | None]) -> list[float]:
-    """The values of the runs that have one."""
-    return [found for found in map(value, runs) if found is not None]
+def values_of(runs: Iterable[Run], value: Callable[[Run], float | None]) -> list[float]:
+    """Return the values of the runs that have one."""
+    return [number for number in map(value, runs) if number is not None]
 
 
 def accuracy(run: Run, name: str = "mean") -> float | None:
-    """Over all clients, with the new shared state, after the last measured round."""
-    found = run.last["accuracy"][name]
-    return None if found is None else float(found)
+    """Return the accuracy over all clients with the new shared state after the last measured round."""
+    share = run.last["accuracy"][name]
+    return None if share is None else float(share)
 
 
 def curve(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rounds measured by every seed, the mean over seeds, and their standard deviation (0 for one seed)."""
+    """Return the rounds measured by every seed, the mean over seeds, and its deviation (0 for one seed)."""
     measured = [
         {row["round"]: row["accuracy"]["mean"] for row in run.history if row["accuracy"]["mean"] is not None}
-        for run in group.drawn
+        for run in group.curve_runs
     ]
     rounds = sorted(set.intersection(*map(set, measured)))
-    table = np.array([[found[number] for number in rounds] for found in measured])
+    table = np.array([[accuracies[number] for number in rounds] for accuracies in measured])
     spread = table.std(axis=0, ddof=1) if len(table) > 1 else np.zeros(len(rounds))
     return np.array(rounds), table.mean(axis=0), spread
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A method minus the baseline, seed by seed; `low` and `high` bound the mean's 95 % t interval."""
+    """Differences of a method from the baseline by seed; `low` to `high`: the mean's 95 % t interval."""
 
     seeds: tuple[int, ...]
     differences: tuple[float, ...]
@@ -163,35 +164,36 @@ class Paired:
 
 
 def paired(group: Group, base: Group) -> Paired | None:
-    """Over the seeds that both have; no interval below ENOUGH seeds, None without a common seed."""
-    own, other = ({run.seed: accuracy(run) for run in side.finished} for side in (group, base))
-    pairs = {seed: (own[seed], other[seed]) for seed in sorted(own) if seed in other}
-    found = {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
-    if not found:
+    """Pair two groups by seed; no interval below ENOUGH common seeds, None without a common seed."""
+    ours, theirs = ({run.seed: accuracy(run) for run in side.finished} for side in (group, base))
+    pairs = {seed: (ours[seed], theirs[seed]) for seed in sorted(ours) if seed in theirs}
+    differences = {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
+    if not differences:
         return None
-    values = tuple(found.values())
+    values = tuple(differences.values())
     mean, spread = mean_std(values)
     assert mean is not None
     if len(values) < ENOUGH or spread is None:
-        return Paired(tuple(found), values, mean, None, None)
+        return Paired(tuple(differences), values, mean, None, None)
     half = t_quantile(len(values) - 1) * spread / math.sqrt(len(values))
-    return Paired(tuple(found), values, mean, mean - half, mean + half)
+    return Paired(tuple(differences), values, mean, mean - half, mean + half)
 
 
 def client_differences(group: Group, base: Group) -> np.ndarray:
-    """Each client's difference, mean over the common seeds; NaN where never measured, empty if not paired.
+    """Return each client's difference in accuracy, (N,), mean over the common seeds.
 
-    A client is the same client in both only where it has the same samples.
+    NaN for clients that were never measured; empty if nothing can be paired. Two runs are paired only if
+    every client has the same number of samples in both.
     """
-    others = {run.seed: run for run in base.finished}
+    base_runs = {run.seed: run for run in base.finished}
     tables = []
     for run in group.finished:
-        other = others.get(run.seed)
-        if other is None or run.last["clients"]["samples"] != other.last["clients"]["samples"]:
+        base_run = base_runs.get(run.seed)
+        if base_run is None or run.last["clients"]["samples"] != base_run.last["clients"]["samples"]:
             continue
-        own, theirs = (np.array(side.last["clients"]["accuracy"], float) for side in (run, other))
-        own[sorted(run.absent(run.last["round"]))] = np.nan
-        tables.append(own - theirs)
+        ours, theirs = (np.array(side.last["clients"]["accuracy"], float) for side in (run, base_run))
+        ours[sorted(run.absent(run.last["round"]))] = np.nan
+        tables.append(ours - theirs)
     if not tables or len({len(table) for table in tables}) > 1:
         return np.empty(0)
     stacked = np.stack(tables)
@@ -201,7 +203,7 @@ def client_differences(group: Group, base: Group) -> np.ndarray:
 
 
 def t_quantile(freedom: int, share: float = 0.95) -> float:
-    """The t within whose ± lies `share` of Student's distribution with `freedom` degrees."""
+    """Return the t such that P(|T| ≤ t) = `share` for Student's T with `freedom` degrees of freedom."""
     low, high = 0.0, 1e6
     while high - low > 1e-12 * high:
         middle = (low + high) / 2
@@ -210,7 +212,7 @@ def t_quantile(freedom: int, share: float = 0.95) -> float:
 
 
 def _within(t: float, freedom: int) -> float:
-    """P(|T| ≤ t); Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    """Return P(|T| ≤ t); Abramowitz and Stegun 26.7.3 and 26.7.4."""
     angle = math.atan(t / math.sqrt(freedom))
     square = math.cos(angle) ** 2
     odd = freedom % 2
@@ -222,12 +224,12 @@ def _within(t: float, freedom: int) -> float:
 
 
 def unfinished(comparison: Comparison) -> list[str]:
-    """What a reader must know of the runs: which are unfinished, and so left out of tables."""
-    found = []
+    """Return a note for every unfinished run: it is left out of the tables."""
+    notes = []
     for group in comparison.groups:
-        found += [
+        notes += [
             f"left out of the tables, unfinished: {run.path.name}, {run.done} of {run.planned} rounds"
             for run in group.runs
             if not run.finished
         ]
-    return found
+    return notes

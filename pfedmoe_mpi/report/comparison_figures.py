@@ -1,4 +1,4 @@
-"""The figures of several runs."""
+"""Figures that compare several runs."""
 
 from __future__ import annotations
 
@@ -17,46 +17,51 @@ Pair = tuple[Group, Group, Paired]  # a method's group, the baseline's, and thei
 
 
 def label(comparison: Comparison, group: Group) -> str:
-    """The method, with its setting where there are several."""
+    """Return the method, with its setting if there are several."""
     return f"{group.method}, {group.setting}" if len(comparison.settings) > 1 else group.method
 
 
 def pairs(comparison: Comparison, base: str) -> list[Pair]:
-    """Every other group that shares a setting and a seed with the baseline."""
-    found = []
+    """Return every other group that shares a setting and a seed with the baseline `base`."""
+    pairs = []
     for group in comparison.groups:
         other = comparison.group(base, group.setting)
         difference = compare.paired(group, other) if other and group.method != base else None
         if other and difference:
-            found.append((group, other, difference))
-    return found
+            pairs.append((group, other, difference))
+    return pairs
 
 
-def look(comparison: Comparison, method: str, paint: Paint) -> Style:
-    """A method looks the same in every figure."""
+def style_of(comparison: Comparison, method: str, paint: Paint) -> Style:
+    """Return a method's style, the same in every figure."""
     return style(comparison.methods.index(method), paint)
 
 
 def curves(comparison: Comparison, setting: str, number: int) -> Figure:
-    """Mean accuracy over rounds, with one standard deviation over seeds to either side."""
+    """Plot mean accuracy over rounds, with a band of one standard deviation over seeds."""
 
     def draw(canvas: Any, paint: Paint) -> None:
         axes = canvas.subplots()
         for group in comparison.of(setting):
             rounds, mean, std = compare.curve(group)
-            own = look(comparison, group.method, paint)
-            name = f"{group.method} ({len(group.drawn)})"
-            axes.plot(rounds, per_cent(mean), label=name, **own.line(len(rounds)))
+            method_style = style_of(comparison, group.method, paint)
+            name = f"{group.method} ({len(group.curve_runs)})"
+            axes.plot(rounds, per_cent(mean), label=name, **method_style.line(len(rounds)))
             axes.fill_between(
-                rounds, per_cent(mean - std), per_cent(mean + std), color=own.color, alpha=0.18, linewidth=0
+                rounds,
+                per_cent(mean - std),
+                per_cent(mean + std),
+                color=method_style.color,
+                alpha=0.18,
+                linewidth=0,
             )
         axes.set_ylabel("test accuracy, %")
         rounds_axis(axes)
         legend_above(canvas, axes, _columns(comparison))
 
     caption = (
-        f"{setting}: mean accuracy over all clients; line: mean over seeds (how many in brackets), "
-        "band: one standard deviation over seeds."
+        f"{setting}: mean accuracy over all clients. Line: mean over seeds (their number in brackets); "
+        "band: one standard deviation to either side."
     )
     return Figure(
         _stem("curves", number, comparison), f"Curves, {setting}", caption, draw, _size(comparison, 3.4)
@@ -64,13 +69,13 @@ def curves(comparison: Comparison, setting: str, number: int) -> Figure:
 
 
 def _columns(comparison: Comparison) -> int:
-    """How many names fit beside each other above a figure."""
+    """Return how many methods fit side by side in the legend."""
     longest = max(len(method) for method in comparison.methods)
     return max(1, min(5, 84 // (longest + 11)))
 
 
 def _size(comparison: Comparison, height: float) -> tuple[float, float]:
-    """A figure of `height` inches and its legend."""
+    """Return the size of a figure of `height` inches with its legend."""
     return WIDTH, height + 0.18 * math.ceil(len(comparison.methods) / _columns(comparison))
 
 
@@ -78,12 +83,14 @@ def _stem(name: str, number: int, comparison: Comparison) -> str:
     return f"{name}_{number + 1}" if len(comparison.settings) > 1 else name
 
 
-def by_client(comparison: Comparison, setting: str, found: Sequence[Pair], base: str, number: int) -> Figure:
-    """Every client's difference from the baseline, sorted."""
+def client_differences(
+    comparison: Comparison, setting: str, pairs: Sequence[Pair], base: str, number: int
+) -> Figure:
+    """Plot every client's difference from the baseline, sorted."""
 
     def draw(canvas: Any, paint: Paint) -> None:
         axes = canvas.subplots()
-        for group, other, _ in found:
+        for group, other, _ in pairs:
             table = compare.client_differences(group, other)
             table = np.sort(table[~np.isnan(table)])
             if len(table):
@@ -92,46 +99,46 @@ def by_client(comparison: Comparison, setting: str, found: Sequence[Pair], base:
                     x,
                     per_cent(table),
                     label=group.method,
-                    **look(comparison, group.method, paint).line(len(x)),
+                    **style_of(comparison, group.method, paint).line(len(x)),
                 )
         axes.axhline(0, color=paint.ink, linewidth=1)
         axes.set_xticks([])
         axes.set_xlabel("clients, sorted for each method")
-        axes.set_ylabel(f"points over {base}")
+        axes.set_ylabel("difference, points")
         legend_above(canvas, axes, _columns(comparison))
 
     caption = (
         f"{setting}: each client's accuracy minus that with {base}, mean over the common seeds. "
-        "Shown, not tested: clients are no replicates."
+        "Descriptive, not tested: clients are not replicates."
     )
     stem = _stem("client_differences", number, comparison)
-    return Figure(stem, f"Clients against {base}, {setting}", caption, draw, _size(comparison, 3.0))
+    return Figure(stem, f"Clients: difference from {base}, {setting}", caption, draw, _size(comparison, 3.0))
 
 
-def intervals(comparison: Comparison, setting: str, found: Sequence[Pair], base: str, number: int) -> Figure:
-    """A dot per seed; the mean with its interval where there are seeds enough."""
+def intervals(comparison: Comparison, setting: str, pairs: Sequence[Pair], base: str, number: int) -> Figure:
+    """Plot each seed's difference from the baseline, the mean, and its interval if there are enough seeds."""
 
     def draw(canvas: Any, paint: Paint) -> None:
         axes = canvas.subplots()
-        for place, (group, _, difference) in enumerate(found):
-            own = look(comparison, group.method, paint)
+        for row, (group, _, difference) in enumerate(pairs):
+            method_style = style_of(comparison, group.method, paint)
             values = per_cent(difference.differences)
-            axes.plot(values, np.full(len(values), place + 0.22), alpha=0.7, **own.dots())
+            axes.plot(values, np.full(len(values), row + 0.22), alpha=0.7, **method_style.dots())
             mean = 100 * difference.mean
-            axes.plot([mean], [place], color=paint.ink, marker="|", markersize=10, markeredgewidth=2)
+            axes.plot([mean], [row], color=paint.ink, marker="|", markersize=10, markeredgewidth=2)
             if difference.low is not None and difference.high is not None:
-                axes.hlines(place, 100 * difference.low, 100 * difference.high, color=paint.ink, linewidth=2)
+                axes.hlines(row, 100 * difference.low, 100 * difference.high, color=paint.ink, linewidth=2)
         axes.axvline(0, color=paint.ink, linewidth=1)
-        words = [f"{group.method}\n{difference.verdict}" for group, _, difference in found]
-        axes.set_yticks(range(len(found)), words, fontsize=8)
-        axes.set_ylim(len(found) - 0.5, -0.5)
+        labels = [f"{group.method}\n{difference.verdict}" for group, _, difference in pairs]
+        axes.set_yticks(range(len(pairs)), labels, fontsize=8)
+        axes.set_ylim(len(pairs) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"accuracy over {base}, points")
+        axes.set_xlabel(f"difference from {base}, points")
 
     caption = (
-        f"{setting}: paired differences from {base}: a dot per seed, the mean as a stroke, its 95 % t "
-        f"interval over seeds as a bar where there are {compare.ENOUGH} seeds or more."
+        f"{setting}: accuracy minus that of {base} with the same seed. Dots: seeds; stroke: their mean; bar: "
+        f"its 95 % t interval over seeds, shown if there are at least {compare.ENOUGH} common seeds."
     )
     stem = _stem("intervals", number, comparison)
-    size = (WIDTH, 0.9 + 0.5 * len(found))
+    size = (WIDTH, 0.9 + 0.5 * len(pairs))
     return Figure(stem, f"Differences from {base}, {setting}", caption, draw, size)

@@ -1,4 +1,4 @@
-"""What is shown of several runs: methods by settings, with seeds as the replicates."""
+"""The report on several runs: methods by settings, with seeds as the replicates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from pfedmoe_mpi.report import compare, comparison_figures, paper_section
-from pfedmoe_mpi.report.compare import ENOUGH, Comparison, Group, accuracy, known, mean_std
+from pfedmoe_mpi.report.compare import ENOUGH, Comparison, Group, accuracy, mean_std, values_of
 from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
 from pfedmoe_mpi.report.document import Report, Section
 from pfedmoe_mpi.report.load import Run
@@ -17,18 +17,18 @@ from pfedmoe_mpi.report.tables import SPREAD, Cell, Column, Table, number, perce
 
 
 def report(runs: Sequence[Run], baseline: str, target: float | None) -> Report:
-    """Everything about several runs.
+    """Return the report on several runs.
 
     Raises:
         CompareError: see `compare.compare` and `Comparison.baseline`.
     """
     comparison = compare.compare(runs)
     base = comparison.baseline(baseline)
-    drawn = [
+    curves = [
         comparison_figures.curves(comparison, setting, n) for n, setting in enumerate(comparison.settings)
     ]
     sections = [
-        Section("Results", [results(comparison), names(comparison)], drawn),
+        Section("Results", [results(comparison), accuracies(comparison)], curves),
         *paper_section.sections(runs),
         _differences(comparison, base),
         Section("Target accuracy", targets(comparison, target)),
@@ -57,69 +57,76 @@ def report(runs: Sequence[Run], baseline: str, target: float | None) -> Report:
 
 
 def results(comparison: Comparison) -> Table:
-    """The table of a paper: methods × settings."""
+    """Return the main table: methods × settings."""
     columns = [Column("method", words=True), *(Column(setting, SPREAD) for setting in comparison.settings)]
     cells = {method: [word(method)] for method in comparison.methods}
     for setting in comparison.settings:
-        found = {method: _accuracies(comparison.group(method, setting)) for method in comparison.methods}
-        middle = {method: mean_std(values) for method, values in found.items()}
-        marks = ranks([None if mean is None else round(mean, 4) for mean, _ in middle.values()])
-        for (method, values), mark in zip(found.items(), marks, strict=True):
-            cells[method].append(spread(*middle[method], len(values), mark))
+        seeds = {method: _mean_accuracies(comparison.group(method, setting)) for method in comparison.methods}
+        moments = {method: mean_std(values) for method, values in seeds.items()}
+        marks = ranks([None if mean is None else round(mean, 4) for mean, _ in moments.values()])
+        for (method, values), mark in zip(seeds.items(), marks, strict=True):
+            cells[method].append(spread(*moments[method], len(values), mark))
     notes = [
         "test accuracy in %, mean over all clients, last round; mean ± standard deviation over seeds",
-        "best bold, second underlined, per column, equals as shown alike; no test behind it",
+        "per column: best in bold, second best underlined, ties as printed; not a statistical test",
     ]
     return Table("results", "Accuracy", columns, list(cells.values()), notes)
 
 
-def _accuracies(group: Group | None) -> list[float]:
-    return known(group.finished, accuracy) if group else []
+def _mean_accuracies(group: Group | None) -> list[float]:
+    return values_of(group.finished, accuracy) if group else []
 
 
-def names(comparison: Comparison) -> Table:
-    """The other accuracies by their names, and the area under the ROC curve; no column that is all empty."""
-    wanted = {name: partial(accuracy, name=name) for name in ("mean", "weighted", "worst", "std")}
+def accuracies(comparison: Comparison) -> Table:
+    """Return all accuracies and the area under the ROC curve, without columns that would be empty."""
+    metrics = {name: partial(accuracy, name=name) for name in ("mean", "weighted", "worst", "std")}
     for name, key in (("unseen", "accuracy_unseen"), ("AUC", "auc")):
-        own = partial(_mean_of, key=key)
-        wanted |= {name: own} if any(known(group.finished, own) for group in comparison.groups) else {}
+        metric = partial(_mean_of, key=key)
+        if any(values_of(group.finished, metric) for group in comparison.groups):
+            metrics[name] = metric
     columns = [Column("method", words=True), Column("setting", words=True), Column("seeds")]
-    columns += [Column(name, SPREAD) for name in wanted]
+    columns += [Column(name, SPREAD) for name in metrics]
     rows = []
     for group in comparison.groups:
         cells = [word(group.method), word(group.setting), number(len(group.finished))]
-        for value in wanted.values():
-            values = known(group.finished, value)
+        for metric in metrics.values():
+            values = values_of(group.finished, metric)
             cells.append(spread(*mean_std(values), len(values)))
         rows.append(cells)
-    notes = ["each over the clients of a run, in %, then mean ± standard deviation over seeds"]
+    notes = ["in %, over the clients of each run; then mean ± standard deviation over seeds"]
     return Table("accuracies", "Accuracy by name", columns, rows, notes)
 
 
 def _mean_of(run: Run, key: str) -> float | None:
-    found = (run.last.get(key) or {}).get("mean")
-    return None if found is None else float(found)
+    mean = (run.last.get(key) or {}).get("mean")
+    return None if mean is None else float(mean)
 
 
 def _differences(comparison: Comparison, base: str | None) -> Section:
     if base is None:
-        return Section("Differences", text="--baseline NAME compares every method with one of them.")
+        return Section(
+            "Differences", text="No baseline: set --baseline METHOD to compare every method with one of them."
+        )
     pairs = comparison_figures.pairs(comparison, base)
     if not pairs:
-        return Section("Differences", text=f"No other method shares a setting and a seed with {base}.")
+        return Section("Differences", text=f"No other method has a setting and a seed in common with {base}.")
     figures = []
     for n, setting in enumerate(comparison.settings):
-        here = [pair for pair in pairs if pair[0].setting == setting]
-        if here:
-            figures.append(comparison_figures.intervals(comparison, setting, here, base, n))
-        if any(len(compare.client_differences(group, other)) for group, other, _ in here):
-            figures.append(comparison_figures.by_client(comparison, setting, here, base, n))
+        pairs_of_setting = [pair for pair in pairs if pair[0].setting == setting]
+        if pairs_of_setting:
+            figures.append(comparison_figures.intervals(comparison, setting, pairs_of_setting, base, n))
+        if any(len(compare.client_differences(group, other)) for group, other, _ in pairs_of_setting):
+            figures.append(
+                comparison_figures.client_differences(comparison, setting, pairs_of_setting, base, n)
+            )
     return Section(
-        f"Differences from {base}", [_paired(pairs, base), _spread_of_clients(pairs, base)], figures
+        f"Differences from {base}",
+        [_paired_differences(pairs, base), _client_differences(pairs, base)],
+        figures,
     )
 
 
-def _paired(pairs: Sequence[comparison_figures.Pair], base: str) -> Table:
+def _paired_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> Table:
     columns = [Column("method", words=True), Column("setting", words=True), Column("seeds")]
     columns += [
         Column("difference, points"),
@@ -127,29 +134,31 @@ def _paired(pairs: Sequence[comparison_figures.Pair], base: str) -> Table:
         Column("verdict", words=True),
     ]
     rows = []
-    for group, _, found in pairs:
-        bounds = (
-            "–" if found.low is None or found.high is None else f"{points(found.low)} to {points(found.high)}"
+    for group, _, paired in pairs:
+        interval = (
+            "–"
+            if paired.low is None or paired.high is None
+            else f"{points(paired.low)} to {points(paired.high)}"
         )
         cells = [
-            number(len(found.seeds)),
-            Cell(points(found.mean), (found.mean,)),
-            Cell(bounds, (found.low, found.high)),
+            number(len(paired.seeds)),
+            Cell(points(paired.mean), (paired.mean,)),
+            Cell(interval, (paired.low, paired.high)),
         ]
-        rows.append([word(group.method), word(group.setting), *cells, word(found.verdict)])
+        rows.append([word(group.method), word(group.setting), *cells, word(paired.verdict)])
     notes = [
-        f"accuracy minus that of {base} with the same seed; t interval of the mean over seeds",
-        f"below {ENOUGH} common seeds: too few to tell",
+        f"accuracy minus that of {base} with the same seed: mean over seeds and its 95 % t interval",
+        f"too few to tell: fewer than {ENOUGH} common seeds",
     ]
     return Table("differences", f"Paired difference from {base}", columns, rows, notes)
 
 
 def points(share: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
+    """Return a difference of shares in percentage points, with its sign."""
     return f"{100 * share:+.2f}".replace("-", "−")
 
 
-def _spread_of_clients(pairs: Sequence[comparison_figures.Pair], base: str) -> Table:
+def _client_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> Table:
     columns = [Column("method", words=True), Column("setting", words=True)]
     columns += [
         *map(Column, ("clients", "better", "equal", "worse", "10th percentile", "median", "90th percentile"))
@@ -158,19 +167,19 @@ def _spread_of_clients(pairs: Sequence[comparison_figures.Pair], base: str) -> T
     for group, other, _ in pairs:
         table = compare.client_differences(group, other)
         table = table[~np.isnan(table)]
-        counts = [int(np.sum(found)) for found in (table > 0, table == 0, table < 0)]
-        middle = np.percentile(table, (10, 50, 90)).tolist() if len(table) else [None] * 3
-        shown = [Cell("–" if value is None else points(value), (value,)) for value in middle]
-        rows.append([word(group.method), word(group.setting), *map(number, (len(table), *counts)), *shown])
+        counts = [int(np.sum(mask)) for mask in (table > 0, table == 0, table < 0)]
+        percentiles = np.percentile(table, (10, 50, 90)).tolist() if len(table) else [None] * 3
+        cells = [Cell("–" if value is None else points(value), (value,)) for value in percentiles]
+        rows.append([word(group.method), word(group.setting), *map(number, (len(table), *counts)), *cells])
     notes = [
-        "each client's mean difference over the common seeds, in points",
-        "shown, not tested: clients are no replicates",
+        f"each client's accuracy minus that with {base}, mean over the common seeds, in points",
+        "descriptive, not tested: clients are not replicates",
     ]
-    return Table("client_differences", f"Clients against {base}", columns, rows, notes)
+    return Table("client_differences", f"Difference from {base} by client", columns, rows, notes)
 
 
 def targets(comparison: Comparison, target: float | None) -> list[Table]:
-    """Rounds, bytes and operations until the mean over clients first reached the target."""
+    """Return rounds, bytes and operations until the mean over clients first reached the target."""
     columns = [Column("method", words=True), Column("setting", words=True), Column("target, %")]
     columns += [
         Column("reached by"),
@@ -181,48 +190,47 @@ def targets(comparison: Comparison, target: float | None) -> list[Table]:
     rows = []
     for setting in comparison.settings:
         groups = [group for group in comparison.of(setting) if group.finished]
-        wanted = (
-            target if target is not None else reachable([run for group in groups for run in group.finished])
-        )
-        rows += [_target_row(group, wanted) for group in groups] if wanted is not None else []
-    if all(cell[-1].values[0] is None for cell in rows):
+        finished = [run for group in groups for run in group.finished]
+        share = target if target is not None else reachable(finished)
+        rows += [_target_row(group, share) for group in groups] if share is not None else []
+    if all(row[-1].values[0] is None for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
-    given = (
+    meaning = (
         "the target"
         if target is not None
-        else "the highest whole percent that every run of a setting reached"
+        else "the highest whole per cent that every run of the setting reached"
     )
     notes = [
-        f"first round at which the mean over clients reaches {given}; mean ± standard deviation over seeds",
-        "a dash where not every seed reached it; MB up and down, of all clients; GFLOP estimated",
+        f"first round at which the mean over clients reaches {meaning}; mean ± standard deviation over seeds",
+        "dash: not every seed reached it; MB: up and down, all clients; GFLOP: an estimate",
     ]
     return [Table("target", "Rounds and bytes to a target accuracy", columns, rows, notes)]
 
 
 def _target_row(group: Group, target: float) -> list[Cell]:
-    found = [reached(run, target) for run in group.finished]
-    there = [one for one in found if one]
-    share = Cell(f"{len(there)} of {len(found)}", (len(there),))
-    cells = [word(group.method), word(group.setting), percent(target), share]
-    everyone = len(there) == len(found)
-    for values in ([one.round for one in there], [one.bytes / 1e6 for one in there]):
-        cells.append(plain_spread(values if everyone else []))
-    work = [one.operations / 1e9 for one in there if one.operations is not None]
-    return [*cells, plain_spread(work if everyone and len(work) == len(there) else [])]
+    by_run = [reached(run, target) for run in group.finished]
+    costs = [cost for cost in by_run if cost]
+    all_reached = len(costs) == len(by_run)
+    cells = [word(group.method), word(group.setting), percent(target)]
+    cells.append(Cell(f"{len(costs)} of {len(by_run)}", (len(costs),)))
+    for values in ([cost.round for cost in costs], [cost.bytes / 1e6 for cost in costs]):
+        cells.append(plain_spread(values if all_reached else []))
+    gigaflops = [cost.operations / 1e9 for cost in costs if cost.operations is not None]
+    return [*cells, plain_spread(gigaflops if all_reached and len(gigaflops) == len(costs) else [])]
 
 
 def plain_spread(values: Sequence[float]) -> Cell:
-    """`mean ± std` of plain numbers, to the second digit of what varies; the mean alone if nothing does."""
+    """Return `mean ± std` of numbers, to two digits of the deviation; the mean alone if they do not vary."""
     mean, std = mean_std(values)
     if mean is None:
         return Cell("–", (None, None, 0))
     places = max(0, 1 - math.floor(math.log10(std))) if std else None
-    shown = short(mean) if places is None else f"{mean:.{places}f} ± {std:.{places}f}"
-    return Cell(shown, (mean, std, len(values)))
+    text = short(mean) if places is None else f"{mean:.{places}f} ± {std:.{places}f}"
+    return Cell(text, (mean, std, len(values)))
 
 
 def cost(comparison: Comparison) -> Table:
-    """Means of a round."""
+    """Return the mean cost of a round."""
     titles = ("seconds per round", "MB per round", "GFLOP per round", "MiB, largest rank")
     columns = [
         Column("method", words=True),
@@ -233,12 +241,13 @@ def cost(comparison: Comparison) -> Table:
     for group in comparison.groups:
         cells = [word(group.method), word(group.setting)]
         for value in (_seconds, _megabytes, _giga_operations, _memory):
-            cells.append(plain_spread(known(group.finished, value)))
+            cells.append(plain_spread(values_of(group.finished, value)))
         rows.append(cells)
     if all(row[4].values[0] is None for row in rows):
         columns, rows = [*columns[:4], *columns[5:]], [[*row[:4], *row[5:]] for row in rows]
     notes = [
-        "mean over rounds, then mean ± standard deviation over seeds; seconds compare on like machines only"
+        "mean over rounds (memory: maximum), then mean ± standard deviation over seeds",
+        "compare seconds only between runs on equal machines",
     ]
     return Table("cost", "Cost of a round", columns, rows, notes)
 
@@ -262,7 +271,7 @@ def _memory(run: Run) -> float | None:
 
 
 def listed(comparison: Comparison) -> Table:
-    """Every run with what it came to."""
+    """Return every run with its rounds and its accuracy."""
     columns = [Column(title, words=True) for title in ("run", "method", "setting")]
     columns += [*map(Column, ("seed", "rounds", "of", "accuracy, %"))]
     rows = [

@@ -1,4 +1,4 @@
-"""What a run cost: bytes and operations, by round, and up to a target accuracy."""
+"""Costs of a run: bytes and operations, by round and up to a target accuracy."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from pfedmoe_mpi.report.load import Run
 
-OPERATIONS = (
-    6  # per multiply-add and sample: a multiplication and an addition, forward once and backward twice
-)
+# Per multiply-add and sample: a multiplication and an addition, once forward and twice backward.
+OPERATIONS = 6
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a deployment would send in one round, over all cohort members."""
+    """Bytes that a deployment would send in one round, summed over the cohort."""
 
     up: float
     down: float
@@ -26,22 +25,25 @@ class Traffic:
 
 
 def traffic(run: Run) -> list[Traffic]:
-    """Per round: all members receive, those in the sum send, new ones get what is sent once."""
-    known: set[int] = set()
-    found = []
+    """Return the traffic of each round: every member receives, members in the sum send.
+
+    A client receives `once` in the first round that it is a member of the cohort.
+    """
+    earlier: set[int] = set()
+    by_round = []
     for row in run.history:
         members = set(row["cohort"])
         left_out = {client for name in ("dropped", "lost", "late") for client in row.get(name, [])}
         sent = row["bytes"]
         up, down = ((sent.get(name) or 0.0) for name in ("up", "down"))
-        once = (sent.get("once") or 0) * len(members - known)
-        found.append(Traffic(up * len(members - left_out), down * len(members), once))
-        known |= members
-    return found
+        once = (sent.get("once") or 0) * len(members - earlier)
+        by_round.append(Traffic(up * len(members - left_out), down * len(members), once))
+        earlier |= members
+    return by_round
 
 
 def operations(run: Run) -> list[float] | None:
-    """Estimated floating-point operations of each round's training; None where the run does not tell."""
+    """Estimate the floating-point operations of each round's training; None if not recorded."""
     per_sample = run.started_with("multiply_adds")
     if not per_sample or len(per_sample) != run.clients:
         return None
@@ -54,7 +56,7 @@ def operations(run: Run) -> list[float] | None:
 
 @dataclass(frozen=True)
 class Reached:
-    """The first round at which the mean accuracy reached a target, and all it took until then."""
+    """The first round at which the mean accuracy reached a target, and the cost up to and including it."""
 
     round: int
     bytes: float
@@ -62,26 +64,26 @@ class Reached:
 
 
 def reached(run: Run, target: float) -> Reached | None:
-    """None if it never did."""
+    """Return when and at what cost a run first reached `target`, None if it never did."""
     for number, row in enumerate(run.history):
         mean = row["accuracy"]["mean"]
         if mean is not None and mean >= target:
-            spent = operations(run)
+            count = operations(run)
             return Reached(
                 row["round"],
                 sum(sent.total for sent in traffic(run)[: number + 1]),
-                None if spent is None else sum(spent[: number + 1]),
+                None if count is None else sum(count[: number + 1]),
             )
     return None
 
 
 def reachable(runs: Sequence[Run]) -> float | None:
-    """The highest whole percent that every run reaches, as a share; None if some run was never measured."""
-    tops = []
+    """Return the highest whole per cent that all runs reach, as a share; None if one was never measured."""
+    maxima = []
     for run in runs:
-        known = [row["accuracy"]["mean"] for row in run.history if row["accuracy"]["mean"] is not None]
-        if not known:
+        means = [row["accuracy"]["mean"] for row in run.history if row["accuracy"]["mean"] is not None]
+        if not means:
             return None
-        tops.append(max(known))
-    nearest = round(100 * min(tops))
-    return (nearest if nearest / 100 <= min(tops) else nearest - 1) / 100
+        maxima.append(max(means))
+    nearest = round(100 * min(maxima))
+    return (nearest if nearest / 100 <= min(maxima) else nearest - 1) / 100

@@ -1,4 +1,4 @@
-"""What a report consists of."""
+"""A report: facts, notes, sections with figures and tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pfedmoe_mpi.report.tables import Table
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with a sentence, figures and tables below it."""
+    """A heading; below it text, figures and tables."""
 
     title: str
     tables: Sequence[Table] = ()
@@ -21,8 +21,12 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """`facts` are the few numbers at the top, `notes` what a reader must know of them; `curves` of accuracy,
-    (round, share) by name, are what a terminal shows.
+    """A whole report.
+
+    Attributes:
+        facts: (name, value) of the few numbers at the top.
+        curves: accuracy as (round, share) by name, for a terminal.
+        notes: what a reader must know about the runs, below the facts.
     """
 
     title: str

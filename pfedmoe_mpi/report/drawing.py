@@ -1,6 +1,6 @@
-"""Figures with matplotlib: as PNG and PDF for a paper, as SVG whose colours follow the page.
+"""Figures with matplotlib: PNG and PDF for a paper, SVG whose colours follow the page.
 
-Nothing is told by colour alone: every series has its own line and marker too.
+Series differ in line or marker too, never in colour alone.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's colours, told apart by colour-blind readers; pale ones darkened to contrast 3 on white.
+# Okabe and Ito's colours, distinguishable by colour-blind readers; pale ones darkened to contrast 3 on white.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#c26f9b", "#b87f00", "#2f97d6", "#666666")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDTH = 6.4  # inches; two columns of a paper
-MAP = "cividis"  # the same to colour-blind readers, and ordered in grey
+COLOR_MAP = "cividis"  # the same for colour-blind readers; ordered in greyscale too
 
 
 @dataclass(frozen=True)
 class Paint:
-    """The colours of text, of what is behind it, of helping lines and of the series."""
+    """Colours of text, background, grid lines and series."""
 
     ink: str
     paper: str
@@ -31,8 +31,8 @@ class Paint:
 
 
 PAPER = Paint("#1a1a1a", "#ffffff", "#cccccc", SERIES)
-# Stands for the page's variables: a colour that no figure uses otherwise becomes `var(--name)`.
-NAMED = {"#010203": "--ink", "#010204": "--paper", "#010205": "--grid"} | {
+# Placeholder colours that no figure uses otherwise; `svg` replaces each by a CSS variable of the page.
+PLACEHOLDERS = {"#010203": "--ink", "#010204": "--paper", "#010205": "--grid"} | {
     f"#02030{n}": f"--series-{n}" for n in range(len(SERIES))
 }
 THEMED = Paint("#010203", "#010204", "#010205", tuple(f"#02030{n}" for n in range(len(SERIES))))
@@ -40,7 +40,7 @@ THEMED = Paint("#010203", "#010204", "#010205", tuple(f"#02030{n}" for n in rang
 
 @dataclass(frozen=True)
 class Style:
-    """How one series looks."""
+    """Colour, line and marker of one series."""
 
     number: int
     color: str
@@ -48,7 +48,7 @@ class Style:
     marker: str
 
     def line(self, points: int) -> dict[str, Any]:
-        """For `Axes.plot`: about six markers along the line; those of equal lines stand side by side."""
+        """Return arguments of `Axes.plot` for a line with about six markers, shifted by series."""
         every = max(1, (points + 5) // 6)
         return {
             **{"color": self.color, "linestyle": self.linestyle, "marker": self.marker},
@@ -56,12 +56,12 @@ class Style:
         }
 
     def dots(self) -> dict[str, Any]:
-        """For `Axes.plot`: markers alone."""
+        """Return arguments of `Axes.plot` for markers without a line."""
         return {"color": self.color, "linestyle": "none", "marker": self.marker, "markersize": 5}
 
 
 def style(number: int, paint: Paint) -> Style:
-    """The look of series `number`; the first 35 differ, in line or marker and mostly in colour."""
+    """Return the style of series `number`; the first 35 differ in line or marker, and most in colour."""
     return Style(
         number, paint.series[number % len(SERIES)], LINES[number % len(LINES)], MARKERS[number % len(MARKERS)]
     )
@@ -69,7 +69,7 @@ def style(number: int, paint: Paint) -> Style:
 
 @dataclass(frozen=True)
 class Figure:
-    """`draw(figure, paint)` fills a matplotlib figure of `size` inches; `caption` says what it shows."""
+    """A figure with its caption; `draw(canvas, paint)` fills a matplotlib figure of `size` inches."""
 
     name: str
     title: str
@@ -78,7 +78,7 @@ class Figure:
     size: tuple[float, float] = (WIDTH, 3.2)
 
 
-def _drawn(figure: Figure, paint: Paint) -> Any:
+def _draw(figure: Figure, paint: Paint) -> Any:
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=figure.size, layout="constrained")
@@ -86,7 +86,8 @@ def _drawn(figure: Figure, paint: Paint) -> Any:
     return canvas
 
 
-def _look(paint: Paint) -> Any:
+def _settings(paint: Paint) -> Any:
+    """Return matplotlib's settings in the colours of `paint`."""
     ink = (
         "text.color",
         "axes.labelcolor",
@@ -112,28 +113,28 @@ def _look(paint: Paint) -> Any:
 
 
 def svg(figure: Figure) -> str:
-    """An `<svg>` element for the page, in the colours of its variables; equal figures give equal text."""
+    """Return an `<svg>` element in the colours of the page's variables; equal figures give equal text."""
     import matplotlib
 
     out = io.StringIO()
-    with matplotlib.rc_context(_look(THEMED)):
+    with matplotlib.rc_context(_settings(THEMED)):
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        _drawn(figure, THEMED).savefig(out, format="svg", metadata=metadata)
+        _draw(figure, THEMED).savefig(out, format="svg", metadata=metadata)
     text = out.getvalue()
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
-    for color, name in NAMED.items():
+    for color, name in PLACEHOLDERS.items():
         text = text.replace(color, f"var({name})")
-    # Ids are unique within the page, where several figures stand.
+    # A page has several figures, and ids must be unique within it.
     text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{figure.name}-", text)
     label = figure.title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def save(figure: Figure, folder: Path) -> None:
-    """NAME.png at 300 dpi and NAME.pdf, on white; equal figures give equal files."""
+    """Write NAME.png at 300 dpi and NAME.pdf, on white; equal figures give equal files."""
     import matplotlib
 
-    with matplotlib.rc_context({**_look(PAPER), "savefig.facecolor": "white"}):
-        canvas = _drawn(figure, PAPER)
+    with matplotlib.rc_context({**_settings(PAPER), "savefig.facecolor": "white"}):
+        canvas = _draw(figure, PAPER)
         canvas.savefig(folder / f"{figure.name}.png", dpi=300, metadata={"Software": None})
         canvas.savefig(folder / f"{figure.name}.pdf", metadata={"CreationDate": None})

@@ -1,4 +1,4 @@
-"""Gate weights of one run: by client, and by class of the samples."""
+"""The section of one run's page about gate weights: by client, and by class of the samples."""
 
 from __future__ import annotations
 
@@ -13,73 +13,73 @@ from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.report.run_figures import band, column, heat_map, legend_above, rounds_axis
 from pfedmoe_mpi.report.tables import Column, Table, number
 
-FEW = 12  # classes: a line each, with a marker of its own
+FEW = 12  # classes that are drawn as lines; more are drawn as a heat map
 
 
 def section(run: Run) -> Section:
-    """Nothing for methods without a gate."""
+    """Return tables and figures of gate weights, an empty section for methods without a gate."""
     if not any(a is not None for row in run.history for a in row["clients"]["alpha"]):
         return Section("Gates")
-    classes, table = by_class(run)
-    parts = [_of_classes(classes, table)] if len(classes) else []
-    return Section(
-        "Gates",
-        [_of_clients(run), *parts],
-        [by_client(run), *([class_figure(classes, table)] if len(classes) else [])],
-    )
+    tables, figures = [_client_table(run)], [client_figure(run)]
+    rounds, table = by_class(run)
+    if len(rounds):
+        tables.append(_class_table(rounds, table))
+        figures.append(class_figure(rounds, table))
+    return Section("Gates", tables, figures)
 
 
 def by_class(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds (m,) that tell it, and the mean α of each class, (m, classes), NaN without samples."""
-    known = [row for row in run.history if row.get("alpha_class")]
-    return np.array([row["round"] for row in known]), np.array([row["alpha_class"] for row in known], float)
+    """Return the m recorded rounds, (m,), and the mean α by class, (m, classes), NaN without samples."""
+    rows = [row for row in run.history if row.get("alpha_class")]
+    return np.array([row["round"] for row in rows]), np.array([row["alpha_class"] for row in rows], float)
 
 
-def chosen(number: int) -> list[int]:
-    """First, middle and last of so many."""
+def first_middle_last(number: int) -> list[int]:
+    """Return the first, middle and last index of `number` rows."""
     return [0, number // 2, number - 1] if number > 2 else list(range(number))
 
 
-def _of_clients(run: Run) -> Table:
-    """Of the clients that train."""
+def _client_table(run: Run) -> Table:
+    """Summarise α over the clients that have trained, in the first, middle and last measured round."""
     table = column(run, "alpha")
-    known = np.flatnonzero(~np.isnan(table).all(axis=1))
+    measured = np.flatnonzero(~np.isnan(table).all(axis=1))
     columns = [Column("round"), *map(Column, ("mean α", "std over clients", "lowest", "highest"))]
     rows = []
-    for at in (known[n] for n in chosen(len(known))):
-        values = table[at][~np.isnan(table[at])].tolist()
+    for n in first_middle_last(len(measured)):
+        row = measured[n]
+        values = table[row][~np.isnan(table[row])].tolist()
         mean, std = mean_std(values)
-        shown = (number(value, "{:.3f}") for value in (mean, std, min(values), max(values)))
-        rows.append([number(run.history[at]["round"]), *shown])
+        cells = (number(value, "{:.3f}") for value in (mean, std, min(values), max(values)))
+        rows.append([number(run.history[row]["round"]), *cells])
     return Table("alpha", "Weight α of the shared expert, mean over a client's test samples", columns, rows)
 
 
-def _of_classes(rounds: np.ndarray, table: np.ndarray) -> Table:
-    columns = [Column("class"), *(Column(f"round {rounds[n]}") for n in chosen(len(rounds)))]
+def _class_table(rounds: np.ndarray, table: np.ndarray) -> Table:
+    columns = [Column("class"), *(Column(f"round {rounds[n]}") for n in first_middle_last(len(rounds)))]
     rows = [
         [
             number(label),
             *(
                 number(None if np.isnan(table[n, label]) else float(table[n, label]), "{:.3f}")
-                for n in chosen(len(rounds))
+                for n in first_middle_last(len(rounds))
             ),
         ]
         for label in range(table.shape[1])
     ]
-    notes = ["mean over the test samples of a class, of all clients that train"]
+    notes = ["mean over the test samples of a class, over all clients that have trained"]
     title = "Weight α of the shared expert by class"
     return Table("alpha_class", title, columns, rows, notes, open=len(rows) <= FEW)
 
 
-def by_client(run: Run) -> Figure:
-    """α of the shared expert, per client over rounds."""
+def client_figure(run: Run) -> Figure:
+    """Plot α of the shared expert by client over rounds."""
 
     def draw(canvas: Any, paint: Paint) -> None:
         above, below = canvas.subplots(2, 1, height_ratios=(2, 3))
         table = column(run, "alpha")
         rounds = np.array([row["round"] for row in run.history])
-        known = ~np.isnan(table).all(axis=1)
-        x, table = rounds[known], table[known]
+        measured = ~np.isnan(table).all(axis=1)
+        x, table = rounds[measured], table[measured]
         look = style(0, paint)
         low, high = band(table)
         above.fill_between(
@@ -97,21 +97,22 @@ def by_client(run: Run) -> Figure:
         below.set_xticks(ticks, x[ticks])
 
     caption = (
-        "Mean weight α of the shared expert over a client's test samples: 1 = shared alone, 0 = local alone."
+        "Mean weight α of the shared expert over a client's test samples: 1 = shared expert only, "
+        "0 = local expert only. Above: mean and 10th to 90th percentile of the clients."
     )
     return Figure("gates", "Gate weights by client", caption, draw, (WIDTH, 5.0))
 
 
 def class_figure(rounds: np.ndarray, table: np.ndarray) -> Figure:
-    """α per class over rounds: lines of few classes, a map of many."""
+    """Plot α by class over rounds: lines for few classes, a heat map for many."""
     few = table.shape[1] <= FEW
 
     def draw(canvas: Any, paint: Paint) -> None:
         axes = canvas.subplots()
         if few:
             for label in range(table.shape[1]):
-                look = style(label, paint)
-                axes.plot(rounds, table[:, label], label=f"class {label}", **look.line(len(rounds)))
+                line_style = style(label, paint)
+                axes.plot(rounds, table[:, label], label=f"class {label}", **line_style.line(len(rounds)))
             axes.set_ylabel("α of the shared expert")
             rounds_axis(axes)
             legend_above(canvas, axes, 5)
@@ -123,8 +124,8 @@ def class_figure(rounds: np.ndarray, table: np.ndarray) -> Figure:
         axes.set_ylabel("class")
 
     caption = (
-        "Mean weight α of the shared expert by class of the test samples, of all clients that train: "
-        "1 = shared alone, 0 = local alone. The axis covers what occurs."
+        "Mean weight α of the shared expert by class of the test samples, all clients that have trained: "
+        "1 = shared expert only, 0 = local expert only. The axis covers the range of the values."
     )
     size = (WIDTH, 3.4 if few else min(6.0, max(3.0, 0.05 * table.shape[1] + 1.0)))
     return Figure("gates_class", "Gate weights by class", caption, draw, size)

@@ -1,4 +1,4 @@
-"""What runs side by side are called: the method and the setting, each by what tells it from the others."""
+"""Labels of compared runs: the method and the setting, each by what distinguishes it from the others."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from pfedmoe_mpi.report.load import Run
 
-# What makes no other configuration: the replicate, the folder, and what changes bits or speed but no method.
+# Settings that do not separate groups: the replicate, the folder, and what affects rounding or speed only.
 IGNORED = ("seed", "run.", "train.threads", "train.device", "eval.batch")
-# What is the same problem for every method; all else belongs to the method.
+# Settings that define the problem, the same for every method; all others belong to the method.
 SETTING = (
     "data.",
     "partition.",
@@ -24,70 +24,81 @@ SETTING = (
 )
 
 
-def counted(run: Run) -> dict[str, Any]:
-    """The configuration without what makes no other one."""
+def grouping_settings(run: Run) -> dict[str, Any]:
+    """Return the settings that separate groups: all but IGNORED."""
     return {name: value for name, value in run.config.items() if not name.startswith(IGNORED)}
 
 
 def labels(firsts: Sequence[Run]) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
-    """(method, setting) of runs of unlike configurations, and notes on what these leave out.
+    """Return (method, setting) of runs with distinct configurations, and notes on what the labels omit.
 
-    A setting is called by no more than tells it from the others, a method by what most of its variants do not
-    have. What a method has otherwise in another setting only, as augmentation by data set, makes no variant.
+    A setting's label has only what distinguishes it from the others; a method's label has the values that
+    most of its variants do not share. A value that changes only with the setting, such as augmentation by
+    data set, does not make a variant.
     """
     by_algorithm: dict[str, list[Run]] = {}
     for run in firsts:
         by_algorithm.setdefault(run.algorithm, []).append(run)
-    within = {name for same in by_algorithm.values() for name in _varying(same)}
+    varying = {algorithm: _varying(runs) for algorithm, runs in by_algorithm.items()}
     overall = [name for name in _varying(firsts) if name != "algorithm"]
     problem = [name for name in overall if name.startswith(SETTING)]
     models = [n for n in overall if n.startswith("model.") and _varies_in_a_setting(n, problem, firsts)]
     setting = problem + models
-    telling = _telling(setting, firsts)
+    distinguishing = _distinguishing(setting, firsts)
     variant = [name for name in overall if _varies_in_a_setting(name, setting, firsts)]
-    own = {algorithm: [n for n in _varying(same) if n in variant] for algorithm, same in by_algorithm.items()}
-    usual = {algorithm: _usual(own[algorithm], same) for algorithm, same in by_algorithm.items()}
-    found = [
-        (_method(run, own[run.algorithm], usual[run.algorithm]), shown(run.config, telling) or _problem(run))
+    of_method = {algorithm: [n for n in names if n in variant] for algorithm, names in varying.items()}
+    usual = {algorithm: _usual(of_method[algorithm], runs) for algorithm, runs in by_algorithm.items()}
+    pairs = [
+        (
+            _method(run, of_method[run.algorithm], usual[run.algorithm]),
+            settings_text(run.config, distinguishing) or _problem(run),
+        )
         for run in firsts
     ]
     notes = [
-        f"{algorithm}, where its name does not say otherwise: {shown(settings, list(settings))}"
+        f"{algorithm}, unless its label says otherwise: {settings_text(settings, list(settings))}"
         for algorithm, settings in usual.items()
         if settings
     ]
-    left = [name for name in overall if name not in telling and name not in variant]
-    return found, (*notes, *_unsaid(left, within, setting, by_algorithm))
+    unlabelled = [name for name in overall if name not in distinguishing and name not in variant]
+    within = {name for names in varying.values() for name in names}
+    return pairs, (*notes, *_notes(unlabelled, within, setting, by_algorithm))
 
 
-def _unsaid(
-    left: Sequence[str], within: set[str], setting: Sequence[str], by_algorithm: Mapping[str, Sequence[Run]]
+def _notes(
+    unlabelled: Sequence[str],
+    within: set[str],
+    setting: Sequence[str],
+    by_algorithm: Mapping[str, Sequence[Run]],
 ) -> list[str]:
-    """Notes on what varies and is in no name: along with the settings, or between methods."""
-    firsts = [run for same in by_algorithm.values() for run in same]
-    other = [name for name in left if name in within or name in setting]
+    """Return notes on settings that vary without being in a label: between settings, or between methods."""
+    firsts = [run for runs in by_algorithm.values() for run in runs]
+    within_methods = [name for name in unlabelled if name in within or name in setting]
     between = [
         name
-        for name in left
+        for name in unlabelled
         if not _is_section(name, firsts)
-        and (name not in other or _varies_between_methods(name, setting, firsts))
+        and (name not in within_methods or _varies_between_methods(name, setting, firsts))
     ]
-    along = [f"{name} ({'; '.join(_values(name, firsts))})" for name in other if name not in between]
-    notes = [f"differing between settings as well: {', '.join(along)}"] if along else []
+    along = [f"{name} ({'; '.join(_values(name, firsts))})" for name in within_methods if name not in between]
+    notes = [f"also different between settings: {', '.join(along)}"] if along else []
     for name in between:
-        values = (f"{kind} {' or '.join(_values(name, same))}" for kind, same in by_algorithm.items())
+        values = (
+            f"{algorithm} {' or '.join(_values(name, runs))}" for algorithm, runs in by_algorithm.items()
+        )
         notes.append(f"{name} differs between methods: {'; '.join(values)}")
     return notes
 
 
 def _varying(runs: Sequence[Run]) -> list[str]:
-    configs = [counted(run) for run in runs]
+    """Return the names of the settings that differ between runs."""
+    configs = [grouping_settings(run) for run in runs]
     names = dict.fromkeys(name for settings in configs for name in settings)
     return [name for name in names if len({repr(settings.get(name)) for settings in configs}) > 1]
 
 
 def _is_section(name: str, firsts: Sequence[Run]) -> bool:
-    """A method's own section is absent from the others' configurations."""
+    """Return whether a setting is in a method's own section, which other methods' configurations lack."""
     return name.partition(".")[0] in {run.algorithm for run in firsts}
 
 
@@ -95,47 +106,52 @@ def _key(run: Run, names: Sequence[str]) -> str:
     return repr([run.config.get(name) for name in names])
 
 
-def _telling(names: Sequence[str], firsts: Sequence[Run]) -> list[str]:
-    """Names enough to tell the settings apart: of those that change together the first in SETTING, so that
-    data are always named; models are last.
+def _distinguishing(names: Sequence[str], firsts: Sequence[Run]) -> list[str]:
+    """Return the fewest names that distinguish the settings.
+
+    Of names that change together, the first in the order of SETTING, then models: data are always named.
     """
-    found: list[str] = []
+    kept: list[str] = []
     places = [*SETTING, "model."]
     for name in sorted(names, key=lambda name: next(n for n, at in enumerate(places) if name.startswith(at))):
-        if len({_key(run, [*found, name]) for run in firsts}) > len({_key(run, found) for run in firsts}):
-            found.append(name)
-    return [name for name in names if name in found]
+        if len({_key(run, [*kept, name]) for run in firsts}) > len({_key(run, kept) for run in firsts}):
+            kept.append(name)
+    return [name for name in names if name in kept]
 
 
 def _varies_in_a_setting(name: str, setting: Sequence[str], firsts: Sequence[Run]) -> bool:
-    """Whether a method has several values of it in one setting; what is the setting's own never has."""
-    places = {(run.algorithm, _key(run, setting)) for run in firsts}
-    return len({(run.algorithm, _key(run, [*setting, name])) for run in firsts}) > len(places)
+    """Return whether a method has several values of `name` in one setting; never for names in `setting`."""
+    groups = {(run.algorithm, _key(run, setting)) for run in firsts}
+    return len({(run.algorithm, _key(run, [*setting, name])) for run in firsts}) > len(groups)
 
 
 def _varies_between_methods(name: str, setting: Sequence[str], firsts: Sequence[Run]) -> bool:
-    places = {_key(run, setting) for run in firsts}
-    return len({_key(run, [*setting, name]) for run in firsts}) > len(places)
+    """Return whether methods differ in `name` within one setting."""
+    groups = {_key(run, setting) for run in firsts}
+    return len({_key(run, [*setting, name]) for run in firsts}) > len(groups)
 
 
-def _usual(names: Sequence[str], same: Sequence[Run]) -> dict[str, Any]:
-    """What more than half of the variants of a method have."""
-    variants = list({_key(run, names): run for run in same}.values())
-    found = {}
+def _usual(names: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the values that more than half of a method's variants share."""
+    variants = list({_key(run, names): run for run in runs}.values())
+    usual = {}
     for name in names:
         key, number = Counter(_key(run, [name]) for run in variants).most_common(1)[0]
         if 2 * number > len(variants):
-            found[name] = next(run.config.get(name) for run in variants if _key(run, [name]) == key)
-    return found
+            usual[name] = next(run.config.get(name) for run in variants if _key(run, [name]) == key)
+    return usual
 
 
 def _method(run: Run, names: Sequence[str], usual: Mapping[str, Any]) -> str:
-    told = [name for name in names if name not in usual or repr(run.config.get(name)) != repr(usual[name])]
-    return run.algorithm + (f" ({shown(run.config, told)})".replace(f"{run.algorithm}.", "") if told else "")
+    """Return the method's label: the algorithm, and in brackets the values that are not the usual ones."""
+    unusual = [name for name in names if name not in usual or repr(run.config.get(name)) != repr(usual[name])]
+    return run.algorithm + (
+        f" ({settings_text(run.config, unusual)})".replace(f"{run.algorithm}.", "") if unusual else ""
+    )
 
 
 def _problem(run: Run) -> str:
-    """What a setting is called when there is one only."""
+    """Return the label of the only setting."""
     data = run.config.get("data.name" if run.config.get("data.source") == "torchvision" else "data.source")
     return f"{data}, N = {run.clients}"
 
@@ -144,13 +160,13 @@ def _values(name: str, runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(value_text(run.config[name]) for run in runs if name in run.config))
 
 
-def shown(settings: Mapping[str, Any], names: Sequence[str]) -> str:
-    """`name = value, …` of some settings."""
+def settings_text(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return `name = value, …` of the named settings."""
     return ", ".join(f"{name} = {value_text(settings.get(name))}" for name in names)
 
 
 def value_text(value: Any) -> str:
-    """A setting as the flags take it."""
+    """Return a value as a flag accepts it."""
     if isinstance(value, list | tuple):
         return ",".join(map(str, value)) or "none"
     return str(value).lower() if isinstance(value, bool) else "none" if value in ("", None) else str(value)

@@ -1,4 +1,4 @@
-"""A run folder as plain Python values; rows are flat, so `pandas.DataFrame(run.rows)` is a table."""
+"""Reading of run folders as plain values; rows are flat, so `pandas.DataFrame(run.rows)` is a table."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 from pfedmoe_mpi.errors import UserError
 
 STARTS = ("start", "restart")
-DRIFT = ["drift.forgetting", "drift.recovery"]  # columns of runs without a change of concept too
+DRIFT = ["drift.forgetting", "drift.recovery"]  # columns even of runs without a change of concept
 
 
 class RunFolderError(UserError):
-    """A folder that is no run's, or a run of which there is nothing to report."""
+    """A folder that is not a run folder, or a run without anything to report."""
 
 
 class NoRoundError(RunFolderError):
@@ -28,9 +28,9 @@ class NoRoundError(RunFolderError):
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run folder tells.
+    """The contents of a run folder.
 
-    `config` has dotted names; `history` are the rows of metrics.jsonl as they stand, `events` those of
+    `config` has dotted names; `history` holds the rows of metrics.jsonl unchanged, `events` those of
     events.jsonl.
     """
 
@@ -49,12 +49,12 @@ class Run:
 
     @property
     def planned(self) -> int:
-        """Rounds that were asked for."""
+        """The number of rounds that the configuration sets."""
         return int(self.config["rounds"])
 
     @property
     def done(self) -> int:
-        """Rounds that are complete."""
+        """The number of complete rounds."""
         return int(self.history[-1]["round"])
 
     @property
@@ -74,43 +74,45 @@ class Run:
         return len(self.last["clients"]["accuracy"])
 
     def architecture(self, client: int) -> str:
+        """Return the name of a client's architecture."""
         pool = self.config["model.pool"]
         return str(pool[client % len(pool)])
 
     def absent(self, round: int) -> frozenset[int]:
-        """The clients that had not trained by a round, as the newest start tells: they never do, or join
-        later. Means over clients are without them.
+        """Return the clients that had not trained by a round: they never train, or join later.
+
+        Taken from the event of the newest start; means over clients exclude them.
         """
         try:
             never, late = json.loads(self.started_with("samples"))["absent"]
             return frozenset(never if round >= int(self.config["join.round"]) else [*never, *late])
-        except (ValueError, KeyError, TypeError):  # an earlier version's run, or too many to tell
+        except (ValueError, KeyError, TypeError):  # a run of an earlier version, or too many clients to list
             return frozenset()
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """One flat dict per round: `round`, `accuracy.mean`, `seconds.train`, …; lists stay lists."""
-        who = {"seed": self.seed, "algorithm": self.algorithm}
+        run = {"seed": self.seed, "algorithm": self.algorithm}
         flat = [_flat({**row, "clients": {}}) for row in self.history]
-        # What is null in one row may be an object in another: every name of any row, but for such a null.
+        # A value that is null in one row may be an object in another; such a name is not a column.
         names = dict.fromkeys([*(name for row in flat for name in row), *DRIFT])
-        inner = {name.rpartition(".")[0] for name in names}
-        return [{**who, **{name: row.get(name) for name in names if name not in inner}} for row in flat]
+        objects = {name.rpartition(".")[0] for name in names}
+        return [{**run, **{name: row.get(name) for name in names if name not in objects}} for row in flat]
 
     @cached_property
     def client_rows(self) -> list[dict[str, Any]]:
         """One flat dict per round and client: `accuracy`, `loss`, `alpha`, `auc`, …"""
-        found = []
+        rows = []
         for row in self.history:
-            held = row["clients"]
-            for client in range(len(held["accuracy"])):
-                values = {name: column[client] for name, column in held.items() if column}
-                who = {"round": row["round"], "client": client, "architecture": self.architecture(client)}
-                found.append({"seed": self.seed, "algorithm": self.algorithm, **who, **values})
-        return found
+            metrics = row["clients"]
+            for client in range(len(metrics["accuracy"])):
+                values = {name: column[client] for name, column in metrics.items() if column}
+                keys = {"round": row["round"], "client": client, "architecture": self.architecture(client)}
+                rows.append({"seed": self.seed, "algorithm": self.algorithm, **keys, **values})
+        return rows
 
     def started_with(self, name: str) -> Any:
-        """A fact of the newest start that tells it, else None."""
+        """Return a field of the newest start or restart that has it, else None."""
         starts = [event for event in self.events if event["event"] in STARTS]
         return next((event[name] for event in reversed(starts) if event.get(name) is not None), None)
 
@@ -126,21 +128,24 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     """Read a run folder, finished or not.
 
     Raises:
-        RunFolderError: no run folder, no round in it yet, or files that are not a run's.
+        RunFolderError: this is not a run folder, it has no finished round yet, or its files are damaged.
     """
     folder = Path(path)
     if not folder.exists():
-        raise RunFolderError(f"there is no run folder {folder}", "check the path")
+        raise RunFolderError(f"{folder} does not exist", "name a run folder: pfedmoe-mpi report runs/NAME")
     if not folder.is_dir():
         raise RunFolderError(
-            f"{folder} is a file, not a run folder", "name the folder that holds config.toml"
+            f"{folder} is a file, not a run folder", "name the folder that contains config.toml"
         )
     if not (folder / "config.toml").is_file():
-        raise RunFolderError(f"{folder} is not a run folder: it has no config.toml", "check the path")
+        raise RunFolderError(
+            f"{folder} is not a run folder: it has no config.toml",
+            "name a run folder: pfedmoe-mpi report runs/NAME",
+        )
     settings = _settings(folder / "config.toml")
     history = _history(folder / "metrics.jsonl")
     if not history:
-        remedy = f"wait for its first round, or `restart {folder}` if it has ended"
+        remedy = f"wait for its first round; if the run has ended: pfedmoe-mpi restart {folder}"
         raise NoRoundError(f"the run {folder} has no finished round yet", remedy)
     events = [
         event for event in _lines(folder / "events.jsonl") if isinstance(event, dict) and "event" in event
@@ -149,33 +154,34 @@ def load_run(path: str | os.PathLike[str]) -> Run:
 
 
 def load_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs of several folders, and what was left out; a folder of run folders stands for all of them.
+    """Read several runs, and return notes on those left out; a folder of run folders means all of them.
 
     Raises:
-        RunFolderError: as `load_run`, but for runs without a round in a folder of others; a run named twice.
+        RunFolderError: see `load_run`, except that runs without a finished round in a folder of run folders
+            are left out; or a run is named twice.
     """
-    folders: dict[Path, bool] = {}  # whether it was named itself
+    folders: dict[Path, bool] = {}  # run folder: whether it was named itself
     for path in paths:
         for folder in _below(path) or [path]:
-            if folder.resolve() in {known.resolve() for known in folders}:
-                raise RunFolderError(f"{folder} is named twice", "name every run once")
+            if folder.resolve() in {other.resolve() for other in folders}:
+                raise RunFolderError(f"{folder} is named twice", "name each run once")
             folders[folder] = folder == path
     runs: list[Run] = []
-    without: list[NoRoundError] = []
+    left_out: list[NoRoundError] = []
     for folder, named in folders.items():
         try:
             runs.append(load_run(folder))
         except NoRoundError as error:
             if named:
                 raise
-            without.append(error)
+            left_out.append(error)
     if not runs:
-        raise without[0]
-    return runs, [f"left out: {error.problem}" for error in without]
+        raise left_out[0]
+    return runs, [f"left out: {error.problem}" for error in left_out]
 
 
 def _below(path: Path) -> list[Path]:
-    """The run folders in a folder that is none."""
+    """Return the run folders in a folder that is not one itself."""
     if (path / "config.toml").exists() or not path.is_dir():
         return []
     return [toml.parent for toml in sorted(path.glob("*/config.toml"))]
@@ -185,27 +191,30 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         settings = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RunFolderError(f"{path} cannot be read: {error}", "name a folder that a run wrote") from error
+        raise RunFolderError(
+            f"cannot read {path}: {error}", "name a folder that a run has written"
+        ) from error
     kinds = {"algorithm": str, "seed": int, "rounds": int, "model.pool": list}
     wrong = [
         name for name, kind in kinds.items() if not isinstance(settings.get(name), kind) or not settings[name]
     ]
     wrong = [name for name in wrong if settings.get(name) != 0 or name != "seed"]
     if wrong:
-        problem = f"{path} is not the configuration of a run: it has no {', '.join(wrong)}"
-        raise RunFolderError(problem, "name a folder that a run wrote")
+        problem = f"{path} is not the configuration of a run: it does not set {', '.join(wrong)}"
+        raise RunFolderError(problem, "name a folder that a run has written")
     return settings
 
 
 def _history(path: Path) -> list[dict[str, Any]]:
-    """The rows, in order; half a line at the end is a killed run's."""
+    """Return the rows, in order; a partial last line, left by a killed run, is dropped."""
     rows = _lines(path)
     for number, row in enumerate(rows, 1):
         if number == len(rows) and row is None:
             return rows[:-1]
         if not _is_row(row) or (number > 1 and row["round"] <= rows[number - 2]["round"]):
             problem = f"line {number} of {path} is not the row of a round"
-            raise RunFolderError(problem, f"`restart {path.parent}` writes the file anew from the checkpoint")
+            remedy = f"rewrite the file from the checkpoint: pfedmoe-mpi restart {path.parent}"
+            raise RunFolderError(problem, remedy)
     return rows
 
 
@@ -226,7 +235,7 @@ def _is_row(row: Any) -> bool:
 
 
 def _lines(path: Path) -> list[Any]:
-    """Each line's JSON value, None where it is none."""
+    """Return each line's JSON value, None for a line that is not JSON."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:

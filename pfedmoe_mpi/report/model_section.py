@@ -1,4 +1,4 @@
-"""What is shown of the models of one run."""
+"""The section of one run's page about its models."""
 
 from __future__ import annotations
 
@@ -9,96 +9,100 @@ import numpy as np
 
 from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, style
-from pfedmoe_mpi.report.model_views import EXTREMES, Looked
+from pfedmoe_mpi.report.model_views import EXTREMES, ModelViews
 from pfedmoe_mpi.report.run_figures import legend_above, per_cent
 from pfedmoe_mpi.report.tables import Cell, Column, Table, number, percent, word
 
 
-def section(looked: Looked) -> Section:
-    """Samples at both ends of the gate, representations, and everybody on one test set."""
-    gated = looked.alpha is not None
-    what = "gate weights and representations" if gated else "representations"
-    counts = f"{len(looked.labels):,} of the {looked.samples:,} test samples"
-    text = f"The models after round {looked.round}; {what} of {counts}."
-    figures = [generalisation(looked)]
-    figures += [pictures(looked)] if gated and looked.images else []
-    figures += [plane(looked, "class"), plane(looked, "client")] if looked.representations else []
-    return Section("Models", [_shared(looked), *([_extremes(looked)] if gated else [])], figures, text)
+def section(views: ModelViews) -> Section:
+    """Return samples with extreme gate weights, representations, and accuracies on a shared test set."""
+    gated = views.alpha is not None
+    contents = "gate weights and representations" if gated else "representations"
+    counts = f"{len(views.labels):,} of the {views.samples:,} test samples"
+    text = f"The models after round {views.round}: {contents} for {counts}."
+    figures = [generalisation(views)]
+    figures += [pictures(views)] if gated and views.images else []
+    figures += [plane(views, "class"), plane(views, "client")] if views.representations else []
+    return Section("Models", [_shared(views), *([_extremes(views)] if gated else [])], figures, text)
 
 
 def share(value: float) -> Cell:
-    """An accuracy in per cent; NaN is a dash."""
+    """Return an accuracy in per cent, a dash for NaN."""
     return percent(None if math.isnan(value) else float(value))
 
 
-def shared_note(looked: Looked) -> str:
+def shared_note(views: ModelViews) -> str:
+    """Return the note that defines the shared test set."""
     return (
-        f"shared test: the same {looked.shared_rows:,} rows for everybody, out of the test rows of all "
-        f"clients, with the models after round {looked.round}"
+        f"shared test: the same {views.shared_rows:,} rows for every client, drawn from the test rows of all "
+        f"clients; models after round {views.round}"
     )
 
 
-def _shared(looked: Looked) -> Table:
-    """Means over the clients that have both."""
-    both = ~np.isnan(looked.own) & ~np.isnan(looked.shared)
+def _shared(views: ModelViews) -> Table:
+    """Summarise both accuracies over the clients that have both."""
+    both = ~np.isnan(views.accuracy_own) & ~np.isnan(views.accuracy_shared)
     rows = []
-    for name, values in (("own test rows", looked.own[both]), ("shared test set", looked.shared[both])):
-        shown = (values.mean(), values.min(), values.max()) if len(values) else (math.nan,) * 3
-        rows.append([word(name), number(len(values)), *(share(float(value)) for value in shown)])
+    for name, values in (
+        ("own test rows", views.accuracy_own[both]),
+        ("shared test set", views.accuracy_shared[both]),
+    ):
+        summary = (values.mean(), values.min(), values.max()) if len(values) else (math.nan,) * 3
+        rows.append([word(name), number(len(values)), *(share(float(value)) for value in summary)])
     columns = [Column("accuracy on", words=True), *map(Column, ("clients", "mean, %", "worst, %", "best, %"))]
-    return Table("shared_test", "Generalisation", columns, rows, [shared_note(looked)])
+    return Table("shared_test", "Generalisation", columns, rows, [shared_note(views)])
 
 
-def _extremes(looked: Looked) -> Table:
-    assert looked.alpha is not None
+def _extremes(views: ModelViews) -> Table:
+    assert views.alpha is not None
     columns = [Column("α", words=True), *map(Column, ("weight", "class", "client"))]
     rows = [
         [
             word(end),
-            number(float(looked.alpha[place]), "{:.4f}"),
-            number(int(looked.labels[place])),
-            number(int(looked.clients[place])),
+            number(float(views.alpha[index]), "{:.4f}"),
+            number(int(views.labels[index])),
+            number(int(views.clients[index])),
         ]
-        for end, places in zip(("highest", "lowest"), looked.extremes, strict=True)
-        for place in places
+        for end, indices in zip(("highest", "lowest"), views.extremes, strict=True)
+        for index in indices
     ]
     title = "Test samples with the highest and the lowest weight α of the shared expert"
-    return Table("alpha_samples", title, columns, rows, open=not looked.images)
+    return Table("alpha_samples", title, columns, rows, open=not views.images)
 
 
-def pictures(looked: Looked) -> Figure:
-    """The samples at both ends of the gate."""
+def pictures(views: ModelViews) -> Figure:
+    """Show the samples with the highest and the lowest gate weights."""
 
     def draw(canvas: Any, paint: Paint) -> None:
-        assert looked.alpha is not None
+        assert views.alpha is not None
         grid = canvas.subplots(2, EXTREMES, squeeze=False)
-        for row, places in zip(grid, looked.extremes, strict=True):
+        for row, indices in zip(grid, views.extremes, strict=True):
             for axes in row:
                 axes.set_axis_off()
-            for axes, place in zip(row, places, strict=False):
-                axes.imshow(looked.picture(place), cmap="gray", vmin=0, vmax=1, interpolation="none")
-                words = (f"α {looked.alpha[place]:.3f}", f"class {looked.labels[place]}")
-                axes.set_title("\n".join((*words, f"client {looked.clients[place]}")), fontsize=7, loc="left")
+            for axes, index in zip(row, indices, strict=False):
+                axes.imshow(views.picture(index), cmap="gray", vmin=0, vmax=1, interpolation="none")
+                lines = (f"α {views.alpha[index]:.3f}", f"class {views.labels[index]}")
+                axes.set_title("\n".join((*lines, f"client {views.clients[index]}")), fontsize=7, loc="left")
 
     caption = (
         "Test samples with the highest (above) and the lowest (below) weight α of the shared expert, each "
-        "with its class and the client whose gate decided."
+        "with its class and the client whose gate weighted it."
     )
-    return Figure("alpha_samples", "Samples at both ends of the gate", caption, draw, (WIDTH, 2.7))
+    return Figure("alpha_samples", "Samples with extreme gate weights", caption, draw, (WIDTH, 2.7))
 
 
-def plane(looked: Looked, by: str) -> Figure:
-    """Representations in the plane; every sample is written as the number of its class, or its client."""
-    numbers = looked.labels if by == "class" else looked.clients
+def plane(views: ModelViews, by: str) -> Figure:
+    """Plot representations in the plane; each sample's marker is the number of its class or its client."""
+    numbers = views.labels if by == "class" else views.clients
 
     def draw(canvas: Any, paint: Paint) -> None:
-        embeddings = looked.embeddings
+        embeddings = views.embeddings
         grid = canvas.subplots(1, len(embeddings), squeeze=False)[0]
-        for axes, (name, places) in zip(grid, embeddings.items(), strict=True):
+        for axes, (name, points) in zip(grid, embeddings.items(), strict=True):
             for value in np.unique(numbers):
-                outline, wide = glyph(int(value))
+                outline, width = glyph(int(value))
                 look = {"color": style(int(value), paint).color, "marker": outline, "markeredgewidth": 0}
-                axes.plot(*places[numbers == value].T, linestyle="none", markersize=4.5 * wide, **look)
+                axes.plot(*points[numbers == value].T, linestyle="none", markersize=4.5 * width, **look)
             axes.set_title(name)
             axes.set_xticks([])
             axes.set_yticks([])
@@ -106,52 +110,52 @@ def plane(looked: Looked, by: str) -> Figure:
             axes.spines[:].set(visible=True, color=paint.grid)
             axes.margins(0.04)
 
-    how = f"{looked.method} of {', '.join(looked.representations)}"
+    method = f"{views.method} of {', '.join(views.representations)}"
     meaning = {
-        "r_G": "the shared extractor's",
-        "r_F": "the client's own extractor's",
-        "r": "what the head gets",
+        "r_G": "output of the shared extractor",
+        "r_F": "output of the client's own extractor",
+        "r": "input of the head",
     }
-    known = [f"{name}: {meaning[name]}" for name in looked.representations if name in meaning]
-    caption = f"{how}; every test sample is written as the number of its {by}. {'; '.join(known)}".rstrip()
+    legend = "; ".join(f"{name}: {meaning[name]}" for name in views.representations if name in meaning)
+    caption = f"{method}; the marker of each test sample is the number of its {by}. {legend}".rstrip()
     return Figure(
         f"representations_{by}",
         f"Representations by {by}",
         caption,
         draw,
-        (WIDTH, 3.4 if len(looked.representations) == 1 else 2.6),
+        (WIDTH, 3.4 if len(views.representations) == 1 else 2.6),
     )
 
 
 def glyph(value: int) -> tuple[Any, float]:
-    """A number as a marker: its outline about the origin, and how much wider than high, at least 1."""
+    """Return a number as a marker: its centred outline, and its ratio of width to height, at least 1."""
     from matplotlib.path import Path
     from matplotlib.textpath import TextPath
 
     outline = TextPath((0, 0), str(value), size=1)
     low, high = outline.vertices.min(axis=0), outline.vertices.max(axis=0)
-    wide, tall = high - low
-    return Path((outline.vertices - (low + high) / 2) / tall, outline.codes), max(1.0, wide / tall)
+    width, height = high - low
+    return Path((outline.vertices - (low + high) / 2) / height, outline.codes), max(1.0, width / height)
 
 
-def generalisation(looked: Looked) -> Figure:
-    """Every client's accuracy on its own test rows and on the shared ones."""
+def generalisation(views: ModelViews) -> Figure:
+    """Plot every client's accuracy on its own test rows and on the shared test set."""
 
     def draw(canvas: Any, paint: Paint) -> None:
         axes = canvas.subplots()
-        order = np.lexsort((looked.shared, np.nan_to_num(looked.own, nan=2.0)))
+        order = np.lexsort((views.accuracy_shared, np.nan_to_num(views.accuracy_own, nan=2.0)))
         x = np.arange(1, len(order) + 1)
-        own, shared = per_cent(looked.own)[order], per_cent(looked.shared)[order]
+        own, shared = per_cent(views.accuracy_own)[order], per_cent(views.accuracy_shared)[order]
         axes.vlines(x, own, shared, color=paint.grid, linewidth=1)
-        for which, (name, values) in enumerate((("own test rows", own), ("shared test set", shared))):
-            axes.plot(x, values, label=name, **style(which, paint).dots())
+        for series, (name, values) in enumerate((("own test rows", own), ("shared test set", shared))):
+            axes.plot(x, values, label=name, **style(series, paint).dots())
         axes.set_xticks([])
         axes.set_xlabel("clients, sorted by the accuracy on their own test rows")
         axes.set_ylabel("test accuracy, %")
         legend_above(canvas, axes)
 
     caption = (
-        f"Accuracy of every client's model after round {looked.round} on its own test rows, and on the same "
-        f"{looked.shared_rows:,} rows of all clients and classes for everybody."
+        f"Accuracy of every client's model after round {views.round} on its own test rows and on the shared "
+        f"test set: the same {views.shared_rows:,} rows for every client, drawn from all clients' test rows."
     )
     return Figure("generalisation", "Generalisation", caption, draw, (WIDTH, 3.0))

@@ -1,4 +1,4 @@
-"""What was seen of the models of a run, as plain arrays, and its embedding in the plane."""
+"""Gate weights, representations and accuracies of a run's models as plain arrays; embedding in the plane."""
 
 from __future__ import annotations
 
@@ -15,10 +15,21 @@ EXTREMES = 8  # samples with the highest and the lowest gate weights
 
 
 @dataclass(frozen=True, eq=False)
-class Looked:
-    """Of n drawn test samples: `clients`, `labels` (n,), `alpha` (n,) or None, `raw` (n, *shape), and
-    `representations` (n, d) by label. Of N clients: accuracy on their `own` test rows and on `shared` ones,
-    NaN where unknown. `samples`: how many test samples there are; `round`: of the checkpoint.
+class ModelViews:
+    """The models of one checkpoint on n sampled test samples, and the accuracy of each of the N clients.
+
+    Attributes:
+        round: the checkpoint's round.
+        samples: the number of test samples of all clients, of which n were drawn.
+        clients: (n,) the client of each sample.
+        labels: (n,) the class of each sample.
+        alpha: (n,) weight of the shared expert, or None for a method without a gate.
+        raw: (n, *shape) the samples before normalisation.
+        representations: (n, d) by label.
+        shared_rows: the number of rows of the shared test set.
+        accuracy_shared: (N,) accuracy on the shared test set, NaN where unknown.
+        accuracy_own: (N,) accuracy on the client's own test rows, NaN where unknown.
+        seed: of the t-SNE embedding.
     """
 
     round: int
@@ -29,13 +40,13 @@ class Looked:
     raw: np.ndarray
     representations: Mapping[str, np.ndarray]
     shared_rows: int
-    shared: np.ndarray
-    own: np.ndarray
+    accuracy_shared: np.ndarray
+    accuracy_own: np.ndarray
     seed: int
 
     @property
     def extremes(self) -> tuple[np.ndarray, np.ndarray]:
-        """The places of the samples with the highest α, falling, and with the lowest, rising."""
+        """Indices of the samples with the highest α, falling, and with the lowest α, rising."""
         assert self.alpha is not None
         order = np.argsort(self.alpha, kind="stable")
         number = min(EXTREMES, len(order) // 2)
@@ -43,38 +54,42 @@ class Looked:
 
     @property
     def images(self) -> bool:
-        """Whether samples can be shown as pictures."""
+        """Whether the samples are images of one or three channels."""
         return self.raw.ndim == 4 and self.raw.shape[1] in {1, 3}
 
-    def picture(self, place: int) -> np.ndarray:
-        """(height, width[, 3]) from 0 to 1; numbers that are no bytes are stretched."""
-        raw = self.raw[place].astype(float)
+    def picture(self, index: int) -> np.ndarray:
+        """Return a sample as (height, width[, 3]) from 0 to 1: bytes over 255, other values stretched."""
+        raw = self.raw[index].astype(float)
         low, high = (0.0, 255.0) if self.raw.dtype == np.uint8 else (raw.min(), raw.max())
-        shown = (raw - low) / max(high - low, 1e-12)
-        return shown[0] if len(shown) == 1 else shown.transpose(1, 2, 0)
+        scaled = (raw - low) / max(high - low, 1e-12)
+        return scaled[0] if len(scaled) == 1 else scaled.transpose(1, 2, 0)
 
     @property
     def method(self) -> str:
-        """How the plane is found: t-SNE where there are samples enough and scikit-learn is, else PCA."""
+        """The embedding's method: t-SNE with at least ENOUGH samples and scikit-learn installed, else PCA."""
         return "t-SNE" if len(self.labels) >= ENOUGH and find_spec("sklearn") else "PCA"
 
     @cached_property
     def embeddings(self) -> dict[str, np.ndarray]:
         """Each representation in the plane, (n, 2)."""
-        place = self._neighbours if self.method == "t-SNE" else principal
-        return {name: place(table.astype(float)) for name, table in self.representations.items()}
+        embed = self._embed_tsne if self.method == "t-SNE" else principal_components
+        return {name: embed(table.astype(float)) for name, table in self.representations.items()}
 
-    def _neighbours(self, table: np.ndarray) -> np.ndarray:
+    def _embed_tsne(self, table: np.ndarray) -> np.ndarray:
         from sklearn.manifold import TSNE
 
-        made = TSNE(perplexity=30, init="pca", random_state=self.seed)
-        return np.asarray(made.fit_transform(principal(table, min(DIMENSIONS, *table.shape))), float)
+        tsne = TSNE(perplexity=30, init="pca", random_state=self.seed)
+        reduced = principal_components(table, min(DIMENSIONS, *table.shape))
+        return np.asarray(tsne.fit_transform(reduced), float)
 
 
-def principal(table: np.ndarray, number: int = 2) -> np.ndarray:
-    """(n, number) principal components; each with its largest weight positive, so that it has one sign."""
+def principal_components(table: np.ndarray, number: int = 2) -> np.ndarray:
+    """Return (n, number) principal components, zero where there are fewer.
+
+    The largest weight of each component is positive, so that its sign is determined.
+    """
     centred = table - table.mean(axis=0)
     left, values, right = np.linalg.svd(centred, full_matrices=False)
     signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])
-    found = (left * values * signs)[:, :number]
-    return np.pad(found, ((0, 0), (0, max(0, number - found.shape[1]))))
+    components = (left * values * signs)[:, :number]
+    return np.pad(components, ((0, 0), (0, max(0, number - components.shape[1]))))

@@ -1,4 +1,4 @@
-"""Runs of tables, which `reproduce` trains; those of the papers beside the figures that the papers print."""
+"""Results of `reproduce` by table, beside the published results where a paper has them."""
 
 from __future__ import annotations
 
@@ -7,95 +7,98 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi.report.compare import known, mean_std
+from pfedmoe_mpi.report.compare import mean_std, values_of
 from pfedmoe_mpi.report.document import Section
-from pfedmoe_mpi.report.labels import shown
+from pfedmoe_mpi.report.labels import settings_text
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.report.tables import SPREAD, Cell, Column, Table, spread, word
 
-FIGURES = Path(__file__).with_name("paper.toml")
-THEIRS = ("paper", "difference, points")
-NONE: Mapping[str, Any] = {"source": "", "accuracy": "accuracy", "solved": [], "cells": {}}
+PUBLISHED = Path(__file__).with_name("paper.toml")
+PAPER_COLUMNS = ("paper", "difference, points")
+NOT_PUBLISHED: Mapping[str, Any] = {"source": "", "accuracy": "accuracy", "solved": [], "cells": {}}
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """What finished runs of a table came to: where a paper prints its figures beside them, else alone."""
-    of_table: dict[str, list[Run]] = {}
+    """Return the results of finished runs by table, with those of the paper where `paper.toml` has them."""
+    by_table: dict[str, list[Run]] = {}
     for run in runs:
         if run.finished and run.config.get("run.table"):
-            of_table.setdefault(str(run.config["run.table"]), []).append(run)
-    figures = tomllib.loads(FIGURES.read_text(encoding="utf-8"))
-    printed = [name for name in sorted(of_table) if name in figures]
-    others = [name for name in sorted(of_table) if name not in figures]
-    theirs = [beside(name, of_table[name], {**NONE, **figures[name]}) for name in printed]
-    own = [alone(name, of_table[name]) for name in others]
-    titled = (("Beside the paper", theirs), ("Cells of tables", own))
-    return [Section(title, made) for title, made in titled if made]
+            by_table.setdefault(str(run.config["run.table"]), []).append(run)
+    papers = tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))
+    compared = [
+        results_and_paper(name, by_table[name], {**NOT_PUBLISHED, **papers[name]})
+        for name in sorted(by_table)
+        if name in papers
+    ]
+    unpublished = [results(name, by_table[name]) for name in sorted(by_table) if name not in papers]
+    titled = (("Comparison with the paper", compared), ("Results by table", unpublished))
+    return [Section(title, tables) for title, tables in titled if tables]
 
 
-def alone(name: str, runs: Sequence[Run]) -> Table:
-    """`beside` for a table of which no paper prints a figure: without the paper's columns."""
-    made = beside(name, runs, NONE)
-    ours = [place for place, column in enumerate(made.columns) if column.title not in THEIRS]
-    columns = [made.columns[place] for place in ours]
-    rows = [[row[place] for place in ours] for row in made.rows]
-    return Table(f"table_{name}", name, columns, rows, made.notes[:1])
+def results(name: str, runs: Sequence[Run]) -> Table:
+    """Return a row per cell for a table without published results: `results_and_paper` without the paper."""
+    table = results_and_paper(name, runs, NOT_PUBLISHED)
+    kept = [n for n, column in enumerate(table.columns) if column.title not in PAPER_COLUMNS]
+    columns = [table.columns[n] for n in kept]
+    rows = [[row[n] for n in kept] for row in table.rows]
+    return Table(f"table_{name}", name, columns, rows, table.notes[:1])
 
 
-def beside(name: str, runs: Sequence[Run], paper: Mapping[str, Any]) -> Table:
-    """A row per cell that was run, in the order of the runs: ours, the paper's, and the difference.
+def results_and_paper(name: str, runs: Sequence[Run], paper: Mapping[str, Any]) -> Table:
+    """Return a row per cell, in the order of the runs: our result, the paper's, and the difference.
 
     Args:
-        paper: a table of `paper.toml`: `cells` by column and row in %, which `accuracy` that is, `solved`.
+        paper: a table of `paper.toml`: `cells` by column and row in %, the name of their `accuracy`, the
+            `solved` cells.
     """
     cells: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        cells.setdefault((str(run.config.get("run.cell", "")), _as_run(run)), []).append(run)
+        cells.setdefault((str(run.config.get("run.cell", "")), _changes(run)), []).append(run)
     rows = []
-    for (cell, how), same in cells.items():
+    for (cell, changes), replicates in cells.items():
         column, _, row = cell.rpartition("/")
-        figure = paper["cells"].get(column, {}).get(row)
-        values = known(same, lambda run: (run.last.get(paper["accuracy"]) or {}).get("mean"))
+        percent = paper["cells"].get(column, {}).get(row)
+        values = values_of(replicates, lambda run: (run.last.get(paper["accuracy"]) or {}).get("mean"))
         mean, std = mean_std(values)
-        theirs = None if figure is None else figure / 100
-        sign = "*" if cell in paper["solved"] else ""
+        published = None if percent is None else percent / 100
+        mark = "*" if cell in paper["solved"] else ""
         rows.append(
             [
                 *(word(column), word(row), spread(mean, std, len(values))),
-                Cell("–" if theirs is None else f"{100 * theirs:.2f}{sign}", (theirs,)),
-                _difference(None if mean is None or theirs is None else mean - theirs),
-                word(how),
+                Cell("–" if published is None else f"{100 * published:.2f}{mark}", (published,)),
+                _difference(None if mean is None or published is None else mean - published),
+                word(changes),
             ]
         )
-    return Table(f"paper_{name}", f"{name}: ours beside the paper's", _columns(), rows, _notes(paper))
+    return Table(f"paper_{name}", f"{name}: our results and the paper's", _columns(), rows, _notes(paper))
 
 
 def _columns() -> list[Column]:
     columns = [Column("setting", words=True), Column("method", words=True), Column("ours", SPREAD)]
-    return [*columns, *map(Column, THEIRS), Column("as run", words=True)]
+    return [*columns, *map(Column, PAPER_COLUMNS), Column("as run", words=True)]
 
 
 def _difference(value: float | None) -> Cell:
     return Cell("–" if value is None else f"{100 * value:+.2f}".replace("-", "−"), (value,))
 
 
-def _as_run(run: Run) -> str:
-    """What keeps a run from being that of the table: fewer rounds, other settings."""
-    share = float(run.config.get("run.scale", 1.0))
-    told = []
-    if share != 1:
-        kind = "reduced scale" if share < 1 else "other scale"
-        told.append(f"{kind}: {run.planned} of {round(run.planned / share)} rounds")
+def _changes(run: Run) -> str:
+    """Return how a run differs from the table's: another number of rounds, other settings."""
+    scale = float(run.config.get("run.scale", 1.0))
+    changes = []
+    if scale != 1:
+        kind = "reduced scale" if scale < 1 else "other scale"
+        changes.append(f"{kind}: {run.planned} of {round(run.planned / scale)} rounds")
     if run.config.get("run.altered"):
-        told.append(f"other {shown(run.config, run.config['run.altered'])}")
-    return "; ".join(told) or "as the table"
+        changes.append(f"changed: {settings_text(run.config, run.config['run.altered'])}")
+    return "; ".join(changes) or "as the table"
 
 
 def _notes(paper: Mapping[str, Any]) -> list[str]:
-    which = "clients that never trained" if paper["accuracy"] == "accuracy_unseen" else "all clients"
+    clients = "clients that never trained" if paper["accuracy"] == "accuracy_unseen" else "all clients"
     notes = [
-        f"test accuracy in %, mean over {which}, last round; ours with its standard deviation over seeds",
-        *([f"the paper's figures: {paper['source']}"] if paper["source"] else []),
-        "a dash: no figure is known, or none converged",
+        f"test accuracy in %, mean over {clients}, last round; ours: mean ± standard deviation over seeds",
+        *([f"source of the paper's results: {paper['source']}"] if paper["source"] else []),
+        "dash: not published, or the method did not converge",
     ]
-    return [*notes, "* solved from ranges quoted in the text"] if paper["solved"] else notes
+    return [*notes, "* solved from ranges quoted in the paper's text"] if paper["solved"] else notes

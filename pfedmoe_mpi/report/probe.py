@@ -1,7 +1,7 @@
-"""Looking into the models of a run: gate weights, representations, one test set for everybody.
+"""Evaluation of a run's models for its report: gate weights, representations, one shared test set.
 
-All from the newest good checkpoint and the run's data, in this one process. The only room of reports that
-needs torch and MPI; its cost is bounded by the constants below.
+Uses the newest good checkpoint and the run's data, in this one process. The only module of reports that needs
+torch and MPI; the constants below bound its cost.
 """
 
 from __future__ import annotations
@@ -26,111 +26,109 @@ from pfedmoe_mpi.federation.evaluation import inputs, measure
 from pfedmoe_mpi.federation.loop import Loop
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.report.load import Run
-from pfedmoe_mpi.report.model_views import Looked
+from pfedmoe_mpi.report.model_views import ModelViews
 from pfedmoe_mpi.run import restart
 
-MOST_SAMPLES = 1000  # test samples whose gate weights and representations are looked at
-MOST_ROWS = 2000  # of the shared test set; fewer where many clients answer
+MOST_SAMPLES = 1000  # test samples whose gate weights and representations are computed
+MOST_ROWS = 2000  # of the shared test set; fewer with many clients
 LEAST_ROWS = 200
 MOST_ANSWERS = 50_000  # clients × rows of the shared test set
-SHOWN = 3  # representations
+MOST_REPRESENTATIONS = 3
 
 
-class LookError(UserError):
-    """Models that cannot be looked into."""
+class ProbeError(UserError):
+    """Models that cannot be evaluated for a report."""
 
 
-def look(run: Run) -> Looked:
-    """Load the run's newest good checkpoint and look into its models.
+def view_models(run: Run) -> ModelViews:
+    """Load the run's newest good checkpoint and evaluate its models.
 
     Raises:
-        UserError: no good checkpoint, no data or other ones, no MPI library.
+        UserError: there is no good checkpoint, the data are missing or changed, or there is no MPI library.
     """
     world = comm.start(allow_singleton=True)
     if world.size > 1:
-        raise LookError("a report is the work of one rank", "start it without mpirun")
+        raise ProbeError("report runs on one rank", "start it without mpirun")
     path, _, _ = restart.choose(world, run.path)
     if path is None:
-        raise LookError("the run has no good checkpoint", "`restart` the run, or --models false")
+        raise ProbeError(
+            "the run has no good checkpoint", f"pfedmoe-mpi restart {run.path}, or report with --models false"
+        )
     with Checkpoint(path) as loaded:
         loop = restart.evaluation_loop(world, loaded, {"train.device": "auto"})
         if loop.federation.data_digest != loaded.identity["data_digest"]:
-            raise LookError("the data changed since the checkpoint", "give the run its data back")
-        own = loaded.history[-1]["clients"]["accuracy"] if loaded.history else []
-    return _looked(loop, own)
+            raise ProbeError(
+                "the data have changed since the checkpoint", "restore the run's data, or --models false"
+            )
+        accuracy_own = loaded.history[-1]["clients"]["accuracy"] if loaded.history else []
+    return _views(loop, accuracy_own)
 
 
-def _looked(loop: Loop, own: Sequence[float | None]) -> Looked:
-    made = loop.federation
-    absent = made.task.absent(loop.round)
+def _views(loop: Loop, accuracy_own: Sequence[float | None]) -> ModelViews:
+    """Evaluate every client on the shared test set, and on its share of the sampled test samples."""
+    federation = loop.federation
+    clients = federation.task.clients
+    absent = federation.task.absent(loop.round)
     rows = _shared_rows(loop)
-    split = Split.of(made.dataset.rows(rows), made.dataset.labels[rows], made.engine.device)
-    drawn = _drawn(loop)
-    accuracy = np.full(made.task.clients, np.nan)
-    seen: list[Seen] = []
-    for number, client in made.clients.items():
-        parts = made.parts(client, loop.state)
-        found = measure(made.engine, made.method, parts, split, number in absent)
-        if found:
-            accuracy[number] = found.correct / found.samples
-        if len(drawn.get(number, ())):
-            seen.append(_see(loop, client, parts, drawn[number]))
-    if not seen:
-        raise LookError("no client that has test rows has trained yet", "wait for a later round")
-    names = [name for name in seen[0].representations if all(_known(one, name) for one in seen)]
-    names = names if len(names) <= SHOWN else [*names[:1], *names[-2:]]
-    gated = all(one.alpha is not None for one in seen)
-    labels = _labels(names, gated)
-    return Looked(
+    shared_test = Split.of(
+        federation.dataset.rows(rows), federation.dataset.labels[rows], federation.engine.device
+    )
+    samples = _sample_positions(loop)
+    accuracy_shared = np.full(clients, np.nan)
+    views: list[ClientView] = []
+    for number, client in federation.clients.items():
+        parts = federation.parts(client, loop.state)
+        measured = measure(federation.engine, federation.method, parts, shared_test, number in absent)
+        if measured:
+            accuracy_shared[number] = measured.correct / measured.samples
+        if len(samples.get(number, ())):
+            views.append(_client_view(loop, client, parts, samples[number]))
+    if not views:
+        raise ProbeError("no client with test samples has trained yet", "report again after a later round")
+    gated = all(view.alpha is not None for view in views)
+    return ModelViews(
         round=loop.round,
-        samples=sum(len(rows) for rows in made.partition.test),
-        clients=np.repeat([one.client for one in seen], [len(one.labels) for one in seen]),
-        labels=np.concatenate([one.labels for one in seen]),
-        alpha=np.concatenate([one.alpha for one in seen if one.alpha is not None]) if gated else None,
-        raw=np.concatenate([one.raw for one in seen]),
-        representations={
-            label: np.concatenate([one.representations[name] for one in seen])
-            for name, label in labels.items()
-        },
+        samples=sum(len(rows) for rows in federation.partition.test),
+        clients=np.repeat([view.client for view in views], [len(view.labels) for view in views]),
+        labels=np.concatenate([view.labels for view in views]),
+        alpha=np.concatenate([view.alpha for view in views if view.alpha is not None]) if gated else None,
+        raw=np.concatenate([view.raw for view in views]),
+        representations=_representations(views, gated),
         shared_rows=len(rows),
-        shared=accuracy,
-        own=np.array(own or [None] * made.task.clients, float),
-        seed=seeds.address(made.config.seed, "report/embedding") % 2**32,
+        accuracy_shared=accuracy_shared,
+        accuracy_own=np.array(accuracy_own or [None] * clients, float),
+        seed=seeds.address(federation.config.seed, "report/embedding") % 2**32,
     )
 
 
-def _known(seen: Seen, name: str) -> bool:
-    return name in seen.representations and bool(np.isfinite(seen.representations[name]).all())
-
-
 def _shared_rows(loop: Loop) -> np.ndarray:
-    """Rows of one test set for everybody, drawn from the union of the clients' test rows, ascending."""
-    made = loop.federation
-    union = np.unique(np.concatenate(made.partition.test))
-    most = min(MOST_ROWS, max(LEAST_ROWS, MOST_ANSWERS // made.task.clients), len(union))
-    drawn = seeds.numpy_generator(made.config.seed, "report/shared").choice(union, most, replace=False)
-    return np.sort(drawn)
+    """Draw the rows of the shared test set from the union of the clients' test rows; ascending."""
+    federation = loop.federation
+    union = np.unique(np.concatenate(federation.partition.test))
+    size = min(MOST_ROWS, max(LEAST_ROWS, MOST_ANSWERS // federation.task.clients), len(union))
+    generator = seeds.numpy_generator(federation.config.seed, "report/shared")
+    return np.sort(generator.choice(union, size, replace=False))
 
 
-def _drawn(loop: Loop) -> dict[int, np.ndarray]:
-    """By client the places of the drawn samples in its test split; none of clients that never trained."""
-    made = loop.federation
-    absent = made.task.absent(loop.round)
-    places = [
-        (client, place)
-        for client, rows in enumerate(made.partition.test)
-        for place in range(len(rows))
+def _sample_positions(loop: Loop) -> dict[int, np.ndarray]:
+    """Draw test samples of the clients that have trained; positions in the test split, by client."""
+    federation = loop.federation
+    absent = federation.task.absent(loop.round)
+    positions = [
+        (client, position)
+        for client, rows in enumerate(federation.partition.test)
+        for position in range(len(rows))
         if client not in absent
     ]
-    generator = seeds.numpy_generator(made.config.seed, "report/samples")
-    chosen = np.sort(generator.choice(len(places), min(MOST_SAMPLES, len(places)), replace=False))
-    table = np.array([places[n] for n in chosen]).reshape(-1, 2)
+    generator = seeds.numpy_generator(federation.config.seed, "report/samples")
+    chosen = np.sort(generator.choice(len(positions), min(MOST_SAMPLES, len(positions)), replace=False))
+    table = np.array([positions[n] for n in chosen]).reshape(-1, 2)
     return {int(client): table[table[:, 0] == client, 1] for client in np.unique(table[:, 0])}
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one client's models make of some of its test samples."""
+class ClientView:
+    """Outputs of one client's models on n of its test samples; see `ModelViews`."""
 
     client: int
     labels: np.ndarray
@@ -139,67 +137,89 @@ class Seen:
     representations: Mapping[str, np.ndarray]
 
 
-def _see(loop: Loop, client: Client, parts: Parts, places: np.ndarray) -> Seen:
-    made, test = loop.federation, client.splits["test"]
-    index = torch.from_numpy(places).to(test.y.device)
+def _client_view(loop: Loop, client: Client, parts: Parts, positions: np.ndarray) -> ClientView:
+    federation, test = loop.federation, client.splits["test"]
+    index = torch.from_numpy(positions).to(test.y.device)
     split = Split(test.x[index], test.y[index])
-    answer = made.method.answer(parts, partial(inputs, made.engine, test), False)
+    answer = federation.method.answer(parts, partial(inputs, federation.engine, test), False)
     assert answer, "a client that trained has an answer"
     alphas: list[np.ndarray] = []
-    found: dict[str, list[np.ndarray]] = {}
+    outputs: dict[str, list[np.ndarray]] = {}
     for module in parts.modules().values():
         module.eval()
-    with torch.no_grad(), made.engine.autocast():
-        for batch in batches(split, made.engine.evaluation_batch, made.engine.normalise):
-            with _listening(made.method, client, parts) as heard:
+    with torch.no_grad(), federation.engine.autocast():
+        for batch in batches(split, federation.engine.evaluation_batch, federation.engine.normalise):
+            with _recorded(federation.method, client, parts) as recorded:
                 answer(batch.x)
-            for name, value in heard.items():
-                found.setdefault(name, []).append(value.float().cpu().numpy())
-            weights = made.method.weights(parts, batch.x)
+            for name, value in recorded.items():
+                outputs.setdefault(name, []).append(value.float().cpu().numpy())
+            weights = federation.method.weights(parts, batch.x)
             if weights is not None:
                 alphas.append(weights[:, :-1].float().sum(1).cpu().numpy())
-    return Seen(
+    return ClientView(
         client.id,
         split.y.cpu().numpy(),
         split.x.cpu().numpy(),
         np.concatenate(alphas) if alphas else None,
-        {name: np.concatenate(values) for name, values in found.items()},
+        {name: np.concatenate(values) for name, values in outputs.items()},
     )
 
 
 @contextmanager
-def _listening(method: Algorithm, client: Client, parts: Parts) -> Iterator[dict[str, torch.Tensor]]:
-    """What every extractor gives, (B, d) by its part's name, and under '' what a head gets that none gave."""
-    heard: dict[str, torch.Tensor] = {}
+def _recorded(method: Algorithm, client: Client, parts: Parts) -> Iterator[dict[str, torch.Tensor]]:
+    """Record every extractor's output, (B, d), by its part's name.
 
-    def gave(name: str, module: Any, given: Any, result: torch.Tensor) -> None:
-        heard[name] = result
+    Under '': the input of a head, if it is the output of none of the extractors.
+    """
+    recorded: dict[str, torch.Tensor] = {}
 
-    def got(module: Any, given: tuple[torch.Tensor, ...]) -> None:
-        if not any(value is given[0] or torch.equal(value, given[0]) for value in heard.values()):
-            heard[""] = given[0]
+    def record_output(name: str, module: Any, inputs: Any, output: torch.Tensor) -> None:
+        recorded[name] = output
+
+    def record_input(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        if not any(value is inputs[0] or torch.equal(value, inputs[0]) for value in recorded.values()):
+            recorded[""] = inputs[0]
 
     handles = []
     for name, part in {**method.state(), **client.spec}.items():
         module = getattr(parts, name)
-        whole = part.kind.startswith("model ")
-        if whole or part.kind.startswith("extractor "):
-            extractor = module.extractor if whole else module
-            handles.append(extractor.register_forward_hook(partial(gave, name)))
-        if whole or part.kind == "head":
-            handles.append((module.head if whole else module).register_forward_pre_hook(got))
+        whole_model = part.kind.startswith("model ")
+        if whole_model or part.kind.startswith("extractor "):
+            extractor = module.extractor if whole_model else module
+            handles.append(extractor.register_forward_hook(partial(record_output, name)))
+        if whole_model or part.kind == "head":
+            head = module.head if whole_model else module
+            handles.append(head.register_forward_pre_hook(record_input))
     try:
-        yield heard
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()
 
 
+def _representations(views: Sequence[ClientView], gated: bool) -> dict[str, np.ndarray]:
+    """Return the representations of all clients, (n, d) by label; of more than three, first and last two."""
+    names = [name for name in views[0].representations if all(_is_finite(view, name) for view in views)]
+    names = names if len(names) <= MOST_REPRESENTATIONS else [*names[:1], *names[-2:]]
+    return {
+        label: np.concatenate([view.representations[name] for view in views])
+        for name, label in _labels(names, gated).items()
+    }
+
+
+def _is_finite(view: ClientView, name: str) -> bool:
+    return name in view.representations and bool(np.isfinite(view.representations[name]).all())
+
+
 def _labels(names: Sequence[str], gated: bool) -> dict[str, str]:
-    """Of a gate the shared extractors' r_G, the client's own r_F and the mixture r; else the parts' names."""
+    """Label representations by part name.
+
+    With a gate: r_G of the shared extractors, r_F of the client's own, r of the mixture. Without: the names
+    of the parts.
+    """
     parts = [name for name in names if name]
     if gated and len(parts) > 1:
-        general = dict(zip(parts[:-1], ("r_G", *(f"r_G{n}" for n in range(2, len(parts)))), strict=True))
-        return {**general, parts[-1]: "r_F", **({"": "r"} if "" in names else {})}
+        shared = dict(zip(parts[:-1], ("r_G", *(f"r_G{n}" for n in range(2, len(parts)))), strict=True))
+        return {**shared, parts[-1]: "r_F", **({"": "r"} if "" in names else {})}
     alone = len(names) == 1
     return {name: "r" if alone or not name else f"r of {name}" for name in names}

@@ -1,4 +1,4 @@
-"""The figures of one run."""
+"""Figures of one run."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.report.costs import traffic
-from pfedmoe_mpi.report.drawing import MAP, WIDTH, Figure, Paint, style
+from pfedmoe_mpi.report.drawing import COLOR_MAP, WIDTH, Figure, Paint, style
 from pfedmoe_mpi.report.load import Run
 
 BAND = (10, 90)  # percentiles of the clients
-FEW_CELLS = 300  # of a heat map: numbers are written into it
+FEW_CELLS = 300  # of a heat map that shows its numbers
 
 
 def column(run: Run, name: str) -> np.ndarray:
-    """(rounds, N) of a client metric, NaN where it was not measured and for clients that had not trained."""
+    """Return a client metric, (rounds, N), NaN where not measured and for clients that had not trained."""
     table = np.array([row["clients"][name] for row in run.history], float)
     for number, row in enumerate(run.history):
         table[number, sorted(run.absent(row["round"]))] = np.nan
@@ -24,35 +24,37 @@ def column(run: Run, name: str) -> np.ndarray:
 
 
 def measured(rounds: Sequence[int], values: Sequence[float | None]) -> tuple[list[int], list[float]]:
-    """Both without the rounds that have no value."""
+    """Return rounds and values without those that are None."""
     kept = [(r, v) for r, v in zip(rounds, values, strict=True) if v is not None]
     return [r for r, _ in kept], [v for _, v in kept]
 
 
 def per_cent(values: Any) -> np.ndarray:
+    """Return shares in per cent."""
     return 100 * np.asarray(values, float)
 
 
 def whole_numbers(axis: Any, most: int = 8) -> None:
-    """Along an axis, whose only number may be one."""
+    """Put ticks at whole numbers only, even if the axis has only one."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True, nbins=most, min_n_ticks=1))
 
 
 def rounds_axis(axes: Any) -> None:
+    """Label the x axis as rounds."""
     whole_numbers(axes.xaxis)
     axes.set_xlabel("round")
 
 
 def band(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """BAND's percentiles of each row without its NaN; rows that are all NaN are not given."""
+    """Return BAND's percentiles of each row, ignoring NaN; no row may be all NaN."""
     low, high = np.nanpercentile(table, BAND, axis=1)
     return low, high
 
 
 def legend_above(canvas: Any, axes: Any, columns: int = 3) -> None:
-    """A legend over the whole figure, where it covers no line."""
+    """Put a legend above the figure, where it covers no line."""
     handles, labels = axes.get_legend_handles_labels()
     canvas.legend(
         handles, labels, loc="outside upper left", ncols=columns, handlelength=2.8, columnspacing=1.2
@@ -60,17 +62,17 @@ def legend_above(canvas: Any, axes: Any, columns: int = 3) -> None:
 
 
 def convergence(run: Run) -> Figure:
-    """Accuracy of all clients after the sum, of the cohort before it, and the training loss."""
+    """Plot the accuracy of all clients after the sum, of the cohort before it, and the training loss."""
 
     def draw(canvas: Any, paint: Paint) -> None:
         left, right = canvas.subplots(1, 2, width_ratios=(3, 2))
         rounds = [row["round"] for row in run.history]
         table = column(run, "accuracy")
-        known = ~np.isnan(table).all(axis=1)
+        measured_rounds = ~np.isnan(table).all(axis=1)
         first, second, third = (style(n, paint) for n in range(3))
-        x = np.array(rounds)[known]
+        x = np.array(rounds)[measured_rounds]
         if len(x):
-            low, high = band(per_cent(table[known]))
+            low, high = band(per_cent(table[measured_rounds]))
             left.fill_between(
                 x, low, high, color=first.color, alpha=0.2, linewidth=0, label="80 % of the clients"
             )
@@ -89,29 +91,31 @@ def convergence(run: Run) -> Figure:
             rounds_axis(axes)
 
     caption = (
-        "Mean accuracy over all clients with the new shared state, and the 10th to 90th percentile; "
-        "that of the round's cohort before the sum; the worst client. Right: what training minimises."
+        "Left: accuracy with the new shared state, mean over all clients, 10th to 90th percentile and worst "
+        "client; accuracy of the round's cohort before the sum. Right: the training loss."
     )
     return Figure("convergence", "Convergence", caption, draw, (WIDTH, 3.4))
 
 
 def clients(run: Run) -> Figure:
-    """The accuracy of every client that trains in the last measured round: sorted, and by architecture."""
+    """Plot the accuracy of the clients that have trained, last measured round, sorted and by architecture."""
 
     def draw(canvas: Any, paint: Paint) -> None:
         left, right = canvas.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         accuracy = per_cent(column(run, "accuracy")[run.history.index(run.last)])
         order = [k for k in np.argsort(accuracy) if not np.isnan(accuracy[k])]
-        place = {client: number for number, client in enumerate(order, 1)}
+        position = {client: number for number, client in enumerate(order, 1)}
         names = list(dict.fromkeys(run.architecture(k) for k in range(run.clients)))
         for number, name in enumerate(names):
-            own = [k for k in order if run.architecture(k) == name]
+            members = [k for k in order if run.architecture(k) == name]
             look = style(number, paint)
-            left.plot([place[k] for k in own], accuracy[own], label=name, **look.dots())
-            right.plot(np.full(len(own), number), accuracy[own], alpha=0.6, **look.dots())
-            if own:
-                right.hlines(accuracy[own].mean(), number - 0.3, number + 0.3, color=paint.ink, linewidth=2)
-        left.set_xticks([])  # places, which would be taken for the clients' numbers
+            left.plot([position[k] for k in members], accuracy[members], label=name, **look.dots())
+            right.plot(np.full(len(members), number), accuracy[members], alpha=0.6, **look.dots())
+            if members:
+                right.hlines(
+                    accuracy[members].mean(), number - 0.3, number + 0.3, color=paint.ink, linewidth=2
+                )
+        left.set_xticks([])  # ranks in the order, easily mistaken for the clients' numbers
         left.set_xlabel("clients, sorted")
         left.set_ylabel("test accuracy, %")
         legend_above(canvas, left, 5)
@@ -121,13 +125,15 @@ def clients(run: Run) -> Figure:
         right.grid(axis="x", visible=False)
 
     when = f"after round {run.last['round']}"
-    caption = f"Test accuracy of every client that trains, {when}, sorted and by architecture."
+    caption = f"Test accuracy {when} of every client that has trained, sorted and by architecture."
     return Figure("clients", "Accuracy by client", caption, draw, (WIDTH, 3.2))
 
 
 def heat_map(canvas: Any, axes: Any, table: np.ndarray, label: str, limits: tuple[float, float]) -> Any:
-    """Cells with a bar that explains them; cells without a value stay empty. Rows and columns by number."""
-    image = axes.imshow(table, aspect="auto", cmap=MAP, interpolation="none", vmin=limits[0], vmax=limits[1])
+    """Draw a heat map with its colour bar, rows and columns by number; NaN stays empty."""
+    image = axes.imshow(
+        table, aspect="auto", cmap=COLOR_MAP, interpolation="none", vmin=limits[0], vmax=limits[1]
+    )
     canvas.colorbar(image, ax=axes, label=label, pad=0.02)
     for axis in (axes.xaxis, axes.yaxis):
         whole_numbers(axis, 10)
@@ -136,7 +142,7 @@ def heat_map(canvas: Any, axes: Any, table: np.ndarray, label: str, limits: tupl
 
 
 def partition(counts: np.ndarray) -> Figure:
-    """Training samples per class (down) and client (across), (N, classes)."""
+    """Draw training samples, (N, classes), with classes down and clients across."""
 
     def draw(canvas: Any, paint: Paint) -> None:
         axes = canvas.subplots()
@@ -160,52 +166,52 @@ def partition(counts: np.ndarray) -> Figure:
 
     height = min(6.0, max(2.2, 0.22 * counts.shape[1] + 0.8))
     caption = "Training samples of each client by class; empty where a client has none."
-    return Figure("partition", "Who holds which classes", caption, draw, (WIDTH, height))
+    return Figure("partition", "Training samples by class and client", caption, draw, (WIDTH, height))
 
 
 def seconds(run: Run) -> Figure:
-    """Where the time of a round went, on a logarithmic axis."""
+    """Plot the time of each round by phase, on a logarithmic axis."""
 
     def draw(canvas: Any, paint: Paint) -> None:
         axes = canvas.subplots()
         rounds = [row["round"] for row in run.history]
         for number, name in enumerate(("total", "train", "evaluate", "sum", "wait", "write")):
-            spent = [row["seconds"].get(name) or None for row in run.history]
-            if name == "evaluate":  # the other rounds have a moment of it, far below on this axis
-                spent = [
+            values = [row["seconds"].get(name) or None for row in run.history]
+            if name == "evaluate":  # in rounds without an evaluation it is close to 0, far below on this axis
+                values = [
                     s if row["accuracy"]["mean"] is not None else None
-                    for s, row in zip(spent, run.history, strict=True)
+                    for s, row in zip(values, run.history, strict=True)
                 ]
-            x, y = measured(rounds, spent)
+            x, y = measured(rounds, values)
             if not x:
                 continue
-            look = style(number, paint)
-            kind = look.dots() if name == "write" else look.line(len(x))
+            series_style = style(number, paint)
+            kind = series_style.dots() if name == "write" else series_style.line(len(x))
             axes.plot(x, y, label=name, **kind)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_ylabel("seconds, largest over ranks")
+        axes.set_ylabel("seconds, maximum over ranks")
         rounds_axis(axes)
         legend_above(canvas, axes, 6)
 
-    caption = "Seconds of each round by what they went into, the largest over ranks; wait is for other ranks."
-    return Figure("seconds", "Where the time went", caption, draw)
+    caption = "Seconds of each round by phase, maximum over ranks; wait: for the other ranks, before the sum."
+    return Figure("seconds", "Time by phase", caption, draw)
 
 
 def burden(run: Run) -> Figure:
-    """Bytes sent so far, and memory."""
+    """Plot the bytes sent so far, and the memory."""
 
     def draw(canvas: Any, paint: Paint) -> None:
         left, right = canvas.subplots(1, 2)
         rounds = [row["round"] for row in run.history]
-        sent = traffic(run)
+        by_round = traffic(run)
         parts: list[tuple[str, Callable[[Any], float]]] = [
-            ("up", lambda found: found.up),
-            ("down", lambda found: found.down),
-            ("once", lambda found: found.once),
+            ("up", lambda sent: sent.up),
+            ("down", lambda sent: sent.down),
+            ("once", lambda sent: sent.once),
         ]
         for number, (name, part) in enumerate(parts):
-            values = np.cumsum([part(found) for found in sent]) / 1e6
+            values = np.cumsum([part(sent) for sent in by_round]) / 1e6
             if values[-1] or name != "once":
                 left.plot(rounds, values, label=name, **style(number, paint).line(len(rounds)))
         left.set_ylabel("MB sent so far")
@@ -214,11 +220,12 @@ def burden(run: Run) -> Figure:
         x, y = measured(rounds, [row["rss_mb"] for row in run.history])
         right.plot(x, y, **style(0, paint).line(len(x)))
         right.set_ylim(0, 1.08 * max(y, default=1))
-        right.set_ylabel("largest rank, MiB")
+        right.set_ylabel("memory, largest rank, MiB")
         for axes in (left, right):
             rounds_axis(axes)
 
     caption = (
-        "Bytes that a deployment would have sent, all members together, and the memory of the largest rank."
+        "Left: megabytes that a deployment would have sent so far, summed over the cohort; once: sent when a "
+        "client first joins a cohort. Right: memory of the rank that uses most."
     )
     return Figure("burden", "Bytes and memory", caption, draw, (WIDTH, 2.8))

@@ -1,4 +1,4 @@
-"""What is shown of one run: the sections of its page, with their tables and figures."""
+"""The report on one run: the sections of its page, with their tables and figures."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pfedmoe_mpi.report.document import Report, Section
 from pfedmoe_mpi.report.drawing import Figure
 from pfedmoe_mpi.report.labels import value_text
 from pfedmoe_mpi.report.load import STARTS, Run
-from pfedmoe_mpi.report.model_views import Looked
+from pfedmoe_mpi.report.model_views import ModelViews
 from pfedmoe_mpi.report.tables import Column, Table, amount, number, percent, word
 
-# What the table of events has no details of: its own columns, and of a start what is shown elsewhere.
-APART = (
+# Fields left out of the details in the table of events: its own columns, and what other tables show.
+OMITTED = (
     *("time", "event", "round", "host", "hosts", "pid"),
     *("samples", "class_counts", "multiply_adds", "client_names"),
 )
@@ -38,21 +38,27 @@ VERSIONS = (
     "ranks",
     "job",
 )
+# Why a client was left out of a sum, by the row's list that names it.
 LEFT_OUT = (("dropped", "not finite"), ("lost", "lost before the sum"), ("late", "after the deadline"))
 
 
-def report(run: Run, target: float | None, looked: Looked | str = "") -> Report:
-    """Everything about one run, and of its models what was seen, or why nothing was."""
-    models = looked if isinstance(looked, Looked) else None
+def report(run: Run, target: float | None, models: ModelViews | str = "") -> Report:
+    """Return the report on one run.
+
+    Args:
+        target: accuracy of the target table, in (0, 1]; None for every ten per cent.
+        models: the evaluated models, or the sentence that says why they were not evaluated.
+    """
+    views = models if isinstance(models, ModelViews) else None
     state = "finished" if run.finished else f"unfinished: {run.done} of {run.planned} rounds"
     sections = [
         Section("The run", [*_settings(run), _versions(run)]),
         *paper_section.sections([run]),
         _data(run),
         Section("Convergence", [_target(run, target)], [run_figures.convergence(run)]),
-        Section("Clients", [_architectures(run), _clients(run, models)], [run_figures.clients(run)]),
+        Section("Clients", [_architectures(run), _clients(run, views)], [run_figures.clients(run)]),
         gate_section.section(run),
-        model_section.section(models) if models else Section("Models", text=str(looked)),
+        model_section.section(views) if views else Section("Models", text=str(models)),
         Section("Cost", [_costs(run), *_ranks(run)], _cost_figures(run)),
         Section("Events", [_events(run), *_left_out(run)]),
     ]
@@ -73,44 +79,44 @@ def _curve(run: Run, name: str) -> list[tuple[float, float]]:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """The figures at the top of the page."""
-    a = run.last["accuracy"]
+    """Return the facts at the top of the page."""
+    accuracy = run.last["accuracy"]
     seconds = sum(row["seconds"]["total"] or 0 for row in run.history)
     facts = [
         ("rounds", f"{run.done} of {run.planned}"),
-        (f"accuracy, round {run.last['round']}", percent(a["mean"]).text + " %"),
-        ("worst client", percent(a["worst"]).text + " %"),
+        (f"accuracy, round {run.last['round']}", percent(accuracy["mean"]).text + " %"),
+        ("worst client", percent(accuracy["worst"]).text + " %"),
         ("training and evaluation", duration(seconds)),
         ("uploaded by all clients", size(sum(sent.up for sent in traffic(run)))),
-        ("largest rank", f"{max(row['rss_mb'] or 0 for row in run.history):.0f} MiB"),
+        ("memory, largest rank", f"{max(row['rss_mb'] or 0 for row in run.history):.0f} MiB"),
     ]
     unseen = (run.last.get("accuracy_unseen") or {}).get("mean")
-    facts += [] if unseen is None else [("unseen clients", percent(unseen).text + " %")]
+    facts += [] if unseen is None else [("accuracy, unseen clients", percent(unseen).text + " %")]
     drift = run.last.get("drift")
     if drift:
         rounds = drift["recovery"]
-        facts.append(("old concept forgotten", percent(drift["forgetting"]).text + " %"))
+        facts.append(("accuracy lost on the old concept", percent(drift["forgetting"]).text + " %"))
         facts.append(("recovered", "not yet" if rounds is None else f"after {rounds} rounds"))
     return facts
 
 
 def _settings(run: Run) -> list[Table]:
-    """What is not the default, and all of it."""
+    """Return the table of the settings that differ from their defaults, and that of all settings."""
     from pfedmoe_mpi import config
 
-    defaults = {name: field.default for name, field in config.fields().items()}
+    defaults = {name: value_text(field.default) for name, field in config.fields().items()}
     rows = [[word(name), word(value_text(value))] for name, value in run.config.items()]
-    default = {name: value_text(value) for name, value in defaults.items()}
-    changed = [[*row, word(default.get(row[0].text, "–"))] for row in rows]
+    changed = [[*row, word(defaults.get(row[0].text, "–"))] for row in rows]
     changed = [row for row in changed if row[1].text != row[2].text and row[0].text != "run.dir"]
     titles = [Column(title, words=True) for title in ("setting", "value", "default")]
     return [
-        Table("changed", "Settings other than the default", titles, changed),
+        Table("changed", "Settings that differ from the default", titles, changed),
         Table("settings", "Configuration", titles[:2], rows, open=False),
     ]
 
 
 def _versions(run: Run) -> Table:
+    """Return the versions and the machine of the first start."""
     starts = [event for event in run.events if event["event"] in STARTS]
     first = starts[0] if starts else {}
     rows = [[word(name), word(value_text(first[name]))] for name in VERSIONS if first.get(name) is not None]
@@ -121,9 +127,9 @@ def _versions(run: Run) -> Table:
 def _data(run: Run) -> Section:
     counts = run.started_with("class_counts")
     if not counts:
-        return Section("Data", text="The run does not tell its clients' classes.")
+        return Section("Data", text="The run did not record the classes of its clients.")
     table = np.array(counts)
-    held = (table > 0).sum(axis=1)
+    classes = (table > 0).sum(axis=1)
     columns = [
         Column("client"),
         Column("samples"),
@@ -131,37 +137,37 @@ def _data(run: Run) -> Section:
         *(Column(f"class {c}") for c in range(table.shape[1])),
     ]
     rows = [
-        [number(k), number(int(table[k].sum())), number(int(held[k])), *(number(int(n)) for n in table[k])]
+        [number(k), number(int(table[k].sum())), number(int(classes[k])), *(number(int(n)) for n in table[k])]
         for k in range(len(table))
     ]
-    shown = Table("partition", "Training samples by client and class", columns, rows, open=False)
-    return Section("Data", [shown], [run_figures.partition(table)])
+    partition = Table("partition", "Training samples by client and class", columns, rows, open=False)
+    return Section("Data", [partition], [run_figures.partition(table)])
 
 
 def _target(run: Run, target: float | None) -> Table:
-    """When the mean accuracy first reached each ten per cent, or the target asked for."""
+    """Return when the mean accuracy first reached `target`, or every ten per cent if it is None."""
     top = reachable([run]) or 0.0
     targets = [target] if target is not None else [t / 100 for t in range(10, int(100 * top) + 1, 10)]
     columns = [Column("target, %"), Column("round"), Column("MB sent"), Column("GFLOP")]
     rows = []
-    for wanted in targets:
-        found = reached(run, wanted)
+    for share in targets:
+        first = reached(run, share)
         rows.append(
             [
-                percent(wanted),
-                number(found.round if found else None),
-                number(found.bytes / 1e6 if found else None, "{:.2f}"),
-                number(None if not found or found.operations is None else found.operations / 1e9, "{:.1f}"),
+                percent(share),
+                number(first.round if first else None),
+                number(first.bytes / 1e6 if first else None, "{:.2f}"),
+                number(None if not first or first.operations is None else first.operations / 1e9, "{:.1f}"),
             ]
         )
     if operations(run) is None:
         columns, rows = columns[:3], [row[:3] for row in rows]
-    notes = ["first round at which the mean over clients reaches the target; MB up and down, of all clients"]
-    return Table("target", "To a target accuracy", columns, rows, notes)
+    notes = ["first round at which the mean over clients reaches the target; MB: up and down, all clients"]
+    return Table("target", "Rounds and bytes to a target accuracy", columns, rows, notes)
 
 
 def _architectures(run: Run) -> Table:
-    """Of the clients that train."""
+    """Summarise the accuracy of the clients that have trained, by architecture."""
     accuracy = run.last["clients"]["accuracy"]
     absent = run.absent(run.last["round"])
     by_name: dict[str, list[float]] = {run.architecture(client): [] for client in range(run.clients)}
@@ -180,23 +186,24 @@ def _architectures(run: Run) -> Table:
     return Table("architectures", f"Accuracy by architecture, round {run.last['round']}", columns, rows)
 
 
-def _clients(run: Run, models: Looked | None) -> Table:
-    """Sorted from the worst: why a client is bad starts with how many samples and classes it has. Those that
-    have not trained are last.
+def _clients(run: Run, views: ModelViews | None) -> Table:
+    """List every client from the lowest accuracy to the highest, those that have not trained at the end.
+
+    Samples and classes are listed too: they are the first place to look for the cause of a low accuracy.
     """
-    held = run.last["clients"]
+    metrics = run.last["clients"]
     counts = run.started_with("class_counts")
     absent = run.absent(run.last["round"])
-    value = held["accuracy"]
-    order = sorted(range(run.clients), key=lambda k: (k in absent, value[k] is None, value[k], k))
+    accuracy = metrics["accuracy"]
+    order = sorted(range(run.clients), key=lambda k: (k in absent, accuracy[k] is None, accuracy[k], k))
     titles = ("client", "samples", "classes", "accuracy, %", "before the sum, %", "loss", "α shared")
     columns = [Column(titles[0]), Column("architecture", words=True), *map(Column, titles[1:])]
     rows = [
         [
-            *(number(k), word(run.architecture(k)), number(held["samples"][k])),
+            *(number(k), word(run.architecture(k)), number(metrics["samples"][k])),
             number(int((np.array(counts[k]) > 0).sum()) if counts else None),
-            *(percent(held["accuracy"][k]), percent(held.get("accuracy_before", held["accuracy"])[k])),
-            *(number(held["loss"][k], "{:.4f}"), number(held["alpha"][k], "{:.3f}")),
+            *(percent(accuracy[k]), percent(metrics.get("accuracy_before", accuracy)[k])),
+            *(number(metrics["loss"][k], "{:.4f}"), number(metrics["alpha"][k], "{:.3f}")),
         ]
         for k in order
     ]
@@ -204,31 +211,33 @@ def _clients(run: Run, models: Looked | None) -> Table:
     if len(names) == run.clients:
         columns.insert(1, Column("name", words=True))
         rows = [[row[0], word(names[k]), *row[1:]] for row, k in zip(rows, order, strict=True)]
-    auc = held.get("auc", [])
+    auc = metrics.get("auc", [])
     if any(value is not None for value in auc):
         columns.append(Column("AUC, %"))
         rows = [[*row, percent(auc[k])] for row, k in zip(rows, order, strict=True)]
-    if models and len(models.shared) == run.clients:
+    if views and len(views.accuracy_shared) == run.clients:
         columns.append(Column("shared test, %"))
-        rows = [[*row, model_section.share(models.shared[k])] for row, k in zip(rows, order, strict=True)]
-    listed = ", ".join(map(str, sorted(absent)))
-    notes = [f"have not trained, and are in no mean over clients: {listed}"] if absent else []
-    notes += [model_section.shared_note(models)] if models else []
+        rows = [
+            [*row, model_section.share(views.accuracy_shared[k])] for row, k in zip(rows, order, strict=True)
+        ]
+    untrained = ", ".join(map(str, sorted(absent)))
+    notes = [f"not trained yet, excluded from every mean over clients: {untrained}"] if absent else []
+    notes += [model_section.shared_note(views)] if views else []
     title = f"Clients after round {run.last['round']}, worst first"
     return Table("clients", title, columns, rows, notes, open=False)
 
 
 def _costs(run: Run) -> Table:
-    """Seconds are the largest over ranks, so parts may add up to more than the total."""
+    """Summarise seconds, megabytes and memory over the rounds."""
     rows = []
     for name in ("train", "evaluate", "sum", "wait", "write", "total"):
         values = [row["seconds"][name] for row in run.history if row["seconds"].get(name) is not None]
         mean, _ = mean_std(values)
         largest = max(values, default=None)
         rows.append([word(f"seconds, {name}"), amount(sum(values)), amount(mean), amount(largest)])
-    sent = traffic(run)
+    by_round = traffic(run)
     for name in ("up", "down", "once"):
-        values = [getattr(found, name) / 1e6 for found in sent]
+        values = [getattr(sent, name) / 1e6 for sent in by_round]
         rows.append([word(f"MB, {name}"), *(amount(f(values)) for f in (sum, statistics.mean, max))])
     memory = [row["rss_mb"] for row in run.history if row["rss_mb"] is not None]
     rows.append(
@@ -241,26 +250,26 @@ def _costs(run: Run) -> Table:
     )
     columns = [Column("what", words=True), Column("sum"), Column("mean of a round"), Column("largest")]
     notes = [
-        "seconds: the largest over ranks, so the parts may add up to more than the total",
-        "means of the rounds that have a value",
-        "MB: what a deployment would send, all members of the cohort together",
+        "seconds: maximum over ranks, so the parts may add up to more than the total",
+        "each mean is over the rounds that have a value",
+        "MB: bytes that a deployment would send, summed over the members of the cohort",
     ]
     return Table("cost", "Time, bytes, memory", columns, rows, notes)
 
 
 def _ranks(run: Run) -> list[Table]:
-    """Each rank's seconds of a mean round; nothing for one rank, whose seconds are those of the round."""
-    spent = rank_section.seconds(run)
-    if spent is None or len(spent["train"]) < 2:
+    """Return each rank's mean seconds per round; nothing for one rank, where they are the round's."""
+    by_phase = rank_section.seconds(run)
+    if by_phase is None or len(by_phase["train"]) < 2:
         return []
     with np.errstate(invalid="ignore"):
-        means = {name: np.nanmean(table, axis=1) for name, table in spent.items()}
+        means = {name: np.nanmean(table, axis=1) for name, table in by_phase.items()}
     columns = [Column("rank"), *(Column(f"{name}, s") for name in means)]
     rows = [
         [number(rank), *(amount(float(values[rank])) for values in means.values())]
-        for rank in range(len(spent["train"]))
+        for rank in range(len(by_phase["train"]))
     ]
-    notes = ["means of a round; wait: for the other ranks, before the sum"]
+    notes = ["mean over rounds; wait: for the other ranks, before the sum"]
     return [Table("ranks", "Seconds by rank", columns, rows, notes, open=len(rows) <= 16)]
 
 
@@ -269,24 +278,24 @@ def _cost_figures(run: Run) -> list[Figure]:
 
 
 def _events(run: Run) -> Table:
-    """With what a restart found otherwise than the first start; the rest of a start has tables of its own."""
+    """List the events; a restart shows only the versions that differ from those of the first start."""
     first = next((event for event in run.events if event["event"] in STARTS), {})
     rows = []
     for event in run.events:
-        more = {
+        fields = {
             name: value
             for name, value in event.items()
-            if name not in APART
+            if name not in OMITTED
             and value not in (None, [], {})
             and (name not in VERSIONS or value != first.get(name))
         }
-        details = "; ".join(f"{name}: {_detail(value)}" for name, value in more.items())
-        at = event.get("round")
+        details = "; ".join(f"{name}: {_detail(value)}" for name, value in fields.items())
+        round = event.get("round")
         rows.append(
             [
                 word(event.get("time", "")),
                 word(event["event"]),
-                number(at if isinstance(at, int) else None),
+                number(round if isinstance(round, int) else None),
                 word(details),
             ]
         )
@@ -296,7 +305,7 @@ def _events(run: Run) -> Table:
         Column("round"),
         Column("details", words=True),
     ]
-    return Table("events", "Starts, stops, faults", columns, rows)
+    return Table("events", "Starts, stops and faults", columns, rows)
 
 
 def _detail(value: Any) -> str:
@@ -305,15 +314,15 @@ def _detail(value: Any) -> str:
 
 def _left_out(run: Run) -> list[Table]:
     rows = []
-    for key, why in LEFT_OUT:
+    for key, reason in LEFT_OUT:
         times = Counter(client for row in run.history for client in row.get(key, []))
-        rows += [[word(why), number(client), number(count)] for client, count in sorted(times.items())]
+        rows += [[word(reason), number(client), number(count)] for client, count in sorted(times.items())]
     columns = [Column("why", words=True), Column("client"), Column("rounds")]
     return [Table("left_out", "Clients left out of a sum", columns, rows)] if rows else []
 
 
 def duration(seconds: float) -> str:
-    """`12 s`, `3 min 20 s` or `2 h 5 min`."""
+    """Return `12 s`, `3 min 20 s` or `2 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.3g} s"
@@ -323,7 +332,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in the decimal unit that fits."""
+    """Return a number of bytes in the decimal unit that fits."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Tables by content, and as CSV, LaTeX (booktabs) and plain text; the page has its own template."""
+"""Tables, and their output as CSV, LaTeX (booktabs) and plain text; the page has its own template."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LATEX = {
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, the numbers behind it, and how it ranks in its column."""
+    """The text of a cell, the values behind it, and its rank in the column."""
 
     text: str
     values: tuple[Any, ...] = ()
@@ -37,9 +37,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A heading; `parts` name a cell's values in the CSV file, where shares are shares and not per cent.
+    """A column of a table.
 
-    Words are set left, numbers right.
+    Attributes:
+        parts: names of a cell's values in the CSV file, where shares are from 0 to 1, not per cent.
+        words: whether cells are words, aligned left; numbers are aligned right.
     """
 
     title: str
@@ -48,13 +50,14 @@ class Column:
 
     @property
     def names(self) -> list[str]:
+        """The headings of the parts in the CSV file."""
         title = self.title.removesuffix(", %").removesuffix(", points")
         return [f"{title} {part}".rstrip() for part in self.parts]
 
 
 @dataclass(frozen=True)
 class Table:
-    """`name` is the stem of its files; `open` that the page shows it without being asked."""
+    """A table; `name` is the stem of its files, `open` whether the page shows it unfolded."""
 
     name: str
     title: str
@@ -65,43 +68,43 @@ class Table:
 
 
 def word(text: Any) -> Cell:
-    """A cell of words."""
+    """Return a cell of words."""
     return Cell(str(text), (text,))
 
 
 def number(value: float | None, form: str = "{:.0f}") -> Cell:
-    """A number as `form` shows it, a dash where there is none."""
+    """Return a cell with a number formatted by `form`, a dash for None."""
     return Cell("–" if value is None else form.format(value), (value,))
 
 
 def short(value: float) -> str:
-    """Four digits, or all of the whole part; never an exponent for a large number."""
+    """Return a number with four digits, or its whole part from 1000 on; large ones without an exponent."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def amount(value: float | None) -> Cell:
-    """A number as `short` shows it, a dash where there is none."""
+    """Return a cell with a number formatted by `short`, a dash for None."""
     return Cell("–" if value is None else short(value), (value,))
 
 
 def percent(value: float | None) -> Cell:
-    """A share in per cent with two decimals; the value stays a share."""
+    """Return a cell with a share in per cent with two decimals; its value stays a share."""
     return Cell("–" if value is None else f"{100 * value:.2f}", (value,))
 
 
 def spread(mean: float | None, std: float | None, count: int, mark: str = "") -> Cell:
-    """Shares as `mean ± std` in per cent; values are mean, std and how many."""
+    """Return a cell with `mean ± std` of shares in per cent; its values are mean, std and count."""
     if mean is None:
         return Cell("–", (None, None, count))
-    shown = f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
-    return Cell(shown, (mean, std, count), mark)
+    text = f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
+    return Cell(text, (mean, std, count), mark)
 
 
 SPREAD = ("mean", "std", "seeds")
 
 
 def ranks(values: Sequence[float | None]) -> list[str]:
-    """BEST for the highest, SECOND for the second highest value, equals alike; nothing for one alone."""
+    """Return BEST for the highest value, SECOND for the next; ties share a mark, a single value has none."""
     levels = sorted({value for value in values if value is not None}, reverse=True)
     if sum(value is not None for value in values) < 2:
         return [""] * len(values)
@@ -110,7 +113,7 @@ def ranks(values: Sequence[float | None]) -> list[str]:
 
 
 def to_csv(table: Table) -> str:
-    """Every number as it is, unrounded; one column per part."""
+    """Return a table as CSV: numbers unrounded, one column per part."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([name for column in table.columns for name in column.names])
@@ -124,7 +127,7 @@ def to_csv(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A `tabular` for the booktabs package: best bold, second underlined."""
+    """Return a `tabular` for the booktabs package: best in bold, second best underlined."""
     places = "".join("l" if column.words else "r" for column in table.columns)
     lines = [f"% {line}" for line in (table.title, *table.notes)]
     lines += ["% \\usepackage{booktabs}", f"\\begin{{tabular}}{{{places}}}", "\\toprule"]
@@ -140,24 +143,28 @@ def _latex_cell(cell: Cell) -> str:
 
 
 def latex(text: str) -> str:
-    """Text with LaTeX's signs escaped."""
-    return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found[0]], text)
+    """Return text with LaTeX's special characters escaped."""
+    return re.sub("|".join(map(re.escape, LATEX)), lambda match: LATEX[match[0]], text)
 
 
 def to_text(table: Table, width: int = 0) -> str:
-    """Aligned columns; `**best**`, `__second__`. What is wider than `width` characters, if given, goes on
-    below, each part after the words that a row begins with.
+    """Return a table with aligned columns, `**best**` and `__second__`.
+
+    A table wider than `width` characters (0: no limit) is split into parts below each other; each part
+    repeats the words at the start of the rows.
     """
     body = [
         [SIGNS.get(cell.mark, "") + cell.text + SIGNS.get(cell.mark, "") for cell in row]
         for row in table.rows
     ]
     cells = [[column.title for column in table.columns], *body]
-    widths = [max(len(row[at]) for row in cells) for at in range(len(table.columns))]
+    widths = [max(len(row[n]) for row in cells) for n in range(len(table.columns))]
 
     def line(row: Sequence[str], part: Sequence[int]) -> str:
-        shown = (row[n].ljust(widths[n]) if table.columns[n].words else row[n].rjust(widths[n]) for n in part)
-        return "  ".join(shown).rstrip()
+        padded = (
+            row[n].ljust(widths[n]) if table.columns[n].words else row[n].rjust(widths[n]) for n in part
+        )
+        return "  ".join(padded).rstrip()
 
     lines = [table.title]
     for part in _parts(table.columns, widths, width):
@@ -167,12 +174,12 @@ def to_text(table: Table, width: int = 0) -> str:
 
 
 def _parts(columns: Sequence[Column], widths: Sequence[int], width: int) -> list[list[int]]:
-    """Columns that stand beside each other: the first words, and as many others as fit, at least one."""
+    """Return the columns of each part: the leading words, and as many others as fit, at least one."""
     first = next((n for n, column in enumerate(columns) if n and not column.words), len(columns))
     parts = [list(range(first))]
     for n in range(first, len(columns)):
-        wide = sum(widths[at] + 2 for at in parts[-1]) + widths[n]
-        if width and wide > width and len(parts[-1]) > first:
+        part_width = sum(widths[column] + 2 for column in parts[-1]) + widths[n]
+        if width and part_width > width and len(parts[-1]) > first:
             parts.append(list(range(first)))
         parts[-1].append(n)
     return parts

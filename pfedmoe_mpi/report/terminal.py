@@ -1,4 +1,4 @@
-"""A report for a terminal: tables and a curve in plain characters."""
+"""A report for a terminal: tables and a plot in plain characters."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pfedmoe_mpi.report.document import Report
 from pfedmoe_mpi.report.tables import to_text
 
-WIDTH, HEIGHT = 60, 12  # characters of the curve's field
+WIDTH, HEIGHT = 60, 12  # characters of the plot
 SIGNS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def text(report: Report, width: int = 0) -> str:
-    """Everything but the figures and the long tables; tables no wider than `width` characters, if given."""
+    """Return a report as text without figures and folded tables, at most `width` wide (0: no limit)."""
     facts = [f"{name}: {value}" for name, value in report.facts]
     parts = [
         f"{report.title}\n{report.subtitle}",
@@ -27,7 +27,7 @@ def text(report: Report, width: int = 0) -> str:
 
 
 def curve(series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """Accuracy in % over rounds, a letter per series; of several in one place the first is shown."""
+    """Plot accuracy in % over rounds, a letter per series; where series overlap, the first is visible."""
     points = [point for values in series.values() for point in values]
     if not points:
         return ""
@@ -37,8 +37,8 @@ def curve(series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     field = [[" "] * WIDTH for _ in range(HEIGHT)]
     for sign, values in reversed(list(zip(_signs(len(series)), series.values(), strict=True))):
         for x, y in values:
-            at = round((x - first) / max(last - first, 1) * (WIDTH - 1))
-            field[round((high - 100 * y) / (high - low) * (HEIGHT - 1))][at] = sign
+            column = round((x - first) / max(last - first, 1) * (WIDTH - 1))
+            field[round((high - 100 * y) / (high - low) * (HEIGHT - 1))][column] = sign
     marks = {0: high, HEIGHT - 1: low}
     lines = [f"{marks[n]:6.2f} |" if n in marks else "       |" for n in range(HEIGHT)]
     lines = [(mark + "".join(row)).rstrip() for mark, row in zip(lines, field, strict=True)]

@@ -1,1 +1,1 @@
-"""`reproduce`: the runs of a table, one after the other."""
+"""The command `reproduce`: the runs of a table, one after the other."""

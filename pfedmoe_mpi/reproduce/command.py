@@ -1,9 +1,9 @@
-"""`reproduce`: the runs of a table one after the other, each in a run folder of its own below one folder.
+"""The command `reproduce`: train the runs of a table one after the other, each in its own run folder.
 
-All runs are played in one MPI session. A run is a function of its configuration alone, whatever the process
-did before it, so that no launcher has to start between two runs, a signal has one place to arrive, and
-`mpirun -n K` means what it means for a single run. A fault ends the whole job; called again, `reproduce`
-passes over finished runs and takes the others up from their checkpoints.
+All runs share one MPI session. A run depends on its configuration alone, whatever the process did before, so
+no launcher has to start between two runs, there is one process to signal, and `mpirun -n K` means the same
+as for a single run. A fault ends the whole job. The same command then skips finished runs and resumes the
+others from their checkpoints.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ from pfedmoe_mpi.reproduce.grid import Table, TableRun
 from pfedmoe_mpi.run import job, restart
 from pfedmoe_mpi.run.folder import RunFolder
 
-# What an earlier start of a run may have otherwise: paths and speed.
-FREE = tuple(name for name in grid.HARMLESS if name != "rounds")
-AUTO = {"model.pool": ["auto"], "model.shared": "auto", "model.dim": 0}  # resolved in a run's folder
+# Settings that may differ from those of a run's earlier start: paths and speed.
+CHANGEABLE = tuple(name for name in grid.HARMLESS if name != "rounds")
+AUTO = {
+    "model.pool": ["auto"],
+    "model.shared": "auto",
+    "model.dim": 0,
+}  # a run folder has the resolved values
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line says beside the table's name and the settings."""
+    """Flags of the command that are not settings of the runs."""
 
     out: str = ""
     scale: float = 1.0
@@ -42,10 +46,10 @@ class Asked:
 
 
 def run(path: Path, settings: Mapping[str, Any], asked: Asked) -> int:
-    """Show what a table costs, then play its runs.
+    """Print the estimated cost of a table's runs, then train them.
 
     Raises:
-        UserError: a table or a setting that will not do; nothing was written.
+        UserError: the table or a setting is invalid; nothing was written.
     """
     table = grid.read(path)
     runs = grid.chosen(grid.expand(table, settings, asked.scale), asked.only, asked.task)
@@ -57,68 +61,75 @@ def run(path: Path, settings: Mapping[str, Any], asked: Asked) -> int:
         rounds = world.from_root(
             lambda: {run.name: _rounds_left(out / run.name, run) for run in runs}, "runs"
         )
-        left = [run for run in runs if rounds[run.name]]
-        _tell(world, _heading(table, runs, left, out))
+        unfinished = [run for run in runs if rounds[run.name]]
+        _print(world, _heading(table, runs, unfinished, out))
         try:
-            _tell(world, _plan(world, left, rounds))
-        except StoppedError:  # met by all ranks; nothing is lost
-            _tell(world, ["stopped before the first run; the same command goes on"])
+            _print(world, _plan(world, unfinished, rounds))
+        except StoppedError:  # raised on all ranks; nothing is lost
+            _print(world, ["stopped before the first run; run the same command again to resume"])
             return EXIT_STOPPED
         if asked.dry:
             return EXIT_DONE
-        anew = {name: value for name, value in settings.items() if name.startswith(grid.HARMLESS)}
-        return _play(world, left, out, lambda run: _play_one(world, run, out / run.name, anew, code, end))
+        changes = {name: value for name, value in settings.items() if name.startswith(grid.HARMLESS)}
+
+        def train(run: TableRun) -> int:
+            return _train_run(world, run, out / run.name, changes, code, end)
+
+        return _train_all(world, unfinished, out, train)
 
     return session.under_mpi(work, runs[0].config.run.singleton)
 
 
-def _tell(world: Comm, lines: Sequence[str]) -> None:
+def _print(world: Comm, lines: Sequence[str]) -> None:
+    """Print lines, on rank 0 only."""
     if world.rank == 0 and lines:
         print("\n".join(lines), flush=True)
 
 
 def _rounds_left(folder: Path, run: TableRun) -> int:
-    """What a run still has to do, by its folder; 0 where it is finished, else 1 at least.
+    """Return the rounds that a run has left according to its folder: 0 if it is finished, else at least 1.
 
     Raises:
-        ConfigError: the folder is that of a run with other settings.
+        ConfigError: the folder contains a run with other settings.
     """
-    held = RunFolder(folder)
-    if not held.config.is_file():
+    run_folder = RunFolder(folder)
+    if not run_folder.config.is_file():
         return run.config.rounds
-    then = config.read_toml(held.config)
-    differing = _differing(then, run.config)
-    if differing:
-        differing = _differing(then, _with_proposals(run.config))
-    if differing:
-        problem = f"{folder} holds a run with other settings: {'; '.join(differing)}"
-        raise ConfigError(problem, "choose another --out, or give the flags of the first time")
-    if held.finished:
+    earlier = config.read_toml(run_folder.config)
+    differences = _differences(earlier, run.config)
+    if differences:
+        differences = _differences(earlier, _with_proposals(run.config))
+    if differences:
+        problem = f"{folder} contains a run with other settings: {'; '.join(differences)}"
+        raise ConfigError(problem, "name another folder with --out, or repeat the flags of the first start")
+    if run_folder.finished:
         return 0
-    newest = checkpoint.newest_first(held.checkpoints)[:1]
+    newest = checkpoint.newest_first(run_folder.checkpoints)[:1]
     done = max((int(path.stem.split("-")[1]) - ("partial" in path.stem) for path in newest), default=0)
     return max(1, run.config.rounds - done)
 
 
-def _differing(then: Mapping[str, Any], now: Config) -> list[str]:
+def _differences(earlier: Mapping[str, Any], settings: Config) -> list[str]:
+    """Return `name old → new` for every setting that may not differ from the run's earlier start."""
     return [
-        f"{name} {then[name]} → {value}"
-        for name, value in config.flatten(config.to_tree(now)).items()
-        if name in then
-        and then[name] != _resolved(name, value)
+        f"{name} {earlier[name]} → {value}"
+        for name, value in config.flatten(config.to_tree(settings)).items()
+        if name in earlier
+        and earlier[name] != _resolved(name, value)
         and value != AUTO.get(name)
-        and not name.startswith(FREE)
+        and not name.startswith(CHANGEABLE)
     ]
 
 
 def _resolved(name: str, value: Any) -> Any:
-    """Architectures by the names that a run's folder has them."""
+    """Return a setting as a run folder has it: architectures by their full names."""
     if name not in {"model.pool", "model.shared"} or value == AUTO[name]:
         return value
     return resolve_name(value) if isinstance(value, str) else [resolve_name(each) for each in value]
 
 
 def _with_proposals(settings: Config) -> Config:
+    """Return the settings completed with what the data source proposes."""
     from pfedmoe_mpi.data.sources.open import open_dataset
     from pfedmoe_mpi.federation import effective
 
@@ -126,72 +137,78 @@ def _with_proposals(settings: Config) -> Config:
         return effective.with_proposals(settings, dataset)
 
 
-# What is said before
+# Before the runs
 
 
-def _heading(table: Table, runs: Sequence[TableRun], left: Sequence[TableRun], out: Path) -> list[str]:
-    done = len(runs) - len(left)
+def _heading(table: Table, runs: Sequence[TableRun], unfinished: Sequence[TableRun], out: Path) -> list[str]:
+    done = len(runs) - len(unfinished)
     lines = [f"{table.title}\n{len(runs)} runs in {out}" + (f", {done} of them finished" if done else "")]
     for planned, rounds in sorted({(run.planned, run.config.rounds) for run in runs}):
         if rounds != planned:
             kind = "reduced" if rounds < planned else "other"
             share = f"{100 * rounds / planned:.3g} %"
             lines.append(
-                f"{kind} scale: {rounds} rounds where the table has {planned} ({share}), marked in reports"
+                f"{kind} scale: {rounds} rounds instead of the table's {planned} ({share}); reports mark this"
             )
     altered = runs[0].config.run.altered
     if altered:
-        lines.append(f"other settings than the table's: {', '.join(altered)}, marked in reports")
+        lines.append(f"settings that differ from the table: {', '.join(altered)}; reports mark this")
     return lines
 
 
-def _plan(world: Comm, left: Sequence[TableRun], rounds: Mapping[str, int]) -> list[str]:
-    """A line per group of runs that differ in their seed, and the sum, of the rounds that are left."""
-    if not left:
+def _plan(world: Comm, unfinished: Sequence[TableRun], rounds: Mapping[str, int]) -> list[str]:
+    """Return the estimated cost of the remaining rounds: a line per group of runs that differ in their seed,
+    and the total.
+    """
+    if not unfinished:
         return []
     from pfedmoe_mpi.reproduce import estimate
 
-    whole = estimate.costs(world, left)
-    costs = {run.name: whole[run.name].share(rounds[run.name] / run.config.rounds) for run in left}
+    whole_runs = estimate.costs(world, unfinished)
+    costs = {run.name: whole_runs[run.name].share(rounds[run.name] / run.config.rounds) for run in unfinished}
     groups: dict[str, list[TableRun]] = {}
-    for run in left:
+    for run in unfinished:
         groups.setdefault(run.group, []).append(run)
     width = max(map(len, groups))
     lines = [f"{'run':{width}}  runs  rounds  samples trained     hours"]
     for group, members in groups.items():
         samples = sum(costs[run.name].samples for run in members)
         hours = sum(costs[run.name].seconds for run in members) / 3600
-        each = members[0].config.rounds
-        lines.append(f"{group:{width}}  {len(members):4}  {each:6}  {samples:15,.0f}  {_spelt(hours):>8}")
-    total = sum(rounds[run.name] for run in left)
+        planned = members[0].config.rounds
+        lines.append(
+            f"{group:{width}}  {len(members):4}  {planned:6}  {samples:15,.0f}  {_format_hours(hours):>8}"
+        )
+    total = sum(rounds[run.name] for run in unfinished)
     samples = sum(cost.samples for cost in costs.values())
     hours = sum(cost.seconds for cost in costs.values()) / 3600
-    where = f"{world.size} rank{'s' if world.size > 1 else ''} of this machine"
+    ranks = f"{world.size} rank{'s' if world.size > 1 else ''} of this machine"
     lines.append(
-        f"left to do: {len(left)} runs, {total:,} rounds, {samples:,.0f} training samples, "
-        f"about {_spelt(hours)} hours of clients' training and tests on {where}"
+        f"left to do: {len(unfinished)} runs, {total:,} rounds, {samples:,.0f} training samples, "
+        f"about {_format_hours(hours)} hours of clients' training and evaluation on {ranks}"
     )
     return lines
 
 
-def _spelt(hours: float) -> str:
-    """Three digits, or whole hours where these are thousands."""
+def _format_hours(hours: float) -> str:
+    """Return hours with three digits, from 1000 on as a whole number."""
     return f"{hours:.3g}" if hours < 999.5 else f"{hours:,.0f}"
 
 
 # The runs
 
 
-def _play(world: Comm, left: Sequence[TableRun], out: Path, play: Callable[[TableRun], int]) -> int:
-    """The runs in order; one that cannot go on is told, and the others are played all the same."""
+def _train_all(
+    world: Comm, unfinished: Sequence[TableRun], out: Path, train: Callable[[TableRun], int]
+) -> int:
+    """Train runs in order; a run that fails is reported, and the others are trained all the same."""
     failed: list[str] = []
-    for number, run in enumerate(left, 1):
+    for number, run in enumerate(unfinished, 1):
         if any(world.gather(world.stop_requested(), "stop")):
-            _tell(world, [f"stopped before run {run.name}; the same command goes on"])
+            _print(world, [f"stopped before run {run.name}; run the same command again to resume"])
             return EXIT_STOPPED
-        _tell(world, ["", f"run {number} of {len(left)}: {run.name}"])
+        _print(world, ["", f"run {number} of {len(unfinished)}: {run.name}"])
         try:
-            result = play(run)
+            result = train(run)
         except RunError as error:
             if any(world.gather(world.stop_requested(), "stop")):
                 raise
@@ -200,18 +217,21 @@ def _play(world: Comm, left: Sequence[TableRun], out: Path, play: Callable[[Tabl
                 print(f"error: {run.name}: {error}", file=sys.stderr, flush=True)
             continue
         if result != EXIT_DONE:
-            _tell(world, ["the same command goes on with it"])
+            _print(world, ["run the same command again to resume"])
             return result
-    ended = f"{len(left) - len(failed)} runs are finished; `report {out}` compares all that lie there"
-    _tell(world, ["", ended, *(f"could not go on: {name}" for name in failed)])
+    finished = (
+        f"{len(unfinished) - len(failed)} runs finished; compare all in the folder: pfedmoe-mpi report {out}"
+    )
+    _print(world, ["", finished, *(f"failed: {name}" for name in failed)])
     return EXIT_FAULT if failed else EXIT_DONE
 
 
-def _play_one(
-    world: Comm, run: TableRun, folder: Path, anew: Mapping[str, Any], code: str, end: float | None
+def _train_run(
+    world: Comm, run: TableRun, folder: Path, changes: Mapping[str, Any], code: str, end: float | None
 ) -> int:
-    """From the start, or from where its folder stands, with the flags that a restart may have otherwise."""
+    """Start a run, or resume it in its folder with the `changes` that a restart allows."""
     if world.from_root(RunFolder(folder).config.is_file, "run folder"):
-        return restart.resume(world, folder, anew, code, end)
-    ours = {"run.dir": str(folder), "run.force": True}  # without config.toml it holds nothing of a run
-    return job.begin(world, config.changed(run.config, ours), code, end)
+        return restart.resume(world, folder, changes, code, end)
+    # A folder without config.toml has nothing of a run, so it may be overwritten.
+    folder_settings = {"run.dir": str(folder), "run.force": True}
+    return job.begin(world, config.changed(run.config, folder_settings), code, end)

@@ -1,7 +1,7 @@
-"""What runs will cost on this machine: every partition is drawn, and a few batches of every kind are timed.
+"""Estimated cost of runs on this machine: every partition is drawn, a few batches of every kind are timed.
 
-Counted are the clients' training and all evaluations; not sums, servers that train, checkpoints and what a
-method does before round 1.
+Included are the clients' training and all evaluations; not included are sums, training on the server,
+checkpoints and a method's work before round 1.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.reproduce.grid import TableError, TableRun
 
-FEW, MANY = 16, 64  # samples of a timing: the first warms up, and is enough where it is slow
+FEW, MANY = 16, 64  # samples of a timing: FEW to warm up, and alone where they are slow already
 SLOW = 0.25  # seconds
-TURNS = 5  # of which the median counts
-CLIENTS = 20  # of the federation that is timed: enough for the anchors of ten experts
-# What a mini-batch's time does not depend on.
-ELSEWHERE = {
+TURNS = 5  # timed turns, whose median is used
+CLIENTS = 20  # of the timed federation: enough for the anchors of ten experts
+# Settings on which the time of a mini-batch does not depend.
+IRRELEVANT = {
     *("seed", "rounds", "clients", "participation", "data", "partition", "unseen", "join", "stream"),
     *("faults", "eval", "run"),
 }
@@ -48,7 +48,14 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Size:
-    """What one run has to do: samples by client (0 for one that never trains), and its effective settings."""
+    """The size of one run.
+
+    Attributes:
+        train: training samples by client, 0 for one that never trains.
+        test: samples by client that an evaluation measures.
+        members: clients of the cohort.
+        settings: the run's effective settings.
+    """
 
     train: Sequence[int]
     test: Sequence[int]
@@ -61,12 +68,13 @@ class Size:
 
     @property
     def config(self) -> Config:
+        """The settings as a configuration."""
         return config.build(self.settings)
 
     @property
     def kind(self) -> str:
-        """Equal where a mini-batch takes the same time."""
-        tree = {k: v for k, v in config.to_tree(self.config).items() if k not in ELSEWHERE}
+        """A key that is equal for runs whose mini-batches take the same time."""
+        tree = {k: v for k, v in config.to_tree(self.config).items() if k not in IRRELEVANT}
         tree["train"] = {k: v for k, v in tree["train"].items() if k != "epochs"}
         return json.dumps([tree, self.shape, self.classes, self.dtype, self.vocabulary], sort_keys=True)
 
@@ -78,13 +86,14 @@ class Cost:
     samples: float
     seconds: float
 
-    def share(self, part: float) -> Cost:
-        return Cost(part * self.samples, part * self.seconds)
+    def share(self, factor: float) -> Cost:
+        """Return this share of the cost."""
+        return Cost(factor * self.samples, factor * self.seconds)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of a client's turn: `step` + n · (`sample` + epochs · `epoch`); `test` per sample measured."""
+    """Seconds of a client's turn: `step` + n · (`sample` + epochs · `epoch`); `test` per measured sample."""
 
     step: float
     sample: float
@@ -92,14 +101,15 @@ class Pace:
     test: float
 
     def turn(self, samples: int, epochs: int) -> float:
+        """Return the seconds of one turn."""
         return self.step + samples * (self.sample + epochs * self.epoch)
 
 
 def costs(world: Comm, runs: Sequence[TableRun]) -> dict[str, Cost]:
-    """By a run's name; collective.
+    """Return the cost of each run by its name; collective.
 
     Raises:
-        UserError: on all ranks: a run whose data, partition or models will not do.
+        UserError: on all ranks: the data, the partition or the models of a run are invalid.
         StoppedError: on all ranks.
     """
     sizes = world.from_root(lambda: dict(_sizes(runs)), "the runs' sizes")
@@ -110,106 +120,108 @@ def costs(world: Comm, runs: Sequence[TableRun]) -> dict[str, Cost]:
     return {name: _cost(size, paces[size.kind], world.size) for name, size in sizes.items()}
 
 
-# Sizes, by rank 0
+# Sizes, on rank 0
 
 
 def _sizes(runs: Sequence[TableRun]) -> Iterator[tuple[str, Size]]:
-    """Each data set is opened once, as the order of the runs allows; equal partitions are dealt once."""
+    """Yield each run's name and size; consecutive runs share a data set, equal partitions are drawn once."""
     dataset: Dataset | None = None
     opened = ""
-    known: dict[str, Size] = {}
+    sizes: dict[str, Size] = {}  # by data set and partition
     try:
         for run in runs:
             settings = run.config
-            with _named(run):
-                own = [settings.seed, settings.clients] if settings.data.source == "synthetic" else []
-                data = json.dumps([settings.data.model_dump(mode="json"), *own])
+            with _run_in_errors(run):
+                drawn_by = [settings.seed, settings.clients] if settings.data.source == "synthetic" else []
+                data = json.dumps([settings.data.model_dump(mode="json"), *drawn_by])
                 if data != opened or dataset is None:
                     if dataset:
                         dataset.close()
                     dataset = open_dataset(settings.data, settings.seed, clients=settings.clients)
                     opened = data
-                yield run.name, _size(effective.effective_config(settings, dataset, 1), dataset, data, known)
+                yield run.name, _size(effective.effective_config(settings, dataset, 1), dataset, data, sizes)
     finally:
         if dataset:
             dataset.close()
 
 
 @contextmanager
-def _named(run: TableRun) -> Iterator[None]:
+def _run_in_errors(run: TableRun) -> Iterator[None]:
+    """Add the run's name to a UserError."""
     try:
         yield
     except UserError as error:
         raise TableError(f"run {run.name}: {error.problem}", error.remedy) from error
 
 
-def _size(settings: Config, dataset: Dataset, data: str, known: dict[str, Size]) -> Size:
+def _size(settings: Config, dataset: Dataset, data: str, sizes: dict[str, Size]) -> Size:
+    """Return a run's size; `data` identifies the data set, `sizes` holds those of earlier runs."""
     reserve = base.load(settings.algorithm).reserve(settings)
-    dealt = [part.model_dump() for part in (settings.partition, settings.unseen)]
-    key = json.dumps([data, *dealt, settings.clients, settings.seed, reserve])
+    sections = [section.model_dump() for section in (settings.partition, settings.unseen)]
+    key = json.dumps([data, *sections, settings.clients, settings.seed, reserve])
     flat = config.flatten(config.to_tree(settings))
-    if key not in known:
+    if key not in sizes:
         partition = plan.draw_partition(settings, dataset)
         train = [0 if k in partition.unseen else len(rows) for k, rows in enumerate(partition.train)]
         test = [len(a) + len(b) for a, b in zip(partition.test, partition.validation, strict=True)]
-        ready = dataset.fitted(partition)
-        kind = (ready.shape, ready.classes, ready.dtype.name, ready.vocabulary)
-        known[key] = Size(train, test, settings.cohort_size, *kind, flat)
-    size = replace(known[key], settings=flat, members=settings.cohort_size)
+        fitted = dataset.fitted(partition)
+        kind = (fitted.shape, fitted.classes, fitted.dtype.name, fitted.vocabulary)
+        sizes[key] = Size(train, test, settings.cohort_size, *kind, flat)
+    size = replace(sizes[key], settings=flat, members=settings.cohort_size)
     plan.check_models(_task(size))
     return size
 
 
-# Times, on all ranks at once, as they will train
+# Times, on all ranks at once, as in training
 
 
 def _task(size: Size) -> Task:
-    """A federation with enough clients of equally many samples, a few of every class."""
+    """Return the task of a federation of CLIENTS or more clients, each with MANY samples of all classes."""
     settings = size.config
     counts = np.bincount(np.arange(MANY) % size.classes, minlength=size.classes)
     model = settings.model
     table = np.tile(counts, (max(CLIENTS, len(model.pool)), 1))
-    known = (settings, size.shape, size.classes, table, model.pool, model.shared, model.dim)
-    return Task(*known, vocabulary=size.vocabulary)
+    fields = (settings, size.shape, size.classes, table, model.pool, model.shared, model.dim)
+    return Task(*fields, vocabulary=size.vocabulary)
 
 
 def _paces(world: Comm, size: Size) -> list[Pace]:
-    """Of each architecture of the pool, on the slowest rank; collective."""
+    """Return the pace of each architecture of the pool on the slowest rank; collective."""
     task = _task(size)
     threads = device.threads(world, task.config.train.threads)
     chosen = device.choose(world, task.config.train.model_copy(update={"threads": threads}))
-    own: list[Pace] = []
+    paces: list[Pace] = []
     with suppress(StoppedError):
         for client in range(len(task.pool)):
-            own.append(_Stopwatch(task, chosen.device, size.dtype, client, world.poll).pace())
-    gathered = world.gather([astuple(pace) for pace in own], "calibration")
-    if any(len(found) < len(task.pool) for found in gathered):
+            paces.append(_Stopwatch(task, chosen.device, size.dtype, client, world.poll).pace())
+    gathered = world.gather([astuple(pace) for pace in paces], "calibration")
+    if any(len(of_rank) < len(task.pool) for of_rank in gathered):
         raise StoppedError
     return [Pace(*slowest) for slowest in np.array(gathered).max(axis=0).tolist()]
 
 
 class _Stopwatch:
-    """One client of random samples, timed on this rank."""
+    """Timing of one client with random samples on this rank."""
 
     def __init__(
-        self, task: Task, where: torch.device, dtype: str, client: int, poll: Callable[[], None]
+        self, task: Task, torch_device: torch.device, dtype: str, client: int, poll: Callable[[], None]
     ) -> None:
-        self._task, self._where, self._dtype, self._id, self._poll = task, where, dtype, client, poll
-        bench = Workbench(0, where)
+        self._task, self._device, self._dtype, self._id, self._poll = task, torch_device, dtype, client, poll
+        workbench = Workbench(0, torch_device)
         method = self._method(1)
-        state, spec = bench.initial(method.state()), method.client_state(client)
-        self._parts = bench.parts((method.state(), state), (spec, bench.initial(spec, client)))
+        state, spec = workbench.initial(method.state()), method.client_state(client)
+        self._parts = workbench.parts((method.state(), state), (spec, workbench.initial(spec, client)))
         roles = [role for _, role in method.cohort(1)]
         self._role = "client" if "client" in roles else roles[0]
 
     def pace(self) -> Pace:
-        """A warm-up; then few samples, many, and twice the epochs tell what grows with which.
+        """Warm up, then time few samples, many samples, and twice the epochs, and solve for the pace.
 
-        Where an epoch of few samples is slow already, no more are timed.
+        If an epoch of few samples is slow already, no more samples are timed.
         """
-        slow, _ = self._turn(FEW, 1), self._test(FEW)
+        warm_up, _ = self._turn(FEW, 1), self._test(FEW)
         few = self._steady(FEW, 1)
-        if slow > SLOW:  # of what: the samples, or what is done once a turn
+        if warm_up > SLOW:  # because of the samples, or of the work done once per turn
             twice = self._turn(FEW, 2)
             if twice - few > SLOW:
                 return Pace(max(2 * few - twice, 0.0), 0.0, (twice - few) / FEW, self._test(FEW) / FEW)
@@ -219,7 +231,7 @@ class _Stopwatch:
         return Pace(step, (once - step) / MANY - epoch, epoch, self._test(MANY) / MANY)
 
     def _steady(self, samples: int, epochs: int) -> float:
-        """The median of a few turns, of fewer where they are slow: others may use the machine too."""
+        """Return the median of TURNS turns, of fewer if slow; a median, as others may use the machine."""
         times: list[float] = []
         while len(times) < TURNS and sum(times) < SLOW:
             times.append(self._turn(samples, epochs))
@@ -232,8 +244,8 @@ class _Stopwatch:
         return base.load(settings.algorithm)(task)
 
     def _engine(self, method: Algorithm) -> Engine:
-        normalise = Normalise((), (), len(self._task.shape), self._where)
-        return Engine(self._where, normalise, method.task.config.train, MANY, 0, 2, self._poll)
+        normalise = Normalise((), (), len(self._task.shape), self._device)
+        return Engine(self._device, normalise, method.task.config.train, MANY, 0, 2, self._poll)
 
     def _split(self, samples: int) -> Split:
         shape, generator = (samples, *self._task.shape), torch.Generator().manual_seed(0)
@@ -242,7 +254,7 @@ class _Stopwatch:
             x = torch.randint(highest, shape, generator=generator).to(getattr(torch, self._dtype))
         else:
             x = torch.rand(shape, generator=generator)
-        return Split(x.to(self._where), (torch.arange(samples) % self._task.classes).to(self._where))
+        return Split(x.to(self._device), (torch.arange(samples) % self._task.classes).to(self._device))
 
     def _turn(self, samples: int, epochs: int) -> float:
         method, split = self._method(epochs), self._split(samples)
@@ -251,29 +263,33 @@ class _Stopwatch:
         turn = Turn(self._engine(method), method.loss, client, self._parts, 1, self._role)
 
         def learn() -> None:
-            with suppress(NotFiniteError):  # of random samples
+            with suppress(NotFiniteError):  # random samples may diverge
                 method.client_step(turn)
 
-        return _seconds(learn, self._where)
+        return _seconds(learn, self._device)
 
     def _test(self, samples: int) -> float:
         method = self._method(1)
         work = partial(measure, self._engine(method), method, self._parts, self._split(samples))
-        return _seconds(work, self._where)
+        return _seconds(work, self._device)
 
 
-def _seconds(work: Callable[[], object], where: torch.device) -> float:
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
+def _seconds(work: Callable[[], object], torch_device: torch.device) -> float:
+    """Return the seconds of `work`, including what it started on a GPU."""
+    if torch_device.type == "cuda":
+        torch.cuda.synchronize(torch_device)
     started = time.perf_counter()
     work()
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
+    if torch_device.type == "cuda":
+        torch.cuda.synchronize(torch_device)
     return time.perf_counter() - started
 
 
 def _cost(size: Size, paces: Sequence[Pace], ranks: int) -> Cost:
-    """Clients take turns in the cohort; a rank's share is that of the cohort, or of all for evaluations."""
+    """Return a run's cost, from each client's expected share of the rounds.
+
+    The ranks share the cohort's training, and the evaluation of the cohort and of all clients.
+    """
     settings = size.config
     training = [k for k, n in enumerate(size.train) if n]
     members = min(size.members, len(training))

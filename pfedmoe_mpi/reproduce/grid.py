@@ -1,26 +1,27 @@
-"""A table of a paper as a file: base settings and the axes of a grid, expanded to runs with stable names.
+"""Table files: base settings and the axes of a grid, expanded to runs with stable names.
 
     title = "What is compared"
-    floor = 20                        # the fewest rounds that --scale leaves
-    in_rounds = ["fedkd.ramp"]        # further settings that are counted in rounds and scaled with them
+    floor = 20                        # least number of rounds with --scale
+    in_rounds = ["fedkd.ramp"]        # further settings in rounds, scaled with them
 
     [base]                            # settings of every run, as in a configuration file
     rounds = 500
 
-    [axis.clients.n10]                # a point of the axis `clients`: its label, and what it stands for
+    [axis.clients.n10]                # a point of the axis `clients`: its label and its settings
     clients = 10
     [axis.clients.n50]
     clients = 50
     participation = 0.2
 
     [axis]
-    algorithm = ["pfedmoe", "fedavg"] # short for points that set the setting of the axis's name
+    algorithm = ["pfedmoe", "fedavg"] # short for points that set the setting of that name
     seed = [0, 1, 2]
 
-The runs are the product of the axes in the order of the file, the last one fastest, and are named by their
-labels: `n50-pfedmoe-seed0` (a word is its own label, a number gets the setting's last name in front).
-Relative paths count from the file. What a data source proposes for settings that the table leaves out is
-taken as in any run, but for the rounds, which are the table's. Needs neither torch nor MPI.
+The runs are the product of the axes in the order of the file; the last axis varies fastest. Their names are
+their labels, `n50-pfedmoe-seed0` (a string is its own label; other values follow the last part of the
+setting's name). Relative paths are relative to the file's folder. Settings that the table leaves out may be
+proposed by the data source, as in any run, except the number of rounds, which is the table's. Needs neither
+torch nor MPI.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from pfedmoe_mpi.errors import ConfigError, UserError, nearest
 
 KEYS = ("title", "floor", "in_rounds", "base", "axis")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+]*")
-# What a run of the table may have otherwise without being another one; `rounds` is told by `run.scale`.
+# Settings that may differ from the table without altering its runs; `run.scale` records a change of `rounds`.
 HARMLESS = ("rounds", "data.path", "run.", "train.threads", "train.device", "eval.batch")
-OURS = ("run.dir", "run.table", "run.cell", "run.scale", "run.altered")  # what `reproduce` sets itself
+RESERVED = ("run.dir", "run.table", "run.cell", "run.scale", "run.altered")  # set by `reproduce`
 
 
 class TableError(ConfigError):
@@ -52,7 +53,7 @@ class TableError(ConfigError):
 
 @dataclass(frozen=True)
 class Point:
-    """A place on an axis: its label and the settings, by dotted name, that it stands for."""
+    """A point of an axis: its label and its settings by dotted name."""
 
     label: str
     settings: Mapping[str, Any]
@@ -60,7 +61,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Table:
-    """A table file as read; `axes` in order, the last one varies fastest."""
+    """The contents of a table file; the last of the `axes` varies fastest."""
 
     path: Path
     title: str
@@ -71,12 +72,13 @@ class Table:
 
     @property
     def name(self) -> str:
+        """The file's name without its suffix."""
         return self.path.stem
 
 
 @dataclass(frozen=True)
 class TableRun:
-    """One run of a table; `planned`: the table's rounds, `group`: the name without the seed."""
+    """One run of a table; `group`: the name without the seed, `planned`: the table's number of rounds."""
 
     name: str
     group: str
@@ -88,112 +90,126 @@ def read(path: Path) -> Table:
     """Read a table file.
 
     Raises:
-        TableError: the file is missing, no TOML, or not of this form.
+        TableError: the file is missing, is not TOML, or does not have this form.
     """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise TableError(f"there is no table {path}", "jobs/tables/ holds those of the papers") from error
+        raise TableError(f"{path} does not exist", "the papers' tables are in jobs/tables/") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise TableError(f"{path} cannot be read as TOML: {error}", "mend the file") from error
+        raise TableError(f"cannot read {path} as TOML: {error}", f"correct {path}") from error
     for name in tree:
         if name not in KEYS:
-            raise _wrong(
-                path, f"has an unknown key '{name}'{nearest(name, KEYS)}", f"it knows {', '.join(KEYS)}"
+            raise _error(
+                path, f"has an unknown key '{name}'{nearest(name, KEYS)}", f"use one of {', '.join(KEYS)}"
             )
-    title, floor, also = tree.get("title", path.stem), tree.get("floor", 1), tree.get("in_rounds", [])
+    title, floor, in_rounds = tree.get("title", path.stem), tree.get("floor", 1), tree.get("in_rounds", [])
     if type(floor) is not int or floor < 1:
-        raise _wrong(path, f"has floor = {floor!r}", "give the fewest rounds that --scale may leave")
-    numbers = [name for name, field in config.fields().items() if field.annotation is int]
-    if not isinstance(also, list) or not set(map(str, also)) <= set(numbers):
-        raise _wrong(path, f"has in_rounds = {also!r}", 'name settings counted in rounds: ["fedkd.ramp"]')
+        raise _error(
+            path, f"has floor = {floor!r}", "set the least number of rounds with --scale: floor = 20"
+        )
+    integers = [name for name, field in config.fields().items() if field.annotation is int]
+    if not isinstance(in_rounds, list) or not set(map(str, in_rounds)) <= set(integers):
+        remedy = 'list settings whose unit is rounds: in_rounds = ["fedkd.ramp"]'
+        raise _error(path, f"has in_rounds = {in_rounds!r}", remedy)
     for name in ("base", "axis"):
         if not isinstance(tree.get(name, {}), dict):
-            raise _wrong(path, f"has {name} = {tree[name]!r}", f"make it a section: [{name}]")
+            raise _error(path, f"has {name} = {tree[name]!r}", f"write it as a section: [{name}]")
     base = _settings(path, "base", tree.get("base", {}))
     axes = {name: _points(path, name, points) for name, points in tree.get("axis", {}).items()}
-    return Table(path, str(title), floor, tuple(also), base, axes)
+    return Table(path, str(title), floor, tuple(in_rounds), base, axes)
 
 
-def _wrong(path: Path, problem: str, remedy: str) -> TableError:
+def _error(path: Path, problem: str, remedy: str) -> TableError:
     return TableError(f"the table {path} {problem}", remedy)
 
 
 def _settings(path: Path, where: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names, all known, none of them ours to set; paths count from the table's folder."""
-    found = config.flatten(tree)
-    for name in found:
-        if name in OURS:
-            raise _wrong(path, f"sets {name} in [{where}]", "leave it out: `reproduce` sets it for every run")
+    """Return a section's settings by dotted name, with paths relative to the table's folder.
+
+    Raises:
+        TableError: a setting does not exist, or is set by `reproduce`.
+    """
+    settings = config.flatten(tree)
+    for name in settings:
+        if name in RESERVED:
+            raise _error(path, f"sets {name} in [{where}]", f"remove {name}: reproduce sets it for every run")
         if name not in config.fields():
             hint = nearest(name, config.fields())
-            raise _wrong(path, f"sets an unknown {name} in [{where}]{hint}", "--help lists every setting")
-    return config.located(found, path.resolve().parent)
+            raise _error(
+                path, f"sets an unknown {name} in [{where}]{hint}", "list all settings: pfedmoe-mpi --help"
+            )
+    return config.located(settings, path.resolve().parent)
 
 
-def _points(path: Path, axis: str, given: Any) -> list[Point]:
-    """The points of an axis, from sections by label or from a list of values of one setting."""
-    if isinstance(given, dict) and given and all(isinstance(value, dict) for value in given.values()):
+def _points(path: Path, axis: str, value: Any) -> list[Point]:
+    """Return the points of an axis, from sections by label or from a list of values of one setting."""
+    if isinstance(value, dict) and value and all(isinstance(tree, dict) for tree in value.values()):
         points = [
-            Point(label, _settings(path, f"axis.{axis}.{label}", tree)) for label, tree in given.items()
+            Point(label, _settings(path, f"axis.{axis}.{label}", tree)) for label, tree in value.items()
         ]
-    elif isinstance(given, list) and given:
+    elif isinstance(value, list) and value:
         setting = axis.replace("-", "_")
-        points = [Point(_label(setting, v), _settings(path, "axis", {setting: v})) for v in given]
+        points = [Point(_label(setting, v), _settings(path, "axis", {setting: v})) for v in value]
     else:
-        dotted = f'"{axis}.{next(iter(given))}"' if isinstance(given, dict) and given else axis
-        example = f"{dotted} = [1, 2] below [axis], or sections [axis.{axis}.LABEL]"
-        raise _wrong(path, f"has an axis {axis} without points", example)
+        dotted = f'"{axis}.{next(iter(value))}"' if isinstance(value, dict) and value else axis
+        remedy = f"write {dotted} = [1, 2] below [axis], or sections [axis.{axis}.LABEL]"
+        raise _error(path, f"has an axis {axis} without points", remedy)
     for point in points:
         if not LABEL.fullmatch(point.label):
-            remedy = "labels name folders: letters, digits, . _ and +; [axis.NAME.LABEL] gives it one"
-            raise _wrong(path, f"has a label '{point.label}' on the axis {axis}", remedy)
+            remedy = "labels name folders, so use letters, digits, . _ and +: [axis.NAME.LABEL]"
+            raise _error(path, f"has a label '{point.label}' on the axis {axis}", remedy)
     return points
 
 
 def _label(setting: str, value: Any) -> str:
+    """Return the label of a value in a list."""
     if isinstance(value, str):
         return value
     return f"{setting.rpartition('.')[2]}{str(value).lower()}"
 
 
 def expand(table: Table, overrides: Mapping[str, Any], scale: float = 1.0) -> list[TableRun]:
-    """Every run of a table, in order, each checked as a configuration.
+    """Return every run of a table, in order, each checked as a configuration.
 
     Args:
-        overrides: settings of all runs, over those of the table; none of an axis.
-        scale: of the rounds, in (0, 1]; never below the table's floor.
+        overrides: settings of all runs that replace those of the table; not settings of an axis.
+        scale: factor of the rounds, in (0, 1]; the result is at least the table's floor.
 
     Raises:
-        TableError: a run that is no configuration, two runs of one name or of one configuration.
+        TableError: a run is not a valid configuration, or two runs have the same name or configuration.
     """
     _check_overrides(table, overrides, scale)
     runs: list[TableRun] = []
-    seen: dict[str, str] = {}
+    earlier: dict[str, str] = {}  # name or configuration: the name of the run
     for points in product(*table.axes.values()):
-        made = _run(table, dict(zip(table.axes, points, strict=True)), overrides, scale)
-        tree = {**config.flatten(config.to_tree(made.config)), "run.cell": ""}
-        for kind, key in (("name", made.name), ("configuration", repr(sorted(tree.items())))):
-            if key in seen:
-                problem = f"has two runs of the same {kind}: {seen[key]} and {made.name}"
-                raise _wrong(table.path, problem, "every point of its axes must make another run")
-            seen[key] = made.name
-        runs.append(made)
+        run = _run(table, dict(zip(table.axes, points, strict=True)), overrides, scale)
+        tree = {**config.flatten(config.to_tree(run.config)), "run.cell": ""}
+        for kind, key in (("name", run.name), ("configuration", repr(sorted(tree.items())))):
+            if key in earlier:
+                problem = f"has two runs with the same {kind}: {earlier[key]} and {run.name}"
+                raise _error(
+                    table.path, problem, "give every point of its axes another label and other settings"
+                )
+            earlier[key] = run.name
+        runs.append(run)
     return runs
 
 
 def _check_overrides(table: Table, overrides: Mapping[str, Any], scale: float) -> None:
     if not 0 < scale <= 1:
-        raise TableError(f"--scale {scale:g}: a share of the rounds is above 0 and at most 1", "--scale 0.1")
+        problem = f"--scale = {scale:g}: a share of the rounds is above 0 and at most 1"
+        raise TableError(problem, "--scale 0.1 for a tenth of the rounds")
     for name in overrides:
         for axis, points in table.axes.items():
             if any(name in point.settings for point in points) and name != "data.path":
-                remedy = "--only 'PATTERN' chooses among its runs"
-                raise TableError(f"--{name} is on the axis {axis} of {table.path}", remedy)
-        if name in OURS:
-            raise TableError(f"--{name} is set by `reproduce` for every run", "--out FOLDER holds the runs")
+                problem = f"--{name} is set by the axis {axis} of {table.path}"
+                raise TableError(problem, f"remove --{name}; choose runs of the axis with --only 'PATTERN'")
+        if name in RESERVED:
+            problem = f"--{name} is set by reproduce for every run"
+            raise TableError(problem, f"remove --{name}; the runs are in the folder --out")
     if "rounds" in overrides and scale != 1:
-        raise TableError("--rounds and --scale both change the rounds", "give one of them")
+        raise TableError("--rounds and --scale both change the rounds", "remove one of them")
 
 
 def _run(table: Table, points: Mapping[str, Point], overrides: Mapping[str, Any], scale: float) -> TableRun:
@@ -204,20 +220,20 @@ def _run(table: Table, points: Mapping[str, Point], overrides: Mapping[str, Any]
     try:
         planned = config.build(settings).rounds
         settings |= overrides
-        made = config.build(settings)
+        requested = config.build(settings)
     except UserError as error:
         raise TableError(f"{table.path}, run {name}: {error.problem}", error.remedy) from error
-    rounds = made.rounds
+    rounds = requested.rounds
     if scale < 1:
         rounds = min(rounds, max(table.floor, math.ceil(scale * rounds)))
-    unscaled = config.flatten(made.model_dump())
-    for other in table.in_rounds if rounds != planned else ():
-        if other not in overrides:
-            settings[other] = max(1, round(unscaled[other] * rounds / planned))
+    unscaled = config.flatten(requested.model_dump())
+    for name_in_rounds in table.in_rounds if rounds != planned else ():
+        if name_in_rounds not in overrides:
+            settings[name_in_rounds] = max(1, round(unscaled[name_in_rounds] * rounds / planned))
     settings |= {
         "rounds": rounds,
         "run.table": table.name,
-        "run.cell": _cell(points, made.algorithm),
+        "run.cell": _cell(points, requested.algorithm),
         "run.scale": rounds / planned,
         "run.altered": [n for n in overrides if not n.startswith(HARMLESS)],
     }
@@ -226,25 +242,29 @@ def _run(table: Table, points: Mapping[str, Point], overrides: Mapping[str, Any]
 
 
 def _cell(points: Mapping[str, Point], algorithm: str) -> str:
-    """COLUMN/ROW of the paper's table: the label of the axis `algorithm`, or the method, is the row."""
+    """Return COLUMN/ROW of the paper's table; the row is the label of the axis `algorithm`, or the method."""
     column = [point.label for axis, point in points.items() if axis not in {"seed", "algorithm"}]
     row = points["algorithm"].label if "algorithm" in points else algorithm
     return f"{'-'.join(column)}/{row}"
 
 
 def chosen(runs: Sequence[TableRun], only: str, task: str) -> list[TableRun]:
-    """The runs whose names match one of `only` (shell patterns, comma-separated), of these number `task`.
+    """Return the runs whose names match `only` (comma-separated shell patterns), or number `task` of them.
 
     Raises:
-        TableError: none does, or there is no such number.
+        TableError: no name matches, or there is no run number `task`.
     """
     patterns = [pattern.strip() for pattern in only.split(",") if pattern.strip()]
-    found = [run for run in runs if not patterns or any(fnmatchcase(run.name, p) for p in patterns)]
-    if not found:
-        problem = f"no run of the table matches --only {only}"
-        raise TableError(problem, f"names are like {runs[0].name}: --only '*{runs[0].name[-6:]}'")
+    matching = [run for run in runs if not patterns or any(fnmatchcase(run.name, p) for p in patterns)]
+    if not matching:
+        problem = f"--only = {only} matches no run of the table"
+        raise TableError(
+            problem, f"use a pattern of a name like {runs[0].name}: --only '*{runs[0].name[-6:]}'"
+        )
     if not task:
-        return found
-    if not task.isdecimal() or int(task) >= len(found):
-        raise TableError(f"--task {task}: there is no such run", f"tasks go from 0 to {len(found) - 1}")
-    return [found[int(task)]]
+        return matching
+    if not task.isdecimal() or int(task) >= len(matching):
+        raise TableError(
+            f"--task = {task}: there is no such run", f"set --task from 0 to {len(matching) - 1}"
+        )
+    return [matching[int(task)]]

@@ -141,7 +141,7 @@ def test_bare_loop_leaves_the_federation_unchanged() -> None:
     loop = Loop(shared_comm(), build.build(shared_comm(), settings), SilentObserver(), None)
     vectors = [loop.state, *(client.vector for client in loop.federation.clients.values())]
     before = [vector.clone() for vector in vectors]
-    bare_loop.BareLoop(loop.federation, loop.state).play(1)
+    bare_loop.BareLoop(loop.federation, loop.state).run_round(1)
     assert all(torch.equal(a, b) for a, b in zip(vectors, before, strict=True))
 
 

@@ -61,7 +61,7 @@ def test_results_are_listed_beside_the_papers(report: Path) -> None:
     assert row["as run"] == "as the table"
     reduced = rows["cifar10-n10", "pfedmoe"]
     assert report_runs.same_number(reduced["paper"], 0.968)
-    assert reduced["as run"] == "reduced scale: 1 of 10 rounds; other train.epochs = 1, data.size = 8"
+    assert reduced["as run"] == "reduced scale: 1 of 10 rounds; changed: train.epochs = 1, data.size = 8"
     unknown = rows["cifar10-n50", "pfedmoe"]
     assert unknown["ours mean"] and not unknown["paper"] and not unknown["difference"]
 
@@ -88,9 +88,9 @@ def test_differently_altered_runs_are_not_replicates(trained: Path) -> None:
     ]
     (section,) = paper_section.sections(made)
     (found,) = section.tables
-    assert section.title == "Cells of tables", "no paper prints it"
+    assert section.title == "Results by table", "no paper prints it"
     assert [column.title for column in found.columns] == ["setting", "method", "ours", "as run"]
-    assert [row[-1].text for row in found.rows] == [f"other train.epochs = {n}" for n in (1, 5)]
+    assert [row[-1].text for row in found.rows] == [f"changed: train.epochs = {n}" for n in (1, 5)]
     assert [row[2].values[2] for row in found.rows] == [1, 1]
 
 
@@ -111,7 +111,7 @@ def test_paper_table_is_one_table(trained: Path) -> None:
 
 
 def test_every_paper_figure_belongs_to_a_table_cell() -> None:
-    figures = tomllib.loads(paper_section.FIGURES.read_text())
+    figures = tomllib.loads(paper_section.PUBLISHED.read_text())
     number = 0
     for name, held in figures.items():
         runs = grid.expand(grid.read(JOBS / "tables" / f"{name}.toml"), {})

@@ -49,11 +49,11 @@ def test_varying_settings_name_the_variants(trained: Path) -> None:
     assert labels[:3] == [(share, plain, 2), (unshared, plain, 1), ("standalone", plain, 1)]
     assert [label[1] for label in labels[3:]] == [f"clients = {n}" for n in (20, 100)]
     assert found.notes == (
-        "differing between settings as well: participation (1.0; 0.1)",
+        "also different between settings: participation (1.0; 0.1)",
         f"train.lr differs between methods: pfedmoe {run.config['train.lr']}; standalone 0.01",
     )
     assert found.baseline("") == found.baseline("standalone") == "standalone"
-    with pytest.raises(compare.CompareError, match="'pfedmoe' means several methods"):
+    with pytest.raises(compare.CompareError, match="baseline = pfedmoe matches several methods"):
         found.baseline("pfedmoe")
 
 
@@ -70,8 +70,8 @@ def test_differing_data_name_a_setting_not_a_variant(trained: Path) -> None:
         *(("data.name = MNIST", method) for method in ("pfedmoe", "standalone")),
     }
     assert found.notes == (
-        "pfedmoe, where its name does not say otherwise: gate.hidden = 64, gate.layers = 2",
-        "differing between settings as well: train.augment (none; flip)",
+        "pfedmoe, unless its label says otherwise: gate.hidden = 64, gate.layers = 2",
+        "also different between settings: train.augment (none; flip)",
     )
 
 
@@ -79,7 +79,7 @@ def test_data_name_a_setting_before_dependent_values(trained: Path) -> None:
     run = load_run(trained)
     found = compare.compare([run, like(run, "b", data__source="heart", clients=10, rounds=8)])
     assert found.settings == ["data.source = heart", "data.source = synthetic"]
-    assert found.notes == ("differing between settings as well: rounds (3; 8), clients (4; 10)",)
+    assert found.notes == ("also different between settings: rounds (3; 8), clients (4; 10)",)
 
 
 def test_model_pools_are_settings_where_a_method_has_several(trained: Path) -> None:
@@ -137,7 +137,7 @@ def test_just_started_seed_does_not_shorten_the_curve(trained: Path) -> None:
     run = load_run(trained)
     started = Run(Path("b"), {**run.config, "seed": 1}, run.history[:2], run.events)
     (group,) = compare.compare([run, started]).groups
-    assert compare.curve(group)[0].tolist() == [2, 3] and len(group.drawn) == 1
+    assert compare.curve(group)[0].tolist() == [2, 3] and len(group.curve_runs) == 1
     (alone,) = compare.compare([started]).groups
     assert compare.curve(alone)[0].tolist() == [2]
 
@@ -158,7 +158,7 @@ def test_untrained_clients_are_in_no_mean(trained: Path) -> None:
     (found,) = [table for table in run_report.report(run, None).tables if table.name == "architectures"]
     assert [row[1].text for row in found.rows] == ["2", "1"]
     (clients,) = [table for table in run_report.report(run, None).tables if table.name == "clients"]
-    assert clients.rows[-1][0].text == "3" and "in no mean over clients: 3" in clients.notes[0]
+    assert clients.rows[-1][0].text == "3" and "every mean over clients: 3" in clients.notes[0]
     other = Run(Path("b"), {**run.config, "algorithm": "standalone"}, run.history, run.events)
     pair = compare.compare([run, other]).groups
     assert np.isnan(compare.client_differences(*pair)).tolist() == [False, False, False, True]

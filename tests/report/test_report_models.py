@@ -22,7 +22,7 @@ from pfedmoe_mpi.models import registry
 from pfedmoe_mpi.models.gate import build_gate
 from pfedmoe_mpi.report import probe
 from pfedmoe_mpi.report.load import load_run
-from pfedmoe_mpi.report.model_views import Looked, principal
+from pfedmoe_mpi.report.model_views import ModelViews, principal_components
 from support.files import flip_bit
 from support.launcher import Result, Session, read_metrics, run_to_end
 from support.paths import ROOT
@@ -102,8 +102,8 @@ def report(session: Session, trained: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def looked(trained: Path) -> Looked:
-    return probe.look(load_run(trained))
+def looked(trained: Path) -> ModelViews:
+    return probe.view_models(load_run(trained))
 
 
 def test_gate_weights_by_class_equal_plain_torch(
@@ -143,7 +143,7 @@ def test_shared_test_set_accuracy_equals_plain_torch(
             summary[name]["best"], max(values)
         )
     page = (report / "report.html").read_text()
-    assert f"the same {len(y)} rows for everybody" in page
+    assert f"the same {len(y)} rows for every client" in page
 
 
 def test_extreme_gate_samples_equal_plain_torch(
@@ -166,7 +166,7 @@ def test_extreme_gate_samples_equal_plain_torch(
     assert "data:image/png" in (report / "report.html").read_text()
 
 
-def test_representations_equal_plain_torch(reference_clients: list[ReferenceClient], looked: Looked) -> None:
+def test_representations_equal_plain_torch(reference_clients: list[ReferenceClient], looked: ModelViews) -> None:
     assert looked.method == "PCA" and list(looked.representations) == ["r_G", "r_F", "r"]
     assert looked.labels.tolist() == [y for one in reference_clients for y in one.y]
     assert looked.clients.tolist() == [k for k, one in enumerate(reference_clients) for _ in one.y]
@@ -179,7 +179,7 @@ def test_representations_equal_plain_torch(reference_clients: list[ReferenceClie
 
 
 def test_pictures_show_the_samples(
-    reference_clients: list[ReferenceClient], looked: Looked, trained: Path
+    reference_clients: list[ReferenceClient], looked: ModelViews, trained: Path
 ) -> None:
     place = int(looked.extremes[0][0])
     x = torch.cat([one.x for one in reference_clients])[place].numpy()
@@ -194,16 +194,16 @@ def test_projection_keeps_neighbours() -> None:
     labels = np.repeat(np.arange(4), 40)
     far = drawn.normal(size=(4, 60))[labels] * 9 + drawn.normal(size=(160, 60))
     few = {"clients": labels, "labels": labels, "alpha": None, "raw": far, "shared_rows": 1}
-    nothing = {"shared": np.empty(0), "own": np.empty(0), "round": 1, "samples": 160}
-    seen = Looked(**few, **nothing, representations={"r": far}, seed=1)
+    nothing = {"accuracy_shared": np.empty(0), "accuracy_own": np.empty(0), "round": 1, "samples": 160}
+    seen = ModelViews(**few, **nothing, representations={"r": far}, seed=1)
     assert seen.method == "t-SNE" and not seen.images
     flat = seen.embeddings["r"]
     assert flat.shape == (160, 2) and trustworthiness(far, flat) > 0.9
-    again = Looked(**few, **nothing, representations={"r": far}, seed=1).embeddings["r"]
+    again = ModelViews(**few, **nothing, representations={"r": far}, seed=1).embeddings["r"]
     assert np.array_equal(flat, again)
     centres = np.array([flat[labels == k].mean(axis=0) for k in range(4)])
     assert (np.argmin(((flat[:, None] - centres) ** 2).sum(axis=2), axis=1) == labels).all()
-    assert principal(np.ones((5, 1))).shape == (5, 2), "one feature is no plane"
+    assert principal_components(np.ones((5, 1))).shape == (5, 2), "one feature is no plane"
 
 
 def test_seconds_by_rank_equal_the_metrics(trained: Path, report: Path) -> None:
@@ -259,21 +259,21 @@ def test_missing_models_are_reported_in_one_sentence(
 ) -> None:
     newest = run / "checkpoints" / "round-000003.h5"
     flip_bit(newest, newest.stat().st_size - 9)
-    assert probe.look(load_run(run)).round == 2, "the one before"
+    assert probe.view_models(load_run(run)).round == 2, "the one before"
     run_command("report", run, "--out", "none", "--models", "false")
     text = (tmp_path / "none" / "report.html").read_text()
     assert "<h2>Models</h2>" not in text and "shared test" not in text
     shutil.rmtree(run / "checkpoints")
     run_command("report", run, "--out", "gone")
     text = (tmp_path / "gone" / "report.html").read_text()
-    assert text.count("Nobody looked into the models: the run has no good checkpoint.") == 1
+    assert text.count("The models were not evaluated: the run has no good checkpoint.") == 1
     assert (tmp_path / "gone" / "figures" / "gates_class.png").exists()
 
 
 def test_report_under_mpirun_is_written_by_rank_0_alone(run: Path, tmp_path: Path) -> None:
     run_to_end(2, "report", "run", "--out", "page", cwd=tmp_path, timeout=60)
     text = (tmp_path / "page" / "report.html").read_text()
-    assert text.count("a report is the work of one rank") == 1
+    assert text.count("report runs on one rank") == 1
 
 
 def test_untrained_run_has_no_model_section(
@@ -281,7 +281,7 @@ def test_untrained_run_has_no_model_section(
 ) -> None:
     run_command(*small_run, "--join.share", "0.9", "--join.round", "2", "--run.dir", "run")
     run_command("report", "run", "--out", "page")
-    assert "no client that has test rows has trained yet" in (tmp_path / "page" / "report.html").read_text()
+    assert "no client with test samples has trained yet" in (tmp_path / "page" / "report.html").read_text()
 
 
 # Rows and output for other tools
