@@ -166,7 +166,9 @@ def test_extreme_gate_samples_equal_plain_torch(
     assert "data:image/png" in (report / "report.html").read_text()
 
 
-def test_representations_equal_plain_torch(reference_clients: list[ReferenceClient], looked: ModelViews) -> None:
+def test_representations_equal_plain_torch(
+    reference_clients: list[ReferenceClient], looked: ModelViews
+) -> None:
     assert looked.method == "PCA" and list(looked.representations) == ["r_G", "r_F", "r"]
     assert looked.labels.tolist() == [y for one in reference_clients for y in one.y]
     assert looked.clients.tolist() == [k for k, one in enumerate(reference_clients) for _ in one.y]
