@@ -21,13 +21,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from wire import wrongs
 
-from pfedmoe_mpi import algorithms, checkpoint, comm, config, metrics, setup
+from pfedmoe_mpi import algorithms, checkpoint, config
 from pfedmoe_mpi.checkpoint import Checkpoint
-from pfedmoe_mpi.comm import Comm
-from pfedmoe_mpi.federation import Loop, Silent
-from pfedmoe_mpi.flat import Layout
+from pfedmoe_mpi.config import methods
+from pfedmoe_mpi.core.flat import Layout
+from pfedmoe_mpi.federation import build, metrics
+from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi.comm import Comm
+from support.traffic_check import wrongs
 
 SMALL: dict[str, Any] = {
     "data.source": "synthetic",
@@ -53,7 +56,7 @@ def settings(name: str, **changes: Any) -> config.Config:
 
 def play(world: Comm, chosen: config.Config, folder: Path | None = None, source: Path | None = None) -> Loop:
     """A federation from round 1, or from a checkpoint, as far as it goes."""
-    loop = Loop(world, setup.build(world, chosen), Silent(), folder)
+    loop = Loop(world, build.build(world, chosen), SilentObserver(), folder)
     if source:
         world.agree(lambda: checkpoint.verify(source, world.rank, world.size), "verify")
         with Checkpoint(source) as loaded:
@@ -152,7 +155,7 @@ def stopped(world: Comm, name: str, polls: int, folder: Path) -> None:
         poll()
 
     world.poll = counting  # type: ignore[method-assign]
-    loop = Loop(world, setup.build(world, settings(name)), Silent(), folder)
+    loop = Loop(world, build.build(world, settings(name)), SilentObserver(), folder)
     assert loop.begin()  # what is stopped before round 1 is done again
     left = polls
     assert not loop.run(), "the signal did not stop the run"
@@ -170,8 +173,8 @@ def moves(world: Comm, name: str) -> None:
 
 
 def first_round(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
-    built = setup.build(part, settings(name, rounds=1, participation=1.0, **changes))
-    loop = Loop(part, built, Silent(), None)
+    built = build.build(part, settings(name, rounds=1, participation=1.0, **changes))
+    loop = Loop(part, built, SilentObserver(), None)
     before = loop.state.numpy().copy()
     loop.run()
     return before, loop.state.numpy(), built.state_layout.to_json()
@@ -191,7 +194,7 @@ def fixpoint(world: Comm, name: str) -> None:
 
 
 def shared_after(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
-    loop = Loop(part, setup.build(part, settings(name, **changes)), Silent(), None)
+    loop = Loop(part, build.build(part, settings(name, **changes)), SilentObserver(), None)
     before = loop.state.numpy().copy()
     loop.run()
     return before, loop.state.numpy(), loop.federation.state_layout.to_json()
@@ -204,7 +207,7 @@ def layouts(world: Comm, name: str) -> None:
 
 
 def round_trip(part: Comm, name: str) -> int:
-    built = setup.build(part, settings(name))
+    built = build.build(part, settings(name))
     method, bench = built.method, built.workbench
     for client in built.clients.values():
         for spec in (method.state(), client.spec):
@@ -278,7 +281,7 @@ def main() -> int:
     try:
         good = [
             judge(world, CHECKS[check], name)
-            for name in options.methods or algorithms.names()
+            for name in options.methods or methods.names()
             for check in options.check or CHECKS
         ]
     except BaseException as error:

@@ -6,13 +6,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import launcher
 import pytest
 
-SMALL = (
-    *("--data.source", "synthetic", "--data.samples", "200", "--data.size", "8", "--clients", "4"),
-    *("--model.pool", "mlp5,mlp4", "--model.shared", "mlp5", "--rounds", "1", "--train.device", "cpu"),
-)
+from support import launcher
+from support.launcher import SMALL
 
 
 @pytest.fixture(scope="session")

@@ -10,15 +10,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from oracles import experts, nets
-from played import build, cut
-from sixclients import SIZES, Six, write_common, write_six
-from test_oracles import agree
 from torch import nn
 
-from pfedmoe_mpi import seeds
+from oracles import experts, nets
+from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.errors import ConfigError, PartitionError
-from pfedmoe_mpi.federation import Loop
+from pfedmoe_mpi.federation.loop import Loop
+from support.round_comparison import agree
+from support.six_clients import SIZES, Six, write_common, write_six
+from support.small_federation import build, cut
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_pretraining_by_hand(data: Path, target: float) -> None:
     told = it.of_state("common_accuracy", start=False)[""]
     assert float(told) == pytest.approx(accuracy()) and (accuracy() >= target or steps == 4 * len(epochs[0]))
     frozen = loop.state.clone()
-    assert loop.play()
+    assert loop.run_round()
     place = loop.federation.state_layout.parts["common"]
     assert torch.equal(loop.state[place], frozen[place]), "the common expert is frozen"
 
@@ -149,6 +149,6 @@ def test_a_published_backbone(data: Path, tmp_path: Path) -> None:
         module.eval()
     with torch.no_grad():
         torch.testing.assert_close(parts.common(x), network(x), rtol=1e-4, atol=1e-4)
-    assert loop.play() and bool(loop.state[federation.state_layout.parts["gate"]].isfinite().all())
+    assert loop.run_round() and bool(loop.state[federation.state_layout.parts["gate"]].isfinite().all())
     torch.save(resnet34(weights=None).state_dict(), tmp_path / "resnet34.pth")
     refused("it has network.layer1.2", data, common=str(tmp_path / "resnet34.pth"), common_model="resnet18")

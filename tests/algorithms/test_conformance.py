@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from pfedmoe_mpi import algorithms
+from pfedmoe_mpi.config import methods
+from support.mpi_job import conformance
+from support.paths import TESTS
 
-HERE = Path(__file__).parent
-BROKEN = sorted(path.stem for path in (HERE / "broken").glob("*.py"))
-
-
-def conformance(*arguments: str, timeout: float) -> tuple[int, str]:
-    """One job of four ranks; killed with all it started after `timeout` seconds."""
-    command = [
-        str(Path(sys.executable).parent / "mpirun"),
-        "-n",
-        "4",
-        sys.executable,
-        str(HERE / "conformance.py"),
-    ]
-    job = subprocess.Popen(
-        [*command, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        output, _ = job.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(job.pid, signal.SIGKILL)
-        output = job.communicate()[0] + "\nkilled: the job hung"
-    return job.returncode, output
+BROKEN = sorted(path.stem for path in (TESTS / "broken").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +22,7 @@ def verdicts() -> dict[tuple[str, str], str]:
     return {(check, method): verdict for check, method, verdict in found}
 
 
-@pytest.mark.parametrize("method", algorithms.names())
+@pytest.mark.parametrize("method", methods.names())
 @pytest.mark.parametrize(
     "check", ["layouts", "moves", "fixpoint", "wire", "idle", "ranks", "restart", "midround"]
 )
@@ -62,7 +33,7 @@ def test_method_keeps_the_contract(verdicts: dict[tuple[str, str], str], check: 
 def meant() -> dict[str, str]:
     """{broken method: the check it fails}, as their docstrings say."""
     found = {
-        name: re.search(r"^Fails: (\w+)$", (HERE / "broken" / f"{name}.py").read_text(), re.MULTILINE)
+        name: re.search(r"^Fails: (\w+)$", (TESTS / "broken" / f"{name}.py").read_text(), re.MULTILINE)
         for name in BROKEN
     }
     assert all(found.values()), f"no check is named: {found}"

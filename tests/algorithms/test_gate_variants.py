@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
-from launcher import finished, learned_digest
-from played import build, played, write_all
-from test_pfedmoe import bench, gradients
 
 from pfedmoe_mpi import config
 from pfedmoe_mpi.algorithms.base import Task
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models.gate import Gate, build_gate
+from support.launcher import SMALL, finished, learned_digest
+from support.small_federation import bench, build, gradients, played, write_all
 
 
 @pytest.fixture(scope="module")

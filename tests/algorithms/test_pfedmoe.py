@@ -6,43 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import nets
-from played import build, played, write_all
 
-from pfedmoe_mpi.algorithms.base import Algorithm
-from pfedmoe_mpi.data.shard import Batch
-from pfedmoe_mpi.federation import Loop
-from pfedmoe_mpi.parts import Parts
+from oracles import nets
+from support.small_federation import bench, build, gradients, played, write_all
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_all(tmp_path_factory.mktemp("pfedmoe"))
-
-
-def bench(loop: Loop, k: int = 0) -> tuple[Algorithm, Parts, Batch]:
-    """The parts of a client, and its first batch."""
-    federation = loop.federation
-    client, method = federation.clients[k], federation.method
-    parts = federation.workbench.parts((method.state(), loop.state), (client.spec, client.vector))
-    split = client.splits["train"]
-    rows = torch.arange(16)
-    return method, parts, Batch(federation.engine.normalise(split.x[:16]), split.y[:16], rows)
-
-
-def gradients(loop: Loop) -> dict[str, float]:
-    """Largest gradient of the loss by tensor, 0 where there is none."""
-    method, parts, batch = bench(loop)
-    for module in parts.modules().values():
-        module.train()
-        module.requires_grad_(True)
-        module.zero_grad(set_to_none=True)
-    method.loss(parts, batch).backward()
-    return {
-        f"{part}/{name}": 0.0 if p.grad is None else float(p.grad.abs().max())
-        for part, module in parts.modules().items()
-        for name, p in module.named_parameters()
-    }
 
 
 def test_gradients_reach_theta_omega_and_phi(data: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

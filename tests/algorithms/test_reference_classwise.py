@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import classes, methods, nets
-from played import HELD, TRAINED, Played, build, cut, played, write_all
-from test_oracles import SEEDS, agree, same_measures
 from torch import Tensor, nn
 
-from pfedmoe_mpi import seeds
+from oracles import classes, methods, nets
 from pfedmoe_mpi.algorithms.base import Algorithm
-from pfedmoe_mpi.faults import Faults
+from pfedmoe_mpi.core import seeds
+from pfedmoe_mpi.federation.faults import Faults
+from pfedmoe_mpi.federation.round_sum import IN, LOST
 from pfedmoe_mpi.models import mlp
-from pfedmoe_mpi.roundsum import IN, LOST
+from support.round_comparison import SEEDS, agree, same_measures
+from support.small_federation import HELD, TRAINED, Played, build, cut, played, write_all
 
 ALL = frozenset({0, 1, 2})
 EQUAL = {"fedprox", "fedrep"}

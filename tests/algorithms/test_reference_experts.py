@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from oracles import experts, nets
 from oracles.methods import Round
-from played import build
-from sixclients import SIZES, Six, write_common, write_six
-from test_oracles import agree
-
 from pfedmoe_mpi.algorithms.fedjets.anchors import by_cluster, by_label
+from support.round_comparison import agree
+from support.six_clients import SIZES, Six, write_common, write_six
+from support.small_federation import build
 
 
 @pytest.fixture(scope="module")

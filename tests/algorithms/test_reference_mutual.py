@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import methods, mutual, nets
-from played import TRAINED, Played, build, played, write_all
-from test_oracles import ALL, SEEDS, VARIANTS, agree, same_measures
 from torch import Tensor, nn
 
-from pfedmoe_mpi import config, seeds
+from oracles import methods, mutual, nets
+from pfedmoe_mpi import config
 from pfedmoe_mpi.algorithms.fedkd import low_rank
+from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import mlp
+from support.round_comparison import ALL, SEEDS, VARIANTS, agree, same_measures
+from support.small_federation import TRAINED, Played, build, played, write_all
 
 POOL = "mlp4,mlp5,mlp3"
 

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import methods, nets
-from played import HELD, TRAINED, Played, build, played, write_all
 from torch import Tensor
 
-from pfedmoe_mpi import algorithms
+from oracles import methods, nets
+from pfedmoe_mpi.config.methods import names
 from pfedmoe_mpi.errors import RunError
 from pfedmoe_mpi.models import mlp
+from support.round_comparison import ALL, SEEDS, VARIANTS, agree, same_measures
+from support.small_federation import HELD, Played, build, played, write_all
 
 METHODS = ("fedavg", "fedproto", "pfedmoe", "scaffold", "standalone")
-ALL = frozenset({0, 1, 2})
 
 
 @pytest.fixture(scope="module")
@@ -110,39 +110,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def agree(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    assert found and set(found) == set(expected), what
-    for name, tensor in found.items():
-        np.testing.assert_allclose(
-            tensor.numpy(), expected[name].numpy(), rtol=1e-5, atol=1e-5, err_msg=f"{what} {name}"
-        )
-
-
-def same_measures(it: Played, history: list[methods.Round], clients: frozenset[int]) -> None:
-    """Accuracies, losses and their means in the rows are those of the rounds by hand."""
-    method = it.loop.federation.config.algorithm
-    for row, record in zip(it.loop.history, history, strict=True):
-        known = {k: v for k, v in enumerate(row["clients"]["accuracy_before"]) if v is not None}
-        assert known == record.before, f"before aggregation, round {row['round']}"
-        for k in clients:
-            assert row["clients"]["accuracy"][k] == record.after[k], (
-                f"after aggregation, round {row['round']}"
-            )
-            assert row["clients"]["loss"][k] == pytest.approx(record.test_loss[k], rel=1e-4, abs=1e-5)
-        if clients == ALL:
-            assert row["accuracy"]["mean"] == pytest.approx(np.mean(list(record.after.values())))
-        if record.before:
-            assert row["accuracy_cohort"]["mean"] == pytest.approx(np.mean(list(record.before.values())))
-        if method != "scaffold" and record.train_loss:
-            n = [TRAINED[k] for k in record.train_loss]
-            assert row["train_loss"] == pytest.approx(
-                np.average(list(record.train_loss.values()), weights=n), rel=1e-4
-            )
-
-
 # Rounds by hand
-
-SEEDS = (0, 3, 4)  # of cohorts of two, the first is clients 0 and 1, the second clients 1 and 2
 
 
 def by_hand(path: Path, method: str, clients: frozenset[int] = ALL, **changes: Any) -> Played:
@@ -169,19 +137,12 @@ def unlike(method: str) -> str:
 
 
 def test_every_method_has_its_oracle() -> None:
-    import test_oracle_classes  # each of them uses this module
-    import test_oracle_experts
-    import test_oracle_mutual
+    import test_reference_classwise  # each of them uses this module
+    import test_reference_experts
+    import test_reference_mutual
 
-    others = (test_oracle_classes.BY_HAND, test_oracle_experts.BY_HAND, test_oracle_mutual.BY_HAND)
-    assert set().union(BY_HAND, *others) == set(algorithms.names())
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "some": {},  # two of three clients in a round
-    "all": {"participation": 1.0, "train.clip": 0.5, "train.schedule": "cosine", "train.weight_decay": 0.01},
-    "one": {"participation": 0.3, "train.momentum": 0.0, "train.clip": 0.0},
-}
+    others = (test_reference_classwise.BY_HAND, test_reference_experts.BY_HAND, test_reference_mutual.BY_HAND)
+    assert set().union(BY_HAND, *others) == set(names())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -240,7 +201,7 @@ def test_a_class_nobody_in_the_cohort_holds_stays_undefined(data: dict[str, Path
     assert all(rows[c].isnan().all() for c in set(range(4)) - set(HELD[only]))
     while it.loop.round < 6 and set(chain(*it.cohorts)) == {only}:  # until another client comes up
         kept = it.loop.state.clone()
-        assert it.loop.play()
+        assert it.loop.run_round()
     other = it.cohorts[-1][0]
     assert other != only
     lost = set(HELD[only]) - set(HELD[other])

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher import program
-from played import world
 
-from pfedmoe_mpi import bareloop, config, setup
-from pfedmoe_mpi.bench import Line, side_by_side
-from pfedmoe_mpi.benchnetwork import Sent, bytes_sent, crossed, per_round
-from pfedmoe_mpi.federation import Loop, Silent
-from pfedmoe_mpi.flat import flatten
+from pfedmoe_mpi import config
+from pfedmoe_mpi.bench import bare_loop
+from pfedmoe_mpi.bench.network import Sent, bytes_sent, crossed, per_round
+from pfedmoe_mpi.bench.timing import Line, side_by_side
+from pfedmoe_mpi.core.flat import flatten
+from pfedmoe_mpi.federation import build
+from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from support.launcher import program
+from support.small_federation import world
 
 SMALL = (
     *("--data.source", "digits", "--clients", "4", "--partition.kind", "iid", "--train.batch", "32"),
@@ -119,12 +121,12 @@ def test_the_bare_loop_trains_to_the_same_numbers() -> None:
             **{"train.lr_shared": 0.02, "train.schedule": "cosine", "rounds": 3, "train.device": "cpu"},
         }
     )
-    loop = Loop(world(), setup.build(world(), settings), Silent(), None)
+    loop = Loop(world(), build.build(world(), settings), SilentObserver(), None)
     before = torch.cat([loop.state, loop.federation.clients[0].vector])
-    bare = bareloop.BareLoop(loop.federation, loop.state)
+    bare = bare_loop.BareLoop(loop.federation, loop.state)
     (client,) = bare.clients
     for round in (1, 2):
-        assert loop.play()
+        assert loop.run_round()
         loss, accuracy = bare.train(client, round), bare.accuracy(client)
         after = torch.cat([loop.state, loop.federation.clients[0].vector])
         theirs = torch.cat([flatten(module) for module in client.modules()])
@@ -136,10 +138,10 @@ def test_the_bare_loop_trains_to_the_same_numbers() -> None:
 
 def test_the_bare_loop_shares_nothing_with_the_federation() -> None:
     settings = config.build({"data.source": "synthetic", "data.samples": 100, "clients": 2})
-    loop = Loop(world(), setup.build(world(), settings), Silent(), None)
+    loop = Loop(world(), build.build(world(), settings), SilentObserver(), None)
     vectors = [loop.state, *(client.vector for client in loop.federation.clients.values())]
     before = [vector.clone() for vector in vectors]
-    bareloop.BareLoop(loop.federation, loop.state).play(1)
+    bare_loop.BareLoop(loop.federation, loop.state).play(1)
     assert all(torch.equal(a, b) for a, b in zip(vectors, before, strict=True))
 
 

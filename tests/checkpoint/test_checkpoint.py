@@ -13,15 +13,16 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from checkpoint_driver import content, vector
-from drivers import HERE, mpirun
-from sealed import places, write
 
 from pfedmoe_mpi import checkpoint
-from pfedmoe_mpi.checkpoint import Checkpoint, Content
+from pfedmoe_mpi.checkpoint import Checkpoint, Content, writer
+from pfedmoe_mpi.checkpoint.memory_file import SparseFile
+from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
-from pfedmoe_mpi.flat import Layout
-from pfedmoe_mpi.sparse import SparseFile
+from support.checkpoint_checks import content, vector
+from support.checkpoint_files import places, write
+from support.mpi_job import mpirun
+from support.paths import with_support
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_a_user_block_has_room_for_any_number_of_clients(tmp_path: Path) -> None
 
 
 def test_ranks_write_one_file_together(tmp_path: Path) -> None:
-    ended = mpirun("checkpoint_driver.py", "write_together", str(tmp_path), ranks=3)
+    ended = mpirun("checkpoint_checks", "write_together", str(tmp_path), ranks=3)
     assert ended.code == 0, ended.output
     checkpoint.verify(tmp_path / "round-000003.h5")
 
@@ -169,7 +170,7 @@ def test_the_newest_comes_first(tmp_path: Path) -> None:
 
 def test_an_unsealed_file_is_no_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "round-000001.h5"
-    checkpoint._lay_out(path, content())
+    writer._lay_out(path, content())
     with h5py.File(path, "r") as opened:
         assert opened.attrs["round"] == 3
     with pytest.raises(CheckpointError, match="not a finished checkpoint"):
@@ -177,13 +178,13 @@ def test_an_unsealed_file_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_an_error_on_one_rank_is_an_error_on_all_and_leaves_nothing(tmp_path: Path) -> None:
-    ended = mpirun("checkpoint_driver.py", "write_fails", str(tmp_path), ranks=3)
+    ended = mpirun("checkpoint_checks", "write_fails", str(tmp_path), ranks=3)
     assert ended.code == 0, ended.output
     assert "Exception ignored" not in ended.output
 
 
 def test_no_room_at_any_length_is_one_clean_error(tmp_path: Path) -> None:
-    ended = mpirun("checkpoint_driver.py", "write_limited", str(tmp_path), ranks=1)
+    ended = mpirun("checkpoint_checks", "write_limited", str(tmp_path), ranks=1)
     assert ended.code == 0, ended.output
     assert "Exception ignored" not in ended.output, "HDF5 has met the full disk"
 
@@ -205,7 +206,8 @@ def test_leftovers_of_a_killed_writer_are_cleared_away(tmp_path: Path) -> None:
 def test_a_writer_killed_at_any_moment_leaves_only_good_checkpoints(tmp_path: Path) -> None:
     seed = str(random.randrange(10**6))
     job = subprocess.run(
-        [sys.executable, str(HERE / "checkpoint_driver.py"), "writer_killed", str(tmp_path), seed, "10"],
+        [sys.executable, "-m", "support.checkpoint_checks", "writer_killed", str(tmp_path), seed, "10"],
+        env=with_support(os.environ),
         capture_output=True,
         text=True,
         timeout=120,
@@ -244,6 +246,6 @@ def test_a_layout_of_a_terabyte_costs_no_memory_and_no_disk(tmp_path: Path) -> N
     layout = Layout.join({"model": Layout.of_tensor((1 << 36,))})
     whole = replace(content(clients=4), client_layouts=[layout] * 4)
     path = tmp_path / "file"
-    table = checkpoint._lay_out(path, whole)
+    table = writer._lay_out(path, whole)
     assert path.stat().st_size > 1 << 40 and path.stat().st_blocks * 512 < 1 << 21
     assert table["clients/000001"][0] - table["clients/000000"][0] >= 4 << 36

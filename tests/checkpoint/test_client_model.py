@@ -6,17 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import h5py
-import launcher
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
-from played import world
-from textfiles import write_hospitals, write_news
 
-from pfedmoe_mpi import checkpoint, config, load_client, setup
-from pfedmoe_mpi.data import open_dataset
+from pfedmoe_mpi import checkpoint, config, load_client
+from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.errors import CheckpointError, DataError
+from pfedmoe_mpi.federation import build
+from support import launcher
+from support.launcher import SMALL
+from support.small_federation import world
+from support.text_files import write_hospitals, write_news
 
 METHODS = {
     "pfedmoe": (),
@@ -79,7 +80,7 @@ def test_patients_and_texts(session: launcher.Session, tmp_path: Path, source: s
     result = session(*flags, "--train.device", "cpu", cwd=tmp_path)
     assert result.code == 0, result.err
     run = tmp_path / "run"
-    built = setup.build(world(), config.build(config.read_toml(run / "config.toml")))
+    built = build.build(world(), config.build(config.read_toml(run / "config.toml")))
     for client, accuracy in enumerate(launcher.rows(run)[-1]["clients"]["accuracy"]):
         test = built.clients[client].splits["test"]
         answers = load_client(run / "checkpoints" / "round-000002.h5", client).predict(test.x).argmax(1)

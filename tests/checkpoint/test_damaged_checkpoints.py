@@ -13,14 +13,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from checkpoint_driver import content, flip
-from drivers import mpirun
-from sealed import places, regions, write
 
 from pfedmoe_mpi import checkpoint
-from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.checkpoint import Checkpoint, seal
+from pfedmoe_mpi.commands.checkpoints import digest
 from pfedmoe_mpi.errors import CheckpointError
-from pfedmoe_mpi.inspection import digest
+from support.checkpoint_checks import content, flip
+from support.checkpoint_files import places, regions, write
+from support.mpi_job import mpirun
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_one_rank_finds_the_damage_in_its_share(copy: Path) -> None:
 
 
 def test_damage_seen_by_one_rank_is_heard_by_all(tmp_path: Path) -> None:
-    ended = mpirun("checkpoint_driver.py", "damaged_for_one", str(tmp_path))
+    ended = mpirun("checkpoint_checks", "damaged_for_one", str(tmp_path))
     assert ended.code == 0, ended.output
 
 
@@ -151,7 +151,7 @@ def test_another_format_version_is_named(copy: Path) -> None:
     with open(copy, "r+b") as file:
         file.seek(8)
         file.write((9).to_bytes(4, "little"))
-    refused(copy, f"has format version 9, this program reads {checkpoint.FORMAT}")
+    refused(copy, f"has format version 9, this program reads {seal.FORMAT}")
 
 
 def _hdf5(path: Path) -> None:

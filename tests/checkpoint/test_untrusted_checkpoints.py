@@ -14,14 +14,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from checkpoint_driver import content, row
-from sealed import resealed, write
-from stranger_driver import said
 
-from pfedmoe_mpi import seal
-from pfedmoe_mpi.checkpoint import Checkpoint, _put
+from pfedmoe_mpi.checkpoint import Checkpoint, seal
+from pfedmoe_mpi.checkpoint.writer import _put
+from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
-from pfedmoe_mpi.flat import Layout
+from support.checkpoint_checks import content, row
+from support.checkpoint_files import resealed, write
+from support.limited_memory import said
 
 Edit = Callable[[Any], object]
 

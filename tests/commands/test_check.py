@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from launcher import program
 
-from pfedmoe_mpi.check import Finding
+from pfedmoe_mpi.commands.check import Finding
+from support.launcher import program
 
 
 def check(

@@ -10,7 +10,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from datafiles import (
+from PIL import Image
+
+from pfedmoe_mpi.commands.data import heat_map, prepare, write_partition
+from pfedmoe_mpi.config import Config, build
+from pfedmoe_mpi.data import Dataset, make_partition
+from pfedmoe_mpi.data.sources.open import open_dataset
+from pfedmoe_mpi.errors import DataError, PartitionError
+from support.data_files import (
     GOOD_X,
     GOOD_Y,
     client_data,
@@ -23,13 +30,7 @@ from datafiles import (
     write_clients,
     write_h5,
 )
-from PIL import Image
-from textfiles import write_stories
-
-from pfedmoe_mpi.config import Config, build
-from pfedmoe_mpi.data import Dataset, make_partition, open_dataset
-from pfedmoe_mpi.data.prepare import heat_map, prepare, write_partition
-from pfedmoe_mpi.errors import DataError, PartitionError
+from support.text_files import write_stories
 
 
 def configured(**settings: Any) -> Config:

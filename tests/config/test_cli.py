@@ -13,10 +13,12 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from launcher import ROOT, Result, Session, digest, environment, events, program, rows
 
-from pfedmoe_mpi import __version__, algorithms, config
+from pfedmoe_mpi import __version__, config
 from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.config import methods
+from support.launcher import Result, Session, digest, environment, events, program, rows
+from support.paths import ROOT
 
 
 def keys(value: Any) -> Any:
@@ -24,7 +26,7 @@ def keys(value: Any) -> Any:
     return {name: keys(below) for name, below in value.items()} if isinstance(value, Mapping) else None
 
 
-@pytest.fixture(scope="module", params=algorithms.names())
+@pytest.fixture(scope="module", params=methods.names())
 def of_each(
     request: pytest.FixtureRequest,
     session: Session,
@@ -107,7 +109,7 @@ def test_the_run_folder(trained: Path) -> None:
 
 def test_config_toml_holds_the_effective_configuration(trained: Path) -> None:
     flat = config.flatten(tomllib.loads((trained / "config.toml").read_text()))
-    others = set(algorithms.names()) - {"pfedmoe"}
+    others = set(methods.names()) - {"pfedmoe"}
     assert set(flat) == {name for name in config.fields() if name.partition(".")[0] not in others}
     assert (flat["rounds"], flat["eval.every"], flat["model.dim"]) == (3, 2, 500)
     assert flat["model.pool"] == ["mlp5", "mlp4"]

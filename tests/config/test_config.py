@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import launcher
 import pytest
 
-from pfedmoe_mpi import algorithms, cli, config
+from pfedmoe_mpi import cli, config
+from pfedmoe_mpi.algorithms import base
+from pfedmoe_mpi.config import methods
 from pfedmoe_mpi.errors import ConfigError
+from support import launcher
 
 FIELDS = config.fields()
 
@@ -47,7 +49,7 @@ def test_every_default_is_accepted_as_a_flag(name: str) -> None:
     assert config.flatten(parsed(f"--{name}={text}").model_dump())[name] == default
 
 
-@pytest.mark.parametrize("algorithm", algorithms.names())
+@pytest.mark.parametrize("algorithm", methods.names())
 def test_toml_round_trip(algorithm: str, tmp_path: Path) -> None:
     unlike = {
         "algorithm": algorithm,
@@ -66,7 +68,7 @@ def test_toml_round_trip(algorithm: str, tmp_path: Path) -> None:
     path.write_text(config.to_toml(settings), encoding="utf-8")
     assert config.build(config.read_toml(path)) == settings
     written = set(config.read_toml(path))
-    own = {name for name in FIELDS if name.partition(".")[0] not in set(algorithms.names()) - {algorithm}}
+    own = {name for name in FIELDS if name.partition(".")[0] not in set(methods.names()) - {algorithm}}
     assert written == own, "the file holds every field but the sections of other algorithms"
 
 
@@ -218,11 +220,11 @@ def test_an_algorithm_has_a_section_of_its_own() -> None:
     refused("pfedmoe.share = 'yes'", pfedmoe__share="yes")
 
 
-@pytest.mark.parametrize("algorithm", algorithms.names())
+@pytest.mark.parametrize("algorithm", methods.names())
 def test_options_read_from_the_source_are_those_of_the_class(algorithm: str) -> None:
     """`--help` compiles them alone; the method's file defines them."""
     section = getattr(config.build({"algorithm": algorithm}), algorithm)
-    module = sys.modules[algorithms.load(algorithm).__module__]
+    module = sys.modules[base.load(algorithm).__module__]
     own = getattr(module, "Options", None)
     defined = {name: field.default for name, field in own.model_fields.items()} if own else {}
     assert section.model_dump() == defined
@@ -260,12 +262,12 @@ def test_help_lists_every_field_with_its_sentence_and_default(help_text: str) ->
 
 
 def test_help_lists_every_algorithm_with_its_first_line(help_text: str) -> None:
-    for name in algorithms.names():
-        document = sys.modules[algorithms.load(name).__module__].__doc__ or ""
+    for name in methods.names():
+        document = sys.modules[base.load(name).__module__].__doc__ or ""
         assert f"{name:12} {document.partition(chr(10))[0]}" in help_text
-    folder = Path(algorithms.__file__).parent
+    folder = Path(methods.__file__).parent
     packages = {path.parent.name for path in folder.glob("*/__init__.py")}
-    assert set(algorithms.names()) == packages | {path.stem for path in folder.glob("[!_]*.py")} - {"base"}
+    assert set(methods.names()) == packages | {path.stem for path in folder.glob("[!_]*.py")} - {"base"}
 
 
 @pytest.mark.parametrize("arguments", [(), ("restart",), ("data", "prepare"), ("-h",)])

@@ -10,7 +10,8 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from launcher import Result, Session, digest
+
+from support.launcher import Result, Session, digest
 
 # Words and flags
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pfedmoe_mpi.data import shard
-from pfedmoe_mpi.data.shard import Normalise, Split, augmented, channels_last
+from pfedmoe_mpi.core import batches
+from pfedmoe_mpi.core.batches import Normalise, Split, augmented, channels_last
 
 CPU = torch.device("cpu")
 PLAIN = Normalise((), (), 3, CPU)
@@ -44,7 +44,7 @@ def split_of(n: int, shape: tuple[int, ...] = (3,)) -> Split:
 )
 def test_a_last_batch_of_one_joins_the_one_before(n: int, size: int, lengths: list[int]) -> None:
     split = split_of(n)
-    found = list(shard.epoch(split, size, PLAIN, (), generator()))
+    found = list(batches.epoch(split, size, PLAIN, (), generator()))
     assert [len(batch) for batch in found] == lengths
     rows = torch.cat([batch.rows for batch in found])
     assert sorted(rows.tolist()) == list(range(n))
@@ -54,18 +54,18 @@ def test_a_last_batch_of_one_joins_the_one_before(n: int, size: int, lengths: li
 
 def test_every_epoch_has_an_order_of_its_own_that_repeats() -> None:
     split, draws = split_of(50), generator(3)
-    first, second = ([b.rows for b in shard.epoch(split, 16, PLAIN, (), draws)] for _ in range(2))
-    again = [b.rows for b in shard.epoch(split, 16, PLAIN, (), generator(3))]
+    first, second = ([b.rows for b in batches.epoch(split, 16, PLAIN, (), draws)] for _ in range(2))
+    again = [b.rows for b in batches.epoch(split, 16, PLAIN, (), generator(3))]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], second[0]) and torch.cat(first).tolist() != list(range(50))
 
 
 def test_evaluation_goes_through_a_split_once_in_order() -> None:
     split = split_of(10)
-    found = list(shard.batches(split, 4, PLAIN))
+    found = list(batches.batches(split, 4, PLAIN))
     assert [batch.rows.tolist() for batch in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert torch.equal(torch.cat([batch.x for batch in found]), split.x)
-    assert list(shard.batches(split_of(0), 4, PLAIN)) == []
+    assert list(batches.batches(split_of(0), 4, PLAIN)) == []
 
 
 # Numbers and memory
@@ -111,8 +111,8 @@ def test_batches_are_the_same_whatever_the_memory_they_came_in(
         wanted: list[Tensor] = []
         for form in strided(x):
             split = Split(form, y)
-            found = [b.x for b in shard.batches(split, 4, normalise)]
-            found += [b.x for b in shard.epoch(split, 4, normalise, augment, generator(5))]
+            found = [b.x for b in batches.batches(split, 4, normalise)]
+            found += [b.x for b in batches.epoch(split, 4, normalise, augment, generator(5))]
             wanted = wanted or found
             for got, want in zip(found, wanted, strict=True):
                 assert torch.equal(got, want) and got.stride() == want.stride()
@@ -215,12 +215,14 @@ def test_an_image_smaller_than_a_rectangle_is_no_fault() -> None:
 
 def test_what_is_no_image_is_not_augmented() -> None:
     split = split_of(6, (5,))
-    (batch,) = shard.epoch(split, 10, PLAIN, ("flip", "crop", "erase"), generator())
+    (batch,) = batches.epoch(split, 10, PLAIN, ("flip", "crop", "erase"), generator())
     assert torch.equal(batch.x, split.x[batch.rows])
 
 
 def test_augmented_batches_repeat_by_their_generator() -> None:
     split = Split(images(20), torch.arange(20))
-    one, two = ([b.x for b in shard.epoch(split, 8, PLAIN, ("flip", "crop"), generator(1))] for _ in range(2))
+    one, two = (
+        [b.x for b in batches.epoch(split, 8, PLAIN, ("flip", "crop"), generator(1))] for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert torch.equal(split.x, images(20)), "samples stay as they came"

@@ -10,18 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pfedmoe_mpi import seeds
-from pfedmoe_mpi.algorithms.base import Algorithm, Phase
-from pfedmoe_mpi.client import Client
-from pfedmoe_mpi.data.shard import Batch, Normalise, Split
+from pfedmoe_mpi.algorithms.base import Algorithm
+from pfedmoe_mpi.config.sections import FaultSettings, Train
+from pfedmoe_mpi.core import seeds
+from pfedmoe_mpi.core.batches import Batch, Normalise, Split
+from pfedmoe_mpi.core.client import Client
+from pfedmoe_mpi.core.parts import Module, Parts, Spec, Workbench
+from pfedmoe_mpi.core.parts import Tensor as TensorPart
+from pfedmoe_mpi.core.sgd import SGD, Phase, learning_rate_factor
+from pfedmoe_mpi.core.turn import Engine, Turn
 from pfedmoe_mpi.errors import StoppedError
-from pfedmoe_mpi.faults import Faults
-from pfedmoe_mpi.federation import Loop
-from pfedmoe_mpi.parts import Module, Parts, Spec, Workbench
-from pfedmoe_mpi.parts import Tensor as TensorPart
-from pfedmoe_mpi.roundsum import DROPPED, IN, MISSING, RoundSum
-from pfedmoe_mpi.sections import FaultSettings, Train
-from pfedmoe_mpi.training import SGD, Engine, Turn, learning_rate_factor, measure
+from pfedmoe_mpi.federation.evaluation import measure
+from pfedmoe_mpi.federation.faults import Faults
+from pfedmoe_mpi.federation.loop import Loop
+from pfedmoe_mpi.federation.round_sum import DROPPED, IN, MISSING, RoundSum
+from pfedmoe_mpi.mpi.comm import Comm
 
 CPU = torch.device("cpu")
 
@@ -81,7 +84,7 @@ class Player:
 
     def turn(self, round: int = 1) -> Turn:
         parts = self.bench.parts((self.method.state(), self.state), (self.client.spec, self.client.vector))
-        return Turn(self.engine, self.method, self.client, parts, round, "client")
+        return Turn(self.engine, self.method.loss, self.client, parts, round, "client")
 
     def step(self, round: int = 1) -> tuple[Turn, Tensor, Tensor]:
         """(the turn, shared vector, private vector) after a client step."""
@@ -296,6 +299,9 @@ def play(player: Player, total: RoundSum) -> None:
     """The round loop's own handling of one client's step."""
     federation = SimpleNamespace(
         workbench=player.bench,
+        parts=lambda client, state: player.bench.parts(
+            (player.method.state(), state), (client.spec, client.vector)
+        ),
         engine=player.engine,
         config=SimpleNamespace(train=player.engine.train),
         stream=None,
@@ -307,9 +313,13 @@ def play(player: Player, total: RoundSum) -> None:
         comm=SimpleNamespace(rank=0),
         _evaluated=lambda round: False,
         _faults=Faults(0, FaultSettings(), [1.0]),
-        _told=lambda turn, accuracy: {"train_loss": 0.0, "accuracy_before": accuracy, "bytes_down": 0},
+        _member_metrics=lambda turn, accuracy: {
+            "train_loss": 0.0,
+            "accuracy_before": accuracy,
+            "bytes_down": 0,
+        },
     )
-    with Loop._named(loop, "client 0, round 1"):
+    with Comm.located(loop.comm, "client 0, round 1"):
         Loop._step(loop, total, 0, player.client, 1, "client")
 
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pfedmoe_mpi import fixedpoint, metrics
 from pfedmoe_mpi.algorithms.base import Block, Task
-from pfedmoe_mpi.fixedpoint import NotFiniteError, decode, encode
-from pfedmoe_mpi.roundsum import DROPPED, IN, MISSING, RoundSum
+from pfedmoe_mpi.core import fixedpoint
+from pfedmoe_mpi.core.fixedpoint import NotFiniteError, decode, encode
+from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.federation.round_sum import DROPPED, IN, MISSING, RoundSum
 
 WEIGHTS = [37, 911, 5, 120, 64, 333, 1, 78, 250, 19]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pfedmoe_mpi import parts
-from pfedmoe_mpi.flat import Bound, BoundTensor, Entry, Layout, flatten, float_buffers
+from pfedmoe_mpi.core import parts
+from pfedmoe_mpi.core.flat import Bound, BoundTensor, Entry, Layout, flatten, float_buffers
 from pfedmoe_mpi.models import registry
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from itertools import product
 
 import torch
 
-from pfedmoe_mpi import seeds
+from pfedmoe_mpi.core import seeds
 
 KNOWN = {
     (0, "", 0, -1): 4677951519191696690,

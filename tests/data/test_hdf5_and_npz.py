@@ -10,7 +10,12 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from datafiles import (
+
+from pfedmoe_mpi.config.sections import Data
+from pfedmoe_mpi.data.sources.open import open_dataset
+from pfedmoe_mpi.data.sources.safe_pickle import read_arrays
+from pfedmoe_mpi.errors import DataError
+from support.data_files import (
     GOOD_X,
     GOOD_Y,
     NAN,
@@ -20,16 +25,11 @@ from datafiles import (
     images,
     opened,
     refused,
-    shared,
+    shared_data,
     snapshot,
     write_clients,
     write_h5,
 )
-
-from pfedmoe_mpi.data import open_dataset
-from pfedmoe_mpi.data.pickles import read_arrays
-from pfedmoe_mpi.errors import DataError
-from pfedmoe_mpi.sections import Data
 
 # HDF5
 
@@ -152,7 +152,7 @@ def test_missing_path(tmp_path: Path, source: str) -> None:
 
 
 def test_npz_clients_of_mnist() -> None:
-    path = shared("mnist-20clients")
+    path = shared_data("mnist-20clients")
     data = opened("npz", path)
     assert (data.shape, data.classes, data.dtype, len(data)) == ((1, 28, 28), 10, np.float32, 70_000)
     assert data.mean == () and data.client is not None and data.official_test is not None

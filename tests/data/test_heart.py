@@ -10,16 +10,18 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from datafiles import everything, opened, refused, shared
-from launcher import Result, Session, rows, told
-from played import world
-from textfiles import HEADER, HOSPITALS, same_bits, write_hospitals
 
-from pfedmoe_mpi import algorithms, config, setup
-from pfedmoe_mpi.auc import auc
-from pfedmoe_mpi.data.heart import ATTRIBUTES
-from pfedmoe_mpi.federation import Loop, Silent
-from pfedmoe_mpi.metrics import learning
+from pfedmoe_mpi import config
+from pfedmoe_mpi.config import methods
+from pfedmoe_mpi.data.sources.heart import ATTRIBUTES
+from pfedmoe_mpi.federation import build, effective, plan
+from pfedmoe_mpi.federation.evaluation import auc
+from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from pfedmoe_mpi.federation.metrics import learning
+from support.data_files import everything, opened, refused, shared_data
+from support.launcher import Result, Session, rows, told
+from support.small_federation import world
+from support.text_files import HEADER, HOSPITALS, same_bits, write_hospitals
 
 FLAGS = ("--data.source", "heart", "--rounds", "2", "--model.dim", "16", "--train.device", "cpu")
 
@@ -36,7 +38,7 @@ def settings(folder: Path, **changes: Any) -> config.Config:
 
 
 def loop_of(folder: Path, **changes: Any) -> Loop:
-    return Loop(world(), setup.build(world(), settings(folder, **changes)), Silent(), None)
+    return Loop(world(), build.build(world(), settings(folder, **changes)), SilentObserver(), None)
 
 
 # What a client sees
@@ -67,7 +69,7 @@ def test_missing_values_and_scale_come_from_the_clients_own_training_rows(hospit
     """Computed anew for every client and column, from its training rows and nothing else."""
     data = opened("heart", hospitals)
     raw = everything(data).astype(float)
-    partition = setup.deal(setup.proposed(settings(hospitals), data), data)
+    partition = plan.draw_partition(effective.with_proposals(settings(hospitals), data), data)
     x = everything(data.fitted(partition))
     assert np.isnan(raw).any() and not np.isnan(x).any()
     starts = np.cumsum([0, *(max(1, len(codes)) for codes in ATTRIBUTES.values())])
@@ -96,7 +98,7 @@ def test_missing_values_and_scale_come_from_the_clients_own_training_rows(hospit
 def test_test_rows_and_other_clients_teach_nothing(hospitals: Path, tmp_path: Path) -> None:
     """One test patient and one other hospital changed: all other samples stay the same, bit for bit."""
     data = opened("heart", hospitals)
-    partition = setup.deal(setup.proposed(settings(hospitals), data), data)
+    partition = plan.draw_partition(effective.with_proposals(settings(hospitals), data), data)
     before = everything(data.fitted(partition))
     other = write_hospitals(tmp_path / "other")
     path = other / "processed.alpha.data"
@@ -185,7 +187,7 @@ def test_more_than_two_classes_have_no_auc(trained: Path) -> None:
 # Methods, ranks, commands
 
 
-@pytest.mark.parametrize("method", algorithms.names())
+@pytest.mark.parametrize("method", methods.names())
 def test_every_method_runs(hospitals: Path, method: str) -> None:
     loop = loop_of(hospitals, algorithm=method, rounds=1)
     assert loop.run()
@@ -229,7 +231,7 @@ def test_a_report_shows_it(session: Session, tmp_path: Path, hospitals: Path) ->
 
 
 def test_the_four_hospitals(done: Callable[..., Result]) -> None:
-    data = opened("heart", shared("heart-disease"))
+    data = opened("heart", shared_data("heart-disease"))
     assert data.client_names == ("cleveland", "hungarian", "switzerland", "va")
     assert data.client is not None and np.bincount(data.client).tolist() == [303, 294, 123, 200]
     assert np.bincount(data.client[data.labels == 0]).tolist() == [164, 188, 8, 51]

@@ -18,17 +18,17 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from checkpoint_driver import content
-from datafiles import GOOD_X, GOOD_Y, client_data, opened, write_h5
-from sealed import resealed, write
-from stranger_driver import said
 
-from pfedmoe_mpi import checkpoint, pretrained
-from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi.checkpoint import Checkpoint, weights
+from pfedmoe_mpi.commands.checkpoints import digest
 from pfedmoe_mpi.errors import CheckpointError, DataError, UserError
-from pfedmoe_mpi.inspection import digest
+from support.checkpoint_checks import content
+from support.checkpoint_files import resealed, write
+from support.data_files import GOOD_X, GOOD_Y, client_data, opened, write_h5
+from support.limited_memory import said
 
-PACKAGE = Path(checkpoint.__file__).parent
+PACKAGE = Path(checkpoint.__file__).parents[1]
 
 
 class Call:
@@ -190,7 +190,7 @@ def readers(folder: Path) -> dict[str, Callable[[bytes], object]]:
         "folder": picture,
         "CIFAR": cifar,
         "SVHN": svhn,
-        "weights": lambda raw: pretrained.tensors(stored("weights.pth", raw), ("model",)),
+        "weights": lambda raw: weights.read(stored("weights.pth", raw), ("model",)),
     }
 
 
@@ -266,12 +266,12 @@ def test_pickles_inside_hdf5_are_only_bytes(tmp_path: Path) -> None:
 LOADERS = {"pickle", "_pickle", "marshal", "shelve", "copyreg", "dill", "joblib", "cloudpickle", "yaml"}
 RUNNERS = {"eval", "exec", "compile", "__import__"}
 ALLOWED = {
-    ("data/pickles.py", "import pickle"),
+    ("data/sources/safe_pickle.py", "import pickle"),
     # A method's own class Options, out of the package's own source.
-    ("algorithms/__init__.py", "exec"),
-    ("algorithms/__init__.py", "compile"),
-    ("pretrained.py", "import pickle"),  # for the name of an exception
-    ("pretrained.py", "torch.load of weights only"),
+    ("config/methods.py", "exec"),
+    ("config/methods.py", "compile"),
+    ("checkpoint/weights.py", "import pickle"),  # for the name of an exception
+    ("checkpoint/weights.py", "torch.load of weights only"),
 }
 
 

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datafiles import (
+from PIL import Image
+
+from pfedmoe_mpi.data.resize import resize
+from support.data_files import (
     IMAGENET,
     everything,
     image_folder,
     images,
     opened,
     refused,
-    shared,
+    shared_data,
     snapshot,
     write_h5,
 )
-from PIL import Image
-
-from pfedmoe_mpi.data.resize import resize
 
 # digits and synthetic
 
@@ -153,7 +153,7 @@ def test_folder_refused(tmp_path: Path) -> None:
 
 
 def test_cifar10_images(tmp_path: Path) -> None:
-    with tarfile.open(shared("cifar10-images.tar")) as tar:
+    with tarfile.open(shared_data("cifar10-images.tar")) as tar:
         members = [member for member in tar if re.search(r"/\d\d[05]0\.jpg$", member.name)]
         tar.extractall(tmp_path, members, filter="data")
     data = opened("folder", tmp_path)

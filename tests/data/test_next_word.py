@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datafiles import everything, opened, refused
-from launcher import Result
-from played import world
-from textfiles import same_bits, write_stories
 
-from pfedmoe_mpi import config, setup
+from pfedmoe_mpi import config
 from pfedmoe_mpi.data.dataset import Dataset
 from pfedmoe_mpi.errors import PartitionError
-from pfedmoe_mpi.federation import Loop, Silent
+from pfedmoe_mpi.federation import build
+from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from support.data_files import everything, opened, refused
+from support.launcher import Result
+from support.small_federation import world
+from support.text_files import same_bits, write_stories
 
 SMALL = {"rounds": 2, "data.length": 4, "data.vocabulary": 9, "train.device": "cpu"}
 FLAGS = (
@@ -36,7 +37,9 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loop_of(path: Path, **changes: Any) -> Loop:
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     given = {"data.source": "words", "data.path": str(path), "train.threads": 1}
-    return Loop(world(), setup.build(world(), config.build({**given, **SMALL, **dotted})), Silent(), None)
+    return Loop(
+        world(), build.build(world(), config.build({**given, **SMALL, **dotted})), SilentObserver(), None
+    )
 
 
 @pytest.mark.parametrize("limit", [9, 5])

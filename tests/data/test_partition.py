@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pfedmoe_mpi.config.sections import PartitionSettings
 from pfedmoe_mpi.data import Partition, make_partition
 from pfedmoe_mpi.errors import PartitionError
-from pfedmoe_mpi.sections import PartitionSettings
 
 
 def labels_of(rows: int, classes: int, seed: int = 0) -> np.ndarray:

@@ -7,33 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import launcher
 import numpy as np
 import pytest
 import torch
-from launcher import rows, told
+
 from oracles import nets
-from played import Played, played, write_all
-from test_conformance import conformance
-
-from pfedmoe_mpi import algorithms, comm, config, setup
+from pfedmoe_mpi.config import methods
 from pfedmoe_mpi.data.partition import Partition
-from pfedmoe_mpi.data.unseen import choose_unseen
-from pfedmoe_mpi.federation import Loop, Silent
-
-SMALL = {
-    "data.source": "synthetic",
-    "data.samples": 400,
-    "data.size": 8,
-    "data.classes": 6,
-    "partition.kind": "pathological",
-    "clients": 12,
-    "unseen.clients": 4,
-    "rounds": 2,
-    "model.dim": 12,
-    "train.device": "cpu",
-}
-FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+from pfedmoe_mpi.data.set_apart import choose_unseen
+from pfedmoe_mpi.federation import federation
+from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from pfedmoe_mpi.mpi import comm
+from support import launcher
+from support.launcher import rows, told
+from support.mpi_job import conformance
+from support.small_federation import Played, played, write_all
+from support.unseen_clients import FLAGS, built
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_all(tmp_path_factory.mktemp("unseen"))
 
 
-def built(**changes: Any) -> setup.Federation:
-    dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    return setup.build(comm.start(), config.build({**SMALL, **dotted}))
-
-
-def combination(federation: setup.Federation, k: int) -> frozenset[int]:
+def combination(federation: federation.Federation, k: int) -> frozenset[int]:
     return frozenset(federation.dataset.labels[federation.partition.train[k]].tolist())
 
 
@@ -109,7 +93,7 @@ def test_a_partition_written_is_that_of_the_run(tmp_path: Path, session: launche
 
 
 def test_unseen_accuracy_is_that_of_the_global_model() -> None:
-    loop = Loop(comm.start(), built(algorithm="fedavg"), Silent(), None)
+    loop = Loop(comm.start(), built(algorithm="fedavg"), SilentObserver(), None)
     assert loop.run()
     federation, row = loop.federation, loop.history[-1]
     accuracy = row["clients"]["accuracy"]
@@ -133,9 +117,9 @@ def test_unseen_accuracy_is_that_of_the_global_model() -> None:
 def test_who_has_not_joined_is_evaluated_as_the_run_does(method: str) -> None:
     """`evaluate` of a round before the join: not as if they had trained."""
     own = {"unseen__clients": 0, "join__share": 0.5, "join__round": 3, "rounds": 4}
-    loop = Loop(comm.start(), built(algorithm=method, **own), Silent(), None)
+    loop = Loop(comm.start(), built(algorithm=method, **own), SilentObserver(), None)
     for _ in range(3):
-        assert loop.begin() and loop.play()
+        assert loop.begin() and loop.run_round()
         found, row = loop.evaluation(), loop.history[-1]
         assert found["clients"]["accuracy"] == row["clients"]["accuracy"]
         for name in ("accuracy", "accuracy_unseen", "alpha_class"):
@@ -144,7 +128,7 @@ def test_who_has_not_joined_is_evaluated_as_the_run_does(method: str) -> None:
 
 def test_a_control_of_those_who_train() -> None:
     """SCAFFOLD's c is the mean of the c_i of the N clients that train; the unseen have no part in N."""
-    loop = Loop(comm.start(), built(algorithm="scaffold"), Silent(), None)
+    loop = Loop(comm.start(), built(algorithm="scaffold"), SilentObserver(), None)
     assert loop.run()
     federation = loop.federation
     control = loop.state[federation.state_layout.parts["control"]]
@@ -164,9 +148,9 @@ def test_rounds_before_anybody_joins(tmp_path: Path, session: launcher.Session) 
     assert before.code == 0 and "mean -  weighted -  std -  worst -" in before.out, before.err
 
 
-@pytest.mark.parametrize("method", algorithms.names())
+@pytest.mark.parametrize("method", methods.names())
 def test_every_method_has_an_accuracy_or_a_reason(method: str) -> None:
-    loop = Loop(comm.start(), built(algorithm=method, rounds=1), Silent(), None)
+    loop = Loop(comm.start(), built(algorithm=method, rounds=1), SilentObserver(), None)
     before = {k: client.vector.clone() for k, client in loop.federation.clients.items()}
     assert loop.run()
     row, reason = loop.history[-1], loop.federation.method.unseen_null
@@ -285,7 +269,7 @@ def test_means_are_declared_and_counted(data: dict[str, Path]) -> None:
 )
 def test_means_of_other_gates(flags: dict[str, Any]) -> None:
     chosen = {"algorithm": "pfedmoe", "unseen__private": "average", "rounds": 1, **flags}
-    loop = Loop(comm.start(), built(**chosen), Silent(), None)
+    loop = Loop(comm.start(), built(**chosen), SilentObserver(), None)
     assert loop.run() and loop.history[-1]["accuracy_unseen"]["mean"] is not None
     alpha = loop.history[-1]["clients"]["alpha"]
     untrained = {k for k, a in enumerate(alpha) if a is None}

@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datafiles import everything, opened, refused, shared
-from launcher import Result, Session, rows, told
-from played import world
-from textfiles import TOPICS, same_bits, write_hospitals, write_news
 
-from pfedmoe_mpi import algorithms, config, setup
-from pfedmoe_mpi.data.tokens import words_of
+from pfedmoe_mpi import config
+from pfedmoe_mpi.config import methods
+from pfedmoe_mpi.data.sources.tokens import words_of
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.federation import Loop, Silent
+from pfedmoe_mpi.federation import build, plan
+from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.models import names, registry
 from pfedmoe_mpi.models.cost import multiply_adds
+from support.data_files import everything, opened, refused, shared_data
+from support.launcher import Result, Session, rows, told
+from support.small_federation import world
+from support.text_files import TOPICS, same_bits, write_hospitals, write_news
 
 SMALL = {"clients": 4, "rounds": 2, "data.length": 12, "data.vocabulary": 30, "train.device": "cpu"}
 FLAGS = (
@@ -44,7 +46,7 @@ def settings(path: Path, **changes: Any) -> config.Config:
 
 
 def loop_of(path: Path, **changes: Any) -> Loop:
-    return Loop(world(), setup.build(world(), settings(path, **changes)), Silent(), None)
+    return Loop(world(), build.build(world(), settings(path, **changes)), SilentObserver(), None)
 
 
 def written(path: Path) -> list[list[str]]:
@@ -62,7 +64,7 @@ def test_the_vocabulary_is_that_of_training_rows(news: Path, unseen: int) -> Non
     kind = {"partition__kind": "pathological"} if unseen else {}
     chosen = settings(news, unseen__clients=unseen, clients=3, **kind)
     data = opened("text", news, length=12, vocabulary=30)
-    partition = setup.deal(chosen, data)
+    partition = plan.draw_partition(chosen, data)
     texts = [words[:12] for words in written(news)]
     clients = [k for k in range(3) if k not in partition.unseen]
     assert len(clients) == 3 - unseen
@@ -78,7 +80,7 @@ def test_the_vocabulary_is_that_of_training_rows(news: Path, unseen: int) -> Non
 
 def test_a_small_vocabulary_has_no_empty_places(news: Path) -> None:
     data = opened("text", news, vocabulary=10_000)
-    ready = data.fitted(setup.deal(settings(news), data))
+    ready = data.fitted(plan.draw_partition(settings(news), data))
     assert set(np.unique(everything(ready))) >= set(range(2, ready.vocabulary)) and ready.vocabulary < 60
 
 
@@ -131,14 +133,14 @@ def test_text_models(name: str) -> None:
 
 
 def test_auto_models_of_texts() -> None:
-    assert names.auto_pool((9,), True, tokens=True, shared="fasttext") == (
+    assert names.auto_pool((9,), tokens=True, shared="fasttext") == (
         "fasttext",
         "lstm",
         "gru",
         "transformer",
     )
-    assert names.auto_pool((9,), True, tokens=True, shared="lstm3") == ("lstm1", "lstm2", "lstm3")
-    assert names.auto_shared((9,), tokens=True) == "fasttext" == names.auto_pool((9,), False, tokens=True)[0]
+    assert names.auto_pool((9,), tokens=True, shared="lstm3") == ("lstm1", "lstm2", "lstm3")
+    assert names.auto_shared((9,), tokens=True) == "fasttext"
     assert names.auto_shared((9,), ("lstm1", "lstm2"), tokens=True) == "lstm3"
     assert {names.native_dim(name) for name in (*names.TEXT, *names.LSTM)} == {64}
 
@@ -189,7 +191,7 @@ def test_the_gate_sees_the_shared_embedding_and_sends_no_gradient_there(news: Pa
 # Methods, ranks, commands
 
 
-@pytest.mark.parametrize("method", algorithms.names())
+@pytest.mark.parametrize("method", methods.names())
 def test_every_method_runs(news: Path, method: str) -> None:
     loop = loop_of(news, algorithm=method, rounds=1, partition__kind="iid")
     assert loop.run()
@@ -224,7 +226,7 @@ def test_ranks_and_a_restart_change_no_bit(
 
 
 def test_ag_news() -> None:
-    data = opened("text", shared("ag-news") / "test.csv")
+    data = opened("text", shared_data("ag-news") / "test.csv")
     assert len(data) == 7600 and data.class_names == ("World", "Sports", "Business", "Sci/Tech")
     assert np.bincount(data.labels).tolist() == [1900] * 4 and data.labels[0] == 2
 

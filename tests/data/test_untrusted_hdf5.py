@@ -17,8 +17,9 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from datafiles import opened
-from stranger_driver import said
+
+from support.data_files import opened
+from support.limited_memory import said
 
 Edit = Callable[[Any], object]
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import launcher
 import pytest
 import torch
-from conftest import SMALL
-from launcher import learned, learned_digest, rows
-from played import build, write_all
 
+from pfedmoe_mpi.config.sections import FaultSettings
 from pfedmoe_mpi.errors import EXIT_DONE
-from pfedmoe_mpi.faults import Faults
-from pfedmoe_mpi.federation import Loop
-from pfedmoe_mpi.roundsum import IN, LATE, LOST
-from pfedmoe_mpi.sections import FaultSettings
+from pfedmoe_mpi.federation.faults import Faults
+from pfedmoe_mpi.federation.loop import Loop
+from pfedmoe_mpi.federation.round_sum import IN, LATE, LOST
+from support import launcher
+from support.launcher import SMALL, learned, learned_digest, rows
+from support.small_federation import build, write_all
 
 UNEQUAL = [1.0, 2.0, 3.0, 2.0] * 25  # mean 2
 EXPERIMENT = (

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
-from drivers import mpirun
-from launcher import Result, Session, finished, learned, learned_digest, rows
-from played import build, write_data
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.errors import RunError
+from support.launcher import SMALL, Result, Session, finished, learned, learned_digest, rows
+from support.mpi_job import mpirun
+from support.small_federation import build, write_data
 
 
 def flags_of(path: Path) -> tuple[str, ...]:
@@ -44,7 +43,7 @@ def test_a_round_stopped_while_all_diverge_is_played_anew(
 ) -> None:
     """Those left out before the stop train again too, once the remedy is followed."""
     wild = ("--train.lr", "1e30", "--train.clip", "0", "--run.dir", str(tmp_path / "run"))
-    assert mpirun("failing.py", "stop", "0", "training", *SMALL, *wild, ranks=1).code == 75
+    assert mpirun("fault_injection", "stop", "0", "training", *SMALL, *wild, ranks=1).code == 75
     (path,) = checkpoint.newest_first(tmp_path / "run" / "checkpoints")
     assert path.name == checkpoint.name(0, partial=True)
     assert session("restart", "run", cwd=tmp_path).code == 1

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from pfedmoe_mpi.placement import homes, trainers
+from pfedmoe_mpi.federation.placement import homes, trainers
 
 
 def loads(costs: dict[int, float], place: dict[int, int], ranks: int) -> list[float]:

@@ -8,21 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import launcher
 import numpy as np
 import pytest
 import torch
-from launcher import finished, learned_digest
-from test_unseen import FLAGS, built
 
-from pfedmoe_mpi import algorithms, comm, setup
-from pfedmoe_mpi.algorithms.base import Algorithm, Inputs, Spec
+from pfedmoe_mpi.algorithms import base
+from pfedmoe_mpi.algorithms.base import Algorithm, Inputs
+from pfedmoe_mpi.core.parts import Parts, Spec
+from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.data.partition import Partition
-from pfedmoe_mpi.data.unseen import with_reserve
+from pfedmoe_mpi.data.set_apart import with_reserve
 from pfedmoe_mpi.errors import ConfigError, PartitionError, StoppedError
-from pfedmoe_mpi.federation import Loop, Silent
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.training import Turn
+from pfedmoe_mpi.federation import federation
+from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from pfedmoe_mpi.mpi import comm
+from support import launcher
+from support.launcher import finished, learned_digest
+from support.unseen_clients import FLAGS, built
 
 # Rows of the server's own
 
@@ -96,7 +98,7 @@ def test_a_divergence_before_round_1_is_told() -> None:
         algorithm="fedjets", train__lr_shared=1e30, train__clip=0.0, fedjets__common_target=1.0
     )
     with pytest.raises(ConfigError, match="training before round 1 diverged"):
-        Loop(comm.start(), federation, Silent(), None).run()
+        Loop(comm.start(), federation, SilentObserver(), None).run()
 
 
 def test_what_pretraining_reached_is_told(tmp_path: Path, session: launcher.Session) -> None:
@@ -127,15 +129,15 @@ class Two(Algorithm):
         return torch.tensor([total, float(parts.vector("model").mean())])
 
 
-def with_two(monkeypatch: pytest.MonkeyPatch) -> setup.Federation:
+def with_two(monkeypatch: pytest.MonkeyPatch) -> federation.Federation:
     monkeypatch.setattr(Two, "reserve", classmethod(lambda cls, config: 0.2))
-    monkeypatch.setattr(algorithms, "load", lambda name: Two)
+    monkeypatch.setattr(base, "load", lambda name: Two)
     return built(algorithm="fedavg")
 
 
 def test_prepare_sees_the_pretrained_state(monkeypatch: pytest.MonkeyPatch) -> None:
     federation = with_two(monkeypatch)
-    loop = Loop(comm.start(), federation, Silent(), None)
+    loop = Loop(comm.start(), federation, SilentObserver(), None)
     assert loop.begin() and (loop.state == 7).all()
     for k, client in federation.clients.items():
         x = federation.engine.normalise(client.splits["train"].x)
@@ -157,7 +159,7 @@ def test_a_stop_before_round_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     monkeypatch.setattr(world, "poll", poll)
     monkeypatch.setattr(comm, "start", lambda: world)
     federation = with_two(monkeypatch)
-    loop = Loop(world, federation, Silent(), tmp_path)
+    loop = Loop(world, federation, SilentObserver(), tmp_path)
     start = loop.state.clone()
     assert not loop.run() and not loop.history
     if after == 0:
@@ -192,7 +194,7 @@ def test_nobody_is_missed_while_rank_0_pretrains(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(world, "agree", lambda *given: seen.append(world.timeout) or agree(*given))
     for changes, expected in (({}, float("inf")), ({"run__timeout": 77.0}, 77.0)):
         federation = built(algorithm="fedjets", fedjets__common_target=0.0, **changes)
-        loop = Loop(world, federation, Silent(), None)
+        loop = Loop(world, federation, SilentObserver(), None)
         before = world.timeout
         seen.clear()
         assert loop.begin() and seen == [expected] and world.timeout == before

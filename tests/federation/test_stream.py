@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
-from launcher import Session, finished, learned, learned_digest, rows
-from played import HELD, build, write_all
 
-from pfedmoe_mpi import metrics
-from pfedmoe_mpi.client import Client
-from pfedmoe_mpi.data.shard import Split
-from pfedmoe_mpi.data.stream import Stream
-from pfedmoe_mpi.sections import StreamSettings
+from pfedmoe_mpi.config.sections import StreamSettings
+from pfedmoe_mpi.core.batches import Split
+from pfedmoe_mpi.core.client import Client
+from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.federation.stream import Stream
+from support.launcher import SMALL, Session, finished, learned, learned_digest, rows
+from support.small_federation import HELD, build, write_all
 
 LABELS = [np.repeat([0, 1, 2, 3], 25), np.repeat([1, 3], 50), np.zeros(10, int)]
 

@@ -10,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-import launcher
 import pytest
 
-from pfedmoe_mpi import config, tables
+from pfedmoe_mpi import config
+from pfedmoe_mpi.reproduce import grid
+from support import launcher
+from support.paths import JOBS
 
-JOBS = Path(__file__).parents[1] / "jobs"
 QUICK = ("--model.pool", "mlp5", "--model.shared", "mlp5", "--clients", "4")
 SLURM = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "8", "SLURM_ARRAY_JOB_ID": "17"}
 
@@ -161,7 +162,7 @@ TABLES |= {
 
 
 def test_the_table_to_begin_with() -> None:
-    runs = tables.expand(tables.read(JOBS / "tables" / "digits.toml"), {})
+    runs = grid.expand(grid.read(JOBS / "tables" / "digits.toml"), {})
     assert len(runs) == 9 and {run.config.data.source for run in runs} == {"digits"}
     for run in runs:  # the defaults, so that the README's results on digits are its own
         own = {"algorithm": run.config.algorithm, "seed": run.config.seed}
@@ -173,7 +174,7 @@ PAPERS = sorted(path for path in (JOBS / "tables").glob("*.toml") if path.stem !
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
 def test_tables_of_the_papers_are_valid(path: Path) -> None:
-    runs = tables.expand(tables.read(path), {})
+    runs = grid.expand(grid.read(path), {})
     assert len(runs) == TABLES[path.stem]
     for run in runs:
         made = run.config
@@ -188,7 +189,7 @@ def test_tables_of_the_papers_are_valid(path: Path) -> None:
 
 def test_the_main_tables_are_the_papers() -> None:
     for kind, cifar in (("homogeneous", 1), ("heterogeneous", 5)):
-        runs = tables.expand(tables.read(JOBS / "tables" / f"pfedmoe-{kind}.toml"), {})
+        runs = grid.expand(grid.read(JOBS / "tables" / f"pfedmoe-{kind}.toml"), {})
         cells = {run.config.run.cell for run in runs}
         assert len(cells) == 3 * 3 * 10
         for run in runs:

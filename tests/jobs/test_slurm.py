@@ -13,15 +13,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import launcher
 import pytest
-import slurm_cluster
-from slurm_cluster import Cluster, until
+
+from support import launcher, slurm_cluster
+from support.paths import JOBS
+from support.slurm_cluster import Cluster, until
 
 pytestmark = pytest.mark.slurm
 
-ROOT = Path(__file__).parents[1]
-JOBS = ROOT / "jobs"
 MODEL = ("--model.pool", "mlp5", "--model.shared", "mlp5", "--train.device", "cpu")
 # Ten rounds of a good half second, from data of CIFAR's shape: long enough to be disturbed in the middle.
 STEADY = (

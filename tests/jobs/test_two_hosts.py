@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import launcher
 import pytest
-import two_hosts
-from two_hosts import TwoHosts
 
 from pfedmoe_mpi import checkpoint
+from support import launcher, two_hosts
+from support.two_hosts import TwoHosts
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(240)]
 

@@ -132,7 +132,7 @@ def test_names_need_no_torch_and_own_models_no_torchvision() -> None:
     code = """
 import sys
 from pfedmoe_mpi.models import names
-names.resolve_dim(["cnn1", "resnet18", "vit_b_16"], 0), names.auto_pool((3, 32, 32), True), names.names()
+names.resolve_dim(["cnn1", "resnet18", "vit_b_16"], 0), names.auto_pool((3, 32, 32)), names.names()
 assert "torch" not in sys.modules
 from pfedmoe_mpi.models import registry
 registry.check_model("cnn1", (3, 32, 32), 10, 500, "small")
@@ -161,10 +161,9 @@ def test_lengths_that_differ_are_refused_with_the_remedy() -> None:
 
 def test_auto_fits_the_data() -> None:
     cnns, mlps = tuple(f"cnn{k}" for k in range(1, 6)), tuple(f"mlp{k}" for k in range(1, 6))
-    assert names.auto_pool((3, 32, 32), True) == names.auto_pool((1, 16, 16), True) == cnns
-    assert names.auto_pool((1, 15, 16), True) == names.auto_pool((13,), True) == mlps
-    assert names.auto_pool((3, 32, 32), False) == ("cnn5",) == (names.auto_shared((3, 32, 32)),)
-    assert names.auto_pool((13,), False) == ("mlp5",) == (names.auto_shared((13,)),)
+    assert names.auto_pool((3, 32, 32)) == names.auto_pool((1, 16, 16)) == cnns
+    assert names.auto_pool((1, 15, 16)) == names.auto_pool((13,)) == mlps
+    assert names.auto_shared((3, 32, 32)) == "cnn5" and names.auto_shared((13,)) == "mlp5"
 
 
 def test_the_cnns_least_size_is_the_one_auto_knows() -> None:

@@ -1,4 +1,4 @@
-"""Waiting, summing, agreeing and ending under MPI; what each rank does is in comm_driver.py."""
+"""Waiting, summing, agreeing and ending under MPI; what each rank does is in `support/comm_checks.py`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from comm_driver import HARMLESS
-from drivers import HERE, Ended, mpirun
-from launcher import openmpi
 
-from pfedmoe_mpi import launch
+from pfedmoe_mpi import environment
+from support.comm_checks import HARMLESS
+from support.launcher import openmpi
+from support.mpi_job import Ended, mpirun
+from support.paths import ROOT
 
 
 @pytest.fixture(scope="module", params=["mpich", pytest.param("openmpi", marks=pytest.mark.openmpi)])
@@ -25,7 +26,7 @@ def mpi(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def harmless(mpi: str) -> Ended:
     """All checks that leave the job alive, in one job."""
-    return mpirun("comm_driver.py", "harmless", mpi=mpi)
+    return mpirun("comm_checks", "harmless", mpi=mpi)
 
 
 @pytest.mark.parametrize("check", HARMLESS)
@@ -42,38 +43,38 @@ def test_a_job_that_is_done_ends_quietly(harmless: Ended) -> None:
     ("late", "named"), [(["2"], "2"), (["1", "3"], "1, 3"), (["0"], "0")], ids=["one", "two", "root"]
 )
 def test_who_does_not_come_is_named_in_bounded_time(mpi: str, late: list[str], named: str) -> None:
-    ended = mpirun("comm_driver.py", "missing", *late, mpi=mpi)
+    ended = mpirun("comm_checks", "missing", *late, mpi=mpi)
     assert ended.code != 0 and ended.left == 0 and "killed" not in ended.output, ended.output
     assert f"no sign for 1 s at 'sum of round 7' of rank {named};" in ended.output
     assert ended.output.count("no sign") == 1, "said once"
 
 
 def test_an_exchange_that_does_not_end_ends_the_job(mpi: str) -> None:
-    ended = mpirun("comm_driver.py", "unfinished", mpi=mpi)
+    ended = mpirun("comm_checks", "unfinished", mpi=mpi)
     assert ended.code != 0 and ended.left == 0 and "killed" not in ended.output, ended.output
     assert "the exchange 'sum of round 7' did not end within 1 s" in ended.output
 
 
 def test_a_bug_on_one_rank_ends_the_job_with_its_traceback_once(mpi: str) -> None:
-    ended = mpirun("comm_driver.py", "fault", mpi=mpi)
+    ended = mpirun("comm_checks", "fault", mpi=mpi)
     assert ended.code != 0 and ended.left == 0 and "killed" not in ended.output, ended.output
     assert ended.output.count("Traceback") == ended.output.count("ValueError: a bug on rank two") == 1
     assert "rank 2: Traceback" in ended.output
 
 
 def test_a_bug_ends_the_job_even_if_nothing_can_be_printed(mpi: str) -> None:
-    ended = mpirun("comm_driver.py", "unheard", mpi=mpi)
+    ended = mpirun("comm_checks", "unheard", mpi=mpi)
     assert ended.code != 0 and ended.left == 0 and "killed" not in ended.output, ended.output
 
 
 def test_all_leave_together_with_their_code(mpi: str, tmp_path: Path) -> None:
-    ended = mpirun("comm_driver.py", "code", str(tmp_path), mpi=mpi)
+    ended = mpirun("comm_checks", "code", str(tmp_path), mpi=mpi)
     assert (ended.code, ended.left) == (75, 0), ended.output
     assert (tmp_path / "late").read_text() == "written"
 
 
 def test_a_stop_at_the_end_is_no_fault(mpi: str) -> None:
-    ended = mpirun("comm_driver.py", "late_stop", mpi=mpi)
+    ended = mpirun("comm_checks", "late_stop", mpi=mpi)
     assert (ended.code, ended.left) == (0, 0), ended.output
 
 
@@ -93,17 +94,17 @@ def test_a_stop_at_the_end_is_no_fault(mpi: str) -> None:
     ],
 )
 def test_how_many_ranks_the_launcher_started(environment: dict[str, str], size: int) -> None:
-    assert launch.launched_size(environment) == size
+    assert environment.launched_size(environment) == size
 
 
 def test_the_rank_is_known_before_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    assert launch.launched_rank() == 0
+    assert environment.launched_rank() == 0
     monkeypatch.setenv("SLURM_PROCID", "5")
-    assert launch.launched_rank() == 5
+    assert environment.launched_rank() == 5
     monkeypatch.setenv("PMI_RANK", "2")
-    assert launch.launched_rank() == 2
+    assert environment.launched_rank() == 2
 
 
 def _alone(environment: dict[str, str], singleton: bool) -> subprocess.CompletedProcess[str]:
@@ -117,7 +118,7 @@ def _alone(environment: dict[str, str], singleton: bool) -> subprocess.Completed
     return subprocess.run(
         [sys.executable, "-c", script],
         env={**clean, **environment},
-        cwd=HERE,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_main_job import QUICK, digest, finished
+
+from support.launcher import QUICK, finished
+from support.launcher import learned_digest as digest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,9 +55,9 @@ def test_every_method_runs_on_a_gpu(tmp_path: Path, method: str) -> None:
 
 def test_idle_clients_lie_in_pinned_memory() -> None:
     from conformance import settings
+    from pfedmoe_mpi.federation import build
+    from pfedmoe_mpi.mpi import comm
 
-    from pfedmoe_mpi import comm, setup
-
-    built = setup.build(comm.start(), settings("pfedmoe", train__device="cuda"))
+    built = build.build(comm.start(), settings("pfedmoe", train__device="cuda"))
     assert all(client.vector.is_pinned() for client in built.clients.values())
     assert all(split.x.is_cuda for client in built.clients.values() for split in client.splits.values())

@@ -8,9 +8,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from launcher import digest, flip, program, told
 
-from pfedmoe_mpi import seeds
+from pfedmoe_mpi.core import seeds
+from support.launcher import digest, flip, program, told
 
 # Launchers
 

@@ -12,9 +12,10 @@ from copy import deepcopy
 from dataclasses import replace
 
 import torch
-from oracles.methods import Course, Predict, Round, entropy
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from oracles.methods import Course, Predict, Round, entropy
 
 Shuffles = Sequence[Sequence[Tensor]]  # of the server: by round and epoch, rows in the order they are taken
 

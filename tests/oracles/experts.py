@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 
 import torch
-from oracles.methods import Course, Round
-from oracles.nets import loaded
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from oracles.methods import Course, Round
+from oracles.nets import loaded
 
 
 class Dense2(nn.Module):

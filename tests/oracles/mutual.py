@@ -11,9 +11,10 @@ from copy import deepcopy
 
 import numpy as np
 import torch
-from oracles.methods import Course, Round
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from oracles.methods import Course, Round
 
 Losses = Callable[[Tensor, Tensor, nn.Module], Sequence[tuple[Tensor, Sequence[nn.Module]]]]
 

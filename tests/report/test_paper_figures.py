@@ -5,16 +5,16 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-import launcher
 import pytest
-import report_runs
-from conftest import SMALL
 
-from pfedmoe_mpi import config, load_run, tables
-from pfedmoe_mpi.report import compare, paper
-from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi import config
+from pfedmoe_mpi.report import compare, paper_section
+from pfedmoe_mpi.report.load import Run, load_run
+from pfedmoe_mpi.reproduce import grid
+from support import launcher, report_runs
+from support.launcher import SMALL
+from support.paths import JOBS
 
-JOBS = Path(__file__).parents[1] / "jobs" / "tables"
 # (algorithm, cell, seeds, further flags)
 RUNS = (
     ("standalone", "cifar10-n10/standalone", (0, 1), ()),
@@ -82,7 +82,7 @@ def test_runs_altered_in_unlike_ways_are_no_replicates(trained: Path) -> None:
         Run(Path(str(epochs)), {**run.config, **place, "train.epochs": epochs}, run.history, ())
         for epochs in (1, 5)
     ]
-    (section,) = paper.sections(made)
+    (section,) = paper_section.sections(made)
     (found,) = section.tables
     assert section.title == "Cells of tables", "no paper prints it"
     assert [column.title for column in found.columns] == ["setting", "method", "ours", "as run"]
@@ -98,7 +98,7 @@ def test_runs_of_no_table_have_no_such_section(trained: Path, session: launcher.
 def test_the_papers_table_is_one_table(trained: Path) -> None:
     """Ten methods in nine settings, though data sets are augmented otherwise."""
     run = load_run(trained)
-    cells = tables.expand(tables.read(JOBS / "pfedmoe-heterogeneous.toml"), {})
+    cells = grid.expand(grid.read(JOBS / "tables" / "pfedmoe-heterogeneous.toml"), {})
     found = compare.compare(
         [Run(Path(c.name), config.flatten(config.to_tree(c.config)), run.history, ()) for c in cells]
     )
@@ -107,10 +107,10 @@ def test_the_papers_table_is_one_table(trained: Path) -> None:
 
 
 def test_every_figure_belongs_to_a_cell_of_a_table() -> None:
-    figures = tomllib.loads(paper.FIGURES.read_text())
+    figures = tomllib.loads(paper_section.FIGURES.read_text())
     number = 0
     for name, held in figures.items():
-        runs = tables.expand(tables.read(JOBS / f"{name}.toml"), {})
+        runs = grid.expand(grid.read(JOBS / "tables" / f"{name}.toml"), {})
         cells = {run.config.run.cell for run in runs}
         known = {f"{column}/{row}" for column, rows in held["cells"].items() for row in rows}
         assert known <= cells and set(held.get("solved", ())) <= known

@@ -11,15 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launcher import Result, Session, digest, environment, events, rows
-from report_runs import shown, table, tell_classes
 
-from pfedmoe_mpi import load_run
-from pfedmoe_mpi.report import (
-    command,
-    tables,
-    terminal,
-)
+from pfedmoe_mpi.report import command, tables, terminal
+from pfedmoe_mpi.report.load import load_run
+from support.launcher import Result, Session, digest, environment, events, rows
+from support.report_runs import shown, table, tell_classes
 
 
 @pytest.fixture(scope="module")

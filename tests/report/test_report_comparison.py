@@ -10,20 +10,19 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
-from pfedmoe_mpi import load_run
 from pfedmoe_mpi.report import (
     compare,
+    comparison_figures,
+    comparison_report,
     costs,
+    document,
     drawing,
-    figures,
     page,
-    sections,
-    several,
-    single,
+    run_figures,
+    run_report,
     tables,
-    versus,
 )
-from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi.report.load import Run, load_run
 
 
 def like(run: Run, path: str, **changes: Any) -> Run:
@@ -113,13 +112,16 @@ def test_what_is_sent_once_goes_to_new_members(trained: Path) -> None:
 def test_equal_values_have_no_spread() -> None:
     """In floating point the mean of 0.1, 0.1 and 0.1 is another number."""
     assert compare.mean_std([0.1] * 3) == (0.1, 0.0)
-    assert [several.plain_spread(values).text for values in ([0.1] * 3, [53.14] * 6)] == ["0.1", "53.14"]
+    assert [comparison_report.plain_spread(values).text for values in ([0.1] * 3, [53.14] * 6)] == [
+        "0.1",
+        "53.14",
+    ]
 
 
 def test_numbers_are_short_and_units_fit() -> None:
     shown = [tables.short(value) for value in (0.0, 0.012345, 1.0, 999.96, 12345.6, 1e6)]
     assert shown == ["0", "0.01235", "1", "1000", "12346", "1000000"]
-    assert [single.size(count) for count in (0, 999, 999.7, 999_600)] == ["0 B", "999 B", "1 kB", "1 MB"]
+    assert [run_report.size(count) for count in (0, 999, 999.7, 999_600)] == ["0 B", "999 B", "1 kB", "1 MB"]
 
 
 @pytest.mark.parametrize("top", [0.29, 0.57, 0.6999999999999999, 0.7, 1.0])
@@ -147,15 +149,15 @@ def test_clients_that_have_not_trained_are_in_no_mean(trained: Path) -> None:
     events = [{**run.events[0], "samples": told}]
     run = Run(run.path, {**run.config, "join.round": 3}, run.history, events)
     assert [run.absent(round) for round in (2, 3)] == [{2, 3}, {3}]
-    accuracy = figures.column(run, "accuracy")
+    accuracy = run_figures.column(run, "accuracy")
     assert np.isnan(accuracy).tolist() == [
         [True] * 4,
         [False, False, True, True],
         [False, False, False, True],
     ]
-    (found,) = [table for table in single.report(run, None).tables if table.name == "architectures"]
+    (found,) = [table for table in run_report.report(run, None).tables if table.name == "architectures"]
     assert [row[1].text for row in found.rows] == ["2", "1"]
-    (clients,) = [table for table in single.report(run, None).tables if table.name == "clients"]
+    (clients,) = [table for table in run_report.report(run, None).tables if table.name == "clients"]
     assert clients.rows[-1][0].text == "3" and "in no mean over clients: 3" in clients.notes[0]
     other = Run(Path("b"), {**run.config, "algorithm": "standalone"}, run.history, run.events)
     pair = compare.compare([run, other]).groups
@@ -168,20 +170,20 @@ def test_a_restart_tells_what_was_otherwise(trained: Path) -> None:
     again = Run(
         run.path, run.config, run.history, [start, {**start, "event": "restart", "ranks": 4, "torch": "9"}]
     )
-    (found,) = [table for table in single.report(again, None).tables if table.name == "events"]
+    (found,) = [table for table in run_report.report(again, None).tables if table.name == "events"]
     assert [row[3].text for row in found.rows] == ["", "ranks: 4; torch: 9"]
 
 
 def test_axes_of_counts_have_whole_numbers(trained: Path) -> None:
     axes = matplotlib.figure.Figure().subplots()
     axes.plot([1], [1])
-    figures.whole_numbers(axes.xaxis)
+    run_figures.whole_numbers(axes.xaxis)
     assert [tick for tick in axes.get_xticks() if 0.9 < tick < 1.1] == [1]
 
 
 def test_evaluation_takes_time_where_there_was_one(trained: Path) -> None:
     canvas = matplotlib.figure.Figure()
-    figures.seconds(load_run(trained)).draw(canvas, drawing.PAPER)
+    run_figures.seconds(load_run(trained)).draw(canvas, drawing.PAPER)
     (line,) = [line for line in canvas.axes[0].lines if line.get_label() == "evaluate"]
     assert list(line.get_xdata()) == [2, 3], "measured every second round, and in the last"
 
@@ -192,7 +194,7 @@ def test_what_looks_equal_is_marked_alike(trained: Path) -> None:
     for number, value in enumerate((0.70001, 0.70002, 0.6)):
         row = {**run.history[-1], "accuracy": {**run.history[-1]["accuracy"], "mean": value}}
         found.append(Run(Path(str(number)), {**run.config, "algorithm": f"m{number}"}, [row], run.events))
-    shown = several.results(compare.compare(found)).rows
+    shown = comparison_report.results(compare.compare(found)).rows
     assert [row[1].mark for row in shown] == ["best", "best", "second"]
 
 
@@ -217,14 +219,14 @@ def test_a_legend_is_no_formula(trained: Path) -> None:
     run = load_run(trained)
     found = compare.compare([run, like(run, "b", train__augment=[r"$\frac{$ --> <b>"])])
     assert found.methods[1] == r"pfedmoe (train.augment = $\frac{$ --> <b>)"
-    text = drawing.svg(versus.curves(found, found.settings[0], 0))
+    text = drawing.svg(comparison_figures.curves(found, found.settings[0], 0))
     assert text.count("<svg") == text.count("</svg>") == 1 and "<b>" not in text and "<!--" not in text
 
 
 def test_a_table_that_no_browser_likes_stays_in_its_file() -> None:
     column = tables.Column("n")
     large = tables.Table("large", "Large", [column], [[tables.number(n)] for n in range(page.MOST_CELLS + 1)])
-    report = sections.Report("R", "", [], [sections.Section("S", [large])], {})
+    report = document.Report("R", "", [], [document.Section("S", [large])], {})
     assert len(page.html(report)) < 20_000 and "in tables/large.csv" in page.html(report)
     assert tables.to_csv(large).count("\n") == page.MOST_CELLS + 2
 

@@ -14,16 +14,18 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from launcher import ROOT, Result, Session, finished, flip, rows
-from report_runs import close, table
 from sklearn.manifold import trustworthiness
 
-from pfedmoe_mpi import config, load_run
-from pfedmoe_mpi.data import open_dataset
+from pfedmoe_mpi import config
+from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.models import registry
 from pfedmoe_mpi.models.gate import build_gate
-from pfedmoe_mpi.report import models
-from pfedmoe_mpi.report.looked import Looked, principal
+from pfedmoe_mpi.report import probe
+from pfedmoe_mpi.report.load import load_run
+from pfedmoe_mpi.report.model_views import Looked, principal
+from support.launcher import Result, Session, finished, flip, rows
+from support.paths import ROOT
+from support.report_runs import close, table
 
 
 @dataclass
@@ -98,7 +100,7 @@ def report(session: Session, trained: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def looked(trained: Path) -> Looked:
-    return models.look(load_run(trained))
+    return probe.look(load_run(trained))
 
 
 def test_gate_weights_by_class(known: list[Known], trained: Path, report: Path) -> None:
@@ -229,7 +231,7 @@ def test_features_are_listed_and_not_drawn(session: Session, small: tuple[str, .
 def test_what_is_missing_is_one_sentence(done: Callable[..., Result], run: Path, tmp_path: Path) -> None:
     newest = run / "checkpoints" / "round-000003.h5"
     flip(newest, newest.stat().st_size - 9)
-    assert models.look(load_run(run)).round == 2, "the one before"
+    assert probe.look(load_run(run)).round == 2, "the one before"
     done("report", run, "--out", "none", "--models", "false")
     text = (tmp_path / "none" / "report.html").read_text()
     assert "<h2>Models</h2>" not in text and "shared test" not in text
@@ -276,7 +278,7 @@ def blocks(text: str) -> Iterator[str]:
 
 def test_the_notebook_of_the_readme(trained: Path) -> None:
     pandas = pytest.importorskip("pandas")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "pfedmoe_mpi" / "report" / "README.md").read_text(encoding="utf-8")
     code = next(block for block in blocks(readme) if "load_run(" in block)
     code = re.sub(r'load_run\(".*?"\)', f"load_run({str(trained)!r})", code)
     frames = []

@@ -10,9 +10,10 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
-from browser import Browser
-from launcher import Session, rows
-from report_runs import tell_classes
+
+from support.browser import Browser
+from support.launcher import Session, rows
+from support.report_runs import tell_classes
 
 # Text of a figure as rectangles (left, top, right, bottom), with that of the figure, in CSS pixels.
 TEXTS = """[...document.querySelectorAll('figure svg')].map(svg => {

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from launcher import Session, events, rows
-from report_runs import RUNS, class_counts, close, make, raw, shown, table
+
+from support.launcher import Session, events, rows
+from support.report_runs import RUNS, class_counts, close, make, raw, shown, table
 
 T_4 = 2.7764451051977987  # Student's t: 95 % of 4 degrees of freedom lie within, Fisher and Yates
 GROUPS = [(method, alpha) for method, alpha, _ in RUNS]

@@ -6,12 +6,13 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import launcher
 import pytest
-from textfiles import HOSPITALS, write_hospitals, write_news, write_stories
 
-from pfedmoe_mpi import config, tables
+from pfedmoe_mpi import config
 from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.reproduce import grid
+from support import launcher
+from support.text_files import HOSPITALS, write_hospitals, write_news, write_stories
 
 TABLE = """\
 title = "Two methods, two numbers of clients"
@@ -50,7 +51,7 @@ def table(tmp_path: Path) -> Path:
 
 
 def test_runs_are_the_product_of_the_axes_in_order(table: Path) -> None:
-    runs = tables.expand(tables.read(table), {})
+    runs = grid.expand(grid.read(table), {})
     names = [f"{n}-{a}-seed{s}" for n in ("n4", "n8") for a in ("pfedmoe", "standalone") for s in (0, 1)]
     assert [run.name for run in runs] == names
     last = runs[-1].config
@@ -62,30 +63,30 @@ def test_runs_are_the_product_of_the_axes_in_order(table: Path) -> None:
 
 def test_scale_shrinks_rounds_and_stops_at_the_floor(table: Path) -> None:
     table.write_text(TABLE.replace('"standalone"]', '"fedkd"]').replace("rounds = 10", "rounds = 100"))
-    read = tables.read(table)
+    read = grid.read(table)
     for scale, rounds in ((0.3, 30), (0.101, 11), (0.001, 2)):
-        run = tables.expand(read, {"fedkd.ramp": 40} if rounds == 2 else {}, scale)[2].config
+        run = grid.expand(read, {"fedkd.ramp": 40} if rounds == 2 else {}, scale)[2].config
         assert (run.algorithm, run.rounds, run.run.scale) == ("fedkd", rounds, rounds / 100)
         ramp = getattr(run, "fedkd").ramp  # noqa: B009
         assert ramp == (40 if rounds == 2 else round(0.4 * rounds)), "as asked for, or the default scaled too"
-    own = tables.expand(read, {"rounds": "50", "train.epochs": "2", "run.keep": "1"})[0].config.run
+    own = grid.expand(read, {"rounds": "50", "train.epochs": "2", "run.keep": "1"})[0].config.run
     assert own.scale == 0.5 and own.altered == ("train.epochs",), (
         "what makes it another table, and nothing else"
     )
     table.write_text(TABLE.replace("rounds = 10", "rounds = 3000"))
-    share = tables.expand(tables.read(table), {"rounds": 100})[0].config.run.scale
+    share = grid.expand(grid.read(table), {"rounds": 100})[0].config.run.scale
     assert round(100 / share) == 3000, "reports tell the table's rounds from it"
 
 
 def test_only_and_task_choose_runs(table: Path) -> None:
-    runs = tables.expand(tables.read(table), {})
-    assert [run.name for run in tables.chosen(runs, "n8-*0, *alone-seed1", "")] == [
+    runs = grid.expand(grid.read(table), {})
+    assert [run.name for run in grid.chosen(runs, "n8-*0, *alone-seed1", "")] == [
         *("n4-standalone-seed1", "n8-pfedmoe-seed0", "n8-standalone-seed0", "n8-standalone-seed1")
     ]
-    assert [run.name for run in tables.chosen(runs, "n8-*", "2")] == ["n8-standalone-seed0"]
+    assert [run.name for run in grid.chosen(runs, "n8-*", "2")] == ["n8-standalone-seed0"]
     for only, task in (("n9-*", ""), ("", "8"), ("n8-*", "4"), ("", "x")):
         with pytest.raises(ConfigError):
-            tables.chosen(runs, only, task)
+            grid.chosen(runs, only, task)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-import launcher
+from support import launcher
 
 
 def on_a_terminal(*arguments: str, cwd: Path, timeout: float = 120) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import launcher
 import pytest
-from conftest import SMALL
+
+from support import launcher
+from support.launcher import SMALL
 
 FLAGS = (*SMALL, "--rounds", "4", "--eval.every", "2", "--run.checkpoint_every", "2")
 

@@ -13,13 +13,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import launcher
 import pytest
-from conftest import SMALL
-from launcher import events, finished, learned_digest, rows, running, told, wait_for
 
 from pfedmoe_mpi import checkpoint
-from pfedmoe_mpi.lock import Lock
+from pfedmoe_mpi.storage.lock import Lock
+from support import launcher
+from support.launcher import SMALL, events, finished, learned_digest, rows, running, told, wait_for
+from support.paths import TESTS
 
 # Rounds of about half a second, each with a checkpoint.
 LONG = (*SMALL, "--run.checkpoint_every", "1", "--train.epochs", "60", "--rounds", "8")
@@ -162,23 +162,23 @@ def test_a_run_folder_that_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def refusing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`refusing.c` as a library."""
+def failing_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`support/failing_disk.c` as a library."""
     if not shutil.which("cc"):
         pytest.fail("no C compiler") if os.environ.get("CI") == "true" else pytest.skip("no C compiler")
-    folder = tmp_path_factory.mktemp("refusing")
-    source = Path(__file__).with_name("refusing.c")
-    command("cc", "-shared", "-fPIC", "-o", "refusing.so", str(source), "-ldl", cwd=folder)
-    return folder / "refusing.so"
+    folder = tmp_path_factory.mktemp("failing_disk")
+    source = TESTS / "support" / "failing_disk.c"
+    command("cc", "-shared", "-fPIC", "-o", "failing_disk.so", str(source), "-ldl", cwd=folder)
+    return folder / "failing_disk.so"
 
 
 @pytest.mark.parametrize(("number", "rank"), [(errno.EDQUOT, 1), (errno.EIO, 0), (errno.ENOSPC, -1)])
 def test_writes_refused_for_a_while(
-    tmp_path: Path, refusing: Path, undisturbed: str, number: int, rank: int
+    tmp_path: Path, failing_disk: Path, undisturbed: str, number: int, rank: int
 ) -> None:
     """A quota of one rank's host, a broken fsync, a full server: told with its reason, then written."""
     flag = tmp_path / "refuse"
-    shim = {"LD_PRELOAD": str(refusing), "REFUSE": str(flag)}
+    shim = {"LD_PRELOAD": str(failing_disk), "REFUSE": str(flag)}
     job = launcher.start(2, *LONG, "--run.dir", "run", cwd=tmp_path, env=shim)
     try:
         heard = Heard(job)

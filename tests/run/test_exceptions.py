@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
-from drivers import mpirun
-from failing import AT_THE_ROOT, PHASES
 
 from pfedmoe_mpi import checkpoint
+from support.fault_injection import AT_THE_ROOT, PHASES
+from support.launcher import SMALL
+from support.mpi_job import mpirun
 
 RANKS = 3
 FLAGS = (*SMALL, "--clients", "6", "--rounds", "3", "--run.checkpoint_every", "1")
@@ -26,7 +26,7 @@ AFTER_ROUND_1 = {"sum", "update", "record", "layout", "write", "seal"}
 def fails(tmp_path: Path, rank: int | str, phase: str, mpi: str) -> None:
     """Run with the fault and check how the job ends."""
     run = tmp_path / "run"
-    fault = ("failing.py", "raise", str(rank), phase)
+    fault = ("fault_injection", "raise", str(rank), phase)
     ended = mpirun(*fault, *FLAGS, "--run.dir", str(run), ranks=RANKS, mpi=mpi)
     seconds = time.time() - float(re.findall(r"fault at ([\d.]+)", ended.output)[0])
     told = ended.output

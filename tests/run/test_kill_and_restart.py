@@ -15,20 +15,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import launcher
 import pytest
-from launcher import finished, rank_processes, running, wait_for
-from launcher import learned_digest as digest
 
 from pfedmoe_mpi import checkpoint
-
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
-QUICK = (
-    *("--clients", "6", "--rounds", "6", "--model.pool", "mlp4,mlp5", "--model.shared", "mlp5"),
-    *("--run.checkpoint_every", "1", "--train.epochs", "2", "--run.dir", "run"),
-)
-
+from support import launcher
+from support.data_files import shared_data
+from support.launcher import QUICK, finished, rank_processes, running, wait_for
+from support.launcher import learned_digest as digest
+from support.paths import ROOT
 
 # The same bits
 
@@ -209,14 +203,8 @@ def test_first_command_of_the_readme(tmp_path: Path) -> None:
     assert len(list((folder / "log").iterdir())) == 16
 
 
-def shared(name: str) -> Path:
-    if not (SHARED / name).exists():
-        pytest.skip(f"shared/data/{name} is not here")
-    return SHARED / name
-
-
 def test_cifar10_trains_from_its_images(tmp_path: Path) -> None:
-    with tarfile.open(shared("cifar10-images.tar")) as archive:
+    with tarfile.open(shared_data("cifar10-images.tar")) as archive:
         archive.extractall(tmp_path / "cifar", filter="data")
     (images,) = {path.parent for path in (tmp_path / "cifar").glob("**/train")}
     source = ("--data.source", "folder", "--data.path", str(images), "--partition.kind", "pathological")
@@ -230,7 +218,7 @@ def test_cifar10_trains_from_its_images(tmp_path: Path) -> None:
 
 def test_mnist_of_20_natural_clients(tmp_path: Path) -> None:
     finished(
-        *(2, "--data.source", "npz", "--data.path", str(shared("mnist-20clients")), "--clients", "20"),
+        *(2, "--data.source", "npz", "--data.path", str(shared_data("mnist-20clients")), "--clients", "20"),
         *("--partition.kind", "natural", "--model.pool", "mnist1,mnist2,mnist3,mnist4,mnist5"),
         *("--model.shared", "mnist5", "--rounds", "2", "--run.dir", "run", "--participation", "0.5"),
         cwd=tmp_path,

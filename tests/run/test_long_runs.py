@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
-from launcher import ended, rank_processes, rows, running, wait_for
+
+from support.launcher import SMALL, ended, rank_processes, rows, running, wait_for
 
 FLAGS = (*SMALL, "--clients", "6", "--participation", "0.5", "--run.checkpoint_every", "10")
 Sample = dict[int, tuple[float, int]]  # by rank: resident MiB, open files

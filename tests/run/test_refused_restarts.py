@@ -13,10 +13,10 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from launcher import Result, Session, digest, events, flip, told
-from sealed import places, resealed
 
-from pfedmoe_mpi.checkpoint import _put
+from pfedmoe_mpi.checkpoint.writer import _put
+from support.checkpoint_files import places, resealed
+from support.launcher import Result, Session, digest, events, flip, told
 
 # Damaged checkpoints
 

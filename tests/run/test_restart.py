@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL
-from drivers import mpirun
-from launcher import Result, Session, digest, events, flip, learned, rows, told
 
 from pfedmoe_mpi.checkpoint import Checkpoint, verify
-from pfedmoe_mpi.runfolder import RunFolder
+from pfedmoe_mpi.run.folder import RunFolder
+from support.launcher import SMALL, Result, Session, digest, events, flip, learned, rows, told
+from support.mpi_job import mpirun
 
 
 def test_going_on_with_a_run(
@@ -162,7 +161,7 @@ def test_members_that_were_not_measured_leave_the_cohort_without_a_mean(
 ) -> None:
     """Stopped in a round that was not due, which is due after the restart."""
     flags = (*SMALL, "--rounds", "2", "--eval.every", "2", "--run.dir", str(tmp_path / "run"))
-    assert mpirun("failing.py", "stop", "0", "training", *flags, ranks=1).code == 75
+    assert mpirun("fault_injection", "stop", "0", "training", *flags, ranks=1).code == 75
     partial = tmp_path / "run" / "checkpoints" / "round-000001-partial.h5"
     assert "but clients 0" in done("evaluate", partial).out
     done("restart", "run", "--eval.every", "1")

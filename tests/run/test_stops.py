@@ -14,17 +14,18 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import launcher
 import pytest
-from conftest import SMALL
-from drivers import Ended, mpirun
-from failing import AT_THE_ROOT, PHASES
-from launcher import events, finished, learned_digest, rank_processes, running, told, wait_for
 
-from pfedmoe_mpi import checkpoint, comm, config, setup
-from pfedmoe_mpi.federation import Loop, Silent
+from pfedmoe_mpi import checkpoint, config
+from pfedmoe_mpi.federation import build
+from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from pfedmoe_mpi.mpi import comm
+from support import launcher
+from support.data_files import shared_data
+from support.fault_injection import AT_THE_ROOT, PHASES
+from support.launcher import SMALL, events, finished, learned_digest, rank_processes, running, told, wait_for
+from support.mpi_job import Ended, mpirun
 
-ROOT = Path(__file__).parents[1]
 FLAGS = (*SMALL, "--clients", "6", "--rounds", "4", "--run.checkpoint_every", "1")
 STOPPED = [phase for phase in PHASES if phase not in {"data", "folder", "end"}]
 
@@ -39,7 +40,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def stopped(rank: int, phase: str, *arguments: str, mpi: str = "mpich") -> Ended:
     """A job of three ranks of which one gets SIGUSR1 in a phase."""
-    return mpirun("failing.py", "stop", str(rank), phase, *arguments, ranks=3, mpi=mpi)
+    return mpirun("fault_injection", "stop", str(rank), phase, *arguments, ranks=3, mpi=mpi)
 
 
 @pytest.mark.parametrize(("number", "phase"), list(enumerate(STOPPED)))
@@ -117,7 +118,7 @@ def test_a_stop_while_the_server_trains(method: str, tmp_path: Path, monkeypatch
     def fresh() -> Loop:
         world = comm.start().split(0)
         assert world
-        return Loop(world, setup.build(world, chosen), Silent(), tmp_path)
+        return Loop(world, build.build(world, chosen), SilentObserver(), tmp_path)
 
     whole, loop = fresh(), fresh()
     assert whole.run()
@@ -192,10 +193,7 @@ def test_legs_with_a_step_go_on_for_ever(tmp_path: Path, session: launcher.Sessi
 @pytest.mark.parametrize("mpi", ["mpich", pytest.param("openmpi", marks=pytest.mark.openmpi)])
 def test_seconds_from_signal_to_exit_on_cifar10(tmp_path: Path, mpi: str) -> None:
     """Ten clients of CNN-1 to CNN-5, 20 random moments; median and worst."""
-    archive = ROOT.parent / "shared" / "data" / "cifar10-images.tar"
-    if not archive.exists():
-        pytest.skip("the CIFAR-10 images are not here")
-    with tarfile.open(archive) as images:
+    with tarfile.open(shared_data("cifar10-images.tar")) as images:
         images.extractall(tmp_path / "cifar", filter="data")
     (path,) = {path.parent for path in (tmp_path / "cifar").glob("**/train")}
     prepared = launcher.program(

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of checkpoint.py: `mpirun -n 4 python checkpoint_driver.py CHECK FOLDER`."""
+"""What ranks do in tests of checkpoints: `mpirun -n 4 python -m support.checkpoint_checks CHECK FOLDER`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from pfedmoe_mpi import checkpoint, comm
+from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, Content
-from pfedmoe_mpi.comm import Comm
+from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
-from pfedmoe_mpi.flat import Layout
+from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi.comm import Comm
 
 SIZES = (1500, 1, 0, 100, 1024, 5000)
 

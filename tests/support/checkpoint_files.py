@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-from checkpoint_driver import shared_out
 
-from pfedmoe_mpi import checkpoint, seal
-from pfedmoe_mpi.checkpoint import Content
-from pfedmoe_mpi.comm import Comm
+from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi.checkpoint import Content, seal
+from pfedmoe_mpi.mpi.comm import Comm
+from support.checkpoint_checks import shared_out
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of comm.py: `mpirun -n 4 python comm_driver.py CHECK ...`.
+"""What ranks do in the tests of comm.py: `mpirun -n 4 python -m support.comm_checks CHECK ...`.
 
 Harmless checks run one after the other in one job, each on a communicator of its own; `pass NAME` is printed
 when all ranks have passed it. Other checks are run alone.
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pfedmoe_mpi import comm
-from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.errors import EXIT_STOPPED, ConfigError, StoppedError, UserError
+from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi.comm import Comm
 
 # Checks that all ranks pass
 

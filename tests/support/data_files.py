@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pfedmoe_mpi.data import Dataset, open_dataset
+from pfedmoe_mpi.config.sections import Data
+from pfedmoe_mpi.data import Dataset
+from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.errors import DataError
-from pfedmoe_mpi.sections import Data
+from support.paths import ROOT
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def shared(name: str) -> Path:
-    path = Path(__file__).parents[2] / "shared" / "data" / name
+def shared_data(name: str) -> Path:
+    """Return a real data set's path beside the repository; skip the test where it is missing."""
+    path = ROOT.parent / "shared" / "data" / name
     if not path.exists():
-        pytest.skip(f"{name} is not beside the repository")
+        pytest.skip(f"shared/data/{name} is not beside the repository")
     return path
 
 

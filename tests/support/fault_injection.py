@@ -1,7 +1,7 @@
-"""The program with a fault of the test's: `mpirun -n 3 python failing.py raise|stop RANK PHASE ARGUMENT ...`.
+"""The program with a fault: `mpirun -n 3 python -m support.fault_injection ACTION RANK PHASE ARGUMENT ...`.
 
-On RANK (or on `all` ranks) the function named by PHASE raises, or its process gets SIGUSR1, when it is called
-for the second time, or at once where it is called only once. The program itself knows nothing of it.
+ACTION is `raise` or `stop`: on RANK (or on `all` ranks) the function named by PHASE raises, or its process
+gets SIGUSR1, at the call that `PHASES` names. The program itself is unchanged.
 """
 
 from __future__ import annotations
@@ -13,24 +13,29 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pfedmoe_mpi import checkpoint, cli, comm, federation, launch, metrics, runfolder, setup, training
+from pfedmoe_mpi import cli, environment
 from pfedmoe_mpi.algorithms.base import Algorithm
+from pfedmoe_mpi.checkpoint import writer
+from pfedmoe_mpi.core import turn
+from pfedmoe_mpi.federation import build, evaluation, loop, metrics, round_sum
+from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.run import folder
 
 # phase: (owner of the function, its name, which call raises)
 PHASES: dict[str, tuple[Any, str, int]] = {
-    "data": (setup, "open_everywhere", 1),
-    "clients": (setup, "distribute", 1),
-    "folder": (runfolder.RunFolder, "log_to_file", 1),
-    "training": (training.Turn, "sgd", 2),
-    "contribution": (federation.RoundSum, "add", 2),
+    "data": (build, "open_everywhere", 1),
+    "clients": (build, "distribute", 1),
+    "folder": (folder.RunFolder, "log_to_file", 1),
+    "training": (turn.Turn, "sgd", 2),
+    "contribution": (round_sum.RoundSum, "add", 2),
     "sum": (comm.Comm, "sum", 3),
     "update": (Algorithm, "server_update", 2),
-    "evaluation": (federation.Loop, "_measured", 2),
+    "evaluation": (evaluation, "_client_metrics", 2),
     "record": (metrics, "row", 2),
-    "layout": (checkpoint, "_lay_out", 2),
-    "write": (checkpoint, "_write_clients", 2),
-    "seal": (checkpoint, "_finish", 2),
-    "end": (federation.Loop, "run", 1),
+    "layout": (writer, "_lay_out", 2),
+    "write": (writer, "_write_clients", 2),
+    "seal": (writer, "_finish", 2),
+    "end": (loop.Loop, "run", 1),
 }
 AT_THE_ROOT = {"layout", "seal"}
 
@@ -61,6 +66,6 @@ def arm(action: str, phase: str) -> None:
 
 if __name__ == "__main__":
     action, rank, phase, *arguments = sys.argv[1:]
-    if rank == "all" or int(rank) == launch.launched_rank():
+    if rank == "all" or int(rank) == environment.launched_rank():
         arm(action, phase)
     sys.exit(cli.main(arguments))

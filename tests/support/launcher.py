@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -20,8 +19,18 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from support.paths import ROOT, with_support
+
 LAUNCHERS = ("PMI", "OMPI_", "PRTE_", "SLURM_", "MPI4PY_", "OMP_")  # what a job around the tests may have set
+
+SMALL = (
+    *("--data.source", "synthetic", "--data.samples", "200", "--data.size", "8", "--clients", "4"),
+    *("--model.pool", "mlp5,mlp4", "--model.shared", "mlp5", "--rounds", "1", "--train.device", "cpu"),
+)
+QUICK = (
+    *("--clients", "6", "--rounds", "6", "--model.pool", "mlp4,mlp5", "--model.shared", "mlp5"),
+    *("--run.checkpoint_every", "1", "--train.epochs", "2", "--run.dir", "run"),
+)
 
 
 @dataclass(frozen=True)
@@ -215,12 +224,13 @@ def finished(ranks: int, *arguments: str, cwd: Path, timeout: float = 240, mpi: 
 
 def learned_digest(run: Path, round: int) -> str:
     """`inspect --digest` of a whole checkpoint of a run folder."""
-    from pfedmoe_mpi import checkpoint, inspection
+    from pfedmoe_mpi import checkpoint
+    from pfedmoe_mpi.commands import checkpoints
 
     path = run / "checkpoints" / checkpoint.name(round, partial=False)
     checkpoint.verify(path)
     with checkpoint.Checkpoint(path) as loaded:
-        return inspection.digest(loaded)
+        return checkpoints.digest(loaded)
 
 
 class Session:
@@ -245,8 +255,8 @@ class Session:
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, __file__],
-                env=environment("mpich", {}),
+                [sys.executable, "-m", "support.command_server"],
+                env=with_support(environment("mpich", {})),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -260,28 +270,3 @@ class Session:
             end(self._process.pid)
             self._process.communicate()
             self._process = None
-
-
-def serve() -> None:
-    """`Session`'s other side: a JSON list [folder, arguments ...] per line, [code, out, err] back."""
-    import logging
-
-    from pfedmoe_mpi.cli import main
-    from pfedmoe_mpi.launch import LOGGER
-
-    answers = os.fdopen(os.dup(1), "w")
-    for line in sys.stdin:
-        cwd, *arguments = json.loads(line)
-        os.chdir(cwd)
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main(arguments)
-        for handler in [found for found in LOGGER.handlers if isinstance(found, logging.FileHandler)]:
-            LOGGER.removeHandler(handler)  # of a run folder that the next command line does not know
-            handler.close()
-        answers.write(json.dumps([code, out.getvalue(), err.getvalue()]) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    serve()

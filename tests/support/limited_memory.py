@@ -1,4 +1,4 @@
-"""What readers say of strangers' files with little memory left: `python stranger_driver.py SOURCE PATH ...`.
+"""What readers say of untrusted files with little memory: `python -m support.limited_memory SOURCE PATH ...`.
 
 SOURCE is `checkpoint`, `hdf5` or `npz`. The answer is one line of JSON, {path: message}; a file that is read
 has the message "". Anything but a UserError ends the process.
@@ -7,6 +7,7 @@ has the message "". Anything but a UserError ends the process.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from pathlib import Path
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint
-from pfedmoe_mpi.data import open_dataset
+from pfedmoe_mpi.commands.checkpoints import digest
+from pfedmoe_mpi.config.sections import Data
+from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.errors import UserError
-from pfedmoe_mpi.inspection import digest
-from pfedmoe_mpi.sections import Data
+from support.paths import with_support
 
 ROOM = 300 << 20  # bytes of address space beyond what the imports took
 SECONDS = 5.0  # for one file
@@ -26,8 +28,10 @@ SECONDS = 5.0  # for one file
 
 def said(source: str, paths: list[Path], timeout: float = 120) -> dict[Path, str]:
     """The messages about files, by a process of its own."""
-    command = [sys.executable, __file__, source, *map(str, paths)]
-    job = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    command = [sys.executable, "-m", "support.limited_memory", source, *map(str, paths)]
+    job = subprocess.run(
+        command, env=with_support(os.environ), capture_output=True, text=True, timeout=timeout, check=False
+    )
     assert job.returncode == 0, job.stdout + job.stderr
     return {Path(path): message for path, message in json.loads(job.stdout.splitlines()[-1]).items()}
 

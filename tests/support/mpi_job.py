@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import environment, openmpi
+from support.launcher import environment, openmpi
+from support.paths import TESTS, with_support
 
-HERE = Path(__file__).parent
 MARK = "PFEDMOE_TEST_JOB"
 
 
@@ -28,14 +28,14 @@ class Ended:
 
 
 def mpirun(script: str, *arguments: str, ranks: int = 4, limit: float = 120, mpi: str = "mpich") -> Ended:
-    """Run a script of this folder; after `limit` seconds everything it started is killed."""
+    """Run a module of this package; after `limit` seconds everything it started is killed."""
     token = uuid.uuid4().hex
     launcher = [str(Path(sys.executable).parent / "mpirun")]
     if mpi == "openmpi":
         launcher = [str(openmpi() / "bin" / "mpirun"), "--oversubscribe", "--allow-run-as-root"]
     job = subprocess.Popen(
-        [*launcher, "-n", str(ranks), sys.executable, str(HERE / script), *arguments],
-        env=environment(mpi, {MARK: token}),
+        [*launcher, "-n", str(ranks), sys.executable, "-m", f"support.{script}", *arguments],
+        env=with_support(environment(mpi, {MARK: token})),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -63,3 +63,28 @@ def marked(token: str) -> list[int]:
             if token.encode() in (folder / "environ").read_bytes():
                 found.append(int(folder.name))
     return found
+
+
+def conformance(*arguments: str, timeout: float) -> tuple[int, str]:
+    """One job of four ranks; killed with all it started after `timeout` seconds."""
+    command = [
+        str(Path(sys.executable).parent / "mpirun"),
+        "-n",
+        "4",
+        sys.executable,
+        str(TESTS / "conformance.py"),
+    ]
+    job = subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        output, _ = job.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        output = job.communicate()[0] + "\nkilled: the job hung"
+    return job.returncode, output

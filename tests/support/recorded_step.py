@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pfedmoe_mpi.training import Turn
+from pfedmoe_mpi.core.turn import Turn
 
 
 class Given:
@@ -23,10 +23,10 @@ class Given:
 
     def recording(self, sgd: Callable[..., int], phase: Any, loss: Any = None, **others: Any) -> int:
         """`Turn.sgd`, with every batch's loss written down."""
-        method, parts = self.turn._method, self.turn.parts
+        own, parts = self.turn._loss, self.turn.parts
 
         def noted(batch: Any) -> torch.Tensor:
-            value: torch.Tensor = loss(batch) if loss else method.loss(parts, batch)
+            value: torch.Tensor = loss(batch) if loss else own(parts, batch)
             self.losses.append((float(value.detach().double()), len(batch)))
             return value
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import h5py
 import numpy as np
-from conftest import SMALL
-from launcher import Session, events
+
+from support.launcher import SMALL, Session, events
 
 SEEDS = (0, 1, 2, 3, 4)
 FEW = (0, 1)
@@ -50,7 +50,7 @@ def tell_classes(run: Path) -> None:
 def class_counts(run: Path) -> np.ndarray:
     """Training rows by client and class, (N, classes), from a checkpoint's rows and the data's labels."""
     from pfedmoe_mpi import config
-    from pfedmoe_mpi.data import open_dataset
+    from pfedmoe_mpi.data.sources.open import open_dataset
 
     settings = config.build(config.read_toml(run / "config.toml"))
     labels = open_dataset(settings.data, settings.seed, clients=settings.clients).labels

@@ -8,10 +8,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from oracles.methods import Samples
-from played import Played, build, cut
 
-from pfedmoe_mpi import seeds
+from oracles.methods import Samples
+from pfedmoe_mpi.core import seeds
+from support.small_federation import Played, build, cut
 
 HELD = ((0, 1), (2, 3), (0, 2), (1, 3), (1, 2), (0, 3))
 SAMPLES = (40, 51, 36, 45, 61, 41)

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import launcher
 import pytest
+
+from support import launcher
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 SYSTEM = f"/usr/sbin{os.pathsep}/sbin"  # where Debian keeps daemons, also for users without it in PATH

@@ -10,11 +10,17 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from oracles.methods import Course, Samples
 from torch import Tensor
 
-from pfedmoe_mpi import comm, config, seeds, setup
-from pfedmoe_mpi.federation import Loop, Silent
+from oracles.methods import Course, Samples
+from pfedmoe_mpi import config
+from pfedmoe_mpi.algorithms.base import Algorithm
+from pfedmoe_mpi.core import seeds
+from pfedmoe_mpi.core.batches import Batch
+from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.federation.build import build as build_federation
+from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from pfedmoe_mpi.mpi import comm
 
 SMALL: dict[str, Any] = {
     "data.source": "hdf5",
@@ -159,7 +165,7 @@ def build(path: Path, method: str, **changes: Any) -> Loop:
     """A federation before its first round; `__` stands for the dot."""
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     chosen = config.build({**SMALL, "data.path": str(path), "algorithm": method, **dotted})
-    return Loop(world(), setup.build(world(), chosen), Silent(), None)
+    return Loop(world(), build_federation(world(), chosen), SilentObserver(), None)
 
 
 def played(path: Path, method: str, **changes: Any) -> Played:
@@ -168,3 +174,28 @@ def played(path: Path, method: str, **changes: Any) -> Played:
     result = Played(loop, loop.state.clone(), start)
     assert loop.run()
     return result
+
+
+def bench(loop: Loop, k: int = 0) -> tuple[Algorithm, Parts, Batch]:
+    """The parts of a client, and its first batch."""
+    federation = loop.federation
+    client, method = federation.clients[k], federation.method
+    parts = federation.workbench.parts((method.state(), loop.state), (client.spec, client.vector))
+    split = client.splits["train"]
+    rows = torch.arange(16)
+    return method, parts, Batch(federation.engine.normalise(split.x[:16]), split.y[:16], rows)
+
+
+def gradients(loop: Loop) -> dict[str, float]:
+    """Largest gradient of the loss by tensor, 0 where there is none."""
+    method, parts, batch = bench(loop)
+    for module in parts.modules().values():
+        module.train()
+        module.requires_grad_(True)
+        module.zero_grad(set_to_none=True)
+    method.loss(parts, batch).backward()
+    return {
+        f"{part}/{name}": 0.0 if p.grad is None else float(p.grad.abs().max())
+        for part, module in parts.modules().items()
+        for name, p in module.named_parameters()
+    }

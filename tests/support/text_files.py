@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from launcher import Result, program
+
+from support.launcher import Result, program
 
 HEADER = "age,sex,cp,trestbps,chol,fbs,restecg,thalach,exang,oldpeak,slope,ca,thal,target"
 HOSPITALS = {"alpha": 48, "beta": 40, "gamma": 36}

@@ -19,18 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from given import Given, contains
 
-from pfedmoe_mpi import placement, setup
 from pfedmoe_mpi.algorithms.base import Algorithm, Block
-from pfedmoe_mpi.comm import Comm
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.data.shard import Split, batches
-from pfedmoe_mpi.federation import Loop, Silent
-from pfedmoe_mpi.metrics import CLIENT_METRICS, RANK_METRICS
-from pfedmoe_mpi.parts import Parts
-from pfedmoe_mpi.roundsum import IN, MEMBER_METRICS, MISSING, RoundSum
-from pfedmoe_mpi.training import Turn, measure
+from pfedmoe_mpi.core.batches import Split, batches
+from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.core.turn import Turn
+from pfedmoe_mpi.federation import build, placement
+from pfedmoe_mpi.federation.evaluation import measure
+from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from pfedmoe_mpi.federation.metrics import CLIENT_METRICS, RANK_METRICS
+from pfedmoe_mpi.federation.round_sum import IN, MEMBER_METRICS, MISSING, RoundSum
+from pfedmoe_mpi.mpi.comm import Comm
+from support.recorded_step import Given, contains
 
 CALLS = ("sum", "broadcast", "gather", "from_root", "agree", "move", "wait", "local", "split")
 OUTSIDE = {"mpi4py", "h5py", "socket", "subprocess", "multiprocessing", "ctypes", "os", "tempfile", "pickle"}
@@ -38,7 +39,7 @@ OUTSIDE = {"mpi4py", "h5py", "socket", "subprocess", "multiprocessing", "ctypes"
 
 def wrongs(comm: Comm, chosen: Config, folder: Path) -> list[str]:
     """Play a federation with its checkpoints; what crossed and should not have, on all ranks. Collective."""
-    loop = Loop(comm, setup.build(comm, chosen), Silent(), folder)
+    loop = Loop(comm, build.build(comm, chosen), SilentObserver(), folder)
     assert loop.begin()
     tap = Tap(loop)
     with tap.attached():
@@ -82,7 +83,7 @@ class Tap:
             names = [item.name for item in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                if name.partition(".")[0] in OUTSIDE or name == "pfedmoe_mpi.comm":
+                if name.partition(".")[0] in OUTSIDE or name.startswith("pfedmoe_mpi.mpi"):
                     self._say(f"the method imports {name}")
 
     # Standing between

@@ -18,10 +18,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import launcher
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from support import launcher
+from support.paths import ROOT
+
 NAMES = ("node1", "node2")  # as hostfile.example has them
 PROGRAMS = ("unshare", "nsenter", "mount", "ip", "tc")
 
