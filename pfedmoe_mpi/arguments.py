@@ -354,7 +354,7 @@ def completion_script(shell: str) -> str:
     for name, command in COMMANDS.items():
         group, _, word = name.rpartition(" ")
         if group not in nodes:
-            nodes[group] = nodes[""].add_parser(group).add_subparsers()
+            nodes[group] = nodes[""].add_parser(group, help=f"Commands of {group}.").add_subparsers()
         parsers.append(nodes[group].add_parser(word, help=command.summary).fill(command, every_setting=True))
     for each in parsers:
         for action in each._actions:

@@ -248,9 +248,9 @@ def _explain(error: ValidationError) -> tuple[str, str]:
             parts.pop()
         place = ".".join(parts)
         simple = place and not isinstance(item["input"], dict | BaseModel)
-        subject = f"{place} = {item['input']!r}" if simple else place or "settings"
+        subject = f"{place} = {item['input']!r}" if simple else place
         messages.setdefault(subject, []).append(item["msg"].removeprefix("Value error, "))
-    lines = [f"{subject}: {'; or: '.join(found)}" for subject, found in messages.items()]
+    lines = [f"{subject}: {'; or: '.join(found)}".removeprefix(": ") for subject, found in messages.items()]
     return "\n".join(lines), "correct the setting; `pfedmoe-mpi run --help` shows what each accepts"
 
 

@@ -207,7 +207,7 @@ def test_a_table_is_stopped_taken_up_and_finished(table: Path, session: launcher
     assert launcher.events(second)[-2]["event"] == "restart"
     for name in ("n8-pfedmoe-seed1", "n8-standalone-seed1"):
         assert launcher.events(folder / "out" / name)[-1]["event"] == "finish"
-        alone = ("--run.dir", f"alone/{name}", "--run.table", "", "--run.cell", "")
+        alone = ("--run.dir", f"alone/{name}")
         result = session(str(folder / "out" / name / "config.toml"), *alone, cwd=folder)
         assert result.code == 0, result.err
         ours = launcher.learned_digest(folder / "out" / name, 30)
