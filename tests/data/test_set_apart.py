@@ -74,7 +74,7 @@ def test_impossible_numbers_are_told(refused: Callable[..., str]) -> None:
     assert "--partition.kind pathological" in message
     flags = ("--unseen.clients", "4", "--partition.alpha", "1000")
     assert "20 clients have 1 combinations" in refused("unseen clients", *flags)
-    refused("leaves nobody to train", "--unseen.clients", "20")
+    refused("leaves no client to train", "--unseen.clients", "20")
 
 
 def test_a_partition_written_is_that_of_the_run(tmp_path: Path, session: launcher.Session) -> None:

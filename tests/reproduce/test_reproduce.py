@@ -120,8 +120,8 @@ def test_a_bad_table_is_told_once(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--scale", "0"), "--scale 0"),
-        (("--scale", "x"), "--scale x is no number"),
+        (("--scale", "0"), "--scale: expected a number above 0"),
+        (("--scale", "x"), "--scale: expected a number above 0"),
         (("--seed", "5"), "--seed is on the axis seed"),
         (("--run.dir", "here"), "--run.dir is set by"),
         (("--rounds", "5", "--scale", "0.5"), "both change the rounds"),
