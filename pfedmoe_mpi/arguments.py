@@ -301,8 +301,9 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def _flags(self) -> list[str]:
-        """The flags without `--`."""
-        return [name.removeprefix("--") for action in self._actions for name in action.option_strings]
+        """The long flags without `--`."""
+        names = (name for action in self._actions for name in action.option_strings)
+        return [name.removeprefix("--") for name in names if name.startswith("--")]
 
     @property
     def _name(self) -> str:

@@ -37,7 +37,7 @@ restart, evaluate, reproduce, bench and check work under mpirun and srun, too.""
 def main(words: Sequence[str]) -> int:
     """Run a command line and return the exit code.
 
-    Under a launcher only the first rank prints an error. A closed pipe is no error for commands without MPI.
+    Under a launcher only the first rank prints an error. For commands without MPI a closed pipe is not one.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

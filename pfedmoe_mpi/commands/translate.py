@@ -39,7 +39,7 @@ DEFAULTS = {
     "partition.alpha": "0.1",
     "partition.test_fraction": "0.25",
 }
-OWN_DEFAULTS = {
+DEFAULTS_OF_METHODS = {
     "fml": {"fml.alpha": "1.0", "fml.beta": "1.0", "train.clip": "10"},
     "fedkd": {"train.clip": "10"},
     "fedmrl": {"fedmrl.dim": "128"},
@@ -50,7 +50,7 @@ OWN_DEFAULTS = {
 }
 # PFLlib's defaults where they differ; its FedGH trains one epoch on what it received.
 PFLLIB = {"train.lr": "0.005", "train.lr_shared": "0.005"}
-PFLLIB_OWN = {"fml": {"fml.beta": "0.0"}, "fedgh": {"fedgh.epochs": "1", "fedgh.lr": "1.0"}}
+PFLLIB_OF_METHODS = {"fml": {"fml.beta": "0.0"}, "fedgh": {"fedgh.epochs": "1", "fedgh.lr": "1.0"}}
 HTFLLIB_METHODS = ("fedtgp", "fedmrl")
 HTFLLIB_MODELS = ("Ht", "Res34-HtC", "MLP")  # its families begin like this, and no model of PFLlib does
 CNN, DNN = "cnn1", "mlp5"
@@ -120,9 +120,9 @@ def translate(words: Sequence[str]) -> Translation:
         raise ConfigError(problem, f"use one of {', '.join(SHARED)}")
     family = given.get("model_family", "")
     htfllib = method in HTFLLIB_METHODS or family.startswith(HTFLLIB_MODELS)
-    made = Translation({"algorithm": method, **DEFAULTS, **OWN_DEFAULTS.get(method, {})})
+    made = Translation({"algorithm": method, **DEFAULTS, **DEFAULTS_OF_METHODS.get(method, {})})
     if not htfllib:
-        made.settings |= {**PFLLIB, **PFLLIB_OWN.get(method, {})}
+        made.settings |= {**PFLLIB, **PFLLIB_OF_METHODS.get(method, {})}
     for long, value in given.items():
         flag = next(flag for flag in FLAGS if flag.long == long)
         setting = OF_METHODS.get((method, long))
@@ -180,19 +180,19 @@ def _given(words: Sequence[str]) -> dict[str, str]:
     if "main.py" in " ".join(rest):
         while not rest.pop(0).endswith("main.py"):
             pass
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     while rest and rest[0] not in {">", ">>", "|", "&", "2>&1"}:
         name, joined, value = rest.pop(0).partition("=")
-        known = name.lstrip("-")
-        if not name.startswith("-") or known not in short:
-            problem = f"{name} is not a flag of HtFLlib or PFLlib{nearest(known, short)}"
+        flag = name.lstrip("-")
+        if not name.startswith("-") or flag not in short:
+            problem = f"{name} is not a flag of HtFLlib or PFLlib{nearest(flag, short)}"
             raise ConfigError(problem, "`pfedmoe-mpi translate --flags` lists their flags")
         if not joined:
             if not rest:
                 raise ConfigError(f"{name} needs a value", f"{name} VALUE")
             value = rest.pop(0)
-        found[short[known]] = value
-    return found
+        values[short[flag]] = value
+    return values
 
 
 def _data(made: Translation, name: str) -> None:

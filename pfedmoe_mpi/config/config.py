@@ -76,9 +76,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.algorithm not in methods.names():
-            known = methods.names()
-            hint = nearest(self.algorithm, known)
-            raise ValueError(f"there is no algorithm '{self.algorithm}'{hint}; there are {', '.join(known)}")
+            problem = f"there is no algorithm '{self.algorithm}'{nearest(self.algorithm, methods.names())}"
+            raise ConfigError(problem, f"use one of {', '.join(methods.names())}")
         _options(self.algorithm)
         if self.partition.kind == "classes" and self.partition.classes_min > self.partition.classes:
             raise ValueError(
@@ -142,14 +141,14 @@ def _options(name: str) -> Any:
 
 def fields(model: type[BaseModel] | None = None, prefix: str = "") -> dict[str, Any]:
     """Return every setting by its dotted name, with pydantic's field: annotation, default, description."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, field in (model or schema()).model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found |= fields(kind, f"{prefix}{name}.")
+            settings |= fields(kind, f"{prefix}{name}.")
         else:
-            found[prefix + name] = field
-    return found
+            settings[prefix + name] = field
+    return settings
 
 
 def choices(field: Any) -> tuple[str, ...]:
@@ -172,12 +171,12 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def located(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the settings with absolute paths; relative ones count from `folder`."""
-    found = dict(settings)
+    absolute = dict(settings)
     for name in PATHS:
-        value = found.get(name)
+        value = settings.get(name)
         if isinstance(value, str) and value and value != "pretrain":
-            found[name] = str(folder / Path(value).expanduser())
-    return found
+            absolute[name] = str(folder / Path(value).expanduser())
+    return absolute
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -196,13 +195,13 @@ def build(settings: Mapping[str, Any]) -> Config:
         ConfigError: names every wrong setting, its value, what is expected, and the nearest name.
         MethodError: a setting of a method whose file cannot be used, or this method is chosen.
     """
-    known = fields()
-    unknown = [name for name in settings if name not in known]
+    every = fields()
+    unknown = [name for name in settings if name not in every]
     if unknown:
         check_methods(unknown)
         raise ConfigError("\n".join(map(_unknown, unknown)), "`pfedmoe-mpi run --help` lists every setting")
     for name, value in settings.items():
-        _check_truth(name, value, known[name].annotation is bool)
+        _check_truth(name, value, every[name].annotation is bool)
     tree: dict[str, Any] = {}
     for name, value in settings.items():
         *path, last = name.split(".")
@@ -225,7 +224,7 @@ def check_methods(names: Iterable[str]) -> None:
 
 
 def _unknown(name: str) -> str:
-    meant = [f"'{known}'" for known in neighbours.suggestions(name, fields())]
+    meant = [f"'{setting}'" for setting in neighbours.suggestions(name, fields())]
     return f"there is no setting '{name}'{did_you_mean(meant)}"
 
 
@@ -240,17 +239,17 @@ def _check_truth(name: str, value: Any, truth: bool) -> None:
 
 def _explain(error: ValidationError) -> tuple[str, str]:
     """Return one line per wrong setting, with all alternatives of a union, and the remedy."""
-    known = fields()
+    every = fields()
     messages: dict[str, list[str]] = {}
     for item in error.errors():
         parts = [str(part) for part in item["loc"] if isinstance(part, str)]
-        while len(parts) > 1 and ".".join(parts) not in known:
+        while len(parts) > 1 and ".".join(parts) not in every:
             parts.pop()
         place = ".".join(parts)
         simple = place and not isinstance(item["input"], dict | BaseModel)
         subject = f"{place} = {item['input']!r}" if simple else place
         messages.setdefault(subject, []).append(item["msg"].removeprefix("Value error, "))
-    lines = [f"{subject}: {'; or: '.join(found)}".removeprefix(": ") for subject, found in messages.items()]
+    lines = [f"{subject}: {'; or: '.join(texts)}".removeprefix(": ") for subject, texts in messages.items()]
     return "\n".join(lines), "correct the setting; `pfedmoe-mpi run --help` shows what each accepts"
 
 

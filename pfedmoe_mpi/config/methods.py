@@ -105,14 +105,14 @@ def _compiled(node: ast.ClassDef, file: Path, section: type) -> Any:
     scope: dict[str, Any] = {"Section": section, "Field": Field, "__name__": __name__}
     scope |= {"Annotated": Annotated, "Literal": Literal}
     exec(compile(ast.Module([node], []), str(file), "exec"), scope)
-    found = scope["Options"]
-    if not issubclass(found, section):
+    made = scope["Options"]
+    if not issubclass(made, section):
         raise TypeError("must be a Section")
     for item, text in zip(node.body, node.body[1:], strict=False):
         if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Expr):
-            found.model_fields[ast.unparse(item.target)].description = ast.literal_eval(text.value)
-    found.model_validate(found().model_dump())  # every setting needs a default that it accepts
-    return found
+            made.model_fields[ast.unparse(item.target)].description = ast.literal_eval(text.value)
+    made.model_validate(made().model_dump())  # every setting needs a default that it accepts
+    return made
 
 
 def _line(error: Exception, file: Path) -> int | None:

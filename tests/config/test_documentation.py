@@ -24,7 +24,8 @@ PAGES = [
 ]
 UNKNOWN = "--no.such.setting"  # appended to a command line, it must be the only flag that is refused
 COMMANDS = {name.partition(" ")[0] for name in arguments.COMMANDS}
-EXAMPLES = {"X": "fedavg", "S": "0", "N": "80", "WHAT": "round", "COMMAND": "run"}  # for what a page leaves open
+# For what a page leaves open.
+EXAMPLES = {"X": "fedavg", "S": "0", "N": "80", "WHAT": "round", "COMMAND": "run"}
 
 
 @cache

@@ -49,6 +49,7 @@ def test_remedy_names_the_setting_here(word: str) -> None:
         ("--resume", "`pfedmoe-mpi restart RUN_DIR` continues a run"),
         ("--checkpoint_evry", "use --run.checkpoint_every"),
         ("--share", "use --join.share or --pfedmoe.share"),
+        ("--h", "`pfedmoe-mpi run --help` lists every flag"),
         ("--zzzzzz", "`pfedmoe-mpi run --help` lists every flag"),
     ],
 )
