@@ -1,4 +1,4 @@
-"""What every method must keep, checked on sub-communicators of one job.
+"""Rules that every method must keep, checked on sub-communicators of one job.
 
     mpirun -n 4 python tests/conformance.py [METHOD ...] [--check NAME] [--set section.field=VALUE]
 
@@ -30,9 +30,9 @@ from pfedmoe_mpi.federation import build, metrics
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.mpi.comm import Comm
-from support.traffic_check import wrongs
+from support.traffic_check import traffic_errors
 
-SMALL: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "data.source": "synthetic",
     "data.samples": 160,
     "data.size": 8,
@@ -50,12 +50,16 @@ SMALL: dict[str, Any] = {
 
 
 def settings(name: str, **changes: Any) -> config.Config:
-    """A federation of seconds; `__` stands for the dot."""
-    return config.build({**SMALL, "algorithm": name, **{k.replace("__", "."): v for k, v in changes.items()}})
+    """Return the settings of a federation that takes seconds; `__` stands for the dot."""
+    return config.build(
+        {**SETTINGS, "algorithm": name, **{k.replace("__", "."): v for k, v in changes.items()}}
+    )
 
 
-def play(world: Comm, chosen: config.Config, folder: Path | None = None, source: Path | None = None) -> Loop:
-    """A federation from round 1, or from a checkpoint, as far as it goes."""
+def run_federation(
+    world: Comm, chosen: config.Config, folder: Path | None = None, source: Path | None = None
+) -> Loop:
+    """Train a federation from round 1, or from a checkpoint, to its end."""
     loop = Loop(world, build.build(world, chosen), SilentObserver(), folder)
     if source:
         world.agree(lambda: checkpoint.verify(source, world.rank, world.size), "verify")
@@ -66,7 +70,7 @@ def play(world: Comm, chosen: config.Config, folder: Path | None = None, source:
 
 
 def digest(loop: Loop) -> str:
-    """SHA-256 of everything that must repeat."""
+    """Return the SHA-256 of everything that must repeat."""
     own = {k: client.vector.numpy().tobytes() for k, client in loop.federation.clients.items()}
     vectors: dict[int, bytes] = {}
     for part in loop.comm.gather(own, "digest"):
@@ -79,8 +83,8 @@ def digest(loop: Loop) -> str:
     return state.hexdigest()
 
 
-def on(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
-    """`work` on the first ranks of the world; its result, or its failed assertion, on all."""
+def on_ranks(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
+    """Run `work` on the first ranks; return its result, or raise its failed assertion, on all."""
     part = world.split(0 if world.rank < ranks else -1)
     result: Any = None
     if part:
@@ -100,50 +104,63 @@ def on(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
 
 
 def ranks(world: Comm, name: str) -> None:
-    """The same bits on 1, 2 and 4 ranks."""
-    found = [on(world, n, lambda part: digest(play(part, settings(name, rounds=2)))) for n in (1, 2, 4)]
+    """Require the same bits on 1, 2 and 4 ranks."""
+    found = [
+        on_ranks(world, n, lambda part: digest(run_federation(part, settings(name, rounds=2))))
+        for n in (1, 2, 4)
+    ]
     assert len(set(found)) == 1, f"digests on 1, 2 and 4 ranks: {found}"
 
 
 def idle(world: Comm, name: str) -> None:
-    """Ranks without clients change nothing."""
+    """Require that ranks without clients change nothing."""
     chosen = settings(name, rounds=2, clients=2, participation=0.5, partition__alpha=100.0)
-    alone, beside_idle = (on(world, n, lambda part: digest(play(part, chosen))) for n in (1, 4))
+    alone, beside_idle = (
+        on_ranks(world, n, lambda part: digest(run_federation(part, chosen))) for n in (1, 4)
+    )
     assert alone == beside_idle, "idle ranks changed the result"
 
 
 def restart(world: Comm, name: str) -> None:
-    """Two rounds, restart on another number of ranks, two more: as four at once."""
-    with scratch(world) as folder:
-        whole = on(world, 2, lambda part: digest(play(part, settings(name))))
-        on(world, 4, lambda part: play(part, settings(name, rounds=2), folder).round)
+    """Require that two rounds, a restart on other ranks and two more equal four at once."""
+    with ScratchFolder(world) as folder:
+        whole = on_ranks(world, 2, lambda part: digest(run_federation(part, settings(name))))
+        on_ranks(world, 4, lambda part: run_federation(part, settings(name, rounds=2), folder).round)
         source = folder / checkpoint.name(2, partial=False)
         for n in (1, 3):
-            again = on(world, n, lambda part: digest(play(part, settings(name), source=source)))
+            again = on_ranks(
+                world, n, lambda part: digest(run_federation(part, settings(name), source=source))
+            )
             assert again == whole, f"restart on {n} ranks differs from four rounds at once"
 
 
 def midround(world: Comm, name: str) -> None:
-    """Stopped by a real signal in the middle of a round, restarted on other ranks: as undisturbed."""
-    whole = on(world, 1, lambda part: digest(play(part, settings(name))))
+    """Require that a stop during a round and a restart on other ranks equal the undisturbed run."""
+    whole = on_ranks(world, 1, lambda part: digest(run_federation(part, settings(name))))
     partial = 0
     for polls in (3, 7, 11, 29):
         if polls == 29 and partial:  # for methods that take many steps per turn
             break
-        with scratch(world) as folder:
-            on(world, 2, lambda part, polls=polls, folder=folder: stopped(part, name, polls, folder))
+        with ScratchFolder(world) as folder:
+            on_ranks(
+                world,
+                2,
+                lambda part, polls=polls, folder=folder: run_until_stopped(part, name, polls, folder),
+            )
             source = checkpoint.newest_first(folder)[0]
             with Checkpoint(source) as loaded:
                 partial += 0 < len(loaded.finished) < 4
-            again = on(
-                world, 3, lambda part, source=source: digest(play(part, settings(name), source=source))
+            again = on_ranks(
+                world,
+                3,
+                lambda part, source=source: digest(run_federation(part, settings(name), source=source)),
             )
             assert again == whole, f"restart of {source.name} differs from the undisturbed run"
     assert partial, "no stop fell into the middle of a round"
 
 
-def stopped(world: Comm, name: str, polls: int, folder: Path) -> None:
-    """Play until rank 0 gets SIGUSR1 at its `polls`-th look for a stop from round 1 on."""
+def run_until_stopped(world: Comm, name: str, polls: int, folder: Path) -> None:
+    """Train until rank 0 gets SIGUSR1 at its `polls`-th check for a stop from round 1 on."""
     world.catch_signals()
     left, poll = 0, world.poll
 
@@ -162,10 +179,12 @@ def stopped(world: Comm, name: str, polls: int, folder: Path) -> None:
 
 
 def moves(world: Comm, name: str) -> None:
-    """Every shared tensor moves in the first round, running statistics of models with BatchNorm too."""
+    """Require that every shared tensor, BatchNorm's statistics included, changes in the first round."""
     for changes in ({}, {"model__pool": "shufflenet_v2_x0_5", "model__shared": "shufflenet_v2_x0_5"}):
         bigger = {"data__size": 32, "clients": 2, "data__samples": 60} if changes else {}
-        before, after, layout = on(world, 1, lambda part, c={**changes, **bigger}: first_round(part, name, c))
+        before, after, layout = on_ranks(
+            world, 1, lambda part, c={**changes, **bigger}: first_round(part, name, c)
+        )
         for entry in Layout.from_json(layout).entries:
             stretch = slice(entry.offset, entry.offset + entry.size)
             same = np.array_equal(before[stretch].view(np.uint32), after[stretch].view(np.uint32))
@@ -181,10 +200,10 @@ def first_round(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.n
 
 
 def fixpoint(world: Comm, name: str) -> None:
-    """With vanishing steps the mean over a cohort smaller than all clients is what was sent out."""
+    """Require that with vanishing steps the mean over a part of the clients equals what was sent to them."""
     tiny = dict.fromkeys(("train__lr", "train__lr_shared", "train__lr_gate"), 1e-7)
     chosen = {"participation": 0.4, "rounds": 2, **tiny}
-    before, after, layout = on(world, 2, lambda part: shared_after(part, name, chosen))
+    before, after, layout = on_ranks(world, 2, lambda part: shared_vectors(part, name, chosen))
     for entry in Layout.from_json(layout).entries:
         stretch = slice(entry.offset, entry.offset + entry.size)
         if entry.trained:
@@ -193,7 +212,7 @@ def fixpoint(world: Comm, name: str) -> None:
             )
 
 
-def shared_after(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
+def shared_vectors(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
     loop = Loop(part, build.build(part, settings(name, **changes)), SilentObserver(), None)
     before = loop.state.numpy().copy()
     loop.run()
@@ -201,8 +220,8 @@ def shared_after(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.
 
 
 def layouts(world: Comm, name: str) -> None:
-    """Module to vector to module keeps every tensor; layouts survive JSON; every vector fits its layout."""
-    built = on(world, 1, lambda part: round_trip(part, name))
+    """Require that modules, vectors, layouts and their JSON convert into each other without loss."""
+    built = on_ranks(world, 1, lambda part: round_trip(part, name))
     assert built, "no layout was checked"
 
 
@@ -221,23 +240,23 @@ def round_trip(part: Comm, name: str) -> int:
 
 
 def wire(world: Comm, name: str) -> None:
-    """Nothing but the declared payload, weights and metrics leaves a client, on 2 and 3 ranks."""
-    with scratch(world) as folder:
+    """Require on 2 and 3 ranks that a client sends only its declared payload, weights and metrics."""
+    with ScratchFolder(world) as folder:
         for n, share, lost in ((2, 1.0, 0.0), (3, 0.8, 0.4)):
             chosen = settings(name, rounds=2, participation=share, faults__dropout=lost)
-            on(world, n, lambda part, chosen=chosen: crossed(part, chosen, folder))
+            on_ranks(world, n, lambda part, chosen=chosen: assert_declared_traffic(part, chosen, folder))
 
 
-def crossed(part: Comm, chosen: config.Config, folder: Path) -> None:
-    wrong = wrongs(part, chosen, folder)
+def assert_declared_traffic(part: Comm, chosen: config.Config, folder: Path) -> None:
+    wrong = traffic_errors(part, chosen, folder)
     assert not wrong, "; ".join(wrong[:3])
 
 
 CHECKS = {check.__name__: check for check in (layouts, moves, fixpoint, wire, idle, ranks, restart, midround)}
 
 
-class scratch:
-    """A folder of the job, removed at the end."""
+class ScratchFolder:
+    """A temporary folder of the job, removed at the end."""
 
     def __init__(self, world: Comm) -> None:
         self._world = world
@@ -252,7 +271,7 @@ class scratch:
             shutil.rmtree(self._folder)
 
 
-def judge(world: Comm, check: Callable[[Comm, str], None], name: str) -> bool:
+def run_check(world: Comm, check: Callable[[Comm, str], None], name: str) -> bool:
     """Run one check and print its verdict; ranks agree on it."""
     try:
         check(world, name)
@@ -272,7 +291,7 @@ def main() -> int:
     parser.add_argument("--broken", action="store_true", help="add tests/broken to the methods")
     parser.add_argument("--set", action="append", default=[], help="another setting of all federations")
     options = parser.parse_args()
-    SMALL.update(item.split("=", 1) for item in options.set)
+    SETTINGS.update(item.split("=", 1) for item in options.set)
     if options.broken:
         algorithms.__path__.append(str(Path(__file__).parent / "broken"))
     torch.set_num_threads(1)
@@ -280,7 +299,7 @@ def main() -> int:
     world.timeout = 20.0
     try:
         good = [
-            judge(world, CHECKS[check], name)
+            run_check(world, CHECKS[check], name)
             for name in options.methods or methods.names()
             for check in options.check or CHECKS
         ]

@@ -1,4 +1,4 @@
-"""What tests share: the program as a process, and runs that several tests read."""
+"""Fixtures of all tests: the program as a process, and runs that several tests read."""
 
 from __future__ import annotations
 
@@ -8,19 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from support import launcher
-from support.launcher import SMALL
+pytest.register_assert_rewrite("support")  # before its import: its assertions show their values too
+
+from support import launcher  # noqa: E402
+from support.files import path_digest  # noqa: E402
+from support.launcher import SMALL_RUN  # noqa: E402
+
+LONG_FOLDERS = ("run", "jobs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the long folders first, so that parallel workers end at about the same time."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG_FOLDERS)
 
 
 @pytest.fixture(scope="session")
-def small() -> tuple[str, ...]:
-    """Flags of a run of one round that takes less time than its start."""
-    return SMALL
+def small_run() -> tuple[str, ...]:
+    """Flags of a run of one round that takes less time than starting the program."""
+    return SMALL_RUN
 
 
 @pytest.fixture(scope="session")
 def session() -> Iterator[launcher.Session]:
-    """Command lines in one process without a launcher: `session("inspect", "x.h5", cwd=folder)`."""
+    """Run command lines in one process without a launcher: `session("inspect", "x.h5", cwd=folder)`."""
     running = launcher.Session()
     yield running
     running.close()
@@ -28,10 +38,10 @@ def session() -> Iterator[launcher.Session]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two ranks, three rounds measured every second and saved each; only to be read."""
+    """A finished run of three rounds on two ranks, measured every second round and saved every round."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ("--rounds", "3", "--eval.every", "2", "--run.checkpoint_every", "1", "--run.dir", "run")
-    result = launcher.program(2, *SMALL, *flags, cwd=folder)
+    result = launcher.run_program(2, *SMALL_RUN, *flags, cwd=folder)
     assert result.code == 0, result.err
     (folder / "run" / "said.txt").write_text(result.out)
     return folder / "run"
@@ -39,26 +49,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """`trained`, for a test to change."""
+    """A copy of `trained` that a test may change."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 @pytest.fixture
-def refused(session: launcher.Session, tmp_path: Path) -> Callable[..., str]:
-    """Runs a command line in `tmp_path`, where nothing may change, and returns its message."""
+def assert_refused(session: launcher.Session, tmp_path: Path) -> Callable[..., str]:
+    """Return a check that a command line is refused and writes nothing; the check returns the message."""
 
     def check(pattern: str, *arguments: str | Path) -> str:
-        before = launcher.digest(tmp_path), sorted(tmp_path.rglob("*"))
+        before = path_digest(tmp_path), sorted(tmp_path.rglob("*"))
         result = session(*map(str, arguments), cwd=tmp_path)
-        assert (launcher.digest(tmp_path), sorted(tmp_path.rglob("*"))) == before, "something was written"
-        return launcher.told(result, pattern)
+        assert (path_digest(tmp_path), sorted(tmp_path.rglob("*"))) == before, "something was written"
+        return launcher.error_message(result, pattern)
 
     return check
 
 
 @pytest.fixture
-def done(session: launcher.Session, tmp_path: Path) -> Callable[..., launcher.Result]:
-    """Runs a command line in `tmp_path`; it must end well."""
+def run_command(session: launcher.Session, tmp_path: Path) -> Callable[..., launcher.Result]:
+    """Return a function that runs a command line in `tmp_path`; it must exit with 0."""
 
     def check(*arguments: str | Path) -> launcher.Result:
         result = session(*map(str, arguments), cwd=tmp_path)

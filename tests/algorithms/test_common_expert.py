@@ -1,4 +1,4 @@
-"""FedJETs' common expert: trained by hand, from files of every kind, and files that will not do."""
+"""FedJETs' common expert: its pretraining against the reference, files that hold it, unusable files."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from oracles import experts, nets
 from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.errors import ConfigError, PartitionError
 from pfedmoe_mpi.federation.loop import Loop
-from support.round_comparison import agree
-from support.six_clients import SIZES, Six, write_common, write_six
-from support.small_federation import build, cut
+from support.round_comparison import assert_tensors_agree
+from support.six_clients import SETTINGS, SixClients, write_common_expert, write_six_clients
+from support.small_federation import build_loop, split_batches
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_six(tmp_path_factory.mktemp("experts"))
+    return write_six_clients(tmp_path_factory.mktemp("experts"))
 
 
 @pytest.fixture(scope="module")
 def common(data: Path) -> Path:
-    return write_common(data)
+    return write_common_expert(data)
 
 
 def reserve(loop: Loop) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     rows, federation = loop.federation.partition.reserved, loop.federation
-    it = Six(loop, loop.state, {})
+    it = SixClients(loop, loop.state, {})
     last = np.arange(len(rows)) % 5 == 4
     assert federation.reserved and len(federation.reserved.splits["train"]) == (~last).sum()
     return it._pairs(rows[~last]), it._pairs(rows[last])
 
 
 @pytest.mark.parametrize("target", [0.0, 0.5, 1.0])
-def test_pretraining_by_hand(data: Path, target: float) -> None:
+def test_pretraining_matches_the_reference(data: Path, target: float) -> None:
     own = {"common_target": target, "common_share": 0.3, "common_epochs": 4, "common_rate": 0.5}
     flags = {f"fedjets.{k}": v for k, v in own.items()} | {"train.weight_decay": 0.0, "train.clip": 0.0}
-    loop = build(data, "fedjets", **{**SIZES, **flags}, rounds=1)
-    it = Six(loop, loop.state.clone(), {})
+    loop = build_loop(data, "fedjets", **{**SETTINGS, **flags}, rounds=1)
+    it = SixClients(loop, loop.state.clone(), {})
     (x, y), (tx, ty) = reserve(loop)
     model = nets.model(it.of_state("common"))
 
@@ -55,7 +55,7 @@ def test_pretraining_by_hand(data: Path, target: float) -> None:
 
     generator = seeds.torch_generator(0, "batches", 0, -1)
     epochs = [
-        [(x[rows], y[rows]) for rows in cut(torch.randperm(len(y), generator=generator), 16)]
+        [(x[rows], y[rows]) for rows in split_batches(torch.randperm(len(y), generator=generator), 16)]
         for _ in range(4)
     ]
     start = accuracy()
@@ -63,9 +63,11 @@ def test_pretraining_by_hand(data: Path, target: float) -> None:
         experts.pretrained(model, epochs, 0.5 * 0.02, lambda: accuracy() >= target) if start < target else 0
     )
     assert loop.begin()
-    agree(it.of_state("common", start=False), nets.tensors(model), "common expert")
-    told = it.of_state("common_accuracy", start=False)[""]
-    assert float(told) == pytest.approx(accuracy()) and (accuracy() >= target or steps == 4 * len(epochs[0]))
+    assert_tensors_agree(it.of_state("common", start=False), nets.tensors(model), "common expert")
+    reported = it.of_state("common_accuracy", start=False)[""]
+    assert float(reported) == pytest.approx(accuracy()) and (
+        accuracy() >= target or steps == 4 * len(epochs[0])
+    )
     frozen = loop.state.clone()
     assert loop.run_round()
     place = loop.federation.state_layout.parts["common"]
@@ -73,7 +75,7 @@ def test_pretraining_by_hand(data: Path, target: float) -> None:
 
 
 def refused(pattern: str, path: Path, **own: Any) -> str:
-    loop = build(path, "fedjets", **{**SIZES, **{f"fedjets.{k}": v for k, v in own.items()}})
+    loop = build_loop(path, "fedjets", **{**SETTINGS, **{f"fedjets.{k}": v for k, v in own.items()}})
     with pytest.raises(ConfigError, match=pattern) as caught:
         loop.federation.method.check()
     with pytest.raises(ConfigError, match=pattern):
@@ -82,7 +84,7 @@ def refused(pattern: str, path: Path, **own: Any) -> str:
     return str(caught.value)
 
 
-def test_common_experts_that_will_not_do(data: Path, common: Path, tmp_path: Path) -> None:
+def test_unusable_common_experts_are_refused(data: Path, common: Path, tmp_path: Path) -> None:
     refused("there is no file", data, common=str(tmp_path / "x.h5"))
     refused("has no part common or model: it holds no weights", data, common=str(data))
     (tmp_path / "text.h5").write_text("nothing")
@@ -104,42 +106,42 @@ def test_common_experts_that_will_not_do(data: Path, common: Path, tmp_path: Pat
     refused("head.bias is not finite", data, common=str(tmp_path / "nan.pt"))
 
 
-def test_a_share_of_hardly_a_row(data: Path) -> None:
+def test_too_small_pretraining_share_is_refused(data: Path) -> None:
     with pytest.raises(PartitionError, match="reserves 3 for the server"):
-        build(data, "fedjets", **{**SIZES, "fedjets.common_share": 0.01})
+        build_loop(data, "fedjets", **{**SETTINGS, "fedjets.common_share": 0.01})
 
 
-def test_more_experts_than_clients(data: Path, common: Path) -> None:
+def test_more_experts_than_clients_are_refused(data: Path, common: Path) -> None:
     with pytest.raises(ConfigError, match=r"fedjets\.experts is 7"):
-        build(data, "fedjets", **{**SIZES, "fedjets.common": str(common), "fedjets.experts": 7})
+        build_loop(data, "fedjets", **{**SETTINGS, "fedjets.common": str(common), "fedjets.experts": 7})
     own = {"fedjets.common": str(common), "fedjets.experts": 7, "fedjets.anchors_active": 0}
-    loop = build(data, "fedjets", **{**SIZES, **own, "fedjets.anchors": "clusters"}, rounds=1)
+    loop = build_loop(data, "fedjets", **{**SETTINGS, **own, "fedjets.anchors": "clusters"}, rounds=1)
     assert loop.run(), "without anchors no expert needs one"
     assert not loop.federation.method.prepared_size, "nor the clients' mean embeddings"
 
 
-def test_the_same_expert_from_every_kind_of_file(data: Path, common: Path, tmp_path: Path) -> None:
+def test_every_file_format_gives_the_same_expert(data: Path, common: Path, tmp_path: Path) -> None:
     with h5py.File(common) as file:
         tensors: Mapping[str, torch.Tensor] = {n: torch.tensor(t[()]) for n, t in file["model"].items()}
     torch.save(tensors, tmp_path / "plain.pt")
     torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "wrapped.pth")
     vectors = []
     for path in (common, tmp_path / "plain.pt", tmp_path / "wrapped.pth"):
-        loop = build(data, "fedjets", **{**SIZES, "fedjets.common": str(path)})
+        loop = build_loop(data, "fedjets", **{**SETTINGS, "fedjets.common": str(path)})
         assert loop.begin()
         vectors.append(loop.state[loop.federation.state_layout.parts["common"]].clone())
     assert torch.equal(vectors[0], vectors[1]) and torch.equal(vectors[0], vectors[2])
 
 
-def test_a_published_backbone(data: Path, tmp_path: Path) -> None:
-    """resnet18 as torchvision publishes it, for 1000 classes; its last layer is not asked for."""
+def test_torchvision_backbone_weights_are_accepted(data: Path, tmp_path: Path) -> None:
+    """The file is resnet18 as torchvision publishes it, for 1000 classes; its last layer is not used."""
     from torchvision.models import resnet18, resnet34
 
     torch.manual_seed(3)
     network = resnet18(weights=None)
     torch.save(network.state_dict(), tmp_path / "resnet18.pth")
     own = {"fedjets.common": str(tmp_path / "resnet18.pth"), "fedjets.common_model": "resnet18"}
-    loop = build(data, "fedjets", **{**SIZES, **own}, rounds=1)
+    loop = build_loop(data, "fedjets", **{**SETTINGS, **own}, rounds=1)
     assert loop.begin()
     federation = loop.federation
     parts = federation.workbench.parts((federation.method.state(), loop.state))

@@ -1,4 +1,4 @@
-"""Every method found keeps the contract; every deliberately wrong one is caught by the check meant for it."""
+"""Every method passes all conformance checks; every deliberately broken method fails its check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import pytest
 
 from pfedmoe_mpi.config import methods
-from support.mpi_job import conformance
+from support.mpi_job import run_conformance
 from support.paths import TESTS
 
 BROKEN = sorted(path.stem for path in (TESTS / "broken").glob("*.py"))
@@ -16,7 +16,7 @@ BROKEN = sorted(path.stem for path in (TESTS / "broken").glob("*.py"))
 @pytest.fixture(scope="module")
 def verdicts() -> dict[tuple[str, str], str]:
     """{(check, method): verdict} of all checks on all methods, in one job."""
-    _, output = conformance(timeout=550)
+    _, output = run_conformance(timeout=550)
     found = re.findall(r"^(\w+) (\w+): (.*)$", output, re.MULTILINE)
     assert found, output
     return {(check, method): verdict for check, method, verdict in found}
@@ -26,12 +26,14 @@ def verdicts() -> dict[tuple[str, str], str]:
 @pytest.mark.parametrize(
     "check", ["layouts", "moves", "fixpoint", "wire", "idle", "ranks", "restart", "midround"]
 )
-def test_method_keeps_the_contract(verdicts: dict[tuple[str, str], str], check: str, method: str) -> None:
+def test_method_passes_the_conformance_check(
+    verdicts: dict[tuple[str, str], str], check: str, method: str
+) -> None:
     assert verdicts.get((check, method), "the job ended before") == "pass"
 
 
 def meant() -> dict[str, str]:
-    """{broken method: the check it fails}, as their docstrings say."""
+    """Return {broken method: the check it fails}, from their docstrings."""
     found = {
         name: re.search(r"^Fails: (\w+)$", (TESTS / "broken" / f"{name}.py").read_text(), re.MULTILINE)
         for name in BROKEN
@@ -42,10 +44,10 @@ def meant() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def caught() -> dict[str, tuple[int, str]]:
-    """{check: how the job ended that ran it on the methods meant for it}."""
+    """{check: (exit code, output) of the job that ran it on its broken methods}."""
     checks = sorted(set(meant().values()))
     return {
-        check: conformance(
+        check: run_conformance(
             *(name for name, its in meant().items() if its == check),
             "--broken",
             *("--check", check),
@@ -56,14 +58,14 @@ def caught() -> dict[str, tuple[int, str]]:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_method_is_caught(caught: dict[str, tuple[int, str]], name: str) -> None:
+def test_broken_method_fails_its_check(caught: dict[str, tuple[int, str]], name: str) -> None:
     check = meant()[name]
     code, output = caught[check]
     found = f"{check} {name}: FAIL" in output or (check == "idle" and "no sign for" in output)
     assert code != 0 and found and "killed" not in output, output
 
 
-def test_every_wrong_the_design_names_is_there() -> None:
+def test_every_designed_violation_has_a_broken_method() -> None:
     assert set(BROKEN) >= {
         *("replaced_module", "unseeded", "kept_momentum", "private_payload"),
         *("lonely_collective", "forgotten_buffers", "all_clients", "float_sum"),

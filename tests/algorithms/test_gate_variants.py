@@ -13,19 +13,25 @@ from pfedmoe_mpi import config
 from pfedmoe_mpi.algorithms.base import Task
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models.gate import Gate, build_gate
-from support.launcher import SMALL, finished, learned_digest
-from support.small_federation import bench, build, gradients, played, write_all
+from support.launcher import SMALL_RUN, checkpoint_digest, run_to_end
+from support.small_federation import (
+    build_loop,
+    first_batch,
+    loss_gradients,
+    train_federation,
+    write_data_files,
+)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_all(tmp_path_factory.mktemp("gates"))
+    return write_data_files(tmp_path_factory.mktemp("gates"))
 
 
 def alpha_of(path: Path, **changes: Any) -> torch.Tensor:
-    """Gate weights (16, experts) of a client's first samples after a round."""
-    it = played(path, "pfedmoe", model__pool="mlp5", rounds=1, **changes)
-    method, parts, batch = bench(it.loop)
+    """Return gate weights (16, experts) of a client's first samples after a round."""
+    it = train_federation(path, "pfedmoe", model__pool="mlp5", rounds=1, **changes)
+    method, parts, batch = first_batch(it.loop)
     for module in parts.modules().values():
         module.eval()
     with torch.no_grad():
@@ -47,7 +53,7 @@ def test_temperature_divides_the_logits() -> None:
     assert not torch.allclose(one, two, atol=1e-3)
 
 
-def test_top1_takes_one_expert_forward_and_learns_as_the_softmax() -> None:
+def test_top1_uses_one_expert_with_softmax_gradients() -> None:
     x = torch.randn(20, 12, generator=torch.Generator().manual_seed(1))
     soft, hard = gate_of(), gate_of(routing="top1")
     weights, chosen = soft(x), hard(x)
@@ -59,23 +65,23 @@ def test_top1_takes_one_expert_forward_and_learns_as_the_softmax() -> None:
     torch.testing.assert_close(soft.layers[0].weight.grad, hard.layers[0].weight.grad)
 
 
-def test_top1_answers_with_one_expert(data: dict[str, Path]) -> None:
+def test_top1_predicts_with_one_expert(data: dict[str, Path]) -> None:
     alpha = alpha_of(data["small"], gate__routing="top1")
     assert set(alpha.flatten().tolist()) == {0.0, 1.0}
 
 
-def test_equal_weights_have_nothing_to_learn(data: dict[str, Path]) -> None:
+def test_equal_weights_have_no_gate_parameters(data: dict[str, Path]) -> None:
     assert torch.equal(alpha_of(data["small"], gate__weights="equal"), torch.full((16, 2), 0.5))
-    loop = build(data["small"], "pfedmoe", model__pool="mlp5", gate__weights="equal")
-    assert "gate" not in {name.partition("/")[0] for name in gradients(loop)}
+    loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5", gate__weights="equal")
+    assert "gate" not in {name.partition("/")[0] for name in loss_gradients(loop)}
 
 
-def test_learned_constants_move_and_are_the_same_for_all_samples(data: dict[str, Path]) -> None:
+def test_learned_constants_train_and_ignore_the_sample(data: dict[str, Path]) -> None:
     alpha = alpha_of(data["small"], gate__weights="learned", participation=1.0)
     assert torch.equal(alpha, alpha[:1].expand(16, 2)) and not torch.allclose(alpha[0], torch.tensor(0.5))
 
 
-def test_a_pooled_gate_sees_the_image_averaged_down() -> None:
+def test_pooled_gate_sees_the_downsampled_image() -> None:
     torch.manual_seed(0)
     gate = build_gate((3, 32, 32), 50, 2, input="pooled", hidden=4).eval()
     x = torch.randn(5, 3, 32, 32)
@@ -85,27 +91,27 @@ def test_a_pooled_gate_sees_the_image_averaged_down() -> None:
         assert not torch.allclose(gate(x), gate(x + torch.randn(5, 3, 1, 1)), atol=1e-3)
 
 
-def test_a_pooled_gate_needs_images() -> None:
+def test_pooled_gate_requires_images() -> None:
     task = Task(config.build({"gate.input": "pooled"}), (7,), 2, np.ones((2, 2), int), ("mlp5",), "mlp5", 5)
     with pytest.raises(ConfigError, match="needs images"):
         task.gate()
 
 
-def test_a_gate_on_the_shared_representation_sends_it_no_gradient(data: dict[str, Path]) -> None:
-    """With the mixture's own path cut, nothing reaches θ."""
-    loop = build(data["small"], "pfedmoe", model__pool="mlp5", gate__input="shared", model__dim=30)
-    method, parts, batch = bench(loop)
+def test_representation_gate_sends_no_gradient_to_its_input(data: dict[str, Path]) -> None:
+    """Without the mixture's own gradient path, no gradient reaches θ."""
+    loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5", gate__input="shared", model__dim=30)
+    method, parts, batch = first_batch(loop)
     assert parts.gate.layers[0].in_features == 30
     weights = method.weights(parts, batch.x)
     assert weights is not None
     (weights[:, 0] * torch.arange(16)).sum().backward()
     assert all(p.grad is None for p in parts.shared.parameters())
     assert any(p.grad is not None and p.grad.any() for p in parts.gate.parameters())
-    assert all(largest > 0 for name, largest in gradients(loop).items() if name.startswith("shared/"))
+    assert all(largest > 0 for name, largest in loss_gradients(loop).items() if name.startswith("shared/"))
 
 
-def test_several_shared_extractors_all_learn_and_differ(data: dict[str, Path]) -> None:
-    it = played(
+def test_several_shared_extractors_all_train_and_differ(data: dict[str, Path]) -> None:
+    it = train_federation(
         data["small"], "pfedmoe", model__pool="mlp5", rounds=1, pfedmoe__extractors=3, participation=1.0
     )
     names = ["shared", "shared2", "shared3"]
@@ -118,8 +124,8 @@ def test_several_shared_extractors_all_learn_and_differ(data: dict[str, Path]) -
     assert it.loop.history[0]["bytes"]["up"] == 4 * sizes
 
 
-def test_mean_alpha_is_that_of_all_shared_extractors(data: dict[str, Path]) -> None:
-    it = played(
+def test_mean_alpha_covers_all_shared_extractors(data: dict[str, Path]) -> None:
+    it = train_federation(
         data["small"], "pfedmoe", model__pool="mlp5", rounds=1, pfedmoe__extractors=2, gate__weights="equal"
     )
     assert it.loop.history[0]["clients"]["alpha"] == [pytest.approx(2 / 3)] * 3
@@ -128,9 +134,9 @@ def test_mean_alpha_is_that_of_all_shared_extractors(data: dict[str, Path]) -> N
 VARIANT = ("--pfedmoe.extractors", "2", "--gate.routing", "top1", "--gate.input", "shared", "--rounds", "3")
 
 
-def test_variants_repeat_on_other_ranks(tmp_path: Path) -> None:
+def test_variants_give_the_same_bits_on_other_ranks(tmp_path: Path) -> None:
     found = set()
     for ranks in (1, 3):
-        finished(ranks, *SMALL, *VARIANT, "--run.dir", str(ranks), cwd=tmp_path)
-        found.add(learned_digest(tmp_path / str(ranks), 3))
+        run_to_end(ranks, *SMALL_RUN, *VARIANT, "--run.dir", str(ranks), cwd=tmp_path)
+        found.add(checkpoint_digest(tmp_path / str(ranks), 3))
     assert len(found) == 1

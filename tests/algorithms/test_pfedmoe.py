@@ -1,4 +1,4 @@
-"""pFedMoE's mixture: what the gate weighs, and that every part of it learns."""
+"""pFedMoE's mixture: what the gate weighs, and that every part of it is trained."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ import pytest
 import torch
 
 from oracles import nets
-from support.small_federation import bench, build, gradients, played, write_all
+from support.small_federation import (
+    build_loop,
+    first_batch,
+    loss_gradients,
+    train_federation,
+    write_data_files,
+)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_all(tmp_path_factory.mktemp("pfedmoe"))
+    return write_data_files(tmp_path_factory.mktemp("pfedmoe"))
 
 
 def test_gradients_reach_theta_omega_and_phi(data: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = build(data["small"], "pfedmoe", model__pool="mlp5")
-    found = gradients(loop)
+    loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5")
+    found = loss_gradients(loop)
     assert {name.partition("/")[0] for name in found} == {"shared", "model", "gate"}
     constants = {
         "gate/input_norm.bias",
@@ -29,17 +35,17 @@ def test_gradients_reach_theta_omega_and_phi(data: dict[str, Path], monkeypatch:
     kind = type(loop.federation.method)
     attached = kind._alpha
     monkeypatch.setattr(kind, "_alpha", lambda self, *arguments: attached(self, *arguments).detach())
-    found = gradients(loop)
+    found = loss_gradients(loop)
     assert {name.partition("/")[0] for name, largest in found.items() if largest == 0} == {"gate"}
 
 
 @pytest.mark.parametrize(("column", "alone", "silent"), [(0, "shared", "model"), (1, "model", "shared")])
-def test_gate_columns_are_shared_and_local(
+def test_gate_columns_select_the_shared_and_the_local_extractor(
     data: dict[str, Path], column: int, alone: str, silent: str
 ) -> None:
-    """With all weight on one column the answer is head ∘ that extractor, whatever the other one is."""
-    loop = build(data["small"], "pfedmoe", model__pool="mlp5")
-    method, parts, batch = bench(loop)
+    """With all weight on one column the prediction is head ∘ that extractor, whatever the other one is."""
+    loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5")
+    method, parts, batch = first_batch(loop)
     last = parts.gate.layers[-1]
     with torch.no_grad():
         last.weight.zero_()
@@ -60,8 +66,8 @@ def test_gate_columns_are_shared_and_local(
         assert not torch.allclose(method.predict(parts, batch.x), logits, atol=1e-3)
 
 
-def test_mean_alpha_in_the_rows_is_the_shared_column(data: dict[str, Path]) -> None:
-    it = played(data["small"], "pfedmoe", model__pool="mlp5", rounds=1)
+def test_mean_alpha_in_metrics_is_the_shared_column(data: dict[str, Path]) -> None:
+    it = train_federation(data["small"], "pfedmoe", model__pool="mlp5", rounds=1)
     for k in range(3):
         gate = nets.gate(it.of_client(k, "gate", start=False)).eval()
         with torch.no_grad():

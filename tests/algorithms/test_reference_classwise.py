@@ -1,4 +1,4 @@
-"""FedProx, FedRep, LG-FedAvg, FD, FedGH, FedTGP and FedSSA agree with rounds written from their equations."""
+"""FedProx, FedRep, LG-FedAvg, FD, FedGH, FedTGP and FedSSA against the reference rounds."""
 
 from __future__ import annotations
 
@@ -19,22 +19,29 @@ from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.round_sum import IN, LOST
 from pfedmoe_mpi.models import mlp
-from support.round_comparison import SEEDS, agree, same_measures
-from support.small_federation import HELD, TRAINED, Played, build, cut, played, write_all
+from support.round_comparison import VARIANTS, assert_tensors_agree, train_and_compare
+from support.small_federation import (
+    CLASSES,
+    TRAINING_SAMPLES,
+    TrainedFederation,
+    build_loop,
+    split_batches,
+    train_federation,
+    write_data_files,
+)
 
-ALL = frozenset({0, 1, 2})
 EQUAL = {"fedprox", "fedrep"}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_all(tmp_path_factory.mktemp("classes"))
+    return write_data_files(tmp_path_factory.mktemp("classes"))
 
 
 # The two sides
 
 
-def options(it: Played) -> Any:
+def options(it: TrainedFederation) -> Any:
     return it.loop.federation.config.options
 
 
@@ -44,25 +51,27 @@ def linear(tensors: dict[str, Tensor]) -> nn.Linear:
     return found
 
 
-def models_of(it: Played) -> list[nn.Module]:
+def models_of(it: TrainedFederation) -> list[nn.Module]:
     return [nets.model(it.of_client(k, "model")) for k in range(3)]
 
 
-def extractors_of(it: Played) -> list[nn.Module]:
+def extractors_of(it: TrainedFederation) -> list[nn.Module]:
     return [nets.extractor(it.of_client(k, "extractor")) for k in range(3)]
 
 
-def same_private(it: Played, part: str, modules: list[Any]) -> None:
+def same_private(it: TrainedFederation, part: str, modules: list[Any]) -> None:
     for k in range(3):
-        agree(it.of_client(k, part, start=False), nets.tensors(modules[k]), f"{part} of client {k}")
+        assert_tensors_agree(
+            it.of_client(k, part, start=False), nets.tensors(modules[k]), f"{part} of client {k}"
+        )
 
 
-def same_state(it: Played, part: str, module: nn.Module) -> None:
-    agree(it.of_state(part, start=False), nets.tensors(module), part)
+def same_state(it: TrainedFederation, part: str, module: nn.Module) -> None:
+    assert_tensors_agree(it.of_state(part, start=False), nets.tensors(module), part)
 
 
-def longer(it: Played, epochs: int) -> methods.Course:
-    """The course with so many epochs in every round."""
+def longer(it: TrainedFederation, epochs: int) -> methods.Course:
+    """Return the course with another number of epochs per round."""
     config, course = it.loop.federation.config, it.course
     samples = []
     for k, own in enumerate(course.samples):
@@ -70,31 +79,33 @@ def longer(it: Played, epochs: int) -> methods.Course:
         rounds = []
         for t in range(config.rounds):
             draw = seeds.torch_generator(config.seed, "batches", t + 1, k)
-            orders = [torch.randperm(TRAINED[k], generator=draw) for _ in range(epochs)]
-            rounds.append([[(x[i], y[i]) for i in cut(order, config.train.batch)] for order in orders])
+            orders = [torch.randperm(TRAINING_SAMPLES[k], generator=draw) for _ in range(epochs)]
+            rounds.append(
+                [[(x[i], y[i]) for i in split_batches(order, config.train.batch)] for order in orders]
+            )
         samples.append(replace(own, epochs=rounds))
     return replace(course, samples=samples)
 
 
-def shuffles(it: Played) -> list[list[Tensor]]:
-    """The server's, over one row for every class that a member of the cohort holds."""
+def shuffles(it: TrainedFederation) -> list[list[Tensor]]:
+    """Return the server's shuffles over one row for every class that a member of the cohort has."""
     config = it.loop.federation.config
     found = []
     for t, cohort in enumerate(it.cohorts):
         draw = seeds.torch_generator(config.seed, "server", t + 1)
-        rows = sum(len(HELD[k]) for k in cohort)
+        rows = sum(len(CLASSES[k]) for k in cohort)
         found.append([torch.randperm(rows, generator=draw) for _ in range(options(it).epochs)])
     return found
 
 
-def by_hand_fedprox(it: Played) -> list[methods.Round]:
+def reference_fedprox(it: TrainedFederation) -> list[methods.Round]:
     model = nets.model(it.of_state("model"))
     history = classes.fedprox(model, it.course, options(it).mu)
     same_state(it, "model", model)
     return history
 
 
-def by_hand_fedrep(it: Played) -> list[methods.Round]:
+def reference_fedrep(it: TrainedFederation) -> list[methods.Round]:
     body, heads = nets.extractor(it.of_state("body")), [linear(it.of_client(k, "head")) for k in range(3)]
     first = options(it).head_epochs
     course = longer(it, first + it.loop.federation.config.train.epochs)
@@ -104,7 +115,7 @@ def by_hand_fedrep(it: Played) -> list[methods.Round]:
     return history
 
 
-def by_hand_lg_fedavg(it: Played) -> list[methods.Round]:
+def reference_lg_fedavg(it: TrainedFederation) -> list[methods.Round]:
     head, extractors = linear(it.of_state("head")), extractors_of(it)
     history = classes.lg_fedavg(head, extractors, it.course)
     same_state(it, "head", head)
@@ -112,7 +123,7 @@ def by_hand_lg_fedavg(it: Played) -> list[methods.Round]:
     return history
 
 
-def by_hand_fd(it: Played) -> list[methods.Round]:
+def reference_fd(it: TrainedFederation) -> list[methods.Round]:
     models = models_of(it)
     last: dict[int, dict[int, Tensor]] = {}
     seen: dict[int, dict[int, Tensor]] = {}
@@ -121,17 +132,17 @@ def by_hand_fd(it: Played) -> list[methods.Round]:
     outputs = it.of_state("outputs", start=False)[""]
     assert {c for c in range(4) if not outputs[c].isnan().any()} == set(last)
     means = {f"{c}": torch.stack(list(last[c].values())).mean(0) for c in last}
-    agree({f"{c}": outputs[c] for c in last}, means, "F̄")
+    assert_tensors_agree({f"{c}": outputs[c] for c in last}, means, "F̄")
     assert it.of_state("members", start=False)[""].tolist() == [len(last.get(c, {})) for c in range(4)]
     for k, found in seen.items():
         sums, counts = (it.of_client(k, part, start=False)[""] for part in ("sums", "counts"))
         assert set(counts.nonzero().view(-1).tolist()) == set(found)
         own = {f"{c}": sums[c] / counts[c] for c in found}
-        agree(own, {f"{c}": found[c] for c in found}, f"F of client {k}")
+        assert_tensors_agree(own, {f"{c}": found[c] for c in found}, f"F of client {k}")
     return history
 
 
-def by_hand_fedgh(it: Played) -> list[methods.Round]:
+def reference_fedgh(it: TrainedFederation) -> list[methods.Round]:
     head, extractors = linear(it.of_state("head")), extractors_of(it)
     lr = options(it).lr or it.course.lr_shared
     history = classes.fedgh(head, extractors, it.course, shuffles(it), options(it).batch, lr)
@@ -140,7 +151,7 @@ def by_hand_fedgh(it: Played) -> list[methods.Round]:
     return history
 
 
-def by_hand_fedtgp(it: Played) -> list[methods.Round]:
+def reference_fedtgp(it: TrainedFederation) -> list[methods.Round]:
     models, generator = models_of(it), dict(it.of_state("generator"))
     chosen, batch = options(it), it.loop.federation.config.train.batch
     nearest = chosen.answer == "prototype"
@@ -148,29 +159,29 @@ def by_hand_fedtgp(it: Played) -> list[methods.Round]:
         generator, models, it.course, shuffles(it), batch, chosen.weight, chosen.margin, nearest
     )
     same_private(it, "model", models)
-    agree(it.of_state("generator", start=False), generator, "generator")
-    agree(it.of_state("prototypes", start=False), {"": torch.stack(prototypes)}, "prototypes")
+    assert_tensors_agree(it.of_state("generator", start=False), generator, "generator")
+    assert_tensors_agree(it.of_state("prototypes", start=False), {"": torch.stack(prototypes)}, "prototypes")
     return history
 
 
-def by_hand_fedssa(it: Played) -> list[methods.Round]:
+def reference_fedssa(it: TrainedFederation) -> list[methods.Round]:
     models, start = models_of(it), it.of_state("header")["rows"]
     rows = [(row[:-1].clone(), row[-1].clone()) for row in start]
     history = classes.fedssa(rows, models, it.course, options(it).mu, options(it).stable_rounds)
     same_private(it, "model", models)
     expected = torch.stack([torch.cat([weight, bias.view(1)]) for weight, bias in rows])
-    agree(it.of_state("header", start=False), {"rows": expected}, "φ")
+    assert_tensors_agree(it.of_state("header", start=False), {"rows": expected}, "φ")
     return history
 
 
-BY_HAND: dict[str, Callable[[Played], list[methods.Round]]] = {
-    "fedprox": by_hand_fedprox,
-    "fedrep": by_hand_fedrep,
-    "lg_fedavg": by_hand_lg_fedavg,
-    "fd": by_hand_fd,
-    "fedgh": by_hand_fedgh,
-    "fedtgp": by_hand_fedtgp,
-    "fedssa": by_hand_fedssa,
+REFERENCES: dict[str, Callable[[TrainedFederation], list[methods.Round]]] = {
+    "fedprox": reference_fedprox,
+    "fedrep": reference_fedrep,
+    "lg_fedavg": reference_lg_fedavg,
+    "fd": reference_fd,
+    "fedgh": reference_fedgh,
+    "fedtgp": reference_fedtgp,
+    "fedssa": reference_fedssa,
 }
 USUAL: dict[str, Any] = {"fedrep": {"fedrep.head_epochs": 2}, "fedtgp": {"fedtgp.epochs": 4}}
 
@@ -179,37 +190,20 @@ def unlike(method: str) -> str:
     return "mlp4" if method in EQUAL else "mlp4,mlp5,mlp3"
 
 
-def by_hand(path: Path, method: str, **changes: Any) -> Played:
-    """Play, and compare everything with the rounds by hand; of three seeds, as in `test_oracles.by_hand`."""
-    for seed in SEEDS:
-        chosen = {"model.pool": unlike(method), "seed": seed, **USUAL.get(method, {}), **changes}
-        it = played(path, method, **chosen)
-        try:
-            same_measures(it, BY_HAND[method](it), ALL)
-        except AssertionError:
-            if seed == SEEDS[-1]:
-                raise
-        else:
-            break
-    return it
+def compare(path: Path, method: str, **changes: Any) -> TrainedFederation:
+    settings = {"model.pool": unlike(method), **USUAL.get(method, {}), **changes}
+    return train_and_compare(path, method, REFERENCES[method], settings)
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "some": {},
-    "all": {"participation": 1.0, "train.clip": 0.5, "train.schedule": "cosine", "train.weight_decay": 0.01},
-    "one": {"participation": 0.3, "train.momentum": 0.0, "train.clip": 0.0},
-}
-
-
-@pytest.mark.parametrize("method", BY_HAND)
+@pytest.mark.parametrize("method", REFERENCES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_rounds_by_hand(data: dict[str, Path], method: str, variant: str) -> None:
-    it = by_hand(data["small"], method, **VARIANTS[variant])
+def test_rounds_match_the_reference(data: dict[str, Path], method: str, variant: str) -> None:
+    it = compare(data["small"], method, **VARIANTS[variant])
     assert {len(cohort) for cohort in it.cohorts} == {{"some": 2, "all": 3, "one": 1}[variant]}
 
 
-@pytest.mark.parametrize("method", BY_HAND)
-def test_rounds_with_batch_normalisation_by_hand(
+@pytest.mark.parametrize("method", REFERENCES)
+def test_rounds_with_batch_norm_match_the_reference(
     data: dict[str, Path], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Running statistics belong to their module: averaged where it is shared, kept where it is private."""
@@ -218,7 +212,7 @@ def test_rounds_with_batch_normalisation_by_hand(
         return nets.Dense(int(np.prod(shape)), 30, dim, norm=True)
 
     monkeypatch.setattr(mlp, "MLPExtractor", normed)
-    it = by_hand(data["small"], method, **{"model.pool": "mlp5", "train.batch": 24})
+    it = compare(data["small"], method, **{"model.pool": "mlp5", "train.batch": 24})
     names = [entry.name for entry in it.loop.federation.state_layout.entries]
     assert any("running_var" in name for name in names) == (method in EQUAL)
 
@@ -240,31 +234,33 @@ def test_rounds_with_batch_normalisation_by_hand(
         ("fedssa", "stable_rounds", 5),
     ],
 )
-def test_the_methods_own_options(data: dict[str, Path], method: str, option: str, value: float) -> None:
-    it = by_hand(data["small"], method, **{f"{method}.{option}": value, "participation": 1.0})
+def test_method_options_match_the_reference(
+    data: dict[str, Path], method: str, option: str, value: float
+) -> None:
+    it = compare(data["small"], method, **{f"{method}.{option}": value, "participation": 1.0})
     settings = it.loop.federation.config
     same = {"model.pool": unlike(method), "seed": settings.seed, "participation": 1.0}
-    usual = played(data["small"], method, **same, **USUAL.get(method, {}))
+    usual = train_federation(data["small"], method, **same, **USUAL.get(method, {}))
     found, expected = (
-        torch.cat([played.loop.state, *(c.vector for c in played.loop.federation.clients.values())])
-        for played in (it, usual)
+        torch.cat([one.loop.state, *(c.vector for c in one.loop.federation.clients.values())])
+        for one in (it, usual)
     )
     assert not torch.allclose(found, expected, atol=1e-3, equal_nan=True), "the option changes nothing"
 
 
-def test_fedtgp_with_the_nearest_prototype(data: dict[str, Path]) -> None:
-    it = by_hand(data["small"], "fedtgp", **{"fedtgp.answer": "prototype", "fedtgp.weight": 5.0})
+def test_fedtgp_can_predict_with_the_nearest_prototype(data: dict[str, Path]) -> None:
+    it = compare(data["small"], "fedtgp", **{"fedtgp.answer": "prototype", "fedtgp.weight": 5.0})
     seed = it.loop.federation.config.seed
-    usual = played(
+    usual = train_federation(
         data["small"], "fedtgp", model__pool=unlike(""), seed=seed, fedtgp__epochs=4, fedtgp__weight=5.0
     )
     assert torch.equal(it.loop.state, usual.loop.state), "training does not depend on the answer"
     assert it.loop.history[-1]["clients"]["loss"] != usual.loop.history[-1]["clients"]["loss"]
 
 
-def test_fedprox_without_its_term_is_fedavg(data: dict[str, Path]) -> None:
+def test_fedprox_without_proximal_term_is_fedavg(data: dict[str, Path]) -> None:
     found, expected = (
-        played(data["small"], name, model__pool="mlp4", **more).loop.state
+        train_federation(data["small"], name, model__pool="mlp4", **more).loop.state
         for name, more in (("fedprox", {"fedprox__mu": 0.0}), ("fedavg", {}))
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -276,14 +272,14 @@ def test_fedprox_without_its_term_is_fedavg(data: dict[str, Path]) -> None:
 LOST_ON_THE_WAY = {(2, 0), (2, 1), (3, 2)}  # round and client
 
 
-def test_fd_takes_out_only_what_is_in_the_mean(
+def test_fd_teacher_excludes_only_outputs_in_the_mean(
     data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In round 3 class 1 is still of round 1, whose parts its clients no longer have: no teacher."""
+    """In round 3 the mean of class 1 is from round 1, whose parts its clients no longer have: no teacher."""
     monkeypatch.setattr(
         Faults, "fate", lambda _, round, client: LOST if (round, client) in LOST_ON_THE_WAY else IN
     )
-    it = played(
+    it = train_federation(
         data["small"], "fd", model__pool=unlike("fd"), participation=1.0, rounds=4, fd__weight=3.0, seed=3
     )
     models = models_of(it)
@@ -293,9 +289,9 @@ def test_fd_takes_out_only_what_is_in_the_mean(
     assert it.of_state("heard", start=False)[""].tolist() == [4.0, 4.0, 4.0]
 
 
-def test_fds_teacher_of_a_class_the_client_did_not_send(data: dict[str, Path]) -> None:
-    """It was in that round's sum, but only of class 0; of class 1 the mean is all others'."""
-    found: Any = build(data["small"], "fd", model__pool="mlp5").federation.method
+def test_fd_teacher_of_an_unsent_class_is_the_whole_mean(data: dict[str, Path]) -> None:
+    """The client contributed only to class 0 of that round's sum; the mean of class 1 is all others'."""
+    found: Any = build_loop(data["small"], "fd", model__pool="mlp5").federation.method
     outputs = torch.full((4, 4), float("nan"))
     outputs[0] = torch.tensor([0.5, 0.3, 0.1, 0.1])
     outputs[1] = torch.tensor([0.1, 0.6, 0.2, 0.1])
@@ -319,10 +315,12 @@ def test_fds_teacher_of_a_class_the_client_did_not_send(data: dict[str, Path]) -
 # What a deployment sends, and clients that never train
 
 
-@pytest.mark.parametrize("method", BY_HAND)
-def test_bytes_are_those_of_a_deployment(data: dict[str, Path], method: str) -> None:
+@pytest.mark.parametrize("method", REFERENCES)
+def test_reported_bytes_are_those_of_a_deployment(data: dict[str, Path], method: str) -> None:
     more = {name.replace(".", "__"): value for name, value in USUAL.get(method, {}).items()}
-    it = played(data["small"], method, model__pool=unlike(method), rounds=2, participation=1.0, **more)
+    it = train_federation(
+        data["small"], method, model__pool=unlike(method), rounds=2, participation=1.0, **more
+    )
     model = sum(t.numel() for part in ("model", "body") for t in it.of_state(part).values())
     head = 4 * (12 + 1)
     teachers = 4 * np.mean([1, 2, 1])  # of the three clients' classes two are held by two of them
@@ -340,9 +338,9 @@ def test_bytes_are_those_of_a_deployment(data: dict[str, Path], method: str) -> 
         assert row["bytes"]["down"] == pytest.approx(4 * expected)
 
 
-@pytest.mark.parametrize("method", BY_HAND)
-def test_who_has_an_answer_for_clients_that_never_trained(data: dict[str, Path], method: str) -> None:
-    it = played(data["small"], method, model__pool=unlike(method), rounds=1, **{"train.epochs": 1})
+@pytest.mark.parametrize("method", REFERENCES)
+def test_methods_state_why_unseen_clients_have_no_model(data: dict[str, Path], method: str) -> None:
+    it = train_federation(data["small"], method, model__pool=unlike(method), rounds=1, **{"train.epochs": 1})
     found: Algorithm = it.loop.federation.method
     reason = {
         "fedprox": "",

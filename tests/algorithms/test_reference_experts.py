@@ -1,4 +1,4 @@
-"""FedJETs, FedMix and the ensemble against rounds by hand, FedJETs' parts one by one."""
+"""FedJETs, FedMix and the ensemble against the reference rounds; FedJETs also part by part."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ import torch
 from oracles import experts, nets
 from oracles.methods import Round
 from pfedmoe_mpi.algorithms.fedjets.anchors import by_cluster, by_label
-from support.round_comparison import agree
-from support.six_clients import SIZES, Six, write_common, write_six
-from support.small_federation import build
+from support.round_comparison import assert_tensors_agree
+from support.six_clients import SETTINGS, SixClients, write_common_expert, write_six_clients
+from support.small_federation import build_loop
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_six(tmp_path_factory.mktemp("experts"))
+    return write_six_clients(tmp_path_factory.mktemp("experts"))
 
 
 @pytest.fixture(scope="module")
 def common(data: Path) -> Path:
-    return write_common(data)
+    return write_common_expert(data)
 
 
-def played(path: Path, method: str, **changes: Any) -> Six:
-    loop = build(path, method, **{**SIZES, **changes})
-    it = Six(loop, loop.state.clone(), {k: c.vector.clone() for k, c in loop.federation.clients.items()})
+def train_six_clients(path: Path, method: str, **changes: Any) -> SixClients:
+    loop = build_loop(path, method, **{**SETTINGS, **changes})
+    it = SixClients(
+        loop, loop.state.clone(), {k: c.vector.clone() for k, c in loop.federation.clients.items()}
+    )
     assert loop.run()
     return it
 
 
-def by_hand_fedjets(it: Six) -> list[Round]:
+def reference_fedjets(it: SixClients) -> list[Round]:
     federation = it.loop.federation
     method, options = federation.method, federation.config.options
     number = len(method.anchors) or options.experts
@@ -58,22 +60,22 @@ def by_hand_fedjets(it: Six) -> list[Round]:
         unseen=sorted(federation.task.unseen),
     )
     for m, expert in enumerate(own):
-        agree(it.of_state(f"expert{m}", start=False), nets.tensors(expert), f"expert {m}")
-    agree(it.of_state("gate", start=False), nets.tensors(gate), "gate")
+        assert_tensors_agree(it.of_state(f"expert{m}", start=False), nets.tensors(expert), f"expert {m}")
+    assert_tensors_agree(it.of_state("gate", start=False), nets.tensors(gate), "gate")
     return history
 
 
-def by_hand_fedmix(it: Six) -> list[Round]:
+def reference_fedmix(it: SixClients) -> list[Round]:
     own = [nets.model(it.of_state(f"expert{m}")) for m in range(2)]
     gate = nets.gate(it.of_state("gate"))
     history = experts.fedmix(own, gate, it.course)
     for m, expert in enumerate(own):
-        agree(it.of_state(f"expert{m}", start=False), nets.tensors(expert), f"expert {m}")
-    agree(it.of_state("gate", start=False), nets.tensors(gate), "gate")
+        assert_tensors_agree(it.of_state(f"expert{m}", start=False), nets.tensors(expert), f"expert {m}")
+    assert_tensors_agree(it.of_state("gate", start=False), nets.tensors(gate), "gate")
     return history
 
 
-def by_hand_ensemble(it: Six) -> list[Round]:
+def reference_ensemble(it: SixClients) -> list[Round]:
     method = it.loop.federation.method
     number = it.loop.federation.config.options.models or 5
     models = [nets.model(it.of_state(f"model{q}")) for q in range(number)]
@@ -81,23 +83,23 @@ def by_hand_ensemble(it: Six) -> list[Round]:
     dealt = [{k: int(role.removeprefix("model")) for k, role in method.cohort(t)} for t in rounds]
     history = experts.ensemble(models, it.course, dealt)
     for q, model in enumerate(models):
-        agree(it.of_state(f"model{q}", start=False), nets.tensors(model), f"model {q}")
+        assert_tensors_agree(it.of_state(f"model{q}", start=False), nets.tensors(model), f"model {q}")
     return history
 
 
-BY_HAND: dict[str, Callable[[Six], list[Round]]] = {
-    "fedjets": by_hand_fedjets,
-    "fedmix": by_hand_fedmix,
-    "ensemble": by_hand_ensemble,
+REFERENCES: dict[str, Callable[[SixClients], list[Round]]] = {
+    "fedjets": reference_fedjets,
+    "fedmix": reference_fedmix,
+    "ensemble": reference_ensemble,
 }
 
 
-def by_hand(path: Path, method: str, **changes: Any) -> Six:
-    """Play and compare; three seeds, because a ReLU within rounding of zero may fall either way."""
+def compare(path: Path, method: str, **changes: Any) -> SixClients:
+    """Train and compare with the reference; three seeds, because a ReLU near zero may round either way."""
     for seed in (0, 1, 2):
-        it = played(path, method, **{"seed": seed, **changes})
+        it = train_six_clients(path, method, **{"seed": seed, **changes})
         try:
-            for row, record in zip(it.loop.history, BY_HAND[method](it), strict=True):
+            for row, record in zip(it.loop.history, REFERENCES[method](it), strict=True):
                 known = {k: v for k, v in enumerate(row["clients"]["accuracy_before"]) if v is not None}
                 assert known == record.before
                 for k in range(6):
@@ -114,7 +116,7 @@ def by_hand(path: Path, method: str, **changes: Any) -> Six:
     return it
 
 
-# Rounds by hand
+# Rounds against the reference
 
 COMMON: dict[str, dict[str, Any]] = {
     "some": {},
@@ -135,36 +137,36 @@ FEDJETS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", COMMON)
-@pytest.mark.parametrize("method", BY_HAND)
-def test_rounds_by_hand(data: Path, common: Path, method: str, variant: str) -> None:
+@pytest.mark.parametrize("method", REFERENCES)
+def test_rounds_match_the_reference(data: Path, common: Path, method: str, variant: str) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 3} if method == "fedjets" else {}
-    by_hand(data, method, **own, **COMMON[variant])
+    compare(data, method, **own, **COMMON[variant])
 
 
 @pytest.mark.parametrize("variant", FEDJETS)
-def test_options_of_fedjets_by_hand(data: Path, common: Path, variant: str) -> None:
+def test_fedjets_options_match_the_reference(data: Path, common: Path, variant: str) -> None:
     own = {"common": str(common), "experts": 3, **FEDJETS[variant]}
-    by_hand(data, "fedjets", **{f"fedjets.{name}": value for name, value in own.items()})
+    compare(data, "fedjets", **{f"fedjets.{name}": value for name, value in own.items()})
 
 
-def test_unseen_clients_by_hand(data: Path, common: Path) -> None:
+def test_unseen_clients_match_the_reference(data: Path, common: Path) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 3, "unseen.clients": 2}
-    it = by_hand(data, "fedjets", **own, **{"train.lr_gate": 1.0})
+    it = compare(data, "fedjets", **own, **{"train.lr_gate": 1.0})
     unseen = it.loop.federation.task.unseen
     assert len(unseen) == 2 and not unseen & {k for cohort in it.cohorts for k in cohort}
     row = it.loop.history[-1]
-    told = [row["clients"]["accuracy"][k] for k in sorted(unseen)]
-    assert row["accuracy_unseen"]["mean"] == pytest.approx(np.mean(told))
+    reported = [row["clients"]["accuracy"][k] for k in sorted(unseen)]
+    assert row["accuracy_unseen"]["mean"] == pytest.approx(np.mean(reported))
 
 
-def test_ensemble_of_two_by_hand(data: Path) -> None:
-    by_hand(data, "ensemble", **{"ensemble.models": 2})
+def test_ensemble_of_two_matches_the_reference(data: Path) -> None:
+    compare(data, "ensemble", **{"ensemble.models": 2})
 
 
 @pytest.mark.parametrize("weights", ["equal", "learned"])
-def test_fedmix_with_the_same_weights_for_all(data: Path, weights: str) -> None:
-    """Equal weights are no numbers to send."""
-    it = played(data, "fedmix", **{"gate.weights": weights}, rounds=1)
+def test_fedmix_sends_the_gate_only_if_learned(data: Path, weights: str) -> None:
+    """Equal weights need no parameters."""
+    it = train_six_clients(data, "fedmix", **{"gate.weights": weights}, rounds=1)
     parts = it.loop.federation.state_layout.parts
     assert set(parts) == {"expert0", "expert1", *(["gate"] if weights == "learned" else [])}
     starts = [it.of_state(f"expert{m}")["head.weight"] for m in range(2)]
@@ -172,10 +174,10 @@ def test_fedmix_with_the_same_weights_for_all(data: Path, weights: str) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(starts, ends, strict=True))
 
 
-def test_an_expert_that_nobody_trained_stays(data: Path, common: Path) -> None:
-    """One client a round: an anchor, so one expert moves, and the gate."""
+def test_untrained_expert_stays_unchanged(data: Path, common: Path) -> None:
+    """With one client per round, an anchor, only one expert and the gate change."""
     own = {"fedjets.common": str(common), "fedjets.experts": 3, "participation": 0.1}
-    it = played(data, "fedjets", **own, rounds=1)
+    it = train_six_clients(data, "fedjets", **own, rounds=1)
     ((client, role),) = it.loop.federation.method.cohort(1)
     assert role == "anchor"
     moved = {
@@ -189,9 +191,9 @@ def test_an_expert_that_nobody_trained_stays(data: Path, common: Path) -> None:
 
 
 @pytest.mark.parametrize(("frozen", "top"), [(False, 2), (True, 1), (False, 3)])
-def test_bytes_of_fedjets(data: Path, common: Path, frozen: bool, top: int) -> None:
+def test_fedjets_bytes_are_those_of_a_deployment(data: Path, common: Path, frozen: bool, top: int) -> None:
     own = {"common": str(common), "experts": 3, "gate_frozen": frozen, "top": top, "anchors": "clusters"}
-    it = played(data, "fedjets", **{f"fedjets.{k}": v for k, v in own.items()}, rounds=1)
+    it = train_six_clients(data, "fedjets", **{f"fedjets.{k}": v for k, v in own.items()}, rounds=1)
     size = {
         part: sum(t.numel() for t in it.of_state(part).values()) for part in ("expert0", "gate", "common")
     }
@@ -200,14 +202,14 @@ def test_bytes_of_fedjets(data: Path, common: Path, frozen: bool, top: int) -> N
         4 * ((1 if role == "anchor" else top) * size["expert0"] + gate)
         for _, role in it.loop.federation.method.cohort(1)
     ]
-    told = it.loop.history[0]["bytes"]
-    assert told["up"] == told["down"] == pytest.approx(np.mean(sent))
-    assert told["once"] == 4 * (size["common"] + 12 + (size["gate"] if frozen else 0))
+    reported = it.loop.history[0]["bytes"]
+    assert reported["up"] == reported["down"] == pytest.approx(np.mean(sent))
+    assert reported["once"] == 4 * (size["common"] + 12 + (size["gate"] if frozen else 0))
     assert it.loop.history[0]["mpi_bytes"] > 8 * 3 * size["expert0"]
 
 
-def test_bytes_of_the_others(data: Path) -> None:
-    mix, average = (played(data, name, rounds=1) for name in ("fedmix", "ensemble"))
+def test_fedmix_and_ensemble_bytes_are_those_of_a_deployment(data: Path) -> None:
+    mix, average = (train_six_clients(data, name, rounds=1) for name in ("fedmix", "ensemble"))
     model = sum(t.numel() for t in mix.of_state("expert0").values())
     gate = sum(t.numel() for t in mix.of_state("gate").values())
     assert mix.loop.history[0]["bytes"] == {
@@ -221,7 +223,7 @@ def test_bytes_of_the_others(data: Path) -> None:
 # Anchors
 
 
-def test_anchors_by_label_overlap_least() -> None:
+def test_label_anchors_have_the_least_overlap() -> None:
     counts = np.zeros((6, 10), int)
     for k, held in enumerate(((0, 1, 2), (0, 1), (2, 3), (1, 2), (4, 5), (4,))):
         counts[k, list(held)] = 10
@@ -231,7 +233,7 @@ def test_anchors_by_label_overlap_least() -> None:
     assert sorted(by_label(counts, range(6), 6)) == list(range(6))
 
 
-def test_anchors_by_cluster_take_one_of_each() -> None:
+def test_cluster_anchors_come_from_every_cluster() -> None:
     draw = np.random.default_rng(3)
     centres = draw.normal(0, 10, (4, 5))
     means = (centres[np.arange(20) % 4] + draw.normal(0, 0.5, (20, 5))).astype(np.float32)
@@ -243,9 +245,9 @@ def test_anchors_by_cluster_take_one_of_each() -> None:
     assert len(set(by_cluster(np.zeros((6, 5), np.float32), range(6), 3))) == 3, "equal points"
 
 
-def test_clusters_need_no_label(data: Path, common: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_do_not_depend_on_labels(data: Path, common: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 3, "fedjets.anchors": "clusters"}
-    it = played(data, "fedjets", **own, rounds=1)
+    it = train_six_clients(data, "fedjets", **own, rounds=1)
     method, federation = it.loop.federation.method, it.loop.federation
     model = nets.model(it.of_state("common", start=False))
     with torch.no_grad():
@@ -256,9 +258,9 @@ def test_clusters_need_no_label(data: Path, common: Path, monkeypatch: pytest.Mo
     assert method.cohort(2)
 
 
-def test_roles(data: Path, common: Path) -> None:
+def test_cohort_contains_all_anchors_in_their_role(data: Path, common: Path) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 2, "participation": 0.7}
-    method = build(data, "fedjets", **{**SIZES, **own}).federation.method
+    method = build_loop(data, "fedjets", **{**SETTINGS, **own}).federation.method
     for t in range(1, 20):
         cohort = method.cohort(t)
         assert cohort == sorted(cohort) and len(cohort) == 4
@@ -266,9 +268,9 @@ def test_roles(data: Path, common: Path) -> None:
         assert not {k for k, role in cohort if role == "client"} & set(method.anchors)
 
 
-def test_late_clients_are_no_anchors_while_there_are_others(data: Path, common: Path) -> None:
+def test_late_clients_become_anchors_last(data: Path, common: Path) -> None:
     own = {"fedjets.common": str(common), "fedjets.experts": 2, "join.share": 0.5, "join.round": 3}
-    method = build(data, "fedjets", **{**SIZES, **own, "participation": 1.0}).federation.method
+    method = build_loop(data, "fedjets", **{**SETTINGS, **own, "participation": 1.0}).federation.method
     late = method.task.late
     assert len(late) == 3 and not late & set(method.anchors)
     assert {k for k, _ in method.cohort(2)} == set(range(6)) - late

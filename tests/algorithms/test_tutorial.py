@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from support.launcher import ROOT, Result, ended, environment
+from support.launcher import Result, clean_environment, wait_for_end
+from support.paths import ROOT
 
 README = ROOT / "pfedmoe_mpi" / "algorithms" / "README.md"
 TUTORIAL = (
@@ -32,7 +33,7 @@ def measured(line: str) -> str:
 
 def command(line: str, folder: Path) -> Result:
     """Run a command line of the tutorial in a folder that holds the package."""
-    clean = environment("mpich", {"PYTHONPATH": str(folder)})
+    clean = clean_environment("mpich", {"PYTHONPATH": str(folder)})
     clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
     started = subprocess.Popen(
         shlex.split(line),
@@ -44,7 +45,7 @@ def command(line: str, folder: Path) -> Result:
         text=True,
         start_new_session=True,
     )
-    return ended(started, 120)
+    return wait_for_end(started, 120)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`bench`: its table is printed whole, and its reference is a fair one."""
+"""`bench`: its table is complete, and its reference is fair."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pfedmoe_mpi.bench.timing import Line, side_by_side
 from pfedmoe_mpi.core.flat import flatten
 from pfedmoe_mpi.federation import build
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from support.launcher import program
-from support.small_federation import world
+from support.launcher import run_program
+from support.small_federation import shared_comm
 
 SMALL = (
     *("--data.source", "digits", "--clients", "4", "--partition.kind", "iid", "--train.batch", "32"),
@@ -25,7 +25,7 @@ SMALL = (
 
 
 def row(output: str, start: str) -> list[str]:
-    """The cells of the table's row that starts so."""
+    """Return the cells of the table row that starts with this text."""
     (line,) = [line for line in output.splitlines() if line.startswith(start)]
     return re.split(r"\s{2,}", line.strip())
 
@@ -34,7 +34,7 @@ def row(output: str, start: str) -> list[str]:
 def table(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bench")
     parts = ("round", "ranks", "sum", "idle", "precision", "write", "network")
-    result = program(2, "bench", *parts, *SMALL, cwd=folder, timeout=240)
+    result = run_program(2, "bench", *parts, *SMALL, cwd=folder, timeout=240)
     assert result.code == 0, result.err
     assert not list(folder.iterdir()), "bench left something behind"
     return result.out
@@ -49,21 +49,21 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("round of 1 client on 2 ranks vs 1 rank", "≤ 1.3"),
     ],
 )
-def test_a_ratio_has_both_sides_and_an_aim(table: str, start: str, aim: str) -> None:
+def test_ratio_prints_both_sides_and_its_target(table: str, start: str, aim: str) -> None:
     cells = row(table, start)
     assert len(cells) == 5
     assert cells[1].endswith(" s") and cells[2].endswith(" s") and float(cells[3]) > 0
     assert cells[4] in {f"{aim} met", f"{aim} missed"}
 
 
-def test_what_has_no_aim_everywhere_is_shown_too(table: str) -> None:
+def test_quantities_without_target_are_printed(table: str) -> None:
     assert float(row(table, "speed-up of bf16 over fp32")[3]) > 0
     assert row(table, "checkpoint of")[1].endswith("MB/s")
     for part in ("train", "evaluate", "sum", "wait"):
         assert row(table, f"  its {part}")[1].endswith(" s")
 
 
-def test_what_a_deployment_and_mpi_send_stand_against_their_formulas(table: str) -> None:
+def test_bytes_are_printed_beside_their_formulas(table: str) -> None:
     _, client, formula, ratio = row(table, "deployment: one client's bytes, up and down")
     assert client == formula and ratio == "1.000"
     assert float(row(table, "deployment: those of a cohort of 4")[1].split()[0]) == pytest.approx(
@@ -87,7 +87,7 @@ Inter-|   Receive                                                |  Transmit
 """
 
 
-def test_counters_are_the_bytes_sent_by_the_busiest_interface() -> None:
+def test_counters_report_the_busiest_interface() -> None:
     before = bytes_sent(COUNTED)
     assert before == {"eth0": 7000, "bond0": 8000}
     after = {"a": {"eth0": 27_000, "bond0": 28_500, "new": 3}, "b": before, "c": {}}
@@ -98,21 +98,21 @@ def test_counters_are_the_bytes_sent_by_the_busiest_interface() -> None:
     ]
 
 
-def test_an_all_reduce_sends_from_every_host_at_least_its_share() -> None:
+def test_all_reduce_sends_at_least_its_share_from_every_host() -> None:
     three = crossed([Sent("a", "eth0", 4e6), Sent("b", "ib0", 0), Sent("c", "eth1", 8e6)], 3_000_000)
     assert [line.ratio for line in three] == [1, 0, 2]
     assert three[1].what == "MPI: sent by b over ib0" and three[1].reference == "4 MB"
     assert [line.ratio for line in crossed([Sent("a", "eth0", 5)], 3_000_000)] == [None]
 
 
-def test_machine_versions_and_date_stand_above_the_table(table: str) -> None:
+def test_table_heading_names_machine_versions_and_date(table: str) -> None:
     lines = table.splitlines()
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d", lines[0])
     assert f"torch {torch.__version__}" in lines[1]
     assert "2 rank(s) of 1 thread(s) on 1 host(s)" in lines[2]
 
 
-def test_the_bare_loop_trains_to_the_same_numbers() -> None:
+def test_bare_loop_trains_to_the_same_numbers() -> None:
     """One client, one round: the vectors of all three modules, the loss and the accuracy before the sum."""
     settings = config.build(
         {
@@ -121,7 +121,7 @@ def test_the_bare_loop_trains_to_the_same_numbers() -> None:
             **{"train.lr_shared": 0.02, "train.schedule": "cosine", "rounds": 3, "train.device": "cpu"},
         }
     )
-    loop = Loop(world(), build.build(world(), settings), SilentObserver(), None)
+    loop = Loop(shared_comm(), build.build(shared_comm(), settings), SilentObserver(), None)
     before = torch.cat([loop.state, loop.federation.clients[0].vector])
     bare = bare_loop.BareLoop(loop.federation, loop.state)
     (client,) = bare.clients
@@ -136,17 +136,17 @@ def test_the_bare_loop_trains_to_the_same_numbers() -> None:
         assert loop.history[-1]["clients"]["accuracy_before"][0] == pytest.approx(accuracy)
 
 
-def test_the_bare_loop_shares_nothing_with_the_federation() -> None:
+def test_bare_loop_leaves_the_federation_unchanged() -> None:
     settings = config.build({"data.source": "synthetic", "data.samples": 100, "clients": 2})
-    loop = Loop(world(), build.build(world(), settings), SilentObserver(), None)
+    loop = Loop(shared_comm(), build.build(shared_comm(), settings), SilentObserver(), None)
     vectors = [loop.state, *(client.vector for client in loop.federation.clients.values())]
     before = [vector.clone() for vector in vectors]
     bare_loop.BareLoop(loop.federation, loop.state).play(1)
     assert all(torch.equal(a, b) for a, b in zip(vectors, before, strict=True))
 
 
-def test_on_one_rank_only_what_one_rank_can_tell(tmp_path: Path) -> None:
-    result = program(0, "bench", *SMALL, cwd=tmp_path, timeout=240)
+def test_one_rank_prints_only_single_rank_rows(tmp_path: Path) -> None:
+    result = run_program(0, "bench", *SMALL, cwd=tmp_path, timeout=240)
     assert result.code == 0, result.err
     assert "bare loop" in result.out and "over 1" not in result.out and "1 client" not in result.out
 
@@ -161,21 +161,21 @@ def test_on_one_rank_only_what_one_rank_can_tell(tmp_path: Path) -> None:
         (0, ("start", "many"), "takes a number of ranks"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_impossible_benchmarks_are_refused(
     tmp_path: Path, ranks: int, words: tuple[str, ...], message: str
 ) -> None:
-    result = program(ranks, "bench", *words, cwd=tmp_path)
+    result = run_program(ranks, "bench", *words, cwd=tmp_path)
     assert (result.code, result.out) == (2, "")
     assert result.err.count("error:") == 1 and message in result.err and "remedy:" in result.err
 
 
-def test_start_compares_with_importing_torch(tmp_path: Path) -> None:
-    result = program(0, "bench", "start", "1", *SMALL, cwd=tmp_path, timeout=240)
+def test_start_is_compared_with_importing_torch(tmp_path: Path) -> None:
+    result = run_program(0, "bench", "start", "1", *SMALL, cwd=tmp_path, timeout=240)
     assert result.code == 0, result.err
     assert re.match(r"≤ 1.2 (met|missed)", row(result.out, "start of 1 ranks to round 1")[4])
 
 
-def test_sides_are_warmed_up_then_taken_by_turns() -> None:
+def test_both_sides_are_warmed_up_then_alternated() -> None:
     order = []
 
     def side(name: str, seconds: list[float]) -> float:
@@ -197,5 +197,5 @@ def test_sides_are_warmed_up_then_taken_by_turns() -> None:
         (1.0, True, "missed"),
     ],
 )
-def test_an_aim_is_met_or_missed(ratio: float, at_least: bool, shown: str) -> None:
+def test_target_is_met_or_missed(ratio: float, at_least: bool, shown: str) -> None:
     assert Line("x", "1 s", "1 s", ratio, 1.1, at_least).text().endswith(shown)

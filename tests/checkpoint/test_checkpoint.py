@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is read, what is damaged is refused, what is interrupted leaves no trace."""
+"""Checkpoints: written content is read back, damage is refused, an interrupted write leaves no file."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from pfedmoe_mpi.checkpoint import Checkpoint, Content, writer
 from pfedmoe_mpi.checkpoint.memory_file import SparseFile
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
-from support.checkpoint_checks import content, vector
-from support.checkpoint_files import places, write
-from support.mpi_job import mpirun
+from support.checkpoint_checks import client_vector, sample_content
+from support.checkpoint_files import read_ranges, write_alone
+from support.mpi_job import run_module
 from support.paths import with_support
 
 
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Content]:
     """A small checkpoint with everything in it."""
-    path, whole = tmp_path_factory.mktemp("sealed") / "round-000004-partial.h5", content(partial=True)
-    return write(path, whole), whole
+    path, whole = tmp_path_factory.mktemp("sealed") / "round-000004-partial.h5", sample_content(partial=True)
+    return write_alone(path, whole), whole
 
 
 def bits(array: np.ndarray) -> list[int]:
@@ -42,14 +42,14 @@ def bits(array: np.ndarray) -> list[int]:
 @pytest.mark.parametrize(
     "whole",
     [
-        content(),
-        content(partial=True),
-        content(clients=1),
-        content(sizes=(0,)),
-        content(state=0),
-        content(sizes=(0,), state=0),
-        content(clients=400, sizes=(100, 3)),
-        replace(content(), round=0, history=[]),
+        sample_content(),
+        sample_content(partial=True),
+        sample_content(clients=1),
+        sample_content(sizes=(0,)),
+        sample_content(state=0),
+        sample_content(sizes=(0,), state=0),
+        sample_content(clients=400, sizes=(100, 3)),
+        replace(sample_content(), round=0, history=[]),
     ],
     ids=[
         "whole",
@@ -62,9 +62,9 @@ def bits(array: np.ndarray) -> list[int]:
         "before round 1",
     ],
 )
-def test_what_is_written_is_read(tmp_path: Path, whole: Content) -> None:
+def test_written_content_is_read_back(tmp_path: Path, whole: Content) -> None:
     path = tmp_path / "round-000003.h5"
-    write(path, whole)
+    write_alone(path, whole)
     assert os.listdir(tmp_path) == [path.name]
     clients = len(whole.client_layouts)
     for rank in range(3):
@@ -80,7 +80,7 @@ def test_what_is_written_is_read(tmp_path: Path, whole: Content) -> None:
         assert loaded.state_layout == whole.state_layout
         assert loaded.clients == clients
         for client in range(clients):
-            assert bits(loaded.vector(client)) == bits(vector(whole, client))
+            assert bits(loaded.vector(client)) == bits(client_vector(whole, client))
             assert loaded.layout(client) == whole.client_layouts[client]
         for split, rows in whole.partition.items():
             assert [r.tolist() for r in loaded.partition(split)] == [r.tolist() for r in rows]
@@ -90,22 +90,22 @@ def test_what_is_written_is_read(tmp_path: Path, whole: Content) -> None:
             assert np.array_equal(loaded.partial, whole.partial) and loaded.finished == [1, 4]
 
 
-def test_any_tool_finds_the_clients_bytes_where_the_table_says(sealed: tuple[Path, Content]) -> None:
+def test_seal_table_gives_the_offset_of_every_client(sealed: tuple[Path, Content]) -> None:
     path, whole = sealed
     raw = path.read_bytes()
-    sealed_ranges, start = places(path)
+    sealed_ranges, start = read_ranges(path)
     assert raw[start : start + 8] == b"\x89HDF\r\n\x1a\n"
     with h5py.File(path, "r") as opened:
         assert opened.userblock_size == start
         for client, layout in enumerate(whole.client_layouts):
             dataset = opened[f"clients/{client:06d}"]
             assert (dataset.shape, dataset.dtype, dataset.chunks) == ((layout.size,), np.dtype("<f4"), None)
-            assert bits(dataset[()]) == bits(vector(whole, client)), (
+            assert bits(dataset[()]) == bits(client_vector(whole, client)), (
                 "the offset counts from the file's beginning"
             )
             if layout.size:
                 offset = dataset.id.get_offset()
-                assert raw[offset : offset + 4 * layout.size] == vector(whole, client).tobytes()
+                assert raw[offset : offset + 4 * layout.size] == client_vector(whole, client).tobytes()
                 assert offset % 4096 == 0, "ranks on different hosts share no page"
                 assert sealed_ranges.pop(f"clients/{client:06d}") == (offset, 4 * layout.size)
         for name, (offset, size) in sealed_ranges.items():
@@ -115,20 +115,20 @@ def test_any_tool_finds_the_clients_bytes_where_the_table_says(sealed: tuple[Pat
 
 
 @pytest.mark.skipif(not shutil.which("h5dump"), reason="h5dump is not installed")
-def test_h5dump_reads_it(sealed: tuple[Path, Content]) -> None:
+def test_h5dump_reads_a_checkpoint(sealed: tuple[Path, Content]) -> None:
     dump = subprocess.run(
         ["h5dump", "-H", sealed[0]], capture_output=True, text=True, timeout=60, check=True
     ).stdout
     assert 'DATASET "000011"' in dump and 'DATASET "state"' in dump
 
 
-def test_a_user_block_has_room_for_any_number_of_clients(tmp_path: Path) -> None:
+def test_user_block_fits_any_number_of_clients(tmp_path: Path) -> None:
     lengths = set()
     for clients in (1, 20, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 300):
         path = tmp_path / f"round-{clients:06d}.h5"
-        write(path, content(clients=clients, sizes=(2,)))
+        write_alone(path, sample_content(clients=clients, sizes=(2,)))
         checkpoint.verify(path)
-        ranges, start = places(path)
+        ranges, start = read_ranges(path)
         needed = 32 + 48 * len(ranges) + len("\n".join(ranges)) + 64
         assert start == max(4096, 1 << (needed - 1).bit_length())
         with h5py.File(path, "r") as opened:
@@ -138,12 +138,12 @@ def test_a_user_block_has_room_for_any_number_of_clients(tmp_path: Path) -> None
 
 
 def test_ranks_write_one_file_together(tmp_path: Path) -> None:
-    ended = mpirun("checkpoint_checks", "write_together", str(tmp_path), ranks=3)
+    ended = run_module("checkpoint_checks", "write_together", str(tmp_path), ranks=3)
     assert ended.code == 0, ended.output
     checkpoint.verify(tmp_path / "round-000003.h5")
 
 
-def test_the_newest_comes_first(tmp_path: Path) -> None:
+def test_newest_checkpoint_comes_first(tmp_path: Path) -> None:
     order = [
         *("round-1000000.h5", "round-000021.h5", "round-000021-partial.h5", "round-000020.h5"),
         *("round-000020-partial.h5", "round-000003.h5", "round-000000.h5"),
@@ -168,42 +168,42 @@ def test_the_newest_comes_first(tmp_path: Path) -> None:
 # Failures while writing
 
 
-def test_an_unsealed_file_is_no_checkpoint(tmp_path: Path) -> None:
+def test_unsealed_file_is_not_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "round-000001.h5"
-    writer._lay_out(path, content())
+    writer._lay_out(path, sample_content())
     with h5py.File(path, "r") as opened:
         assert opened.attrs["round"] == 3
     with pytest.raises(CheckpointError, match="not a finished checkpoint"):
         checkpoint.verify(path)
 
 
-def test_an_error_on_one_rank_is_an_error_on_all_and_leaves_nothing(tmp_path: Path) -> None:
-    ended = mpirun("checkpoint_checks", "write_fails", str(tmp_path), ranks=3)
+def test_write_error_on_one_rank_reaches_all_and_leaves_no_file(tmp_path: Path) -> None:
+    ended = run_module("checkpoint_checks", "write_fails", str(tmp_path), ranks=3)
     assert ended.code == 0, ended.output
     assert "Exception ignored" not in ended.output
 
 
-def test_no_room_at_any_length_is_one_clean_error(tmp_path: Path) -> None:
-    ended = mpirun("checkpoint_checks", "write_limited", str(tmp_path), ranks=1)
+def test_full_disk_at_any_length_is_one_error(tmp_path: Path) -> None:
+    ended = run_module("checkpoint_checks", "write_limited", str(tmp_path), ranks=1)
     assert ended.code == 0, ended.output
     assert "Exception ignored" not in ended.output, "HDF5 has met the full disk"
 
 
-def test_a_folder_that_is_gone_is_told_with_the_remedy(tmp_path: Path) -> None:
+def test_missing_folder_is_reported_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be written: .*No such file") as caught:
-        write(tmp_path / "gone" / "round-000001.h5", content())
+        write_alone(tmp_path / "gone" / "round-000001.h5", sample_content())
     assert "remedy" in str(caught.value)
 
 
-def test_leftovers_of_a_killed_writer_are_cleared_away(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     for name in (".round-000003.h5.tmp", ".round-000002-partial.h5.tmp"):
         (tmp_path / name).write_bytes(b"x" * 1_000_000)
-    write(tmp_path / "round-000003.h5", content())
+    write_alone(tmp_path / "round-000003.h5", sample_content())
     assert os.listdir(tmp_path) == ["round-000003.h5"]
     checkpoint.verify(tmp_path / "round-000003.h5")
 
 
-def test_a_writer_killed_at_any_moment_leaves_only_good_checkpoints(tmp_path: Path) -> None:
+def test_killed_writer_leaves_only_good_checkpoints(tmp_path: Path) -> None:
     seed = str(random.randrange(10**6))
     job = subprocess.run(
         [sys.executable, "-m", "support.checkpoint_checks", "writer_killed", str(tmp_path), seed, "10"],
@@ -221,7 +221,7 @@ def test_a_writer_killed_at_any_moment_leaves_only_good_checkpoints(tmp_path: Pa
 # The file in memory
 
 
-def test_a_sparse_file_is_a_file(tmp_path: Path) -> None:
+def test_memory_file_behaves_like_a_file(tmp_path: Path) -> None:
     draw, file, path = random.Random(2), SparseFile(), tmp_path / "plain"
     with open(path, "w+b") as plain:
         for _ in range(200):
@@ -242,9 +242,9 @@ def test_a_sparse_file_is_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "saved").read_bytes() == path.read_bytes()
 
 
-def test_a_layout_of_a_terabyte_costs_no_memory_and_no_disk(tmp_path: Path) -> None:
+def test_terabyte_layout_takes_neither_memory_nor_disk(tmp_path: Path) -> None:
     layout = Layout.join({"model": Layout.of_tensor((1 << 36,))})
-    whole = replace(content(clients=4), client_layouts=[layout] * 4)
+    whole = replace(sample_content(clients=4), client_layouts=[layout] * 4)
     path = tmp_path / "file"
     table = writer._lay_out(path, whole)
     assert path.stat().st_size > 1 << 40 and path.stat().st_blocks * 512 < 1 << 21

@@ -1,4 +1,4 @@
-"""A client's model in a notebook: it answers as the run measured it."""
+"""A client's model in a notebook: it predicts as the run measured."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.errors import CheckpointError, DataError
 from pfedmoe_mpi.federation import build
 from support import launcher
-from support.launcher import SMALL
-from support.small_federation import world
+from support.files import path_digest
+from support.launcher import SMALL_RUN
+from support.small_federation import shared_comm
 from support.text_files import write_hospitals, write_news
 
 METHODS = {
@@ -38,13 +39,13 @@ def trained_by(session: launcher.Session, folder: Path, algorithm: str, *flags: 
     pool = ("--model.pool", "mlp5") if alike else ()
     more = ("--data.size", "12", "--data.samples", "300", "--rounds", "2", "--eval.batch", "7")
     name = ("--algorithm", algorithm, "--run.dir", algorithm)
-    result = session(*SMALL, *more, *pool, *flags, *name, cwd=folder)
+    result = session(*SMALL_RUN, *more, *pool, *flags, *name, cwd=folder)
     assert result.code == 0, result.err
     return folder / algorithm
 
 
-def test_rows(run: Path, client: int) -> tuple[np.ndarray, np.ndarray]:
-    """Raw samples and labels of a client's test part, from the data themselves."""
+def client_test_rows(run: Path, client: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return raw samples and labels of a client's test part, read from the data."""
     settings = config.build(config.read_toml(run / "config.toml"))
     dataset = open_dataset(settings.data, settings.seed, clients=settings.clients)
     with checkpoint.Checkpoint(run / "checkpoints" / "round-000002.h5") as loaded:
@@ -52,16 +53,15 @@ def test_rows(run: Path, client: int) -> tuple[np.ndarray, np.ndarray]:
     return dataset.rows(rows), dataset.labels[rows]
 
 
-test_rows.__test__ = False  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("algorithm", METHODS)
-def test_answers_as_the_run_measured(session: launcher.Session, tmp_path: Path, algorithm: str) -> None:
+def test_client_model_reproduces_the_measured_accuracy(
+    session: launcher.Session, tmp_path: Path, algorithm: str
+) -> None:
     run = trained_by(session, tmp_path, algorithm, *METHODS[algorithm])
-    measured = launcher.rows(run)[-1]["clients"]
+    measured = launcher.read_metrics(run)[-1]["clients"]
     assert any(value is not None for value in measured["accuracy"])
     for client, accuracy in enumerate(measured["accuracy"]):
-        x, y = test_rows(run, client)
+        x, y = client_test_rows(run, client)
         model = load_client(run / "checkpoints" / "round-000002.h5", client)
         logits = model.predict(x)
         assert logits.shape == (len(x), 10) and logits.dtype == torch.float32
@@ -72,7 +72,9 @@ def test_answers_as_the_run_measured(session: launcher.Session, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("source", ["heart", "text"])
-def test_patients_and_texts(session: launcher.Session, tmp_path: Path, source: str) -> None:
+def test_client_model_reads_patients_and_texts(
+    session: launcher.Session, tmp_path: Path, source: str
+) -> None:
     heart = source == "heart"
     path = write_hospitals(tmp_path / "data") if heart else write_news(tmp_path / "news.csv")
     few = ("--clients", "3", "--partition.alpha", "100") if not heart else ()
@@ -80,16 +82,16 @@ def test_patients_and_texts(session: launcher.Session, tmp_path: Path, source: s
     result = session(*flags, "--train.device", "cpu", cwd=tmp_path)
     assert result.code == 0, result.err
     run = tmp_path / "run"
-    built = build.build(world(), config.build(config.read_toml(run / "config.toml")))
-    for client, accuracy in enumerate(launcher.rows(run)[-1]["clients"]["accuracy"]):
+    built = build.build(shared_comm(), config.build(config.read_toml(run / "config.toml")))
+    for client, accuracy in enumerate(launcher.read_metrics(run)[-1]["clients"]["accuracy"]):
         test = built.clients[client].splits["test"]
         answers = load_client(run / "checkpoints" / "round-000002.h5", client).predict(test.x).argmax(1)
         assert (answers == test.y).double().mean() == accuracy
 
 
-def test_it_is_a_module_like_any_other(trained: Path, tmp_path: Path) -> None:
+def test_client_model_is_an_ordinary_module(trained: Path, tmp_path: Path) -> None:
     path = trained / "checkpoints" / "best.h5"
-    before = launcher.digest(path)
+    before = path_digest(path)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -110,15 +112,15 @@ def test_it_is_a_module_like_any_other(trained: Path, tmp_path: Path) -> None:
     assert all(p.grad is not None for p in model.parameters()), "fine-tuning reaches every part"
     model.predict(x)
     assert model.training, "predict leaves the mode as it was"
-    assert launcher.digest(path) == before
+    assert path_digest(path) == before
 
 
 @pytest.mark.parametrize("algorithm", ["pfedmoe", "fedtgp", "standalone"])
-def test_an_exported_client_answers_alike(
-    done: Callable[..., launcher.Result], session: launcher.Session, tmp_path: Path, algorithm: str
+def test_exported_client_gives_the_same_answers(
+    run_command: Callable[..., launcher.Result], session: launcher.Session, tmp_path: Path, algorithm: str
 ) -> None:
     path = trained_by(session, tmp_path, algorithm) / "checkpoints" / "round-000002.h5"
-    done("export", path, "--client", "2", "two.h5")
+    run_command("export", path, "--client", "2", "two.h5")
     whole, alone = load_client(path, 2), load_client(tmp_path / "two.h5")
     assert alone.client == 2
     ours, theirs = whole.state_dict(), alone.state_dict()
@@ -127,7 +129,9 @@ def test_an_exported_client_answers_alike(
     assert torch.equal(whole.predict(x), alone.predict(x))
 
 
-def test_what_is_no_exported_client_is_refused(done: Callable[..., launcher.Result], run: Path) -> None:
+def test_file_that_is_not_an_exported_client_is_refused(
+    run_command: Callable[..., launcher.Result], run: Path
+) -> None:
     path = run / "checkpoints" / "best.h5"
     with pytest.raises(CheckpointError, match="which client"):
         load_client(path)
@@ -138,7 +142,7 @@ def test_what_is_no_exported_client_is_refused(done: Callable[..., launcher.Resu
             load_client(out, client)
 
     refused("one.h5")
-    done("export", path, "--client", "1", out)
+    run_command("export", path, "--client", "1", out)
     assert load_client(out, 1).client == 1
     refused("holds client 1 alone", 2)
     with h5py.File(out, "r+") as file:
@@ -162,7 +166,7 @@ def test_what_is_no_exported_client_is_refused(done: Callable[..., launcher.Resu
     refused("is a link")
 
 
-def test_samples_of_the_original_size_are_resized(trained: Path) -> None:
+def test_original_size_samples_are_resized(trained: Path) -> None:
     model = load_client(trained / "checkpoints" / "best.h5", 0)
     x = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16), np.uint8)
     assert model.predict(x).shape == (2, 10)
@@ -176,12 +180,14 @@ def test_samples_of_the_original_size_are_resized(trained: Path) -> None:
             model.predict(samples)
 
 
-def test_what_has_no_answer_is_refused(session: launcher.Session, tmp_path: Path, trained: Path) -> None:
+def test_client_without_a_model_is_refused(session: launcher.Session, tmp_path: Path, trained: Path) -> None:
     with pytest.raises(CheckpointError, match="no client 9"):
         load_client(trained / "checkpoints" / "best.h5", 9)
     flags = ("--unseen.clients", "1", "--partition.kind", "pathological", "--clients", "6")
     run = trained_by(session, tmp_path, "pfedmoe", *flags)
-    never = [k for k, value in enumerate(launcher.rows(run)[-1]["clients"]["accuracy"]) if value is None]
+    never = [
+        k for k, value in enumerate(launcher.read_metrics(run)[-1]["clients"]["accuracy"]) if value is None
+    ]
     assert len(never) == 1
     with pytest.raises(CheckpointError, match="never trained"):
         load_client(run / "checkpoints" / "round-000002.h5", never[0])

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: whatever happened to their bytes, they are refused, and the message says where."""
+"""Damaged checkpoints are refused whatever happened to their bytes, and the message says where."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, seal
 from pfedmoe_mpi.commands.checkpoints import digest
 from pfedmoe_mpi.errors import CheckpointError
-from support.checkpoint_checks import content, flip
-from support.checkpoint_files import places, regions, write
-from support.mpi_job import mpirun
+from support.checkpoint_checks import sample_content
+from support.checkpoint_files import read_ranges, regions, write_alone
+from support.files import flip_bit
+from support.mpi_job import run_module
 
 
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint with everything in it."""
-    return write(tmp_path_factory.mktemp("sealed") / "round-000004-partial.h5", content(partial=True))
+    return write_alone(
+        tmp_path_factory.mktemp("sealed") / "round-000004-partial.h5", sample_content(partial=True)
+    )
 
 
 @pytest.fixture
@@ -40,31 +43,31 @@ def refused(path: Path, match: str | None = None) -> None:
     assert "remedy: " in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_a_flipped_bit_anywhere_is_named(copy: Path) -> None:
-    """A dataset by its name, HDF5's structure and the seal as such."""
+def test_flipped_bit_is_located(copy: Path) -> None:
+    """The message names the dataset, HDF5's structure or the seal."""
     draw = random.Random(7)
-    datasets, start = places(copy)
+    datasets, start = read_ranges(copy)
     for name, (first, last) in regions(copy).items():
         says = "checkpoint|damaged|truncated|format" if last < 32 else "its seal does not match"
         says = "HDF5's own structure has changed" if first >= start else says
         says = f"the bytes of {name} have changed" if name in datasets else says
         for position in (first, last, *(draw.randint(first, last) for _ in range(6))):
             bit = draw.randrange(8)
-            flip(copy, position, bit)
+            flip_bit(copy, position, bit)
             refused(copy, says)
-            flip(copy, position, bit)
+            flip_bit(copy, position, bit)
     checkpoint.verify(copy)
 
 
-def test_every_bit_of_the_header_is_noticed_at_once(copy: Path) -> None:
+def test_every_flipped_header_bit_is_detected(copy: Path) -> None:
     for position in range(32):
         for bit in range(8):
-            flip(copy, position, bit)
+            flip_bit(copy, position, bit)
             refused(copy)
-            flip(copy, position, bit)
+            flip_bit(copy, position, bit)
 
 
-def test_truncation_at_any_length_is_noticed(copy: Path) -> None:
+def test_truncation_at_any_length_is_detected(copy: Path) -> None:
     whole, draw = copy.read_bytes(), random.Random(3)
     lengths = {
         0,
@@ -85,8 +88,8 @@ def test_truncation_at_any_length_is_noticed(copy: Path) -> None:
         refused(copy, "truncated|not a finished checkpoint")
 
 
-def test_what_is_cut_first_is_named(copy: Path) -> None:
-    ranges, start = places(copy)
+def test_truncation_names_the_first_missing_part(copy: Path) -> None:
+    ranges, start = read_ranges(copy)
     ordered = sorted(ranges.items(), key=lambda item: item[1], reverse=True)
     assert len(ordered) > 15
     for name, (offset, size) in ordered:
@@ -97,22 +100,22 @@ def test_what_is_cut_first_is_named(copy: Path) -> None:
     refused(copy, "truncated: .*, its seal is cut")
 
 
-def test_a_cut_behind_the_last_dataset_is_structure(tmp_path: Path) -> None:
+def test_cut_behind_the_last_dataset_is_structure_damage(tmp_path: Path) -> None:
     path = tmp_path / "round-000003.h5"
-    write(path, content(clients=1, sizes=(0,)))
-    last = max(offset + size for offset, size in places(path)[0].values())
+    write_alone(path, sample_content(clients=1, sizes=(0,)))
+    last = max(offset + size for offset, size in read_ranges(path)[0].values())
     assert last < path.stat().st_size
     os.truncate(path, path.stat().st_size - 1)
     refused(path, "the first that is cut is HDF5's own structure")
 
 
-def test_appended_and_swapped_bytes_are_noticed(copy: Path) -> None:
+def test_appended_and_swapped_bytes_are_detected(copy: Path) -> None:
     whole = copy.read_bytes()
     for more in (b"\0", b"\0" * 4096, whole):
         copy.write_bytes(whole + more)
         refused(copy, "is too long")
     copy.write_bytes(whole)
-    equal = [(offset, size) for name, (offset, size) in places(copy)[0].items() if size == 6000]
+    equal = [(offset, size) for name, (offset, size) in read_ranges(copy)[0].items() if size == 6000]
     (one, size), (other, _) = equal[:2]
     swapped = bytearray(whole)
     swapped[one : one + size], swapped[other : other + size] = (
@@ -124,11 +127,11 @@ def test_appended_and_swapped_bytes_are_noticed(copy: Path) -> None:
     refused(copy, "the bytes of clients/00000. have changed")
 
 
-def test_one_rank_finds_the_damage_in_its_share(copy: Path) -> None:
-    """Every dataset is one rank's; all that is not a client's is rank 0's."""
+def test_each_rank_finds_the_damage_in_its_share(copy: Path) -> None:
+    """Every dataset belongs to one rank; rank 0 has all that is not a client's."""
     finders = set()
-    for name, (offset, _) in places(copy)[0].items():
-        flip(copy, offset)
+    for name, (offset, _) in read_ranges(copy)[0].items():
+        flip_bit(copy, offset)
         found = []
         for rank in range(3):
             try:
@@ -136,18 +139,18 @@ def test_one_rank_finds_the_damage_in_its_share(copy: Path) -> None:
             except CheckpointError:
                 found.append(rank)
         refused(copy, f"the bytes of {name} have changed")
-        flip(copy, offset)
+        flip_bit(copy, offset)
         assert found == [0] or (len(found) == 1 and name.startswith("clients/")), name
         finders |= {*found}
     assert finders == {0, 1, 2}
 
 
-def test_damage_seen_by_one_rank_is_heard_by_all(tmp_path: Path) -> None:
-    ended = mpirun("checkpoint_checks", "damaged_for_one", str(tmp_path))
+def test_damage_found_by_one_rank_is_raised_on_all(tmp_path: Path) -> None:
+    ended = run_module("checkpoint_checks", "damaged_for_one", str(tmp_path))
     assert ended.code == 0, ended.output
 
 
-def test_another_format_version_is_named(copy: Path) -> None:
+def test_other_format_version_is_named(copy: Path) -> None:
     with open(copy, "r+b") as file:
         file.seek(8)
         file.write((9).to_bytes(4, "little"))
@@ -182,7 +185,9 @@ def _hdf5(path: Path) -> None:
         *("version 1", "pipe"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, make: Callable[[Path], object], says: str) -> None:
+def test_file_that_is_not_a_checkpoint_is_refused(
+    tmp_path: Path, make: Callable[[Path], object], says: str
+) -> None:
     path = tmp_path / "round-000001.h5"
     make(path)
     refused(path, says)
@@ -244,7 +249,7 @@ SAYS = re.compile(
 
 
 def judged(path: Path, good: str) -> str:
-    """What becomes of a file: the region that the refusal names, or `harmless`."""
+    """Return the region that the error names, or `harmless`."""
     try:
         checkpoint.verify(path)
         with Checkpoint(path) as loaded:
@@ -258,7 +263,7 @@ def judged(path: Path, good: str) -> str:
 
 
 def campaign(paths: list[Path], folder: Path, times: int) -> Counter[str]:
-    """Outcomes of mutations of every kind, half of their places in the part that is not vectors."""
+    """Return the outcomes of mutations of every kind; half of them hit parts other than vectors."""
     seed = random.randrange(10**6)
     draw, outcomes, seen = random.Random(seed), Counter[str](), set()
     good = {}
@@ -285,17 +290,17 @@ def campaign(paths: list[Path], folder: Path, times: int) -> Counter[str]:
 SIZES = (1, 4, 32, 48, 512, 4096, 20_000)
 
 
-def test_a_hundred_mutations(sealed: Path, tmp_path: Path) -> None:
-    whole = write(tmp_path / "round-000003.h5", content())
+def test_hundred_mutations_are_refused_or_harmless(sealed: Path, tmp_path: Path) -> None:
+    whole = write_alone(tmp_path / "round-000003.h5", sample_content())
     (tmp_path / "mutated").mkdir()
     outcomes = campaign([sealed, whole], tmp_path / "mutated", 100)
     assert len(outcomes) > 4
 
 
 @pytest.mark.campaign
-def test_a_thousand_mutations(sealed: Path, trained: Path, tmp_path: Path) -> None:
+def test_thousand_mutations_are_refused_or_harmless(sealed: Path, trained: Path, tmp_path: Path) -> None:
     """Of a small partial checkpoint, a small complete one and a trained run's."""
-    sources = [sealed, write(tmp_path / "round-000003.h5", content())]
+    sources = [sealed, write_alone(tmp_path / "round-000003.h5", sample_content())]
     sources.append(trained / "checkpoints" / "round-000002.h5")
     (tmp_path / "mutated").mkdir()
     outcomes = campaign(sources, tmp_path / "mutated", 1000)

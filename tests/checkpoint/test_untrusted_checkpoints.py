@@ -1,6 +1,6 @@
-"""Checkpoints from strangers, whose seal is right: refused before memory is taken.
+"""Untrusted checkpoints with a valid seal are refused before they take memory.
 
-Every file is read by a process with 300 MiB to spare: what took memory first would end it.
+Every file is read by a process with 300 MiB to spare: taking more memory would end it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pfedmoe_mpi.checkpoint import Checkpoint, seal
 from pfedmoe_mpi.checkpoint.writer import _put
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
-from support.checkpoint_checks import content, row
-from support.checkpoint_files import resealed, write
-from support.limited_memory import said
+from support.checkpoint_checks import sample_content, sample_row
+from support.checkpoint_files import reseal, write_alone
+from support.limited_memory import read_messages
 
 Edit = Callable[[Any], object]
 
 
 def replaced(key: str, *arguments: Any, **options: Any) -> Edit:
-    """Another dataset in the place of one; its layout is still named."""
+    """Replace a dataset; its layout is still named."""
 
     def edit(file: Any) -> None:
         layout = file[key].attrs.get("layout")
@@ -48,7 +48,7 @@ def linked(key: str, link: Any) -> Edit:
 
 
 def texted(key: str, text: str | bytes) -> Edit:
-    """Another text, written as the program writes texts."""
+    """Replace a text, written as the program writes texts."""
 
     def edit(file: Any) -> None:
         del file[key]
@@ -58,7 +58,7 @@ def texted(key: str, text: str | bytes) -> Edit:
 
 
 def configured(**changes: Any) -> Edit:
-    return texted("config", json.dumps({**content().config, **changes}))
+    return texted("config", json.dumps({**sample_content().config, **changes}))
 
 
 def lived(*rows: Any) -> Edit:
@@ -66,7 +66,7 @@ def lived(*rows: Any) -> Edit:
 
 
 def laid_out(text: str) -> Edit:
-    """Another layout of client 1, under the digest that it has."""
+    """Replace the layout of client 1, under the digest that it has."""
 
     def edit(file: Any) -> None:
         layout = Layout.from_json(text) if text.startswith("[[") else None
@@ -102,7 +102,7 @@ def grouped(key: str) -> Edit:
 
 STATE, OFFSETS = "server/state", "partition/train_offsets"
 ZEROS = np.zeros(700, "<f4")
-ROWS = [row(1), row(2), row(3)]
+ROWS = [sample_row(1), sample_row(2), sample_row(3)]
 CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "soft link": ("config is a link", linked("config", h5py.SoftLink("/history"))),
     "soft loop": ("server/state is a link", linked(STATE, h5py.SoftLink("/server/state"))),
@@ -157,7 +157,7 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "attribute of texts": ("'x' is neither", attributed("x", ["a", "b"])),
     "long attribute": ("longer than", attributed("x", np.zeros(300_000))),
     "attribute of bytes": ("not UTF-8", attributed("x", np.bytes_(b"\xff\xfe"))),
-    "config in a heap": ("config is no text", replaced("config", data=json.dumps(content().config))),
+    "config in a heap": ("config is no text", replaced("config", data=json.dumps(sample_content().config))),
     "config as numbers": ("config is no text", replaced("config", data=7)),
     "config of bytes": ("config is not UTF-8", texted("config", b'{"a": "\xff\xfe"}')),
     "config of half a character": ("config is not JSON", configured(name="\ud800")),
@@ -209,50 +209,50 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
 @pytest.fixture(scope="module")
 def partial(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A checkpoint with everything in it."""
-    return write(
-        tmp_path_factory.mktemp("partial") / "round-000004-partial.h5", content(partial=True)
+    return write_alone(
+        tmp_path_factory.mktemp("partial") / "round-000004-partial.h5", sample_content(partial=True)
     ).read_bytes()
 
 
 @pytest.fixture(scope="module")
-def answers(partial: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What is said of each of CHECKPOINTS, and of one that nobody edited."""
+def messages(partial: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The message about each of CHECKPOINTS, and about an unedited one."""
     folder = tmp_path_factory.mktemp("strangers")
     paths = {}
     for name, (_, edit) in {**CHECKPOINTS, "good": ("", lambda file: None)}.items():
         paths[name] = folder / f"{name}.h5"
         paths[name].write_bytes(partial)
-        resealed(paths[name], edit)
-    messages = said("checkpoint", list(paths.values()))
+        reseal(paths[name], edit)
+    messages = read_messages("checkpoint", list(paths.values()))
     return {name: messages[path] for name, path in paths.items()}
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_strangers_checkpoint_is_refused(answers: dict[str, str], name: str) -> None:
-    message = answers[name]
+def test_crafted_checkpoint_is_refused(messages: dict[str, str], name: str) -> None:
+    message = messages[name]
     assert re.search(CHECKPOINTS[name][0], message), message
     assert f"{name}.h5 is no checkpoint of this program: " in message and "remedy: " in message
     assert "damaged" not in message and "truncated" not in message, "the seal was right"
 
 
-def test_what_nobody_edited_is_read(answers: dict[str, str]) -> None:
-    assert not answers["good"]
+def test_unedited_checkpoint_is_read(messages: dict[str, str]) -> None:
+    assert not messages["good"]
 
 
-def test_a_seal_that_names_the_same_bytes_twice_is_refused(partial: bytes, tmp_path: Path) -> None:
+def test_seal_with_overlapping_ranges_is_refused(partial: bytes, tmp_path: Path) -> None:
     path = tmp_path / "twice.h5"
     path.write_bytes(partial)
     with open(path, "r+b") as file:
         table = {one.name: (one.offset, one.length) for one in seal.read(file, path).ranges}
         table["config"] = (table["history"][0], table["config"][1])
         seal.put(file, table, {})
-    assert "its seal makes no sense" in said("checkpoint", [path])[path]
+    assert "its seal makes no sense" in read_messages("checkpoint", [path])[path]
 
 
-def test_other_models_than_the_federations_are_refused(partial: bytes, tmp_path: Path) -> None:
+def test_checkpoint_with_other_models_is_refused(partial: bytes, tmp_path: Path) -> None:
     path = tmp_path / "round-000004-partial.h5"
     path.write_bytes(partial)
-    whole = content(partial=True)
+    whole = sample_content(partial=True)
     state, clients = whole.state_layout, list(whole.client_layouts)
     with Checkpoint(path) as loaded:
         loaded.check_fits(state, clients, 333)

@@ -1,4 +1,4 @@
-"""Command lines of HtFLlib and PFLlib in this program's words."""
+"""Command lines of HtFLlib and PFLlib, translated to this program's settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HTFLLIB = (
 
 
 def settings(line: str) -> tuple[config.Config, str]:
-    """The configuration of the command that is printed, and its notes."""
+    """Return the configuration of the printed command, and its notes."""
     text = translate.translate(shlex.split(line)).text()
     notes = "\n".join(part for part in text.splitlines() if part.startswith("#"))
     words = shlex.split(text.replace(notes, "").replace("\\\n", " "))
@@ -29,7 +29,7 @@ def settings(line: str) -> tuple[config.Config, str]:
     ), notes
 
 
-def test_a_line_of_htfllib() -> None:
+def test_htfllib_command_is_translated() -> None:
     made, notes = settings(HTFLLIB.format("FedTGP -lam 10 -se 50 -mart 90"))
     assert (made.algorithm, made.clients, made.participation, made.rounds) == ("fedtgp", 30, 0.5, 300)
     train = made.train
@@ -45,7 +45,7 @@ def test_a_line_of_htfllib() -> None:
     assert "-fd" not in notes
 
 
-def test_flags_mean_what_their_method_makes_of_them() -> None:
+def test_flag_meaning_depends_on_the_method() -> None:
     assert settings(HTFLLIB.format("FedProto -lam 10"))[0].options.weight == 10  # type: ignore[attr-defined]
     made, notes = settings(HTFLLIB.format("FedKD -mlr 0.03 -Ts 0.9 -Te 0.99 -lam 2"))
     assert (made.train.lr, made.train.lr_shared, made.train.clip) == (0.02, 0.03, 10)
@@ -55,7 +55,7 @@ def test_flags_mean_what_their_method_makes_of_them() -> None:
     assert settings(HTFLLIB.format("LG-FedAvg"))[0].algorithm == "lg_fedavg"
 
 
-def test_defaults_are_theirs() -> None:
+def test_htfllib_defaults_are_kept() -> None:
     made, _ = settings("python main.py -algo FD -m HtFE-img-2 -data Cifar10")
     assert (made.rounds, made.clients, made.train.batch, made.train.lr) == (2000, 20, 10, 0.01)
     made, notes = settings("python main.py -algo FedRep")
@@ -67,7 +67,7 @@ def test_defaults_are_theirs() -> None:
     assert (ours.epochs, ours.lr, theirs.epochs, theirs.lr) == (100, 0.01, 1, 1.0)  # type: ignore[attr-defined]
 
 
-def test_what_theirs_take_from_other_flags() -> None:
+def test_derived_htfllib_settings_are_translated() -> None:
     made = settings(HTFLLIB.format("FedKD"))[0]
     assert made.options.ramp == 300 and made.model.shared == "cnn1"  # type: ignore[attr-defined]
     assert settings(HTFLLIB.format("FedGH"))[0].options.batch == 32  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ def test_what_theirs_take_from_other_flags() -> None:
     assert settings("main.py -dev cpu")[0].train.device == "cpu"
 
 
-def test_a_line_of_pfllib() -> None:
+def test_pfllib_command_is_translated() -> None:
     made, notes = settings(
         "python main.py --dataset=FashionMNIST --model ResNet18 --algorithm FedProx -mu 0.01 -ld 1"
     )
@@ -92,16 +92,22 @@ def test_a_line_of_pfllib() -> None:
     assert made.model.pool == ("lstm",)
 
 
-def test_the_command_prints_it(done: Callable[..., launcher.Result], refused: Callable[..., str]) -> None:
-    said = done("translate", "--", *shlex.split("main.py -data Cifar10 -algo FedProto -m HtFE-img-4")).out
+def test_translate_prints_a_runnable_command(
+    run_command: Callable[..., launcher.Result], assert_refused: Callable[..., str]
+) -> None:
+    said = run_command(
+        "translate", "--", *shlex.split("main.py -data Cifar10 -algo FedProto -m HtFE-img-4")
+    ).out
     assert "--algorithm fedproto" in said and said.splitlines()[0].startswith("# ")
-    refused("-algo FedGen is not a method", "translate", "--", "python", "main.py", "-algo", "FedGen")
-    refused("-algos is not a flag of .*did you mean 'algo'", "translate", "--", "main.py", "-algos", "FedAvg")
-    refused("-lr needs a value", "translate", "main.py", "-lr")
+    assert_refused("-algo FedGen is not a method", "translate", "--", "python", "main.py", "-algo", "FedGen")
+    assert_refused(
+        "-algos is not a flag of .*did you mean 'algo'", "translate", "--", "main.py", "-algos", "FedAvg"
+    )
+    assert_refused("-lr needs a value", "translate", "main.py", "-lr")
 
 
-def test_table_of_flags(done: Callable[..., launcher.Result]) -> None:
-    text = done("translate", "--flags").out
+def test_table_of_flags(run_command: Callable[..., launcher.Result]) -> None:
+    text = run_command("translate", "--flags").out
     assert max(map(len, text.splitlines())) <= 100
     table = text.split("\n\n")[1]
     rows = dict(re.findall(r"^(-.{1,35}?)  +(.*(?:\n {38}.*)*)", table, re.M))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support import launcher
-from support.launcher import ROOT, SMALL
+from support.launcher import ROOT, SMALL_RUN
 
 SOURCES = {  # what is in the file, the line that is wrong, and whether Python cannot read the file at all
     "syntax": (b'"""A method."""\n\nx = = 3\n', 3, True),
@@ -34,7 +34,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def program(package: Path, *words: str) -> launcher.Result:
-    return launcher.program(0, *words, cwd=package.parents[1], env={"COLUMNS": "300"})
+    return launcher.run_program(0, *words, cwd=package.parents[1], env={"COLUMNS": "300"})
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -43,7 +43,9 @@ def test_broken_file_is_named(package: Path, kind: str) -> None:
     file = package / "broken.py"
     file.write_bytes(content)
     place = f"{file}:{line}: " if line else f"{file}"
-    message = launcher.told(program(package, "--algorithm", "broken"), "\n  remedy: fix this file, or choose")
+    message = launcher.error_message(
+        program(package, "--algorithm", "broken"), "\n  remedy: fix this file, or choose"
+    )
     assert place in message, message
     summary = program(package, "--help")
     assert summary.code == 0 and "\n  fedavg " in summary.out
@@ -55,7 +57,7 @@ def test_broken_file_is_named(package: Path, kind: str) -> None:
 def test_settings_beside_a_broken_file(package: Path, kind: str) -> None:
     file = package / "broken.py"
     file.write_bytes(SOURCES[kind][0])
-    launcher.told(
+    launcher.error_message(
         program(package, "--broken.x", "3", "--algorithm", "fedavg"), f"{file}:{SOURCES[kind][1]}: "
     )
     settings = program(package, "run", "--help")
@@ -66,7 +68,7 @@ def test_settings_beside_a_broken_file(package: Path, kind: str) -> None:
 def test_missing_file(package: Path) -> None:
     file = package / "broken.py"
     file.symlink_to(package / "nowhere.py")
-    message = launcher.told(program(package, "--algorithm", "broken"), "No such file")
+    message = launcher.error_message(program(package, "--algorithm", "broken"), "No such file")
     assert str(file) in message and f"cannot be used: {file}" in program(package, "--help").out
     file.unlink()
 
@@ -74,10 +76,10 @@ def test_missing_file(package: Path) -> None:
 def test_name_of_a_section_is_refused(package: Path) -> None:
     file = package / "train.py"
     file.write_text('"""A method."""\nclass Options(Section):\n    x: int = 1\n')
-    launcher.told(
+    launcher.error_message(
         program(package, "--algorithm", "train"), f"{file}: 'train' is the name of a setting or section"
     )
-    launcher.told(program(package, "--train.lr", "-1"), "train.lr = '-1'")
+    launcher.error_message(program(package, "--train.lr", "-1"), "train.lr = '-1'")
     file.unlink()
 
 
@@ -85,7 +87,7 @@ def test_other_methods_train_beside_a_broken_one(package: Path) -> None:
     file = package / "broken.py"
     file.write_bytes(SOURCES["syntax"][0])
     flags = ("--algorithm", "fedavg", "--model.pool", "mlp5", "--run.dir", "run")
-    result = program(package, *SMALL, *flags)
+    result = program(package, *SMALL_RUN, *flags)
     assert result.code == 0, result.err
     newest = package.parents[1] / "run" / "checkpoints" / "round-000001.h5"
     for words in (("inspect", newest, "--digest"), ("evaluate", newest), ("restart", "run", "--rounds", "2")):

@@ -1,4 +1,4 @@
-"""The commands from end to end on tiny runs: what they print, what they write, what a restart keeps."""
+"""The commands from end to end on tiny runs: what they print and what they write."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ import pytest
 from pfedmoe_mpi import __version__, config
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import methods
-from support.launcher import Result, Session, digest, environment, events, program, rows
+from support.files import path_digest
+from support.launcher import (
+    Result,
+    Session,
+    clean_environment,
+    read_events,
+    read_metrics,
+    run_program,
+)
 from support.paths import ROOT
 
 
 def keys(value: Any) -> Any:
-    """The names in a tree of objects."""
+    """Return the keys of nested objects."""
     return {name: keys(below) for name, below in value.items()} if isinstance(value, Mapping) else None
 
 
@@ -30,10 +38,10 @@ def keys(value: Any) -> Any:
 def of_each(
     request: pytest.FixtureRequest,
     session: Session,
-    small: tuple[str, ...],
+    small_run: tuple[str, ...],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A run of one round of every method, half the clients in it; only to be read."""
+    """A run of one round of every method with half of the clients; read only."""
     folder = tmp_path_factory.mktemp(request.param)
     flags = (
         "--algorithm",
@@ -45,7 +53,7 @@ def of_each(
         "--run.dir",
         "run",
     )
-    result = session(*small, *flags, cwd=folder)
+    result = session(*small_run, *flags, cwd=folder)
     assert result.code == 0, result.err
     return folder / "run"
 
@@ -53,12 +61,12 @@ def of_each(
 # What is said
 
 
-def test_version(tmp_path: Path) -> None:
-    result = program(2, "--version", cwd=tmp_path)
+def test_version_is_printed(tmp_path: Path) -> None:
+    result = run_program(2, "--version", cwd=tmp_path)
     assert (result.code, result.out, result.err) == (0, __version__ + "\n", "")
 
 
-def test_the_plan_the_rounds_and_the_table(trained: Path) -> None:
+def test_run_prints_plan_rounds_and_table(trained: Path) -> None:
     text = (trained / "said.txt").read_text()
     before, after = text.split("round 1/3")
     for said in (
@@ -74,7 +82,7 @@ def test_the_plan_the_rounds_and_the_table(trained: Path) -> None:
     assert before.count("2 clients\n") == 2, "one line per rank with its clients"
     assert "round 2/3" in after and "round 3/3" in after and "accuracy" not in after.split("round 2/3")[0]
     table = after.split("clients after round 3")[1]
-    row = rows(trained)[2]
+    row = read_metrics(trained)[2]
     for client, line in enumerate(line for line in table.splitlines() if line.startswith("│")):
         assert ("mlp5", "mlp4")[client % 2] in line
         assert f"{100 * row['clients']['accuracy'][client]:.2f} %" in line
@@ -82,10 +90,10 @@ def test_the_plan_the_rounds_and_the_table(trained: Path) -> None:
     assert "last  round 3" in table and "best measured  round" in table and "best.h5 holds round" in table
 
 
-def test_a_dry_run_shows_the_plan_and_writes_nothing(
-    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    run_command: Callable[..., Result], small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
-    text = done(*small, "--dry", "true", "--run.dir", "new").out
+    text = run_command(*small_run, "--dry", "true", "--run.dir", "new").out
     assert "4 clients, cohort 4" in text and "memory: " in text and "round 1" not in text
     assert list(tmp_path.iterdir()) == []
 
@@ -93,7 +101,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
 # The run folder
 
 
-def test_the_run_folder(trained: Path) -> None:
+def test_run_folder_holds_the_documented_files(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
         *("config.toml", "metrics.jsonl", "events.jsonl", "checkpoints", "log", ".lock"),
         "said.txt",  # the test's own
@@ -107,7 +115,7 @@ def test_the_run_folder(trained: Path) -> None:
     assert names == ["best.h5", *(f"round-{number:06d}.h5" for number in (1, 2, 3))]
 
 
-def test_config_toml_holds_the_effective_configuration(trained: Path) -> None:
+def test_config_toml_is_the_effective_configuration(trained: Path) -> None:
     flat = config.flatten(tomllib.loads((trained / "config.toml").read_text()))
     others = set(methods.names()) - {"pfedmoe"}
     assert set(flat) == {name for name in config.fields() if name.partition(".")[0] not in others}
@@ -115,27 +123,27 @@ def test_config_toml_holds_the_effective_configuration(trained: Path) -> None:
     assert flat["model.pool"] == ["mlp5", "mlp4"]
 
 
-def test_auto_is_resolved_in_the_effective_configuration(
-    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+def test_auto_is_resolved_in_config_toml(
+    run_command: Callable[..., Result], small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
     auto = ("--model.pool", "auto", "--model.shared", "auto", "--train.threads", "auto", "--run.dir", "run")
-    done(*small, *auto)
+    run_command(*small_run, *auto)
     flat = config.flatten(tomllib.loads((tmp_path / "run" / "config.toml").read_text()))
     assert flat["model.pool"] == ["mlp1", "mlp2", "mlp3", "mlp4", "mlp5"] and flat["model.shared"] == "mlp5"
     assert flat["train.threads"] == 1, "OMP_NUM_THREADS of the tests"
 
 
-def test_the_default_folder_is_named_after_the_algorithm(
-    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+def test_default_run_folder_is_named_after_the_algorithm(
+    run_command: Callable[..., Result], small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
     for _ in range(2):
-        done(*small, "--algorithm", "standalone")
+        run_command(*small_run, "--algorithm", "standalone")
     names = [path.name for path in (tmp_path / "runs").iterdir()]
     assert len(names) == 2 and all(name.startswith("standalone-20") for name in names)
 
 
-def test_metrics(trained: Path) -> None:
-    table = rows(trained)
+def test_metrics_rows_have_the_documented_values(trained: Path) -> None:
+    table = read_metrics(trained)
     assert [row["round"] for row in table] == [1, 2, 3]
     assert all(row["cohort"] == [0, 1, 2, 3] and row["train_loss"] > 0 for row in table)
     first, second, third = table
@@ -156,9 +164,9 @@ def test_metrics(trained: Path) -> None:
         assert row["rss_mb"] > 50
 
 
-def test_the_keys_of_a_row_are_those_of_every_method(of_each: Path, trained: Path) -> None:
-    row = rows(of_each)[0]
-    assert keys(row) == keys(rows(trained)[0])
+def test_metrics_keys_are_the_same_for_every_method(of_each: Path, trained: Path) -> None:
+    row = read_metrics(of_each)[0]
+    assert keys(row) == keys(read_metrics(trained)[0])
     assert len(row["cohort"]) == 2
     measured = [accuracy is not None for accuracy in row["clients"]["accuracy_before"]]
     assert measured == [client in row["cohort"] for client in range(4)], (
@@ -167,29 +175,29 @@ def test_the_keys_of_a_row_are_those_of_every_method(of_each: Path, trained: Pat
     assert None not in row["clients"]["accuracy"], "after it: all clients"
 
 
-def test_events(trained: Path) -> None:
-    start, finish = events(trained)
+def test_events_record_start_and_end(trained: Path) -> None:
+    start, finish = read_events(trained)
     assert (start["event"], finish["event"], finish["round"]) == ("start", "finish", 3)
     assert start["ranks"] == len(start["hosts"]) == 2
     assert {"python", "torch", "numpy", "h5py", "mpi", "device", "threads", "precision", "code"} <= set(start)
     assert start["code"].startswith(__version__)
 
 
-def test_the_newest_checkpoints_are_kept(
-    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+def test_newest_checkpoints_are_kept(
+    run_command: Callable[..., Result], small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
     flags = ("--rounds", "5", "--run.checkpoint_every", "2", "--run.keep", "2", "--run.dir", "run")
-    done(*small, *flags)
+    run_command(*small_run, *flags)
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["best.h5", "round-000004.h5", "round-000005.h5"], "every second, and the last"
-    saved = [row for row in rows(tmp_path / "run") if row["round"] in {2, 4, 5}]
+    saved = [row for row in read_metrics(tmp_path / "run") if row["round"] in {2, 4, 5}]
     best = max(saved, key=lambda row: (row["accuracy"]["mean"], -row["round"]))
     with Checkpoint(tmp_path / "run" / "checkpoints" / "best.h5") as loaded:
         assert loaded.round == best["round"]
 
 
-def test_the_best_is_chosen_on_validation_rows(
-    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+def test_best_checkpoint_is_chosen_on_validation_rows(
+    run_command: Callable[..., Result], small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
     flags = (
         "--rounds",
@@ -201,20 +209,20 @@ def test_the_best_is_chosen_on_validation_rows(
         "--run.dir",
         "run",
     )
-    done(*small, *flags, "--train.lr", "0.2")
-    table = rows(tmp_path / "run")
+    run_command(*small_run, *flags, "--train.lr", "0.2")
+    table = read_metrics(tmp_path / "run")
     best = max(table, key=lambda row: (row["accuracy_validation"]["mean"], -row["round"]))
-    text = done("inspect", tmp_path / "run" / "checkpoints" / "best.h5").out
+    text = run_command("inspect", tmp_path / "run" / "checkpoints" / "best.h5").out
     assert f"round {best['round']} of 4" in text and f"best on validation: round {best['round']}" in text
 
 
 # Reading checkpoints
 
 
-def test_inspect(done: Callable[..., Result], trained: Path) -> None:
+def test_inspect_prints_the_checkpoint(run_command: Callable[..., Result], trained: Path) -> None:
     path = trained / "checkpoints" / "round-000003.h5"
-    text = done("inspect", path).out
-    mean = rows(trained)[2]["accuracy"]["mean"]
+    text = run_command("inspect", path).out
+    mean = read_metrics(trained)[2]["accuracy"]["mean"]
     for said in (
         "pfedmoe, round 3 of 3",
         "data synthetic, partition dirichlet",
@@ -226,17 +234,17 @@ def test_inspect(done: Callable[..., Result], trained: Path) -> None:
         "threads: 1",
     ):
         assert said in text, said
-    short = done("inspect", path, "--digest").out
+    short = run_command("inspect", path, "--digest").out
     assert len(short) == 65 and f"digest: {short}" in text
-    assert done("inspect", "--digest", path).out == short
+    assert run_command("inspect", "--digest", path).out == short
 
 
-def test_the_digest_tells_learning_from_circumstances(
-    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+def test_digest_depends_on_learning_alone(
+    run_command: Callable[..., Result], small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
     def after(name: str, *flags: str) -> str:
-        done(*small, "--run.dir", name, *flags)
-        return done("inspect", tmp_path / name / "checkpoints" / "round-000001.h5", "--digest").out
+        run_command(*small_run, "--run.dir", name, *flags)
+        return run_command("inspect", tmp_path / name / "checkpoints" / "round-000001.h5", "--digest").out
 
     first = after("a")
     assert after("b", "--run.keep", "7", "--run.checkpoint_every", "2") == first
@@ -248,11 +256,11 @@ def test_the_digest_tells_learning_from_circumstances(
     assert len(unlike | {first}) == 4
 
 
-def test_export_writes_the_checkpoints_tensors(
-    done: Callable[..., Result], of_each: Path, tmp_path: Path
+def test_export_writes_the_checkpoint_tensors(
+    run_command: Callable[..., Result], of_each: Path, tmp_path: Path
 ) -> None:
     source = of_each / "checkpoints" / "round-000001.h5"
-    done("export", source, "--client", "3", "out.h5")
+    run_command("export", source, "--client", "3", "out.h5")
     with Checkpoint(source) as loaded, h5py.File(tmp_path / "out.h5") as file:
         own, state = loaded.layout(3), loaded.state_layout
         expected = {e.name: loaded.vector(3)[e.offset :][: e.size].reshape(e.shape) for e in own.entries}
@@ -267,23 +275,23 @@ def test_export_writes_the_checkpoints_tensors(
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]
 
 
-def test_evaluation_by_several_ranks_repeats_the_last_row(run: Path, tmp_path: Path) -> None:
-    before = digest(run)
-    result = program(
+def test_evaluate_on_several_ranks_repeats_the_last_row(run: Path, tmp_path: Path) -> None:
+    before = path_digest(run)
+    result = run_program(
         2, "evaluate", str(run / "checkpoints" / "round-000003.h5"), "--json", "true", cwd=tmp_path
     )
     assert (result.code, result.err) == (0, "")
-    measured, row = json.loads(result.out), rows(run)[2]
+    measured, row = json.loads(result.out), read_metrics(run)[2]
     assert measured["round"] == 3 and measured["other_data"] is False
     assert measured["accuracy"] == row["accuracy"]
     for name in ("accuracy", "loss", "alpha"):
         assert measured["clients"][name] == row["clients"][name]
-    assert digest(run) == before
+    assert path_digest(run) == before
 
 
-def test_evaluation_as_a_table(done: Callable[..., Result], of_each: Path) -> None:
-    lines = done("evaluate", of_each / "checkpoints" / "round-000001.h5").out.splitlines()
-    row = rows(of_each)[0]
+def test_evaluate_prints_a_table(run_command: Callable[..., Result], of_each: Path) -> None:
+    lines = run_command("evaluate", of_each / "checkpoints" / "round-000001.h5").out.splitlines()
+    row = read_metrics(of_each)[0]
     assert lines[0] == "after round 1"
     for client, line in enumerate(lines[1:5]):
         assert line.split()[:4] == [
@@ -295,12 +303,14 @@ def test_evaluation_as_a_table(done: Callable[..., Result], of_each: Path) -> No
     assert lines[5].startswith(f"mean {row['accuracy']['mean']:.4f}")
 
 
-def test_evaluation_on_other_data_says_so(
-    done: Callable[..., Result], small: tuple[str, ...], run: Path
+def test_evaluate_on_other_data_is_announced(
+    run_command: Callable[..., Result], small_run: tuple[str, ...], run: Path
 ) -> None:
-    done("data", "prepare", "other.h5", *small, "--seed", "5")
+    run_command("data", "prepare", "other.h5", *small_run, "--seed", "5")
     flags = ("--data.source", "hdf5", "--data.path", "other.h5")
-    result = json.loads(done("evaluate", run / "checkpoints" / "best.h5", *flags, "--json", "true").out)
+    result = json.loads(
+        run_command("evaluate", run / "checkpoints" / "best.h5", *flags, "--json", "true").out
+    )
     assert result["other_data"] is True and 0 <= result["accuracy"]["mean"] <= 1
 
 
@@ -308,63 +318,67 @@ def test_evaluation_on_other_data_says_so(
 
 
 def test_prepared_data_give_the_same_run(
-    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+    run_command: Callable[..., Result], small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
-    assert "200 samples of 3 × 8 × 8 uint8, 10 classes" in done("data", "prepare", "d.h5", *small).out
-    done(*small, "--run.dir", "a")
-    done(*small, "--data.source", "hdf5", "--data.path", "d.h5", "--data.size", "0", "--run.dir", "b")
+    assert (
+        "200 samples of 3 × 8 × 8 uint8, 10 classes" in run_command("data", "prepare", "d.h5", *small_run).out
+    )
+    run_command(*small_run, "--run.dir", "a")
+    run_command(
+        *small_run, "--data.source", "hdf5", "--data.path", "d.h5", "--data.size", "0", "--run.dir", "b"
+    )
     first, second = (
-        done("inspect", tmp_path / name / "checkpoints" / "best.h5", "--digest").out for name in "ab"
+        run_command("inspect", tmp_path / name / "checkpoints" / "best.h5", "--digest").out for name in "ab"
     )
     assert first == second
 
 
-def test_a_partition_without_training(
-    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+def test_partition_command_does_not_train(
+    run_command: Callable[..., Result], small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "c.toml").write_text('[partition]\nkind = "iid"\n')
-    text = done("data", "partition", "c.toml", "p.h5", *small).out
+    text = run_command("data", "partition", "c.toml", "p.h5", *small_run).out
     assert text.startswith("client  train valid  test") and len(text.splitlines()) == 5
     with h5py.File(tmp_path / "p.h5") as file:
         assert file.attrs["kind"] == "iid" and file["train/offsets"][()].tolist() == [0, 40, 80, 120, 160]
 
 
-def test_a_terminal_without_our_characters_ends_no_job(small: tuple[str, ...], tmp_path: Path) -> None:
-    result = program(0, *small, "--run.dir", "run", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+def test_ascii_terminal_does_not_end_the_job(small_run: tuple[str, ...], tmp_path: Path) -> None:
+    result = run_program(0, *small_run, "--run.dir", "run", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
     assert (result.code, result.err) == (0, "") and "clients after round 1" in result.out
     assert "mlp5" in (tmp_path / "run" / "log" / "rank-0000.txt").read_text(encoding="utf-8")
 
 
-def test_all_diverged_ends_the_run_that_goes_on_with_smaller_steps(
-    session: Session, done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+def test_diverged_run_ends_and_resumes_with_a_smaller_rate(
+    session: Session, run_command: Callable[..., Result], small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
     wild = ("--rounds", "2", "--train.lr", "1e30", "--train.clip", "0", "--run.dir", "run")
-    ended = session(*small, *wild, cwd=tmp_path)
+    ended = session(*small_run, *wild, cwd=tmp_path)
     assert ended.code == 1 and ended.err.count("error: ") == 1 and "remedy: lower --train.lr" in ended.err
     assert "left out clients 0, 1, 2, 3" in ended.out and "Traceback" not in ended.err
-    assert [event["event"] for event in events(tmp_path / "run")] == ["start", "dropped", "error"]
-    done("restart", "run", "--train.lr", "0.05", "--train.clip", "50")
-    assert [row["dropped"] for row in rows(tmp_path / "run")] == [[], []]
+    assert [event["event"] for event in read_events(tmp_path / "run")] == ["start", "dropped", "error"]
+    run_command("restart", "run", "--train.lr", "0.05", "--train.clip", "50")
+    assert [row["dropped"] for row in read_metrics(tmp_path / "run")] == [[], []]
 
 
-def test_a_loss_beyond_float_is_null(
-    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+def test_overflowing_loss_is_null_in_metrics(
+    run_command: Callable[..., Result], small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
     wild = ("--algorithm", "standalone", "--train.lr", "1e5", "--train.clip", "0", "--run.dir", "run")
-    done(*small, *wild)
-    assert None in rows(tmp_path / "run")[0]["clients"]["loss"]
-    assert "loss -" in done("evaluate", tmp_path / "run" / "checkpoints" / "round-000001.h5").out
+    run_command(*small_run, *wild)
+    assert None in read_metrics(tmp_path / "run")[0]["clients"]["loss"]
+    assert "loss -" in run_command("evaluate", tmp_path / "run" / "checkpoints" / "round-000001.h5").out
 
 
 @pytest.mark.parametrize(
     "command", [("report", "{}", "--text"), ("inspect", "{}/checkpoints/best.h5"), ("run", "--help")]
 )
-def test_a_reader_who_leaves_is_no_fault(trained: Path, command: tuple[str, ...]) -> None:
+def test_closed_pipe_exits_with_zero(trained: Path, command: tuple[str, ...]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "pfedmoe_mpi", *(word.format(trained) for word in command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment("mpich", {}),
+        env=clean_environment("mpich", {}),
         cwd=ROOT,
     )
     assert process.stdout and process.stderr

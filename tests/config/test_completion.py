@@ -20,7 +20,7 @@ PARTITION = [f"--{name}" for name in sorted(flags.settings()) if name.startswith
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("shtab")
     path = tmp_path_factory.mktemp("completion") / "pfedmoe-mpi"
-    result = launcher.program(0, "completion", "bash", cwd=path.parent)
+    result = launcher.run_program(0, "completion", "bash", cwd=path.parent)
     assert (result.code, result.err) == (0, "")
     path.write_text(result.out)
     return path

@@ -24,7 +24,7 @@ def parsed(*words: str) -> config.Config:
 
 
 def refused(pattern: str, **settings: Any) -> str:
-    """The message about these settings (`__` for the dot); it matches `pattern` and holds a remedy."""
+    """Return the message about these settings (`__` for the dot); it must match and state a remedy."""
     with pytest.raises(ConfigError, match=pattern) as caught:
         config.build({name.replace("__", "."): value for name, value in settings.items()})
     assert "remedy: " in str(caught.value)
@@ -32,7 +32,7 @@ def refused(pattern: str, **settings: Any) -> str:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_every_field_has_a_sentence_and_accepts_its_default(name: str) -> None:
+def test_every_field_has_a_sentence_and_a_valid_default(name: str) -> None:
     text = flags.sentence(FIELDS[name])
     assert len(text) > 10 and text.endswith("."), text
     settings = config.build({name: FIELDS[name].default})
@@ -54,7 +54,7 @@ def test_every_default_is_accepted_as_a_flag(name: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", methods.names())
-def test_toml_round_trip(algorithm: str, tmp_path: Path) -> None:
+def test_toml_round_trip_keeps_the_configuration(algorithm: str, tmp_path: Path) -> None:
     unlike = {
         "algorithm": algorithm,
         "participation": 1 / 3,
@@ -76,7 +76,7 @@ def test_toml_round_trip(algorithm: str, tmp_path: Path) -> None:
     assert written == own, "the file holds every field but the sections of other algorithms"
 
 
-def test_flags_override_the_file_and_its_paths_are_relative_to_it(tmp_path: Path) -> None:
+def test_flags_override_the_file_and_paths_are_relative_to_it(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     path = tmp_path / "deep" / "config.toml"
     path.write_text('rounds = 7\n[data]\nsource = "hdf5"\npath = "d.h5"\n[run]\ndir = "../out"\nkeep = 9\n')
@@ -87,7 +87,7 @@ def test_flags_override_the_file_and_its_paths_are_relative_to_it(tmp_path: Path
     assert Path(parsed(str(path), "--data.path", "other.h5").data.path) == Path.cwd() / "other.h5"
 
 
-def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert parsed("--data.path=~/x.h5").data.path == str(tmp_path / "x.h5")
     (tmp_path / "c.toml").write_text('data.path = "~/x.h5"')
@@ -112,17 +112,17 @@ def test_lists_are_comma_separated(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "value"), [("true", True), ("True", True), ("false", False), ("False", False)]
 )
-def test_booleans(text: str, value: bool) -> None:
+def test_boolean_flags_are_parsed(text: str, value: bool) -> None:
     assert parsed("--run.force", text).run.force is value
 
 
 @pytest.mark.parametrize("value", ["yes", "1", "on", "", 1, 0, None])
-def test_nothing_else_is_a_boolean(value: Any) -> None:
+def test_other_words_are_not_booleans(value: Any) -> None:
     refused("run.force = .*: expected true or false", run__force=value)
 
 
 @pytest.mark.parametrize("name", ["rounds", "train.lr", "data.path", "model.pool"])
-def test_a_boolean_is_nothing_else(name: str) -> None:
+def test_boolean_is_refused_for_other_types(name: str) -> None:
     refused(f"{name} = true", **{name.replace(".", "__"): True})
 
 
@@ -130,7 +130,7 @@ def test_a_boolean_is_nothing_else(name: str) -> None:
     ("name", "meant"),
     [("rouns", "rounds"), ("trian.lr", "train.lr"), ("partition.aplha", "partition.alpha")],
 )
-def test_an_unknown_field_names_its_nearest(name: str, meant: str) -> None:
+def test_unknown_field_suggests_the_nearest(name: str, meant: str) -> None:
     refused(f"'{name}'.*did you mean '{meant}'", **{name.replace(".", "__"): 1})
     with pytest.raises(ConfigError, match=rf"no flag --{name}\n  remedy: use --{meant}$"):
         parsed(f"--{name}", "1")
@@ -173,7 +173,7 @@ def test_all_wrong_settings_are_reported_at_once() -> None:
         ("algorithm", 3),
     ],
 )
-def test_out_of_range_or_of_the_wrong_type(name: str, bad: Any) -> None:
+def test_wrong_range_or_type_is_refused(name: str, bad: Any) -> None:
     refused(name.partition(".")[0], **{name.replace(".", "__"): bad})
 
 
@@ -193,11 +193,11 @@ def test_out_of_range_or_of_the_wrong_type(name: str, bad: Any) -> None:
         ("cnn1 in 500 and mnist2 in 50", {"model.pool": "cnn1,mnist2"}),
     ],
 )
-def test_settings_that_contradict_each_other(pattern: str, settings: dict[str, Any]) -> None:
+def test_contradicting_settings_are_refused(pattern: str, settings: dict[str, Any]) -> None:
     refused(pattern, **{name.replace(".", "__"): value for name, value in settings.items()})
 
 
-def test_a_length_for_all_reconciles_the_families() -> None:
+def test_one_length_reconciles_model_families() -> None:
     assert (
         config.build({"model.pool": "cnn1,mnist2", "model.shared": "mlp5", "model.dim": 64}).model.dim == 64
     )
@@ -205,7 +205,7 @@ def test_a_length_for_all_reconciles_the_families() -> None:
 
 @pytest.mark.parametrize("clients", [1, 2, 3, 7, 10, 1000])
 @pytest.mark.parametrize("participation", [0.001, 0.05, 0.1, 0.25, 1 / 3, 0.5, 0.75, 1.0])
-def test_cohort_size(participation: float, clients: int) -> None:
+def test_cohort_size_is_the_rounded_share(participation: float, clients: int) -> None:
     settings = config.build({"participation": participation, "clients": clients})
     assert settings.cohort_size == max(1, math.floor(participation * clients + 0.5))
     assert 1 <= settings.cohort_size <= clients
@@ -220,7 +220,7 @@ def test_halves_are_rounded_up() -> None:
     ]
 
 
-def test_an_algorithm_has_a_section_of_its_own() -> None:
+def test_algorithm_has_its_own_section() -> None:
     settings = parsed("--algorithm", "fedproto", "--fedproto.weight", "2")
     assert settings.options.weight == 2.0  # type: ignore[attr-defined]
     refused("fedproto.weight = -1", fedproto__weight=-1)
@@ -228,8 +228,8 @@ def test_an_algorithm_has_a_section_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("algorithm", methods.names())
-def test_options_read_from_the_source_are_those_of_the_class(algorithm: str) -> None:
-    """`--help` compiles them alone; the method's file defines them."""
+def test_options_read_from_source_equal_the_class_options(algorithm: str) -> None:
+    """`--help` compiles only the options; the method's file defines them."""
     section = getattr(config.build({"algorithm": algorithm}), algorithm)
     module = sys.modules[base.load(algorithm).__module__]
     own = getattr(module, "Options", None)

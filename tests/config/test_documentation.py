@@ -14,7 +14,7 @@ import pytest
 
 from pfedmoe_mpi import arguments, config
 from support import launcher
-from support.launcher import ROOT
+from support.paths import ROOT
 
 PACKAGE = ROOT / "pfedmoe_mpi"
 README, METHODS = ROOT / "README.md", PACKAGE / "algorithms" / "README.md"

@@ -34,7 +34,7 @@ def help_of(*words: str, unneeded: set[str] = HEAVY) -> str:
         text=True,
         timeout=60,
         check=True,
-        env=launcher.environment("mpich", {"COLUMNS": "200"}),
+        env=launcher.clean_environment("mpich", {"COLUMNS": "200"}),
     )
     assert result.stderr.strip() == "[]", "imported without need"
     return result.stdout
@@ -118,7 +118,7 @@ def test_examples_are_accepted(name: str, example: str) -> None:
 
 @pytest.mark.parametrize("words", ["restart --help", "restart runs/x -h", "help restart"])
 def test_help_of_a_command_is_one(words: str, tmp_path: Path) -> None:
-    result = launcher.program(0, *words.split(), cwd=tmp_path)
+    result = launcher.run_program(0, *words.split(), cwd=tmp_path)
     assert (result.code, result.err) == (0, "")
     assert result.out == arguments.parser("restart").format_help() and "restart runs/NAME" in result.out
 
@@ -138,11 +138,11 @@ def test_bench_names_its_parts() -> None:
 
 
 def test_help_on_a_terminal_without_our_characters(tmp_path: Path) -> None:
-    result = launcher.program(0, "run", "--help", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    result = launcher.run_program(0, "run", "--help", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
     assert (result.code, result.err) == (0, "") and "--train.lr_shared" in result.out
     assert os.listdir(tmp_path) == []
 
 
 def test_only_the_first_rank_prints_help(tmp_path: Path) -> None:
-    result = launcher.program(2, "report", "--help", cwd=tmp_path)
+    result = launcher.run_program(2, "report", "--help", cwd=tmp_path)
     assert result.code == 0 and result.out.count("usage: ") == 1

@@ -1,4 +1,4 @@
-"""What a user gets wrong in flags, files and data: exit code 2, one message with its remedy, no trace."""
+"""Wrong flags, files and data: exit code 2, one message with a remedy, and nothing written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from support.launcher import Result, Session, digest
+from support.files import path_digest
+from support.launcher import Result, Session
 
 # Words and flags
 
@@ -56,8 +57,10 @@ from support.launcher import Result, Session, digest
         ("shell: invalid choice: 'fish'", ["completion", "fish"]),
     ],
 )
-def test_command_lines(refused: Callable[..., str], pattern: str, arguments: list[str]) -> None:
-    refused(pattern, *arguments)
+def test_wrong_command_lines_are_refused(
+    assert_refused: Callable[..., str], pattern: str, arguments: list[str]
+) -> None:
+    assert_refused(pattern, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -73,17 +76,19 @@ def test_command_lines(refused: Callable[..., str], pattern: str, arguments: lis
         ("cannot be read as TOML", b"\x89HDF\r\n\x1a\n\xff"),
     ],
 )
-def test_configuration_files(
-    refused: Callable[..., str], tmp_path: Path, pattern: str, text: str | bytes
+def test_wrong_configuration_files_are_refused(
+    assert_refused: Callable[..., str], tmp_path: Path, pattern: str, text: str | bytes
 ) -> None:
     path = tmp_path / "c.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused(pattern, path)
+    assert_refused(pattern, path)
 
 
-def test_a_checkpoint_or_a_run_folder_is_no_configuration(refused: Callable[..., str], run: Path) -> None:
+def test_checkpoint_or_run_folder_is_not_a_configuration(
+    assert_refused: Callable[..., str], run: Path
+) -> None:
     for path in (run, run / "checkpoints" / "round-000003.h5"):
-        assert f"restart {path}" in refused("cannot be read as TOML", "run", path)
+        assert f"restart {path}" in assert_refused("cannot be read as TOML", "run", path)
 
 
 # Contradictions that need the data, or torch
@@ -128,22 +133,24 @@ def test_a_checkpoint_or_a_run_folder_is_no_configuration(refused: Callable[...,
         ("data.mean and data.std have 1 numbers", ["--data.mean", "0.5", "--data.std", "0.5"]),
     ],
 )
-def test_contradictions(
-    refused: Callable[..., str], small: tuple[str, ...], pattern: str, arguments: list[str]
+def test_contradicting_flags_are_refused(
+    assert_refused: Callable[..., str], small_run: tuple[str, ...], pattern: str, arguments: list[str]
 ) -> None:
-    refused(pattern, *small, *arguments)
+    assert_refused(pattern, *small_run, *arguments)
 
 
-def test_digits_have_no_natural_clients(refused: Callable[..., str]) -> None:
-    refused("partition.kind natural needs data that say", "--partition.kind", "natural")
+def test_digits_without_natural_clients_are_refused(assert_refused: Callable[..., str]) -> None:
+    assert_refused("partition.kind natural needs data that say", "--partition.kind", "natural")
 
 
 @pytest.mark.parametrize("dry", ["true", "false"])
-def test_no_gpu_here(refused: Callable[..., str], small: tuple[str, ...], dry: str) -> None:
+def test_missing_gpu_is_reported(
+    assert_refused: Callable[..., str], small_run: tuple[str, ...], dry: str
+) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("a GPU is visible")
-    refused("rank 0 sees no GPU", *small, "--train.device", "cuda", "--dry", dry)
+    assert_refused("rank 0 sees no GPU", *small_run, "--train.device", "cuda", "--dry", dry)
 
 
 # Data
@@ -179,22 +186,24 @@ NAN = np.full((40, 5), np.nan, np.float32)
         ("client", {"x": X, "y": Y, "client": Y * 2}),
     ],
 )
-def test_hdf5(refused: Callable[..., str], tmp_path: Path, pattern: str, tables: dict[str, Any]) -> None:
+def test_unusable_hdf5_files_are_refused(
+    assert_refused: Callable[..., str], tmp_path: Path, pattern: str, tables: dict[str, Any]
+) -> None:
     path = table(tmp_path / "d.h5", **tables)
     for command in ([], ["data", "partition", tmp_path / "p.h5"]):
-        refused(pattern, *command, "--data.source", "hdf5", "--data.path", path, "--clients", "2")
+        assert_refused(pattern, *command, "--data.source", "hdf5", "--data.path", path, "--clients", "2")
 
 
 @pytest.mark.parametrize("source", ["hdf5", "folder", "npz", "torchvision"])
-def test_missing_data(refused: Callable[..., str], tmp_path: Path, source: str) -> None:
-    refused(f"data.source {source} needs --data.path", "--data.source", source)
-    refused(str(tmp_path / "none"), "--data.source", source, "--data.path", "none")
+def test_missing_data_are_reported(assert_refused: Callable[..., str], tmp_path: Path, source: str) -> None:
+    assert_refused(f"data.source {source} needs --data.path", "--data.source", source)
+    assert_refused(str(tmp_path / "none"), "--data.source", source, "--data.path", "none")
 
 
-def test_data_that_are_not_downloaded_are_named_with_the_command_that_does(
-    refused: Callable[..., str], tmp_path: Path
+def test_missing_download_names_the_download_command(
+    assert_refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    message = refused(
+    message = assert_refused(
         "CIFAR100 is not downloaded",
         "--data.source",
         "torchvision",
@@ -204,7 +213,7 @@ def test_data_that_are_not_downloaded_are_named_with_the_command_that_does(
         ".",
     )
     assert "data prepare" in message and str(tmp_path) in message
-    refused(
+    assert_refused(
         "no data.name 'cifar11'; did you mean",
         "--data.source",
         "torchvision",
@@ -215,23 +224,23 @@ def test_data_that_are_not_downloaded_are_named_with_the_command_that_does(
     )
 
 
-def test_unreadable_hdf5(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_unreadable_hdf5_is_refused(assert_refused: Callable[..., str], tmp_path: Path) -> None:
     path = tmp_path / "d.h5"
     path.write_bytes(b"no HDF5 at all")
-    refused("cannot be opened as HDF5", "--data.source", "hdf5", "--data.path", path)
+    assert_refused("cannot be opened as HDF5", "--data.source", "hdf5", "--data.path", path)
     table(path, x=X, y=Y)
     path.write_bytes(path.read_bytes()[:-2000])
-    refused("cannot be", "--data.source", "hdf5", "--data.path", path, "--clients", "2")
+    assert_refused("cannot be", "--data.source", "hdf5", "--data.path", path, "--clients", "2")
 
 
-def test_image_folders(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_unusable_image_folders_are_refused(assert_refused: Callable[..., str], tmp_path: Path) -> None:
     flags = ("--data.source", "folder", "--data.path", tmp_path / "images")
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
-    refused("holds no image", *flags)
+    assert_refused("holds no image", *flags)
     (tmp_path / "images" / "a" / "1.png").write_bytes(b"no image")
     (tmp_path / "images" / "b" / "1.png").write_bytes(b"no image")
-    refused("1.png cannot be read as an image", *flags)
+    assert_refused("1.png cannot be read as an image", *flags)
 
 
 def client_file(path: Path, content: Any) -> None:
@@ -258,70 +267,78 @@ class Harmful:
         ("class 1 has no row", {"x": X, "y": np.where(Y == 1, 0, Y)}),
     ],
 )
-def test_npz(refused: Callable[..., str], tmp_path: Path, pattern: str, content: Any) -> None:
+def test_unusable_npz_files_are_refused(
+    assert_refused: Callable[..., str], tmp_path: Path, pattern: str, content: Any
+) -> None:
     client_file(tmp_path / "d" / "train" / "0.npz", content)
-    refused(pattern, "--data.source", "npz", "--data.path", tmp_path / "d", "--clients", "1")
+    assert_refused(pattern, "--data.source", "npz", "--data.path", tmp_path / "d", "--clients", "1")
 
 
-def test_npz_of_unlike_clients(
-    refused: Callable[..., str], done: Callable[..., Result], tmp_path: Path
+def test_npz_clients_of_different_shapes_are_refused(
+    assert_refused: Callable[..., str], run_command: Callable[..., Result], tmp_path: Path
 ) -> None:
     client_file(tmp_path / "d" / "train" / "0.npz", {"x": X, "y": Y})
     client_file(tmp_path / "d" / "train" / "1.npz", {"x": X[..., :4], "y": Y})
     flags = ("--data.source", "npz", "--data.path", tmp_path / "d")
-    refused("x of client 1 is uint8", *flags)
+    assert_refused("x of client 1 is uint8", *flags)
     client_file(tmp_path / "d" / "train" / "1.npz", {"x": X, "y": Y})
-    refused("2 natural clients, not 3", *flags, "--clients", "3")
-    assert "as the data propose: partition.kind natural, clients 2" in done(*flags, "--dry").out
+    assert_refused("2 natural clients, not 3", *flags, "--clients", "3")
+    assert "as the data propose: partition.kind natural, clients 2" in run_command(*flags, "--dry").out
 
 
-def test_output_that_cannot_be_written(refused: Callable[..., str], run: Path, tmp_path: Path) -> None:
+def test_unwritable_output_is_refused(assert_refused: Callable[..., str], run: Path, tmp_path: Path) -> None:
     source = run / "checkpoints" / "round-000003.h5"
-    refused("exists already", "export", source, "--client", "1", source)
-    refused("cannot be written", "export", source, "--client", "1", tmp_path / "no" / "out.h5")
-    refused("exists and is not overwritten", "data", "prepare", source)
-    refused("no folder", "data", "partition", tmp_path / "no" / "out.h5")
+    assert_refused("exists already", "export", source, "--client", "1", source)
+    assert_refused("cannot be written", "export", source, "--client", "1", tmp_path / "no" / "out.h5")
+    assert_refused("exists and is not overwritten", "data", "prepare", source)
+    assert_refused("no folder", "data", "partition", tmp_path / "no" / "out.h5")
 
 
-def test_no_such_client(refused: Callable[..., str], run: Path) -> None:
+def test_unknown_client_is_refused(assert_refused: Callable[..., str], run: Path) -> None:
     source = run / "checkpoints" / "round-000003.h5"
-    assert "0 to 3" in refused("no client 4", "export", source, "--client", "4", "out.h5")
+    assert "0 to 3" in assert_refused("no client 4", "export", source, "--client", "4", "out.h5")
 
 
 # Run folders
 
 
-def test_an_existing_run_folder_is_kept_or_renamed(
-    refused: Callable[..., str], session: Session, small: tuple[str, ...], run: Path, tmp_path: Path
+def test_existing_run_folder_is_kept_or_renamed(
+    assert_refused: Callable[..., str],
+    session: Session,
+    small_run: tuple[str, ...],
+    run: Path,
+    tmp_path: Path,
 ) -> None:
-    before = digest(run)
-    message = refused("exists already", *small, "--run.dir", "run")
+    before = path_digest(run)
+    message = assert_refused("exists already", *small_run, "--run.dir", "run")
     assert "restart" in message and "--run.force true" in message
     for _ in range(2):
-        assert session(*small, "--run.dir", "run", "--run.force", "true", cwd=tmp_path).code == 0
+        assert session(*small_run, "--run.dir", "run", "--run.force", "true", cwd=tmp_path).code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.old", "run.old.2"]
-    assert digest(tmp_path / "run.old") == before, "nothing is deleted or changed"
+    assert path_digest(tmp_path / "run.old") == before, "nothing is deleted or changed"
     assert (tmp_path / "run" / "config.toml").exists()
 
 
-def test_a_folder_of_other_things_is_never_renamed(
-    refused: Callable[..., str], small: tuple[str, ...], tmp_path: Path
+def test_folder_of_other_files_is_never_renamed(
+    assert_refused: Callable[..., str], small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("")
     for force in ("true", "false"):
-        refused("holds other things than a run", *small, "--run.dir", "thesis", "--run.force", force)
+        assert_refused(
+            "holds other things than a run", *small_run, "--run.dir", "thesis", "--run.force", force
+        )
 
 
-def test_an_empty_folder_is_no_obstacle(session: Session, small: tuple[str, ...], tmp_path: Path) -> None:
+def test_empty_run_folder_is_accepted(session: Session, small_run: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
-    assert session(*small, "--run.dir", "new", cwd=tmp_path).code == 0
+    assert session(*small_run, "--run.dir", "new", cwd=tmp_path).code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
 
 
-def test_a_file_where_the_folder_should_be(
-    refused: Callable[..., str], small: tuple[str, ...], tmp_path: Path
+def test_file_in_place_of_the_run_folder_is_refused(
+    assert_refused: Callable[..., str], small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    refused("is a file", *small, "--run.dir", "file", "--run.force", "true")
-    refused("cannot be made", *small, "--run.dir", "file/below")
+    assert_refused("is a file", *small_run, "--run.dir", "file", "--run.force", "true")
+    assert_refused("cannot be made", *small_run, "--run.dir", "file/below")

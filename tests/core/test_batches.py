@@ -1,4 +1,4 @@
-"""Batches: the same numbers in the same order of memory however samples came; augmentation by plain loops."""
+"""Batches: the same numbers in the same memory order for any input; augmentation against plain loops."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def split_of(n: int, shape: tuple[int, ...] = (3,)) -> Split:
         (2, 1, [2]),
     ],
 )
-def test_a_last_batch_of_one_joins_the_one_before(n: int, size: int, lengths: list[int]) -> None:
+def test_last_batch_of_one_joins_the_previous_batch(n: int, size: int, lengths: list[int]) -> None:
     split = split_of(n)
     found = list(batches.epoch(split, size, PLAIN, (), generator()))
     assert [len(batch) for batch in found] == lengths
@@ -52,7 +52,7 @@ def test_a_last_batch_of_one_joins_the_one_before(n: int, size: int, lengths: li
         assert torch.equal(batch.y, split.y[batch.rows]) and torch.equal(batch.x, split.x[batch.rows])
 
 
-def test_every_epoch_has_an_order_of_its_own_that_repeats() -> None:
+def test_every_epoch_has_its_own_repeatable_order() -> None:
     split, draws = split_of(50), generator(3)
     first, second = ([b.rows for b in batches.epoch(split, 16, PLAIN, (), draws)] for _ in range(2))
     again = [b.rows for b in batches.epoch(split, 16, PLAIN, (), generator(3))]
@@ -60,7 +60,7 @@ def test_every_epoch_has_an_order_of_its_own_that_repeats() -> None:
     assert not torch.equal(first[0], second[0]) and torch.cat(first).tolist() != list(range(50))
 
 
-def test_evaluation_goes_through_a_split_once_in_order() -> None:
+def test_evaluation_reads_a_split_once_in_order() -> None:
     split = split_of(10)
     found = list(batches.batches(split, 4, PLAIN))
     assert [batch.rows.tolist() for batch in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -71,7 +71,7 @@ def test_evaluation_goes_through_a_split_once_in_order() -> None:
 # Numbers and memory
 
 
-def test_bytes_become_normalised_numbers() -> None:
+def test_bytes_are_normalised() -> None:
     raw = torch.tensor([[[[0, 255]], [[51, 102]]]], dtype=torch.uint8)
     assert PLAIN(raw).flatten().tolist() == pytest.approx([0.0, 1.0, 0.2, 0.4])
     normalise = Normalise((0.5, 0.1), (0.25, 2.0), 3, CPU)
@@ -82,7 +82,7 @@ def test_bytes_become_normalised_numbers() -> None:
 
 
 def strided(x: Tensor) -> list[Tensor]:
-    """The same numbers in other orders of memory, from other places in it."""
+    """Return the same numbers in other memory orders and at other offsets."""
     wide = torch.zeros((*x.shape[:-1], x.shape[-1] * 2), dtype=x.dtype)
     wide[..., ::2] = x
     shifted = torch.zeros(x.numel() + 3, dtype=x.dtype)[3:].view(x.shape).copy_(x)
@@ -102,7 +102,7 @@ def strided(x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["uint8", "float32"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (1, 1, 9), (4, 1, 1), (1, 1, 1), (13,), (5, 7)])
 @pytest.mark.parametrize("augment", [(), ("flip", "crop", "erase")])
-def test_batches_are_the_same_whatever_the_memory_they_came_in(
+def test_batches_do_not_depend_on_memory_layout(
     shape: tuple[int, ...], kind: str, augment: tuple[str, ...]
 ) -> None:
     x = torch.randint(0, 255, (11, *shape), generator=generator(2)).to(getattr(torch, kind))
@@ -125,7 +125,7 @@ def test_batches_are_the_same_whatever_the_memory_they_came_in(
                     assert got.is_contiguous()
 
 
-def test_one_channel_convolves_to_the_same_bits_from_any_strides() -> None:
+def test_one_channel_convolution_ignores_strides() -> None:
     x = torch.rand((6, 1, 12, 12), generator=generator(4))
     weight = torch.rand((8, 1, 5, 5), generator=generator(5))
     results = [F.conv2d(PLAIN(form), weight) for form in strided(x)]
@@ -146,12 +146,12 @@ def test_channels_last_changes_strides_only() -> None:
 
 
 def images(n: int, channels: int = 2, high: int = 12, wide: int = 10) -> Tensor:
-    """No pixel is zero and no two are equal."""
+    """Return images without a zero pixel or two equal pixels."""
     return 1 + torch.arange(n * channels * high * wide, dtype=torch.float32).view(n, channels, high, wide)
 
 
-def by_hand(x: Tensor, names: tuple[str, ...], draws: np.ndarray) -> np.ndarray:
-    """Flip, erase, crop of every image, one pixel after the other."""
+def augmented_pixel_by_pixel(x: Tensor, names: tuple[str, ...], draws: np.ndarray) -> np.ndarray:
+    """Flip, erase and crop every image pixel by pixel."""
     out = x.numpy().copy()
     n, _, high, wide = out.shape
     for k in range(n):
@@ -181,16 +181,16 @@ def by_hand(x: Tensor, names: tuple[str, ...], draws: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "names", [("flip",), ("erase",), ("crop",), ("crop", "flip"), ("erase", "crop", "flip")], ids="+".join
 )
-def test_augmentation_is_the_plain_loops(names: tuple[str, ...]) -> None:
+def test_augmentation_equals_plain_loops(names: tuple[str, ...]) -> None:
     x = images(60)
     got = augmented(x.clone(), names, generator(9))
     draws = torch.rand((60, 8), generator=generator(9)).double().numpy()
-    assert np.array_equal(got.numpy(), by_hand(x, names, draws))
+    assert np.array_equal(got.numpy(), augmented_pixel_by_pixel(x, names, draws))
     assert torch.equal(augmented(x.clone(), tuple(reversed(names)), generator(9)), got), "the order is fixed"
     assert not torch.equal(augmented(x.clone(), names, generator(10)), got)
 
 
-def test_how_often_and_how_large() -> None:
+def test_augmentation_has_the_stated_frequency_and_size() -> None:
     x = torch.ones((4000, 1, 32, 32))
     x[:, :, :, :16] = 2
     flipped = augmented(x, ("flip",), generator())[:, 0, 0, 0] == 1
@@ -208,18 +208,18 @@ def test_how_often_and_how_large() -> None:
     assert set(rows.tolist()) == {28, 29, 30, 31, 32}, "up to four rows of padding come in"
 
 
-def test_an_image_smaller_than_a_rectangle_is_no_fault() -> None:
+def test_image_smaller_than_the_rectangle_is_accepted() -> None:
     got = augmented(images(200, 1, 1, 1), ("flip", "erase"), generator())
     assert got.shape == (200, 1, 1, 1) and float(got.abs().max()) > 0
 
 
-def test_what_is_no_image_is_not_augmented() -> None:
+def test_samples_that_are_not_images_are_not_augmented() -> None:
     split = split_of(6, (5,))
     (batch,) = batches.epoch(split, 10, PLAIN, ("flip", "crop", "erase"), generator())
     assert torch.equal(batch.x, split.x[batch.rows])
 
 
-def test_augmented_batches_repeat_by_their_generator() -> None:
+def test_augmentation_repeats_with_its_generator() -> None:
     split = Split(images(20), torch.arange(20))
     one, two = (
         [b.x for b in batches.epoch(split, 8, PLAIN, ("flip", "crop"), generator(1))] for _ in range(2)

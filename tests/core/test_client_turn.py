@@ -1,4 +1,4 @@
-"""A client's turn: the optimiser against torch's, what a step may touch, what an abandoned step leaves."""
+"""A client's turn: the optimiser against torch's, what a step may change, and abandoned steps."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Player:
         return Turn(self.engine, self.method.loss, self.client, parts, round, "client")
 
     def step(self, round: int = 1) -> tuple[Turn, Tensor, Tensor]:
-        """(the turn, shared vector, private vector) after a client step."""
+        """Return (turn, shared vector, private vector) after a client step."""
         turn = self.turn(round)
         self.method.client_step(turn)
         turn.parts.check()
@@ -112,7 +112,7 @@ class Player:
     ],
     ids=["momentum", "plain", "decay", "plain decay", "clip", "everything", "one part", "no rate"],
 )
-def test_it_is_torchs_sgd(chosen: Phase) -> None:
+def test_sgd_equals_torch_sgd(chosen: Phase) -> None:
     torch.manual_seed(0)
     player = Player(chosen)
     parts = player.turn().parts
@@ -147,7 +147,7 @@ def test_it_is_torchs_sgd(chosen: Phase) -> None:
     parts.check()
 
 
-def test_a_parameter_without_a_gradient_stays_and_may_get_one_later() -> None:
+def test_parameter_without_gradient_stays_unchanged() -> None:
     chosen = phase({"own": 0.1}, decay=0.1)
     parts = Player(chosen).turn().parts
     optimiser, before = SGD(parts, chosen, 1.0), parts.vector("own").clone()
@@ -160,7 +160,7 @@ def test_a_parameter_without_a_gradient_stays_and_may_get_one_later() -> None:
     torch.testing.assert_close(weight.detach(), old - 0.1 * (1 + 0.1 * old))
 
 
-def test_learning_rate_schedules() -> None:
+def test_learning_rate_schedules_have_their_values() -> None:
     assert [learning_rate_factor("constant", r, 4) for r in (1, 2, 4)] == [1, 1, 1]
     assert [learning_rate_factor("linear", r, 4) for r in (1, 2, 3, 4)] == [1, 0.75, 0.5, 0.25]
     cosine = [learning_rate_factor("cosine", r, 4) for r in (1, 2, 3, 4)]
@@ -169,7 +169,7 @@ def test_learning_rate_schedules() -> None:
     assert late.rate == 0.5
 
 
-def test_the_schedule_scales_the_steps() -> None:
+def test_schedule_scales_the_steps() -> None:
     moved = []
     for schedule in ("constant", "linear"):
         player = Player(phase(BOTH, momentum=0.0), schedule=schedule, rounds=1000)
@@ -192,7 +192,7 @@ def test_momentum_starts_at_zero_in_every_turn() -> None:
     assert not torch.equal(twice.step()[1], once.step()[1]), "a phase starts at zero too"
 
 
-def test_a_turn_does_not_depend_on_draws_made_before_it() -> None:
+def test_turn_does_not_depend_on_earlier_draws() -> None:
     player = Player(phase(BOTH))
     first = player.step()[1]
     torch.rand(17)
@@ -200,7 +200,7 @@ def test_a_turn_does_not_depend_on_draws_made_before_it() -> None:
     assert not torch.equal(player.step(2)[1], first)
 
 
-def test_frozen_parts_do_not_move_and_neither_do_their_statistics() -> None:
+def test_frozen_parts_and_their_statistics_do_not_move() -> None:
     for trained, frozen in (("shared", "own"), ("own", "shared")):
         player = Player(phase({trained: 0.1}))
         turn, shared, private = player.step()
@@ -212,7 +212,7 @@ def test_frozen_parts_do_not_move_and_neither_do_their_statistics() -> None:
         assert moved == {trained: True, frozen: False}
 
 
-def test_statistics_move_with_what_is_trained_and_are_not_decayed() -> None:
+def test_trained_statistics_move_without_weight_decay() -> None:
     player = Player(phase({"shared": 0.0, "own": 0.0}, decay=0.5))
     _, shared, _ = player.step()
     layout = player.bench.layout(player.method.state())
@@ -227,13 +227,13 @@ def test_statistics_move_with_what_is_trained_and_are_not_decayed() -> None:
     assert not torch.equal(Player(phase(BOTH, decay=0.5)).step()[1], Player(phase(BOTH)).step()[1])
 
 
-def test_a_tensor_part_can_be_written_and_is_not_optimised() -> None:
+def test_tensor_part_is_writable_and_not_optimised() -> None:
     player = Player(phase(BOTH, decay=0.5))
     player.client.vector[-2:] = torch.tensor([3.0, 4.0])
     assert player.step()[2][-2:].tolist() == [3.0, 4.0]
 
 
-def test_the_loss_is_that_of_the_last_epoch_per_sample() -> None:
+def test_loss_is_the_last_epoch_mean_per_sample() -> None:
     player = Player(phase({"own": 0.0, "shared": 0.0}, epochs=3))
     seen: list[tuple[float, int]] = []
     loss = player.method.loss
@@ -296,7 +296,7 @@ def test_training_batches_come_in_order_without_gradients() -> None:
 
 
 def play(player: Player, total: RoundSum) -> None:
-    """The round loop's own handling of one client's step."""
+    """Handle one client's step as the round loop does."""
     federation = SimpleNamespace(
         workbench=player.bench,
         parts=lambda client, state: player.bench.parts(
@@ -334,7 +334,7 @@ def new_sum(player: Player) -> RoundSum:
 
 
 @pytest.mark.parametrize("batches", [0, 1, 5])
-def test_a_stop_abandons_the_step_without_a_trace(batches: int) -> None:
+def test_stopped_step_leaves_no_trace(batches: int) -> None:
     left = [batches]
 
     def poll() -> None:
@@ -362,7 +362,7 @@ def test_a_stop_abandons_the_step_without_a_trace(batches: int) -> None:
 @pytest.mark.parametrize(
     "rates", [{"shared": 1e30, "own": 0.1}, {"shared": 0.1, "own": 1e30}], ids=["sent", "kept"]
 )
-def test_a_step_that_is_not_finite_is_left_out(rates: Mapping[str, float]) -> None:
+def test_nonfinite_step_is_left_out(rates: Mapping[str, float]) -> None:
     player = Player(phase(rates))
     before, total = player.client.vector.clone(), new_sum(player)
     play(player, total)
@@ -370,14 +370,14 @@ def test_a_step_that_is_not_finite_is_left_out(rates: Mapping[str, float]) -> No
     assert total.flags.tolist() == [DROPPED] and not total.means()["shared"].weight.any()
 
 
-def test_a_bug_in_a_method_names_rank_client_and_round() -> None:
+def test_method_exception_names_rank_client_and_round() -> None:
     player = Player(phase({"nobody": 0.1}))
     with pytest.raises(KeyError) as caught:
         play(player, new_sum(player))
     assert caught.value.__notes__ == ["rank 0, client 0, round 1"]
 
 
-def test_a_part_that_came_unbound_is_noticed() -> None:
+def test_unbound_part_is_detected() -> None:
     player = Player(phase(BOTH))
     step = player.method.client_step
 
@@ -390,7 +390,7 @@ def test_a_part_that_came_unbound_is_noticed() -> None:
         play(player, new_sum(player))
 
 
-def test_initial_vectors_are_a_function_of_seed_part_and_client() -> None:
+def test_initial_vectors_depend_on_seed_part_and_client() -> None:
     bench, spec = Workbench(4, CPU), Two().state()
     one = bench.initial(spec)
     seeds.seed_global(9, "elsewhere")

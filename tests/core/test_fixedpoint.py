@@ -1,4 +1,4 @@
-"""The integer sum: exact in any order, within an ulp of the rational mean, loud about what does not fit."""
+"""The integer sum: exact in any order, within an ulp of the rational mean, an error outside its range."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHTS = [37, 911, 5, 120, 64, 333, 1, 78, 250, 19]
 
 
 def contributions(size: int, spread: float = 0.05) -> list[Tensor]:
-    """Ten clients' trained vectors: near each other, as after one round."""
+    """Return ten clients' trained vectors: close to each other, as after one round."""
     generator = torch.Generator().manual_seed(5)
     base = torch.randn(1, size, generator=generator) * spread
     return [base + 0.1 * spread * torch.randn(1, size, generator=generator) for _ in WEIGHTS]
@@ -40,7 +40,7 @@ def exact(values: list[Tensor], weights: list[int], column: int) -> Fraction:
 
 
 def nearest(number: Fraction) -> np.float32:
-    """Correctly rounded to float32."""
+    """Return the correctly rounded float32."""
     guess = np.float32(float(number))
     near = [np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf))]
     return min(near, key=lambda f: (abs(Fraction(float(f)) - number), int(f.view(np.uint32)) & 1))
@@ -50,7 +50,7 @@ def ulps(a: Tensor, b: Tensor) -> Tensor:
     return (a.view(torch.int32).long() - b.view(torch.int32).long()).abs()
 
 
-def test_any_split_and_order_gives_the_same_bits() -> None:
+def test_sum_has_the_same_bits_in_any_split_and_order() -> None:
     values = contributions(1000)
     coded = [encode(v, torch.tensor([w]), sum(WEIGHTS)) for v, w in zip(values, WEIGHTS, strict=True)]
     expected = sum(coded)
@@ -67,7 +67,7 @@ def test_any_split_and_order_gives_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("spread", [0.05, 1.0, 1000.0])
-def test_the_mean_is_within_an_ulp_of_the_rational_one(spread: float) -> None:
+def test_mean_is_within_an_ulp_of_the_rational_mean(spread: float) -> None:
     values = contributions(400, spread)
     got = mean_of(values, WEIGHTS).squeeze(0)
     wanted = [exact(values, WEIGHTS, c) for c in range(400)]
@@ -81,7 +81,7 @@ def test_the_mean_is_within_an_ulp_of_the_rational_one(spread: float) -> None:
     )
 
 
-def test_it_is_far_closer_than_a_float32_sum() -> None:
+def test_integer_sum_is_closer_than_a_float32_sum() -> None:
     values = contributions(4000)
     rounded = torch.from_numpy(np.array([nearest(exact(values, WEIGHTS, c)) for c in range(4000)]))
     fixed = mean_of(values, WEIGHTS).squeeze(0)
@@ -92,7 +92,7 @@ def test_it_is_far_closer_than_a_float32_sum() -> None:
     assert off_float > 0.2
 
 
-def test_one_contribution_and_equal_ones_come_back_as_they_are() -> None:
+def test_mean_of_one_or_equal_contributions_is_exact() -> None:
     value = torch.tensor([[1.0, -0.3, 0.1, 3.25e-3, -7e4]])
     coarse = torch.tensor([[2.0**-41, 1e-9]])
     assert torch.equal(mean_of([value], [7]), value)
@@ -100,7 +100,7 @@ def test_one_contribution_and_equal_ones_come_back_as_they_are() -> None:
     assert (mean_of([coarse], [7]) - coarse).abs().max() <= 2.0**-41
 
 
-def test_a_missing_client_changes_the_total_weight_and_nothing_else() -> None:
+def test_missing_client_changes_only_the_total_weight() -> None:
     values = contributions(300)
     total = sum(WEIGHTS)
     rest = WEIGHTS[1:]
@@ -113,7 +113,7 @@ def test_a_missing_client_changes_the_total_weight_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 2.0**22, -(2.0**22), 3e38])
-def test_what_is_not_finite_or_too_large_is_refused(bad: float) -> None:
+def test_nonfinite_and_too_large_values_are_refused(bad: float) -> None:
     value = torch.zeros(2, 3)
     value[1, 2] = bad
     with pytest.raises(NotFiniteError):
@@ -121,7 +121,7 @@ def test_what_is_not_finite_or_too_large_is_refused(bad: float) -> None:
     assert torch.equal(encode(value, torch.tensor([3, 0]), 1000), torch.zeros(2, 3, dtype=torch.int64))
 
 
-def test_the_range_is_used_to_its_end_without_overflow() -> None:
+def test_full_range_is_used_without_overflow() -> None:
     largest = torch.tensor([[np.nextafter(np.float32(2.0**22), np.float32(0))]])
     for weights in ([1] * 3000, [10**9 - 1, 1], [2**31 + 1] * 7):
         for value in (largest, -largest):
@@ -132,7 +132,7 @@ def test_the_range_is_used_to_its_end_without_overflow() -> None:
     assert encode(torch.tensor([[1023.0]]), torch.tensor([10]), 10, scale=52).item() == 1023 * 2**52
 
 
-def test_rows_have_their_own_weights_and_a_row_of_nobody_is_nan() -> None:
+def test_row_weights_are_separate_and_an_empty_row_is_nan() -> None:
     one, two = (
         torch.tensor([[1.0, 2.0], [5.0, 6.0], [0.0, 0.0]]),
         torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 0.0]]),
@@ -150,7 +150,7 @@ def test_rows_have_their_own_weights_and_a_row_of_nobody_is_nan() -> None:
     assert not encode(torch.ones(1, 2), torch.tensor([0]), 0).any()
 
 
-def test_rounding_is_to_the_nearest() -> None:
+def test_rounding_is_to_nearest() -> None:
     unit = 2.0**-fixedpoint.SCALE
     value = torch.tensor([[0.4 * unit, 0.6 * unit, -0.6 * unit, 1.5 * unit, 2.5 * unit]])
     assert encode(value, torch.tensor([1]), 1).tolist() == [[0, 1, -1, 2, 2]]
@@ -173,7 +173,7 @@ def new_sum(payload: Mapping[str, Block], clients: tuple[int, ...] = (0, 1, 3)) 
 MEASURED = {"train_loss": 1.5, "accuracy_before": 0.25, "bytes_down": 7.0}
 
 
-def test_a_round_adds_up_over_ranks() -> None:
+def test_round_sum_adds_up_over_ranks() -> None:
     payload = {
         "model": Block(3),
         "classes": Block(2, rows=2, weight="class_samples"),
@@ -201,7 +201,7 @@ def test_a_round_adds_up_over_ranks() -> None:
         torch.testing.assert_close(row, torch.full((2,), numerator / weight))
 
 
-def test_a_member_that_is_not_finite_adds_nothing() -> None:
+def test_nonfinite_member_adds_nothing() -> None:
     payload = {"good": Block(2), "bad": Block(2)}
     total = new_sum(payload)
     with pytest.raises(NotFiniteError):
@@ -216,7 +216,7 @@ def test_a_member_that_is_not_finite_adds_nothing() -> None:
     assert total.means()["bad"].weight.tolist() == [4]
 
 
-def test_a_block_left_out_has_no_weight_and_one_not_declared_is_a_bug() -> None:
+def test_omitted_block_has_no_weight_and_undeclared_raises() -> None:
     total = new_sum({"a": Block(2), "b": Block(1)})
     total.add(0, {"a": torch.ones(2)}, MEASURED)
     assert total.metrics()[0].tolist() == [1.5, 0.25, 8.0, 7.0]
@@ -225,7 +225,7 @@ def test_a_block_left_out_has_no_weight_and_one_not_declared_is_a_bug() -> None:
         total.add(1, {"private": torch.ones(2)}, MEASURED)
 
 
-def test_slots_carry_float32_bits_of_every_member() -> None:
+def test_slots_carry_every_members_float32_bits() -> None:
     payload = {"slot": Block(2, rows=2, weight="class_samples", slot=True), "after": Block(1)}
     bits = np.array(
         [[0x7FC01234, 0xFFC0BEEF], [0x80000000, 0x00000001]], np.uint32
@@ -245,7 +245,7 @@ def test_slots_carry_float32_bits_of_every_member() -> None:
         total.add(2, {"slot": torch.tensor([[float("inf"), 0.0], [0.0, 0.0]])}, MEASURED)
 
 
-def test_a_stop_reaches_the_sum() -> None:
+def test_stop_is_carried_by_the_sum() -> None:
     ranks = [new_sum({"a": Block(1)}) for _ in range(3)]
     ranks[0].request_stop()
     ranks[2].request_stop()
@@ -254,7 +254,7 @@ def test_a_stop_reaches_the_sum() -> None:
     assert total.stopped and not ranks[1].stopped and total.flags.tolist() == [MISSING] * 3
 
 
-def test_an_empty_cohort_is_a_sum_too() -> None:
+def test_empty_cohort_can_be_summed() -> None:
     total = new_sum({"a": Block(1), "s": Block(1, slot=True)}, ())
     assert total.metrics().shape == (0, 4) and total.means()["s"].value.shape == (0, 1, 1)
     assert bool(total.means()["a"].value.isnan().all())
@@ -263,7 +263,7 @@ def test_an_empty_cohort_is_a_sum_too() -> None:
 # The row of a round
 
 
-def test_a_row_weighs_names_and_leaves_null_what_was_not_measured() -> None:
+def test_row_has_weighted_means_and_null_for_unmeasured() -> None:
     total = new_sum({"a": Block(2)})
     total.add(0, {"a": torch.ones(2)}, {"train_loss": 1.0, "accuracy_before": 0.5, "bytes_down": 99})
     total.add(2, {"a": torch.ones(2)}, {"train_loss": 2.0, "accuracy_before": float("nan"), "bytes_down": 99})
@@ -273,9 +273,9 @@ def test_a_row_weighs_names_and_leaves_null_what_was_not_measured() -> None:
     evaluation.clients[3] = [1, 2, float("inf"), float("nan"), float("nan"), 1, 2, 0, 0, 0, 0]
     evaluation.ranks[:] = [[1, 2, 3, 4, 5], [4, 3, 2, 1, 9]]
     evaluation.gates[:] = [[2, 0, 4], [2**40, 0, 2**40]]
-    told = {"seconds": 10.0, "simulated": 1.0, "unseen": {3}, "bytes_once": 5}
+    details = {"seconds": 10.0, "simulated": 1.0, "unseen": {3}, "bytes_once": 5}
     row, other = (
-        metrics.row(7, total, evaluation, COUNTS.sum(1).tolist(), tested, **told)
+        metrics.row(7, total, evaluation, COUNTS.sum(1).tolist(), tested, **details)
         for tested in ([4, 0, 0, 0], [4, 0, 0, 2])
     )
     assert other["accuracy_cohort"]["mean"] is None, "client 3 has test rows and was not measured"
@@ -308,7 +308,7 @@ def test_a_row_weighs_names_and_leaves_null_what_was_not_measured() -> None:
     assert metrics.dumps(row)
 
 
-def test_a_round_of_nobody_and_a_method_without_a_loss_still_make_a_row() -> None:
+def test_row_exists_without_clients_or_loss() -> None:
     for losses in ([], [float("nan")]):
         total = new_sum({"a": Block(1)})
         for position, loss in enumerate(losses):
@@ -338,7 +338,7 @@ def test_a_round_of_nobody_and_a_method_without_a_loss_still_make_a_row() -> Non
         )
 
 
-def test_the_best_round_is_the_first_of_equals_on_the_selecting_accuracy() -> None:
+def test_best_round_is_the_first_with_the_highest_accuracy() -> None:
     def row(round: int, test: float | None, validation: float | None) -> metrics.Row:
         return {"round": round, "accuracy": {"mean": test}, "accuracy_validation": {"mean": validation}}
 

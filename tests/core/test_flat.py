@@ -1,4 +1,4 @@
-"""Flat vectors: where each tensor lies, what is a view of what, and what breaks a binding."""
+"""Flat vectors: the place of each tensor, which tensors are views, and what breaks a binding."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Tied(nn.Module):
 
 
 class Odd(nn.Module):
-    """Buffers of every sort, a scalar and an empty parameter."""
+    """A module with buffers of every kind, a scalar and an empty parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def test_layout_and_vector_round_trip(build: Callable[[], nn.Module]) -> None:
     assert all(torch.equal(now[name], expected[name]) for name in expected)
 
 
-def test_a_joined_layout_round_trips_with_offsets_and_parts() -> None:
+def test_joined_layout_round_trips_with_offsets_and_parts() -> None:
     pieces = {"shared": Layout.of(norms()), "odd": Layout.of(Odd()), "table": Layout.of_tensor((4, 2))}
     joined = Layout.join(pieces)
     assert Layout.from_json(joined.to_json()) == joined
@@ -112,7 +112,7 @@ def test_a_joined_layout_round_trips_with_offsets_and_parts() -> None:
     assert torch.equal(joined.views(vector)["table/"], vector[-8:].view(4, 2))
 
 
-def test_the_digest_tells_name_shape_order_and_role() -> None:
+def test_digest_depends_on_name_shape_order_and_role() -> None:
     base = Layout((Entry("a", (2, 3), 0, True), Entry("b", (4,), 6, False)))
     others = [
         Layout((Entry("x", (2, 3), 0, True), Entry("b", (4,), 6, False))),
@@ -147,7 +147,7 @@ def test_tied_weights_are_stored_once_and_stay_tied() -> None:
     assert bound.module.decoder.weight is bound.module.encoder.weight
 
 
-def test_buffers_outside_the_vector_start_afresh_for_every_client() -> None:
+def test_other_buffers_are_reset_for_every_client() -> None:
     bound = Bound(Odd(), CPU)
     assert {entry.name for entry in bound.layout.entries} == {"scale", "empty", "kept"}
     bound.module(torch.ones(2))
@@ -162,7 +162,7 @@ def test_buffers_outside_the_vector_start_afresh_for_every_client() -> None:
     assert counted.module[1].num_batches_tracked == 0
 
 
-def test_training_a_bound_module_changes_the_vector_and_the_vector_the_module() -> None:
+def test_bound_module_and_vector_share_memory() -> None:
     bound = Bound(norms(), CPU)
     before, x = bound.vector.clone(), torch.randn(8, 3, 8, 8)
     optimiser = torch.optim.SGD(bound.parameters, lr=0.1)
@@ -240,7 +240,7 @@ def _swap(module: nn.Sequential) -> None:
         _swap,
     ],
 )
-def test_check_notices_what_breaks_a_binding(harm: Callable[[nn.Module], None]) -> None:
+def test_check_detects_a_broken_binding(harm: Callable[[nn.Module], None]) -> None:
     bound = Bound(norms(), CPU)
     bound.check()
     harm(bound.module)
@@ -248,7 +248,7 @@ def test_check_notices_what_breaks_a_binding(harm: Callable[[nn.Module], None]) 
         bound.check()
 
 
-def test_a_channels_last_module_is_bound_contiguously_and_computes_the_same() -> None:
+def test_channels_last_module_binds_and_computes_the_same() -> None:
     module = norms().eval()
     x = torch.randn(2, 3, 8, 8)
     expected = module(x)
@@ -257,13 +257,13 @@ def test_a_channels_last_module_is_bound_contiguously_and_computes_the_same() ->
     torch.testing.assert_close(bound.module(x), expected)
 
 
-def test_a_vector_holds_float32_only() -> None:
+def test_vector_holds_float32_only() -> None:
     with pytest.raises(AssertionError, match="float64"):
         Layout.of(nn.Linear(2, 2).double())
     assert Layout.of(Bound(nn.Linear(2, 2).double(), CPU).module).size == 6
 
 
-def test_a_tensor_is_its_own_vector() -> None:
+def test_single_tensor_is_its_vector() -> None:
     bound = BoundTensor((2, 3), CPU)
     bound.load(torch.arange(6.0))
     assert torch.equal(bound.module, torch.arange(6.0).view(2, 3))
@@ -275,7 +275,7 @@ def test_a_tensor_is_its_own_vector() -> None:
 # The workbench, where clients take turns in one bound module
 
 
-def test_clients_take_turns_without_a_trace_of_each_other() -> None:
+def test_client_turns_leave_no_trace_in_each_other() -> None:
     bench = parts.Workbench(3, CPU)
     spec = {"model": parts.Module("norms", norms), "memory": parts.Tensor((2, 2), float("nan"))}
     vectors = [bench.initial(spec, client) for client in (0, 1)]
@@ -298,7 +298,7 @@ def test_clients_take_turns_without_a_trace_of_each_other() -> None:
     assert turn.modules().keys() == {"model"}
 
 
-def test_a_part_without_numbers_a_bad_name_and_an_unknown_one() -> None:
+def test_empty_part_is_accepted_and_bad_names_raise() -> None:
     bench = parts.Workbench(3, CPU)
     spec = {"none": parts.Module("relu", nn.ReLU), "one": parts.Module("linear", lambda: nn.Linear(2, 1))}
     vector = bench.initial(spec)
@@ -316,7 +316,7 @@ def test_a_part_without_numbers_a_bad_name_and_an_unknown_one() -> None:
         bench.layout({"a/b": spec["one"]})
 
 
-def test_random_buffers_outside_the_vector_do_not_depend_on_who_came_before() -> None:
+def test_random_buffers_do_not_depend_on_earlier_clients() -> None:
     class Random(nn.Linear):
         def __init__(self) -> None:
             super().__init__(1, 1)

@@ -1,4 +1,4 @@
-"""Addresses of random draws: the same on every machine, unlike in every coordinate."""
+"""Addresses of random draws: the same on every machine, different in every coordinate."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ KNOWN = {
 }
 
 
-def test_addresses_never_change() -> None:
+def test_addressed_draws_never_change() -> None:
     assert {place: seeds.address(*place) for place in KNOWN} == KNOWN
-    by_hand = b"".join(n.to_bytes(8, "little", signed=True) for n in (2024, 17, 5)) + b"batches"
-    whole = int.from_bytes(blake2b(by_hand, digest_size=8).digest(), "little")
+    address = b"".join(n.to_bytes(8, "little", signed=True) for n in (2024, 17, 5)) + b"batches"
+    whole = int.from_bytes(blake2b(address, digest_size=8).digest(), "little")
     assert seeds.address(2024, "batches", 17, 5) == whole // 2
     assert seeds.address(1, "cohort", 3) == seeds.address(1, "cohort", 3, seeds.SERVER)
 
 
-def test_every_coordinate_counts() -> None:
+def test_every_coordinate_changes_the_draws() -> None:
     places = list(product((0, 1, 2**40), ("", "a", "ab", "b"), (0, 1, 2**33), (-1, 0, 1, 500)))
     found = {seeds.address(*place) for place in places}
     assert len(found) == len(places)
@@ -36,7 +36,7 @@ def test_every_coordinate_counts() -> None:
     assert max(found) > 2**62 and min(found) < 2**58, "all 63 bits are used"
 
 
-def test_another_process_and_hash_seed_give_the_same_draws() -> None:
+def test_draws_are_the_same_in_another_process() -> None:
     code = (
         "from pfedmoe_mpi import seeds; import torch\n"
         "print(seeds.address(7, 'x', 2, 3))\n"
@@ -58,7 +58,7 @@ def test_another_process_and_hash_seed_give_the_same_draws() -> None:
     assert [int(line) for line in there.stdout.split()] == [int(number) for number in here]
 
 
-def test_generators_do_not_touch_the_global_one() -> None:
+def test_generators_leave_global_state_alone() -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""HDF5 and npz files of users: what comes out of them, and what a user hears about unusable ones."""
+"""HDF5 and npz files of users: what is read from them, and the messages about unusable ones."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from support.data_files import (
     GOOD_X,
     GOOD_Y,
     NAN,
-    client_data,
-    damaged_h5,
-    everything,
-    images,
-    opened,
-    refused,
+    all_rows,
+    client_arrays,
+    data_error,
+    file_names,
+    open_data,
+    random_images,
     shared_data,
-    snapshot,
-    write_clients,
+    write_damaged_h5,
     write_h5,
+    write_npz_clients,
 )
 
 # HDF5
@@ -38,12 +38,12 @@ from support.data_files import (
     "layout", [{}, {"chunks": (7, 2, 5, 5)}, {"chunks": (1, 2, 5, 5), "compression": "gzip"}]
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
-def test_hdf5_rows_come_in_the_order_asked(tmp_path: Path, layout: dict[str, Any], dtype: type) -> None:
-    x: np.ndarray = images(500, 2, 5, 5).astype(dtype)
+def test_hdf5_rows_come_in_the_requested_order(tmp_path: Path, layout: dict[str, Any], dtype: type) -> None:
+    x: np.ndarray = random_images(500, 2, 5, 5).astype(dtype)
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("x", data=x, **layout)
         file["y"] = np.arange(500) % 3
-    with opened("hdf5", tmp_path / "a.h5") as data:
+    with open_data("hdf5", tmp_path / "a.h5") as data:
         assert (data.shape, data.classes, data.distributed) == ((2, 5, 5), 3, True)
         assert data.dtype == (np.uint8 if dtype == np.uint8 else np.float32)
         generator = np.random.default_rng(1)
@@ -61,36 +61,36 @@ def test_hdf5_rows_come_in_the_order_asked(tmp_path: Path, layout: dict[str, Any
             assert np.array_equal(rows, x[np.array(pick, np.int64)])
 
 
-def test_hdf5_reads_a_few_rows_without_the_rest(tmp_path: Path) -> None:
-    """Rows around a damaged place are read, as nothing between them is; rows in it are an error."""
-    x = images(4000, 3, 16, 16)
-    with opened("hdf5", damaged_h5(tmp_path / "a.h5", x, 10, 2005)) as data:
+def test_hdf5_reads_only_the_requested_rows(tmp_path: Path) -> None:
+    """Rows before and after a damaged chunk are read, because it is skipped; rows in it raise."""
+    x = random_images(4000, 3, 16, 16)
+    with open_data("hdf5", write_damaged_h5(tmp_path / "a.h5", x, 10, 2005)) as data:
         asked = np.array([1999, 3999, 5, 2010])
         assert np.array_equal(data.rows(asked), x[asked])
         with pytest.raises(DataError, match="rows 2000 to 2010 cannot be read"):
             data.rows(np.array([2003]))
 
 
-def test_a_refused_file_is_closed(tmp_path: Path) -> None:
+def test_refused_hdf5_file_is_closed(tmp_path: Path) -> None:
     for labels in (GOOD_Y + 1, GOOD_Y[:2]):
         path = write_h5(tmp_path / "a.h5", x=GOOD_X, y=labels)
         with pytest.raises(DataError) as caught:
-            opened("hdf5", path)
+            open_data("hdf5", path)
         with h5py.File(path, "r+"):
             assert caught.value
 
 
-def test_hdf5_shapes(tmp_path: Path) -> None:
+def test_hdf5_shapes_are_accepted(tmp_path: Path) -> None:
     y = np.arange(6) % 2
-    assert opened("hdf5", write_h5(tmp_path / "a.h5", x=images(6, 8, 9), y=y)).shape == (1, 8, 9)
-    data = opened("hdf5", write_h5(tmp_path / "b.h5", x=np.ones((6, 13), np.float32), y=y))
+    assert open_data("hdf5", write_h5(tmp_path / "a.h5", x=random_images(6, 8, 9), y=y)).shape == (1, 8, 9)
+    data = open_data("hdf5", write_h5(tmp_path / "b.h5", x=np.ones((6, 13), np.float32), y=y))
     assert data.shape == (13,) and data.mean == () and data.name == "b"
 
 
-def test_hdf5_optional_parts(tmp_path: Path) -> None:
+def test_hdf5_optional_parts_are_read(tmp_path: Path) -> None:
     y, client, test = np.arange(6) % 2, np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 0, 1, 0, 1])
-    path = write_h5(tmp_path / "a.h5", x=images(6, 1, 4, 4), y=y, client=client, official_test=test)
-    data = opened("hdf5", path)
+    path = write_h5(tmp_path / "a.h5", x=random_images(6, 1, 4, 4), y=y, client=client, official_test=test)
+    data = open_data("hdf5", path)
     assert data.client is not None and data.official_test is not None
     assert np.array_equal(data.client, client) and np.array_equal(data.official_test, test.astype(bool))
 
@@ -110,7 +110,7 @@ def test_hdf5_optional_parts(tmp_path: Path) -> None:
         ({"x": GOOD_X.astype(np.int64), "y": GOOD_Y}, "x of .* is int64"),
         ({"x": GOOD_X[..., None], "y": GOOD_Y}, "has shape"),
         ({"x": np.arange(6.0), "y": GOOD_Y}, "has shape"),
-        ({"x": images(6, 8, 8, 3), "y": GOOD_Y}, "channels in the last place"),
+        ({"x": random_images(6, 8, 8, 3), "y": GOOD_Y}, "channels in the last place"),
         ({"x": GOOD_X[:0], "y": GOOD_Y[:0]}, "is empty"),
         ({"x": NAN, "y": GOOD_Y}, "row 4 holds a NaN"),
         ({"x": GOOD_X * 1e300, "y": GOOD_Y}, "NaN or an infinity"),
@@ -121,12 +121,12 @@ def test_hdf5_optional_parts(tmp_path: Path) -> None:
         ({"x": GOOD_X, "y": GOOD_Y, "class_names": [1, 2, 3]}, "cannot be read"),
     ],
 )
-def test_hdf5_refused(tmp_path: Path, tables: dict[str, Any], pattern: str) -> None:
-    refused(pattern, "hdf5", write_h5(tmp_path / "a.h5", **tables))
-    assert snapshot(tmp_path) == ["a.h5"]
+def test_unusable_hdf5_is_refused(tmp_path: Path, tables: dict[str, Any], pattern: str) -> None:
+    data_error(pattern, "hdf5", write_h5(tmp_path / "a.h5", **tables))
+    assert file_names(tmp_path) == ["a.h5"]
 
 
-def test_nan_is_found_by_the_rank_that_reads_it(tmp_path: Path) -> None:
+def test_nan_is_reported_by_the_rank_that_reads_it(tmp_path: Path) -> None:
     path = write_h5(tmp_path / "a.h5", x=NAN, y=GOOD_Y)
     data = open_dataset(Data(source="hdf5", path=str(path)), 0, clients=2, check=False)
     assert data.rows(np.array([0, 5])).all()
@@ -134,26 +134,26 @@ def test_nan_is_found_by_the_rank_that_reads_it(tmp_path: Path) -> None:
         data.rows(np.array([0, 4]))
 
 
-def test_a_file_that_is_not_hdf5_or_cut_short(tmp_path: Path) -> None:
+def test_truncated_or_other_file_is_not_read_as_hdf5(tmp_path: Path) -> None:
     (tmp_path / "text.h5").write_text("hello")
-    refused("cannot be opened as HDF5", "hdf5", tmp_path / "text.h5")
-    path = write_h5(tmp_path / "a.h5", x=images(100, 3, 32, 32), y=np.arange(100) % 2)
+    data_error("cannot be opened as HDF5", "hdf5", tmp_path / "text.h5")
+    path = write_h5(tmp_path / "a.h5", x=random_images(100, 3, 32, 32), y=np.arange(100) % 2)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    refused("cannot be opened as HDF5", "hdf5", path)
+    data_error("cannot be opened as HDF5", "hdf5", path)
 
 
 @pytest.mark.parametrize("source", ["hdf5", "folder", "npz"])
-def test_missing_path(tmp_path: Path, source: str) -> None:
-    refused("No such file", source, tmp_path / "nothing")
-    assert not snapshot(tmp_path)
+def test_missing_path_is_refused(tmp_path: Path, source: str) -> None:
+    data_error("No such file", source, tmp_path / "nothing")
+    assert not file_names(tmp_path)
 
 
 # npz
 
 
-def test_npz_clients_of_mnist() -> None:
+def test_npz_reads_mnist_clients() -> None:
     path = shared_data("mnist-20clients")
-    data = opened("npz", path)
+    data = open_data("npz", path)
     assert (data.shape, data.classes, data.dtype, len(data)) == ((1, 28, 28), 10, np.float32, 70_000)
     assert data.mean == () and data.client is not None and data.official_test is not None
     with np.load(path / "test" / "7.npz", allow_pickle=True) as archive:
@@ -162,35 +162,35 @@ def test_npz_clients_of_mnist() -> None:
     assert np.array_equal(data.rows(mine), real["x"]) and np.array_equal(data.labels[mine], real["y"])
 
 
-def test_npz_train_and_test_of_each_client(tmp_path: Path) -> None:
-    parts = [client_data(n, seed=n) for n in (6, 3, 5, 4)]
-    write_clients(tmp_path, "train", {0: parts[0], 1: parts[2]})
-    write_clients(tmp_path, "test", {0: parts[1], 1: parts[3]})
-    data = opened("npz", tmp_path)
+def test_npz_keeps_each_clients_train_and_test(tmp_path: Path) -> None:
+    parts = [client_arrays(n, seed=n) for n in (6, 3, 5, 4)]
+    write_npz_clients(tmp_path, "train", {0: parts[0], 1: parts[2]})
+    write_npz_clients(tmp_path, "test", {0: parts[1], 1: parts[3]})
+    data = open_data("npz", tmp_path)
     assert data.client is not None and data.official_test is not None
     assert data.client.tolist() == [0] * 9 + [1] * 9
     assert np.flatnonzero(data.official_test).tolist() == [6, 7, 8, 14, 15, 16, 17]
-    assert np.array_equal(everything(data), np.concatenate([part["x"] for part in parts]))
+    assert np.array_equal(all_rows(data), np.concatenate([part["x"] for part in parts]))
     assert np.array_equal(data.labels, np.concatenate([part["y"] for part in parts]))
 
 
-def test_npz_labels_of_unlike_integers(tmp_path: Path) -> None:
+def test_npz_labels_may_differ_in_integer_type(tmp_path: Path) -> None:
     for client, dtype in enumerate((np.uint64, np.int64)):
         content = {"x": GOOD_X, "y": GOOD_Y.astype(dtype)}
-        write_clients(tmp_path, "train", {client: content})
-    assert opened("npz", tmp_path).labels.tolist() == [*GOOD_Y, *GOOD_Y]
+        write_npz_clients(tmp_path, "train", {client: content})
+    assert open_data("npz", tmp_path).labels.tolist() == [*GOOD_Y, *GOOD_Y]
 
 
-def test_npz_of_plain_arrays_and_without_test(tmp_path: Path) -> None:
+def test_npz_accepts_plain_arrays_without_test(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    np.savez(tmp_path / "train" / "0.npz", x=images(6, 5, 5), y=GOOD_Y.astype(np.uint64))
-    data = opened("npz", tmp_path)
+    np.savez(tmp_path / "train" / "0.npz", x=random_images(6, 5, 5), y=GOOD_Y.astype(np.uint64))
+    data = open_data("npz", tmp_path)
     assert (data.shape, data.dtype, data.official_test) == ((1, 5, 5), np.uint8, None)
-    assert np.array_equal(everything(data)[:, 0], images(6, 5, 5))
+    assert np.array_equal(all_rows(data)[:, 0], random_images(6, 5, 5))
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
-def test_pickled_arrays_of_every_kind(protocol: int) -> None:
+def test_npz_reads_pickled_arrays_of_every_type(protocol: int) -> None:
     table: dict[str, Any] = {
         "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
         "big": np.arange(4, dtype=">i4"),
@@ -219,15 +219,17 @@ def test_npz_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     for function, named in ((Path.touch, "touch|getattr|Path"), (eval, "builtins.eval")):
         argument = mark if function is Path.touch else f"open({str(mark)!r}, 'w')"
-        content = {**client_data(6), "z": Evil(function, argument)}
-        refused(f"holds a pickled .*({named})", "npz", write_clients(tmp_path / "d", "train", {0: content}))
+        content = {**client_arrays(6), "z": Evil(function, argument)}
+        data_error(
+            f"holds a pickled .*({named})", "npz", write_npz_clients(tmp_path / "d", "train", {0: content})
+        )
     assert not mark.exists()
 
 
 def test_npz_pickle_with_numpy_functions_is_refused(tmp_path: Path) -> None:
     for evil in (Evil(np.fromfile, "/dev/null"), Evil(np.memmap, "x"), np.ma.masked_array([1]), np.polyval):
-        content = {**client_data(6), "z": evil}
-        refused("holds a pickled numpy", "npz", write_clients(tmp_path, "train", {0: content}))
+        content = {**client_arrays(6), "z": evil}
+        data_error("holds a pickled numpy", "npz", write_npz_clients(tmp_path, "train", {0: content}))
 
 
 @pytest.mark.parametrize(
@@ -245,24 +247,24 @@ def test_npz_pickle_with_numpy_functions_is_refused(tmp_path: Path) -> None:
         ({"x": np.array([[{}]] * 6), "y": GOOD_Y}, "no arrays x and y; it has y"),
     ],
 )
-def test_npz_refused(tmp_path: Path, content: Any, pattern: str) -> None:
-    refused(pattern, "npz", write_clients(tmp_path, "train", {0: content}))
+def test_unusable_npz_is_refused(tmp_path: Path, content: Any, pattern: str) -> None:
+    data_error(pattern, "npz", write_npz_clients(tmp_path, "train", {0: content}))
 
 
-def test_npz_layout_refused(tmp_path: Path) -> None:
-    refused("has no train/0.npz", "npz", tmp_path)
-    write_clients(tmp_path, "train", {0: client_data(6), 2: client_data(6)})
-    refused("has no train/1.npz", "npz", tmp_path)
-    write_clients(tmp_path, "train", {1: {"x": images(6, 1, 5, 5), "y": GOOD_Y}})
-    refused(r"x of client 1 is uint8 \(1, 5, 5\), of client 0 float32 \(1, 4, 4\)", "npz", tmp_path)
-    write_clients(tmp_path, "train", {1: client_data(6)})
-    write_clients(tmp_path, "test", {5: client_data(6)})
-    refused("test/5.npz without a train part", "npz", tmp_path)
+def test_unusable_npz_folder_is_refused(tmp_path: Path) -> None:
+    data_error("has no train/0.npz", "npz", tmp_path)
+    write_npz_clients(tmp_path, "train", {0: client_arrays(6), 2: client_arrays(6)})
+    data_error("has no train/1.npz", "npz", tmp_path)
+    write_npz_clients(tmp_path, "train", {1: {"x": random_images(6, 1, 5, 5), "y": GOOD_Y}})
+    data_error(r"x of client 1 is uint8 \(1, 5, 5\), of client 0 float32 \(1, 4, 4\)", "npz", tmp_path)
+    write_npz_clients(tmp_path, "train", {1: client_arrays(6)})
+    write_npz_clients(tmp_path, "test", {5: client_arrays(6)})
+    data_error("test/5.npz without a train part", "npz", tmp_path)
 
 
-def test_npz_damaged(tmp_path: Path) -> None:
-    """Whatever bytes a pickle is made of, the answer is data or one message."""
-    path = write_clients(tmp_path, "train", {0: client_data(6)}) / "train" / "0.npz"
+def test_damaged_npz_is_data_or_one_message(tmp_path: Path) -> None:
+    """For any bytes of a pickle the result is data or one message."""
+    path = write_npz_clients(tmp_path, "train", {0: client_arrays(6)}) / "train" / "0.npz"
     with zipfile.ZipFile(path) as archive:
         raw = archive.read("data.npy")
     generator = np.random.default_rng(0)
@@ -274,10 +276,10 @@ def test_npz_damaged(tmp_path: Path) -> None:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("data.npy", bytes(broken[: generator.integers(len(raw) // 2, len(raw) + 1)]))
         try:
-            opened("npz", tmp_path)
+            open_data("npz", tmp_path)
             outcomes.add("read")
         except DataError:
             outcomes.add("refused")
     assert "refused" in outcomes
     path.write_bytes(path.read_bytes()[:100])
-    refused("cannot be read as npz", "npz", tmp_path)
+    data_error("cannot be read as npz", "npz", tmp_path)

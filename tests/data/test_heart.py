@@ -1,4 +1,4 @@
-"""Hospitals as clients: what becomes of missing values, who is a client, AUC, and bad files."""
+"""Hospitals as clients: missing values, natural clients, AUC, and bad files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pfedmoe_mpi.federation import build, effective, plan
 from pfedmoe_mpi.federation.evaluation import auc
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.federation.metrics import learning
-from support.data_files import everything, opened, refused, shared_data
-from support.launcher import Result, Session, rows, told
-from support.small_federation import world
-from support.text_files import HEADER, HOSPITALS, same_bits, write_hospitals
+from support.data_files import all_rows, data_error, open_data, shared_data
+from support.launcher import Result, Session, error_message, read_metrics
+from support.small_federation import shared_comm
+from support.text_files import HEADER, HOSPITALS, assert_restart_keeps_bits, write_hospitals
 
 FLAGS = ("--data.source", "heart", "--rounds", "2", "--model.dim", "16", "--train.device", "cpu")
 
@@ -38,15 +38,17 @@ def settings(folder: Path, **changes: Any) -> config.Config:
 
 
 def loop_of(folder: Path, **changes: Any) -> Loop:
-    return Loop(world(), build.build(world(), settings(folder, **changes)), SilentObserver(), None)
+    return Loop(
+        shared_comm(), build.build(shared_comm(), settings(folder, **changes)), SilentObserver(), None
+    )
 
 
 # What a client sees
 
 
-def test_columns_are_numbers_and_one_per_code(hospitals: Path) -> None:
-    data = opened("heart", hospitals)
-    x = everything(data)
+def test_columns_are_numeric_or_one_hot(hospitals: Path) -> None:
+    data = open_data("heart", hospitals)
+    x = all_rows(data)
     assert data.shape == (22,) and data.class_names == ("healthy", "sick")
     assert data.client is not None and np.bincount(data.client).tolist() == list(HOSPITALS.values())
     alpha = np.loadtxt(hospitals / "processed.alpha.data", delimiter=",", skiprows=1)
@@ -58,19 +60,19 @@ def test_columns_are_numbers_and_one_per_code(hospitals: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["-9", "-9.0", ""])
-def test_a_missing_value_has_four_spellings(hospitals: Path, tmp_path: Path, missing: str) -> None:
+def test_missing_values_have_four_spellings(hospitals: Path, tmp_path: Path, missing: str) -> None:
     for path in hospitals.iterdir():
         (tmp_path / path.name).write_text(path.read_text().replace("?", missing))
-    first, second = everything(opened("heart", hospitals)), everything(opened("heart", tmp_path))
+    first, second = all_rows(open_data("heart", hospitals)), all_rows(open_data("heart", tmp_path))
     assert np.isnan(first).any() and np.array_equal(first, second, equal_nan=True)
 
 
-def test_missing_values_and_scale_come_from_the_clients_own_training_rows(hospitals: Path) -> None:
+def test_imputation_and_scale_use_own_training_rows(hospitals: Path) -> None:
     """Computed anew for every client and column, from its training rows and nothing else."""
-    data = opened("heart", hospitals)
-    raw = everything(data).astype(float)
+    data = open_data("heart", hospitals)
+    raw = all_rows(data).astype(float)
     partition = plan.draw_partition(effective.with_proposals(settings(hospitals), data), data)
-    x = everything(data.fitted(partition))
+    x = all_rows(data.fitted(partition))
     assert np.isnan(raw).any() and not np.isnan(x).any()
     starts = np.cumsum([0, *(max(1, len(codes)) for codes in ATTRIBUTES.values())])
     for k in range(3):
@@ -95,11 +97,11 @@ def test_missing_values_and_scale_come_from_the_clients_own_training_rows(hospit
                 )
 
 
-def test_test_rows_and_other_clients_teach_nothing(hospitals: Path, tmp_path: Path) -> None:
+def test_imputation_ignores_test_rows_and_other_clients(hospitals: Path, tmp_path: Path) -> None:
     """One test patient and one other hospital changed: all other samples stay the same, bit for bit."""
-    data = opened("heart", hospitals)
+    data = open_data("heart", hospitals)
     partition = plan.draw_partition(effective.with_proposals(settings(hospitals), data), data)
-    before = everything(data.fitted(partition))
+    before = all_rows(data.fitted(partition))
     other = write_hospitals(tmp_path / "other")
     path = other / "processed.alpha.data"
     lines = path.read_text().splitlines()
@@ -110,7 +112,7 @@ def test_test_rows_and_other_clients_teach_nothing(hospitals: Path, tmp_path: Pa
     path.write_text(
         "\n".join("9" + line if line[0] != "?" else line for line in path.read_text().splitlines())
     )
-    after = everything(opened("heart", other).fitted(partition))
+    after = all_rows(open_data("heart", other).fitted(partition))
     same = np.r_[0:changed, changed + 1 : 48, 88:124]
     assert np.array_equal(before[same], after[same])
     assert not np.array_equal(before[changed], after[changed]) and not np.array_equal(
@@ -121,30 +123,30 @@ def test_test_rows_and_other_clients_teach_nothing(hospitals: Path, tmp_path: Pa
 # Who is a client
 
 
-def test_hospitals_are_the_clients_unless_the_user_says_otherwise(hospitals: Path) -> None:
+def test_hospitals_are_the_default_clients(hospitals: Path) -> None:
     made = loop_of(hospitals).federation.config
     assert (made.partition.kind, made.clients, made.train.lr) == ("natural", 3, 0.005)
     made = loop_of(hospitals, partition__kind="iid", clients=5, train__lr=0.05).federation.config
     assert (made.partition.kind, made.clients, made.train.lr) == ("iid", 5, 0.05)
 
 
-def test_the_plan_names_the_hospitals(done: Callable[..., Result], hospitals: Path) -> None:
-    said = done(*FLAGS, "--data.path", hospitals, "--dry", "true").out
+def test_plan_names_the_hospitals(run_command: Callable[..., Result], hospitals: Path) -> None:
+    said = run_command(*FLAGS, "--data.path", hospitals, "--dry", "true").out
     assert "0 alpha, 1 beta, 2 gamma" in said
     assert "as the data propose: partition.kind natural, clients 3, train.lr 0.005" in said
-    dealt = done(*FLAGS, "--data.path", hospitals, "--dry", "true", "--partition.kind", "iid").out
+    dealt = run_command(*FLAGS, "--data.path", hospitals, "--dry", "true", "--partition.kind", "iid").out
     assert "alpha" not in dealt, "which then are nobody's"
 
 
-def test_a_wrong_number_of_clients_is_refused(refused: Callable[..., str], hospitals: Path) -> None:
-    refused("3 natural clients, not 7", *FLAGS, "--data.path", hospitals, "--clients", "7")
-    refused("unseen.clients leaves nobody", *FLAGS, "--data.path", hospitals, "--unseen.clients", "3")
+def test_wrong_number_of_clients_is_refused(assert_refused: Callable[..., str], hospitals: Path) -> None:
+    assert_refused("3 natural clients, not 7", *FLAGS, "--data.path", hospitals, "--clients", "7")
+    assert_refused("unseen.clients leaves nobody", *FLAGS, "--data.path", hospitals, "--unseen.clients", "3")
 
 
 # AUC
 
 
-def test_auc_is_the_share_of_pairs_in_order() -> None:
+def test_auc_is_the_share_of_ordered_pairs() -> None:
     draw = np.random.default_rng(1)
     for size in (2, 7, 40):
         labels = np.r_[0, 1, draw.integers(0, 2, size - 2)]
@@ -156,8 +158,8 @@ def test_auc_is_the_share_of_pairs_in_order() -> None:
     assert np.isnan(auc(np.ones(3), np.ones(3))) and np.isnan(auc(np.array([np.nan, 1]), np.array([0, 1])))
 
 
-def test_every_client_has_its_auc(hospitals: Path) -> None:
-    """As scikit-learn has it, from the logits of the client's own answers."""
+def test_auc_of_every_client_equals_scikit_learn(hospitals: Path) -> None:
+    """AUC equals scikit-learn's, from the logits of the client's own predictions."""
     metrics = pytest.importorskip("sklearn.metrics")
     loop = loop_of(hospitals, eval__batch=3)
     loop.run()
@@ -178,8 +180,8 @@ def test_every_client_has_its_auc(hospitals: Path) -> None:
     assert row["auc"]["worst"] == min(row["clients"]["auc"])
 
 
-def test_more_than_two_classes_have_no_auc(trained: Path) -> None:
-    for row in rows(trained):
+def test_auc_needs_two_classes(trained: Path) -> None:
+    for row in read_metrics(trained):
         assert row["auc"] == dict.fromkeys(("mean", "weighted", "std", "worst"))
         assert row["clients"]["auc"] == [None] * 4
 
@@ -188,38 +190,38 @@ def test_more_than_two_classes_have_no_auc(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("method", methods.names())
-def test_every_method_runs(hospitals: Path, method: str) -> None:
+def test_every_method_trains_on_hospitals(hospitals: Path, method: str) -> None:
     loop = loop_of(hospitals, algorithm=method, rounds=1)
     assert loop.run()
     row = learning(loop.history[-1])
     assert not row["dropped"] and None not in row["clients"]["auc"]
 
 
-def test_ranks_and_a_restart_change_no_bit(
-    done: Callable[..., Result], session: Session, hospitals: Path, tmp_path: Path
+def test_ranks_and_restart_keep_the_bits_on_hospitals(
+    run_command: Callable[..., Result], session: Session, hospitals: Path, tmp_path: Path
 ) -> None:
     flags = (*FLAGS, "--data.path", str(hospitals))
-    newest = same_bits(done, flags, tmp_path)
-    evaluated = done("evaluate", newest, "--json", "true").out
-    assert f'"auc": {rows(tmp_path / "half")[-1]["clients"]["auc"]}' in evaluated
-    done("export", newest, "--client", "1", "beta.h5")
+    newest = assert_restart_keeps_bits(run_command, flags, tmp_path)
+    evaluated = run_command("evaluate", newest, "--json", "true").out
+    assert f'"auc": {read_metrics(tmp_path / "half")[-1]["clients"]["auc"]}' in evaluated
+    run_command("export", newest, "--client", "1", "beta.h5")
     with h5py.File(tmp_path / "beta.h5") as file:
         assert file["model/extractor.fc1.weight"].shape[1] == 22
-    told(
+    error_message(
         session("data", "prepare", "x.h5", *flags[:2], *flags[-2:], cwd=tmp_path), "cannot be prepared before"
     )
     assert not (tmp_path / "x.h5").exists()
-    assert "  " in done("data", "partition", "p.h5", *flags[:2], *flags[-2:]).out
+    assert "  " in run_command("data", "partition", "p.h5", *flags[:2], *flags[-2:]).out
 
 
-def test_a_report_shows_it(session: Session, tmp_path: Path, hospitals: Path) -> None:
+def test_report_shows_the_auc(session: Session, tmp_path: Path, hospitals: Path) -> None:
     pytest.importorskip("jinja2")
     flags = (*FLAGS, "--data.path", str(hospitals), "--run.dir", "run")
     assert session(*flags, cwd=tmp_path).code == 0
     assert session("report", "run", "--models", "false", cwd=tmp_path).code == 0
     with open(tmp_path / "run" / "report" / "tables" / "clients.csv", newline="") as file:
         shown = {int(row["client"]): (row["name"], float(row["AUC"])) for row in csv.DictReader(file)}
-    auc = rows(tmp_path / "run")[-1]["clients"]["auc"]
+    auc = read_metrics(tmp_path / "run")[-1]["clients"]["auc"]
     names = [path.name.split(".")[1] for path in sorted(hospitals.glob("*.data"))]
     assert shown == dict(enumerate(zip(names, auc, strict=True)))
     assert session(*flags[:-1], "alone", "--algorithm", "standalone", cwd=tmp_path).code == 0
@@ -227,11 +229,11 @@ def test_a_report_shows_it(session: Session, tmp_path: Path, hospitals: Path) ->
     with open(tmp_path / "both" / "tables" / "accuracies.csv", newline="") as file:
         compared = {row["method"]: float(row["AUC mean"]) for row in csv.DictReader(file)}
     for method, folder in (("pfedmoe", "run"), ("standalone", "alone")):
-        assert compared[method] == pytest.approx(rows(tmp_path / folder)[-1]["auc"]["mean"])
+        assert compared[method] == pytest.approx(read_metrics(tmp_path / folder)[-1]["auc"]["mean"])
 
 
-def test_the_four_hospitals(done: Callable[..., Result]) -> None:
-    data = opened("heart", shared_data("heart-disease"))
+def test_four_real_hospitals_are_read(run_command: Callable[..., Result]) -> None:
+    data = open_data("heart", shared_data("heart-disease"))
     assert data.client_names == ("cleveland", "hungarian", "switzerland", "va")
     assert data.client is not None and np.bincount(data.client).tolist() == [303, 294, 123, 200]
     assert np.bincount(data.client[data.labels == 0]).tolist() == [164, 188, 8, 51]
@@ -257,16 +259,18 @@ GOOD = "63,1,1,145,233,1,2,150,0,2.3,3,0,6,0"
         (f"{GOOD}\n".encode() + b"63,\xe9", "line 2: byte 0xe9 is not UTF-8"),
     ],
 )
-def test_bad_files_are_told_with_their_line(tmp_path: Path, content: str | bytes, pattern: str) -> None:
+def test_bad_heart_file_is_reported_with_its_line(tmp_path: Path, content: str | bytes, pattern: str) -> None:
     raw = content.encode() if isinstance(content, str) else content
     (tmp_path / "processed.a.data").write_bytes(raw)
-    refused(pattern, "heart", tmp_path)
+    data_error(pattern, "heart", tmp_path)
 
 
-def test_a_folder_without_hospitals(tmp_path: Path, hospitals: Path, refused: Callable[..., str]) -> None:
-    refused("has no file processed.HOSPITAL.data", *FLAGS, "--data.path", tmp_path)
-    refused("data.source heart needs --data.path", *FLAGS)
-    refused(
+def test_folder_without_hospitals_is_refused(
+    tmp_path: Path, hospitals: Path, assert_refused: Callable[..., str]
+) -> None:
+    assert_refused("has no file processed.HOSPITAL.data", *FLAGS, "--data.path", tmp_path)
+    assert_refused("data.source heart needs --data.path", *FLAGS)
+    assert_refused(
         "data.mean and data.std do not apply",
         *FLAGS,
         "--data.path",

@@ -1,4 +1,4 @@
-"""Nothing in a file is a program: hostile pickles reach every reader, and nothing runs."""
+"""No file's content is run: hostile pickles are given to every reader."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, weights
 from pfedmoe_mpi.commands.checkpoints import digest
 from pfedmoe_mpi.errors import CheckpointError, DataError, UserError
-from support.checkpoint_checks import content
-from support.checkpoint_files import resealed, write
-from support.data_files import GOOD_X, GOOD_Y, client_data, opened, write_h5
-from support.limited_memory import said
+from support.checkpoint_checks import sample_content
+from support.checkpoint_files import reseal, write_alone
+from support.data_files import GOOD_X, GOOD_Y, client_arrays, open_data, write_h5
+from support.limited_memory import read_messages
 
 PACKAGE = Path(checkpoint.__file__).parents[1]
 
@@ -42,7 +42,7 @@ class Call:
 
 
 def touched(mark: str) -> dict[str, bytes]:
-    """Programs that make a file, each by another way into the interpreter."""
+    """Return pickles that create a file, each by another way into the interpreter."""
     touch, code = f"touch '{mark}'", f"open({mark!r}, 'w')"
     system = Call(getattr, Call(__import__, "os"), "system")
     found: dict[str, Any] = {
@@ -57,7 +57,7 @@ def touched(mark: str) -> dict[str, bytes]:
         "methodcaller": Call(operator.call, operator.methodcaller("system", touch), Call(__import__, "os")),
         "by a list": [1, [2, {"three": (Call(os.system, touch),)}]],
         "as a key": {("a", Call(os.system, touch)): 1},
-        "beside arrays": {**client_data(6), "z": Call(os.system, touch)},
+        "beside arrays": {**client_arrays(6), "z": Call(os.system, touch)},
         "in an array": np.array([None, Call(os.system, touch)], dtype=object),
         "numpy's loader": Call(np.fromfile, mark),
     }
@@ -75,7 +75,7 @@ def touched(mark: str) -> dict[str, bytes]:
 
 
 def npz(folder: Path, raw: bytes, member: str = "data.npy") -> Path:
-    """A client's archive whose one member is an object array of this pickle."""
+    """Write a client's archive whose only member is an object array of this pickle."""
     (folder / "train").mkdir(parents=True)
     with zipfile.ZipFile(folder / "train" / "0.npz", "w") as archive, archive.open(member, "w") as file:
         head = {"descr": "|O", "fortran_order": False, "shape": ()}
@@ -85,13 +85,13 @@ def npz(folder: Path, raw: bytes, member: str = "data.npy") -> Path:
 
 
 def in_dict(raw: bytes) -> bytes:
-    """The pickle as part of the dict that such archives hold: its value under the name `z`."""
+    """Return the pickle as a value, named `z`, of the dict that such archives hold."""
     body = raw[2:-1] if raw[:1] == b"\x80" else raw[:-1]
     return b"\x80\x04}\x8c\x01z" + body + b"s."
 
 
-def test_the_programs_work(tmp_path: Path) -> None:
-    """Those that should: loaded by pickle itself they do make the file."""
+def test_hostile_pickles_do_run_when_unpickled(tmp_path: Path) -> None:
+    """Loaded by pickle itself, the programs that should create the file do."""
     mark = tmp_path / "mark"
     ran = set()
     for name, raw in touched(str(mark)).items():
@@ -121,20 +121,20 @@ def test_pickles_in_archives_do_not_run(tmp_path: Path) -> None:
     for number, (name, raw) in enumerate(touched(str(mark)).items()):
         for way, whole in enumerate((raw, in_dict(raw))):
             with pytest.raises(DataError) as caught:
-                opened("npz", npz(tmp_path / f"{number}-{way}", whole))
+                open_data("npz", npz(tmp_path / f"{number}-{way}", whole))
             assert "remedy: " in str(caught.value), name
             assert not mark.exists(), f"{name} ran"
 
 
-def test_bytes_named_again_and_again_take_no_memory(tmp_path: Path) -> None:
-    """A mebibyte that twenty thousand arrays share."""
+def test_archive_repeating_the_same_bytes_is_refused(tmp_path: Path) -> None:
+    """Twenty thousand arrays share one mebibyte."""
     folder = npz(tmp_path / "many", _many(1 << 20, 20_000))
-    message = said("npz", [folder])[folder]
+    message = read_messages("npz", [folder])[folder]
     assert "names the same bytes again and again" in message and "remedy: " in message
 
 
 def _many(length: int, times: int) -> bytes:
-    """A pickled object array of one dict of arrays with the same bytes."""
+    """Return a pickled object array of one dict of arrays with the same bytes."""
     head = b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n\x94cnumpy\nndarray\n\x94cnumpy\ndtype\n\x94"
     raw = b"\x8e" + length.to_bytes(8, "little") + bytes(length) + b"\x94"  # memo 3: the bytes
     plain = b"h\x02\x8c\x02u1\x89\x88\x87R\x94"  # memo 4: the dtype of bytes
@@ -149,7 +149,7 @@ def _many(length: int, times: int) -> bytes:
 
 
 def saved(mark: Path) -> Iterator[tuple[str, bytes]]:
-    """Whole files: a torch.save of old and new format, and a plain pickle."""
+    """Return whole files: torch.save's old and new formats, and a plain pickle."""
     program = Call(os.system, f"touch '{mark}'")
     folder = mark.parent / "saved"
     folder.mkdir(exist_ok=True)
@@ -160,7 +160,7 @@ def saved(mark: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def readers(folder: Path) -> dict[str, Callable[[bytes], object]]:
-    """Every reader of a user's file, given the file's bytes."""
+    """Return every reader of a user's file, as a function of the file's bytes."""
 
     def stored(name: str, raw: bytes) -> Path:
         path = folder / name
@@ -171,22 +171,22 @@ def readers(folder: Path) -> dict[str, Callable[[bytes], object]]:
     def picture(raw: bytes) -> object:
         for name in ("a", "b"):
             stored(f"pictures/{name}/0.png", raw)
-        return opened("folder", folder / "pictures").rows(np.arange(2))
+        return open_data("folder", folder / "pictures").rows(np.arange(2))
 
     def cifar(raw: bytes) -> object:
         for name in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta"):
             stored(f"cifar/cifar-10-batches-py/{name}", raw)
-        return opened("torchvision", folder / "cifar", name="CIFAR10")
+        return open_data("torchvision", folder / "cifar", name="CIFAR10")
 
     def svhn(raw: bytes) -> object:
         stored("svhn/train_32x32.mat", raw)
-        return opened("torchvision", folder / "svhn", name="SVHN")
+        return open_data("torchvision", folder / "svhn", name="SVHN")
 
     return {
         "checkpoint": lambda raw: checkpoint.verify(stored("round-000001.h5", raw)),
         "unverified checkpoint": lambda raw: Checkpoint(stored("round-000001.h5", raw)),
-        "hdf5": lambda raw: opened("hdf5", stored("x.h5", raw)),
-        "npz": lambda raw: opened("npz", stored("npz/train/0.npz", raw).parents[1]),
+        "hdf5": lambda raw: open_data("hdf5", stored("x.h5", raw)),
+        "npz": lambda raw: open_data("npz", stored("npz/train/0.npz", raw).parents[1]),
         "folder": picture,
         "CIFAR": cifar,
         "SVHN": svhn,
@@ -205,44 +205,44 @@ def test_files_that_are_pickles_do_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_torchvisions_old_files_do_not_run(tmp_path: Path) -> None:
-    """MNIST as torchvision once stored it, and still reads it."""
+def test_old_torchvision_files_do_not_run(tmp_path: Path) -> None:
+    """The files are MNIST as torchvision once stored it, and still reads it."""
     mark = tmp_path / "mark"
     (tmp_path / "MNIST" / "processed").mkdir(parents=True)
     for _, raw in saved(mark):
         for name in ("training.pt", "test.pt"):
             (tmp_path / "MNIST" / "processed" / name).write_bytes(raw)
         with pytest.raises(DataError, match="old torchvision"):
-            opened("torchvision", tmp_path, name="MNIST")
+            open_data("torchvision", tmp_path, name="MNIST")
         assert not mark.exists()
 
 
-def test_no_command_runs_a_pickle(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_no_command_runs_a_pickle(assert_refused: Callable[..., str], tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     for _, raw in saved(mark):
         (tmp_path / "evil.h5").write_bytes(raw)
         for command in ("restart", "evaluate", "inspect"):
-            refused("not a finished checkpoint", command, "evil.h5")
-        refused("not a finished checkpoint", "export", "evil.h5", "--client", "0", "out.h5")
-        refused("cannot be opened as HDF5", "--data.source", "hdf5", "--data.path", "evil.h5")
-        refused("", "--config", "evil.h5")
+            assert_refused("not a finished checkpoint", command, "evil.h5")
+        assert_refused("not a finished checkpoint", "export", "evil.h5", "--client", "0", "out.h5")
+        assert_refused("cannot be opened as HDF5", "--data.source", "hdf5", "--data.path", "evil.h5")
+        assert_refused("", "--config", "evil.h5")
         assert not mark.exists()
 
 
 def test_pickles_inside_hdf5_are_only_bytes(tmp_path: Path) -> None:
-    """As opaque or numeric values and as attributes, in data files and in checkpoints."""
+    """The pickles are opaque or numeric values and attributes, in data files and in checkpoints."""
     mark = tmp_path / "mark"
     raw = pickle.dumps(Call(os.system, f"touch '{mark}'"))
     path = write_h5(tmp_path / "a.h5", x=GOOD_X, y=GOOD_Y, z=np.void(raw))
     with h5py.File(path, "r+") as file:
         file.attrs["evil"], file.attrs["name"] = np.void(raw), np.void(raw)
     with pytest.raises(DataError, match="attribute 'name' is neither text nor numbers"):
-        opened("hdf5", path)
+        open_data("hdf5", path)
     with h5py.File(path, "r+") as file:
         file.attrs["name"] = "data"
-    opened("hdf5", path).close()
+    open_data("hdf5", path).close()
 
-    whole = write(tmp_path / "round-000003.h5", content())
+    whole = write_alone(tmp_path / "round-000003.h5", sample_content())
     with Checkpoint(whole) as loaded:
         before = digest(loaded)
     edits: list[tuple[str, Callable[[Any], object]]] = [
@@ -254,7 +254,7 @@ def test_pickles_inside_hdf5_are_only_bytes(tmp_path: Path) -> None:
         copy = tmp_path / "round-000004.h5"
         copy.write_bytes(whole.read_bytes())
         with pytest.raises(CheckpointError, match=says) as caught:
-            checkpoint.verify(resealed(copy, edit))
+            checkpoint.verify(reseal(copy, edit))
         assert "remedy: " in str(caught.value)
     with Checkpoint(whole) as loaded:
         assert digest(loaded) == before
@@ -276,7 +276,7 @@ ALLOWED = {
 
 
 def loaders(source: str) -> Iterator[str]:
-    """What could run a file's content: imports of picklers, torch.load, numpy.load, eval and its like."""
+    """Return the calls that could run a file's content: pickle imports, torch.load, numpy.load, eval."""
     tree = ast.parse(source)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     safe = {id(call.func) for call in calls if "weights_only=True" in map(ast.unparse, call.keywords)}
@@ -300,7 +300,7 @@ def loaders(source: str) -> Iterator[str]:
                 yield called
 
 
-def test_nothing_in_the_package_runs_what_a_file_holds() -> None:
+def test_package_has_no_call_that_runs_file_content() -> None:
     sources = sorted(PACKAGE.rglob("*.py"))
     assert len(sources) > 50
     found = {
@@ -328,6 +328,6 @@ def test_nothing_in_the_package_runs_what_a_file_holds() -> None:
         ("__import__(name)", "__import__"),
     ],
 )
-def test_the_search_finds(source: str, what: str) -> None:
+def test_search_for_loaders_finds_them(source: str, what: str) -> None:
     assert what in [*loaders(source)]
     assert not [*loaders("module.eval(); np.load(p, allow_pickle=False); json.load(f); re.match('eval', x)")]

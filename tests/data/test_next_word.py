@@ -1,4 +1,4 @@
-"""Next words of text files: windows, classes, whose test rows they are, and bad files."""
+"""Next words of text files: windows, classes, test rows, and bad files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pfedmoe_mpi.data.dataset import Dataset
 from pfedmoe_mpi.errors import PartitionError
 from pfedmoe_mpi.federation import build
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from support.data_files import everything, opened, refused
+from support.data_files import all_rows, data_error, open_data
 from support.launcher import Result
-from support.small_federation import world
-from support.text_files import same_bits, write_stories
+from support.small_federation import shared_comm
+from support.text_files import assert_restart_keeps_bits, write_stories
 
 SMALL = {"rounds": 2, "data.length": 4, "data.vocabulary": 9, "train.device": "cpu"}
 FLAGS = (
@@ -38,13 +38,16 @@ def loop_of(path: Path, **changes: Any) -> Loop:
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     given = {"data.source": "words", "data.path": str(path), "train.threads": 1}
     return Loop(
-        world(), build.build(world(), config.build({**given, **SMALL, **dotted})), SilentObserver(), None
+        shared_comm(),
+        build.build(shared_comm(), config.build({**given, **SMALL, **dotted})),
+        SilentObserver(),
+        None,
     )
 
 
 @pytest.mark.parametrize("limit", [9, 5])
-def test_windows_tokens_and_classes(stories: Path, limit: int) -> None:
-    """Of every file a row per word after four others, the last fifth for testing; from the text again."""
+def test_windows_tokens_and_classes_equal_a_plain_reading(stories: Path, limit: int) -> None:
+    """Every word after four others is a row, and the last fifth of a file is for testing."""
     federation = loop_of(stories, data__vocabulary=limit).federation
     data, partition = federation.dataset, federation.partition
     texts = [
@@ -59,7 +62,7 @@ def test_windows_tokens_and_classes(stories: Path, limit: int) -> None:
     )
     token = {word: place for place, word in enumerate(kept, 2)}
     rows = [[token.get(word, 1) for word in window] for own in windows for window in own]
-    assert everything(data).tolist() == [row[:-1] for row in rows]
+    assert all_rows(data).tolist() == [row[:-1] for row in rows]
     assert data.labels.tolist() == [row[-1] - 1 for row in rows]
     start = 0
     for k, (own, cut) in enumerate(zip(windows, cuts, strict=True)):
@@ -69,7 +72,7 @@ def test_windows_tokens_and_classes(stories: Path, limit: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["natural", "dirichlet"])
-def test_no_row_shows_the_answers_of_later_parts(stories: Path, kind: str) -> None:
+def test_training_rows_hide_later_answers(stories: Path, kind: str) -> None:
     """Windows overlap, so a client's test rows follow its training rows, validation between."""
     made = loop_of(stories, partition__kind=kind, partition__validation=0.25, clients=3).federation
     last = {row for own, cut in _files(made.dataset) for row in own[cut:]}
@@ -82,7 +85,7 @@ def test_no_row_shows_the_answers_of_later_parts(stories: Path, kind: str) -> No
 
 
 def _files(data: Dataset) -> Iterator[tuple[list[int], int]]:
-    """A file's rows, and how many of them are not of its last fifth."""
+    """Return each file's rows, and how many of them are before its last fifth."""
     assert data.client is not None
     for file in range(3):
         own = np.flatnonzero(data.client == file).tolist()
@@ -94,8 +97,8 @@ def test_rows_for_the_server_are_refused(stories: Path) -> None:
         loop_of(stories, algorithm="fedjets")
 
 
-def test_files_are_clients_with_lstms_of_unlike_width(stories: Path) -> None:
-    """A cat meows: of four words two follow from those before, and two are one of three each."""
+def test_files_are_clients_with_lstms_of_different_width(stories: Path) -> None:
+    """Of four words two follow from those before, and two are one of three each."""
     loop = loop_of(stories, rounds=12, data__vocabulary=20)
     made = loop.federation
     assert (made.config.partition.kind, made.config.clients) == ("natural", 3)
@@ -104,30 +107,30 @@ def test_files_are_clients_with_lstms_of_unlike_width(stories: Path) -> None:
     assert loop.history[-1]["accuracy"]["mean"] > 0.5
 
 
-def test_a_method_of_equal_models(stories: Path) -> None:
+def test_method_of_equal_models_trains_on_next_words(stories: Path) -> None:
     loop = loop_of(stories, algorithm="fedavg", rounds=1)
     assert loop.federation.task.pool == ("lstm3",) and loop.run()
 
 
-def test_ranks_and_a_restart_change_no_bit(
-    done: Callable[..., Result], stories: Path, tmp_path: Path
+def test_ranks_and_restart_keep_the_bits_on_next_words(
+    run_command: Callable[..., Result], stories: Path, tmp_path: Path
 ) -> None:
     flags = (*FLAGS, "--data.path", str(stories))
-    same_bits(done, flags, tmp_path)
+    assert_restart_keeps_bits(run_command, flags, tmp_path)
 
 
-def test_bad_folders_are_told(tmp_path: Path) -> None:
-    refused(r"has no file \*.txt", "words", tmp_path)
+def test_bad_next_word_folder_is_reported(tmp_path: Path) -> None:
+    data_error(r"has no file \*.txt", "words", tmp_path)
     (tmp_path / "a.txt").write_text("one two three four five six\n" * 9)
     (tmp_path / "b.txt").write_text("")
-    refused("b.txt is empty", "words", tmp_path)
+    data_error("b.txt is empty", "words", tmp_path)
     (tmp_path / "b.txt").write_text("one two three four five six")
-    refused("b.txt has 6 words(.|\n)*lower --data.length to 4", "words", tmp_path, length=5)
-    opened("words", tmp_path, length=4)
+    data_error("b.txt has 6 words(.|\n)*lower --data.length to 4", "words", tmp_path, length=5)
+    open_data("words", tmp_path, length=4)
     (tmp_path / "b.txt").write_bytes(b"one\ntwo \xff three")
-    refused("b.txt, line 2: byte 0xff is not UTF-8(.|\n)*-f LATIN1", "words", tmp_path)
+    data_error("b.txt, line 2: byte 0xff is not UTF-8(.|\n)*-f LATIN1", "words", tmp_path)
     (tmp_path / "b.txt").write_text("one two three", encoding="utf-16")
-    refused("b.txt, line 1: byte 0xff is not UTF-8(.|\n)*-f UTF-16", "words", tmp_path)
+    data_error("b.txt, line 1: byte 0xff is not UTF-8(.|\n)*-f UTF-16", "words", tmp_path)
     (tmp_path / "b.txt").unlink()
     (tmp_path / "a.txt").write_text("one " * 40)
-    refused("hold one class only", "words", tmp_path, length=4)
+    data_error("hold one class only", "words", tmp_path, length=4)

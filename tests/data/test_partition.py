@@ -1,4 +1,4 @@
-"""Properties every partition has, the properties of each kind, and the end of those that cannot be met."""
+"""Properties of every partition, properties of each kind, and impossible partitions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pfedmoe_mpi.errors import PartitionError
 
 
 def labels_of(rows: int, classes: int, seed: int = 0) -> np.ndarray:
-    """Labels (rows,) of classes of unlike size, all present."""
+    """Return labels (rows,) of classes of different sizes, all present."""
     generator = np.random.default_rng(seed)
     drawn = generator.choice(classes, rows - classes, p=generator.dirichlet(np.full(classes, 20.0)))
     return generator.permutation(np.concatenate([drawn, np.arange(classes)]))
@@ -25,7 +25,7 @@ def settings_of(**values: Any) -> PartitionSettings:
 
 
 def dealt(partition: Partition) -> np.ndarray:
-    """All rows of all parts."""
+    """Return all rows of all parts."""
     return np.concatenate([*partition.train, *partition.validation, *partition.test])
 
 
@@ -34,7 +34,7 @@ def rows_of(partition: Partition, client: int) -> np.ndarray:
 
 
 def class_table(partition: Partition, labels: np.ndarray, classes: int) -> np.ndarray:
-    """All samples per client and class."""
+    """Return all samples per client and class."""
     every = range(partition.clients)
     return np.stack([np.bincount(labels[rows_of(partition, k)], minlength=classes) for k in every])
 
@@ -55,7 +55,9 @@ SIZES = [(600, 10, 7), (2000, 10, 40), (3000, 37, 25), (61, 2, 1)]
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("values", KINDS, ids=lambda values: "-".join(map(str, values.values())))
 @pytest.mark.parametrize("pool", ["all", "official"])
-def test_every_partition(values: dict[str, Any], size: tuple[int, int, int], pool: str) -> None:
+def test_every_partition_keeps_the_general_properties(
+    values: dict[str, Any], size: tuple[int, int, int], pool: str
+) -> None:
     rows, classes, clients = size
     if values.get("classes", 0) > classes:
         pytest.skip("more classes per client than classes")
@@ -82,7 +84,7 @@ def test_every_partition(values: dict[str, Any], size: tuple[int, int, int], poo
 def check_coverage(
     settings: PartitionSettings, labels: np.ndarray, taken: np.ndarray, clients: int, classes: int
 ) -> None:
-    """Every row is dealt, unless the clients together have no room for all classes."""
+    """Check that every row is assigned, unless the clients together cannot hold all classes."""
     if settings.kind == "pathological" and settings.classes * clients < classes:
         assert len(np.unique(labels[taken])) == settings.classes * clients
     elif settings.kind != "classes" or settings.classes_min * clients >= classes:
@@ -111,13 +113,13 @@ def check_client(
 
 
 @pytest.mark.parametrize("values", KINDS[:-1], ids=lambda values: "-".join(map(str, values.values())))
-def test_the_seed_matters(values: dict[str, Any]) -> None:
+def test_seed_changes_the_partition(values: dict[str, Any]) -> None:
     labels = labels_of(1000, 10)
     digests = {make_partition(settings_of(**values), labels, 10, 10, seed).digest() for seed in range(4)}
     assert len(digests) == 4
 
 
-def test_digest_sees_the_place_of_a_row() -> None:
+def test_digest_depends_on_the_place_of_a_row() -> None:
     """One row moved from a client's end to the next one's start leaves the same bytes in the same order."""
     none = (np.array([], np.int64),) * 2
     one = Partition((np.array([1, 2]), np.array([3])), none, none)
@@ -126,8 +128,8 @@ def test_digest_sees_the_place_of_a_row() -> None:
     assert len({one.digest(), other.digest(), moved.digest()}) == 3
 
 
-def test_a_partition_is_the_same_on_every_machine() -> None:
-    """A change of these bits makes every older checkpoint unusable."""
+def test_partition_is_the_same_on_every_machine() -> None:
+    """Changing these bits would make every older checkpoint unusable."""
     labels = np.arange(500) % 10
     digest = make_partition(PartitionSettings(), labels, 10, 5, 0).digest()
     assert digest == "86e58677ae3b268202475fd575eb679cc657438b79b7fcb36cfb713a9cad163a"
@@ -143,7 +145,7 @@ def test_test_rows_are_stratified(fraction: float) -> None:
         assert (np.abs(test - count * fraction) <= 1).all()
 
 
-def test_small_clients_test_on_all_classes_between_them() -> None:
+def test_small_clients_together_test_on_all_classes() -> None:
     """Each client has one row of each class: which two are test rows is drawn, not the lowest labels."""
     labels = np.arange(2000) % 10
     client = np.arange(2000) // 10
@@ -152,7 +154,7 @@ def test_small_clients_test_on_all_classes_between_them() -> None:
     assert tested.sum() == 400 and tested.min() > 15
 
 
-def test_a_class_gives_its_only_row_last() -> None:
+def test_class_of_one_row_gives_it_last() -> None:
     """Of 3.2, 0.4 and 0.4 rows the remainders favour the classes of one row; training needs these more."""
     labels = np.array([0] * 8 + [1, 2])
     for seed in range(20):
@@ -161,7 +163,7 @@ def test_a_class_gives_its_only_row_last() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
-def test_the_smallest_clients_train_and_test(fraction: float) -> None:
+def test_smallest_clients_have_train_and_test_rows(fraction: float) -> None:
     settings = settings_of(kind="iid", test_fraction=fraction, validation=0.9, min_samples=2)
     partition = make_partition(settings, np.arange(60) % 10, 10, 30, 0)
     assert [len(rows) for rows in (*partition.train, *partition.test)] == [1] * 60
@@ -179,7 +181,7 @@ def test_counts_are_of_training_rows() -> None:
 @pytest.mark.parametrize(
     ("clients", "each", "classes"), [(10, 2, 10), (50, 2, 10), (7, 3, 10), (9, 10, 10), (3, 2, 10)]
 )
-def test_pathological(clients: int, each: int, classes: int) -> None:
+def test_pathological_clients_have_few_classes(clients: int, each: int, classes: int) -> None:
     labels = np.arange(5000) % classes
     for seed in range(5):
         settings = settings_of(kind="pathological", classes=each)
@@ -196,7 +198,7 @@ def test_pathological(clients: int, each: int, classes: int) -> None:
 
 
 def test_pathological_pairs_are_drawn() -> None:
-    """Over seeds a class meets every other one, not just its neighbour."""
+    """Over seeds a class is paired with every other one, not just its neighbour."""
     labels = np.arange(500) % 10
     pairs = set()
     for seed in range(40):
@@ -205,7 +207,7 @@ def test_pathological_pairs_are_drawn() -> None:
     assert len(pairs) == 45
 
 
-def test_which_class_has_one_client_more_is_drawn() -> None:
+def test_class_with_one_client_more_is_drawn() -> None:
     labels = np.arange(500) % 10
     more = set()
     for seed in range(60):
@@ -214,13 +216,13 @@ def test_which_class_has_one_client_more_is_drawn() -> None:
     assert len(more) == 10
 
 
-def test_a_class_of_as_many_rows_as_clients_is_enough() -> None:
+def test_class_with_a_row_per_client_is_enough() -> None:
     labels = np.arange(500) % 10
     partition = make_partition(settings_of(kind="pathological", classes=10, tries=1), labels, 10, 50, 0)
     assert (class_table(partition, labels, 10) == 1).all()
 
 
-def test_classes_draws_numbers_between_the_bounds() -> None:
+def test_classes_per_client_are_drawn_within_bounds() -> None:
     labels = np.arange(6000) % 10
     seen = set()
     for seed in range(5):
@@ -232,7 +234,7 @@ def test_classes_draws_numbers_between_the_bounds() -> None:
     assert seen == {3, 4, 5, 6}
 
 
-def test_dirichlet_concentration() -> None:
+def test_dirichlet_alpha_controls_concentration() -> None:
     """Small alpha: few classes each; large alpha: near the whole's proportions; sizes alike at both ends."""
     labels = np.arange(20_000) % 10
     largest = {}
@@ -243,7 +245,7 @@ def test_dirichlet_concentration() -> None:
     assert largest[0.01] > 0.9 and 0.2 < largest[1.0] < 0.5 and largest[1000.0] < 0.13
 
 
-def test_dirichlet_proportions_of_one_class() -> None:
+def test_dirichlet_shares_have_mean_and_variance() -> None:
     """Class shares of a client follow Dirichlet(alpha): mean 1/c, variance (1/c)(1 - 1/c)/(alpha c + 1)."""
     labels = np.arange(100_000) % 5
     table = class_table(make_partition(settings_of(alpha=2.0), labels, 5, 400, 0), labels, 5)
@@ -251,7 +253,7 @@ def test_dirichlet_proportions_of_one_class() -> None:
     assert shares.var() == pytest.approx(0.2 * 0.8 / 11, rel=0.1)
 
 
-def test_dirichlet_deals_classes_that_nobody_drew() -> None:
+def test_dirichlet_loses_no_class_at_small_alpha() -> None:
     """At this alpha most proportions are 0 in float64; no class is lost for it."""
     for seed in range(5):
         partition = make_partition(settings_of(alpha=1e-4), np.arange(600) % 10, 10, 3, seed)
@@ -325,14 +327,16 @@ IMPOSSIBLE: list[tuple[dict[str, Any], int, int, str]] = [
 
 
 @pytest.mark.parametrize(("values", "rows", "clients", "pattern"), IMPOSSIBLE)
-def test_impossible(values: dict[str, Any], rows: int, clients: int, pattern: str) -> None:
+def test_impossible_partitions_are_refused(
+    values: dict[str, Any], rows: int, clients: int, pattern: str
+) -> None:
     settings = settings_of(**{"min_samples": 4, **values})
     with pytest.raises(PartitionError, match=pattern) as caught:
         make_partition(settings, np.arange(rows) % 10, 10, clients, 0)
     assert "remedy: " in str(caught.value)
 
 
-def test_natural_refused() -> None:
+def test_unusable_natural_clients_are_refused() -> None:
     labels, client = np.arange(500) % 10, np.arange(500) % 5
     settings = settings_of(kind="natural")
     with pytest.raises(PartitionError, match=r"5 natural clients, not 6(.|\n)*--clients 5"):
@@ -343,7 +347,7 @@ def test_natural_refused() -> None:
         make_partition(settings, labels, 10, 5, 0, client=client, official_test=client < 2)
 
 
-def test_official_test_rows_for_fewer_than_all_clients() -> None:
+def test_too_few_official_test_rows_are_refused() -> None:
     official = np.arange(500) >= 495
     for kind in ("iid", "dirichlet", "pathological"):
         with pytest.raises(PartitionError, match=r"--partition\.pool all"):
@@ -361,7 +365,7 @@ def test_official_test_rows_for_fewer_than_all_clients() -> None:
     "values",
     [{"kind": "dirichlet", "alpha": 1e-4}, {"kind": "classes", "classes": 10}, {"kind": "pathological"}],
 )
-def test_many_clients_end_in_bounded_time(values: dict[str, Any]) -> None:
+def test_impossible_partition_of_many_clients_fails_soon(values: dict[str, Any]) -> None:
     """60,000 rows, 1,000 clients, no draw that fits: a message, and soon."""
     start = time.perf_counter()
     with pytest.raises(PartitionError, match=r"partition.tries 100 .*(.|\n)*--clients \(now 1000\)"):
@@ -370,14 +374,14 @@ def test_many_clients_end_in_bounded_time(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("values", KINDS[:-2], ids=lambda values: "-".join(map(str, values.values())))
-def test_sixty_thousand_rows_for_a_thousand_clients(values: dict[str, Any]) -> None:
+def test_partition_of_a_thousand_clients_is_quick(values: dict[str, Any]) -> None:
     start = time.perf_counter()
     partition = make_partition(settings_of(**values), np.arange(60_000) % 10, 10, 1000, 0)
     assert time.perf_counter() - start < 10 and len(dealt(partition)) == 60_000
 
 
-def test_tries_are_counted() -> None:
-    """A partition the first draw misses is found by a later one, and not when there is no later one."""
+def test_more_draws_find_a_rare_partition() -> None:
+    """A later draw finds a partition that the first one misses; without later draws it is missed."""
     labels = labels_of(400, 10)
     found = {"one": 0, "many": 0}
     for seed in range(10):

@@ -1,4 +1,4 @@
-"""Clients that never train, rows that only the server has, and what happens before round 1."""
+"""Clients that never train, clients that join late, and their evaluation."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from pfedmoe_mpi.federation import federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.mpi import comm
 from support import launcher
-from support.launcher import rows, told
-from support.mpi_job import conformance
-from support.small_federation import Played, played, write_all
-from support.unseen_clients import FLAGS, built
+from support.launcher import error_message, read_metrics
+from support.mpi_job import run_conformance
+from support.small_federation import TrainedFederation, train_federation, write_data_files
+from support.unseen_clients import FLAGS, build_federation
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_all(tmp_path_factory.mktemp("unseen"))
+    return write_data_files(tmp_path_factory.mktemp("unseen"))
 
 
 def combination(federation: federation.Federation, k: int) -> frozenset[int]:
@@ -39,10 +39,8 @@ def combination(federation: federation.Federation, k: int) -> frozenset[int]:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("wanted", "number"), [(4, 4), (0.25, 3), (1, 1)])
-def test_unseen_clients_never_train_and_have_combinations_of_their_own(
-    seed: int, wanted: float, number: int
-) -> None:
-    federation = built(algorithm="fedavg", unseen__clients=wanted, seed=seed, participation=0.5)
+def test_unseen_clients_never_train_and_differ_in_classes(seed: int, wanted: float, number: int) -> None:
+    federation = build_federation(algorithm="fedavg", unseen__clients=wanted, seed=seed, participation=0.5)
     task = federation.task
     assert len(task.unseen) == number and sorted(task.unseen | set(task.training)) == list(range(12))
     theirs = {combination(federation, k) for k in task.unseen}
@@ -52,11 +50,11 @@ def test_unseen_clients_never_train_and_have_combinations_of_their_own(
     assert all(len(federation.method.cohort(t)) == federation.config.cohort_size for t in range(1, 5))
 
 
-def test_another_seed_chooses_others() -> None:
-    assert len({built(algorithm="fedavg", seed=seed).task.unseen for seed in range(4)}) > 1
+def test_seed_changes_the_unseen_clients() -> None:
+    assert len({build_federation(algorithm="fedavg", seed=seed).task.unseen for seed in range(4)}) > 1
 
 
-def test_groups_of_equal_combinations_stay_together() -> None:
+def test_clients_of_equal_classes_stay_together() -> None:
     labels = np.repeat(np.arange(5), 4)
     train = tuple(
         np.flatnonzero(np.isin(labels, held))[k % 2 :: 2]
@@ -68,21 +66,21 @@ def test_groups_of_equal_combinations_stay_together() -> None:
     assert choose_unseen(partition, labels, 1, 0).unseen in ({2}, {3})
 
 
-def test_impossible_numbers_are_told(refused: Callable[..., str]) -> None:
+def test_impossible_number_of_unseen_clients_is_refused(assert_refused: Callable[..., str]) -> None:
     flags = ("--partition.kind", "iid", "--unseen.clients", "4")
-    message = refused("4 unseen clients cannot have label combinations of their own", *flags)
+    message = assert_refused("4 unseen clients cannot have label combinations of their own", *flags)
     assert "--partition.kind pathological" in message
     flags = ("--unseen.clients", "4", "--partition.alpha", "1000")
-    assert "20 clients have 1 combinations" in refused("unseen clients", *flags)
-    refused("leaves no client to train", "--unseen.clients", "20")
+    assert "20 clients have 1 combinations" in assert_refused("unseen clients", *flags)
+    assert_refused("leaves no client to train", "--unseen.clients", "20")
 
 
-def test_a_partition_written_is_that_of_the_run(tmp_path: Path, session: launcher.Session) -> None:
+def test_written_partition_is_that_of_the_run(tmp_path: Path, session: launcher.Session) -> None:
     flags = [*FLAGS, "--algorithm", "fedjets"]
     said = session("data", "partition", "p.h5", *flags, cwd=tmp_path)
     assert said.code == 0 and said.out.count("|  unseen\n") == 4, said.err
     assert "80 rows are the server's" in said.out
-    partition = built(algorithm="fedjets").partition
+    partition = build_federation(algorithm="fedjets").partition
     with h5py.File(tmp_path / "p.h5") as file:
         assert file.attrs["digest"] == partition.digest()
         assert set(file["unseen"][()]) == partition.unseen
@@ -93,7 +91,7 @@ def test_a_partition_written_is_that_of_the_run(tmp_path: Path, session: launche
 
 
 def test_unseen_accuracy_is_that_of_the_global_model() -> None:
-    loop = Loop(comm.start(), built(algorithm="fedavg"), SilentObserver(), None)
+    loop = Loop(comm.start(), build_federation(algorithm="fedavg"), SilentObserver(), None)
     assert loop.run()
     federation, row = loop.federation, loop.history[-1]
     accuracy = row["clients"]["accuracy"]
@@ -104,7 +102,7 @@ def test_unseen_accuracy_is_that_of_the_global_model() -> None:
         n = [len(federation.partition.test[k]) for k in who]
         assert row[name]["mean"] == pytest.approx(np.mean([accuracy[k] for k in who]))
         assert row[name]["weighted"] == pytest.approx(np.average([accuracy[k] for k in who], weights=n))
-    it = Played(loop, loop.state, {})
+    it = TrainedFederation(loop, loop.state, {})
     model = nets.model(it.of_state("model", start=False)).eval()
     for k in federation.task.unseen:
         x, y = it._pairs(federation.partition.test[k])
@@ -114,10 +112,10 @@ def test_unseen_accuracy_is_that_of_the_global_model() -> None:
 
 
 @pytest.mark.parametrize("method", ["fedavg", "pfedmoe"])
-def test_who_has_not_joined_is_evaluated_as_the_run_does(method: str) -> None:
-    """`evaluate` of a round before the join: not as if they had trained."""
+def test_evaluate_treats_late_clients_like_the_run(method: str) -> None:
+    """`evaluate` of a round before the join treats late clients as untrained."""
     own = {"unseen__clients": 0, "join__share": 0.5, "join__round": 3, "rounds": 4}
-    loop = Loop(comm.start(), built(algorithm=method, **own), SilentObserver(), None)
+    loop = Loop(comm.start(), build_federation(algorithm=method, **own), SilentObserver(), None)
     for _ in range(3):
         assert loop.begin() and loop.run_round()
         found, row = loop.evaluation(), loop.history[-1]
@@ -126,9 +124,9 @@ def test_who_has_not_joined_is_evaluated_as_the_run_does(method: str) -> None:
             assert found[name] == row[name], name
 
 
-def test_a_control_of_those_who_train() -> None:
+def test_scaffold_control_ignores_unseen_clients() -> None:
     """SCAFFOLD's c is the mean of the c_i of the N clients that train; the unseen have no part in N."""
-    loop = Loop(comm.start(), built(algorithm="scaffold"), SilentObserver(), None)
+    loop = Loop(comm.start(), build_federation(algorithm="scaffold"), SilentObserver(), None)
     assert loop.run()
     federation = loop.federation
     control = loop.state[federation.state_layout.parts["control"]]
@@ -137,20 +135,20 @@ def test_a_control_of_those_who_train() -> None:
     assert len(own) == 8 and control.any()
 
 
-def test_rounds_before_anybody_joins(tmp_path: Path, session: launcher.Session) -> None:
-    """A share of 0.9 of two clients is both of them."""
+def test_rounds_before_the_join_may_have_no_clients(tmp_path: Path, session: launcher.Session) -> None:
+    """A share of 0.9 of two clients rounds to both of them."""
     own = ("--unseen.clients", "0", "--clients", "2", "--join.share", "0.9", "--join.round", "2")
     flags = (*FLAGS, *own, "--run.checkpoint_every", "1", "--run.dir", "run")
     said = session(*flags, cwd=tmp_path)
     assert said.code == 0, said.err
-    assert [row["cohort"] for row in rows(tmp_path / "run")] == [[], [0, 1]]
+    assert [row["cohort"] for row in read_metrics(tmp_path / "run")] == [[], [0, 1]]
     before = session("evaluate", str(tmp_path / "run" / "checkpoints" / "round-000001.h5"), cwd=tmp_path)
     assert before.code == 0 and "mean -  weighted -  std -  worst -" in before.out, before.err
 
 
 @pytest.mark.parametrize("method", methods.names())
-def test_every_method_has_an_accuracy_or_a_reason(method: str) -> None:
-    loop = Loop(comm.start(), built(algorithm=method, rounds=1), SilentObserver(), None)
+def test_every_method_has_unseen_accuracy_or_a_reason(method: str) -> None:
+    loop = Loop(comm.start(), build_federation(algorithm=method, rounds=1), SilentObserver(), None)
     before = {k: client.vector.clone() for k, client in loop.federation.clients.items()}
     assert loop.run()
     row, reason = loop.history[-1], loop.federation.method.unseen_null
@@ -161,14 +159,14 @@ def test_every_method_has_an_accuracy_or_a_reason(method: str) -> None:
         assert (row["clients"]["accuracy"][k] is None) == bool(reason)
 
 
-def test_the_reason_is_printed(tmp_path: Path, session: launcher.Session) -> None:
+def test_reason_without_unseen_accuracy_is_printed(tmp_path: Path, session: launcher.Session) -> None:
     for method, why in (
         ("pfedmoe", "a client that never trained has no model and no gate"),
         ("standalone", "a client that never trained has no model"),
     ):
         said = session(*FLAGS, "--algorithm", method, "--run.dir", method, cwd=tmp_path)
         assert f"; no accuracy, because {why}\n" in said.out, said.err
-        assert rows(tmp_path / method)[-1]["accuracy_unseen"]["mean"] is None
+        assert read_metrics(tmp_path / method)[-1]["accuracy_unseen"]["mean"] is None
         newest = tmp_path / method / "checkpoints" / "round-000002.h5"
         again = session("evaluate", str(newest), cwd=tmp_path)
         assert again.code == 0 and "accuracy -" in again.out, again.err
@@ -183,27 +181,27 @@ def test_the_reason_is_printed(tmp_path: Path, session: launcher.Session) -> Non
     ("methods", "own"),
     [(("fedavg", "fedjets"), "fedjets.anchors=clusters"), (("pfedmoe",), "unseen.private=average")],
 )
-def test_the_same_bits_on_any_ranks_and_after_a_restart(methods: tuple[str, ...], own: str) -> None:
+def test_unseen_clients_keep_the_bits_on_any_ranks_and_restart(methods: tuple[str, ...], own: str) -> None:
     given = ("clients=12", "unseen.clients=4", "partition.kind=pathological", "participation=0.5")
     given = (*given, "data.samples=400", "data.classes=6", own)
     changes = [word for setting in given for word in ("--set", setting)]
-    code, output = conformance(*methods, "--check", "ranks", "--check", "restart", *changes, timeout=200)
+    code, output = run_conformance(*methods, "--check", "ranks", "--check", "restart", *changes, timeout=200)
     assert code == 0 and output.count(": pass\n") == 2 * len(methods), output
 
 
-def test_a_restart_keeps_who_is_unseen(tmp_path: Path, session: launcher.Session) -> None:
+def test_restart_keeps_the_unseen_clients(tmp_path: Path, session: launcher.Session) -> None:
     assert session(*FLAGS, "--algorithm", "fedavg", "--run.dir", "run", cwd=tmp_path).code == 0
     again = session("restart", "run", "--rounds", "3", "--unseen.clients", "2", cwd=tmp_path)
-    assert "unseen.clients: 4.0 → 2.0" in told(again, "cannot be changed now")
+    assert "unseen.clients: 4.0 → 2.0" in error_message(again, "cannot be changed now")
 
 
 # pFedMoE's means
 
 
-def test_mean_gate_and_head_by_hand(data: dict[str, Path]) -> None:
-    """After a round of everyone: means over n_k of what the clients keep; the answer from them alone."""
+def test_mean_gate_and_head_match_the_reference(data: dict[str, Path]) -> None:
+    """After a round of all clients: means of the private parts by n_k, and a prediction from them alone."""
     path = data["small"]
-    it = played(
+    it = train_federation(
         path, "pfedmoe", model__pool="mlp5,mlp4", rounds=1, participation=1.0, unseen__private="average"
     )
     n = [it.samples[k].n for k in range(3)]
@@ -236,9 +234,9 @@ def test_mean_gate_and_head_by_hand(data: dict[str, Path]) -> None:
         torch.testing.assert_close(answer(x), r @ head["weight"].T + head["bias"], rtol=1e-5, atol=1e-5)
 
 
-def test_means_are_declared_and_counted(data: dict[str, Path]) -> None:
+def test_means_are_declared_and_counted_in_bytes(data: dict[str, Path]) -> None:
     usual, means = (
-        played(data["small"], "pfedmoe", model__pool="mlp5", rounds=2, unseen__private=private)
+        train_federation(data["small"], "pfedmoe", model__pool="mlp5", rounds=2, unseen__private=private)
         for private in ("none", "average")
     )
     size = {
@@ -267,15 +265,15 @@ def test_means_are_declared_and_counted(data: dict[str, Path]) -> None:
         {"gate__routing": "top1"},
     ],
 )
-def test_means_of_other_gates(flags: dict[str, Any]) -> None:
+def test_means_work_with_other_gates(flags: dict[str, Any]) -> None:
     chosen = {"algorithm": "pfedmoe", "unseen__private": "average", "rounds": 1, **flags}
-    loop = Loop(comm.start(), built(**chosen), SilentObserver(), None)
+    loop = Loop(comm.start(), build_federation(**chosen), SilentObserver(), None)
     assert loop.run() and loop.history[-1]["accuracy_unseen"]["mean"] is not None
     alpha = loop.history[-1]["clients"]["alpha"]
     untrained = {k for k, a in enumerate(alpha) if a is None}
     assert untrained == loop.federation.task.unseen, "the weight of a gate that never trained"
 
 
-def test_without_the_sum_there_are_no_means() -> None:
-    method = built(algorithm="pfedmoe", unseen__private="average", pfedmoe__share=False).method
+def test_means_need_sharing() -> None:
+    method = build_federation(algorithm="pfedmoe", unseen__private="average", pfedmoe__share=False).method
     assert method.unseen_null and not method.state()

@@ -21,10 +21,10 @@ from pfedmoe_mpi.federation import build, plan
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.models import names, registry
 from pfedmoe_mpi.models.cost import multiply_adds
-from support.data_files import everything, opened, refused, shared_data
-from support.launcher import Result, Session, rows, told
-from support.small_federation import world
-from support.text_files import TOPICS, same_bits, write_hospitals, write_news
+from support.data_files import all_rows, data_error, open_data, shared_data
+from support.launcher import Result, Session, error_message, read_metrics
+from support.small_federation import shared_comm
+from support.text_files import TOPICS, assert_restart_keeps_bits, write_hospitals, write_news
 
 SMALL = {"clients": 4, "rounds": 2, "data.length": 12, "data.vocabulary": 30, "train.device": "cpu"}
 FLAGS = (
@@ -46,7 +46,7 @@ def settings(path: Path, **changes: Any) -> config.Config:
 
 
 def loop_of(path: Path, **changes: Any) -> Loop:
-    return Loop(world(), build.build(world(), settings(path, **changes)), SilentObserver(), None)
+    return Loop(shared_comm(), build.build(shared_comm(), settings(path, **changes)), SilentObserver(), None)
 
 
 def written(path: Path) -> list[list[str]]:
@@ -59,11 +59,11 @@ def written(path: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("unseen", [0, 1])
-def test_the_vocabulary_is_that_of_training_rows(news: Path, unseen: int) -> None:
+def test_vocabulary_comes_from_training_rows(news: Path, unseen: int) -> None:
     """The 30 most frequent words of the first 12 of every training row, in their order; 1 for all others."""
     kind = {"partition__kind": "pathological"} if unseen else {}
     chosen = settings(news, unseen__clients=unseen, clients=3, **kind)
-    data = opened("text", news, length=12, vocabulary=30)
+    data = open_data("text", news, length=12, vocabulary=30)
     partition = plan.draw_partition(chosen, data)
     texts = [words[:12] for words in written(news)]
     clients = [k for k in range(3) if k not in partition.unseen]
@@ -73,49 +73,49 @@ def test_the_vocabulary_is_that_of_training_rows(news: Path, unseen: int) -> Non
     token = {word: place for place, word in enumerate(kept, 2)}
     ready = data.fitted(partition)
     assert (ready.vocabulary, ready.shape, ready.dtype, ready.tokens) == (32, (12,), np.int32, True)
-    for row, words in zip(everything(ready), texts, strict=True):
+    for row, words in zip(all_rows(ready), texts, strict=True):
         expected = [token.get(word, 1) for word in words]
         assert row.tolist() == expected + [0] * (12 - len(expected))
 
 
-def test_a_small_vocabulary_has_no_empty_places(news: Path) -> None:
-    data = opened("text", news, vocabulary=10_000)
+def test_small_vocabulary_has_no_gaps(news: Path) -> None:
+    data = open_data("text", news, vocabulary=10_000)
     ready = data.fitted(plan.draw_partition(settings(news), data))
-    assert set(np.unique(everything(ready))) >= set(range(2, ready.vocabulary)) and ready.vocabulary < 60
+    assert set(np.unique(all_rows(ready))) >= set(range(2, ready.vocabulary)) and ready.vocabulary < 60
 
 
-def test_labels_are_numbers_or_names(news: Path, tmp_path: Path) -> None:
-    data = opened("text", news)
+def test_labels_may_be_numbers_or_names(news: Path, tmp_path: Path) -> None:
+    data = open_data("text", news)
     assert data.class_names == tuple(TOPICS) and data.labels[:4].tolist() == [0, 1, 2, 0]
     lines = ['b,"one, two"', "a,three", "b,", "a,five six"]
     (tmp_path / "t.csv").write_text("\n".join(lines))
-    data = opened("text", tmp_path / "t.csv")
+    data = open_data("text", tmp_path / "t.csv")
     assert data.class_names == ("a", "b") and data.labels.tolist() == [1, 0, 1, 0]
-    assert (everything(data)[:, :3] > 0).sum(axis=1).tolist() == [2, 1, 0, 2]
+    assert (all_rows(data)[:, :3] > 0).sum(axis=1).tolist() == [2, 1, 0, 2]
     (tmp_path / "t.csv").write_text("10,x\n9,y\n")
-    assert opened("text", tmp_path / "t.csv").class_names == ("9", "10")
+    assert open_data("text", tmp_path / "t.csv").class_names == ("9", "10")
     (tmp_path / "t.csv").write_text("1,x\n-1,y\n0,z\n")
-    assert opened("text", tmp_path / "t.csv").class_names == ("-1", "0", "1")
+    assert open_data("text", tmp_path / "t.csv").class_names == ("-1", "0", "1")
     (tmp_path / "classes.txt").write_text("b\na\n")
     (tmp_path / "t.csv").write_text("a,x\n1,y\n")
-    assert opened("text", tmp_path / "t.csv").labels.tolist() == [1, 0]
+    assert open_data("text", tmp_path / "t.csv").labels.tolist() == [1, 0]
 
 
-def test_an_accent_is_part_of_its_word() -> None:
+def test_accent_is_part_of_its_word() -> None:
     found = words_of("Nai\u0308ve, l'\xc9T\xc9; \u65e5\u672c 3_a")
     assert found == ["na\xefve", "l", "\xe9t\xe9", "\u65e5\u672c", "3_a"]
 
 
-def test_a_text_may_be_a_book_and_end_many_lines_below(tmp_path: Path) -> None:
+def test_text_may_span_many_lines(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text('1,"' + "one\n" * 40_000 + '"\n2,two\n')
-    assert everything(opened("text", tmp_path / "t.csv", length=70))[:, -1].tolist() == [1, 0]
+    assert all_rows(open_data("text", tmp_path / "t.csv", length=70))[:, -1].tolist() == [1, 0]
 
 
 # Models
 
 
 @pytest.mark.parametrize("name", [*names.TEXT, *names.LSTM])
-def test_text_models(name: str) -> None:
+def test_text_models_ignore_padding_and_use_word_order(name: str) -> None:
     """Padding and what stands in it change nothing; the order of words does, but for fastText."""
     torch.manual_seed(0)
     model = registry.build_extractor(name, (9,), 5, "small", 20).eval()
@@ -132,7 +132,7 @@ def test_text_models(name: str) -> None:
     assert torch.allclose(model(mixed)[0], found[0], atol=1e-6) == (name == "fasttext")
 
 
-def test_auto_models_of_texts() -> None:
+def test_auto_chooses_text_models() -> None:
     assert names.auto_pool((9,), tokens=True, shared="fasttext") == (
         "fasttext",
         "lstm",
@@ -145,7 +145,7 @@ def test_auto_models_of_texts() -> None:
     assert {names.native_dim(name) for name in (*names.TEXT, *names.LSTM)} == {64}
 
 
-def test_models_take_what_they_are_for(news: Path, tmp_path: Path) -> None:
+def test_models_refuse_other_kinds_of_samples(news: Path, tmp_path: Path) -> None:
     for name in ("cnn5", "mlp1", "resnet18"):
         with pytest.raises(ConfigError, match=f"model {name} takes numbers(.|\n)*use fasttext"):
             loop_of(news, model__pool=name, model__dim=8)
@@ -167,7 +167,7 @@ def test_cost_counts_recurrent_steps() -> None:
     assert difference == pytest.approx(10 * per_step + 8 * (parameters[0] - parameters[1]) / 64)
 
 
-def test_the_gate_sees_the_shared_embedding_and_sends_no_gradient_there(news: Path) -> None:
+def test_gate_sends_no_gradient_to_the_shared_embedding(news: Path) -> None:
     loop = loop_of(news, gate__hidden=8)
     federation = loop.federation
     client, method = federation.clients[1], federation.method
@@ -192,13 +192,13 @@ def test_the_gate_sees_the_shared_embedding_and_sends_no_gradient_there(news: Pa
 
 
 @pytest.mark.parametrize("method", methods.names())
-def test_every_method_runs(news: Path, method: str) -> None:
+def test_every_method_trains_on_texts(news: Path, method: str) -> None:
     loop = loop_of(news, algorithm=method, rounds=1, partition__kind="iid")
     assert loop.run()
     assert loop.history[-1]["accuracy"]["mean"] is not None and not loop.history[-1]["dropped"]
 
 
-def test_every_client_learns(news: Path) -> None:
+def test_every_client_learns_texts(news: Path) -> None:
     """All four models, five rounds: every client beats the majority of its test rows by 20 points."""
     loop = loop_of(news, rounds=5, partition__kind="iid", data__vocabulary=100)
     assert loop.run()
@@ -209,24 +209,24 @@ def test_every_client_learns(news: Path) -> None:
         assert accuracy > np.bincount(labels).max() / len(labels) + 0.2
 
 
-def test_ranks_and_a_restart_change_no_bit(
-    done: Callable[..., Result], session: Session, news: Path, tmp_path: Path
+def test_ranks_and_restart_keep_the_bits_on_texts(
+    run_command: Callable[..., Result], session: Session, news: Path, tmp_path: Path
 ) -> None:
     flags = (*FLAGS, "--data.path", str(news))
-    newest = same_bits(done, flags, tmp_path)
-    again = done("evaluate", newest, "--json", "true").out
-    assert f'"accuracy": {rows(tmp_path / "half")[-1]["clients"]["accuracy"]}' in again
+    newest = assert_restart_keeps_bits(run_command, flags, tmp_path)
+    again = run_command("evaluate", newest, "--json", "true").out
+    assert f'"accuracy": {read_metrics(tmp_path / "half")[-1]["clients"]["accuracy"]}' in again
     (tmp_path / "other").mkdir()
     other = write_news(tmp_path / "other" / "news.csv", rows=120)
-    told(
+    error_message(
         session("evaluate", newest, "--data.path", str(other), cwd=tmp_path), "not the texts of the training"
     )
-    done("export", newest, "--client", "0", "client.h5")
-    told(session("data", "prepare", "x.h5", *flags, cwd=tmp_path), "cannot be prepared before")
+    run_command("export", newest, "--client", "0", "client.h5")
+    error_message(session("data", "prepare", "x.h5", *flags, cwd=tmp_path), "cannot be prepared before")
 
 
-def test_ag_news() -> None:
-    data = opened("text", shared_data("ag-news") / "test.csv")
+def test_ag_news_is_read() -> None:
+    data = open_data("text", shared_data("ag-news") / "test.csv")
     assert len(data) == 7600 and data.class_names == ("World", "Sports", "Business", "Sci/Tech")
     assert np.bincount(data.labels).tolist() == [1900] * 4 and data.labels[0] == 2
 
@@ -248,15 +248,15 @@ def test_ag_news() -> None:
         (b"1,a\n2,caf\xe9\n", "line 2: byte 0xe9 is not UTF-8"),
     ],
 )
-def test_bad_files_are_told_with_their_line(tmp_path: Path, content: str | bytes, pattern: str) -> None:
+def test_bad_text_file_is_reported_with_its_line(tmp_path: Path, content: str | bytes, pattern: str) -> None:
     (tmp_path / "t.csv").write_bytes(content.encode() if isinstance(content, str) else content)
-    refused(pattern, "text", tmp_path / "t.csv")
+    data_error(pattern, "text", tmp_path / "t.csv")
 
 
-def test_labels_and_their_names_must_fit(tmp_path: Path) -> None:
+def test_labels_must_fit_their_names(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("1,a\n2,b\n4,c\n")
     (tmp_path / "classes.txt").write_text("one\ntwo\nthree\n")
-    refused("line 3: label '4' is not known(.|\n)*one, two, three", "text", tmp_path / "t.csv")
+    data_error("line 3: label '4' is not known(.|\n)*one, two, three", "text", tmp_path / "t.csv")
     (tmp_path / "t.csv").write_text("1,a\n2,b\n")
-    refused("names 3 classes and has rows of 2", "text", tmp_path / "t.csv")
-    refused("cannot be read", "text", tmp_path)
+    data_error("names 3 classes and has rows of 2", "text", tmp_path / "t.csv")
+    data_error("cannot be read", "text", tmp_path)

@@ -1,6 +1,6 @@
 """HDF5 data files from strangers: links, bombs, claims and odd types; refused before memory is taken.
 
-Every file is read by a process with 300 MiB to spare: what took memory first would end it.
+Every file is read by a process with 300 MiB to spare: taking more memory would end it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import h5py
 import numpy as np
 import pytest
 
-from support.data_files import opened
-from support.limited_memory import said
+from support.data_files import open_data
+from support.limited_memory import read_messages
 
 Edit = Callable[[Any], object]
 
@@ -149,7 +149,7 @@ ATTRIBUTES: dict[str, tuple[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def heard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What is said of each of DATA and ATTRIBUTES, and of a good file."""
     folder = tmp_path_factory.mktemp("data")
 
@@ -169,7 +169,7 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         with h5py.File(paths[name], "w", libver="latest") as file:
             make(file)
     shared_name(paths["shared name"])
-    messages = said("hdf5", list(paths.values()))
+    messages = read_messages("hdf5", list(paths.values()))
     return {name: messages[path] for name, path in paths.items()}
 
 
@@ -186,21 +186,21 @@ def shared_name(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*DATA, *ATTRIBUTES])
-def test_a_strangers_data_are_refused(heard: dict[str, str], name: str) -> None:
+def test_crafted_data_file_is_refused(messages: dict[str, str], name: str) -> None:
     pattern = {**DATA, **ATTRIBUTES}[name][0]
-    assert re.search(pattern, heard[name]), heard[name]
-    assert f"{name}.h5" in heard[name] and "remedy: " in heard[name]
+    assert re.search(pattern, messages[name]), messages[name]
+    assert f"{name}.h5" in messages[name] and "remedy: " in messages[name]
 
 
-def test_names_that_are_one_long_text_are_refused(heard: dict[str, str]) -> None:
-    assert "is longer than 1048576 characters" in heard["shared name"]
+def test_class_names_sharing_one_long_text_are_refused(messages: dict[str, str]) -> None:
+    assert "is longer than 1048576 characters" in messages["shared name"]
 
 
-def test_good_data_are_read(heard: dict[str, str]) -> None:
-    assert not heard["good"]
+def test_good_data_file_is_read(messages: dict[str, str]) -> None:
+    assert not messages["good"]
 
 
-def test_heaps_that_hdf5_would_walk_for_ever_are_refused(tmp_path: Path) -> None:
+def test_endless_heaps_are_refused(tmp_path: Path) -> None:
     """The second object of the heap that holds the class names has an impossible length."""
     good = tmp_path / "good.h5"
     with h5py.File(good, "w") as file:
@@ -210,13 +210,13 @@ def test_heaps_that_hdf5_would_walk_for_ever_are_refused(tmp_path: Path) -> None
     for number, length in [(0, 0), (0, 8), (0, 1 << 40), (1, (1 << 64) - 16), (1, 1 << 40)]:
         paths.append(tmp_path / f"{number}-{length}.h5")
         paths[-1].write_bytes(whole[:place] + struct.pack("<H6xQ", number, length) + whole[place + 16 :])
-    messages = said("hdf5", [good, *paths], timeout=20)
+    messages = read_messages("hdf5", [good, *paths], timeout=20)
     assert not messages[good]
     for path in paths:
         assert re.search("its heap at byte [0-9]+ is damaged\n.*copy the file again", messages[path])
 
 
-def test_heaps_of_every_kind_are_walked_to_their_end(tmp_path: Path) -> None:
+def test_heaps_of_every_kind_are_read_to_their_end(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     for libver in ("earliest", "latest"):
         path = tmp_path / f"{libver}.h5"
@@ -229,7 +229,7 @@ def test_heaps_of_every_kind_are_walked_to_their_end(tmp_path: Path) -> None:
         with h5py.File(path, "r+") as file:
             del file["texts"]
             file["more"] = ["z" * 100_000, ""]
-        assert opened("hdf5", path).name == "named"
+        assert open_data("hdf5", path).name == "named"
 
 
 # npz
@@ -263,7 +263,7 @@ def test_archives_that_claim_too_much_are_refused(tmp_path: Path) -> None:
         "good": ("^$", {"x": array((6, 4), "|u1", bytes(24)), "y": y}),
     }
     paths = {name: archive(tmp_path / name, **members) for name, (_, members) in cases.items()}
-    messages = said("npz", list(paths.values()))
+    messages = read_messages("npz", list(paths.values()))
     for name, (pattern, _) in cases.items():
         assert re.search(pattern, messages[paths[name]]), messages[paths[name]]
         assert name == "good" or "remedy: " in messages[paths[name]]

@@ -1,4 +1,4 @@
-"""Who keeps and who trains which client: balanced, the same everywhere, and at home where it can be."""
+"""Which rank keeps and which trains each client: balanced, the same on all ranks, at home if possible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def loads(costs: dict[int, float], place: dict[int, int], ranks: int) -> list[fl
 
 
 def optimum(costs: list[float], ranks: int) -> float:
-    """The least possible longest load, by trying all."""
+    """Return the least possible maximum load, by trying all placements."""
     return min(
         max(sum(c for c, rank in zip(costs, choice, strict=True) if rank == r) for r in range(ranks))
         for choice in product(range(ranks), repeat=len(costs))
@@ -46,7 +46,7 @@ def test_homes_are_balanced_and_repeat() -> None:
     assert homes([], 4) == []
 
 
-def test_everyone_is_trained_once_and_within_the_bound() -> None:
+def test_every_client_is_trained_once_within_the_bound() -> None:
     draw = np.random.default_rng(1)
     for _ in range(300):
         ranks, clients = int(draw.integers(1, 9)), int(draw.integers(1, 40))
@@ -66,19 +66,19 @@ def test_everyone_is_trained_once_and_within_the_bound() -> None:
             assert all(place[client] == home[client] for client in chosen), "nobody moves without need"
 
 
-def test_a_whole_cohort_of_balanced_homes_stays_nearly_at_home() -> None:
+def test_full_cohort_stays_mostly_at_home() -> None:
     home = homes([1.0] * 20, 4)
     assert trainers(dict.fromkeys(range(20), 1.0), home, 4) == dict(enumerate(home))
 
 
-def test_a_cohort_of_one_home_is_spread() -> None:
+def test_cohort_of_one_home_is_spread() -> None:
     place = trainers(dict.fromkeys((0, 1, 2, 3), 1.0), [2, 2, 2, 2], 4)
     assert sorted(place.values()) == [0, 1, 2, 3] and place[0] == 2
     unlike = trainers({0: 4.0, 1: 2.0, 2: 1.0, 3: 1.0}, [0, 0, 0, 0], 2)
     assert loads({0: 4.0, 1: 2.0, 2: 1.0, 3: 1.0}, unlike, 2) == [4.0, 4.0]
 
 
-def test_nobody_and_too_many_ranks() -> None:
+def test_empty_cohort_and_idle_ranks_are_placed() -> None:
     assert trainers({}, [0, 1], 2) == {}
     assert trainers({5: 3.0}, [0] * 5 + [9], 16) == {5: 9}
     assert len(set(trainers(dict.fromkeys(range(3), 1.0), [0, 0, 0], 16).values())) == 3

@@ -23,8 +23,8 @@ from pfedmoe_mpi.federation import federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.mpi import comm
 from support import launcher
-from support.launcher import finished, learned_digest
-from support.unseen_clients import FLAGS, built
+from support.launcher import checkpoint_digest, run_to_end
+from support.unseen_clients import FLAGS, build_federation
 
 # Rows of the server's own
 
@@ -32,8 +32,8 @@ from support.unseen_clients import FLAGS, built
 @pytest.mark.parametrize(
     "changes", [{}, {"partition.kind": "dirichlet", "unseen.clients": 0}, {"partition.validation": 0.2}]
 )
-def test_pretraining_training_and_unseen_clients_share_no_row(changes: dict[str, Any]) -> None:
-    federation = built(algorithm="fedjets", **changes)
+def test_reserved_training_and_unseen_rows_are_disjoint(changes: dict[str, Any]) -> None:
+    federation = build_federation(algorithm="fedjets", **changes)
     partition = federation.partition
     kinds = {
         "reserved": set(partition.reserved.tolist()),
@@ -59,7 +59,7 @@ def test_pretraining_training_and_unseen_clients_share_no_row(changes: dict[str,
     assert (np.bincount(held, minlength=6) > 0).all()
 
 
-def test_a_row_in_two_places_is_a_bug() -> None:
+def test_row_in_two_places_raises() -> None:
     good = Partition((np.array([0, 1]),), (np.array([2]),), (np.array([3]),), reserved=np.array([4, 5]))
     good.check()
     for bad in (3, 1, 2):
@@ -67,7 +67,7 @@ def test_a_row_in_two_places_is_a_bug() -> None:
             Partition(good.train, good.validation, good.test, reserved=np.array([4, bad])).check()
 
 
-def test_reserving_is_a_pure_function_and_bounded() -> None:
+def test_reserving_is_repeatable_and_bounded() -> None:
     def deal(rows: np.ndarray) -> Partition:
         return Partition((np.arange(len(rows)),), (np.empty(0, np.int64),), (np.empty(0, np.int64),))
 
@@ -81,32 +81,34 @@ def test_reserving_is_a_pure_function_and_bounded() -> None:
 
 
 def test_methods_without_pretraining_reserve_nothing() -> None:
-    federation = built(algorithm="fedavg")
+    federation = build_federation(algorithm="fedavg")
     assert not len(federation.partition.reserved) and federation.reserved is None
 
 
 # Before round 1
 
 
-def test_a_wrong_file_is_told_before_anything_is_written(refused: Callable[..., str]) -> None:
-    message = refused("there is no file", *FLAGS, "--algorithm", "fedjets", "--fedjets.common", "none.h5")
+def test_wrong_weights_file_is_refused_before_writing(assert_refused: Callable[..., str]) -> None:
+    message = assert_refused(
+        "there is no file", *FLAGS, "--algorithm", "fedjets", "--fedjets.common", "none.h5"
+    )
     assert "check the path" in message
 
 
-def test_a_divergence_before_round_1_is_told() -> None:
-    federation = built(
+def test_divergence_before_round_1_is_reported() -> None:
+    federation = build_federation(
         algorithm="fedjets", train__lr_shared=1e30, train__clip=0.0, fedjets__common_target=1.0
     )
     with pytest.raises(ConfigError, match="training before round 1 diverged"):
         Loop(comm.start(), federation, SilentObserver(), None).run()
 
 
-def test_what_pretraining_reached_is_told(tmp_path: Path, session: launcher.Session) -> None:
+def test_pretraining_accuracy_is_reported(tmp_path: Path, session: launcher.Session) -> None:
     flags = ("--algorithm", "fedjets", "--fedjets.common_target", "1", "--fedjets.common_epochs", "1")
     said = session(*FLAGS, *flags, "--run.dir", "run", cwd=tmp_path)
     assert "common expert: accuracy " in said.out and "below fedjets.common_target 1" in said.out
     (line,) = [
-        event["result"] for event in launcher.events(tmp_path / "run") if event["event"] == "pretrained"
+        event["result"] for event in launcher.read_events(tmp_path / "run") if event["event"] == "pretrained"
     ]
     assert line in said.out
 
@@ -132,7 +134,7 @@ class Two(Algorithm):
 def with_two(monkeypatch: pytest.MonkeyPatch) -> federation.Federation:
     monkeypatch.setattr(Two, "reserve", classmethod(lambda cls, config: 0.2))
     monkeypatch.setattr(base, "load", lambda name: Two)
-    return built(algorithm="fedavg")
+    return build_federation(algorithm="fedavg")
 
 
 def test_prepare_sees_the_pretrained_state(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,8 +148,10 @@ def test_prepare_sees_the_pretrained_state(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
-def test_a_stop_before_round_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: int) -> None:
-    """In pretraining it leaves nothing; after it, a checkpoint of round 0."""
+def test_stop_before_round_1_saves_only_finished_pretraining(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: int
+) -> None:
+    """A stop during pretraining leaves nothing; after it, a checkpoint of round 0."""
     left = [after]
 
     def poll() -> None:
@@ -169,31 +173,33 @@ def test_a_stop_before_round_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("anchors", ["labels", "clusters"])
-def test_a_signal_in_pretraining(tmp_path: Path, session: launcher.Session, anchors: str) -> None:
-    """75; the restart on other ranks does it again, to the same bits."""
+def test_signal_during_pretraining_stops_with_75(
+    tmp_path: Path, session: launcher.Session, anchors: str
+) -> None:
+    """The exit code is 75; the restart on other ranks repeats the pretraining, to the same bits."""
     slow = ("--fedjets.common_target", "1", "--fedjets.common_epochs", "200", "--fedjets.common_rate", "1e-9")
     flags = (*FLAGS, "--algorithm", "fedjets", "--fedjets.anchors", anchors, *slow)
     assert session(*flags, "--run.dir", "whole", cwd=tmp_path).code == 0
-    with launcher.running(2, *flags, "--run.dir", "run", cwd=tmp_path) as job:
-        launcher.wait_for(tmp_path / "run" / "events.jsonl", job)
+    with launcher.running_job(2, *flags, "--run.dir", "run", cwd=tmp_path) as job:
+        launcher.wait_for_file(tmp_path / "run" / "events.jsonl", job)
         ranks = launcher.rank_processes(job.pid)
         os.kill(ranks[1], signal.SIGUSR1)
-        ended = launcher.ended(job, 60)
+        ended = launcher.wait_for_end(job, 60)
     assert ended.code == 75 and "stopped by SIGUSR1 to rank 1 before round 1" in ended.out, (
         ended.out + ended.err
     )
-    finished(3, "restart", "run", cwd=tmp_path)
-    assert learned_digest(tmp_path / "run", 2) == learned_digest(tmp_path / "whole", 2)
+    run_to_end(3, "restart", "run", cwd=tmp_path)
+    assert checkpoint_digest(tmp_path / "run", 2) == checkpoint_digest(tmp_path / "whole", 2)
 
 
-def test_nobody_is_missed_while_rank_0_pretrains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time-out is that of rounds; before the first one it is set aside, or what the user asked for."""
+def test_pretraining_rank_is_not_timed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time-out applies to rounds; before the first one it is infinite, or the user's setting."""
     world, seen = comm.start(), []
     monkeypatch.setattr(comm, "start", lambda: world)
     agree = world.agree
     monkeypatch.setattr(world, "agree", lambda *given: seen.append(world.timeout) or agree(*given))
     for changes, expected in (({}, float("inf")), ({"run__timeout": 77.0}, 77.0)):
-        federation = built(algorithm="fedjets", fedjets__common_target=0.0, **changes)
+        federation = build_federation(algorithm="fedjets", fedjets__common_target=0.0, **changes)
         loop = Loop(world, federation, SilentObserver(), None)
         before = world.timeout
         seen.clear()

@@ -1,4 +1,4 @@
-"""The job scripts do what their comments say: here as Slurm's batch shell would run them, without Slurm."""
+"""The job scripts do what their comments say, run as Slurm's batch shell would, without Slurm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def batch_shell(
     return subprocess.Popen(
         ["bash", str(JOBS / script), *arguments],
         cwd=tmp_path,
-        env=launcher.environment("mpich", {**path, **SLURM, **name, **(env or {})}),
+        env=launcher.clean_environment("mpich", {**path, **SLURM, **name, **(env or {})}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -37,17 +37,17 @@ def batch_shell(
     )
 
 
-def test_train_script_ends_with_the_runs_code_and_last_line(tmp_path: Path) -> None:
-    good = launcher.ended(batch_shell(tmp_path, "train.slurm", *QUICK, "--rounds", "1"), 120)
+def test_train_script_ends_with_the_exit_code_and_last_line(tmp_path: Path) -> None:
+    good = launcher.wait_for_end(batch_shell(tmp_path, "train.slurm", *QUICK, "--rounds", "1"), 120)
     said = good.out.splitlines()
     assert good.code == 0 and "exit code 0" in said[-2], good.out + good.err
-    assert json.loads(said[-1]) == launcher.events(tmp_path / "runs" / "train-17")[-1]
-    bad = launcher.ended(batch_shell(tmp_path / "runs", "train.slurm", "--rounds", "0"), 120)
+    assert json.loads(said[-1]) == launcher.read_events(tmp_path / "runs" / "train-17")[-1]
+    bad = launcher.wait_for_end(batch_shell(tmp_path / "runs", "train.slurm", "--rounds", "0"), 120)
     assert bad.code == 2 and "rounds" in bad.err and "tail" not in bad.err, bad.out + bad.err
 
 
-def test_train_script_passes_the_warning_on_and_waits_for_the_checkpoint(tmp_path: Path) -> None:
-    """However often it is warned."""
+def test_train_script_forwards_the_signal_and_waits(tmp_path: Path) -> None:
+    """The signal is sent several times."""
     endless = ("--rounds", "5000", "--run.checkpoint_every", "5000", "--train.epochs", "5")
     shell = batch_shell(tmp_path, "train.slurm", *QUICK, *endless)
     run = tmp_path / "runs" / "train-17"
@@ -60,40 +60,43 @@ def test_train_script_passes_the_warning_on_and_waits_for_the_checkpoint(tmp_pat
             shell.send_signal(signal.SIGUSR1)
             shell.send_signal(signal.SIGTERM)
             time.sleep(0.02)
-        result = launcher.ended(shell, 60)
+        result = launcher.wait_for_end(shell, 60)
     finally:
-        launcher.end(shell.pid)
+        launcher.kill_tree(shell.pid)
     assert result.code == 75 and "exit code 75" in result.out.splitlines()[-2], result.out + result.err
     assert list((run / "checkpoints").glob("round-*.h5"))
 
 
-def said_of(tmp_path: Path, script: str, env: dict[str, str]) -> launcher.Result:
-    """What a script would start: with LAUNCH=echo it prints it."""
+def printed_command(tmp_path: Path, script: str, env: dict[str, str]) -> launcher.Result:
+    """Return the command a script would start: with LAUNCH=echo it is printed."""
     shell = batch_shell(tmp_path, script, "my.toml", "--rounds", "3", env={"LAUNCH": "echo", **env})
-    return launcher.ended(shell, 20)
+    return launcher.wait_for_end(shell, 20)
 
 
 @pytest.mark.parametrize("script", ["train.slurm", "requeue.slurm", "gpu.slurm"])
-def test_a_run_that_is_there_goes_on(tmp_path: Path, script: str) -> None:
+def test_scripts_restart_an_existing_run(tmp_path: Path, script: str) -> None:
     run = f"runs/{script.partition('.')[0]}-17"
-    said = said_of(tmp_path, script, {}).out
+    said = printed_command(tmp_path, script, {}).out
     assert f"-m pfedmoe_mpi my.toml --rounds 3 --run.dir {run} --run.force true\n" in said
-    assert "-m pfedmoe_mpi restart runs/other\n" in said_of(tmp_path, script, {"RUN_DIR": "runs/other"}).out
+    assert (
+        "-m pfedmoe_mpi restart runs/other\n"
+        in printed_command(tmp_path, script, {"RUN_DIR": "runs/other"}).out
+    )
     (tmp_path / run).mkdir(parents=True)
     (tmp_path / run / "config.toml").touch()
-    assert f"-m pfedmoe_mpi restart {run}\n" in said_of(tmp_path, script, {}).out
+    assert f"-m pfedmoe_mpi restart {run}\n" in printed_command(tmp_path, script, {}).out
 
 
-def test_array_numbers_seeds_by_algorithms(tmp_path: Path) -> None:
+def test_array_index_selects_seed_and_algorithm(tmp_path: Path) -> None:
     tasks = {}
     for number in range(9):
         task = {"SLURM_ARRAY_TASK_ID": str(number)}
-        words = said_of(tmp_path, "array.slurm", task).out.split()
+        words = printed_command(tmp_path, "array.slurm", task).out.split()
         tasks[words[words.index("--algorithm") + 1], words[words.index("--seed") + 1]] = words
     assert {seed for _, seed in tasks} == {"0", "1", "2"} and len(tasks) == 9
     for (algorithm, seed), words in tasks.items():
         assert words[words.index("--run.dir") + 1] == f"runs/array-17/{algorithm}-{seed}"
-    beyond = said_of(tmp_path, "array.slurm", {"SLURM_ARRAY_TASK_ID": "9"})
+    beyond = printed_command(tmp_path, "array.slurm", {"SLURM_ARRAY_TASK_ID": "9"})
     assert beyond.code == 2 and "from 0 to 8" in beyond.err and not beyond.out
 
 
@@ -109,46 +112,48 @@ seed = [0, 1]
 """
 
 
-def test_table_plays_a_run_per_task(tmp_path: Path) -> None:
+def test_table_script_runs_one_run_per_task(tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text(TABLE)
     for task, name in ((0, "standalone-seed0"), (3, "pfedmoe-seed1")):
         env = {"SLURM_ARRAY_TASK_ID": str(task), "LAUNCH": "echo"}
         (tmp_path / "runs" / "table-17" / name).mkdir(parents=True)
         (tmp_path / "runs" / "table-17" / name / "events.jsonl").write_text(f"of {name}\n")
-        said = launcher.ended(batch_shell(tmp_path, "table.slurm", "my.toml", "--rounds", "3", env=env), 20)
+        said = launcher.wait_for_end(
+            batch_shell(tmp_path, "table.slurm", "my.toml", "--rounds", "3", env=env), 20
+        )
         wanted = f"reproduce my.toml --rounds 3 --task {task} --out runs/table-17\n"
         assert said.code == 0 and f"-m pfedmoe_mpi {wanted}" in said.out, said.err
         assert said.out.splitlines()[-1] == f"of {name}", "the last words are the run's"
     env = {"SLURM_ARRAY_TASK_ID": "4", "LAUNCH": "echo"}
-    beyond = launcher.ended(batch_shell(tmp_path, "table.slurm", "my.toml", env=env), 20)
+    beyond = launcher.wait_for_end(batch_shell(tmp_path, "table.slurm", "my.toml", env=env), 20)
     assert beyond.code == 2 and "from 0 to 3" in beyond.err and not beyond.out
 
 
-def test_table_stops_and_goes_on(tmp_path: Path) -> None:
+def test_table_script_stops_and_resumes(tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text(TABLE)
     endless = ("--run.checkpoint_every", "5000", "--train.epochs", "5")
     env = {"SLURM_ARRAY_TASK_ID": "2"}
     shell = batch_shell(tmp_path, "table.slurm", "my.toml", *endless, "--rounds", "5000", env=env)
     run = tmp_path / "runs" / "table-17" / "pfedmoe-seed0"
     try:
-        launcher.wait_for(run / "metrics.jsonl", shell)
+        launcher.wait_for_file(run / "metrics.jsonl", shell)
         shell.send_signal(signal.SIGUSR1)
-        result = launcher.ended(shell, 60)
+        result = launcher.wait_for_end(shell, 60)
     finally:
-        launcher.end(shell.pid)
+        launcher.kill_tree(shell.pid)
     assert result.code == 75 and json.loads(result.out.splitlines()[-1])["event"] == "stop", result.err
-    done = len(launcher.rows(run))
+    done = len(launcher.read_metrics(run))
     env |= {"RUN_DIR": "runs/table-17"}
     again = batch_shell(tmp_path, "table.slurm", "my.toml", *endless, "--rounds", "5000", env=env)
     try:
         deadline = time.monotonic() + 60
-        while len(launcher.rows(run)) < done + 2 and time.monotonic() < deadline:
+        while len(launcher.read_metrics(run)) < done + 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         again.send_signal(signal.SIGTERM)
-        result = launcher.ended(again, 60)
+        result = launcher.wait_for_end(again, 60)
     finally:
-        launcher.end(again.pid)
-    assert result.code == 75 and len(launcher.rows(run)) >= done + 2, result.out + result.err
+        launcher.kill_tree(again.pid)
+    assert result.code == 75 and len(launcher.read_metrics(run)) >= done + 2, result.out + result.err
 
 
 # What the tables of the papers hold, and what of it the papers say.
@@ -161,7 +166,7 @@ TABLES |= {
 }
 
 
-def test_the_table_to_begin_with() -> None:
+def test_digits_table_uses_the_defaults() -> None:
     runs = grid.expand(grid.read(JOBS / "tables" / "digits.toml"), {})
     assert len(runs) == 9 and {run.config.data.source for run in runs} == {"digits"}
     for run in runs:  # the defaults, so that the README's results on digits are its own
@@ -173,7 +178,7 @@ PAPERS = sorted(path for path in (JOBS / "tables").glob("*.toml") if path.stem !
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
-def test_tables_of_the_papers_are_valid(path: Path) -> None:
+def test_paper_tables_are_valid(path: Path) -> None:
     runs = grid.expand(grid.read(path), {})
     assert len(runs) == TABLES[path.stem]
     for run in runs:
@@ -187,7 +192,7 @@ def test_tables_of_the_papers_are_valid(path: Path) -> None:
     assert {run.config.seed for run in runs} == {0, 1, 2}
 
 
-def test_the_main_tables_are_the_papers() -> None:
+def test_main_tables_have_the_papers_settings() -> None:
     for kind, cifar in (("homogeneous", 1), ("heterogeneous", 5)):
         runs = grid.expand(grid.read(JOBS / "tables" / f"pfedmoe-{kind}.toml"), {})
         cells = {run.config.run.cell for run in runs}
@@ -202,11 +207,11 @@ def test_the_main_tables_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(JOBS.glob("*.toml")), ids=lambda path: path.name)
-def test_configurations_are_valid(path: Path) -> None:
+def test_example_configurations_are_valid(path: Path) -> None:
     config.build(config.read_toml(path))
 
 
-def test_only_account_and_partition_want_changing() -> None:
+def test_scripts_need_only_account_and_partition() -> None:
     for script in JOBS.glob("*.slurm"):
         lines = [line for line in script.read_text().splitlines() if "CHANGE_ME" in line]
         assert lines == ["#SBATCH --account=CHANGE_ME", "#SBATCH --partition=CHANGE_ME"], script

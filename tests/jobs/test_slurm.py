@@ -17,7 +17,7 @@ import pytest
 
 from support import launcher, slurm_cluster
 from support.paths import JOBS
-from support.slurm_cluster import Cluster, until
+from support.slurm_cluster import Cluster, wait_until
 
 pytestmark = pytest.mark.slurm
 
@@ -35,12 +35,12 @@ AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    yield from slurm_cluster.running(tmp_path_factory.mktemp("slurm"))
+    yield from slurm_cluster.running_cluster(tmp_path_factory.mktemp("slurm"))
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, session: launcher.Session) -> Path:
-    """Where jobs are submitted: tiny.h5 is prepared as jobs/cifar10.toml says for the real data."""
+    """The folder where jobs are submitted; tiny.h5 is prepared as jobs/cifar10.toml says for real data."""
     folder = tmp_path_factory.mktemp("work")
     data = ("--data.source", "synthetic", "--data.samples", "800", "--data.size", "32")
     result = session("data", "prepare", "tiny.h5", *data, cwd=folder)
@@ -51,13 +51,13 @@ def work(tmp_path_factory: pytest.TempPathFactory, session: launcher.Session) ->
 @pytest.fixture(scope="module")
 def undisturbed(work: Path, session: launcher.Session) -> str:
     """The digest of the steady run, outside of Slurm."""
-    result = launcher.program(2, *map(str, STEADY), "--run.dir", "undisturbed", cwd=work)
+    result = launcher.run_program(2, *map(str, STEADY), "--run.dir", "undisturbed", cwd=work)
     assert result.code == 0, result.out + result.err
     return digest(session, work / "undisturbed")
 
 
 def digest(session: launcher.Session, run: Path) -> str:
-    """`inspect --digest` of the last of the ten rounds."""
+    """Return `inspect --digest` of the last of the ten rounds."""
     result = session("inspect", "--digest", "checkpoints/round-000010.h5", cwd=run)
     assert result.code == 0, result.err
     return result.out
@@ -65,42 +65,44 @@ def digest(session: launcher.Session, run: Path) -> str:
 
 @pytest.fixture(scope="module")
 def one_minute(cluster: Cluster, work: Path) -> str:
-    """A job of Slurm's shortest time limit and no signal; the other tests run beside it."""
+    """A job with Slurm's shortest time limit and no signal; the other tests run at the same time."""
     command = f"nice mpirun -n 1 python -m pfedmoe_mpi {' '.join(ENDLESS)} --run.dir runs/minute"
     return cluster.submit(cwd=work, options=["--time=1", "--ntasks=1", "--nodelist=n2", "--wrap", command])
 
 
-def started(run: Path, leg: int = 1, rounds: int = 1) -> None:
-    """Wait until that many legs have begun and `rounds` rounds are done since the last began."""
+def started(run: Path, starts: int = 1, rounds: int = 1) -> None:
+    """Wait until the run has started `starts` times and done `rounds` rounds since the last start."""
 
     def going() -> bool:
         if not (run / "events.jsonl").exists():
             return False
-        begun = [e for e in launcher.events(run) if e["event"] in {"start", "restart"}]
-        done = len(launcher.rows(run)) if (run / "metrics.jsonl").exists() else 0
-        return len(begun) >= leg and done >= begun[-1].get("round", 0) + rounds
+        begun = [e for e in launcher.read_events(run) if e["event"] in {"start", "restart"}]
+        done = len(launcher.read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
+        return len(begun) >= starts and done >= begun[-1].get("round", 0) + rounds
 
     files = (run / "events.jsonl", run / "metrics.jsonl")
-    until(going, 120, lambda: "\n".join(f.read_text()[-2000:] for f in files if f.exists()) or f"no {run}")
+    wait_until(
+        going, 120, lambda: "\n".join(f.read_text()[-2000:] for f in files if f.exists()) or f"no {run}"
+    )
 
 
 def kinds(run: Path) -> list[str]:
-    """What happened, in order."""
-    return [event["event"] for event in launcher.events(run)]
+    """Return the kinds of a run's events, in order."""
+    return [event["event"] for event in launcher.read_events(run)]
 
 
 def last_event(cluster: Cluster, job: str) -> Any:
-    """The last line of a job's output, which is the run folder's."""
+    """Return the last line of a job's output, which must be the run folder's last event."""
     return json.loads(cluster.output(job).splitlines()[-1])
 
 
 # Allocations that are lost
 
 
-def test_requeue_survives_the_time_limit_preemption_and_a_lost_node(
+def test_requeue_survives_time_limit_preemption_and_lost_node(
     cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session
 ) -> None:
-    """Four legs: Slurm's warning, `scontrol requeue`, everything killed outright with its node, the rest."""
+    """Three starts end by Slurm's warning, by `scontrol requeue` and with their node; the fourth finishes."""
     options = [TWO, "--time=1", "--signal=B:USR1@20"]
     job = cluster.submit(JOBS / "requeue.slurm", *STEADY, cwd=work, options=options)
     run = work / "runs" / f"requeue-{job}"
@@ -110,17 +112,21 @@ def test_requeue_survives_the_time_limit_preemption_and_a_lost_node(
     assert len(ranks) == 2
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
-    until(lambda: all(slurm_cluster.pending(pid, signal.SIGUSR1) for pid in ranks), 60, lambda: "no warning")
+    wait_until(
+        lambda: all(slurm_cluster.signal_is_pending(pid, signal.SIGUSR1) for pid in ranks),
+        60,
+        lambda: "no warning",
+    )
     for pid in ranks:
         os.kill(pid, signal.SIGCONT)
 
-    started(run, leg=2)
+    started(run, starts=2)
     assert cluster.facts(job)["Restarts"] == "1"
     assert kinds(run) == ["start", "stop", "restart"]
-    cluster.ask("scontrol", "update", f"jobid={job}", "timelimit=10")  # the next legs meet other ends
+    cluster.ask("scontrol", "update", f"jobid={job}", "timelimit=10")  # the next starts end otherwise
     cluster.ask("scontrol", "requeue", job)
 
-    started(run, leg=3)
+    started(run, starts=3)
     assert kinds(run)[3:] == ["stop", "restart"], "requeued once, with a checkpoint"
     node = kill_outright(cluster, job)
     facts = cluster.over(job)
@@ -129,14 +135,14 @@ def test_requeue_survives_the_time_limit_preemption_and_a_lost_node(
     assert facts["JobState"] == "COMPLETED" and facts["Restarts"] == "3", said
     assert facts["NodeList"] != node, "it went on elsewhere"
     assert last_event(cluster, job)["event"] == "finish" and "leg 4: exit code 0" in said
-    assert kinds(run)[5:] == ["restart", "finish"], "a killed leg says nothing"
+    assert kinds(run)[5:] == ["restart", "finish"], "a killed start records no event"
     assert digest(session, run) == undisturbed
 
 
-def test_requeue_goes_on_under_srun_after_a_kill_on_the_same_node(
+def test_requeue_under_srun_survives_a_kill_on_the_same_node(
     cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session
 ) -> None:
-    """A requeued job keeps its number, and MPICH finds by it what the killed ranks left in /dev/shm."""
+    """A requeued job keeps its number, by which MPICH finds what the killed ranks left in /dev/shm."""
     options = [TWO, "--nodelist=n1"]
     job = cluster.submit(JOBS / "requeue.slurm", *STEADY, cwd=work, options=options, env=SRUN)
     run = work / "runs" / f"requeue-{job}"
@@ -150,7 +156,7 @@ def test_requeue_goes_on_under_srun_after_a_kill_on_the_same_node(
 
 
 def kill_outright(cluster: Cluster, job: str) -> str:
-    """End everything of a job at once and its node with it; the node, which is down."""
+    """Kill all processes of a job and set its node down; return the node."""
     node = cluster.facts(job)["NodeList"]
     for pid in cluster.job_processes(job):
         os.kill(pid, signal.SIGKILL)
@@ -170,13 +176,13 @@ def test_only_a_stopped_run_is_requeued(cluster: Cluster, work: Path) -> None:
     cluster.ask("scancel", cancelled)
     facts = cluster.over(cancelled)
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
-    assert launcher.events(run)[-1]["event"] == "stop", "with a checkpoint all the same"
+    assert launcher.read_events(run)[-1]["event"] == "stop", "with a checkpoint all the same"
     assert "exit code 75" in cluster.output(cancelled)
     assert list((run / "checkpoints").glob("round-*.h5"))
 
 
 @pytest.mark.parametrize("launch", ["mpirun", "srun", pytest.param("openmpi", marks=pytest.mark.openmpi)])
-def test_train_stops_and_goes_on(
+def test_train_script_stops_and_resumes(
     cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session, launch: str
 ) -> None:
     """TERM and USR1 to the batch shell, again and again while the checkpoint is written; then another job."""
@@ -190,7 +196,7 @@ def test_train_stops_and_goes_on(
     facts = cluster.over(job)
     said = cluster.output(job)
     assert facts["ExitCode"] == "75:0" and "exit code 75" in said, said
-    assert last_event(cluster, job)["event"] == "stop" == launcher.events(run)[-1]["event"]
+    assert last_event(cluster, job)["event"] == "stop" == launcher.read_events(run)[-1]["event"]
 
     env = {**env, "RUN_DIR": f"runs/train-{job}"}
     again = cluster.submit(JOBS / "train.slurm", cwd=work, options=["--ntasks=1"], env=env, mpi=mpi)
@@ -202,7 +208,7 @@ def test_train_stops_and_goes_on(
 # What else the scripts promise
 
 
-def test_array_trains_seeds_by_algorithms(cluster: Cluster, work: Path) -> None:
+def test_array_script_trains_seeds_by_algorithms(cluster: Cluster, work: Path) -> None:
     flags = (JOBS / "digits.toml", *MODEL[4:], "--clients", "2", "--rounds", "1", "--model.pool", "mlp5,mlp4")
     options = [TWO, "--array=0,4"]
     job = cluster.submit(JOBS / "array.slurm", *flags, "--model.shared", "mlp5", cwd=work, options=options)
@@ -216,7 +222,7 @@ def test_array_trains_seeds_by_algorithms(cluster: Cluster, work: Path) -> None:
         assert (settings["algorithm"], settings["seed"]) == (algorithm, seed)
 
 
-def test_table_plays_a_run_per_task(cluster: Cluster, work: Path) -> None:
+def test_table_script_runs_one_run_per_task(cluster: Cluster, work: Path) -> None:
     (work / "table.toml").write_text(
         '[base]\nrounds = 1\nclients = 2\nmodel.pool = ["mlp5"]\nmodel.shared = "mlp5"\n'
         '[axis]\nalgorithm = ["standalone", "pfedmoe"]\nseed = [0, 1]\n'
@@ -234,10 +240,10 @@ def test_table_plays_a_run_per_task(cluster: Cluster, work: Path) -> None:
 
 
 @pytest.mark.parametrize("env", [{"SLURM_MPI_TYPE": "pmi2"}, {"LAUNCH": "mpirun -n 2 -ppn 1 -bind-to core"}])
-def test_gpu_example_on_two_nodes(
+def test_gpu_script_runs_on_two_nodes(
     cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session, env: dict[str, str]
 ) -> None:
-    """The nodes' GPUs are Slurm's alone; the ranks train on CPUs."""
+    """Only Slurm uses the nodes' GPUs; the ranks train on CPUs."""
     job = cluster.submit(JOBS / "gpu.slurm", *STEADY, cwd=work, options=["--ntasks-per-node=1"], env=env)
     facts = cluster.over(job)
     said = cluster.output(job)
@@ -245,20 +251,20 @@ def test_gpu_example_on_two_nodes(
     assert facts["NodeList"] == "n[1-2]" and facts["TresPerNode"].endswith("gpu:4"), facts
     assert last_event(cluster, job)["event"] == "finish"
     run = work / "runs" / f"gpu-{job}"
-    assert launcher.events(run)[0]["ranks"] == 2
+    assert launcher.read_events(run)[0]["ranks"] == 2
     assert digest(session, run) == undisturbed
 
 
 # The program in an allocation
 
 
-def test_a_job_stops_before_its_time_limit_by_itself(cluster: Cluster, work: Path, one_minute: str) -> None:
+def test_job_stops_before_its_time_limit(cluster: Cluster, work: Path, one_minute: str) -> None:
     facts = cluster.over(one_minute, 100)
     said = cluster.output(one_minute)
     assert facts["ExitCode"] == "75:0" and facts["JobState"] == "FAILED", f"{facts}\n{said}"
     lived = datetime.fromisoformat(facts["EndTime"]) - datetime.fromisoformat(facts["StartTime"])
     assert 40 <= lived.total_seconds() <= 60, lived
-    stop = launcher.events(work / "runs" / "minute")[-1]
+    stop = launcher.read_events(work / "runs" / "minute")[-1]
     assert stop["event"] == "stop" and "time" in str(stop.get("by", "")), stop
     assert list((work / "runs" / "minute" / "checkpoints").glob("round-*.h5"))
 
@@ -275,9 +281,11 @@ srun --mpi=pmi2 -n 2 python -m pfedmoe_mpi check .; tell "srun check"
 """
 
 
-def test_launchers_inside_an_allocation_of_two(cluster: Cluster, work: Path, small: tuple[str, ...]) -> None:
-    """Slurm's own numbers decide nothing where MPI knows better."""
-    (work / "allocation.slurm").write_text(ALLOCATION.replace("{small}", " ".join(small)))
+def test_launchers_work_inside_an_allocation(
+    cluster: Cluster, work: Path, small_run: tuple[str, ...]
+) -> None:
+    """Slurm's variables do not override MPI's values."""
+    (work / "allocation.slurm").write_text(ALLOCATION.replace("{small}", " ".join(small_run)))
     env = {"SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
     job = cluster.submit("allocation.slurm", cwd=work, options=[TWO, "--output=allocation.txt"], env=env)
     cluster.over(job)
@@ -293,7 +301,7 @@ def test_launchers_inside_an_allocation_of_two(cluster: Cluster, work: Path, sma
 
 
 @pytest.mark.parametrize("how", ["INT", "TERM", "USR1"])
-def test_stops_under_srun(cluster: Cluster, work: Path, tmp_path: Path, how: str) -> None:
+def test_interrupts_under_srun_stop_the_run(cluster: Cluster, work: Path, tmp_path: Path, how: str) -> None:
     """Ctrl-C, which srun -X passes on at once, and signals to the step."""
     run = tmp_path / "run"
     step = ["srun", "-X", "--mpi=pmi2", TWO, "--partition=main", f"--job-name=stops-{how}"]
@@ -314,9 +322,9 @@ def test_stops_under_srun(cluster: Cluster, work: Path, tmp_path: Path, how: str
         else:
             cluster.ask("scancel", f"--signal={how}", f"--name=stops-{how}")
         begun = time.monotonic()
-        result = launcher.ended(process, 60)
+        result = launcher.wait_for_end(process, 60)
     finally:
-        launcher.end(process.pid)
+        launcher.kill_tree(process.pid)
     assert result.code == 75, result.out + result.err
-    assert launcher.events(run)[-1]["event"] == "stop" and list((run / "checkpoints").glob("round-*.h5"))
+    assert launcher.read_events(run)[-1]["event"] == "stop" and list((run / "checkpoints").glob("round-*.h5"))
     assert time.monotonic() - begun < 20, "KillWait is 20 s: the ranks were not killed"

@@ -1,4 +1,4 @@
-"""Two hosts: the printed hostfile, the same bits, what crosses, and a host that vanishes in a round."""
+"""Two hosts: the printed hostfile, the same bits, the bytes sent, and a host that vanishes during a round."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FLAGS = (
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
     (tmp_path / "hosts").mkdir()
-    with two_hosts.up(tmp_path / "hosts") as both:
+    with two_hosts.running_hosts(tmp_path / "hosts") as both:
         yield both
 
 
@@ -38,7 +38,7 @@ def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
 def alone(session: launcher.Session, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the undisturbed run on one host."""
     folder = tmp_path_factory.mktemp("alone")
-    result = launcher.program(2, *FLAGS, cwd=folder)
+    result = launcher.run_program(2, *FLAGS, cwd=folder)
     assert result.code == 0, result.err
     return digest(session, folder / "run")
 
@@ -51,7 +51,7 @@ def digest(session: launcher.Session, run: Path) -> str:
 
 
 def finished(job: subprocess.Popen[str], timeout: float = 90) -> str:
-    result = launcher.ended(job, timeout)
+    result = launcher.wait_for_end(job, timeout)
     assert result.code == 0, result.out + result.err
     return result.out
 
@@ -60,9 +60,9 @@ def finished(job: subprocess.Popen[str], timeout: float = 90) -> str:
 
 
 @BOTH
-def test_the_hostfile_as_printed(hosts: TwoHosts, tmp_path: Path, mpi: str) -> None:
-    """Unchanged but for the form that is kept, 32 ranks; below, its command runs the program."""
-    hostfile, line = two_hosts.example(mpi, 16)
+def test_printed_hostfile_works_unchanged(hosts: TwoHosts, tmp_path: Path, mpi: str) -> None:
+    """The hostfile starts 32 ranks; only the form of this MPI is kept. The next tests use its command."""
+    hostfile, line = two_hosts.hostfile_and_command(mpi, 16)
     (tmp_path / "hostfile").write_text(hostfile)
     said = ["sh", "-c", "uname -n; sleep 1"]  # prterun may lose count of processes that end at once
     printed = finished(hosts.launch(mpi, [*line[: line.index("python")], *said], cwd=tmp_path))
@@ -70,20 +70,20 @@ def test_the_hostfile_as_printed(hosts: TwoHosts, tmp_path: Path, mpi: str) -> N
 
 
 @BOTH
-def test_the_same_digest_as_on_one_host(
+def test_two_hosts_give_the_digest_of_one(
     hosts: TwoHosts, tmp_path: Path, session: launcher.Session, alone: str, mpi: str
 ) -> None:
     before = {name: hosts.sent(name) for name in two_hosts.NAMES}
     finished(hosts.across(mpi, 4, *FLAGS, cwd=tmp_path))
     assert digest(session, tmp_path / "run") == alone
-    (start,) = [event for event in launcher.events(tmp_path / "run") if event["event"] == "start"]
+    (start,) = [event for event in launcher.read_events(tmp_path / "run") if event["event"] == "start"]
     assert [re.findall("node.", rank) for rank in start["hosts"]] == [
         ["node1"],
         ["node1"],
         ["node2"],
         ["node2"],
     ]
-    summed = sum(row["mpi_bytes"] for row in launcher.rows(tmp_path / "run"))
+    summed = sum(row["mpi_bytes"] for row in launcher.read_metrics(tmp_path / "run"))
     for name in two_hosts.NAMES:
         assert hosts.sent(name) - before[name] > summed, "the sums did not go over the link"
 
@@ -93,10 +93,10 @@ def test_the_same_digest_as_on_one_host(
 
 @BOTH
 @pytest.mark.parametrize("how", ["killed", "unreachable"])
-def test_a_host_vanishes_in_a_round(
+def test_vanished_host_ends_the_job_and_restart_repeats_it(
     hosts: TwoHosts, tmp_path: Path, session: launcher.Session, alone: str, mpi: str, how: str
 ) -> None:
-    """The job ends soon, nothing keeps running, and the other host goes on alone to the same bits.
+    """The job ends soon, no process is left, and a restart on the other host gives the same bits.
 
     Open MPI's mpirun may end with code 0 here, and waits for an unreachable host as long as TCP does.
     """
@@ -104,14 +104,14 @@ def test_a_host_vanishes_in_a_round(
         hosts.give_up_early()
     run = tmp_path / "run"
     job = hosts.across(mpi, 2, *FLAGS, "--run.timeout", "3", cwd=tmp_path)
-    launcher.wait_for(run / "metrics.jsonl", job)
+    launcher.wait_for_file(run / "metrics.jsonl", job)
     time.sleep(0.1)
     vanished = time.monotonic()
     hosts.kill("node2") if how == "killed" else hosts.link("node2", "down")
-    result = launcher.ended(job, 60)
+    result = launcher.wait_for_end(job, 60)
     print(f"{mpi}, node2 {how}: exit code {result.code} after {time.monotonic() - vanished:.1f} s")
-    assert len(launcher.rows(run)) < ROUNDS, "the run was over before"
-    assert "finish" not in {event["event"] for event in launcher.events(run)}
+    assert len(launcher.read_metrics(run)) < ROUNDS, "the run was over before"
+    assert "finish" not in {event["event"] for event in launcher.read_events(run)}
     if mpi == "mpich":
         assert result.code not in {0, 2, 75}
     if how == "unreachable":
@@ -127,12 +127,12 @@ def test_a_host_vanishes_in_a_round(
     hosts.empty("node1", 10)  # where the launcher may leave an ssh that waits for the other host
 
 
-def test_no_host_is_left_behind(tmp_path: Path) -> None:
-    """Nor what runs there, whatever a test raises."""
+def test_hosts_are_removed_after_an_error(tmp_path: Path) -> None:
+    """Their processes end too, whatever a test raises."""
     jobs = []
 
     def fail() -> None:
-        with two_hosts.up(tmp_path) as hosts:
+        with two_hosts.running_hosts(tmp_path) as hosts:
             jobs.append(subprocess.Popen([*hosts.enter("node2"), "sleep", "1000"], start_new_session=True))
             while jobs[0].pid not in hosts.processes("node2"):
                 time.sleep(0.01)
@@ -143,14 +143,14 @@ def test_no_host_is_left_behind(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert jobs[0].wait(10) < 0
-    assert not [pid for network in networks for pid in two_hosts.inside(network)]
+    assert not [pid for network in networks for pid in two_hosts.namespace_processes(network)]
 
 
 # bench network
 
 
 def network(hosts: TwoHosts, folder: Path, mpi: str, *flags: str) -> dict[str, list[str]]:
-    """The rows of `bench network` on one rank per host, by their titles."""
+    """Return the rows of `bench network` on one rank per host, by title."""
     printed = finished(hosts.across(mpi, 2, "bench", "network", *flags, cwd=folder), 400)
     rows = [re.split(r"\s{2,}", line.strip()) for line in printed.splitlines()]
     return {title: cells for title, *cells in rows if cells}
@@ -160,8 +160,8 @@ def number(cells: list[str]) -> float:
     return float(cells[0].split()[0])
 
 
-def test_bench_network_counts_what_crosses_and_feels_the_rate(hosts: TwoHosts, tmp_path: Path) -> None:
-    """Bytes within a tenth of the formula, the rest being headers, acknowledgements and the waiting."""
+def test_bench_network_counts_bytes_and_reflects_the_rate(hosts: TwoHosts, tmp_path: Path) -> None:
+    """Bytes are within a tenth of the formula; headers, acknowledgements and waiting explain the rest."""
     small = ("--data.samples", "200", "--data.size", "8", "--clients", "4", "--partition.kind", "iid")
     flags = (*small, "--model.pool", "mlp5,mlp4", "--model.shared", "mlp5", "--train.device", "cpu")
     before = hosts.sent("node1")
@@ -196,7 +196,7 @@ RATES = (10, 100, 1000, None)  # Mbit/s
 @pytest.mark.campaign
 @pytest.mark.timeout(3600)
 @BOTH
-def test_table_of_link_rates(hosts: TwoHosts, tmp_path: Path, mpi: str) -> None:
+def test_link_rate_table_is_measured(hosts: TwoHosts, tmp_path: Path, mpi: str) -> None:
     """CNN-5 shared among CNN-1 to CNN-5, ten clients on images of CIFAR's size; prints the README's table."""
     titles = ("link", "round, s", "its training, s", "its sum, s", "sent per host, MB", "by formula, MB")
     lines = [(*titles, "a deployment's client, s"), ("---",) * 7]

@@ -1,4 +1,4 @@
-"""Architectures, normalisation and gate: what the papers define, and what a user's data can be."""
+"""Architectures, normalisation and gate: the papers' definitions, and all shapes of data."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def test_cnns_have_the_papers_parameter_counts(name: str, ten: int, hundred: int
 @pytest.mark.parametrize(
     ("name", "fc1"), [(f"mnist{k}", w) for k, w in enumerate((300, 200, 150, 100, 50), 1)]
 )
-def test_mnist_family(name: str, fc1: int) -> None:
+def test_mnist_models_have_their_layers(name: str, fc1: int) -> None:
     model = registry.build_model(name, (1, 28, 28), 10, names.resolve_dim([name], 0), SMALL)
     shapes = [tuple(parameter.shape) for parameter in model.parameters() if parameter.dim() > 1]
     assert shapes == [(20, 1, 5, 5), (20, 20, 5, 5), (fc1, 20 * 4 * 4), (50, fc1), (10, 50)]
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (1, 32, 32), (2, 17, 40)])
-def test_cnn_is_the_published_order_of_layers(shape: tuple[int, ...]) -> None:
+def test_cnn_has_the_published_layer_order(shape: tuple[int, ...]) -> None:
     model = registry.build_model("cnn3", shape, 10, 500, SMALL)
     x = torch.randn(4, *shape)
     w = dict(model.extractor.named_parameters())
@@ -73,7 +73,7 @@ def test_cnn_is_the_published_order_of_layers(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["cnn1", "cnn5", "mnist2", "mlp1", "mlp5"])
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (1, 32, 32), (13,)])
-def test_representation_shapes(name: str, shape: tuple[int, ...]) -> None:
+def test_representations_have_length_dim(name: str, shape: tuple[int, ...]) -> None:
     if len(shape) == 1 and not name.startswith("mlp"):
         with pytest.raises(ConfigError, match=rf"model {name} takes images, not samples of shape 13"):
             registry.check_model(name, shape, 4, 24, SMALL)
@@ -86,7 +86,7 @@ def test_representation_shapes(name: str, shape: tuple[int, ...]) -> None:
     assert model(x).shape == (5, 4)
 
 
-def test_mlps_are_unlike_and_the_fifth_is_the_smallest() -> None:
+def test_mlps_differ_and_the_fifth_is_the_smallest() -> None:
     counts = [parameters(registry.build_extractor(f"mlp{k}", (13,), 500, SMALL)) for k in range(1, 6)]
     assert counts == sorted(set(counts), reverse=True)
 
@@ -105,30 +105,30 @@ def test_mlps_are_unlike_and_the_fifth_is_the_smallest() -> None:
         ("regnet_x_16gf", "regnet_x_16gf"),
     ],
 )
-def test_spellings(given: str, known: str) -> None:
+def test_spellings_of_names_are_accepted(given: str, known: str) -> None:
     assert names.resolve_name(given) == known
 
 
 @pytest.mark.parametrize(
     ("given", "meant"), [("resnet17", "resnet18"), ("cnnn3", "cnn3"), ("vit_b16x", "vit_b_16")]
 )
-def test_an_unknown_name_suggests_the_nearest(given: str, meant: str) -> None:
+def test_unknown_model_suggests_the_nearest(given: str, meant: str) -> None:
     with pytest.raises(ConfigError, match=rf"there is no model '{given}'; did you mean '{meant}'\?"):
         registry.check_model(given, (3, 32, 32), 10, 500, SMALL)
 
 
-def test_a_spelling_that_fits_two_names_is_refused() -> None:
+def test_ambiguous_spelling_is_refused() -> None:
     with pytest.raises(ConfigError, match="there is no model 'regnetx16gf'"):
         names.resolve_name("regnetx16gf")
 
 
-def test_the_list_is_torchvisions() -> None:
+def test_backbone_list_equals_torchvision() -> None:
     from torchvision import models
 
     assert sorted(names.TORCHVISION) == models.list_models(module=models)
 
 
-def test_names_need_no_torch_and_own_models_no_torchvision() -> None:
+def test_names_import_no_torch_and_models_no_torchvision() -> None:
     code = """
 import sys
 from pfedmoe_mpi.models import names
@@ -142,7 +142,7 @@ assert not {"torchvision", "sympy", "torch._dynamo"} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_lengths() -> None:
+def test_representation_lengths_are_resolved() -> None:
     assert names.native_dim("cnn2") == names.native_dim("mlp4") == 500
     assert names.native_dim("mnist_2") == 50
     assert names.native_dim("resnet18") is None
@@ -154,19 +154,19 @@ def test_lengths() -> None:
     assert wider(torch.zeros(2, 1, 28, 28)).shape == (2, 64)
 
 
-def test_lengths_that_differ_are_refused_with_the_remedy() -> None:
+def test_different_lengths_are_refused_with_a_remedy() -> None:
     with pytest.raises(ConfigError, match=r"cnn1 in 500 and mnist3 in 50.*\n.*--model\.dim 500"):
         names.resolve_dim(["cnn1", "resnet18", "mnist3"], 0)
 
 
-def test_auto_fits_the_data() -> None:
+def test_auto_models_fit_the_data() -> None:
     cnns, mlps = tuple(f"cnn{k}" for k in range(1, 6)), tuple(f"mlp{k}" for k in range(1, 6))
     assert names.auto_pool((3, 32, 32)) == names.auto_pool((1, 16, 16)) == cnns
     assert names.auto_pool((1, 15, 16)) == names.auto_pool((13,)) == mlps
     assert names.auto_shared((3, 32, 32)) == "cnn5" and names.auto_shared((13,)) == "mlp5"
 
 
-def test_the_cnns_least_size_is_the_one_auto_knows() -> None:
+def test_cnn_takes_16_pixels_and_no_fewer() -> None:
     assert registry.build_extractor("cnn5", (1, 16, 16), 9, SMALL)(torch.zeros(2, 1, 16, 16)).shape == (2, 9)
     with pytest.raises(ConfigError, match="model cnn5 cannot take 1x15x30: needs at least 1x16x16"):
         registry.check_model("cnn5", (1, 15, 30), 10, 500, SMALL)
@@ -178,8 +178,8 @@ LEAST = {"alexnet": 63, "inception_v3": 75, "maxvit_t": 221, "vit_h_14": 42}  # 
 
 
 @pytest.mark.parametrize("name", names.TORCHVISION)
-def test_every_backbone_takes_small_images_or_names_the_least_size(name: str) -> None:
-    """An odd `dim`, so that the layer that was made to end in it is no other of the same width."""
+def test_backbone_takes_small_images_or_names_the_least_size(name: str) -> None:
+    """An odd `dim` makes the last layer distinguishable from others of the same width."""
     before = torch.get_rng_state()
     if name not in LEAST:
         registry.check_model(name, (3, 32, 32), 10, 37, SMALL)
@@ -191,7 +191,7 @@ def test_every_backbone_takes_small_images_or_names_the_least_size(name: str) ->
     assert torch.equal(torch.get_rng_state(), before)  # trying a model draws nothing
 
 
-def test_sizes_a_backbone_cannot_take() -> None:
+def test_unusable_image_sizes_are_refused() -> None:
     with pytest.raises(
         ConfigError, match="model vit_b_16 cannot take 1x28x28: the next size it takes is 1x32x32"
     ):
@@ -214,7 +214,7 @@ def test_resnet18_trains(channels: int) -> None:
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
-def test_stems() -> None:
+def test_small_images_get_a_small_stem() -> None:
     def first(stem: str) -> tuple[int, ...]:
         network: Any = registry.build_extractor("resnet18", (3, 32, 32), 20, stem)
         at_layer1: list[tuple[int, ...]] = []
@@ -226,8 +226,8 @@ def test_stems() -> None:
     assert first("imagenet") == (64, 3, 7, 7, 8, 8)
 
 
-def test_a_projection_does_not_start_at_zero() -> None:
-    """torchvision's ViTs start their classifier at zero, which would be one representation for all."""
+def test_projection_does_not_start_at_zero() -> None:
+    """torchvision's ViTs start their classifier at zero, which would give all samples one representation."""
     extractor = registry.build_extractor("vit_b_32", (1, 32, 32), 20, SMALL).eval()
     representation = extractor(torch.randn(2, 1, 32, 32))
     assert representation.std() > 0.01
@@ -237,8 +237,8 @@ def test_a_projection_does_not_start_at_zero() -> None:
     "name",
     ["squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small", "mnasnet0_5", "googlenet", "swin_v2_t"],
 )
-def test_a_backbone_lives_on_views_of_one_vector(name: str) -> None:
-    """Parameters and float buffers re-pointed, as federated vectors are: same output, and it trains."""
+def test_backbone_trains_on_views_of_one_vector(name: str) -> None:
+    """Parameters and float buffers become views, as in a federation: same output, and training works."""
     model = registry.build_model(name, (1, 32, 32), 10, 20, SMALL)
     x = torch.randn(2, 1, 32, 32).contiguous(memory_format=torch.channels_last)
     expected = model.eval()(x)
@@ -266,7 +266,7 @@ def test_a_backbone_lives_on_views_of_one_vector(name: str) -> None:
 
 
 def switchnorm(features: int) -> SwitchNorm:
-    """One whose every parameter differs from where it starts."""
+    """Return a SwitchNorm whose parameters all differ from their initial values."""
     norm = SwitchNorm(features)
     with torch.no_grad():
         norm.weight.uniform_(0.5, 2)
@@ -276,8 +276,8 @@ def switchnorm(features: int) -> SwitchNorm:
     return norm
 
 
-def by_hand(norm: SwitchNorm, x: np.ndarray, mean: np.ndarray, var: np.ndarray) -> np.ndarray:
-    """Luo et al., section 2, in float64; `mean` and `var` are the batch's."""
+def reference_switchnorm(norm: SwitchNorm, x: np.ndarray, mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+    """Compute Luo et al., section 2, in float64; `mean` and `var` are the batch's."""
     values = {name: tensor.detach().double().numpy() for name, tensor in norm.named_parameters()}
     share = {key: np.exp(values[key]) / np.exp(values[key]).sum() for key in ("mean_weight", "var_weight")}
     result = np.empty_like(x)
@@ -289,27 +289,29 @@ def by_hand(norm: SwitchNorm, x: np.ndarray, mean: np.ndarray, var: np.ndarray) 
 
 
 @pytest.mark.parametrize(("samples", "features", "far"), [(6, 4, 0.0), (128, 3072, 0.0), (33, 13, 1000.0)])
-def test_switchnorm_against_numpy(samples: int, features: int, far: float) -> None:
-    """The last case is features far from zero, where E[x²] - E[x]² has no digits left."""
+def test_switchnorm_equals_numpy(samples: int, features: int, far: float) -> None:
+    """In the last case features are far from zero, where E[x²] - E[x]² loses all digits."""
     norm = switchnorm(features)
     batches = [far + torch.randn(samples, features) * torch.rand(features) for _ in range(2)]
     mean, var = np.zeros(features), np.ones(features)
     for batch in batches:
         x = batch.double().numpy()
         np.testing.assert_allclose(
-            norm(batch).detach(), by_hand(norm, x, x.mean(0), x.var(0)), rtol=0, atol=2e-3
+            norm(batch).detach(), reference_switchnorm(norm, x, x.mean(0), x.var(0)), rtol=0, atol=2e-3
         )
         mean, var = 0.9 * mean + 0.1 * x.mean(0), 0.9 * var + 0.1 * x.var(0, ddof=1)
     np.testing.assert_allclose(norm.running_mean, mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(norm.running_var, var, rtol=1e-4)
     norm.eval()
     x = batches[0].double().numpy()
-    np.testing.assert_allclose(norm(batches[0]).detach(), by_hand(norm, x, mean, var), rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(
+        norm(batches[0]).detach(), reference_switchnorm(norm, x, mean, var), rtol=2e-4, atol=2e-4
+    )
     np.testing.assert_allclose(norm.running_mean, mean, rtol=1e-5, atol=1e-6)  # evaluation moves nothing
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_switchnorm_gradients(training: bool) -> None:
+def test_switchnorm_gradients_are_correct(training: bool) -> None:
     norm = switchnorm(4).double().train(training)
     keys = [name for name, _ in norm.named_parameters()]
 
@@ -321,7 +323,7 @@ def test_switchnorm_gradients(training: bool) -> None:
     assert torch.autograd.gradcheck(call, (x, *norm.parameters()))
 
 
-def test_switchnorm_edges() -> None:
+def test_switchnorm_handles_edge_cases() -> None:
     norm = SwitchNorm(3)
     with pytest.raises(ValueError, match="two samples"):
         norm(torch.zeros(1, 3))
@@ -339,7 +341,9 @@ def test_switchnorm_edges() -> None:
 @pytest.mark.parametrize("batch_norm", [True, False])
 @pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh", "gelu"])
 @pytest.mark.parametrize(("layers", "experts"), [(1, 2), (2, 2), (3, 5)])
-def test_gate_options(input_norm: str, batch_norm: bool, activation: str, layers: int, experts: int) -> None:
+def test_gate_options_are_applied(
+    input_norm: str, batch_norm: bool, activation: str, layers: int, experts: int
+) -> None:
     options = {"layers": layers, "input_norm": input_norm, "batch_norm": batch_norm, "activation": activation}
     gate = Gate(12, experts, hidden=7, **options)  # type: ignore[arg-type]
     kinds = [type(part) for part in gate.modules()]
@@ -361,14 +365,14 @@ def test_gate_options(input_norm: str, batch_norm: bool, activation: str, layers
     assert torch.allclose(one.sum(1), torch.ones(1))
 
 
-def test_gate_defaults_are_the_papers() -> None:
+def test_gate_defaults_are_those_of_the_paper() -> None:
     gate = Gate(3072)
     assert list(map(type, gate.layers)) == [nn.Linear, nn.BatchNorm1d, nn.Sigmoid, nn.Linear, nn.BatchNorm1d]
     assert isinstance(gate.input_norm, SwitchNorm)
     assert gate(torch.randn(2, 3, 32, 32)).shape == (2, 2)
 
 
-def test_gate_follows_its_samples() -> None:
+def test_gate_weights_follow_the_samples() -> None:
     gate = Gate(12)
     x = torch.randn(8, 3, 2, 2)
     order = torch.randperm(8)
@@ -386,8 +390,8 @@ def test_gate_weights_are_float32_under_autocast() -> None:
     assert all(parameter.grad is not None for parameter in gate.parameters())
 
 
-def test_gate_is_sane_in_evaluation_after_one_epoch() -> None:
-    """It weighs samples as it did in training, and is not saturated by statistics that have yet to arrive."""
+def test_gate_is_not_saturated_in_evaluation_after_one_epoch() -> None:
+    """It weighs samples as in training, and running statistics that have not converged do not saturate it."""
     gate = Gate(64)
     for _ in range(10):
         batch = 3 + 5 * torch.randn(32, 64)

@@ -11,30 +11,30 @@ import pytest
 
 from pfedmoe_mpi import environment
 from support.comm_checks import HARMLESS
-from support.launcher import openmpi
-from support.mpi_job import Ended, mpirun
+from support.launcher import openmpi_folder
+from support.mpi_job import JobResult, run_module
 from support.paths import ROOT
 
 
 @pytest.fixture(scope="module", params=["mpich", pytest.param("openmpi", marks=pytest.mark.openmpi)])
 def mpi(request: pytest.FixtureRequest) -> str:
     if request.param == "openmpi":
-        openmpi()  # or skip
+        openmpi_folder()  # or skip
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def harmless(mpi: str) -> Ended:
+def harmless(mpi: str) -> JobResult:
     """All checks that leave the job alive, in one job."""
-    return mpirun("comm_checks", "harmless", mpi=mpi)
+    return run_module("comm_checks", "harmless", mpi=mpi)
 
 
 @pytest.mark.parametrize("check", HARMLESS)
-def test_four_ranks(harmless: Ended, check: str) -> None:
+def test_comm_check_passes_on_four_ranks(harmless: JobResult, check: str) -> None:
     assert f"pass {check}\n" in harmless.output, harmless.output
 
 
-def test_a_job_that_is_done_ends_quietly(harmless: Ended) -> None:
+def test_finished_job_ends_quietly(harmless: JobResult) -> None:
     assert (harmless.code, harmless.left) == (0, 0), harmless.output
     assert "Traceback" not in harmless.output
 
@@ -42,39 +42,39 @@ def test_a_job_that_is_done_ends_quietly(harmless: Ended) -> None:
 @pytest.mark.parametrize(
     ("late", "named"), [(["2"], "2"), (["1", "3"], "1, 3"), (["0"], "0")], ids=["one", "two", "root"]
 )
-def test_who_does_not_come_is_named_in_bounded_time(mpi: str, late: list[str], named: str) -> None:
-    ended = mpirun("comm_checks", "missing", *late, mpi=mpi)
+def test_missing_ranks_are_named_in_bounded_time(mpi: str, late: list[str], named: str) -> None:
+    ended = run_module("comm_checks", "missing", *late, mpi=mpi)
     assert ended.code != 0 and ended.left == 0 and "killed" not in ended.output, ended.output
     assert f"no sign for 1 s at 'sum of round 7' of rank {named};" in ended.output
     assert ended.output.count("no sign") == 1, "said once"
 
 
-def test_an_exchange_that_does_not_end_ends_the_job(mpi: str) -> None:
-    ended = mpirun("comm_checks", "unfinished", mpi=mpi)
+def test_unfinished_exchange_ends_the_job(mpi: str) -> None:
+    ended = run_module("comm_checks", "unfinished", mpi=mpi)
     assert ended.code != 0 and ended.left == 0 and "killed" not in ended.output, ended.output
     assert "the exchange 'sum of round 7' did not end within 1 s" in ended.output
 
 
-def test_a_bug_on_one_rank_ends_the_job_with_its_traceback_once(mpi: str) -> None:
-    ended = mpirun("comm_checks", "fault", mpi=mpi)
+def test_exception_on_one_rank_ends_the_job_with_one_traceback(mpi: str) -> None:
+    ended = run_module("comm_checks", "fault", mpi=mpi)
     assert ended.code != 0 and ended.left == 0 and "killed" not in ended.output, ended.output
     assert ended.output.count("Traceback") == ended.output.count("ValueError: a bug on rank two") == 1
     assert "rank 2: Traceback" in ended.output
 
 
-def test_a_bug_ends_the_job_even_if_nothing_can_be_printed(mpi: str) -> None:
-    ended = mpirun("comm_checks", "unheard", mpi=mpi)
+def test_exception_ends_the_job_even_without_output(mpi: str) -> None:
+    ended = run_module("comm_checks", "unheard", mpi=mpi)
     assert ended.code != 0 and ended.left == 0 and "killed" not in ended.output, ended.output
 
 
-def test_all_leave_together_with_their_code(mpi: str, tmp_path: Path) -> None:
-    ended = mpirun("comm_checks", "code", str(tmp_path), mpi=mpi)
+def test_all_ranks_exit_together_with_their_code(mpi: str, tmp_path: Path) -> None:
+    ended = run_module("comm_checks", "code", str(tmp_path), mpi=mpi)
     assert (ended.code, ended.left) == (75, 0), ended.output
     assert (tmp_path / "late").read_text() == "written"
 
 
-def test_a_stop_at_the_end_is_no_fault(mpi: str) -> None:
-    ended = mpirun("comm_checks", "late_stop", mpi=mpi)
+def test_stop_request_at_the_end_is_accepted(mpi: str) -> None:
+    ended = run_module("comm_checks", "late_stop", mpi=mpi)
     assert (ended.code, ended.left) == (0, 0), ended.output
 
 
@@ -93,11 +93,11 @@ def test_a_stop_at_the_end_is_no_fault(mpi: str) -> None:
         ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": ""}, 1),
     ],
 )
-def test_how_many_ranks_the_launcher_started(environment: dict[str, str], size: int) -> None:
+def test_launched_size_is_read_from_the_environment(environment: dict[str, str], size: int) -> None:
     assert environment.launched_size(environment) == size
 
 
-def test_the_rank_is_known_before_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launched_rank_is_read_before_mpi_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     assert environment.launched_rank() == 0
@@ -126,7 +126,7 @@ def _alone(environment: dict[str, str], singleton: bool) -> subprocess.Completed
     )
 
 
-def test_ranks_that_each_believe_to_be_alone_are_refused() -> None:
+def test_disconnected_ranks_are_refused() -> None:
     refused = _alone({"SLURM_STEP_NUM_TASKS": "16"}, False).stdout
     assert refused.startswith("refused the launcher started 16 ranks") and "remedy" in refused
     assert _alone({"SLURM_STEP_NUM_TASKS": "16"}, True).stdout == "size 1\n"

@@ -79,7 +79,7 @@ def fedjets(
     frozen: bool,
     unseen: Sequence[int],
 ) -> list[Round]:
-    """`roles[t]` tells of every active client the expert it is anchor of, or None."""
+    """Train FedJETs' rounds; `roles[t]` maps every active client to the expert it is anchor of, or None."""
 
     def seen(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -142,7 +142,7 @@ def fedjets(
 
 
 def fedmix(experts: Sequence[nn.Module], g: nn.Module, course: Course) -> list[Round]:
-    """Everyone trains everything; p(y | x) = Σ_m g_m softmax(W_m)_y."""
+    """Train FedMix's rounds: every client trains everything; p(y | x) = Σ_m g_m softmax(W_m)_y."""
 
     def probability(own: Sequence[nn.Module], gate: nn.Module, x: Tensor) -> Tensor:
         weights = gate(x)
@@ -174,7 +174,7 @@ def fedmix(experts: Sequence[nn.Module], g: nn.Module, course: Course) -> list[R
 
 
 def ensemble(models: Sequence[nn.Module], course: Course, dealt: Sequence[Mapping[int, int]]) -> list[Round]:
-    """`dealt[t]` tells which model each active client trains."""
+    """Train the ensemble's rounds; `dealt[t]` maps each active client to the model it trains."""
 
     def answer(own: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
         return lambda x: (sum(torch.softmax(m(x), 1) for m in own) / len(own)).log()
@@ -206,7 +206,7 @@ def ensemble(models: Sequence[nn.Module], course: Course, dealt: Sequence[Mappin
 def pretrained(
     model: nn.Module, epochs: Sequence[Sequence[tuple[Tensor, Tensor]]], lr: float, enough: Callable[[], bool]
 ) -> int:
-    """SGD with momentum 0.9 until it is enough, which is asked after every step; the number of steps."""
+    """Run SGD with momentum 0.9 until `enough`, checked after every step; return the number of steps."""
     optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     steps = 0
     for batches in epochs:

@@ -241,7 +241,7 @@ def fedkd(
 
 
 def squeezed(tensor: Tensor, energy: float) -> tuple[Tensor, int]:
-    """A tensor as its receiver rebuilds it, and the numbers sent; from the eigenvectors of ΔᵀΔ."""
+    """Return a tensor as its receiver rebuilds it and the count of numbers sent; from ΔᵀΔ's eigenvectors."""
     if tensor.ndim < 2:
         return tensor.double(), tensor.numel()
     matrix = tensor.double().reshape(len(tensor), -1).numpy()

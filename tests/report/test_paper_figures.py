@@ -12,7 +12,7 @@ from pfedmoe_mpi.report import compare, paper_section
 from pfedmoe_mpi.report.load import Run, load_run
 from pfedmoe_mpi.reproduce import grid
 from support import launcher, report_runs
-from support.launcher import SMALL
+from support.launcher import SMALL_RUN
 from support.paths import JOBS
 
 # (algorithm, cell, seeds, what `reproduce` writes into [run] besides)
@@ -38,34 +38,38 @@ def report(tmp_path_factory: pytest.TempPathFactory, session: launcher.Session) 
             (folder / "place.toml").write_text(text)
             clients = ("--clients", "5") if "n50" in cell else ()
             which = ("--algorithm", algorithm, "--seed", str(seed), "--run.dir", name)
-            result = session("place.toml", *SMALL, *which, *clients, cwd=folder)
+            result = session("place.toml", *SMALL_RUN, *which, *clients, cwd=folder)
             assert result.code == 0, result.err
     result = session("report", "runs", "--out", "page", cwd=folder)
     assert result.code == 0, result.err
     return folder / "page"
 
 
-def test_ours_beside_the_papers(report: Path) -> None:
+def test_results_are_listed_beside_the_papers(report: Path) -> None:
     rows = {
-        (row["setting"], row["method"]): row for row in report_runs.table(report, "paper_pfedmoe-homogeneous")
+        (row["setting"], row["method"]): row
+        for row in report_runs.read_table(report, "paper_pfedmoe-homogeneous")
     }
     assert len(rows) == 3
     row = rows["cifar10-n10", "standalone"]
     runs = report.parent / "runs"
-    own = [launcher.rows(runs / f"cifar10-n10-standalone-{seed}")[-1]["accuracy"]["mean"] for seed in (0, 1)]
-    assert report_runs.close(row["ours mean"], sum(own) / 2) and row["ours seeds"] == "2"
-    assert report_runs.close(row["paper"], 0.9635), "Standalone, N = 10, CIFAR-10"
-    assert report_runs.close(row["difference"], sum(own) / 2 - 0.9635)
+    own = [
+        launcher.read_metrics(runs / f"cifar10-n10-standalone-{seed}")[-1]["accuracy"]["mean"]
+        for seed in (0, 1)
+    ]
+    assert report_runs.same_number(row["ours mean"], sum(own) / 2) and row["ours seeds"] == "2"
+    assert report_runs.same_number(row["paper"], 0.9635), "Standalone, N = 10, CIFAR-10"
+    assert report_runs.same_number(row["difference"], sum(own) / 2 - 0.9635)
     assert row["as run"] == "as the table"
     reduced = rows["cifar10-n10", "pfedmoe"]
-    assert report_runs.close(reduced["paper"], 0.968)
+    assert report_runs.same_number(reduced["paper"], 0.968)
     assert reduced["as run"] == "reduced scale: 1 of 10 rounds; other train.epochs = 1, data.size = 8"
     unknown = rows["cifar10-n50", "pfedmoe"]
     assert unknown["ours mean"] and not unknown["paper"] and not unknown["difference"]
 
 
-def test_the_page_latex_and_the_terminal_show_it(report: Path, session: launcher.Session) -> None:
-    shown = report_runs.shown(report, "paper_pfedmoe-homogeneous")
+def test_page_latex_and_terminal_show_paper_figures(report: Path, session: launcher.Session) -> None:
+    shown = report_runs.page_table(report, "paper_pfedmoe-homogeneous")
     cells = {(row[0][0], row[1][0]): [text for text, _ in row] for row in shown}
     assert cells["cifar10-n10", "standalone"][3] == "96.35"
     assert cells["cifar10-n10", "pfedmoe"][3] == "96.80*", "no table prints it"
@@ -77,7 +81,7 @@ def test_the_page_latex_and_the_terminal_show_it(report: Path, session: launcher
     assert "96.35" in alone and "96.80" not in alone
 
 
-def test_runs_altered_in_unlike_ways_are_no_replicates(trained: Path) -> None:
+def test_differently_altered_runs_are_not_replicates(trained: Path) -> None:
     run = load_run(trained)
     place = {"run.table": "t", "run.cell": "c/pfedmoe", "run.altered": ["train.epochs"]}
     made = [
@@ -92,12 +96,12 @@ def test_runs_altered_in_unlike_ways_are_no_replicates(trained: Path) -> None:
     assert [row[2].values[2] for row in found.rows] == [1, 1]
 
 
-def test_runs_of_no_table_have_no_such_section(trained: Path, session: launcher.Session) -> None:
+def test_other_runs_have_no_paper_section(trained: Path, session: launcher.Session) -> None:
     said = session("report", str(trained), "--text", "true", cwd=trained.parent).out
     assert "paper" not in said
 
 
-def test_the_papers_table_is_one_table(trained: Path) -> None:
+def test_paper_table_is_one_table(trained: Path) -> None:
     """Ten methods in nine settings, though data sets are augmented otherwise."""
     run = load_run(trained)
     cells = grid.expand(grid.read(JOBS / "tables" / "pfedmoe-heterogeneous.toml"), {})
@@ -108,7 +112,7 @@ def test_the_papers_table_is_one_table(trained: Path) -> None:
     assert found.baseline("") == "standalone" and "clients = 10, data.name = MNIST" in found.settings
 
 
-def test_every_figure_belongs_to_a_cell_of_a_table() -> None:
+def test_every_paper_figure_belongs_to_a_table_cell() -> None:
     figures = tomllib.loads(paper_section.FIGURES.read_text())
     number = 0
     for name, held in figures.items():

@@ -1,4 +1,4 @@
-"""What a report computes and how it names and shows what it compares."""
+"""Comparison reports: how runs are grouped, named, computed and shown."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from pfedmoe_mpi.report.load import Run, load_run
 
 
 def like(run: Run, path: str, **changes: Any) -> Run:
-    """The same run under other settings; `__` stands for the dot."""
+    """Return the same run under other settings; `__` stands for the dot."""
     config = {**run.config, **{name.replace("__", "."): value for name, value in changes.items()}}
     return Run(Path(path), config, run.history, run.events)
 
 
-def test_what_varies_within_a_method_names_it(trained: Path) -> None:
+def test_varying_settings_name_the_variants(trained: Path) -> None:
     run = load_run(trained)
     found = compare.compare(
         [
@@ -57,7 +57,7 @@ def test_what_varies_within_a_method_names_it(trained: Path) -> None:
         found.baseline("pfedmoe")
 
 
-def test_most_variants_name_a_method_and_settings_name_no_variant(trained: Path) -> None:
+def test_differing_data_name_a_setting_not_a_variant(trained: Path) -> None:
     run = load_run(trained)
     wide, deep = like(run, "b", gate__hidden=128), like(run, "c", gate__layers=3)
     other = like(run, "d", data__name="MNIST", train__augment=["flip"])
@@ -75,14 +75,14 @@ def test_most_variants_name_a_method_and_settings_name_no_variant(trained: Path)
     )
 
 
-def test_data_name_a_setting_before_what_comes_with_them(trained: Path) -> None:
+def test_data_name_a_setting_before_dependent_values(trained: Path) -> None:
     run = load_run(trained)
     found = compare.compare([run, like(run, "b", data__source="heart", clients=10, rounds=8)])
     assert found.settings == ["data.source = heart", "data.source = synthetic"]
     assert found.notes == ("differing between settings as well: rounds (3; 8), clients (4; 10)",)
 
 
-def test_other_models_are_another_setting_where_a_method_has_several(trained: Path) -> None:
+def test_model_pools_are_settings_where_a_method_has_several(trained: Path) -> None:
     run = load_run(trained)
     same = like(run, "b", model__pool=["mlp5"])
     found = compare.compare([run, same, like(same, "c", algorithm="fedavg")])
@@ -94,11 +94,11 @@ def test_other_models_are_another_setting_where_a_method_has_several(trained: Pa
     ("freedom", "expected"),  # published quantiles of Student's t
     [(1, 12.70620), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227), (100, 1.98397)],
 )
-def test_students_quantile(freedom: int, expected: float) -> None:
+def test_student_quantile_equals_the_table(freedom: int, expected: float) -> None:
     assert compare.t_quantile(freedom) == pytest.approx(expected, abs=5e-6)
 
 
-def test_what_is_sent_once_goes_to_new_members(trained: Path) -> None:
+def test_one_time_bytes_go_to_new_members(trained: Path) -> None:
     run = load_run(trained)
     cohorts = [[0, 1], [1, 2], [0, 2]]
     history = [
@@ -109,8 +109,8 @@ def test_what_is_sent_once_goes_to_new_members(trained: Path) -> None:
     assert [(t.up, t.down, t.once) for t in sent] == [(10, 200, 2000), (10, 200, 1000), (10, 200, 0)]
 
 
-def test_equal_values_have_no_spread() -> None:
-    """In floating point the mean of 0.1, 0.1 and 0.1 is another number."""
+def test_equal_values_have_zero_spread() -> None:
+    """In floating point the mean of 0.1, 0.1 and 0.1 is not 0.1."""
     assert compare.mean_std([0.1] * 3) == (0.1, 0.0)
     assert [comparison_report.plain_spread(values).text for values in ([0.1] * 3, [53.14] * 6)] == [
         "0.1",
@@ -125,7 +125,7 @@ def test_numbers_are_short_and_units_fit() -> None:
 
 
 @pytest.mark.parametrize("top", [0.29, 0.57, 0.6999999999999999, 0.7, 1.0])
-def test_what_is_reachable_is_reached(trained: Path, top: float) -> None:
+def test_default_target_is_reached(trained: Path, top: float) -> None:
     run = load_run(trained)
     row = {**run.history[-1], "accuracy": {**run.history[-1]["accuracy"], "mean": top}}
     changed = Run(run.path, run.config, [row], run.events)
@@ -133,7 +133,7 @@ def test_what_is_reachable_is_reached(trained: Path, top: float) -> None:
     assert target is not None and costs.reached(changed, target) and not costs.reached(changed, target + 0.01)
 
 
-def test_a_seed_that_has_just_started_cuts_no_curve(trained: Path) -> None:
+def test_just_started_seed_does_not_shorten_the_curve(trained: Path) -> None:
     run = load_run(trained)
     started = Run(Path("b"), {**run.config, "seed": 1}, run.history[:2], run.events)
     (group,) = compare.compare([run, started]).groups
@@ -142,11 +142,11 @@ def test_a_seed_that_has_just_started_cuts_no_curve(trained: Path) -> None:
     assert compare.curve(alone)[0].tolist() == [2]
 
 
-def test_clients_that_have_not_trained_are_in_no_mean(trained: Path) -> None:
-    """Client 3 never trains, client 2 joins in round 3: of the two architectures of 0 to 3 each lacks one."""
+def test_untrained_clients_are_in_no_mean(trained: Path) -> None:
+    """Client 3 never trains and client 2 joins in round 3, so both architectures lack one client."""
     run = load_run(trained)
-    told = json.dumps({"absent": [[3], [2]]})
-    events = [{**run.events[0], "samples": told}]
+    absent_clients = json.dumps({"absent": [[3], [2]]})
+    events = [{**run.events[0], "samples": absent_clients}]
     run = Run(run.path, {**run.config, "join.round": 3}, run.history, events)
     assert [run.absent(round) for round in (2, 3)] == [{2, 3}, {3}]
     accuracy = run_figures.column(run, "accuracy")
@@ -164,7 +164,7 @@ def test_clients_that_have_not_trained_are_in_no_mean(trained: Path) -> None:
     assert np.isnan(compare.client_differences(*pair)).tolist() == [False, False, False, True]
 
 
-def test_a_restart_tells_what_was_otherwise(trained: Path) -> None:
+def test_restart_event_lists_changed_settings(trained: Path) -> None:
     run = load_run(trained)
     start = run.events[0]
     again = Run(
@@ -181,14 +181,14 @@ def test_axes_of_counts_have_whole_numbers(trained: Path) -> None:
     assert [tick for tick in axes.get_xticks() if 0.9 < tick < 1.1] == [1]
 
 
-def test_evaluation_takes_time_where_there_was_one(trained: Path) -> None:
+def test_evaluation_time_is_shown_where_measured(trained: Path) -> None:
     canvas = matplotlib.figure.Figure()
     run_figures.seconds(load_run(trained)).draw(canvas, drawing.PAPER)
     (line,) = [line for line in canvas.axes[0].lines if line.get_label() == "evaluate"]
     assert list(line.get_xdata()) == [2, 3], "measured every second round, and in the last"
 
 
-def test_what_looks_equal_is_marked_alike(trained: Path) -> None:
+def test_equal_looking_values_are_marked_alike(trained: Path) -> None:
     run = load_run(trained)
     found = []
     for number, value in enumerate((0.70001, 0.70002, 0.6)):
@@ -203,7 +203,7 @@ def test_equal_values_rank_alike() -> None:
     assert tables.ranks([0.5, None]) == ["", ""]
 
 
-def test_latex_takes_any_name() -> None:
+def test_latex_escapes_any_name() -> None:
     columns = [tables.Column("50 % & more", words=True), tables.Column("x_1")]
     made = tables.Table(
         "t", "T", columns, [[tables.word(r"a\b {c}^~#$"), tables.Cell("−1 ± 2", (1,), "best")]]
@@ -215,7 +215,7 @@ def test_latex_takes_any_name() -> None:
     assert lines[6] == escaped + r" & \textbf{$-$1 $\pm$ 2} \\"
 
 
-def test_a_legend_is_no_formula(trained: Path) -> None:
+def test_legend_is_not_read_as_a_formula(trained: Path) -> None:
     run = load_run(trained)
     found = compare.compare([run, like(run, "b", train__augment=[r"$\frac{$ --> <b>"])])
     assert found.methods[1] == r"pfedmoe (train.augment = $\frac{$ --> <b>)"
@@ -223,7 +223,7 @@ def test_a_legend_is_no_formula(trained: Path) -> None:
     assert text.count("<svg") == text.count("</svg>") == 1 and "<b>" not in text and "<!--" not in text
 
 
-def test_a_table_that_no_browser_likes_stays_in_its_file() -> None:
+def test_huge_table_stays_in_its_file() -> None:
     column = tables.Column("n")
     large = tables.Table("large", "Large", [column], [[tables.number(n)] for n in range(page.MOST_CELLS + 1)])
     report = document.Report("R", "", [], [document.Section("S", [large])], {})

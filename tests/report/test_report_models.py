@@ -1,4 +1,4 @@
-"""What a report says of models, classes and ranks, computed again with plain torch modules and numpy."""
+"""A report's model, class and rank tables, computed again with plain torch modules and numpy."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from pfedmoe_mpi.models.gate import build_gate
 from pfedmoe_mpi.report import probe
 from pfedmoe_mpi.report.load import load_run
 from pfedmoe_mpi.report.model_views import Looked, principal
-from support.launcher import Result, Session, finished, flip, rows
+from support.files import flip_bit
+from support.launcher import Result, Session, read_metrics, run_to_end
 from support.paths import ROOT
-from support.report_runs import close, table
+from support.report_runs import read_table, same_number
 
 
 @dataclass
-class Known:
-    """One client by plain torch: its test rows, and on any rows what its models give."""
+class ReferenceClient:
+    """One client in plain torch: its test rows, and its models' outputs on any rows."""
 
     x: torch.Tensor
     y: np.ndarray
@@ -54,9 +55,11 @@ class Known:
 
 
 @pytest.fixture(scope="module")
-def known(session: Session, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Known]:
+def reference_clients(
+    session: Session, trained: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[ReferenceClient]:
     """Every client of `trained`, from its last checkpoint as exported."""
-    folder = tmp_path_factory.mktemp("known")
+    folder = tmp_path_factory.mktemp("reference_clients")
     path = trained / "checkpoints" / "round-000003.h5"
     settings = config.build(config.read_toml(trained / "config.toml"))
     data = open_dataset(settings.data, settings.seed, clients=settings.clients)
@@ -85,7 +88,7 @@ def known(session: Session, trained: Path, tmp_path_factory: pytest.TempPathFact
             missing, unknown = module.load_state_dict(own, strict=False)
             assert own and not unknown and all(key.endswith("num_batches_tracked") for key in missing)
             module.eval()
-        found.append(Known(x, data.labels[index[a:b]], **made))
+        found.append(ReferenceClient(x, data.labels[index[a:b]], **made))
     return found
 
 
@@ -103,39 +106,56 @@ def looked(trained: Path) -> Looked:
     return probe.look(load_run(trained))
 
 
-def test_gate_weights_by_class(known: list[Known], trained: Path, report: Path) -> None:
-    alpha = np.concatenate([one.alpha(one.x) for one in known])
-    labels = np.concatenate([one.y for one in known])
-    found = rows(trained)
+def test_gate_weights_by_class_equal_plain_torch(
+    reference_clients: list[ReferenceClient], trained: Path, report: Path
+) -> None:
+    alpha = np.concatenate([one.alpha(one.x) for one in reference_clients])
+    labels = np.concatenate([one.y for one in reference_clients])
+    found = read_metrics(trained)
     assert [row["alpha_class"] is None for row in found] == [True, False, False], "measured in 2 and 3"
     for label, value in enumerate(found[-1]["alpha_class"]):
         own = alpha[labels == label]
         assert (value is None) == (not len(own))
         assert value is None or value == pytest.approx(own.mean(), abs=1e-6)
-    for row in table(report, "alpha_class"):
+    for row in read_table(report, "alpha_class"):
         for name in ("round 2", "round 3"):
-            assert close(row[name], found[int(name[-1]) - 1]["alpha_class"][int(row["class"])])
+            assert same_number(row[name], found[int(name[-1]) - 1]["alpha_class"][int(row["class"])])
 
 
-def test_shared_test_set(known: list[Known], report: Path, trained: Path) -> None:
-    x, y = torch.cat([one.x for one in known]), np.concatenate([one.y for one in known])
-    shared = [one.right(x, y) for one in known]
-    own = rows(trained)[-1]["clients"]["accuracy"]
-    assert len(set(shared)) > 1 and [one.right(one.x, one.y) for one in known] == pytest.approx(own)
-    for row in table(report, "clients"):
-        assert close(row["shared test"], shared[int(row["client"])])
-    summary = {row["accuracy on"]: row for row in table(report, "shared_test")}
+def test_shared_test_set_accuracy_equals_plain_torch(
+    reference_clients: list[ReferenceClient], report: Path, trained: Path
+) -> None:
+    x, y = (
+        torch.cat([one.x for one in reference_clients]),
+        np.concatenate([one.y for one in reference_clients]),
+    )
+    shared = [one.right(x, y) for one in reference_clients]
+    own = read_metrics(trained)[-1]["clients"]["accuracy"]
+    assert len(set(shared)) > 1 and [one.right(one.x, one.y) for one in reference_clients] == pytest.approx(
+        own
+    )
+    for row in read_table(report, "clients"):
+        assert same_number(row["shared test"], shared[int(row["client"])])
+    summary = {row["accuracy on"]: row for row in read_table(report, "shared_test")}
     for name, values in (("own test rows", own), ("shared test set", shared)):
-        assert close(summary[name]["mean"], float(np.mean(values)))
-        assert close(summary[name]["worst"], min(values)) and close(summary[name]["best"], max(values))
+        assert same_number(summary[name]["mean"], float(np.mean(values)))
+        assert same_number(summary[name]["worst"], min(values)) and same_number(
+            summary[name]["best"], max(values)
+        )
     page = (report / "report.html").read_text()
     assert f"the same {len(y)} rows for everybody" in page
 
 
-def test_samples_at_both_ends(known: list[Known], report: Path) -> None:
-    found = [(a, y, k) for k, one in enumerate(known) for a, y in zip(one.alpha(one.x), one.y, strict=True)]
+def test_extreme_gate_samples_equal_plain_torch(
+    reference_clients: list[ReferenceClient], report: Path
+) -> None:
+    found = [
+        (a, y, k)
+        for k, one in enumerate(reference_clients)
+        for a, y in zip(one.alpha(one.x), one.y, strict=True)
+    ]
     found.sort()
-    listed = table(report, "alpha_samples")
+    listed = read_table(report, "alpha_samples")
     number = len(listed) // 2
     assert number == 8
     expected = [*found[::-1][:number], *found[:number]]
@@ -146,28 +166,30 @@ def test_samples_at_both_ends(known: list[Known], report: Path) -> None:
     assert "data:image/png" in (report / "report.html").read_text()
 
 
-def test_representations(known: list[Known], looked: Looked) -> None:
+def test_representations_equal_plain_torch(reference_clients: list[ReferenceClient], looked: Looked) -> None:
     assert looked.method == "PCA" and list(looked.representations) == ["r_G", "r_F", "r"]
-    assert looked.labels.tolist() == [y for one in known for y in one.y]
-    assert looked.clients.tolist() == [k for k, one in enumerate(known) for _ in one.y]
+    assert looked.labels.tolist() == [y for one in reference_clients for y in one.y]
+    assert looked.clients.tolist() == [k for k, one in enumerate(reference_clients) for _ in one.y]
     for name, values in looked.representations.items():
-        expected = np.concatenate([one.representations(one.x)[name] for one in known])
+        expected = np.concatenate([one.representations(one.x)[name] for one in reference_clients])
         assert np.allclose(values, expected, atol=1e-5)
         flat = expected - expected.mean(axis=0)
         variances = np.linalg.eigvalsh(flat.T @ flat)[::-1][:2]
         assert np.allclose((looked.embeddings[name] ** 2).sum(axis=0), variances, rtol=1e-3)
 
 
-def test_pictures_are_the_samples(known: list[Known], looked: Looked, trained: Path) -> None:
+def test_pictures_show_the_samples(
+    reference_clients: list[ReferenceClient], looked: Looked, trained: Path
+) -> None:
     place = int(looked.extremes[0][0])
-    x = torch.cat([one.x for one in known])[place].numpy()
+    x = torch.cat([one.x for one in reference_clients])[place].numpy()
     shown = looked.picture(place)
     shown = shown[None] if shown.ndim == 2 else shown.transpose(2, 0, 1)
     assert shown.min() >= 0 and shown.max() <= 1
     assert np.corrcoef(x[0].ravel(), shown[0].ravel())[0, 1] > 0.999
 
 
-def test_neighbours_stay_neighbours() -> None:
+def test_projection_keeps_neighbours() -> None:
     drawn = np.random.Generator(np.random.PCG64(0))
     labels = np.repeat(np.arange(4), 40)
     far = drawn.normal(size=(4, 60))[labels] * 9 + drawn.normal(size=(160, 60))
@@ -184,34 +206,38 @@ def test_neighbours_stay_neighbours() -> None:
     assert principal(np.ones((5, 1))).shape == (5, 2), "one feature is no plane"
 
 
-def test_seconds_by_rank(trained: Path, report: Path) -> None:
-    found = rows(trained)
+def test_seconds_by_rank_equal_the_metrics(trained: Path, report: Path) -> None:
+    found = read_metrics(trained)
     assert all(len(values) == 2 for row in found for values in row["seconds_ranks"].values())
     for row in found:
         for name, values in row["seconds_ranks"].items():
             assert max(values) == pytest.approx(row["seconds"][name], abs=1e-6)
-    for row in table(report, "ranks"):
+    for row in read_table(report, "ranks"):
         for name in ("train", "evaluate", "sum", "wait"):
             each = [line["seconds_ranks"][name][int(row["rank"])] for line in found]
-            assert close(row[f"{name}, s"], float(np.mean(each)))
+            assert same_number(row[f"{name}, s"], float(np.mean(each)))
 
 
 # Other methods, and what may be missing
 
 
-def test_a_method_without_a_gate(session: Session, small: tuple[str, ...], tmp_path: Path) -> None:
+def test_method_without_gate_has_no_gate_tables(
+    session: Session, small_run: tuple[str, ...], tmp_path: Path
+) -> None:
     which = ("--algorithm", "standalone", "--run.dir", "run", "--partition.kind", "pathological")
-    assert session(*small, *which, "--unseen.clients", "1", cwd=tmp_path).code == 0
-    assert all(row["alpha_class"] is None for row in rows(tmp_path / "run"))
+    assert session(*small_run, *which, "--unseen.clients", "1", cwd=tmp_path).code == 0
+    assert all(row["alpha_class"] is None for row in read_metrics(tmp_path / "run"))
     assert session("report", "run", "--out", "out", cwd=tmp_path).code == 0
     names = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
     assert {"generalisation", "representations_class", "representations_client"} <= names
     assert not {"gates", "gates_class", "alpha_samples", "ranks"} & names
-    column = [row["shared test"] for row in table(tmp_path / "out", "clients")]
+    column = [row["shared test"] for row in read_table(tmp_path / "out", "clients")]
     assert column.count("") == 1, "who never trained has no answer"
 
 
-def test_features_are_listed_and_not_drawn(session: Session, small: tuple[str, ...], tmp_path: Path) -> None:
+def test_features_are_listed_instead_of_drawn(
+    session: Session, small_run: tuple[str, ...], tmp_path: Path
+) -> None:
     generator = np.random.Generator(np.random.PCG64(0))
     labels = np.arange(600) % 3
     with h5py.File(tmp_path / "features.h5", "w") as file:
@@ -223,36 +249,38 @@ def test_features_are_listed_and_not_drawn(session: Session, small: tuple[str, .
     assert result.code == 0, result.err
     assert session("report", "run", "--out", "out", cwd=tmp_path).code == 0
     names = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
-    assert "alpha_samples" not in names and len(table(tmp_path / "out", "alpha_samples")) == 16
+    assert "alpha_samples" not in names and len(read_table(tmp_path / "out", "alpha_samples")) == 16
     page = (tmp_path / "out" / "report.html").read_text()
     assert "t-SNE of r_G, r_F, r;" in page
 
 
-def test_what_is_missing_is_one_sentence(done: Callable[..., Result], run: Path, tmp_path: Path) -> None:
+def test_missing_models_are_reported_in_one_sentence(
+    run_command: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
     newest = run / "checkpoints" / "round-000003.h5"
-    flip(newest, newest.stat().st_size - 9)
+    flip_bit(newest, newest.stat().st_size - 9)
     assert probe.look(load_run(run)).round == 2, "the one before"
-    done("report", run, "--out", "none", "--models", "false")
+    run_command("report", run, "--out", "none", "--models", "false")
     text = (tmp_path / "none" / "report.html").read_text()
     assert "<h2>Models</h2>" not in text and "shared test" not in text
     shutil.rmtree(run / "checkpoints")
-    done("report", run, "--out", "gone")
+    run_command("report", run, "--out", "gone")
     text = (tmp_path / "gone" / "report.html").read_text()
     assert text.count("Nobody looked into the models: the run has no good checkpoint.") == 1
     assert (tmp_path / "gone" / "figures" / "gates_class.png").exists()
 
 
-def test_under_mpirun_the_first_rank_reports_and_waits_for_nobody(run: Path, tmp_path: Path) -> None:
-    finished(2, "report", "run", "--out", "page", cwd=tmp_path, timeout=60)
+def test_report_under_mpirun_is_written_by_rank_0_alone(run: Path, tmp_path: Path) -> None:
+    run_to_end(2, "report", "run", "--out", "page", cwd=tmp_path, timeout=60)
     text = (tmp_path / "page" / "report.html").read_text()
     assert text.count("a report is the work of one rank") == 1
 
 
-def test_before_anybody_has_trained_there_is_nothing_to_look_into(
-    done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
+def test_untrained_run_has_no_model_section(
+    run_command: Callable[..., Result], small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
-    done(*small, "--join.share", "0.9", "--join.round", "2", "--run.dir", "run")
-    done("report", "run", "--out", "page")
+    run_command(*small_run, "--join.share", "0.9", "--join.round", "2", "--run.dir", "run")
+    run_command("report", "run", "--out", "page")
     assert "no client that has test rows has trained yet" in (tmp_path / "page" / "report.html").read_text()
 
 
@@ -260,7 +288,7 @@ def test_before_anybody_has_trained_there_is_nothing_to_look_into(
 
 
 def test_flat_rows_have_the_same_columns(trained: Path, run: Path) -> None:
-    changed = rows(run)
+    changed = read_metrics(run)
     changed[-1]["drift"] = {"forgetting": 0.25, "recovery": None}
     changed[0]["seconds_ranks"] = None
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
@@ -272,11 +300,11 @@ def test_flat_rows_have_the_same_columns(trained: Path, run: Path) -> None:
 
 
 def blocks(text: str) -> Iterator[str]:
-    """The indented blocks of a README."""
+    """Return the indented blocks of a README."""
     yield from re.findall(r"(?:^    .*\n)+", text, re.M)
 
 
-def test_the_notebook_of_the_readme(trained: Path) -> None:
+def test_readme_notebook_code_runs(trained: Path) -> None:
     pandas = pytest.importorskip("pandas")
     readme = (ROOT / "pfedmoe_mpi" / "report" / "README.md").read_text(encoding="utf-8")
     code = next(block for block in blocks(readme) if "load_run(" in block)
@@ -287,7 +315,7 @@ def test_the_notebook_of_the_readme(trained: Path) -> None:
     exec("\n".join(f"keep({line})" if line.startswith("pandas.") else line for line in lines), scope)
     by_round, by_client = frames
     assert list(by_round["accuracy.mean"].dropna()) == [
-        row["accuracy"]["mean"] for row in rows(trained) if row["accuracy"]["mean"] is not None
+        row["accuracy"]["mean"] for row in read_metrics(trained) if row["accuracy"]["mean"] is not None
     ]
     assert len(by_client) == 12 and {"seconds.train", "bytes.up"} <= set(by_round.columns)
     last = by_client[by_client["round"] == 3]

@@ -1,4 +1,4 @@
-"""Reports opened in a real browser: what they ask for, how they fit, light, dark, on a phone, on paper."""
+"""Reports in a real browser: requests, layout, light and dark, on a phone and on paper."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from support.browser import Browser
-from support.launcher import Session, rows
-from support.report_runs import tell_classes
+from support.launcher import Session, read_metrics
+from support.report_runs import add_class_counts
 
 # Text of a figure as rectangles (left, top, right, bottom), with that of the figure, in CSS pixels.
 TEXTS = """[...document.querySelectorAll('figure svg')].map(svg => {
@@ -46,7 +46,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(
-    session: Session, small: tuple[str, ...], trained: Path, tmp_path_factory: pytest.TempPathFactory
+    session: Session, small_run: tuple[str, ...], trained: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """The page of one run, that of several with long names and two settings, and that of many clients."""
     folder = tmp_path_factory.mktemp("pages")
@@ -58,15 +58,15 @@ def pages(
     ):
         runs.append(f"several/{method}-{alpha}-{seed}")
         which = ("--algorithm", method, "--partition.alpha", alpha, "--seed", seed, "--run.dir", runs[-1])
-        assert session(*small, *which, "--rounds", "3", cwd=folder).code == 0
+        assert session(*small_run, *which, "--rounds", "3", cwd=folder).code == 0
     runs.append("several/unshared")
     which = ("--pfedmoe.share", "false", "--rounds", "3", "--run.dir", runs[-1])
-    assert session(*small, *which, cwd=folder).code == 0
+    assert session(*small_run, *which, cwd=folder).code == 0
     runs.append("many")
     which = ("--clients", "60", "--data.samples", "1500", "--rounds", "2", "--run.dir", "many")
-    assert session(*small, *which, "--model.pool", "mlp1,mlp2,mlp3,mlp4,mlp5", cwd=folder).code == 0
+    assert session(*small_run, *which, "--model.pool", "mlp1,mlp2,mlp3,mlp4,mlp5", cwd=folder).code == 0
     for run in runs:
-        tell_classes(folder / run)
+        add_class_counts(folder / run)
     found = {}
     for name in ("one", "several", "many"):
         assert session("report", name, "--out", f"report-{name}", cwd=folder).code == 0
@@ -75,7 +75,7 @@ def pages(
 
 
 def luminance(color: str) -> float:
-    """Relative luminance of #rrggbb; WCAG 2."""
+    """Return the relative luminance of #rrggbb; WCAG 2."""
     parts = np.array([int(color[n : n + 2], 16) / 255 for n in (1, 3, 5)])
     linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])
@@ -88,7 +88,7 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("name", ["one", "several", "many"])
 @pytest.mark.parametrize("width", [400, 900, 1600])
-def test_nothing_is_asked_for_cut_or_overlapping(
+def test_page_loads_nothing_and_nothing_overlaps(
     browser: Browser, pages: dict[str, Path], name: str, width: int
 ) -> None:
     browser.open(pages[name], width)
@@ -109,7 +109,7 @@ def test_nothing_is_asked_for_cut_or_overlapping(
 
 
 def check_texts(label: str, frame: np.ndarray, texts: np.ndarray) -> None:
-    """All within the figure, no two over each other; half a pixel is rounding."""
+    """Check that all texts are within the figure and none overlap; half a pixel is rounding."""
     inside = (texts[:, :2] >= frame[:2] - 0.5).all() and (texts[:, 2:] <= frame[2:] + 0.5).all()
     assert inside, f"{label}: text is cut off"
     low = np.maximum(texts[:, None, :2], texts[None, :, :2])
@@ -120,7 +120,7 @@ def check_texts(label: str, frame: np.ndarray, texts: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark_are_readable(
+def test_light_and_dark_pages_are_readable(
     browser: Browser, pages: dict[str, Path], scheme: str, tmp_path: Path
 ) -> None:
     browser.open(pages["one"], 1000, scheme)
@@ -138,7 +138,7 @@ def test_light_and_dark_are_readable(
     assert np.allclose(common, [int(paper[n : n + 2], 16) / 255 for n in (1, 3, 5)], atol=0.02)
 
 
-def test_paper_is_white_whatever_the_screen(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
+def test_printed_page_is_white(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
     browser.open(pages["several"], 700, "dark", media="print")
     colors, _, _ = browser.value(COLORS)
     assert colors["paper"] == "#ffffff"
@@ -149,12 +149,12 @@ def test_paper_is_white_whatever_the_screen(browser: Browser, pages: dict[str, P
     assert written.startswith(b"%PDF-") and len(written) > 20_000
 
 
-def test_the_page_shows_what_the_run_measured(browser: Browser, pages: dict[str, Path]) -> None:
+def test_page_shows_the_measured_values(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["one"], 1000)
     facts = dict(
         browser.value("[...document.querySelectorAll('.facts div')].map(e => e.innerText.split('\\n'))")
     )
-    last: dict[str, Any] = rows(pages["one"].parents[1] / "one")[-1]
+    last: dict[str, Any] = read_metrics(pages["one"].parents[1] / "one")[-1]
     assert facts["rounds"] == "3 of 3"
     assert facts["accuracy, round 3"] == f"{100 * last['accuracy']['mean']:.2f} %"
     assert facts["worst client"] == f"{100 * last['accuracy']['worst']:.2f} %"
@@ -162,7 +162,7 @@ def test_the_page_shows_what_the_run_measured(browser: Browser, pages: dict[str,
     assert heading == ["The run", "Data", "Convergence", "Clients", "Gates", "Models", "Cost", "Events"]
 
 
-def test_figures_for_a_paper_have_ink_to_no_edge(pages: dict[str, Path]) -> None:
+def test_paper_figures_have_clear_edges(pages: dict[str, Path]) -> None:
     found = [path for page in pages.values() for path in (page.parent / "figures").glob("*.png")]
     assert len(found) >= 15
     for path in found:

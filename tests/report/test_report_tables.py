@@ -9,8 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.launcher import Session, events, rows
-from support.report_runs import RUNS, class_counts, close, make, raw, shown, table
+from support.launcher import Session, read_events, read_metrics
+from support.report_runs import (
+    RUNS,
+    class_counts,
+    make_runs,
+    metrics_by_seed,
+    page_table,
+    read_table,
+    same_number,
+)
 
 T_4 = 2.7764451051977987  # Student's t: 95 % of 4 degrees of freedom lie within, Fisher and Yates
 GROUPS = [(method, alpha) for method, alpha, _ in RUNS]
@@ -18,14 +26,17 @@ GROUPS = [(method, alpha) for method, alpha, _ in RUNS]
 
 @pytest.fixture(scope="module")
 def runs(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folders of several methods, settings and seeds; only to be read."""
-    return make(session, tmp_path_factory.mktemp("several"))
+    """Run folders of several methods, settings and seeds; read only."""
+    return make_runs(session, tmp_path_factory.mktemp("several"))
 
 
 @pytest.fixture(scope="module")
 def target(runs: Path) -> float:
     """An accuracy that some seeds of one group reach, and others do not."""
-    tops = [max(row["accuracy"]["mean"] for row in history) for history in raw(runs, "pfedmoe", 1.0).values()]
+    tops = [
+        max(row["accuracy"]["mean"] for row in history)
+        for history in metrics_by_seed(runs, "pfedmoe", 1.0).values()
+    ]
     return round((min(tops) + max(tops)) / 2, 4)
 
 
@@ -59,7 +70,7 @@ def moments(values: list[float]) -> tuple[float, float]:
 
 
 def traffic(history: list[dict[str, Any]]) -> np.ndarray:
-    """(rounds, 3) bytes up, down and once of all cohort members."""
+    """Return (rounds, 3): bytes up, down and once of all cohort members."""
     found, met = [], set()
     for row in history:
         members = len(row["cohort"])
@@ -72,15 +83,15 @@ def traffic(history: list[dict[str, Any]]) -> np.ndarray:
 
 
 def operations(run: Path) -> np.ndarray:
-    """Floating-point operations of each round's training."""
-    each = events(run)[0]["multiply_adds"]
+    """Return the floating-point operations of each round's training."""
+    each = read_events(run)[0]["multiply_adds"]
     return np.array(
-        [6 * sum(each[k] * row["clients"]["samples"][k] for k in row["cohort"]) for row in rows(run)]
+        [6 * sum(each[k] * row["clients"]["samples"][k] for k in row["cohort"]) for row in read_metrics(run)]
     )
 
 
 def reached(history: list[dict[str, Any]], target: float) -> int | None:
-    """Index of the first row that reaches it."""
+    """Return the index of the first row that reaches the target."""
     there = np.flatnonzero([row["accuracy"]["mean"] >= target for row in history])
     return int(there[0]) if len(there) else None
 
@@ -88,13 +99,15 @@ def reached(history: list[dict[str, Any]], target: float) -> int | None:
 # Several runs
 
 
-def test_results(runs: Path, several: Path) -> None:
-    found = {row["method"]: row for row in table(several, "results")}
-    page = {row[0][0]: row[1:] for row in shown(several, "results")}
+def test_results_table_equals_the_metrics(runs: Path, several: Path) -> None:
+    found = {row["method"]: row for row in read_table(several, "results")}
+    page = {row[0][0]: row[1:] for row in page_table(several, "results")}
     assert list(found) == list(page) == ["fedavg", "pfedmoe", "standalone"]
     for place, alpha in enumerate((0.3, 1.0)):
         finals = {
-            method: [history[-1]["accuracy"]["mean"] for history in raw(runs, method, alpha).values()]
+            method: [
+                history[-1]["accuracy"]["mean"] for history in metrics_by_seed(runs, method, alpha).values()
+            ]
             for method in found
         }
         means = {method: np.mean(values) for method, values in finals.items() if values}
@@ -107,40 +120,47 @@ def test_results(runs: Path, several: Path) -> None:
                 continue
             mean, std = moments(values)
             assert text == f"{100 * mean:.2f} ± {100 * std:.2f}"
-            assert close(row[f"{setting(alpha)} mean"], mean) and close(row[f"{setting(alpha)} std"], std)
+            assert same_number(row[f"{setting(alpha)} mean"], mean) and same_number(
+                row[f"{setting(alpha)} std"], std
+            )
             assert row[f"{setting(alpha)} seeds"] == str(len(values))
             assert ("best" in kind) == (mean == best) and ("second" in kind) == (mean == second)
     latex = (several / "tables" / "results.tex").read_text()
     assert latex.count(r"\textbf{") == 2 and latex.count(r"\underline{") == 2
 
 
-def test_accuracies(runs: Path, several: Path) -> None:
-    found = by_group(table(several, "accuracies"))
+def test_accuracy_table_equals_the_metrics(runs: Path, several: Path) -> None:
+    found = by_group(read_table(several, "accuracies"))
     assert set(found) == {(method, setting(alpha)) for method, alpha in GROUPS}
     for method, alpha in GROUPS:
         row = found[method, setting(alpha)]
-        columns = [np.array(h[-1]["clients"]["accuracy"]) for h in raw(runs, method, alpha).values()]
+        columns = [
+            np.array(h[-1]["clients"]["accuracy"]) for h in metrics_by_seed(runs, method, alpha).values()
+        ]
         for name, value in {
             "mean": np.mean,
             "worst": np.min,
             "std": np.std,
         }.items():
             mean, std = moments([float(value(column)) for column in columns])  # type: ignore[operator]
-            assert close(row[f"{name} mean"], mean) and close(row[f"{name} std"], std), (method, name)
-        weighted = [h[-1]["accuracy"]["weighted"] for h in raw(runs, method, alpha).values()]
-        assert close(row["weighted mean"], float(np.mean(weighted)))
+            assert same_number(row[f"{name} mean"], mean) and same_number(row[f"{name} std"], std), (
+                method,
+                name,
+            )
+        weighted = [h[-1]["accuracy"]["weighted"] for h in metrics_by_seed(runs, method, alpha).values()]
+        assert same_number(row["weighted mean"], float(np.mean(weighted)))
 
 
-def test_differences(runs: Path, several: Path) -> None:
-    found = by_group(table(several, "differences"))
+def test_difference_table_equals_the_metrics(runs: Path, several: Path) -> None:
+    found = by_group(read_table(several, "differences"))
     assert set(found) == {key for key in ((m, setting(a)) for m, a in GROUPS) if key[0] != "standalone"}
     for (method, words), row in found.items():
         alpha = float(words.rpartition(" ")[2])
-        own, other = raw(runs, method, alpha), raw(runs, "standalone", alpha)
+        own, other = metrics_by_seed(runs, method, alpha), metrics_by_seed(runs, "standalone", alpha)
         seeds = sorted(set(own) & set(other))
         values = [own[s][-1]["accuracy"]["mean"] - other[s][-1]["accuracy"]["mean"] for s in seeds]
         mean, std = moments(values)
-        assert row["seeds"] == str(len(values)) and close(row["difference"], mean)
+        assert row["seeds"] == str(len(values)) and same_number(row["difference"], mean)
         if len(values) < 5:
             assert (row["95 % interval low"], row["verdict"]) == ("", "too few to tell")
             continue
@@ -153,12 +173,12 @@ def test_differences(runs: Path, several: Path) -> None:
     assert sum(row["verdict"] != "too few to tell" for row in found.values()) == 1
 
 
-def test_client_differences(runs: Path, several: Path) -> None:
-    found = by_group(table(several, "client_differences"))
+def test_client_difference_table_equals_the_metrics(runs: Path, several: Path) -> None:
+    found = by_group(read_table(several, "client_differences"))
     assert len(found) == 3
     for (method, words), row in found.items():
         alpha = float(words.rpartition(" ")[2])
-        own, other = raw(runs, method, alpha), raw(runs, "standalone", alpha)
+        own, other = metrics_by_seed(runs, method, alpha), metrics_by_seed(runs, "standalone", alpha)
         pairs = [
             [np.array(side[seed][-1]["clients"]["accuracy"]) for side in (own, other)]
             for seed in set(own) & set(other)
@@ -168,24 +188,24 @@ def test_client_differences(runs: Path, several: Path) -> None:
         counts = [int(row[name]) for name in ("better", "equal", "worse")]
         assert counts == [(values > 0).sum(), (values == 0).sum(), (values < 0).sum()]
         for name, share in (("10th percentile", 10), ("median", 50), ("90th percentile", 90)):
-            assert close(row[name], float(np.percentile(values, share)))
+            assert same_number(row[name], float(np.percentile(values, share)))
 
 
-def test_figures_by_setting(several: Path) -> None:
+def test_figures_are_drawn_by_setting(several: Path) -> None:
     kinds = ("curves", "intervals", "client_differences")
     stems = {path.stem for path in (several / "figures").iterdir()}
     assert stems == {f"{kind}_{number}" for kind in kinds for number in (1, 2)}
 
 
-def test_to_a_target(runs: Path, several: Path, target: float) -> None:
-    found = by_group(table(several, "target"))
+def test_target_table_equals_the_metrics(runs: Path, several: Path, target: float) -> None:
+    found = by_group(read_table(several, "target"))
     some, all_of_them = 0, 0
     for method, alpha in GROUPS:
         row = found[method, setting(alpha)]
-        histories = raw(runs, method, alpha)
+        histories = metrics_by_seed(runs, method, alpha)
         at = {seed: reached(history, target) for seed, history in histories.items()}
         there = [seed for seed, index in at.items() if index is not None]
-        assert row["reached by"] == str(len(there)) and close(row["target"], target)
+        assert row["reached by"] == str(len(there)) and same_number(row["target"], target)
         some += 0 < len(there) < len(at)
         if len(there) < len(at):
             assert row["round mean"] == row["MB sent mean"] == row["GFLOP mean"] == ""
@@ -200,30 +220,33 @@ def test_to_a_target(runs: Path, several: Path, target: float) -> None:
         work = [operations(run)[: i + 1].sum() / 1e9 for run, i in zip(folders, index, strict=True)]
         for name, values in (("round", [i + 1.0 for i in index]), ("MB sent", spent), ("GFLOP", work)):
             mean, std = moments(values)
-            assert close(row[f"{name} mean"], mean) and close(row[f"{name} std"], std), (method, name)
+            assert same_number(row[f"{name} mean"], mean) and same_number(row[f"{name} std"], std), (
+                method,
+                name,
+            )
     assert all_of_them and some, "the target separates runs"
 
 
-def test_without_a_target_it_is_what_all_reach(session: Session, runs: Path) -> None:
+def test_default_target_is_what_all_runs_reach(session: Session, runs: Path) -> None:
     result = session("report", "runs", "--out", "untold", cwd=runs.parent)
     assert result.code == 0
-    for row in table(runs.parent / "untold", "target"):
+    for row in read_table(runs.parent / "untold", "target"):
         alpha = float(row["setting"].rpartition(" ")[2])
         tops = [
             max(line["accuracy"]["mean"] for line in history)
             for method, other in GROUPS
             if other == alpha
-            for history in raw(runs, method, other).values()
+            for history in metrics_by_seed(runs, method, other).values()
         ]
-        assert close(row["target"], np.floor(100 * min(tops)) / 100)
+        assert same_number(row["target"], np.floor(100 * min(tops)) / 100)
         assert int(row["reached by"]) == int(row["round seeds"]) > 1
 
 
-def test_cost_of_a_round(runs: Path, several: Path) -> None:
-    found = by_group(table(several, "cost"))
+def test_round_cost_table_equals_the_metrics(runs: Path, several: Path) -> None:
+    found = by_group(read_table(several, "cost"))
     for method, alpha in GROUPS:
         row = found[method, setting(alpha)]
-        histories = raw(runs, method, alpha)
+        histories = metrics_by_seed(runs, method, alpha)
         folders = [runs / f"{method}-{alpha}-{seed}" for seed in histories]
         expected = {
             "seconds per round": [
@@ -235,26 +258,29 @@ def test_cost_of_a_round(runs: Path, several: Path) -> None:
         }
         for name, values in expected.items():
             mean, std = moments(values)
-            assert close(row[f"{name} mean"], mean) and close(row[f"{name} std"], std), (method, name)
+            assert same_number(row[f"{name} mean"], mean) and same_number(row[f"{name} std"], std), (
+                method,
+                name,
+            )
 
 
 def test_every_run_is_listed(runs: Path, several: Path) -> None:
-    found = {row["run"]: row for row in table(several, "runs")}
+    found = {row["run"]: row for row in read_table(several, "runs")}
     assert set(found) == {path.name for path in runs.iterdir()}
     for name, row in found.items():
         assert name == f"{row['method']}-{row['setting'].rpartition(' ')[2]}-{row['seed']}"
         assert (row["rounds"], row["of"]) == ("4", "4")
-        assert close(row["accuracy"], rows(runs / name)[-1]["accuracy"]["mean"])
+        assert same_number(row["accuracy"], read_metrics(runs / name)[-1]["accuracy"]["mean"])
 
 
 # One run
 
 
-def test_clients_and_architectures(runs: Path, single: Path) -> None:
+def test_client_tables_equal_the_metrics(runs: Path, single: Path) -> None:
     run = runs / "pfedmoe-1.0-0"
-    last = rows(run)[-1]["clients"]
+    last = read_metrics(run)[-1]["clients"]
     counts = class_counts(run)
-    found = table(single, "clients")
+    found = read_table(single, "clients")
     accuracy = [float(row["accuracy"]) for row in found]
     assert accuracy == sorted(last["accuracy"]), "worst first"
     for row in found:
@@ -268,38 +294,38 @@ def test_clients_and_architectures(runs: Path, single: Path) -> None:
             "loss": "loss",
             "α shared": "alpha",
         }.items():
-            assert close(row[name], last[key][k])
+            assert same_number(row[name], last[key][k])
     for row, own in zip(
-        table(single, "architectures"), (last["accuracy"][0::2], last["accuracy"][1::2]), strict=True
+        read_table(single, "architectures"), (last["accuracy"][0::2], last["accuracy"][1::2]), strict=True
     ):
         mean, std = moments(own)
-        assert row["clients"] == "2" and close(row["mean"], mean) and close(row["std"], std)
-        assert close(row["worst"], min(own)) and close(row["best"], max(own))
+        assert row["clients"] == "2" and same_number(row["mean"], mean) and same_number(row["std"], std)
+        assert same_number(row["worst"], min(own)) and same_number(row["best"], max(own))
 
 
-def test_class_counts(runs: Path, single: Path) -> None:
+def test_class_count_table_equals_the_partition(runs: Path, single: Path) -> None:
     counts = class_counts(runs / "pfedmoe-1.0-0")
-    found = table(single, "partition")
+    found = read_table(single, "partition")
     table_of = [[int(row[f"class {c}"]) for c in range(10)] for row in found]
     assert (
         table_of == counts.tolist() and [int(row["samples"]) for row in found] == counts.sum(axis=1).tolist()
     )
 
 
-def test_gate_weights(runs: Path, single: Path) -> None:
-    history = rows(runs / "pfedmoe-1.0-0")
-    found = table(single, "alpha")
+def test_gate_weight_table_equals_the_metrics(runs: Path, single: Path) -> None:
+    history = read_metrics(runs / "pfedmoe-1.0-0")
+    found = read_table(single, "alpha")
     assert [row["round"] for row in found] == ["1", "3", "4"], "first, middle, last"
     for row in found:
         alpha = history[int(row["round"]) - 1]["clients"]["alpha"]
         mean, std = moments(alpha)
-        assert close(row["mean α"], mean) and close(row["std over clients"], std)
-        assert close(row["lowest"], min(alpha)) and close(row["highest"], max(alpha))
+        assert same_number(row["mean α"], mean) and same_number(row["std over clients"], std)
+        assert same_number(row["lowest"], min(alpha)) and same_number(row["highest"], max(alpha))
 
 
-def test_cost(runs: Path, single: Path) -> None:
-    history = rows(runs / "pfedmoe-1.0-0")
-    found = {row["what"]: row for row in table(single, "cost")}
+def test_cost_table_equals_the_metrics(runs: Path, single: Path) -> None:
+    history = read_metrics(runs / "pfedmoe-1.0-0")
+    found = {row["what"]: row for row in read_table(single, "cost")}
     columns = {f"seconds, {name}": [r["seconds"][name] for r in history] for name in history[0]["seconds"]}
     columns |= {
         f"MB, {n}": list(c / 1e6) for n, c in zip(("up", "down", "once"), traffic(history).T, strict=True)
@@ -310,37 +336,40 @@ def test_cost(runs: Path, single: Path) -> None:
         got = [float(found[name][key]) for key in ("sum", "mean of a round", "largest")]
         assert np.allclose(got, [values.sum(), values.mean(), values.max()], rtol=1e-12), name
     memory = [row["rss_mb"] for row in history]
-    assert close(found["MiB, largest rank"]["largest"], max(memory))
+    assert same_number(found["MiB, largest rank"]["largest"], max(memory))
 
 
-def test_targets_of_one_run(runs: Path, single: Path) -> None:
+def test_target_table_of_one_run_equals_the_metrics(runs: Path, single: Path) -> None:
     run = runs / "pfedmoe-1.0-0"
-    history = rows(run)
-    found = table(single, "target")
+    history = read_metrics(run)
+    found = read_table(single, "target")
     top = max(row["accuracy"]["mean"] for row in history)
     assert [row["target"] for row in found] == [str(t / 10) for t in range(1, int(10 * top) + 1)] != []
     for row in found:
         at = reached(history, float(row["target"]))
         assert at is not None and row["round"] == str(at + 1)
-        assert close(row["MB sent"], traffic(history)[: at + 1].sum() / 1e6)
-        assert close(row["GFLOP"], operations(run)[: at + 1].sum() / 1e9)
+        assert same_number(row["MB sent"], traffic(history)[: at + 1].sum() / 1e6)
+        assert same_number(row["GFLOP"], operations(run)[: at + 1].sum() / 1e9)
 
 
-def test_events_and_who_was_left_out(runs: Path, single: Path) -> None:
+def test_events_and_left_out_clients_are_listed(runs: Path, single: Path) -> None:
     run = runs / "pfedmoe-1.0-0"
-    assert [(r["event"], r["round"]) for r in table(single, "events")] == [("start", ""), ("finish", "4")]
-    lost = [client for row in rows(run) for client in row["lost"]]
+    assert [(r["event"], r["round"]) for r in read_table(single, "events")] == [
+        ("start", ""),
+        ("finish", "4"),
+    ]
+    lost = [client for row in read_metrics(run) for client in row["lost"]]
     assert lost, "the test has lost clients"
-    found = {(row["why"], int(row["client"])): int(row["rounds"]) for row in table(single, "left_out")}
+    found = {(row["why"], int(row["client"])): int(row["rounds"]) for row in read_table(single, "left_out")}
     assert found == {("lost before the sum", client): lost.count(client) for client in set(lost)}
 
 
-def test_settings_and_versions(runs: Path, single: Path) -> None:
-    changed = {row["setting"]: (row["value"], row["default"]) for row in table(single, "changed")}
+def test_settings_and_versions_are_listed(runs: Path, single: Path) -> None:
+    changed = {row["setting"]: (row["value"], row["default"]) for row in read_table(single, "changed")}
     assert changed["model.pool"] == ("mlp5,mlp4", "auto") and changed["rounds"] == ("4", "40")
     assert "train.lr" not in changed
-    every = {row["setting"]: row["value"] for row in table(single, "settings")}
+    every = {row["setting"]: row["value"] for row in read_table(single, "settings")}
     assert set(changed) < set(every) and every["train.lr"] == "0.05"
-    versions = {row["what"]: row["at the first start"] for row in table(single, "versions")}
+    versions = {row["what"]: row["at the first start"] for row in read_table(single, "versions")}
     start = json.loads((runs / "pfedmoe-1.0-0" / "events.jsonl").read_text().splitlines()[0])
     assert all(versions[name] == str(start[name]) for name in ("torch", "python", "mpi", "threads", "ranks"))

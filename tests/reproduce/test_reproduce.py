@@ -12,6 +12,7 @@ from pfedmoe_mpi import config
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.reproduce import grid
 from support import launcher
+from support.files import path_digest
 from support.text_files import HOSPITALS, write_hospitals, write_news, write_stories
 
 TABLE = """\
@@ -61,7 +62,7 @@ def test_runs_are_the_product_of_the_axes_in_order(table: Path) -> None:
     assert [run.group for run in runs[-2:]] == ["n8-standalone"] * 2
 
 
-def test_scale_shrinks_rounds_and_stops_at_the_floor(table: Path) -> None:
+def test_scale_shrinks_rounds_down_to_the_minimum(table: Path) -> None:
     table.write_text(TABLE.replace('"standalone"]', '"fedkd"]').replace("rounds = 10", "rounds = 100"))
     read = grid.read(table)
     for scale, rounds in ((0.3, 30), (0.101, 11), (0.001, 2)):
@@ -78,7 +79,7 @@ def test_scale_shrinks_rounds_and_stops_at_the_floor(table: Path) -> None:
     assert round(100 / share) == 3000, "reports tell the table's rounds from it"
 
 
-def test_only_and_task_choose_runs(table: Path) -> None:
+def test_only_and_task_select_runs(table: Path) -> None:
     runs = grid.expand(grid.read(table), {})
     assert [run.name for run in grid.chosen(runs, "n8-*0, *alone-seed1", "")] == [
         *("n4-standalone-seed1", "n8-pfedmoe-seed0", "n8-standalone-seed0", "n8-standalone-seed1")
@@ -109,12 +110,12 @@ def test_only_and_task_choose_runs(table: Path) -> None:
         (("[base]", "[base"), "cannot be read as TOML"),
     ],
 )
-def test_a_bad_table_is_told_once(
-    table: Path, refused: Callable[..., str], change: tuple[str, str], said: str
+def test_bad_table_is_one_message(
+    table: Path, assert_refused: Callable[..., str], change: tuple[str, str], said: str
 ) -> None:
     assert change[0] in TABLE
     table.write_text(TABLE.replace(*change))
-    refused(said, "reproduce", table)
+    assert_refused(said, "reproduce", table)
 
 
 @pytest.mark.parametrize(
@@ -132,20 +133,20 @@ def test_a_bad_table_is_told_once(
         (("--data.source", "hdf5", "--data.path", "none.h5"), "none.h5"),
     ],
 )
-def test_bad_flags_are_told_before_anything_is_written(
-    table: Path, refused: Callable[..., str], flags: tuple[str, ...], said: str
+def test_bad_flags_are_refused_before_writing(
+    table: Path, assert_refused: Callable[..., str], flags: tuple[str, ...], said: str
 ) -> None:
-    refused(said, "reproduce", table, *flags)
+    assert_refused(said, "reproduce", table, *flags)
 
 
 # The command
 
 
-def test_dry_tells_runs_and_cost_and_writes_nothing(
-    table: Path, done: Callable[..., launcher.Result]
+def test_dry_run_prints_runs_and_cost_and_writes_nothing(
+    table: Path, run_command: Callable[..., launcher.Result]
 ) -> None:
     before = sorted(table.parent.rglob("*"))
-    said = done("reproduce", table, "--scale", "0.5", "--dry", "true", "--only", "*seed0").out
+    said = run_command("reproduce", table, "--scale", "0.5", "--dry", "true", "--only", "*seed0").out
     assert sorted(table.parent.rglob("*")) == before
     assert "reduced scale: 5 rounds where the table has 10 (50 %)" in said
     lines = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.startswith("n")}
@@ -156,91 +157,95 @@ def test_dry_tells_runs_and_cost_and_writes_nothing(
     assert counted["n8-standalone"][2] == pytest.approx(400, abs=10)
     assert all(float(words[3]) > 0 for words in lines.values())
     assert "left to do: 4 runs, 20 rounds, 2,3" in said and "training samples, about" in said
-    more = done("reproduce", table, "--rounds", "20", "--dry", "true", "--task", "3").out
+    more = run_command("reproduce", table, "--rounds", "20", "--dry", "true", "--task", "3").out
     assert "\nother scale: 20 rounds where the table has 10 (200 %), marked in reports\n" in more
-    assert done("reproduce", table, "--list", "true", "--task", "3").out == "n4-standalone-seed1\n"
+    assert run_command("reproduce", table, "--list", "true", "--task", "3").out == "n4-standalone-seed1\n"
 
 
 @pytest.mark.parametrize("source", ["text", "words"])
-def test_a_table_of_texts_is_calibrated(
-    tmp_path: Path, done: Callable[..., launcher.Result], source: str
+def test_text_table_is_calibrated(
+    tmp_path: Path, run_command: Callable[..., launcher.Result], source: str
 ) -> None:
-    """On models whose tokens and classes are known only when the data are dealt."""
+    """The models' tokens and classes are known only once the data are distributed."""
     path = write_news(tmp_path / "news.csv") if source == "text" else write_stories(tmp_path / "stories")
     base = f'clients = 3\npartition.alpha = 9.0\nrounds = 2\ndata.source = "{source}"\ndata.path = "{path}"\n'
     (tmp_path / "t.toml").write_text(f"[base]\n{base}data.length = 6\n[axis]\nseed = [0, 1]\n")
-    assert "left to do: 2 runs, 4 rounds" in done("reproduce", tmp_path / "t.toml", "--dry", "true").out
+    assert (
+        "left to do: 2 runs, 4 rounds" in run_command("reproduce", tmp_path / "t.toml", "--dry", "true").out
+    )
 
 
-def test_what_a_turn_takes_but_once_does_not_grow_with_its_samples(
-    table: Path, done: Callable[..., launcher.Result]
+def test_fixed_turn_cost_does_not_grow_with_samples(
+    table: Path, run_command: Callable[..., launcher.Result]
 ) -> None:
-    """FedKD takes its shared model's change apart at the end of a turn, here far longer than an epoch."""
+    """FedKD decomposes its shared model's change at a turn's end, far longer than an epoch here."""
     one = '"data.samples" = [400, 16000]\nalgorithm = ["fedkd"]\n'
     large = TABLE.replace('"mlp5", "mlp4"', '"mlp1"').replace('"mlp5"', '"mlp1"').partition("[axis.")[0]
     large = large.replace("data.samples = 200\n", "").replace("rounds = 10", "rounds = 10\nclients = 4")
     table.write_text(f"{large}[axis]\n{one}")
-    lines = done("reproduce", table, "--dry", "true").out.splitlines()
+    lines = run_command("reproduce", table, "--dry", "true").out.splitlines()
     few, many = (float(line.split()[-1]) for line in lines if line.startswith("samples"))
     assert few < many < 32 * few, "of 40 times the samples"
 
 
-def test_a_table_is_stopped_taken_up_and_finished(table: Path, session: launcher.Session) -> None:
-    """Its runs are those of `run`, bit for bit, whatever was played in the same process before."""
+def test_table_is_stopped_resumed_and_finished(table: Path, session: launcher.Session) -> None:
+    """Its runs equal those of `run` bit for bit, whatever was trained in the same process before."""
     folder = table.parent
     flags = ("--only", "n8-*", "--out", "out", "--rounds", "30", "--run.checkpoint_every", "100")
-    with launcher.running(2, "reproduce", str(table), *flags, cwd=folder) as job:
+    with launcher.running_job(2, "reproduce", str(table), *flags, cwd=folder) as job:
         second = folder / "out" / "n8-pfedmoe-seed1"
-        launcher.wait_for(second / "metrics.jsonl", job)
+        launcher.wait_for_file(second / "metrics.jsonl", job)
         job.send_signal(signal.SIGUSR1)
         assert job.wait(60) == 75
-    assert launcher.events(second)[-1]["event"] == "stop"
+    assert launcher.read_events(second)[-1]["event"] == "stop"
     assert not (folder / "out" / "n8-standalone-seed0").exists()
-    first = launcher.digest(folder / "out" / "n8-pfedmoe-seed0")
-    done = launcher.events(second)[-1]["round"]
+    first = path_digest(folder / "out" / "n8-pfedmoe-seed0")
+    done = launcher.read_events(second)[-1]["round"]
     dry = session("reproduce", str(table), *flags, "--dry", "true", cwd=folder)
     assert f"left to do: 3 runs, {90 - done} rounds" in dry.out
     again = session("reproduce", str(table), *flags, cwd=folder, timeout=120)
     assert again.code == 0, again.err
     assert "4 runs in" in again.out and "1 of them finished" in again.out
-    assert launcher.digest(folder / "out" / "n8-pfedmoe-seed0") == first, "a finished run is left alone"
-    assert launcher.events(second)[-2]["event"] == "restart"
+    assert path_digest(folder / "out" / "n8-pfedmoe-seed0") == first, "a finished run is left alone"
+    assert launcher.read_events(second)[-2]["event"] == "restart"
     for name in ("n8-pfedmoe-seed1", "n8-standalone-seed1"):
-        assert launcher.events(folder / "out" / name)[-1]["event"] == "finish"
+        assert launcher.read_events(folder / "out" / name)[-1]["event"] == "finish"
         alone = ("--run.dir", f"alone/{name}")
         result = session(str(folder / "out" / name / "config.toml"), *alone, cwd=folder)
         assert result.code == 0, result.err
-        ours = launcher.learned_digest(folder / "out" / name, 30)
-        assert ours == launcher.learned_digest(folder / "alone" / name, 30)
+        ours = launcher.checkpoint_digest(folder / "out" / name, 30)
+        assert ours == launcher.checkpoint_digest(folder / "alone" / name, 30)
         said = (folder / "out" / name / "log" / "rank-0000.txt").read_text()
         assert "round 30/30" in said and said.count("clients after round") == 1, "each run has its own log"
     other = session("reproduce", str(table), "--only", "n8-*", "--out", "out", "--scale", "0.5", cwd=folder)
-    launcher.told(other, "holds a run with other settings: rounds 30 → 5")
+    launcher.error_message(other, "holds a run with other settings: rounds 30 → 5")
     for pool, code in (('["MLP-5", "mlp4"]', 0), ('["mlp5"]', 2)):
         table.write_text(TABLE.replace('["mlp5", "mlp4"]', pool))
         edited = session("reproduce", str(table), *flags, cwd=folder)
         assert edited.code == code and ("4 of them finished" in edited.out) == (not code), edited.err
-    launcher.told(edited, r"holds a run with other settings: model.pool \['mlp5', 'mlp4'\] → \['mlp5'\]")
+    launcher.error_message(
+        edited, r"holds a run with other settings: model.pool \['mlp5', 'mlp4'\] → \['mlp5'\]"
+    )
 
 
-def test_a_run_that_diverges_does_not_end_the_others(table: Path, session: launcher.Session) -> None:
+def test_diverging_run_does_not_end_the_others(table: Path, session: launcher.Session) -> None:
     table.write_text(TABLE.replace("seed = [0, 1]", '"train.lr" = [1e30, 0.05]'))
     result = session("reproduce", str(table), "--only", "n4-pfedmoe-*", "--out", "out", cwd=table.parent)
     out = table.parent / "out"
-    kinds = {path.name: launcher.events(path)[-1]["event"] for path in out.iterdir()}
+    kinds = {path.name: launcher.read_events(path)[-1]["event"] for path in out.iterdir()}
     assert list(kinds.values()).count("finish") == 1 and list(kinds.values()).count("error") == 1, kinds
     assert result.code == 1 and "could not go on: n4-pfedmoe-lr1e+30" in result.out, result.err
     assert result.err.count("error: ") == 1
 
 
-def test_a_run_of_a_table_takes_what_its_data_propose(tmp_path: Path, session: launcher.Session) -> None:
-    """It is the run of the same settings without a table; the table's own settings and rounds win."""
+def test_table_run_takes_the_settings_its_data_propose(tmp_path: Path, session: launcher.Session) -> None:
+    """It equals the run of the same settings without a table; the table's own settings and rounds win."""
     write_hospitals(tmp_path / "hospitals")
     settings = 'data.source = "heart"\ndata.path = "hospitals"\nmodel.dim = 16\ntrain.lr_shared = 0.02\n'
     (tmp_path / "wards.toml").write_text(f"[base]\n{settings}rounds = 2\n[axis]\nseed = [1]\n")
     table = ("reproduce", "wards.toml", "--out", "out")
-    played = session(*table, cwd=tmp_path)
-    assert played.code == 0, played.err
+    result = session(*table, cwd=tmp_path)
+    assert result.code == 0, result.err
     ours = tmp_path / "out" / "seed1"
     taken = config.read_toml(ours / "config.toml")
     assert (taken["clients"], taken["partition.kind"]) == (len(HOSPITALS), "natural")
@@ -248,8 +253,8 @@ def test_a_run_of_a_table_takes_what_its_data_propose(tmp_path: Path, session: l
     (tmp_path / "alone.toml").write_text(settings)
     alone = session("alone.toml", "--seed", "1", "--rounds", "2", "--run.dir", "alone", cwd=tmp_path)
     assert alone.code == 0, alone.err
-    assert launcher.learned_digest(ours, 2) == launcher.learned_digest(tmp_path / "alone", 2)
+    assert launcher.checkpoint_digest(ours, 2) == launcher.checkpoint_digest(tmp_path / "alone", 2)
     again = session(*table, cwd=tmp_path)
     assert again.code == 0 and "1 of them finished" in again.out, again.err
     other = session(*table, "--train.weight_decay", "0.5", cwd=tmp_path)
-    launcher.told(other, "holds a run with other settings: train.weight_decay 0.03 → 0.5")
+    launcher.error_message(other, "holds a run with other settings: train.weight_decay 0.03 → 0.5")

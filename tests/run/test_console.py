@@ -1,4 +1,4 @@
-"""What rank 0 shows on a terminal: a real pseudo-terminal of 80 columns."""
+"""The progress bar of rank 0 on a pseudo-terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from support import launcher
 
 
 def on_a_terminal(*arguments: str, cwd: Path, timeout: float = 120) -> str:
-    """What the program without a launcher writes to a terminal."""
+    """Return what the program without a launcher writes to a terminal."""
     ours, theirs = pty.openpty()
-    environment = {**launcher.environment("mpich", {}), "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    environment = {**launcher.clean_environment("mpich", {}), "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
     process = subprocess.Popen(
         [sys.executable, "-m", "pfedmoe_mpi", *arguments],
         cwd=cwd,
@@ -39,13 +39,15 @@ def on_a_terminal(*arguments: str, cwd: Path, timeout: float = 120) -> str:
                 written += piece
         assert process.wait(10) == 0, written.decode()
     finally:
-        launcher.end(process.pid)
+        launcher.kill_tree(process.pid)
         os.close(ours)
     return written.decode()
 
 
-def test_a_bar_with_rounds_accuracy_clients_and_time_left(tmp_path: Path, small: tuple[str, ...]) -> None:
-    written = on_a_terminal(*small, "--rounds", "12", "--eval.every", "11", "--run.dir", "run", cwd=tmp_path)
+def test_bar_shows_rounds_accuracy_clients_and_time_left(tmp_path: Path, small_run: tuple[str, ...]) -> None:
+    written = on_a_terminal(
+        *small_run, "--rounds", "12", "--eval.every", "11", "--run.dir", "run", cwd=tmp_path
+    )
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written)
     bars = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("round ")]
     assert re.search(r"12/12 .* accuracy \d+\.\d\d %, 4 clients here +\d:\d\d:\d\d", bars[-1]), bars[-1]

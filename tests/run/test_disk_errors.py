@@ -1,4 +1,4 @@
-"""Disks that fill up, refuse or vanish under a run, and two runs in one folder."""
+"""Disks that are full, read-only, failing or removed during a run, and two runs in one folder."""
 
 from __future__ import annotations
 
@@ -18,23 +18,32 @@ import pytest
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.storage.lock import Lock
 from support import launcher
-from support.launcher import SMALL, events, finished, learned_digest, rows, running, told, wait_for
+from support.launcher import (
+    SMALL_RUN,
+    checkpoint_digest,
+    error_message,
+    read_events,
+    read_metrics,
+    run_to_end,
+    running_job,
+    wait_for_file,
+)
 from support.paths import TESTS
 
 # Rounds of about half a second, each with a checkpoint.
-LONG = (*SMALL, "--run.checkpoint_every", "1", "--train.epochs", "60", "--rounds", "8")
+LONG = (*SMALL_RUN, "--run.checkpoint_every", "1", "--train.epochs", "60", "--rounds", "8")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of LONG."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    finished(2, *LONG, "--run.dir", "run", cwd=folder)
-    return learned_digest(folder / "run", 8)
+    run_to_end(2, *LONG, "--run.dir", "run", cwd=folder)
+    return checkpoint_digest(folder / "run", 8)
 
 
-class Heard:
-    """What a job says on stderr, as it says it."""
+class JobOutput:
+    """A job's stderr, read while it runs."""
 
     def __init__(self, job: subprocess.Popen[str]) -> None:
         self.text = ""
@@ -85,7 +94,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Take all the space there is."""
+    """Fill all free space."""
     filler = disk / "filler"
     with open(filler, "wb", buffering=0) as file:
         try:
@@ -95,67 +104,69 @@ def fill(disk: Path) -> Path:
             return filler
 
 
-def test_a_full_disk_is_told_and_written_again_when_there_is_room(disk: Path, undisturbed: str) -> None:
-    with running(2, *LONG, "--run.dir", "run", cwd=disk) as job:
-        heard = Heard(job)
-        wait_for(disk / "run" / "metrics.jsonl", job)
+def test_full_disk_is_reported_and_writing_is_retried(disk: Path, undisturbed: str) -> None:
+    with running_job(2, *LONG, "--run.dir", "run", cwd=disk) as job:
+        output = JobOutput(job)
+        wait_for_file(disk / "run" / "metrics.jsonl", job)
         filler = fill(disk)
-        heard.wait("cannot be written")
+        output.wait("cannot be written")
         filler.unlink()
-        assert heard.ended() == 0, heard.text
-    assert "No space left on device" in heard.text and "Traceback" not in heard.text
-    assert learned_digest(disk / "run", 8) == undisturbed
-    assert [row["round"] for row in rows(disk / "run")] == list(range(1, 9)), "rows missed are added later"
+        assert output.ended() == 0, output.text
+    assert "No space left on device" in output.text and "Traceback" not in output.text
+    assert checkpoint_digest(disk / "run", 8) == undisturbed
+    assert [row["round"] for row in read_metrics(disk / "run")] == list(range(1, 9)), (
+        "rows missed are added later"
+    )
     assert not list((disk / "run" / "checkpoints").glob(".*")), "nothing half-written"
 
 
-def test_a_disk_that_stays_full_ends_the_run_after_three_checkpoints(disk: Path, undisturbed: str) -> None:
-    with running(2, *LONG, "--run.dir", "run", cwd=disk) as job:
-        heard = Heard(job)
-        wait_for(disk / "run" / "metrics.jsonl", job)
+def test_disk_that_stays_full_ends_the_run(disk: Path, undisturbed: str) -> None:
+    with running_job(2, *LONG, "--run.dir", "run", cwd=disk) as job:
+        output = JobOutput(job)
+        wait_for_file(disk / "run" / "metrics.jsonl", job)
         filler = fill(disk)
-        assert heard.ended() == 1, heard.text
-    assert heard.text.count("cannot be written: ") == 3 and "Traceback" not in heard.text
-    assert heard.text.count("error: the run ends") == 1 and "remedy: mend" in heard.text
+        assert output.ended() == 1, output.text
+    assert output.text.count("cannot be written: ") == 3 and "Traceback" not in output.text
+    assert output.text.count("error: the run ends") == 1 and "remedy: mend" in output.text
     left = checkpoint.newest_first(disk / "run" / "checkpoints")
     assert left
     for path in left:
         checkpoint.verify(path)
     filler.unlink()
-    finished(3, "restart", "run", cwd=disk)
-    assert learned_digest(disk / "run", 8) == undisturbed
+    run_to_end(3, "restart", "run", cwd=disk)
+    assert checkpoint_digest(disk / "run", 8) == undisturbed
 
 
-def test_checkpoints_that_become_read_only(tmp_path: Path, undisturbed: str) -> None:
+def test_read_only_checkpoints_end_the_run(tmp_path: Path, undisturbed: str) -> None:
     as_root()
     folder = tmp_path / "run" / "checkpoints"
-    with running(2, *LONG, "--run.dir", "run", cwd=tmp_path) as job:
-        heard = Heard(job)
-        wait_for(tmp_path / "run" / "metrics.jsonl", job)
+    with running_job(2, *LONG, "--run.dir", "run", cwd=tmp_path) as job:
+        output = JobOutput(job)
+        wait_for_file(tmp_path / "run" / "metrics.jsonl", job)
         command("mount", "--bind", str(folder), str(folder), cwd=tmp_path)
         try:
             while subprocess.run(
                 ["mount", "-o", "remount,bind,ro", folder], check=False, timeout=30
             ).returncode:
                 time.sleep(0.01)  # busy: a checkpoint is being written
-            heard.wait("Read-only file system")
-            assert heard.ended() == 1, heard.text
+            output.wait("Read-only file system")
+            assert output.ended() == 1, output.text
         finally:
             command("umount", "--lazy", str(folder), cwd=tmp_path)
-    assert "3 in a row" in heard.text and "Traceback" not in heard.text
-    assert [event["event"] for event in events(tmp_path / "run")][-1] == "error"
-    finished(1, "restart", "run", cwd=tmp_path)
-    assert learned_digest(tmp_path / "run", 8) == undisturbed
+    assert "3 in a row" in output.text and "Traceback" not in output.text
+    assert [event["event"] for event in read_events(tmp_path / "run")][-1] == "error"
+    run_to_end(1, "restart", "run", cwd=tmp_path)
+    assert checkpoint_digest(tmp_path / "run", 8) == undisturbed
 
 
-def test_a_run_folder_that_is_removed(tmp_path: Path) -> None:
-    with running(2, *LONG, "--run.dir", "run", cwd=tmp_path) as job:
-        heard = Heard(job)
-        wait_for(tmp_path / "run" / "metrics.jsonl", job)
+def test_removed_run_folder_ends_the_run(tmp_path: Path) -> None:
+    with running_job(2, *LONG, "--run.dir", "run", cwd=tmp_path) as job:
+        output = JobOutput(job)
+        wait_for_file(tmp_path / "run" / "metrics.jsonl", job)
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        assert heard.ended() == 1, heard.text
-    assert heard.text.count("cannot be written: ") == 3 and "Traceback" not in heard.text
-    assert "metrics.jsonl cannot be kept up to date" in heard.text
+        assert output.ended() == 1, output.text
+    assert output.text.count("cannot be written: ") == 3 and "Traceback" not in output.text
+    assert "metrics.jsonl cannot be kept up to date" in output.text
 
 
 # A file system that refuses single ranks
@@ -163,7 +174,7 @@ def test_a_run_folder_that_is_removed(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def failing_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`support/failing_disk.c` as a library."""
+    """The library compiled from `support/failing_disk.c`."""
     if not shutil.which("cc"):
         pytest.fail("no C compiler") if os.environ.get("CI") == "true" else pytest.skip("no C compiler")
     folder = tmp_path_factory.mktemp("failing_disk")
@@ -173,46 +184,46 @@ def failing_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("number", "rank"), [(errno.EDQUOT, 1), (errno.EIO, 0), (errno.ENOSPC, -1)])
-def test_writes_refused_for_a_while(
+def test_refused_writes_are_reported_and_retried(
     tmp_path: Path, failing_disk: Path, undisturbed: str, number: int, rank: int
 ) -> None:
-    """A quota of one rank's host, a broken fsync, a full server: told with its reason, then written."""
+    """A quota on one host, a failing fsync, a full server: the reason is reported, then writing succeeds."""
     flag = tmp_path / "refuse"
     shim = {"LD_PRELOAD": str(failing_disk), "REFUSE": str(flag)}
-    job = launcher.start(2, *LONG, "--run.dir", "run", cwd=tmp_path, env=shim)
+    job = launcher.start_program(2, *LONG, "--run.dir", "run", cwd=tmp_path, env=shim)
     try:
-        heard = Heard(job)
-        wait_for(tmp_path / "run" / "metrics.jsonl", job)
+        output = JobOutput(job)
+        wait_for_file(tmp_path / "run" / "metrics.jsonl", job)
         flag.write_text(f"{number} {rank}")
-        heard.wait("cannot be written: ")
+        output.wait("cannot be written: ")
         flag.unlink()
-        assert heard.ended() == 0, heard.text
+        assert output.ended() == 0, output.text
     finally:
-        launcher.end(job.pid)
-    assert os.strerror(number) in heard.text and "Traceback" not in heard.text
-    assert learned_digest(tmp_path / "run", 8) == undisturbed
-    assert any(event["event"] == "not written" for event in events(tmp_path / "run"))
+        launcher.kill_tree(job.pid)
+    assert os.strerror(number) in output.text and "Traceback" not in output.text
+    assert checkpoint_digest(tmp_path / "run", 8) == undisturbed
+    assert any(event["event"] == "not written" for event in read_events(tmp_path / "run"))
 
 
 # Two runs in one folder
 
 
-def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+def test_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
     endless = (*LONG, "--rounds", "5000", "--run.dir", "run")
-    with running(2, *endless, cwd=tmp_path) as job:
-        wait_for(tmp_path / "run" / "metrics.jsonl", job)
-        force = launcher.program(1, *endless, "--run.force", "true", cwd=tmp_path)
-        again = launcher.program(2, "restart", "run", cwd=tmp_path)
-        seen = len(rows(tmp_path / "run"))
+    with running_job(2, *endless, cwd=tmp_path) as job:
+        wait_for_file(tmp_path / "run" / "metrics.jsonl", job)
+        force = launcher.run_program(1, *endless, "--run.force", "true", cwd=tmp_path)
+        again = launcher.run_program(2, "restart", "run", cwd=tmp_path)
+        seen = len(read_metrics(tmp_path / "run"))
         job.send_signal(signal.SIGUSR1)
-        assert launcher.ended(job, 60).code == 75
+        assert launcher.wait_for_end(job, 60).code == 75
     for second in (force, again):
-        told(second, r"the run folder .*run is in use: process \d+ on ")
-    assert [row["round"] for row in rows(tmp_path / "run")][:seen] == list(range(1, seen + 1))
-    assert [event["event"] for event in events(tmp_path / "run")] == ["start", "stop"]
+        error_message(second, r"the run folder .*run is in use: process \d+ on ")
+    assert [row["round"] for row in read_metrics(tmp_path / "run")][:seen] == list(range(1, seen + 1))
+    assert [event["event"] for event in read_events(tmp_path / "run")] == ["start", "stop"]
 
 
-def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+def test_lock_ends_with_its_process(tmp_path: Path) -> None:
     holder = "import sys, time; from pathlib import Path; from pfedmoe_mpi.lock import Lock; "
     holder += "held = Lock(Path('lock'), 0.0); print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""An exception anywhere: the job is over within seconds, with one traceback and nothing half-written."""
+"""An exception in any phase ends the job within seconds, with one traceback and no partial file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from pfedmoe_mpi import checkpoint
-from support.fault_injection import AT_THE_ROOT, PHASES
-from support.launcher import SMALL
-from support.mpi_job import mpirun
+from support.fault_injection import PHASES, ROOT_PHASES
+from support.launcher import SMALL_RUN
+from support.mpi_job import run_module
 
 RANKS = 3
-FLAGS = (*SMALL, "--clients", "6", "--rounds", "3", "--run.checkpoint_every", "1")
+FLAGS = (*SMALL_RUN, "--clients", "6", "--rounds", "3", "--run.checkpoint_every", "1")
 NAMED = {
     "training": r"client \d, round 1",
     "contribution": r"client \d, round 1",
@@ -24,18 +24,18 @@ AFTER_ROUND_1 = {"sum", "update", "record", "layout", "write", "seal"}
 
 
 def fails(tmp_path: Path, rank: int | str, phase: str, mpi: str) -> None:
-    """Run with the fault and check how the job ends."""
+    """Run with the fault and check the job's exit code and output."""
     run = tmp_path / "run"
     fault = ("fault_injection", "raise", str(rank), phase)
-    ended = mpirun(*fault, *FLAGS, "--run.dir", str(run), ranks=RANKS, mpi=mpi)
+    ended = run_module(*fault, *FLAGS, "--run.dir", str(run), ranks=RANKS, mpi=mpi)
     seconds = time.time() - float(re.findall(r"fault at ([\d.]+)", ended.output)[0])
-    told = ended.output
-    assert ended.code not in {0, 2, 75}, told
-    assert told.count("Traceback (most recent call last)") == 1, told
-    assert told.count(f"Injected: {phase}") == 1, told
-    speaker = re.search(r"^(?:\[.*\])?rank (\d+): Traceback", told, re.MULTILINE)
-    assert speaker and (rank == "all" or speaker[1] == str(rank)), told
-    assert re.search(NAMED.get(phase, "round 2" if phase in AFTER_ROUND_1 else ""), told), told
+    text = ended.output
+    assert ended.code not in {0, 2, 75}, text
+    assert text.count("Traceback (most recent call last)") == 1, text
+    assert text.count(f"Injected: {phase}") == 1, text
+    speaker = re.search(r"^(?:\[.*\])?rank (\d+): Traceback", text, re.MULTILINE)
+    assert speaker and (rank == "all" or speaker[1] == str(rank)), text
+    assert re.search(NAMED.get(phase, "round 2" if phase in AFTER_ROUND_1 else ""), text), text
     assert ended.left == 0, "processes were left behind"
     print(f"{phase} on rank {rank} under {mpi}: over {seconds:.1f} s after the fault")
     assert seconds < 10
@@ -44,22 +44,22 @@ def fails(tmp_path: Path, rank: int | str, phase: str, mpi: str) -> None:
 
 
 def cases() -> list[tuple[str, int]]:
-    """Every phase once; the ranks in turn, rank 0 where only it does the work."""
-    return [(phase, 0 if phase in AT_THE_ROOT else number % RANKS) for number, phase in enumerate(PHASES)]
+    """Return (phase, rank): the ranks in turn, rank 0 where only it does the work."""
+    return [(phase, 0 if phase in ROOT_PHASES else number % RANKS) for number, phase in enumerate(PHASES)]
 
 
 @pytest.mark.parametrize(("phase", "rank"), cases())
-def test_an_exception_ends_the_job(tmp_path: Path, phase: str, rank: int) -> None:
+def test_exception_ends_the_job(tmp_path: Path, phase: str, rank: int) -> None:
     fails(tmp_path, rank, phase, "mpich")
 
 
 @pytest.mark.openmpi
 @pytest.mark.parametrize(("phase", "rank"), cases()[3::3])
-def test_an_exception_ends_the_job_under_open_mpi(tmp_path: Path, phase: str, rank: int) -> None:
+def test_exception_ends_the_job_under_open_mpi(tmp_path: Path, phase: str, rank: int) -> None:
     fails(tmp_path, rank, phase, "openmpi")
 
 
-def test_of_ranks_that_fail_together_one_speaks(tmp_path: Path) -> None:
+def test_ranks_failing_together_print_one_traceback(tmp_path: Path) -> None:
     fails(tmp_path, "all", "update", "mpich")
 
 
@@ -68,7 +68,7 @@ def test_of_ranks_that_fail_together_one_speaks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mpi", ["mpich", pytest.param("openmpi", marks=pytest.mark.openmpi)])
 @pytest.mark.parametrize("rank", [0, 1, 2, "all"])
 @pytest.mark.parametrize("phase", list(PHASES))
-def test_an_exception_at_every_boundary(tmp_path: Path, phase: str, rank: int | str, mpi: str) -> None:
-    if phase in AT_THE_ROOT and rank not in {0, "all"}:
+def test_exception_at_every_phase_ends_the_job(tmp_path: Path, phase: str, rank: int | str, mpi: str) -> None:
+    if phase in ROOT_PHASES and rank not in {0, "all"}:
         pytest.skip("the root alone does this")
     fails(tmp_path, rank, phase, mpi)

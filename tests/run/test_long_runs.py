@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from support.launcher import SMALL, ended, rank_processes, rows, running, wait_for
+from support.launcher import SMALL_RUN, rank_processes, read_metrics, running_job, wait_for_end, wait_for_file
 
-FLAGS = (*SMALL, "--clients", "6", "--participation", "0.5", "--run.checkpoint_every", "10")
+FLAGS = (*SMALL_RUN, "--clients", "6", "--participation", "0.5", "--run.checkpoint_every", "10")
 Sample = dict[int, tuple[float, int]]  # by rank: resident MiB, open files
 
 
 def look(mpirun: int) -> Sample:
-    """Every rank as the system sees it."""
+    """Return memory and open files of every rank."""
     found = {}
     for rank, pid in rank_processes(mpirun).items():
         status = dict(
@@ -26,11 +26,11 @@ def look(mpirun: int) -> Sample:
 
 
 def soak(tmp_path: Path, rounds: int) -> None:
-    """Between a quarter of the rounds and the end no rank grows by 8 MiB, or holds more files."""
+    """Check that after a quarter of the rounds no rank grows by 8 MiB or opens more files."""
     samples: list[tuple[int, Sample]] = []
     arguments = (*FLAGS, "--rounds", str(rounds), "--train.epochs", "4", "--run.dir", "run")
-    with running(3, *arguments, cwd=tmp_path) as job:
-        wait_for(tmp_path / "run" / "metrics.jsonl", job)
+    with running_job(3, *arguments, cwd=tmp_path) as job:
+        wait_for_file(tmp_path / "run" / "metrics.jsonl", job)
         while job.poll() is None:
             done = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
             try:
@@ -39,8 +39,8 @@ def soak(tmp_path: Path, rounds: int) -> None:
             except (OSError, KeyError):  # it ended while we looked
                 break
             time.sleep(0.1)
-        assert ended(job, 120).code == 0
-    assert len(rows(tmp_path / "run")) == rounds
+        assert wait_for_end(job, 120).code == 0
+    assert len(read_metrics(tmp_path / "run")) == rounds
     early = [sample for done, sample in samples if rounds // 4 <= done < rounds // 2 and len(sample) == 3]
     late = [sample for done, sample in samples if done >= 3 * rounds // 4 and len(sample) == 3]
     assert early and late, f"{len(samples)} samples are too few"

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, and restarts that would be another run: refused, and nothing written."""
+"""Damaged checkpoints, and restarts that would be another run, are refused and write nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from pfedmoe_mpi.checkpoint.writer import _put
-from support.checkpoint_files import places, resealed
-from support.launcher import Result, Session, digest, events, flip, told
+from support.checkpoint_files import read_ranges, reseal
+from support.files import flip_bit, path_digest
+from support.launcher import Result, Session, error_message, read_events
 
 # Damaged checkpoints
 
@@ -26,7 +27,7 @@ def truncate(path: Path) -> None:
 
 
 def unseal(path: Path) -> None:
-    """As a file renamed before it was sealed: HDF5 is whole, the user block is empty."""
+    """Make a file that was renamed before it was sealed: HDF5 is complete, the user block is empty."""
     with open(path, "r+b") as file:
         file.write(bytes(4096))
 
@@ -38,20 +39,20 @@ def another_format(path: Path) -> None:
 
 
 def first_half(path: Path) -> None:
-    flip(path, path.stat().st_size // 2)
+    flip_bit(path, path.stat().st_size // 2)
 
 
 def spoil(path: Path, name: str) -> None:
-    offset, length = places(path)[0][name]
-    flip(path, offset + length // 2)
+    offset, length = read_ranges(path)[0][name]
+    flip_bit(path, offset + length // 2)
 
 
 def cut_into(path: Path, name: str) -> None:
-    os.truncate(path, places(path)[0][name][0] + 5)
+    os.truncate(path, read_ranges(path)[0][name][0] + 5)
 
 
 def relinked(file: Any) -> None:
-    """As a stranger may, who can compute a seal too."""
+    """Replace the configuration by a link; `reseal` computes a valid seal."""
     del file["config"]
     file["config"] = h5py.ExternalLink("other.h5", "/config")
 
@@ -63,22 +64,22 @@ DAMAGE: list[tuple[str, Callable[[Path], object]]] = [
     ("not a finished checkpoint", lambda path: path.write_text("rounds = 3")),
     ("not a finished checkpoint", unseal),
     ("format version 77", another_format),
-    ("its seal does not match", lambda path: flip(path, 40)),
+    ("its seal does not match", lambda path: flip_bit(path, 40)),
     ("is damaged", first_half),
-    ("HDF5's own structure has changed", lambda path: flip(path, 4096 + 100)),
+    ("HDF5's own structure has changed", lambda path: flip_bit(path, 4096 + 100)),
     ("the bytes of clients/000002 have changed", lambda path: spoil(path, "clients/000002")),
     ("the bytes of server/state have changed", lambda path: spoil(path, "server/state")),
     ("the bytes of config have changed", lambda path: spoil(path, "config")),
     ("the first that is cut is clients/000003", lambda path: cut_into(path, "clients/000003")),
-    ("config is a link", lambda path: resealed(path, relinked)),
-    ("round is no natural number", lambda path: resealed(path, lambda file: file.attrs.pop("round"))),
-    ("is damaged", lambda path: flip(path, path.stat().st_size - 1)),
+    ("config is a link", lambda path: reseal(path, relinked)),
+    ("round is no natural number", lambda path: reseal(path, lambda file: file.attrs.pop("round"))),
+    ("is damaged", lambda path: flip_bit(path, path.stat().st_size - 1)),
 ]
 
 
 @pytest.mark.parametrize(("pattern", "damage"), DAMAGE)
-def test_damaged_checkpoints(
-    refused: Callable[..., str], run: Path, pattern: str, damage: Callable[[Path], object]
+def test_restart_refuses_damaged_checkpoints(
+    assert_refused: Callable[..., str], run: Path, pattern: str, damage: Callable[[Path], object]
 ) -> None:
     path = run / "checkpoints" / "round-000003.h5"
     damage(path)
@@ -89,7 +90,7 @@ def test_damaged_checkpoints(
         ("inspect", path, "--digest"),
         ("export", path, "--client", "1", "out.h5"),
     ):
-        refused(pattern, *arguments)
+        assert_refused(pattern, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -97,21 +98,21 @@ def test_damaged_checkpoints(
     [
         ("the bytes of clients/000001 have changed", lambda path: spoil(path, "clients/000001")),
         ("the first that is cut is server/state", lambda path: cut_into(path, "server/state")),
-        ("config is a link and not stored here", lambda path: resealed(path, relinked)),
+        ("config is a link and not stored here", lambda path: reseal(path, relinked)),
     ],
 )
-def test_a_run_goes_on_from_the_last_good_checkpoint_and_says_why(
-    done: Callable[..., Result], run: Path, says: str, damage: Callable[[Path], object]
+def test_restart_uses_the_last_good_checkpoint_and_says_why(
+    run_command: Callable[..., Result], run: Path, says: str, damage: Callable[[Path], object]
 ) -> None:
     damage(run / "checkpoints" / "round-000003.h5")
-    result = done("restart", run)
+    result = run_command("restart", run)
     assert result.err.startswith("warning: ") and says in result.err and "round-000003.h5" in result.err
-    restart = events(run)[2]
+    restart = read_events(run)[2]
     assert restart["checkpoint"] == "round-000002.h5" and says in restart["warnings"][0]
 
 
-def test_any_flipped_bit_is_found(session: Session, run: Path, tmp_path: Path) -> None:
-    """One byte in each of 60 stretches of the file, the user block's unused rest excepted."""
+def test_flipped_bit_anywhere_is_detected(session: Session, run: Path, tmp_path: Path) -> None:
+    """One byte is flipped in each of 60 stretches of the file, except the unused rest of the user block."""
     path = run / "checkpoints" / "round-000003.h5"
     good = path.read_bytes()
     random = np.random.default_rng(4)
@@ -120,20 +121,22 @@ def test_any_flipped_bit_is_found(session: Session, run: Path, tmp_path: Path) -
         *((a, a + len(good) // 60) for a in range(4096, len(good), len(good) // 60)),
     ]:
         place = int(random.integers(first, min(last, len(good))))
-        flip(path, place)
-        told(session("inspect", str(path), cwd=tmp_path), "checkpoint|damaged|truncated|format")
+        flip_bit(path, place)
+        error_message(session("inspect", str(path), cwd=tmp_path), "checkpoint|damaged|truncated|format")
         path.write_bytes(good)
     assert session("inspect", str(path), cwd=tmp_path).code == 0
 
 
-def test_nothing_to_restart_from(refused: Callable[..., str], run: Path, tmp_path: Path) -> None:
-    refused("no run folder or checkpoint", "restart", "none")
+def test_restart_without_a_checkpoint_is_refused(
+    assert_refused: Callable[..., str], run: Path, tmp_path: Path
+) -> None:
+    assert_refused("no run folder or checkpoint", "restart", "none")
     (tmp_path / "empty").mkdir()
-    refused("not a run folder", "restart", "empty")
+    assert_refused("not a run folder", "restart", "empty")
     (run / "config.toml").unlink()
     for path in (run / "checkpoints").glob("round*"):
         truncate(path)
-    assert "config.toml" in refused("no configuration file", "restart", run)
+    assert "config.toml" in assert_refused("no configuration file", "restart", run)
 
 
 # Restarts that would be another run
@@ -156,28 +159,30 @@ def test_nothing_to_restart_from(refused: Callable[..., str], run: Path, tmp_pat
         (r"no flag --sed\n  remedy: use --seed$", ["--sed", "1"]),
     ],
 )
-def test_restarts_that_would_be_another_run(
-    refused: Callable[..., str], run: Path, pattern: str, arguments: list[str]
+def test_restart_refuses_changed_settings(
+    assert_refused: Callable[..., str], run: Path, pattern: str, arguments: list[str]
 ) -> None:
-    refused(pattern, "restart", run, "--rounds", "4", *arguments)
+    assert_refused(pattern, "restart", run, "--rounds", "4", *arguments)
     for path in (run / "checkpoints").glob("*.h5"):
         path.unlink()
-    refused(pattern, "restart", run, "--rounds", "4", *arguments)  # round 0 from config.toml is no other case
+    assert_refused(
+        pattern, "restart", run, "--rounds", "4", *arguments
+    )  # round 0 from config.toml is no other case
 
 
-def test_a_restart_with_other_data_is_refused(
-    refused: Callable[..., str], session: Session, small: tuple[str, ...], tmp_path: Path
+def test_restart_refuses_changed_data(
+    assert_refused: Callable[..., str], session: Session, small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
-    made = session("data", "prepare", "d.h5", *small, cwd=tmp_path)
+    made = session("data", "prepare", "d.h5", *small_run, cwd=tmp_path)
     assert made.code == 0, made.err
-    flags = (*small, "--data.source", "hdf5", "--data.path", "d.h5", "--run.dir", "run")
+    flags = (*small_run, "--data.source", "hdf5", "--data.path", "d.h5", "--run.dir", "run")
     assert session(*flags, cwd=tmp_path).code == 0
     moved = tmp_path / "elsewhere.h5"
     (tmp_path / "d.h5").rename(moved)
-    refused("d.h5", "restart", "run", "--rounds", "2")
+    assert_refused("d.h5", "restart", "run", "--rounds", "2")
     with h5py.File(moved, "r+") as file:
         file["x"][7, 0, 0, 0] ^= 1
-    refused(
+    assert_refused(
         "the data changed .*digest [0-9a-f]+… then, [0-9a-f]+… now", "restart", "run", "--data.path", moved
     )
     with h5py.File(moved, "r+") as file:
@@ -186,40 +191,40 @@ def test_a_restart_with_other_data_is_refused(
     assert result.code == 0, "the same data in another place: " + result.err
 
 
-def test_a_checkpoint_that_is_not_the_newest_needs_a_folder(
-    refused: Callable[..., str], run: Path, tmp_path: Path
+def test_restart_from_an_older_checkpoint_needs_a_folder(
+    assert_refused: Callable[..., str], run: Path, tmp_path: Path
 ) -> None:
     older, best = (run / "checkpoints" / name for name in ("round-000002.h5", "best.h5"))
     for path in (older, best):
-        assert "--run.dir" in refused("not the newest checkpoint", "restart", path)
-        refused("not the newest checkpoint", "restart", path, "--run.dir", run)
+        assert "--run.dir" in assert_refused("not the newest checkpoint", "restart", path)
+        assert_refused("not the newest checkpoint", "restart", path, "--run.dir", run)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("")
-    refused("holds other things than a run", "restart", older, "--run.dir", "used")
+    assert_refused("holds other things than a run", "restart", older, "--run.dir", "used")
     alone = tmp_path / "alone" / "round-000003.h5"
     alone.parent.mkdir()
     shutil.copy(run / "checkpoints" / "round-000003.h5", alone)
-    refused("not the newest checkpoint of a run folder", "restart", alone)
+    assert_refused("not the newest checkpoint of a run folder", "restart", alone)
     moved = run.rename(tmp_path / "moved")
-    refused("not the newest checkpoint", "restart", moved / "checkpoints" / "round-000002.h5")
+    assert_refused("not the newest checkpoint", "restart", moved / "checkpoints" / "round-000002.h5")
 
 
-def test_a_finished_run_says_so(session: Session, run: Path, tmp_path: Path) -> None:
-    before = digest(run)
+def test_restart_of_a_finished_run_changes_nothing(session: Session, run: Path, tmp_path: Path) -> None:
+    before = path_digest(run)
     for source in (run, run / "checkpoints" / "round-000003.h5"):
         result = session("restart", str(source), cwd=tmp_path)
         assert (result.code, result.err) == (0, "") and "the run is finished: 3 of 3 rounds" in result.out
-    assert digest(run) == before
+    assert path_digest(run) == before
 
 
-def test_evaluation_on_data_the_models_cannot_take(
-    refused: Callable[..., str], run: Path, tmp_path: Path
+def test_evaluate_refuses_data_the_models_cannot_take(
+    assert_refused: Callable[..., str], run: Path, tmp_path: Path
 ) -> None:
     source = run / "checkpoints" / "best.h5"
     path = tmp_path / "d.h5"
     with h5py.File(path, "w") as file:
         file["x"], file["y"] = np.zeros((200, 3, 8, 8), np.uint8), np.arange(200) % 3
-    refused(
+    assert_refused(
         "do not take samples of 3×8×8 in 3 classes",
         "evaluate",
         source,
@@ -228,13 +233,13 @@ def test_evaluation_on_data_the_models_cannot_take(
         "--data.path",
         path,
     )
-    refused("clients: 4 → 5", "evaluate", source, "--clients", "5")
-    refused("algorithm: pfedmoe → fedavg", "evaluate", source, "--algorithm", "fedavg")
+    assert_refused("clients: 4 → 5", "evaluate", source, "--clients", "5")
+    assert_refused("algorithm: pfedmoe → fedavg", "evaluate", source, "--algorithm", "fedavg")
 
 
-def test_the_history_is_untouched_by_a_refused_restart(session: Session, run: Path, tmp_path: Path) -> None:
+def test_refused_restart_keeps_the_history(session: Session, run: Path, tmp_path: Path) -> None:
     rows = (run / "metrics.jsonl").read_text()
-    told(session("restart", str(run), "--seed", "3", cwd=tmp_path), "seed")
+    error_message(session("restart", str(run), "--seed", "3", cwd=tmp_path), "seed")
     assert (run / "metrics.jsonl").read_text() == rows and len(rows.splitlines()) == 3
     assert [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()] == [
         "start",
@@ -252,8 +257,8 @@ def test_the_history_is_untouched_by_a_refused_restart(session: Session, run: Pa
         ("algorithm", lambda config: config.update(algorithm="nothing")),
     ],
 )
-def test_a_strangers_configuration_is_refused(
-    refused: Callable[..., str], run: Path, says: str, change: Callable[[Any], object]
+def test_crafted_configuration_is_refused(
+    assert_refused: Callable[..., str], run: Path, says: str, change: Callable[[Any], object]
 ) -> None:
     path = run / "checkpoints" / "round-000003.h5"
 
@@ -263,5 +268,5 @@ def test_a_strangers_configuration_is_refused(
         del file["config"]
         _put(file, "config", np.array(json.dumps(config).encode()))
 
-    resealed(path, edit)
-    refused(says, "restart", path, "--rounds", "4")
+    reseal(path, edit)
+    assert_refused(says, "restart", path, "--rounds", "4")

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its DevTools pipe: how a page looks, measures and what it asks for."""
+"""A headless Chromium, driven through its DevTools pipe: what a page shows, measures and requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLAGS = (
 
 
 def chromium() -> str:
-    """The browser's program; without it the test is skipped, in CI failed."""
+    """Return the browser's program; without one, skip the test, or fail it in CI."""
     for name in NAMES:
         found = shutil.which(name)
         if found:
@@ -37,7 +37,7 @@ def chromium() -> str:
 
 
 class Browser:
-    """One page of one browser. Every call has `timeout` seconds."""
+    """One page of one browser; every call may take `timeout` seconds."""
 
     def __init__(self, timeout: float = 60) -> None:
         self.requests: list[str] = []  # addresses asked for since `open`
@@ -78,11 +78,11 @@ class Browser:
         self._profile.cleanup()
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A DevTools method of the page."""
+        """Call a DevTools method of the page."""
         return self._call(method, self._session, **parameters)
 
     def open(self, page: Path, width: int, scheme: str = "light", media: str = "screen") -> None:
-        """Load a file with a window's width in CSS pixels, a colour scheme and a medium."""
+        """Load a file in a window of this width in CSS pixels, in a colour scheme and for a medium."""
         self.requests, self.problems = [], []
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
@@ -96,18 +96,18 @@ class Browser:
             time.sleep(0.05)
 
     def value(self, script: str) -> Any:
-        """What a JavaScript expression comes to."""
+        """Return the value of a JavaScript expression."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def screenshot(self, path: Path) -> None:
-        """The whole page as PNG."""
+        """Save the whole page as PNG."""
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(answer["data"]))
 
     def pdf(self, path: Path) -> None:
-        """The page as it is printed on A4, in the colour scheme of `open`."""
+        """Save the page as printed on A4, in the colour scheme of `open`."""
         self.call("Emulation.setEmulatedMedia", media="print", features=self._features)
         size = {"paperWidth": 8.27, "paperHeight": 11.69, "printBackground": True}
         answer = self.call("Page.printToPDF", preferCSSPageSize=False, **size)

@@ -22,14 +22,15 @@ from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.mpi.comm import Comm
+from support.files import flip_bit
 
 SIZES = (1500, 1, 0, 100, 1024, 5000)
 
 
-def content(
+def sample_content(
     clients: int = 12, partial: bool = False, sizes: Sequence[int] = SIZES, state: int = 700
 ) -> Content:
-    """What a checkpoint may hold; client k's vector has sizes[k mod length] numbers."""
+    """Return content for a checkpoint; client k's vector has sizes[k mod length] numbers."""
     draw = np.random.default_rng(clients)
     layouts = [Layout.join({"model": Layout.of_tensor((sizes[k % len(sizes)],))}) for k in range(clients)]
     split = [draw.integers(0, 1000, k % 4) for k in range(clients)]
@@ -44,7 +45,7 @@ def content(
         state_layout=Layout.join({"shared": Layout.of_tensor((state,))}) if state else Layout(()),
         client_layouts=layouts,
         partition={"train": split, "validation": [np.empty(0, np.int64)] * clients, "test": split[::-1]},
-        history=[row(n) for n in (1, 2, 3)],
+        history=[sample_row(n) for n in (1, 2, 3)],
         identity={
             **{"data_digest": "ab" * 32, "partition_digest": "cd" * 32, "torch": "2.6"},
             "notes": "ünicode " * 500,
@@ -54,43 +55,45 @@ def content(
     )
 
 
-def row(number: int) -> dict[str, Any]:
-    """What a round's row must have."""
+def sample_row(number: int) -> dict[str, Any]:
+    """Return a metrics row with all required keys."""
     names = ("accuracy", "accuracy_cohort", "accuracy_validation")
     summary = dict.fromkeys(("mean", "weighted", "std", "worst"))
     return {"round": number, "train_loss": 0.1 * number, **{name: {**summary} for name in names}}
 
 
-def vector(whole: Content, client: int) -> np.ndarray:
-    """Any bits at all, NaN with payloads among them."""
+def client_vector(whole: Content, client: int) -> np.ndarray:
+    """Return a client's vector of random bits, including NaN with payloads."""
     size = whole.client_layouts[client].size
     return np.random.default_rng(client).integers(0, 2**32, size, np.uint32).view(np.float32)
 
 
-def shared_out(world: Comm, whole: Content) -> tuple[list[int], dict[int, np.ndarray]]:
-    """(home of every client, this rank's vectors)."""
+def distribute(world: Comm, whole: Content) -> tuple[list[int], dict[int, np.ndarray]]:
+    """Return (home rank of every client, this rank's vectors)."""
     home = [client % world.size for client in range(len(whole.client_layouts))]
-    return home, {client: vector(whole, client) for client, rank in enumerate(home) if rank == world.rank}
+    return home, {
+        client: client_vector(whole, client) for client, rank in enumerate(home) if rank == world.rank
+    }
 
 
 def write_together(world: Comm, folder: str) -> None:
-    whole = content()
-    home, mine = shared_out(world, whole)
+    whole = sample_content()
+    home, mine = distribute(world, whole)
     path = Path(folder, checkpoint.name(3, False))
     checkpoint.write(world, path, whole, mine, home)
     world.agree(lambda: checkpoint.verify(path, world.rank, world.size), "verify")
     with Checkpoint(path) as loaded:
         for client in range(len(home)):
             assert np.array_equal(
-                loaded.vector(client).view(np.uint32), vector(whole, client).view(np.uint32)
+                loaded.vector(client).view(np.uint32), client_vector(whole, client).view(np.uint32)
             )
 
 
 def write_fails(world: Comm, folder: str) -> None:
-    """A file may not grow on one rank: all hear of it, nothing is left of it, and the next one is good."""
+    """Limit the file size on one rank: the error reaches all, no file is left, the next write succeeds."""
     write_together(world, folder)
-    whole = content()
-    home, mine = shared_out(world, whole)
+    whole = sample_content()
+    home, mine = distribute(world, whole)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     for number, failing in enumerate((2, 0), 4):
         path, heard = Path(folder, checkpoint.name(number, False)), ""
@@ -110,37 +113,28 @@ def write_fails(world: Comm, folder: str) -> None:
 
 
 def damaged_for_one(world: Comm, folder: str) -> None:
-    """The rank whose share is damaged tells all."""
+    """Damage one rank's share: every rank raises."""
     write_together(world, folder)
     path = Path(folder, checkpoint.name(3, False))
     heard = []
     for at in (-1, 30000):
         world.wait("whole")
         if world.rank == 0:
-            flip(path, at)
+            flip_bit(path, at)
         try:
             world.agree(lambda: checkpoint.verify(path, world.rank, world.size), "verify")
         except CheckpointError as error:
             heard.append(str(error))
         world.wait("read")
         if world.rank == 0:
-            flip(path, at)
+            flip_bit(path, at)
     assert len(heard) == 2 and all("damaged" in text for text in heard)
 
 
-def flip(path: Path, at: int, bit: int = 4) -> None:
-    """Turn one bit of a file."""
-    with open(path, "r+b") as file:
-        file.seek(at, os.SEEK_END if at < 0 else os.SEEK_SET)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1 << bit]))
-
-
 def write_limited(world: Comm, folder: str) -> None:
-    """Files limited to any length: an error of ours each time, the old file stays, the next is good."""
-    whole = content()
-    home, mine = shared_out(world, whole)
+    """Limit the file to many lengths: a CheckpointError each time, the old file stays, the last succeeds."""
+    whole = sample_content()
+    home, mine = distribute(world, whole)
     first = Path(folder, checkpoint.name(3, False))
     checkpoint.write(world, first, whole, mine, home)
     length, unlimited = first.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -159,7 +153,7 @@ def write_limited(world: Comm, folder: str) -> None:
 
 
 def writer_killed(folder: str, seed: str, times: str) -> None:
-    """Children that write checkpoint after checkpoint are killed at any moment; what has a name is good."""
+    """Kill children that keep writing checkpoints; every file without a temporary name must verify."""
     draw, number, unfinished = random.Random(seed), 0, 0
     for _ in range(int(times)):
         child = os.fork()
@@ -186,10 +180,10 @@ def writer_killed(folder: str, seed: str, times: str) -> None:
 
 def _write_for_ever(folder: Path, number: int) -> NoReturn:
     world = comm.start()
-    whole = content(clients=8, sizes=(100_000, 20_000))
-    home, mine = shared_out(world, whole)
+    whole = sample_content(clients=8, sizes=(100_000, 20_000))
+    home, mine = distribute(world, whole)
     for round in count(number):
-        now = replace(whole, round=round, history=[row(n + 1) for n in range(round)])
+        now = replace(whole, round=round, history=[sample_row(n + 1) for n in range(round)])
         checkpoint.write(world, folder / checkpoint.name(round, False), now, mine, home)
         for old in checkpoint.newest_first(folder)[3:]:
             old.unlink()

@@ -1,4 +1,4 @@
-"""Small checkpoints for tests: written alone, taken apart, and sealed anew by a stranger."""
+"""Small checkpoints: written by one rank, taken apart, and edited with a valid seal."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ import h5py
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Content, seal
 from pfedmoe_mpi.mpi.comm import Comm
-from support.checkpoint_checks import shared_out
+from support.checkpoint_checks import distribute
 
 
 @cache
-def alone() -> Comm:
-    """A world of one rank."""
+def single_rank() -> Comm:
+    """Return a communicator of one rank."""
     from mpi4py import MPI
 
     return Comm(MPI.COMM_SELF)
 
 
-def write(path: Path, whole: Content) -> Path:
-    home, mine = shared_out(alone(), whole)
-    checkpoint.write(alone(), path, whole, mine, home)
+def write_alone(path: Path, whole: Content) -> Path:
+    home, mine = distribute(single_rank(), whole)
+    checkpoint.write(single_rank(), path, whole, mine, home)
     return path
 
 
-def places(path: Path) -> tuple[dict[str, tuple[int, int]], int]:
-    """Offset and length of every dataset with bytes, as the seal names them, and the user block's length."""
+def read_ranges(path: Path) -> tuple[dict[str, tuple[int, int]], int]:
+    """Return {dataset: (offset, length)} as the seal lists them, and the user block's length."""
     with open(path, "rb") as file:
         found = seal.read(file, path)
     return {one.name: (one.offset, one.length) for one in found.ranges}, found.start
 
 
 def regions(path: Path) -> dict[str, tuple[int, int]]:
-    """First and last byte of everything a checkpoint is made of."""
-    ranges, start = places(path)
+    """Return {region: (first byte, last byte)} of a whole checkpoint."""
+    ranges, start = read_ranges(path)
     table = 32 + 48 * len(ranges)
     names = table + len("\n".join(ranges))
     named = {
@@ -64,8 +64,8 @@ def regions(path: Path) -> dict[str, tuple[int, int]]:
     return named
 
 
-def resealed(path: Path, edit: Callable[[Any], object]) -> Path:
-    """A checkpoint after a stranger's edit, its seal as good as ours: anyone can compute it."""
+def reseal(path: Path, edit: Callable[[Any], object]) -> Path:
+    """Edit a checkpoint and compute a valid seal for it, as an attacker could."""
     with h5py.File(path, "r+") as file:
         edit(file)
     table: dict[str, tuple[int, int]] = {}

@@ -24,7 +24,7 @@ from pfedmoe_mpi.mpi.comm import Comm
 
 
 def total(world: Comm) -> None:
-    """The sum is exact, in one piece or in many."""
+    """Sum exactly, in one piece or in many."""
     for chunk in (1 << 26, 7, 1):
         world.chunk = chunk
         for length in (0, 1, 7, 50):
@@ -54,7 +54,7 @@ def gather(world: Comm) -> None:
 
 
 def agree(world: Comm) -> None:
-    """Everyone's result on all ranks; a user's mistake on one is everyone's."""
+    """Return every rank's result on all ranks; raise a UserError of one rank on all."""
 
     def fail() -> int:
         if world.rank >= 2:
@@ -76,7 +76,7 @@ def agree(world: Comm) -> None:
 
 
 def move(world: Comm) -> None:
-    """Arrays of any size between any two ranks, several between the same two, own ones untouched."""
+    """Move arrays of any size between any two ranks, several between the same two, some to oneself."""
     draw = np.random.default_rng(4)
     for chunk in (1 << 26, 2):
         world.chunk = chunk
@@ -105,7 +105,7 @@ def move(world: Comm) -> None:
 
 
 def barrier(world: Comm) -> None:
-    """Nobody leaves a wait before the last has come, however quick some ranks are."""
+    """Hold every rank in a wait until the last one arrives."""
     draw = random.Random(world.rank)
     before, after = [], []
     for _ in range(150):
@@ -129,7 +129,7 @@ def many(world: Comm) -> None:
 
 
 def polite(world: Comm) -> None:
-    """Who waits for a late rank leaves the processor to it."""
+    """Use almost no processor time while waiting for a late rank."""
     if world.rank == 3:
         time.sleep(2)
         world.wait("late")
@@ -141,7 +141,7 @@ def polite(world: Comm) -> None:
 
 
 def quick(world: Comm) -> None:
-    """A message of 16 MB does not crawl because its steps are polled for."""
+    """Send a message of 16 MB within seconds although its steps are polled."""
     buffer = np.full(1 << 21, world.rank, np.int64)
     world.sum(buffer, "warm")
     started = time.monotonic()
@@ -152,7 +152,7 @@ def quick(world: Comm) -> None:
 
 
 def stop(world: Comm) -> None:
-    """One rank's signal ends the work of all of them between two batches."""
+    """Stop all ranks between two batches when one gets a signal."""
     world.catch_signals()
     world.poll()
     world.wait("all listen")
@@ -171,7 +171,7 @@ def stop(world: Comm) -> None:
 
 
 def stop_while_waiting(world: Comm) -> None:
-    """A signal is heard and passed on inside a wait, and the wait goes on."""
+    """Receive and forward a signal inside a wait, and continue waiting."""
     world.catch_signals()
     if world.rank == 1:
         time.sleep(1)
@@ -187,7 +187,7 @@ def stop_while_waiting(world: Comm) -> None:
 
 
 def stop_everywhere(world: Comm) -> None:
-    """All are told at once, as by mpirun; unread messages disturb neither what follows nor the end."""
+    """Signal all ranks at once, as mpirun does; unread messages disturb neither the next call nor the end."""
     world.catch_signals()
     os.kill(os.getpid(), signal.SIGTERM)
     buffer = np.ones(10, np.int64)
@@ -199,7 +199,7 @@ def stop_everywhere(world: Comm) -> None:
 
 
 def parts(world: Comm) -> None:
-    """Sub-communicators, one of a single rank among them, work like the world."""
+    """Use sub-communicators, including one of a single rank, like the world."""
     assert world.local() == (world.rank, world.size)
     part = world.split(-1 if world.rank == 3 else world.rank // 2)
     if world.rank == 3:
@@ -221,7 +221,7 @@ def parts(world: Comm) -> None:
 
 
 def missing(world: Comm, *late: str) -> None:
-    """Some ranks never come."""
+    """Keep some ranks away from a sum."""
     world.timeout, world.grace = 1.0, 2.0
     world.wait("start")
     if str(world.rank) in late:
@@ -230,7 +230,7 @@ def missing(world: Comm, *late: str) -> None:
 
 
 def unfinished(world: Comm) -> None:
-    """All come to the wait, but one does not take part in what follows."""
+    """Bring all ranks to the wait, but keep one from the exchange after it."""
     world.timeout, world.grace = 1.0, 2.0
     if world.rank == 3:
         world.wait("sum")
@@ -239,7 +239,7 @@ def unfinished(world: Comm) -> None:
 
 
 def fault(world: Comm) -> None:
-    """A bug on one rank."""
+    """Raise an exception on one rank."""
 
     def work() -> None:
         if world.rank == 2:
@@ -249,7 +249,7 @@ def fault(world: Comm) -> None:
 
 
 def unheard(world: Comm) -> None:
-    """A bug on a rank whose output goes nowhere."""
+    """Raise an exception on a rank that cannot print."""
     if world.rank == 2:
         sys.stdout.write("something buffered")
         with open("/dev/full", "w") as full:
@@ -260,7 +260,7 @@ def unheard(world: Comm) -> None:
 
 
 def code(world: Comm, folder: str) -> None:
-    """All leave with 75, one of them late."""
+    """Exit with 75 on all ranks, one of them late."""
     if world.rank == 3:
         time.sleep(0.7)
         Path(folder, "late").write_text("written")
@@ -269,7 +269,7 @@ def code(world: Comm, folder: str) -> None:
 
 
 def late_stop(world: Comm) -> None:
-    """Stops asked for while the others already leave."""
+    """Request stops while other ranks already finish."""
     if world.rank:
         world.signal_received = signal.SIGUSR1
         time.sleep(0.1 * world.rank)

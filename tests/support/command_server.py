@@ -14,7 +14,7 @@ from pfedmoe_mpi.log import LOGGER
 
 
 def serve() -> None:
-    """`Session`'s other side: a JSON list [folder, arguments ...] per line, [code, out, err] back."""
+    """Read a JSON list [folder, arguments ...] per line and answer with [code, out, err]."""
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         cwd, *arguments = json.loads(line)

@@ -1,7 +1,7 @@
 """The program with a fault: `mpirun -n 3 python -m support.fault_injection ACTION RANK PHASE ARGUMENT ...`.
 
-ACTION is `raise` or `stop`: on RANK (or on `all` ranks) the function named by PHASE raises, or its process
-gets SIGUSR1, at the call that `PHASES` names. The program itself is unchanged.
+ACTION is `raise` or `stop`: on RANK (or on `all` ranks) PHASE's function raises, or its process gets
+SIGUSR1, at the call that `PHASES` names. The program itself is unchanged.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "seal": (writer, "_finish", 2),
     "end": (loop.Loop, "run", 1),
 }
-AT_THE_ROOT = {"layout", "seal"}
+ROOT_PHASES = {"layout", "seal"}
 
 
 class Injected(Exception):
-    """Nothing the program knows."""
+    """An exception that the program does not expect."""
 
 
-def arm(action: str, phase: str) -> None:
-    """Make the function of a phase raise, or get a signal."""
+def inject(action: str, phase: str) -> None:
+    """Make the function of a phase raise, or send its process a signal."""
     owner, name, call = PHASES[phase]
     original: Callable[..., Any] = getattr(owner, name)
     calls = 0
@@ -67,5 +67,5 @@ def arm(action: str, phase: str) -> None:
 if __name__ == "__main__":
     action, rank, phase, *arguments = sys.argv[1:]
     if rank == "all" or int(rank) == environment.launched_rank():
-        arm(action, phase)
+        inject(action, phase)
     sys.exit(cli.main(arguments))

@@ -1,4 +1,4 @@
-"""The program as its users start it, and many of its command lines in one process, for tests."""
+"""The program as its users start it, and many of its command lines in one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,20 @@ import pytest
 
 from support.paths import ROOT, with_support
 
-LAUNCHERS = ("PMI", "OMPI_", "PRTE_", "SLURM_", "MPI4PY_", "OMP_")  # what a job around the tests may have set
+LAUNCHER_PREFIXES = (
+    "PMI",
+    "OMPI_",
+    "PRTE_",
+    "SLURM_",
+    "MPI4PY_",
+    "OMP_",
+)  # what a job around the tests may have set
 
-SMALL = (
+SMALL_RUN = (
     *("--data.source", "synthetic", "--data.samples", "200", "--data.size", "8", "--clients", "4"),
     *("--model.pool", "mlp5,mlp4", "--model.shared", "mlp5", "--rounds", "1", "--train.device", "cpu"),
 )
-QUICK = (
+QUICK_RUN = (
     *("--clients", "6", "--rounds", "6", "--model.pool", "mlp4,mlp5", "--model.shared", "mlp5"),
     *("--run.checkpoint_every", "1", "--train.epochs", "2", "--run.dir", "run"),
 )
@@ -35,23 +41,15 @@ QUICK = (
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended and what it said."""
+    """A command's exit code and output."""
 
     code: int
     out: str
     err: str
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's names and files."""
-    if path.is_file():
-        return sha256(path.read_bytes()).hexdigest()
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    return sha256("".join(f"{p.relative_to(path)} {digest(p)}\n" for p in files).encode()).hexdigest()
-
-
-def told(result: Result, pattern: str) -> str:
-    """The one message of a refused command line; it matches `pattern` and holds a remedy."""
+def error_message(result: Result, pattern: str) -> str:
+    """Return the only message of a refused command line; it must match `pattern` and state a remedy."""
     assert result.code == 2, f"exit {result.code}\n{result.out}\n{result.err}"
     assert result.err.count("error: ") == 1 and result.err.count("remedy: ") == 1, result.err
     assert "Traceback" not in result.err and "Warning" not in result.err
@@ -61,46 +59,37 @@ def told(result: Result, pattern: str) -> str:
     return message
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl."""
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def events(run: Path) -> list[dict[str, Any]]:
-    """events.jsonl."""
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """Return the events of events.jsonl."""
     return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
-def learned(run: Path) -> list[dict[str, Any]]:
-    """The rows without what differs between runs of the same bits."""
+def reproducible_rows(run: Path) -> list[dict[str, Any]]:
+    """Return the metrics rows without times, memory and MPI traffic, which differ between equal runs."""
     return [
         {k: v for k, v in row.items() if k not in {"seconds", "seconds_ranks", "rss_mb", "mpi_bytes"}}
-        for row in rows(run)
+        for row in read_metrics(run)
     ]
 
 
-def flip(path: Path, place: int) -> None:
-    """Change one bit of a file."""
-    with open(path, "r+b") as file:
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ 16]))
-
-
-def environment(mpi: str, extra: dict[str, str]) -> dict[str, str]:
-    """The tests' environment without any launcher's words, one thread per rank, and the MPI to load."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+def clean_environment(mpi: str, extra: dict[str, str]) -> dict[str, str]:
+    """Return the environment without launcher variables, with one thread per rank and the MPI to load."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
     clean["OMP_NUM_THREADS"] = "1"
     if mpi == "openmpi":
-        folder = openmpi()
+        folder = openmpi_folder()
         clean["PATH"] = f"{folder / 'bin'}{os.pathsep}{clean['PATH']}"
         clean["MPI4PY_MPIABI"], clean["MPI4PY_LIBMPI"] = "openmpi", str(folder / "lib" / "libmpi.so.40")
     return {**clean, **extra}
 
 
-def openmpi() -> Path:
-    """Where Open MPI is installed beside MPICH; without it the test is skipped, in CI failed."""
+def openmpi_folder() -> Path:
+    """Return the folder of the Open MPI installed beside MPICH; without it skip the test, or fail in CI."""
     folder = Path(os.environ.get("PFEDMOE_OPENMPI") or ROOT / ".openmpi").absolute()
     if not (folder / "lib" / "libmpi.so.40").exists():
         reason = (
@@ -113,20 +102,20 @@ def openmpi() -> Path:
     return folder
 
 
-def start(
+def start_program(
     ranks: int, *arguments: str, cwd: Path, mpi: str = "mpich", env: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """Start `mpirun -n RANKS python -m pfedmoe_mpi ARGUMENTS`, without mpirun for 0 ranks."""
+    """Start `mpirun -n RANKS python -m pfedmoe_mpi ARGUMENTS`; 0 ranks start without mpirun."""
     command = [sys.executable, "-m", "pfedmoe_mpi", *arguments]
     if ranks and mpi == "openmpi":
         flags = ["--oversubscribe", "--allow-run-as-root"]
-        command = [str(openmpi() / "bin" / "mpirun"), *flags, "-n", str(ranks), *command]
+        command = [str(openmpi_folder() / "bin" / "mpirun"), *flags, "-n", str(ranks), *command]
     elif ranks:
         command = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), *command]
     return subprocess.Popen(
         command,
         cwd=cwd,
-        env=environment(mpi, env or {}),
+        env=clean_environment(mpi, env or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -135,18 +124,18 @@ def start(
     )
 
 
-def ended(process: subprocess.Popen[str], timeout: float) -> Result:
-    """How it ended; the test fails if it does not within `timeout` seconds, with nothing left running."""
+def wait_for_end(process: subprocess.Popen[str], timeout: float) -> Result:
+    """Return the result; after `timeout` seconds kill all processes and fail the test."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        end(process.pid)
+        kill_tree(process.pid)
         out, err = process.communicate()
         pytest.fail(f"no end within {timeout} s: {process.args}\n{out}\n{err}")
     return Result(process.returncode, out, err)
 
 
-def program(
+def run_program(
     ranks: int,
     *arguments: str,
     cwd: Path,
@@ -154,19 +143,19 @@ def program(
     timeout: float = 120,
     env: dict[str, str] | None = None,
 ) -> Result:
-    """`start` and `ended`."""
-    return ended(start(ranks, *arguments, cwd=cwd, mpi=mpi, env=env), timeout)
+    """Start the program and wait for its end."""
+    return wait_for_end(start_program(ranks, *arguments, cwd=cwd, mpi=mpi, env=env), timeout)
 
 
-def end(pid: int) -> None:
-    """Kill a process with all it started, whatever groups they made."""
+def kill_tree(pid: int) -> None:
+    """Kill a process and all its descendants, whatever their process groups."""
     for process in [pid, *descendants(pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
 
 def descendants(pid: int) -> list[int]:
-    """Children, grandchildren and so on, by their numbers."""
+    """Return the process ids of all descendants."""
     found = []
     for task in Path("/proc", str(pid), "task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -175,18 +164,20 @@ def descendants(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def running(ranks: int, *arguments: str, cwd: Path, mpi: str = "mpich") -> Iterator[subprocess.Popen[str]]:
-    """A job, killed with all it started when the block ends."""
-    process = start(ranks, *arguments, cwd=cwd, mpi=mpi)
+def running_job(
+    ranks: int, *arguments: str, cwd: Path, mpi: str = "mpich"
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a job inside the block; kill it and its descendants when the block ends."""
+    process = start_program(ranks, *arguments, cwd=cwd, mpi=mpi)
     try:
         yield process
     finally:
-        end(process.pid)
+        kill_tree(process.pid)
         process.communicate()
 
 
 def rank_processes(mpirun: int) -> dict[int, int]:
-    """The process of every rank below an mpirun."""
+    """Return {rank: process id} of the ranks below an mpirun."""
     return {_rank(pid): pid for pid in descendants(mpirun) if b"-m\0pfedmoe_mpi" in _command(pid)}
 
 
@@ -206,8 +197,8 @@ def _rank(pid: int) -> int:
     return -1
 
 
-def wait_for(path: Path, job: subprocess.Popen[str], timeout: float = 120) -> None:
-    """Until the file has content."""
+def wait_for_file(path: Path, job: subprocess.Popen[str], timeout: float = 120) -> None:
+    """Wait until the file has content."""
     deadline = time.monotonic() + timeout
     while not (path.exists() and path.stat().st_size):
         assert time.monotonic() < deadline, f"{path} did not appear"
@@ -215,15 +206,15 @@ def wait_for(path: Path, job: subprocess.Popen[str], timeout: float = 120) -> No
         time.sleep(0.01)
 
 
-def finished(ranks: int, *arguments: str, cwd: Path, timeout: float = 240, mpi: str = "mpich") -> str:
-    """The output of a job that must end well."""
-    result = program(ranks, *arguments, cwd=cwd, timeout=timeout, mpi=mpi)
+def run_to_end(ranks: int, *arguments: str, cwd: Path, timeout: float = 240, mpi: str = "mpich") -> str:
+    """Return the output of a job that must exit with 0."""
+    result = run_program(ranks, *arguments, cwd=cwd, timeout=timeout, mpi=mpi)
     assert result.code == 0, result.out + result.err
     return result.out + result.err
 
 
-def learned_digest(run: Path, round: int) -> str:
-    """`inspect --digest` of a whole checkpoint of a run folder."""
+def checkpoint_digest(run: Path, round: int) -> str:
+    """Return `inspect --digest` of a round's complete checkpoint in a run folder."""
     from pfedmoe_mpi import checkpoint
     from pfedmoe_mpi.commands import checkpoints
 
@@ -234,7 +225,7 @@ def learned_digest(run: Path, round: int) -> str:
 
 
 class Session:
-    """Command lines one after the other in one process without a launcher: what they say costs no start."""
+    """Command lines run one after the other in one process without a launcher, to save start-up time."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -256,7 +247,7 @@ class Session:
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "support.command_server"],
-                env=with_support(environment("mpich", {})),
+                env=with_support(clean_environment("mpich", {})),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -267,6 +258,6 @@ class Session:
     def close(self) -> None:
         """End the process; the next command line starts another."""
         if self._process:
-            end(self._process.pid)
+            kill_tree(self._process.pid)
             self._process.communicate()
             self._process = None

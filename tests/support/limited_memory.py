@@ -22,12 +22,12 @@ from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.errors import UserError
 from support.paths import with_support
 
-ROOM = 300 << 20  # bytes of address space beyond what the imports took
+SPARE_BYTES = 300 << 20  # bytes of address space beyond what the imports took
 SECONDS = 5.0  # for one file
 
 
-def said(source: str, paths: list[Path], timeout: float = 120) -> dict[Path, str]:
-    """The messages about files, by a process of its own."""
+def read_messages(source: str, paths: list[Path], timeout: float = 120) -> dict[Path, str]:
+    """Return {path: message} about files, read by a process with limited memory."""
     command = [sys.executable, "-m", "support.limited_memory", source, *map(str, paths)]
     job = subprocess.run(
         command, env=with_support(os.environ), capture_output=True, text=True, timeout=timeout, check=False
@@ -36,7 +36,7 @@ def said(source: str, paths: list[Path], timeout: float = 120) -> dict[Path, str
     return {Path(path): message for path, message in json.loads(job.stdout.splitlines()[-1]).items()}
 
 
-def read(source: str, path: str) -> str:
+def read_message(source: str, path: str) -> str:
     try:
         if source == "checkpoint":
             checkpoint.verify(Path(path))
@@ -53,13 +53,13 @@ def read(source: str, path: str) -> str:
 
 def main(source: str, *paths: str) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + ROOM
+    limit = pages * resource.getpagesize() + SPARE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     messages = {}
     for path in paths:
         started = time.monotonic()
         try:
-            messages[path] = read(source, path)
+            messages[path] = read_message(source, path)
         except BaseException:
             print(f"at {path}", file=sys.stderr)
             raise

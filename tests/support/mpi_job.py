@@ -1,4 +1,4 @@
-"""Jobs of the tests' own scripts under mpirun."""
+"""Jobs of this package's scripts, and of conformance.py, under mpirun."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.launcher import environment, openmpi
+from support.launcher import clean_environment, openmpi_folder
 from support.paths import TESTS, with_support
 
 MARK = "PFEDMOE_TEST_JOB"
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A job that came to an end: exit code, all it printed, how many of its processes were left behind."""
+class JobResult:
+    """A finished job: exit code, all output, and how many of its processes still run."""
 
     code: int
     output: str
     left: int
 
 
-def mpirun(script: str, *arguments: str, ranks: int = 4, limit: float = 120, mpi: str = "mpich") -> Ended:
-    """Run a module of this package; after `limit` seconds everything it started is killed."""
+def run_module(
+    script: str, *arguments: str, ranks: int = 4, limit: float = 120, mpi: str = "mpich"
+) -> JobResult:
+    """Run a module of this package; after `limit` seconds kill everything it started."""
     token = uuid.uuid4().hex
     launcher = [str(Path(sys.executable).parent / "mpirun")]
     if mpi == "openmpi":
-        launcher = [str(openmpi() / "bin" / "mpirun"), "--oversubscribe", "--allow-run-as-root"]
+        launcher = [str(openmpi_folder() / "bin" / "mpirun"), "--oversubscribe", "--allow-run-as-root"]
     job = subprocess.Popen(
         [*launcher, "-n", str(ranks), sys.executable, "-m", f"support.{script}", *arguments],
-        env=with_support(environment(mpi, {MARK: token})),
+        env=with_support(clean_environment(mpi, {MARK: token})),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -45,18 +47,18 @@ def mpirun(script: str, *arguments: str, ranks: int = 4, limit: float = 120, mpi
     try:
         output, _ = job.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        for process in [job.pid, *marked(token)]:
+        for process in [job.pid, *job_processes(token)]:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         output = job.communicate()[0] + f"\nkilled after {limit:g} s"
     deadline = time.monotonic() + 5
-    while marked(token) and time.monotonic() < deadline:
+    while job_processes(token) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return Ended(job.returncode, output, len(marked(token)))
+    return JobResult(job.returncode, output, len(job_processes(token)))
 
 
-def marked(token: str) -> list[int]:
-    """The live processes of a job."""
+def job_processes(token: str) -> list[int]:
+    """Return the live processes of a job."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -65,8 +67,8 @@ def marked(token: str) -> list[int]:
     return found
 
 
-def conformance(*arguments: str, timeout: float) -> tuple[int, str]:
-    """One job of four ranks; killed with all it started after `timeout` seconds."""
+def run_conformance(*arguments: str, timeout: float) -> tuple[int, str]:
+    """Run conformance.py on four ranks; kill the job after `timeout` seconds."""
     command = [
         str(Path(sys.executable).parent / "mpirun"),
         "-n",

@@ -1,4 +1,4 @@
-"""Where the repository keeps what tests read, and how a child process finds this package."""
+"""The repository's folders, and the environment in which a child process finds this package."""
 
 from __future__ import annotations
 

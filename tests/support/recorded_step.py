@@ -1,4 +1,4 @@
-"""One client's step as `wire.py` recorded it, and the search for private numbers in what it sent."""
+"""One client's step as `traffic_check` records it, and the search for private numbers in what it sent."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from pfedmoe_mpi.core.turn import Turn
 
 
-class Given:
-    """What a client's step returned and left, and the losses on its way."""
+class RecordedStep:
+    """The values a client's step returned, the private vector it left, and its batch losses."""
 
     def __init__(self, turn: Turn) -> None:
         self.turn = turn
@@ -21,19 +21,19 @@ class Given:
         self.values: dict[str, torch.Tensor] = {}
         self.vector = torch.empty(0)
 
-    def recording(self, sgd: Callable[..., int], phase: Any, loss: Any = None, **others: Any) -> int:
-        """`Turn.sgd`, with every batch's loss written down."""
+    def record_sgd(self, sgd: Callable[..., int], phase: Any, loss: Any = None, **others: Any) -> int:
+        """Run `Turn.sgd` and record every batch's loss."""
         own, parts = self.turn._loss, self.turn.parts
 
-        def noted(batch: Any) -> torch.Tensor:
+        def recorded_loss(batch: Any) -> torch.Tensor:
             value: torch.Tensor = loss(batch) if loss else own(parts, batch)
             self.losses.append((float(value.detach().double()), len(batch)))
             return value
 
-        return sgd(phase, noted, **others)
+        return sgd(phase, recorded_loss, **others)
 
     def loss(self) -> float:
-        """Mean per sample of the last epoch; NaN if none was trained."""
+        """Return the mean loss per sample of the last epoch; NaN without training."""
         left, last = self.samples, 0
         while left > 0 and last < len(self.losses):
             last += 1
@@ -46,8 +46,8 @@ class Given:
         return total / self.samples
 
 
-def contains(haystack: np.ndarray, needle: np.ndarray) -> bool:
-    """Whether a stretch of (n,) is a·needle + b for any a ≠ 0 and b; a few numbers prove nothing."""
+def contains_affine(haystack: np.ndarray, needle: np.ndarray) -> bool:
+    """Return whether a stretch of (n,) is a·needle + b with a ≠ 0; too few numbers prove nothing."""
     size, length = len(needle), len(haystack)
     varied = needle != np.median(needle)
     if length < size or not np.isfinite(needle).all() or varied.sum() < 16:

@@ -1,4 +1,4 @@
-"""Short runs of several methods, settings and seeds, and their reports as files, for tests."""
+"""Short runs of several methods, settings and seeds, and readers of the reports on them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 import h5py
 import numpy as np
 
-from support.launcher import SMALL, Session, events
+from support.launcher import SMALL_RUN, Session, read_events
 
 SEEDS = (0, 1, 2, 3, 4)
-FEW = (0, 1)
+TWO_SEEDS = (0, 1)
 # (method, Dirichlet's concentration, seeds)
 RUNS = (
-    *(("pfedmoe", 1.0, SEEDS), ("standalone", 1.0, SEEDS), ("fedavg", 1.0, FEW)),
-    *(("pfedmoe", 0.3, FEW), ("standalone", 0.3, FEW)),
+    *(("pfedmoe", 1.0, SEEDS), ("standalone", 1.0, SEEDS), ("fedavg", 1.0, TWO_SEEDS)),
+    *(("pfedmoe", 0.3, TWO_SEEDS), ("standalone", 0.3, TWO_SEEDS)),
 )
-FLAGS = (*SMALL, "--rounds", "4", "--participation", "0.75", "--faults.dropout", "0.25")
+FLAGS = (*SMALL_RUN, "--rounds", "4", "--participation", "0.75", "--faults.dropout", "0.25")
 
 
-def make(session: Session, folder: Path) -> Path:
-    """`folder/runs` with a run folder METHOD-CONCENTRATION-SEED for each of RUNS."""
+def make_runs(session: Session, folder: Path) -> Path:
+    """Train each of RUNS in folder/runs/METHOD-CONCENTRATION-SEED and return folder/runs."""
     for method, alpha, seeds in RUNS:
         pool = "mlp5" if method == "fedavg" else "mlp5,mlp4"
         for seed in seeds:
@@ -34,13 +34,13 @@ def make(session: Session, folder: Path) -> Path:
             which = ("--algorithm", method, "--partition.alpha", str(alpha), "--seed", str(seed))
             result = session(*FLAGS, *which, "--model.pool", pool, "--run.dir", name, cwd=folder)
             assert result.code == 0, result.err
-            tell_classes(folder / name)
+            add_class_counts(folder / name)
     return folder / "runs"
 
 
-def tell_classes(run: Path) -> None:
-    """Add to the start's event what reports can use, where the run did not: class counts, operations."""
-    lines = events(run)
+def add_class_counts(run: Path) -> None:
+    """Add class counts and operations to the start event where the run did not record them."""
+    lines = read_events(run)
     if "class_counts" not in lines[0]:
         counts = class_counts(run)
         lines[0] |= {"class_counts": counts.tolist(), "multiply_adds": [1e6 + k for k in range(len(counts))]}
@@ -48,7 +48,7 @@ def tell_classes(run: Path) -> None:
 
 
 def class_counts(run: Path) -> np.ndarray:
-    """Training rows by client and class, (N, classes), from a checkpoint's rows and the data's labels."""
+    """Return training rows by client and class, (N, classes), from a checkpoint and the data's labels."""
     from pfedmoe_mpi import config
     from pfedmoe_mpi.data.sources.open import open_dataset
 
@@ -60,14 +60,14 @@ def class_counts(run: Path) -> np.ndarray:
     return np.array([np.bincount(part, minlength=10) for part in parts])
 
 
-def table(report: Path, name: str) -> list[dict[str, str]]:
-    """A CSV table's rows by heading."""
+def read_table(report: Path, name: str) -> list[dict[str, str]]:
+    """Return the rows of a CSV table by heading."""
     with open(report / "tables" / f"{name}.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def shown(report: Path, name: str) -> list[list[tuple[str, str]]]:
-    """A table of the page: (text, classes) of each cell."""
+def page_table(report: Path, name: str) -> list[list[tuple[str, str]]]:
+    """Return (text, CSS classes) of each cell of a table on the page."""
     page = (report / "report.html").read_text(encoding="utf-8")
     body = page.partition(f'<table id="table-{name}">')[2].partition("</table>")[0].partition("<tbody>")[2]
     cell = re.compile(r'<td class="([^"]*)"><span>(.*?)</span></td>', re.S)
@@ -76,15 +76,15 @@ def shown(report: Path, name: str) -> list[list[tuple[str, str]]]:
     ]
 
 
-def close(text: str, value: float | None) -> bool:
-    """Whether a CSV cell holds a number to the last digits; empty is None."""
+def same_number(text: str, value: float | None) -> bool:
+    """Return whether a CSV cell equals a number to the last digits; an empty cell equals None."""
     if value is None or not text:
         return value is None and not text
     return bool(np.isclose(float(text), value, rtol=1e-12, atol=1e-15))
 
 
-def raw(runs: Path, method: str, alpha: float) -> dict[int, list[dict[str, Any]]]:
-    """metrics.jsonl of a group, by seed."""
+def metrics_by_seed(runs: Path, method: str, alpha: float) -> dict[int, list[dict[str, Any]]]:
+    """Return {seed: rows of metrics.jsonl} of a group."""
     found = {}
     for path in runs.glob(f"{method}-{alpha}-*"):
         lines = (path / "metrics.jsonl").read_text().splitlines()

@@ -11,19 +11,19 @@ import torch
 
 from oracles.methods import Samples
 from pfedmoe_mpi.core import seeds
-from support.small_federation import Played, build, cut
+from support.small_federation import TrainedFederation, build_loop, split_batches
 
-HELD = ((0, 1), (2, 3), (0, 2), (1, 3), (1, 2), (0, 3))
+CLASSES = ((0, 1), (2, 3), (0, 2), (1, 3), (1, 2), (0, 3))
 SAMPLES = (40, 51, 36, 45, 61, 41)
-SIZES = {"model.pool": "mlp5", "model.dim": 12, "clients": 6, "participation": 0.7, "gate.hidden": 8}
+SETTINGS = {"model.pool": "mlp5", "model.dim": 12, "clients": 6, "participation": 0.7, "gate.hidden": 8}
 
 
-def write_six(folder: Path) -> Path:
-    """Samples of two classes each."""
+def write_six_clients(folder: Path) -> Path:
+    """Write samples of two classes for each of six clients."""
     draw = np.random.default_rng(7)
     means = draw.uniform(60, 200, (4, 3, 8, 8))
     y = np.concatenate(
-        [np.array(held)[draw.permutation(np.arange(n) % 2)] for held, n in zip(HELD, SAMPLES, strict=True)]
+        [np.array(held)[draw.permutation(np.arange(n) % 2)] for held, n in zip(CLASSES, SAMPLES, strict=True)]
     )
     x = np.clip(means[y] * 0.3 + 90 + draw.normal(0, 60, (len(y), 3, 8, 8)), 0, 255).astype(np.uint8)
     path = folder / "six.h5"
@@ -32,9 +32,9 @@ def write_six(folder: Path) -> Path:
     return path
 
 
-def write_common(data: Path) -> Path:
-    """A common expert as `export` writes one, which tells the classes apart somewhat."""
-    loop = build(data, "fedavg", **SIZES, rounds=2)
+def write_common_expert(data: Path) -> Path:
+    """Train two rounds and write the model as `export` does, for use as a common expert."""
+    loop = build_loop(data, "fedavg", **SETTINGS, rounds=2)
     assert loop.run()
     layout, path = loop.federation.state_layout, data.with_name("common.h5")
     with h5py.File(path, "w") as file:
@@ -44,8 +44,8 @@ def write_common(data: Path) -> Path:
 
 
 @dataclass
-class Six(Played):
-    """Six clients instead of three."""
+class SixClients(TrainedFederation):
+    """A trained federation of six clients instead of three."""
 
     @property
     def samples(self) -> list[Samples]:
@@ -61,6 +61,9 @@ class Six(Played):
                 torch.randperm(len(train[1]), generator=generator) for _ in range(settings.train.epochs)
             ]
             epochs.append(
-                [[(train[0][r], train[1][r]) for r in cut(order, settings.train.batch)] for order in orders]
+                [
+                    [(train[0][r], train[1][r]) for r in split_batches(order, settings.train.batch)]
+                    for order in orders
+                ]
             )
         return Samples(epochs, train, test)

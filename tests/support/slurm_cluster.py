@@ -66,8 +66,8 @@ PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def until(condition: Callable[[], Any], seconds: float, what: Callable[[], str]) -> Any:
-    """The condition's value as soon as it is true; the test fails after `seconds`, telling `what`."""
+def wait_until(condition: Callable[[], Any], seconds: float, what: Callable[[], str]) -> Any:
+    """Return the condition's value once it is true; after `seconds` fail the test with the text of `what`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > deadline:
@@ -77,7 +77,7 @@ def until(condition: Callable[[], Any], seconds: float, what: Callable[[], str])
 
 
 class Cluster:
-    """Daemons as children of this process, and Slurm's commands for them."""
+    """Slurm's daemons as children of this process, and its commands."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -86,7 +86,7 @@ class Cluster:
     # The daemons
 
     def start(self) -> None:
-        """Up to two idle nodes."""
+        """Start the daemons and wait for two idle nodes."""
         names = ("controller", "n1", "n2")
         host = socket.gethostname().partition(".")[0]
         ports = dict(zip(names, _free_ports(3), strict=True))
@@ -103,11 +103,11 @@ class Cluster:
         key.write_bytes(os.urandom(1024))
         files = [f"--{kind}-file={self.folder}/munge.{kind}" for kind in ("key", "log", "pid", "seed")]
         self._daemon("munged", "-F", "-f", f"--socket={self.folder}/munge.socket", *files)
-        until((self.folder / "munge.socket").exists, 20, self._told)
+        wait_until((self.folder / "munge.socket").exists, 20, self._logs)
         self._daemon("slurmctld", "-D")
         for node in ("n1", "n2"):
             self._daemon("slurmd", "-D", "-N", node)
-        until(lambda: self._nodes() == ["idle", "idle"], 60, self._told)
+        wait_until(lambda: self._nodes() == ["idle", "idle"], 60, self._logs)
 
     def _nodes(self) -> list[str]:
         return self.ask("sinfo", "-h", "-N", "-o", "%T", check=False).split()
@@ -127,18 +127,18 @@ class Cluster:
             )
 
     def stop(self) -> None:
-        """Kill the daemons and whatever their jobs left, which are no longer their children."""
+        """Kill the daemons and the processes of their jobs, which are no longer their children."""
         while self._daemons:
             daemon = self._daemons.pop()
-            launcher.end(daemon.pid)
+            launcher.kill_tree(daemon.pid)
             daemon.wait()
         while left := self.processes():
             for pid in left:
-                launcher.end(pid)
+                launcher.kill_tree(pid)
             time.sleep(0.05)
 
     def processes(self) -> list[int]:
-        """What runs for this cluster: slurmstepd lies in its folder, a job has its SLURM_CONF."""
+        """Return the cluster's processes: slurmstepd runs in its folder, jobs have its SLURM_CONF."""
         wanted = f"SLURM_CONF={self.folder}/slurm.conf".encode()
         found = []
         for process in Path("/proc").glob("[0-9]*"):
@@ -148,15 +148,15 @@ class Cluster:
                     found.append(int(process.name))
         return [pid for pid in found if pid != os.getpid()]
 
-    def _told(self) -> str:
+    def _logs(self) -> str:
         logs = [self.folder / "daemons.txt", *self.folder.glob("*.log")]
         return "\n".join(f"{log.name}:\n{log.read_text()[-3000:]}" for log in logs if log.exists())
 
     # Slurm's commands
 
     def environment(self, extra: dict[str, str] | None = None, mpi: str = "mpich") -> dict[str, str]:
-        """The tests' environment with this cluster and this Python's programs first."""
-        clean = launcher.environment(mpi, {})
+        """Return the environment with this cluster, and this Python's programs first in PATH."""
+        clean = launcher.clean_environment(mpi, {})
         path = [*([str(Path(sys.executable).parent)] if mpi == "mpich" else []), clean["PATH"], SYSTEM]
         if mpi != "mpich":
             path.insert(1, str(Path(sys.executable).parent))
@@ -164,7 +164,7 @@ class Cluster:
         return {**clean, **here, **(extra or {})}
 
     def ask(self, *command: str, check: bool = True) -> str:
-        """What a command of Slurm prints."""
+        """Return the output of a Slurm command."""
         result = subprocess.run(
             command, env=self.environment(), capture_output=True, text=True, timeout=30, check=False
         )
@@ -179,7 +179,7 @@ class Cluster:
         env: dict[str, str] | None = None,
         mpi: str = "mpich",
     ) -> str:
-        """sbatch OPTIONS SCRIPT ARGUMENTS in this partition; the job's number."""
+        """Submit `sbatch OPTIONS SCRIPT ARGUMENTS` and return the job's number."""
         command = ["sbatch", "--parsable", "--account=", "--partition=main", *options, *map(str, arguments)]
         result = subprocess.run(
             command,
@@ -194,25 +194,27 @@ class Cluster:
         return result.stdout.strip()
 
     def facts(self, job: str) -> dict[str, str]:
-        """What scontrol tells of a job: JobState, ExitCode, Restarts, NodeList and so on."""
+        """Return scontrol's fields of a job: JobState, ExitCode, Restarts, NodeList and so on."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.ask("scontrol", "show", "--oneliner", "job", job)))
 
     def over(self, job: str, seconds: float = 120) -> dict[str, str]:
-        """The facts of a job that has ended for good."""
+        """Wait until a job has ended and is not requeued; return its fields."""
 
         def done() -> dict[str, str] | None:
             facts = self.facts(job)
             return None if facts["JobState"] in {"PENDING", "RUNNING", "COMPLETING", "REQUEUED"} else facts
 
-        return until(done, seconds, lambda: f"the end of job {job}: {self.facts(job)}\n{self.output(job)}")
+        return wait_until(
+            done, seconds, lambda: f"the end of job {job}: {self.facts(job)}\n{self.output(job)}"
+        )
 
     def output(self, job: str) -> str:
-        """What a job has printed so far."""
+        """Return what a job has printed so far."""
         path = Path(self.facts(job)["StdOut"])
         return path.read_text() if path.exists() else ""
 
     def job_processes(self, job: str) -> dict[int, list[str]]:
-        """The command lines of a job's processes by number, Slurm's own first."""
+        """Return {process id: command line} of a job, Slurm's own processes first."""
         own, others = {}, {}
         for pid in self.processes():
             with contextlib.suppress(OSError):
@@ -224,7 +226,7 @@ class Cluster:
         return {**own, **others}
 
     def ranks(self, job: str) -> list[int]:
-        """The processes of the program in a job, launchers left out."""
+        """Return the process ids of the program in a job, without launchers."""
         return [pid for pid, words in self.job_processes(job).items() if words[1:3] == ["-m", "pfedmoe_mpi"]]
 
 
@@ -240,8 +242,8 @@ def _found(program: str) -> str | None:
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}{os.pathsep}{SYSTEM}")
 
 
-def running(folder: Path) -> Iterator[Cluster]:
-    """A cluster in `folder`, ended in every case; without the packages the test is skipped, in CI failed."""
+def running_cluster(folder: Path) -> Iterator[Cluster]:
+    """Run a cluster in `folder` and always stop it; without the packages skip the test, or fail it in CI."""
     missing = [program for program in PROGRAMS if not _found(program)]
     reason = f"no {', '.join(missing)}: apt-get install slurm-wlm munge" if missing else ""
     reason = reason or ("a Slurm for tests needs root" if os.geteuid() else "")
@@ -257,7 +259,7 @@ def running(folder: Path) -> Iterator[Cluster]:
         cluster.stop()
 
 
-def pending(pid: int, number: signal.Signals) -> bool:
-    """Whether a signal waits for a process, which is stopped."""
+def signal_is_pending(pid: int, number: signal.Signals) -> bool:
+    """Return whether a signal is pending for a stopped process."""
     status = Path(f"/proc/{pid}/status").read_text()
     return any(int(mask, 16) >> (number - 1) & 1 for mask in re.findall(r"(?:Sig|Shd)Pnd:\s*(\w+)", status))

@@ -1,4 +1,4 @@
-"""A federation of three small clients, played by the program, and what a round by hand needs of it."""
+"""A federation of three small clients, trained by the program, and what a reference round needs from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pfedmoe_mpi.federation.build import build as build_federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.mpi import comm
 
-SMALL: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "data.source": "hdf5",
     "data.mean": "0.4,0.5,0.6",
     "data.std": "0.2,0.25,0.3",
@@ -40,19 +40,23 @@ SMALL: dict[str, Any] = {
     "gate.hidden": 8,
     "model.dim": 12,
 }
-HELD = ((0, 1), (1, 2), (2, 3))  # classes of each client; client 0 alone has class 0, client 2 alone class 3
+CLASSES = (
+    (0, 1),
+    (1, 2),
+    (2, 3),
+)  # classes of each client; client 0 alone has class 0, client 2 alone class 3
 SAMPLES = (50, 61, 41)
-TRAINED = (40, 49, 33)  # of them; 49 and 33 leave a last batch of one, which joins the one before it
+TRAINING_SAMPLES = (40, 49, 33)  # of them; 49 and 33 leave a last batch of one, which joins the one before it
 
-world = cache(comm.start)
+shared_comm = cache(comm.start)
 
 
 def write_data(path: Path, side: int, spoilt: int | None = None) -> Path:
-    """Samples of three clients whose classes can be told apart, mostly; `spoilt` has values near 1e30."""
+    """Write samples of three clients with separable classes; client `spoilt` has values near 1e30."""
     draw = np.random.default_rng(5)
     means = draw.uniform(60, 200, (4, 3, side, side))
     y = np.concatenate([draw.permutation(np.arange(n) % 2 + k) for k, n in enumerate(SAMPLES)])
-    assert all(set(y[client_rows(k)]) == set(HELD[k]) for k in range(3))
+    assert all(set(y[client_rows(k)]) == set(CLASSES[k]) for k in range(3))
     x = np.clip(means[y] * 0.12 + 110 + draw.normal(0, 60, (len(y), 3, side, side)), 0, 255).astype(np.uint8)
     if spoilt is not None:
         x = x.astype(np.float32) / 255
@@ -66,8 +70,8 @@ def client_rows(k: int) -> slice:
     return slice(sum(SAMPLES[:k]), sum(SAMPLES[: k + 1]))
 
 
-def write_all(folder: Path) -> dict[str, Path]:
-    """The files of a test module, by name."""
+def write_data_files(folder: Path) -> dict[str, Path]:
+    """Write all data files and return {name: path}."""
     return {
         "small": write_data(folder / "small.h5", 8),
         "images": write_data(folder / "images.h5", 16),
@@ -76,31 +80,33 @@ def write_all(folder: Path) -> dict[str, Path]:
 
 
 @dataclass
-class Played:
-    """A federation that was played, and the vectors it started from."""
+class TrainedFederation:
+    """A trained federation, and the vectors it started from."""
 
     loop: Loop
     state: Tensor
     private: dict[int, Tensor]
 
     def of_state(self, part: str, start: bool = True) -> dict[str, Tensor]:
-        """A part of the server's vector by tensor name, before round 1 or now."""
+        """Return a part of the server's vector by tensor name, before round 1 or now."""
         layout = self.loop.federation.state_layout
-        return named(layout.views(self.state if start else self.loop.state), part)
+        return named_part(layout.views(self.state if start else self.loop.state), part)
 
     def of_client(self, k: int, part: str, start: bool = True) -> dict[str, Tensor]:
-        """A part of a client's vector by tensor name, before round 1 or now."""
+        """Return a part of a client's vector by tensor name, before round 1 or now."""
         layout = self.loop.federation.client_layouts[k]
-        return named(layout.views(self.private[k] if start else self.loop.federation.clients[k].vector), part)
+        return named_part(
+            layout.views(self.private[k] if start else self.loop.federation.clients[k].vector), part
+        )
 
     @property
     def cohorts(self) -> list[list[int]]:
-        """Who trained in every round, without those left out."""
+        """The clients that trained in each round and were not left out."""
         return [[k for k in row["cohort"] if k not in row["dropped"]] for row in self.loop.history]
 
     @property
     def course(self) -> Course:
-        """What happened, for the other side."""
+        """The samples, cohorts and optimiser settings for the reference."""
         settings = self.loop.federation.config
         train, rounds = settings.train, settings.rounds
         cosine = [0.5 * (1 + np.cos(np.pi * t / rounds)) for t in range(rounds)]
@@ -118,7 +124,7 @@ class Played:
 
     @property
     def samples(self) -> list[Samples]:
-        """Every client's batches, drawn from their addresses."""
+        """Every client's batches, drawn again from their random addresses."""
         return [self._samples(k) for k in range(len(SAMPLES))]
 
     def _samples(self, k: int) -> Samples:
@@ -126,23 +132,27 @@ class Played:
         train, test = (
             self._pairs(split[k]) for split in (federation.partition.train, federation.partition.test)
         )
-        assert len(train[1]) == TRAINED[k]
+        assert len(train[1]) == TRAINING_SAMPLES[k]
         epochs = []
         for t in range(federation.config.rounds):
             generator = seeds.torch_generator(federation.config.seed, "batches", t + 1, k)
             shuffles = [
-                torch.randperm(TRAINED[k], generator=generator) for _ in range(federation.config.train.epochs)
+                torch.randperm(TRAINING_SAMPLES[k], generator=generator)
+                for _ in range(federation.config.train.epochs)
             ]
             epochs.append(
                 [
-                    [(train[0][rows], train[1][rows]) for rows in cut(order, federation.config.train.batch)]
+                    [
+                        (train[0][rows], train[1][rows])
+                        for rows in split_batches(order, federation.config.train.batch)
+                    ]
                     for order in shuffles
                 ]
             )
         return Samples(epochs, train, test)
 
     def _pairs(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Samples as a model sees them: from bytes to [0, 1], minus mean, over standard deviation."""
+        """Return samples as a model sees them: from bytes to [0, 1], minus mean, over standard deviation."""
         dataset = self.loop.federation.dataset
         x = torch.from_numpy(dataset.rows(rows))
         if x.dtype == torch.uint8:
@@ -151,33 +161,33 @@ class Played:
         return (x - mean) / std, torch.from_numpy(dataset.labels[rows])
 
 
-def named(views: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+def named_part(views: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     return {name.removeprefix(part + "/"): t for name, t in views.items() if name.startswith(part + "/")}
 
 
-def cut(order: Tensor, size: int) -> list[Tensor]:
-    """Batches of an epoch: a last one of one sample joins the one before it."""
+def split_batches(order: Tensor, size: int) -> list[Tensor]:
+    """Return an epoch's batches; a last batch of one sample joins the one before it."""
     pieces = list(order.split(size))
     return [*pieces[:-2], torch.cat(pieces[-2:])] if len(pieces[-1]) == 1 else pieces
 
 
-def build(path: Path, method: str, **changes: Any) -> Loop:
-    """A federation before its first round; `__` stands for the dot."""
+def build_loop(path: Path, method: str, **changes: Any) -> Loop:
+    """Build a federation before its first round; `__` in a setting's name stands for the dot."""
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    chosen = config.build({**SMALL, "data.path": str(path), "algorithm": method, **dotted})
-    return Loop(world(), build_federation(world(), chosen), SilentObserver(), None)
+    chosen = config.build({**SETTINGS, "data.path": str(path), "algorithm": method, **dotted})
+    return Loop(shared_comm(), build_federation(shared_comm(), chosen), SilentObserver(), None)
 
 
-def played(path: Path, method: str, **changes: Any) -> Played:
-    loop = build(path, method, **changes)
+def train_federation(path: Path, method: str, **changes: Any) -> TrainedFederation:
+    loop = build_loop(path, method, **changes)
     start = {k: client.vector.clone() for k, client in loop.federation.clients.items()}
-    result = Played(loop, loop.state.clone(), start)
+    result = TrainedFederation(loop, loop.state.clone(), start)
     assert loop.run()
     return result
 
 
-def bench(loop: Loop, k: int = 0) -> tuple[Algorithm, Parts, Batch]:
-    """The parts of a client, and its first batch."""
+def first_batch(loop: Loop, k: int = 0) -> tuple[Algorithm, Parts, Batch]:
+    """Return the method, a client's parts and its first batch."""
     federation = loop.federation
     client, method = federation.clients[k], federation.method
     parts = federation.workbench.parts((method.state(), loop.state), (client.spec, client.vector))
@@ -186,9 +196,9 @@ def bench(loop: Loop, k: int = 0) -> tuple[Algorithm, Parts, Batch]:
     return method, parts, Batch(federation.engine.normalise(split.x[:16]), split.y[:16], rows)
 
 
-def gradients(loop: Loop) -> dict[str, float]:
-    """Largest gradient of the loss by tensor, 0 where there is none."""
-    method, parts, batch = bench(loop)
+def loss_gradients(loop: Loop) -> dict[str, float]:
+    """Return the largest gradient of the loss by tensor, 0 where there is none."""
+    method, parts, batch = first_batch(loop)
     for module in parts.modules().values():
         module.train()
         module.requires_grad_(True)

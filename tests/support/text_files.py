@@ -1,4 +1,4 @@
-"""Patients and texts for tests: files whose classes can be told apart, and what holds on all of them."""
+"""Files of patients and texts with separable classes, and a check that restarts keep their bits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.launcher import Result, program
+from support.launcher import Result, run_program
 
 HEADER = "age,sex,cp,trestbps,chol,fbs,restecg,thalach,exang,oldpeak,slope,ca,thal,target"
 HOSPITALS = {"alpha": 48, "beta": 40, "gamma": 36}
@@ -21,7 +21,7 @@ FILLER = "the a of in on and for with at by to from said was is it that this as 
 
 
 def write_hospitals(folder: Path) -> Path:
-    """Three hospitals; beta writes `?` for a tenth of all values, gamma never measures `ca` and `thal`."""
+    """Write three hospitals; beta has `?` for a tenth of all values, gamma never measures `ca` and `thal`."""
     folder.mkdir(exist_ok=True)
     draw = np.random.default_rng(3)
     for name, patients in HOSPITALS.items():
@@ -47,7 +47,7 @@ def write_hospitals(folder: Path) -> Path:
 
 
 def write_news(path: Path, rows: int = 180) -> Path:
-    """Rows of a label, a title and a text, labels numbered from 1, with a `classes.txt` beside them."""
+    """Write rows of label, title and text, with labels from 1 and a `classes.txt` in the same folder."""
     draw = np.random.default_rng(4)
     path.with_name("classes.txt").write_text("\n".join(TOPICS) + "\n")
     with open(path, "w", newline="") as file:
@@ -63,7 +63,7 @@ def write_news(path: Path, rows: int = 180) -> Path:
 
 
 def write_stories(folder: Path) -> Path:
-    """Three files of sentences whose last word follows from the one before it."""
+    """Write three files of sentences whose last word follows from the one before it."""
     folder.mkdir(exist_ok=True)
     draw = np.random.default_rng(5)
     for name in ("one", "three", "two"):
@@ -75,12 +75,12 @@ def write_stories(folder: Path) -> Path:
     return folder
 
 
-def same_bits(done: Callable[..., Result], flags: Sequence[str], cwd: Path) -> str:
-    """Two rounds on one rank, or on two with a restart between them, have one digest; returns such a file."""
+def assert_restart_keeps_bits(done: Callable[..., Result], flags: Sequence[str], cwd: Path) -> str:
+    """Check that two rounds on one rank equal two on two ranks with a restart; return the last checkpoint."""
     newest = "checkpoints/round-000002.h5"
     done(*flags, "--run.dir", "whole")
     for words in ([*flags, "--rounds", "1", "--run.dir", "half"], ["restart", "half", "--rounds", "2"]):
-        result = program(2, *words, cwd=cwd)
+        result = run_program(2, *words, cwd=cwd)
         assert result.code == 0, result.err
     assert len({done("inspect", f"{run}/{newest}", "--digest").out for run in ("whole", "half")}) == 1
     return f"half/{newest}"

@@ -1,9 +1,9 @@
-"""What crosses between ranks during whole rounds: recorded at the communicator and taken apart.
+"""Everything that ranks send during whole rounds, recorded at the communicator and checked.
 
 A sum must be made of flags, the metrics of members and what `client_step` returned under the declared weights
 and scales, every integer of it; the evaluation's sum of the declared metrics; a broadcast of the server's
 vector, as a server that never saw a client computes it. Clients lent to another rank and the digests of a
-checkpoint are the simulator's own traffic. Nothing else is sent. What is wrong becomes a sentence.
+checkpoint are the simulator's own traffic. Nothing else is sent. Every violation becomes a sentence.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.federation.metrics import CLIENT_METRICS, RANK_METRICS
 from pfedmoe_mpi.federation.round_sum import IN, MEMBER_METRICS, MISSING, RoundSum
 from pfedmoe_mpi.mpi.comm import Comm
-from support.recorded_step import Given, contains
+from support.recorded_step import RecordedStep, contains_affine
 
 CALLS = ("sum", "broadcast", "gather", "from_root", "agree", "move", "wait", "local", "split")
 OUTSIDE = {"mpi4py", "h5py", "socket", "subprocess", "multiprocessing", "ctypes", "os", "tempfile", "pickle"}
 
 
-def wrongs(comm: Comm, chosen: Config, folder: Path) -> list[str]:
-    """Play a federation with its checkpoints; what crossed and should not have, on all ranks. Collective."""
+def traffic_errors(comm: Comm, chosen: Config, folder: Path) -> list[str]:
+    """Train a federation with checkpoints; return on all ranks what was sent and must not be. Collective."""
     loop = Loop(comm, build.build(comm, chosen), SilentObserver(), folder)
     assert loop.begin()
-    tap = Tap(loop)
-    with tap.attached():
+    check = TrafficCheck(loop)
+    with check.attached():
         loop.run()
-    tap.check_calls(chosen)
-    return [wrong for found in comm.gather(tap.wrong, "wire") for wrong in found]
+    check.check_calls(chosen)
+    return [error for errors in comm.gather(check.errors, "wire") for error in errors]
 
 
-def fresh(method: Algorithm) -> Algorithm:
-    """The method from its source, so that it remembers nothing."""
+def fresh_method(method: Algorithm) -> Algorithm:
+    """Return a new instance from the method's source, which remembers nothing."""
     spec = importlib.util.spec_from_file_location("fresh", inspect.getfile(type(method)))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -58,24 +58,24 @@ def fresh(method: Algorithm) -> Algorithm:
     return made
 
 
-class Tap:
-    """Stands before the communicator and the method of a loop and compares what passes."""
+class TrafficCheck:
+    """A wrapper around a loop's communicator and method that checks every call."""
 
     def __init__(self, loop: Loop) -> None:
-        self.wrong: list[str] = []
+        self.errors: list[str] = []
         self._loop, self._comm, self._made = loop, loop.comm, loop.federation
-        self._method, self._fresh = self._made.method, fresh(self._made.method)
+        self._method, self._fresh = self._made.method, fresh_method(self._made.method)
         self._fresh.prepared = self._method.prepared
         self._calls: list[str] = []
         self._depth = self._inside = 0
-        self._turns: dict[int, Given] = {}
+        self._turns: dict[int, RecordedStep] = {}
         self._before: set[int] = set()  # who trained in earlier rounds
         self._state = loop.state  # after this round's sum, as the fresh method computes it
         self._sums = self._moves = 0
         self._check_source()
 
-    def _say(self, problem: str) -> None:
-        self.wrong.append(f"rank {self._comm.rank}, round {self._loop.round + 1}: {problem}")
+    def _report(self, problem: str) -> None:
+        self.errors.append(f"rank {self._comm.rank}, round {self._loop.round + 1}: {problem}")
 
     def _check_source(self) -> None:
         tree = ast.parse(Path(inspect.getfile(type(self._method))).read_text())
@@ -84,13 +84,13 @@ class Tap:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 if name.partition(".")[0] in OUTSIDE or name.startswith("pfedmoe_mpi.mpi"):
-                    self._say(f"the method imports {name}")
+                    self._report(f"the method imports {name}")
 
     # Standing between
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The communicator's and the method's calls come by here."""
+        """Route the communicator's and the method's calls through this check."""
         for name in CALLS:
             setattr(self._comm, name, self._call(name, getattr(self._comm, name)))
         method: Any = self._method
@@ -107,7 +107,7 @@ class Tap:
     def _call(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def passing(*arguments: Any) -> Any:
             if self._inside:  # not performed: the other ranks do not come by
-                self._say(f"the method called {name} of the communicator")
+                self._report(f"the method called {name} of the communicator")
                 return [arguments[0]] * self._comm.size
             if self._depth:
                 return call(*arguments)
@@ -142,16 +142,16 @@ class Tap:
         call = self._method_call(call)
 
         def passing(turn: Turn) -> Any:
-            given = self._turns[turn.client] = Given(turn)
+            step = self._turns[turn.client] = RecordedStep(turn)
             sgd = turn.sgd
-            turn.sgd = lambda *a, **k: given.recording(sgd, *a, **k)  # type: ignore[method-assign]
+            turn.sgd = lambda *a, **k: step.record_sgd(sgd, *a, **k)  # type: ignore[method-assign]
             values = call(turn)
-            given.values = {name: value.detach().clone() for name, value in values.items()}
+            step.values = {name: value.detach().clone() for name, value in values.items()}
             spec = self._method.client_state(turn.client)
             layout = self._made.workbench.layout(spec)
-            given.vector = self._made.workbench.read(spec, turn.parts, torch.empty(layout.size))
+            step.vector = self._made.workbench.read(spec, turn.parts, torch.empty(layout.size))
             if turn.client in self._before:  # at first a private difference may be all there is
-                self._check_private(turn.client, given)
+                self._check_private(turn.client, step)
             return values
 
         return passing
@@ -163,17 +163,17 @@ class Tap:
         (self._check_round if self._sums % 2 else self._check_evaluation)(buffer.copy())
 
     def _empty(self) -> RoundSum:
-        """A sum of the round that nobody has added to."""
+        """Return the round's sum before any contribution."""
         method = self._fresh
         parts = self._made.state_layout.parts
         payload = method.payload({name: place.stop - place.start for name, place in parts.items()})
         return RoundSum(self._made.task, method.cohort(self._loop.round + 1), payload)
 
     def _check_round(self, buffer: np.ndarray) -> None:
-        """Before the reduction: only what this rank's clients returned, as their declaration says."""
+        """Before the reduction: only what this rank's clients returned, as declared."""
         total = self._empty()
         if len(buffer) != len(total.buffer):
-            return self._say(f"{len(buffer)} numbers are summed, declared are {len(total.buffer)}")
+            return self._report(f"{len(buffer)} numbers are summed, declared are {len(total.buffer)}")
         members = len(total.cohort)
         parts = {"stop": 1, "flags": members, "metrics": members * len(MEMBER_METRICS)}
         parts |= {f"block '{name}'": length for name, length in self._lengths(total).items()}
@@ -190,7 +190,7 @@ class Tap:
         at = 0
         for name, length in parts.items():
             if not np.array_equal(buffer[at : at + length], expected[at : at + length]):
-                self._say(f"{name} of the sum: more than the method returned under its declaration")
+                self._report(f"{name} of the sum: more than the method returned under its declaration")
             at += length
 
     def _lengths(self, total: RoundSum) -> dict[str, int]:
@@ -198,18 +198,18 @@ class Tap:
         return {n: b.rows * (1 + b.size) * (members if b.slot else 1) for n, b in total.payload.items()}
 
     def _metrics(self, client: int, total: RoundSum, is_in: bool, found: np.ndarray) -> np.ndarray:
-        """A member's: the loss that was returned, some share of its test samples, the bytes of its blocks."""
+        """Return a member's metrics: its loss, a possible test accuracy, the bytes of its blocks."""
         if not is_in:
             return np.full(len(MEMBER_METRICS), np.nan)
-        given, tested = self._turns[client], len(self._made.partition.test[client])
+        step, tested = self._turns[client], len(self._made.partition.test[client])
         seen = found.view(np.float64)[1]
         if not np.isnan(seen) and not any(seen == right / tested for right in range(tested + 1)):
-            self._say(f"the accuracy of client {client} is no share of its {tested} samples")
-        blocks = [block for name, block in total.payload.items() if name in given.values]
+            self._report(f"the accuracy of client {client} is no share of its {tested} samples")
+        blocks = [block for name, block in total.payload.items() if name in step.values]
         sent = sum(4 * int((self._weight(block, client) > 0).sum()) * block.size for block in blocks)
-        down = 4 * self._made.state_layout.size if given.turn.bytes_down is None else given.turn.bytes_down
-        up = sent if given.turn.bytes_up is None else given.turn.bytes_up
-        return np.array([given.loss(), seen, up, down], np.float64)
+        down = 4 * self._made.state_layout.size if step.turn.bytes_down is None else step.turn.bytes_down
+        up = sent if step.turn.bytes_up is None else step.turn.bytes_up
+        return np.array([step.loss(), seen, up, down], np.float64)
 
     def _weight(self, block: Block, client: int) -> np.ndarray:
         counts = self._made.task.counts[client]
@@ -217,7 +217,7 @@ class Tap:
         return np.array(rules[block.weight], np.int64)
 
     def _contribute(self, buffer: np.ndarray, total: RoundSum, position: int) -> None:
-        """Add what a member returned, weighted and scaled by the declaration's own words."""
+        """Add what a member returned, weighted and scaled as declared."""
         client, counts = total.cohort[position][0], self._made.task.counts
         at = 1 + len(total.cohort) * (1 + len(MEMBER_METRICS))
         for name, block in total.payload.items():
@@ -238,7 +238,7 @@ class Tap:
             at += self._lengths(total)[name]
 
     def _update(self, buffer: np.ndarray) -> None:
-        """After the reduction: the next state, by a method that remembers nothing."""
+        """After the reduction: compute the next state with the new instance."""
         total = self._empty()
         total.buffer[:] = buffer
         self._state = self._loop.state.clone()
@@ -248,21 +248,23 @@ class Tap:
             try:
                 self._fresh.server_update(stretches, total.means(), self._loop.round + 1)
             except Exception as error:
-                self._say(f"the server's update needs more than the state before and the sum: {error!r}")
+                self._report(f"the server's update needs more than the state before and the sum: {error!r}")
 
     def _check_broadcast(self, array: np.ndarray, purpose: str) -> None:
         if array.dtype != np.float32 or array.shape != (self._made.state_layout.size,):
-            self._say(f"a broadcast of {array.dtype} {array.shape}, which is not the server's state")
+            self._report(f"a broadcast of {array.dtype} {array.shape}, which is not the server's state")
         elif self._comm.rank == 0 and array.tobytes() != self._state.numpy().tobytes():
-            self._say("the server's state holds more than the update makes of the state before and the sum")
+            self._report(
+                "the server's state holds more than the update makes of the state before and the sum"
+            )
 
     def _check_evaluation(self, buffer: np.ndarray) -> None:
-        """Only the declared metrics: of this rank's clients, as measured once more, and of this rank."""
+        """Allow only the declared metrics of this rank's clients, measured again, and of this rank."""
         made, width = self._made, len(CLIENT_METRICS)
         clients, ranks = made.task.clients * width, self._comm.size * len(RANK_METRICS)
         declared = 1 + clients + ranks + 2 * made.task.classes
         if len(buffer) != declared or buffer[0]:
-            return self._say(f"the evaluation sums {len(buffer)} numbers, declared are {declared}")
+            return self._report(f"the evaluation sums {len(buffer)} numbers, declared are {declared}")
         expected = np.zeros((made.task.clients, width))
         gates = np.zeros((2, made.task.classes), np.int64)
         for client in made.clients.values():
@@ -277,18 +279,18 @@ class Tap:
             gates += self._gates(parts, client.splits["test"])
         found = buffer[1 : 1 + clients].view(np.float64).reshape(expected.shape)
         if not np.array_equal(found, expected, equal_nan=True):
-            self._say("the metrics of clients are not those measured")
+            self._report("the metrics of clients are not those measured")
         if not np.array_equal(buffer[1 + clients + ranks :], gates.ravel()):
-            self._say("the gate weights by class are not those of this rank's clients")
+            self._report("the gate weights by class are not those of this rank's clients")
         own = buffer[1 + clients : 1 + clients + ranks].view(np.float64).reshape(-1, len(RANK_METRICS))
         if np.delete(own, self._comm.rank, 0).any() or not (own >= 0).all():
-            self._say("the metrics of ranks are more than seconds and memory of this one")
+            self._report("the metrics of ranks are more than seconds and memory of this one")
         cohort = self._method.cohort(self._loop.round + 1)
         self._before |= {client for client, _ in cohort}
         self._turns.clear()
 
     def _gates(self, parts: Parts, split: Split) -> np.ndarray:
-        """(2, classes) samples of each class and the sum of their shared gate weights, one by one."""
+        """Return (2, classes): samples of each class and the sum of their shared gate weights."""
         found = np.zeros((2, self._made.task.classes), np.int64)
         with torch.no_grad():
             for batch in batches(split, self._made.engine.evaluation_batch, self._made.engine.normalise):
@@ -300,7 +302,7 @@ class Tap:
     # The simulator's own traffic
 
     def _check_move(self, transfers: Sequence[tuple[int, int, np.ndarray]], purpose: str) -> None:
-        """Clients that train away from home, whole, and their vectors back."""
+        """Allow only whole clients that train on another rank, and their vectors on the way back."""
         self._moves += 1
         made, rank, back = self._made, self._comm.rank, self._moves % 2 == 0
         cohort = {client: made.costs[client] for client, _ in self._method.cohort(self._loop.round + 1)}
@@ -321,20 +323,20 @@ class Tap:
             for (a, b, array), (_, _, raw) in zip(transfers, expected, strict=False)
         ]
         if len(transfers) != len(expected) or found != expected:
-            self._say(f"'{purpose}' moves more than clients between home and trainer")
+            self._report(f"'{purpose}' moves more than clients between home and trainer")
 
     def _check_checkpoint(self, name: str, result: Any) -> None:
-        """Where datasets lie, and the digests of clients' vectors."""
+        """Allow only the places of datasets and the digests of clients' vectors."""
         clients = {f"clients/{client:06d}" for client in range(self._made.task.clients)}
         for part in result if name == "agree" else [result]:
             for key, value in (part or {}).items():
                 place = isinstance(value, tuple) and [type(number) for number in value] == [int, int]
                 hashed = key in clients and isinstance(value, bytes) and len(value) == sha256().digest_size
                 if not (place if name == "from_root" else hashed):
-                    self._say(f"a checkpoint's {name} sends {key}: {value!r}")
+                    self._report(f"a checkpoint's {name} sends {key}: {value!r}")
 
     def check_calls(self, chosen: Config) -> None:
-        """Each round the same calls in the same order, and no others."""
+        """Check that each round makes the same calls in the same order, and no others."""
         expected: list[str] = []
         overridden = type(self._method).server_update is not Algorithm.server_update
         for round in range(1, chosen.rounds + 1):
@@ -342,16 +344,16 @@ class Tap:
             if round % chosen.run.checkpoint_every == 0 or round == chosen.rounds:
                 expected += ["from_root", "agree", "from_root"]
         if self._calls != expected:
-            self._say(f"the calls between ranks are {self._calls}, not {expected}")
+            self._report(f"the calls between ranks are {self._calls}, not {expected}")
 
     # Private tensors
 
-    def _check_private(self, client: int, given: Given) -> None:
-        """Look in what is sent for every private tensor, as the step leaves it, scaled or shifted or not."""
+    def _check_private(self, client: int, step: RecordedStep) -> None:
+        """Search what is sent for every private tensor after the step, also scaled and shifted."""
         layout = self._made.workbench.layout(self._method.client_state(client))
-        for name, value in given.values.items():
+        for name, value in step.values.items():
             sent = value.double().numpy().ravel()
             for entry in layout.entries:
-                private = given.vector[entry.offset : entry.offset + entry.size].double().numpy()
-                if contains(np.nan_to_num(sent), private):
-                    self._say(f"private tensor {entry.name} is in payload block '{name}'")
+                private = step.vector[entry.offset : entry.offset + entry.size].double().numpy()
+                if contains_affine(np.nan_to_num(sent), private):
+                    self._report(f"private tensor {entry.name} is in payload block '{name}'")

@@ -50,7 +50,7 @@ exit $code
 
 
 class TwoHosts:
-    """node1 and node2, which share this machine's files; mpirun runs on node1."""
+    """The hosts node1 and node2, which share this machine's files; mpirun runs on node1."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -76,7 +76,7 @@ class TwoHosts:
         self.agent.chmod(0o755)
 
     def _running(self, name: str) -> None:
-        """Until the interface runs: MPI leaves out one that does not yet."""
+        """Wait until the interface is up: MPI ignores one that is not."""
         deadline = time.monotonic() + 10
         while "state UP" not in self.call(name, "ip", "link", "show", "eth0"):
             if time.monotonic() > deadline:
@@ -108,33 +108,33 @@ class TwoHosts:
     # What happens on a host
 
     def enter(self, name: str, folder: Path = Path("/")) -> list[str]:
-        """Before a command: on that host, in that folder."""
+        """Return the prefix that runs a command on that host, in that folder."""
         holder = str(self._holders[name].pid)
         return ["nsenter", "--target", holder, "--net", "--uts", "--mount", "--ipc", "env", "-C", str(folder)]
 
     def call(self, name: str, *command: str) -> str:
-        """A command's output; it must end well."""
+        """Return a command's output; it must exit with 0."""
         return _call(*self.enter(name), *command)
 
     def sent(self, name: str) -> int:
-        """Bytes that left the host, counted by the kernel."""
+        """Return the bytes that left the host, counted by the kernel."""
         table = self.call(name, "cat", "/proc/net/dev")
         (numbers,) = re.findall(r"eth0:(.*)", table)
         return int(numbers.split()[8])
 
     def processes(self, name: str) -> list[int]:
-        """All that run there but the holder."""
-        return [pid for pid in inside(self.networks[name]) if pid != self._holders[name].pid]
+        """Return all processes on that host except the holder."""
+        return [pid for pid in namespace_processes(self.networks[name]) if pid != self._holders[name].pid]
 
     def kill(self, name: str) -> None:
-        """SIGKILL to all that run there, until nothing does."""
+        """Send SIGKILL to the host's processes until none is left."""
         while left := self.processes(name):
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
     def empty(self, name: str, within: float) -> None:
-        """Nothing runs there any more, or soon."""
+        """Check that no process is left on the host `within` seconds."""
         deadline = time.monotonic() + within
         while left := self.processes(name):
             assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left]
@@ -143,11 +143,11 @@ class TwoHosts:
     # The link
 
     def link(self, name: str, state: str) -> None:
-        """Take the host's end of the link `up` or `down`."""
+        """Set the host's end of the link `up` or `down`."""
         self.call(name, "ip", "link", "set", "eth0", state)
 
     def rate(self, mbit: int | None) -> None:
-        """Limit what each host sends, in Mbit/s; None for no limit."""
+        """Limit what each host sends, in Mbit/s; None removes the limit."""
         for name in NAMES:
             if mbit is None:
                 self.call(name, "sh", "-c", "tc qdisc del dev eth0 root 2>/dev/null || true")
@@ -157,7 +157,7 @@ class TwoHosts:
                 self.call(name, "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *limit)
 
     def give_up_early(self) -> None:
-        """TCP gives up after 3 retries what it gives up after 15 elsewhere, a quarter of an hour later."""
+        """Let TCP give up after 3 retries instead of 15, which take a quarter of an hour."""
         for name in NAMES:
             self.call(name, "sh", "-c", "echo 3 > /proc/sys/net/ipv4/tcp_retries2")
 
@@ -166,8 +166,8 @@ class TwoHosts:
     def across(
         self, mpi: str, ranks: int, *arguments: str, cwd: Path, env: dict[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """The command that hostfile.example prints for this MPI, with that many ranks, half on each host."""
-        hostfile, line = example(mpi, ranks // 2)
+        """Start the command that hostfile.example prints for this MPI, half of the ranks on each host."""
+        hostfile, line = hostfile_and_command(mpi, ranks // 2)
         (cwd / "hostfile").write_text(hostfile)
         assert line[-5:] == ["-n", "32", "python", "-m", "pfedmoe_mpi"], line
         line[-4] = str(ranks)
@@ -176,14 +176,14 @@ class TwoHosts:
     def launch(
         self, mpi: str, line: list[str], *, cwd: Path, env: dict[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """Start `mpirun ...` on node1, with what this machine needs beside it."""
+        """Start `mpirun ...` on node1, with the additional flags this machine needs."""
         own = ["-launcher", "ssh", "-launcher-exec", str(self.agent)]
-        known = launcher.environment(mpi, env or {})
+        known = launcher.clean_environment(mpi, env or {})
         beside = [str(Path(sys.executable).parent)]
         if mpi == "openmpi":
             own = ["--mca", "plm_ssh_agent", str(self.agent), "--allow-run-as-root", "--bind-to", "none"]
             own += ["-x", "MPI4PY_MPIABI", "-x", "MPI4PY_LIBMPI"]  # it is not the only MPI here
-            beside.insert(0, str(launcher.openmpi() / "bin"))
+            beside.insert(0, str(launcher.openmpi_folder() / "bin"))
         known["PATH"] = os.pathsep.join([*beside, known["PATH"]])
         assert line[0] == "mpirun"
         return subprocess.Popen(
@@ -197,7 +197,7 @@ class TwoHosts:
         )
 
     def close(self) -> None:
-        """End all that runs on the hosts, and with it the hosts."""
+        """End all processes on the hosts, and thereby the hosts."""
         for name in self.networks:
             self.kill(name)
         for holder in self._holders.values():
@@ -206,8 +206,8 @@ class TwoHosts:
 
 
 @contextlib.contextmanager
-def up(folder: Path) -> Iterator[TwoHosts]:
-    """Two hosts; without what they need the test is skipped, in CI failed."""
+def running_hosts(folder: Path) -> Iterator[TwoHosts]:
+    """Run two hosts; without their requirements skip the test, or fail it in CI."""
     missing = [program for program in PROGRAMS if not shutil.which(program)]
     if os.geteuid() or missing:
         _cannot(f"missing: {', '.join(missing)} (apt-get install iproute2)" if missing else "needs root")
@@ -222,8 +222,8 @@ def up(folder: Path) -> Iterator[TwoHosts]:
         hosts.close()
 
 
-def inside(network: str) -> list[int]:
-    """The processes in a network namespace."""
+def namespace_processes(network: str) -> list[int]:
+    """Return the processes in a network namespace."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -240,8 +240,8 @@ def _call(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
 
 
-def example(mpi: str, cores: int) -> tuple[str, list[str]]:
-    """hostfile.example with this MPI's form kept, for hosts of that many cores, and the command it prints."""
+def hostfile_and_command(mpi: str, cores: int) -> tuple[str, list[str]]:
+    """Return hostfile.example in this MPI's form, for hosts of that many cores, and the command it prints."""
     text = (ROOT / "hostfile.example").read_text()
     title = {"mpich": "MPICH", "openmpi": "Open MPI"}[mpi]
     (command,) = re.findall(rf"^# {title}: +(mpirun .*)$", text, re.MULTILINE)

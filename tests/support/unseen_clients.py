@@ -8,7 +8,7 @@ from pfedmoe_mpi import config
 from pfedmoe_mpi.federation import build, federation
 from pfedmoe_mpi.mpi import comm
 
-SMALL = {
+SETTINGS = {
     "data.source": "synthetic",
     "data.samples": 400,
     "data.size": 8,
@@ -20,9 +20,9 @@ SMALL = {
     "model.dim": 12,
     "train.device": "cpu",
 }
-FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 
 
-def built(**changes: Any) -> federation.Federation:
+def build_federation(**changes: Any) -> federation.Federation:
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    return build.build(comm.start(), config.build({**SMALL, **dotted}))
+    return build.build(comm.start(), config.build({**SETTINGS, **dotted}))
