@@ -1,13 +1,12 @@
-"""What a user can do wrong, and how the program ends.
+"""The errors a user may see, and the program's exit codes.
 
-A `UserError` carries one message with its remedy. It is found before the first round, printed once by one
-rank, and ends the program with exit code 2; nothing was written. A `RunError` ends a run later on.
+A `UserError` has one message with its remedy. It is raised before the first round, printed once by one rank,
+and ends the program with exit code 2; nothing was written. A `RunError` ends a run later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from difflib import get_close_matches
+from collections.abc import Iterable, Sequence
 
 EXIT_DONE = 0
 EXIT_FAULT = 1
@@ -25,11 +24,11 @@ class MessageError(Exception):
 
 
 class UserError(MessageError):
-    """Something the user can mend before the first round; exit code 2."""
+    """Something the user can fix before the first round; exit code 2."""
 
 
 class RunError(MessageError):
-    """A run that cannot go on, met by all ranks alike; what it wrote stands; exit code 1."""
+    """A run that cannot continue, raised on all ranks alike; what it wrote stays; exit code 1."""
 
 
 class ConfigError(UserError):
@@ -41,7 +40,7 @@ class DataError(UserError):
 
 
 class PartitionError(UserError):
-    """A partition that cannot be met with these numbers."""
+    """A partition that no draw can satisfy with these numbers."""
 
 
 class CheckpointError(UserError):
@@ -53,14 +52,29 @@ class LaunchError(UserError):
 
 
 class StoppedError(Exception):
-    """A stop was asked for: leave the work in hand, it is done again after the restart."""
+    """A stop was requested: abandon the work in progress, which is repeated after the restart."""
+
+
+def close_matches(word: str, words: Iterable[str]) -> list[str]:
+    """Return the `words` that `word` is the last part of, else the one of nearest spelling, if any."""
+    from difflib import get_close_matches  # only needed for errors
+
+    candidates = {candidate.lower(): candidate for candidate in words}
+    word = word.lower()
+    same = [candidate for name, candidate in candidates.items() if name.rpartition(".")[2] == word]
+    return same or [candidates[name] for name in get_close_matches(word, list(candidates), n=1, cutoff=0.5)]
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest of `words`, or nothing."""
-    known = {candidate.lower(): candidate for candidate in words}
-    same = [candidate for name, candidate in known.items() if name.rpartition(".")[2] == word.lower()]
-    if same:
-        return f"; did you mean {' or '.join(repr(candidate) for candidate in same)}?"
-    match = get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{known[match[0]]}'?" if match else ""
+    """Return `; did you mean 'x'?` for the nearest of `words`, or nothing."""
+    return did_you_mean([f"'{match}'" for match in close_matches(word, words)])
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    """Return `; did you mean x or y?`, or nothing without names."""
+    return f"; did you mean {either(names)}?" if names else ""
+
+
+def either(names: Sequence[str]) -> str:
+    """Return `x, y or z`."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

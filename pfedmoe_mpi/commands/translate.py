@@ -1,139 +1,28 @@
 """`translate`: a command line of HtFLlib or PFLlib as the corresponding one of this program.
 
-What is known of both are the names, defaults and meanings of their flags, as their `system/main.py` tells
-them. A line is HtFLlib's if its models or its method are, else PFLlib's: their defaults differ. What has no
-counterpart here is named, and nothing is run.
+The flags of both are in `config/neighbours.py`; names, defaults and meanings are those of their
+`system/main.py`. A line is HtFLlib's if its models or its method are, else PFLlib's: their defaults differ.
+Flags without a counterpart are named in notes, and nothing is run.
 """
 
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from pfedmoe_mpi import config
+from pfedmoe_mpi.config.neighbours import FLAGS, OF_METHODS, Flag
 from pfedmoe_mpi.errors import ConfigError, nearest
 
-
-@dataclass(frozen=True)
-class Flag:
-    """A flag of theirs: `ours` are the settings that take its value, else `why` tells what becomes of it."""
-
-    short: str
-    long: str
-    ours: tuple[str, ...] = ()
-    why: str = ""
-
-
-FLAGS = (
-    Flag("algo", "algorithm", ("algorithm",)),
-    Flag("data", "dataset", ("data.name",)),
-    Flag("m", "model_family", ("model.pool",)),
-    Flag("nc", "num_clients", ("clients",)),
-    Flag("jr", "join_ratio", ("participation",)),
-    Flag("gr", "global_rounds", ("rounds",)),
-    Flag("ls", "local_epochs", ("train.epochs",)),
-    Flag("lbs", "batch_size", ("train.batch",)),
-    Flag("lr", "local_learning_rate", ("train.lr", "train.lr_shared")),
-    Flag("eg", "eval_gap", ("eval.every",)),
-    Flag("dev", "device", ("train.device",)),
-    Flag("fd", "feature_dim", ("model.dim",)),
-    Flag("cdr", "client_drop_rate", ("faults.dropout",)),
-    Flag("nnc", "num_new_clients", ("unseen.clients",)),
-    Flag("go", "goal", ("run.dir",)),
-    Flag("t", "times", (), "run it once for each --seed 0, 1, 2, …: `report` takes seeds as replicates"),
-    Flag("ncl", "num_classes", (), "the data tell"),
-    Flag("did", "device_id", (), "ranks share the visible GPUs out; CUDA_VISIBLE_DEVICES hides some"),
-    Flag("pv", "prev", (), "`restart` goes on with a run"),
-    Flag("sfn", "save_folder_name", (), "models are in the run's checkpoints"),
-    Flag("ab", "auto_break", (), "no counterpart: all rounds are played; `report` tells the best one"),
-    Flag("tc", "top_cnt", (), "no counterpart, as auto_break"),
-    Flag("ld", "learning_rate_decay", (), "no counterpart; --train.schedule knows cosine and linear"),
-    Flag("ldg", "learning_rate_decay_gamma", (), "no counterpart, as learning_rate_decay"),
-    Flag("rjr", "random_join_ratio", (), "no counterpart: the cohort's size is fixed"),
-    Flag("fs", "few_shot", (), "no counterpart"),
-    Flag("vs", "vocab_size", ("data.vocabulary",)),
-    Flag("ml", "max_len", ("data.length",)),
-    Flag("mfn", "models_folder_name", (), "no counterpart: clients start from drawn weights"),
-    Flag(
-        "tsr", "train_slow_rate", (), "no counterpart that sleeps; --faults.straggler simulates slow clients"
-    ),
-    Flag("ssr", "send_slow_rate", (), "no counterpart"),
-    Flag("ts", "time_select", (), "no counterpart"),
-    Flag(
-        "tth", "time_threthold", (), "no counterpart in seconds; --faults.deadline counts mean client steps"
-    ),
-    Flag("lam", "lamda"),
-    Flag("se", "server_epochs"),
-    Flag("al", "alpha"),
-    Flag("bt", "beta"),
-    Flag("mlr", "mentee_learning_rate"),
-    Flag("Ts", "T_start"),
-    Flag("Te", "T_end"),
-    Flag("slr", "server_learning_rate"),
-    Flag("mart", "margin_threthold"),
-    Flag("sfd", "sub_feature_dim"),
-    Flag("mu", "mu"),
-    Flag("pls", "plocal_epochs"),
-    Flag("nd", "noise_dim"),
-    Flag("glr", "generator_learning_rate"),
-    Flag("hd", "hidden_dim"),
-    Flag("GPath", "generator_path"),
-    Flag("prompt", "stable_diffusion_prompt"),
-    Flag("sbs", "server_batch_size"),
-    Flag("gbs", "gen_batch_size"),
-    Flag("mdb", "meta_study_batches"),
-    Flag("mqb", "meta_quiz_batches"),
-    Flag("wu", "warm_up_rounds"),
-    Flag("dlg", "dlg_eval", (), "no counterpart: nobody attacks the sums"),
-    Flag("dlgg", "dlg_gap", (), "no counterpart, as dlg_eval"),
-    Flag("bnpc", "batch_num_per_client", (), "no counterpart, as dlg_eval"),
-    Flag("ften", "fine_tuning_epoch_new", (), "no counterpart: clients that never train are not tuned"),
-    Flag("K", "K"),
-    Flag("lrp", "p_learning_rate"),
-    Flag("M", "M"),
-    Flag("itk", "itk"),
-    Flag("alk", "alphaK"),
-    Flag("sg", "sigma"),
-    Flag("tau", "tau"),
-    Flag("fte", "fine_tuning_epochs"),
-    Flag("dlr", "dr_learning_rate"),
-    Flag("L", "L"),
-    Flag("lf", "localize_feature_extractor"),
-    Flag("et", "eta"),
-    Flag("s", "rand_percent"),
-    Flag("p", "layer_idx"),
-    Flag("mo", "momentum"),
-    Flag("klw", "kl_weight"),
-    Flag("fsb", "first_stage_bound"),
-    Flag("ca", "fedcross_alpha"),
-    Flag("cmss", "collaberative_model_select_strategy"),
-)
-# Flags without `ours` and `why` belong to single methods: (method here, flag) to the setting here.
-OF_METHODS = {
-    ("fedproto", "lamda"): "fedproto.weight",
-    ("fd", "lamda"): "fd.weight",
-    ("fedtgp", "lamda"): "fedtgp.weight",
-    ("fedtgp", "server_epochs"): "fedtgp.epochs",
-    ("fedtgp", "margin_threthold"): "fedtgp.margin",
-    ("fedgh", "server_epochs"): "fedgh.epochs",
-    ("fedgh", "server_learning_rate"): "fedgh.lr",
-    ("scaffold", "server_learning_rate"): "scaffold.lr_server",
-    ("fml", "alpha"): "fml.alpha",
-    ("fml", "beta"): "fml.beta",
-    ("fedkd", "mentee_learning_rate"): "train.lr_shared",
-    ("fedkd", "T_start"): "fedkd.energy_start",
-    ("fedkd", "T_end"): "fedkd.energy_end",
-    ("fedmrl", "sub_feature_dim"): "fedmrl.dim",
-    ("fedprox", "mu"): "fedprox.mu",
-    ("fedrep", "plocal_epochs"): "fedrep.head_epochs",
-}
 METHODS = {"local": "standalone"}  # the others by their names, apart from case and hyphens
-KNOWN = (  # of theirs, here too
+SHARED = (  # their methods that are here, too
     *("standalone", "fedavg", "fedprox", "scaffold", "fedrep", "lg_fedavg", "fedproto", "fd", "fml"),
     *("fedkd", "fedgh", "fedtgp", "fedmrl"),
 )
-# What they do unless told otherwise: plain SGD, ten samples a batch, 2000 rounds.
+# Their defaults: plain SGD, ten samples a batch, 2000 rounds.
 DEFAULTS = {
     "clients": "20",
     "participation": "1.0",
@@ -150,7 +39,7 @@ DEFAULTS = {
     "partition.alpha": "0.1",
     "partition.test_fraction": "0.25",
 }
-OWN_DEFAULTS = {
+DEFAULTS_OF_METHODS = {
     "fml": {"fml.alpha": "1.0", "fml.beta": "1.0", "train.clip": "10"},
     "fedkd": {"train.clip": "10"},
     "fedmrl": {"fedmrl.dim": "128"},
@@ -159,11 +48,11 @@ OWN_DEFAULTS = {
     "fedprox": {"fedprox.mu": "0"},
     "fedrep": {"fedrep.head_epochs": "1"},
 }
-# Where PFLlib differs; its FedGH goes through what came once.
+# PFLlib's defaults where they differ; its FedGH trains one epoch on what it received.
 PFLLIB = {"train.lr": "0.005", "train.lr_shared": "0.005"}
-PFLLIB_OWN = {"fml": {"fml.beta": "0.0"}, "fedgh": {"fedgh.epochs": "1", "fedgh.lr": "1.0"}}
+PFLLIB_OF_METHODS = {"fml": {"fml.beta": "0.0"}, "fedgh": {"fedgh.epochs": "1", "fedgh.lr": "1.0"}}
 HTFLLIB_METHODS = ("fedtgp", "fedmrl")
-HTFLLIB_MODELS = ("Ht", "Res34-HtC", "MLP")  # how its families begin, and none of PFLlib's models
+HTFLLIB_MODELS = ("Ht", "Res34-HtC", "MLP")  # its families begin like this, and no model of PFLlib does
 CNN, DNN = "cnn1", "mlp5"
 STAND_INS = {CNN: "CNN of two convolutions", DNN: "DNN of one hidden layer"}
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -201,13 +90,13 @@ TEXTS = ("agnews", "sogounews")
 
 @dataclass
 class Translation:
-    """Settings of a run by dotted name, and what is to be said of them."""
+    """Settings of a run by dotted name, and notes about them."""
 
     settings: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """The command, ready to be pasted into a shell, below its notes."""
+        """Return the command, ready to be pasted into a shell, below its notes."""
         words = [f"--{name} {shlex.quote(value)}" for name, value in self.settings.items()]
         lines = ["mpirun -n 2 python -m pfedmoe_mpi"]
         for word in words:
@@ -218,7 +107,7 @@ class Translation:
 
 
 def translate(words: Sequence[str]) -> Translation:
-    """A command line `… main.py -data … -algo … …`, up to the shell's `>`.
+    """Translate a command line `… main.py -data … -algo … …`, up to the shell's `>`.
 
     Raises:
         ConfigError: an unknown flag, one without a value, or a method that is not here.
@@ -226,17 +115,17 @@ def translate(words: Sequence[str]) -> Translation:
     given = _given(words)
     theirs = given.get("algorithm", "FedAvg")
     method = METHODS.get(theirs.lower(), theirs.lower().replace("-", "_"))
-    if method not in KNOWN:
-        known = ", ".join(KNOWN)
-        raise ConfigError(f"-algo {theirs} is no method here{nearest(method, KNOWN)}", f"known: {known}")
+    if method not in SHARED:
+        problem = f"-algo {theirs} is not a method of this program{nearest(method, SHARED)}"
+        raise ConfigError(problem, f"use one of {', '.join(SHARED)}")
     family = given.get("model_family", "")
     htfllib = method in HTFLLIB_METHODS or family.startswith(HTFLLIB_MODELS)
-    made = Translation({"algorithm": method, **DEFAULTS, **OWN_DEFAULTS.get(method, {})})
+    made = Translation({"algorithm": method, **DEFAULTS, **DEFAULTS_OF_METHODS.get(method, {})})
     if not htfllib:
-        made.settings |= {**PFLLIB, **PFLLIB_OWN.get(method, {})}
+        made.settings |= {**PFLLIB, **PFLLIB_OF_METHODS.get(method, {})}
     for long, value in given.items():
         flag = next(flag for flag in FLAGS if flag.long == long)
-        own = OF_METHODS.get((method, long))
+        setting = OF_METHODS.get((method, long))
         if long == "dataset":
             _data(made, value)
         elif long == "model_family":
@@ -245,29 +134,29 @@ def translate(words: Sequence[str]) -> Translation:
             made.settings["run.dir"] = f"runs/{value}"
         elif long == "device":  # theirs takes the processor where there is no GPU
             made.settings["train.device"] = "auto" if value == "cuda" else value
-        elif flag.ours or own:
+        elif flag.ours or setting:
             if long != "algorithm":
-                made.settings |= dict.fromkeys((own,) if own else flag.ours, value)
+                made.settings |= dict.fromkeys((setting,) if setting else flag.ours, value)
         else:
-            made.notes.append(f"-{flag.short} {value}: {flag.why or f'no counterpart in {method}'}")
+            made.notes.append(f"-{flag.short} {value}: {flag.note or f'no counterpart in {method}'}")
     if "dataset" not in given:
         _data(made, "MNIST")
     if "model_family" not in given and not htfllib:
         _models(made, "CNN")
     _follow(made, given, "0.01" if htfllib else "0.005")
     made.notes += [
-        "the split: the usual one of their data scripts (Dirichlet 0.1, 3 : 1), drawn here by --partition",
-        "their own split: --data.source npz --data.path dataset/NAME --partition.kind natural, no data.mean",
-        "their averaged test accuracy is accuracy.weighted here, by samples; mean is by clients",
+        "the split is the usual one of their data scripts (Dirichlet 0.1, 3 : 1), drawn here by --partition",
+        "for their files: --data.source npz --data.path dataset/NAME --partition.kind natural, no data.mean",
+        "their averaged test accuracy is accuracy.weighted here, by samples; accuracy.mean is by clients",
     ]
     config.build(made.settings)
     return made
 
 
 def _follow(made: Translation, given: Mapping[str, str], mentee: str) -> None:
-    """What theirs take from other flags, and ours as settings of their own.
+    """Set what theirs takes from other flags and ours has as settings.
 
-    Their shared model is the first of the family, and their new clients are none of those they number.
+    Their shared model is the first of the family, and their new clients come on top of `num_clients`.
     """
     settings, method = made.settings, made.settings["algorithm"]
     if method == "fedkd":  # whose shared model never learns at -lr
@@ -282,28 +171,28 @@ def _follow(made: Translation, given: Mapping[str, str], mentee: str) -> None:
 
 
 def _given(words: Sequence[str]) -> dict[str, str]:
-    """Values by their long names."""
+    """Return the values by the flags' long names."""
     short = {flag.short: flag.long for flag in FLAGS} | {flag.long: flag.long for flag in FLAGS}
     short["model"] = "model_family"
     rest = [word for part in words for word in (shlex.split(part) if " " in part else [part])]
     while rest and not rest[0].startswith("-"):
-        rest.pop(0)  # nohup, python; its own -u goes with it
+        rest.pop(0)  # nohup, python; python's -u is dropped with it
     if "main.py" in " ".join(rest):
         while not rest.pop(0).endswith("main.py"):
             pass
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     while rest and rest[0] not in {">", ">>", "|", "&", "2>&1"}:
         name, joined, value = rest.pop(0).partition("=")
-        known = name.lstrip("-")
-        if not name.startswith("-") or known not in short:
-            remedy = "give flags of HtFLlib's or PFLlib's main.py"
-            raise ConfigError(f"{name} is no flag of theirs{nearest(known, short)}", remedy)
+        flag = name.lstrip("-")
+        if not name.startswith("-") or flag not in short:
+            problem = f"{name} is not a flag of HtFLlib or PFLlib{nearest(flag, short)}"
+            raise ConfigError(problem, "`pfedmoe-mpi translate --flags` lists their flags")
         if not joined:
             if not rest:
                 raise ConfigError(f"{name} needs a value", f"{name} VALUE")
             value = rest.pop(0)
-        found[short[known]] = value
-    return found
+        values[short[flag]] = value
+    return values
 
 
 def _data(made: Translation, name: str) -> None:
@@ -313,11 +202,11 @@ def _data(made: Translation, name: str) -> None:
         if ours.startswith("CIFAR"):  # theirs; ours would be ImageNet's
             made.settings |= {"data.mean": "0.5,0.5,0.5", "data.std": "0.5,0.5,0.5"}
         if ours == "EMNIST":
-            made.notes.append(f"-data {name}: their scripts take its digits, here are all its 47 classes")
+            made.notes.append(f"-data {name}: their scripts use its digits, this program all its 47 classes")
         return
     if name.lower().replace("_", "") in TEXTS:
         made.settings |= {"data.source": "text", "data.path": f"{name}.csv"}
-        made.notes.append(f"-data {name}: {name}.csv stands for its CSV file, a label and a text in a row")
+        made.notes.append(f"-data {name}: {name}.csv stands for its CSV file, a label and a text per row")
         return
     made.settings |= {"data.source": "hdf5", "data.path": f"{name}.h5"}
     made.notes.append(f"-data {name}: make {name}.h5 by `data prepare`, or --data.source folder of images")
@@ -326,13 +215,57 @@ def _data(made: Translation, name: str) -> None:
 def _models(made: Translation, family: str) -> None:
     pool = MODELS.get(family)
     if pool is None:
-        made.notes.append(f"-m {family}: no counterpart; the default models are taken (--model.pool chooses)")
+        made.notes.append(f"-m {family}: no counterpart; the default models are used (--model.pool chooses)")
         return
     made.settings["model.pool"] = ",".join(pool)
     if any(name.startswith("resnet") for name in pool):
         made.settings["model.stem"] = "imagenet"
     for name, theirs in STAND_INS.items():
         if name in pool:
-            made.notes.append(f"-m {family}: their {theirs} has no counterpart; {name} stands in its place")
+            made.notes.append(f"-m {family}: their {theirs} has no counterpart; {name} is used instead")
     if family in WITHOUT:
         made.notes.append(f"-m {family}: {WITHOUT[family]} have no counterpart and are left out")
+
+
+# The table of flags
+
+WIDTH = 100
+ABOVE = (
+    "The flags of HtFLlib and PFLlib, and the settings here. `translate -- COMMAND` prints the command "
+    "here for one of theirs, runs nothing, and names each flag that has no counterpart. Flags that the "
+    "line does not set have their defaults: plain SGD, batches of 10, 2000 rounds, and the rest as in "
+    "HtFLlib where the models or the method are HtFLlib's, else as in PFLlib."
+)
+BELOW = (
+    "Their data scripts split the data before the run; here --partition does, from the seed. A client's "
+    "model and its private state are in checkpoints, not in a folder that is cleared at the end; -t 3 is "
+    "three runs with --seed 0, 1, 2.",
+    "Their averaged test accuracy weighs clients by samples: accuracy.weighted here, beside "
+    "accuracy.mean. They skip a batch that is not full, and HtFLlib does not shuffle; here every sample "
+    "is trained in every epoch, in a drawn order.",
+)
+
+
+def flags_table() -> str:
+    """Return the table of all flags of HtFLlib and PFLlib, and what they are here."""
+    lines = [f"{'theirs':36}  here"]
+    rows = [([flag], f"-{flag.short}, --{flag.long}") for flag in FLAGS if not flag.elsewhere]
+    for methods in dict.fromkeys(flag.elsewhere for flag in FLAGS if flag.elsewhere):
+        flags = [flag for flag in FLAGS if flag.elsewhere == methods]
+        rows.append((flags, ", ".join(f"-{flag.short}" for flag in flags)))
+    for flags, theirs in rows:
+        cells = (
+            textwrap.wrap(theirs, 36),
+            textwrap.wrap(_here(flags[0]), WIDTH - 38, break_on_hyphens=False),
+        )
+        lines += [f"{left:36}  {right}".rstrip() for left, right in zip_longest(*cells, fillvalue="")]
+    above, *below = (textwrap.fill(text, WIDTH, break_on_hyphens=False) for text in (ABOVE, *BELOW))
+    return "\n\n".join([above, "\n".join(lines), *below])
+
+
+def _here(flag: Flag) -> str:
+    """Return what a flag of theirs is here."""
+    if flag.elsewhere:
+        return f"no counterpart: belongs to {flag.elsewhere}"
+    settings = ", ".join(f"--{name}" for name in (*flag.ours, *flag.of_methods))
+    return f"{settings} ({flag.note})" if settings and flag.note else settings or flag.note

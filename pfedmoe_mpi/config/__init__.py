@@ -1,18 +1,26 @@
-"""Every setting with its range, default and reason; which methods exist, read without importing them."""
+"""Every setting with its range, default and reason; which methods exist, read without importing them.
 
-from pfedmoe_mpi.config.config import (
-    Config,
-    build,
-    changed,
-    choices,
-    fields,
-    flatten,
-    given,
-    located,
-    read_toml,
-    to_toml,
-    to_tree,
-)
+The names below are those of `config/config.py`, imported on first use: listing the methods needs no pydantic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pfedmoe_mpi.config.config import (
+        Config,
+        build,
+        changed,
+        choices,
+        fields,
+        flatten,
+        given,
+        located,
+        read_toml,
+        to_toml,
+        to_tree,
+    )
 
 __all__ = [
     "Config",
@@ -27,3 +35,11 @@ __all__ = [
     "to_toml",
     "to_tree",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pfedmoe_mpi.config import config
+
+    return getattr(config, name)

@@ -35,7 +35,7 @@ AUTO = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReproduceFlags:
     """Flags of the command that are not settings of the runs."""
 
     out: str = ""
@@ -45,16 +45,16 @@ class Asked:
     dry: bool = False
 
 
-def run(path: Path, settings: Mapping[str, Any], asked: Asked) -> int:
+def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
     """Print the estimated cost of a table's runs, then train them.
 
     Raises:
         UserError: the table or a setting is invalid; nothing was written.
     """
     table = grid.read(path)
-    runs = grid.chosen(grid.expand(table, settings, asked.scale), asked.only, asked.task)
+    runs = grid.select(grid.expand(table, settings, flags.scale), flags.only, flags.task)
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
-    out = Path(asked.out or f"runs/{table.name}").absolute()
+    out = Path(flags.out or f"runs/{table.name}").absolute()
 
     def work(world: Comm, code: str) -> int:
         world.stop_at = environment.stop_at(runs[0].config.run.walltime, end)
@@ -68,7 +68,7 @@ def run(path: Path, settings: Mapping[str, Any], asked: Asked) -> int:
         except StoppedError:  # raised on all ranks; nothing is lost
             _print(world, ["stopped before the first run; run the same command again to resume"])
             return EXIT_STOPPED
-        if asked.dry:
+        if flags.dry:
             return EXIT_DONE
         changes = {name: value for name, value in settings.items() if name.startswith(grid.HARMLESS)}
 

@@ -248,7 +248,7 @@ def _cell(points: Mapping[str, Point], algorithm: str) -> str:
     return f"{'-'.join(column)}/{row}"
 
 
-def chosen(runs: Sequence[TableRun], only: str, task: str) -> list[TableRun]:
+def select(runs: Sequence[TableRun], only: str, task: str) -> list[TableRun]:
     """Return the runs whose names match `only` (comma-separated shell patterns), or number `task` of them.
 
     Raises:

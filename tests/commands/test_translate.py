@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 
-import pytest
-
 from pfedmoe_mpi import config
 from pfedmoe_mpi.commands import translate
-from pfedmoe_mpi.config import methods
+from pfedmoe_mpi.config import methods, neighbours
 from support import launcher
 
 HTFLLIB = (
@@ -100,15 +99,29 @@ def test_translate_prints_a_runnable_command(
         "translate", "--", *shlex.split("main.py -data Cifar10 -algo FedProto -m HtFE-img-4")
     ).out
     assert "--algorithm fedproto" in said and said.splitlines()[0].startswith("# ")
+    assert_refused("-algo FedGen is not a method", "translate", "--", "python", "main.py", "-algo", "FedGen")
     assert_refused(
-        "-algo FedGen is no method here", "translate", "--", "python", "main.py", "-algo", "FedGen"
+        "-algos is not a flag of .*did you mean 'algo'", "translate", "--", "main.py", "-algos", "FedAvg"
     )
-    assert_refused("-algos is no flag of theirs.*algo", "translate", "--", "main.py", "-algos", "FedAvg")
     assert_refused("-lr needs a value", "translate", "main.py", "-lr")
 
 
-@pytest.mark.parametrize("flag", translate.FLAGS, ids=lambda flag: flag.long)
-def test_settings_of_a_flag_exist(flag: translate.Flag) -> None:
-    of_methods = [name for (_, long), name in translate.OF_METHODS.items() if long == flag.long]
-    assert {*flag.ours, *of_methods} <= set(config.fields())
-    assert {method for method, _ in translate.OF_METHODS} <= set(methods.names())
+def test_table_of_flags(run_command: Callable[..., launcher.Result]) -> None:
+    text = run_command("translate", "--flags").out
+    assert max(map(len, text.splitlines())) <= 100
+    table = text.split("\n\n")[1]
+    rows = dict(re.findall(r"^(-.{1,35}?)  +(.*(?:\n {38}.*)*)", table, re.M))
+    assert len(rows) > 45
+    here = {names: " ".join(right.split()) for names, right in rows.items()}
+    for flag in neighbours.FLAGS:
+        if flag.elsewhere:
+            assert re.search(rf"(^|[ ,])-{flag.short}(,|$| )", table, re.M) and flag.elsewhere in table, flag
+            continue
+        right = here[f"-{flag.short}, --{flag.long}"]
+        for setting in (*flag.ours, *flag.of_methods):
+            assert f"--{setting}" in right
+        assert flag.note in right and right, flag
+
+
+def test_methods_of_flags_exist() -> None:
+    assert {method for method, _ in neighbours.OF_METHODS} <= set(methods.names())

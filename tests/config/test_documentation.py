@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pfedmoe_mpi import cli, config
+from pfedmoe_mpi import arguments, config
 from support import launcher
 from support.paths import ROOT
 
@@ -23,7 +23,9 @@ PAGES = [
     *sorted(path for part in ("jobs", "pfedmoe_mpi", "tests") for path in (ROOT / part).rglob("*.md")),
 ]
 UNKNOWN = "--no.such.setting"  # appended to a command line, it must be the only flag that is refused
-EXAMPLES = {"X": "fedavg", "S": "0", "N": "80", "WHAT": "round"}  # for what a page leaves open
+COMMANDS = {name.partition(" ")[0] for name in arguments.COMMANDS}
+# For what a page leaves open.
+EXAMPLES = {"X": "fedavg", "S": "0", "N": "80", "WHAT": "round", "COMMAND": "run"}
 
 
 @cache
@@ -134,7 +136,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("page", "arguments"),
+    ("page", "words"),
     [
         pytest.param(page, line, id=f"{relative(page)}: {' '.join(line)}")
         for page in PAGES
@@ -142,14 +144,14 @@ def commands(page: Path) -> Iterator[list[str]]:
     ],
 )
 def test_command_line_is_accepted(
-    page: Path, arguments: list[str], session: launcher.Session, tmp_path: Path
+    page: Path, words: list[str], session: launcher.Session, tmp_path: Path
 ) -> None:
-    command = arguments[0] if arguments and not arguments[0].startswith("-") else "run"
-    assert command in cli.COMMANDS or command.endswith(".toml")
-    if command == "translate" or "--help" in arguments:
-        assert session(*arguments, cwd=tmp_path).code == 0
+    command = words[0] if words and not words[0].startswith("-") else "run"
+    assert command in COMMANDS or command.endswith(".toml")
+    if command in {"translate", "help"} or "--help" in words:
+        assert session(*words, cwd=tmp_path).code == 0
         return
-    result = session(*arguments, UNKNOWN, cwd=tmp_path)
+    result = session(*words, UNKNOWN, cwd=tmp_path)
     message = result.err.partition("error: ")[2].partition("remedy: ")[0]
     assert result.code == 2 and re.findall(r"--[\w.-]+", message) == [UNKNOWN], result.err
 
@@ -162,4 +164,4 @@ def test_settings_named_exist(page: Path) -> None:
 
 def test_every_command_has_a_usage_line() -> None:
     usage = re.findall(r"^    python -m pfedmoe_mpi \[?(\w+)", text(PACKAGE / "commands" / "README.md"), re.M)
-    assert set(usage) == set(cli.COMMANDS)
+    assert set(usage) == COMMANDS

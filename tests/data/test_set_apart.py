@@ -72,7 +72,7 @@ def test_impossible_number_of_unseen_clients_is_refused(assert_refused: Callable
     assert "--partition.kind pathological" in message
     flags = ("--unseen.clients", "4", "--partition.alpha", "1000")
     assert "20 clients have 1 combinations" in assert_refused("unseen.clients = 4", *flags)
-    assert_refused("leaves nobody to train", "--unseen.clients", "20")
+    assert_refused("leaves no client to train", "--unseen.clients", "20")
 
 
 def test_written_partition_is_that_of_the_run(tmp_path: Path, session: launcher.Session) -> None:

@@ -15,28 +15,30 @@ from support import launcher, report_runs
 from support.launcher import SMALL_RUN
 from support.paths import JOBS
 
-# (algorithm, cell, seeds, further flags)
+# (algorithm, cell, seeds, what `reproduce` writes into [run] besides)
 RUNS = (
-    ("standalone", "cifar10-n10/standalone", (0, 1), ()),
+    ("standalone", "cifar10-n10/standalone", (0, 1), ""),
     (
         "pfedmoe",
         "cifar10-n10/pfedmoe",
         (0,),
-        ("--run.scale", "0.1", "--run.altered", "train.epochs,data.size"),
+        'scale = 0.1\naltered = ["train.epochs", "data.size"]',
     ),
-    ("pfedmoe", "cifar10-n50/pfedmoe", (0,), ("--clients", "5")),
+    ("pfedmoe", "cifar10-n50/pfedmoe", (0,), ""),
 )
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, session: launcher.Session) -> Path:
     folder = tmp_path_factory.mktemp("paper")
-    for algorithm, cell, seeds, flags in RUNS:
+    for algorithm, cell, seeds, further in RUNS:
         for seed in seeds:
-            place = ("--run.table", "pfedmoe-homogeneous", "--run.cell", cell)
             name = f"runs/{cell.replace('/', '-')}-{seed}"
+            text = f'[run]\ntable = "pfedmoe-homogeneous"\ncell = "{cell}"\n{further}\n'
+            (folder / "place.toml").write_text(text)
+            clients = ("--clients", "5") if "n50" in cell else ()
             which = ("--algorithm", algorithm, "--seed", str(seed), "--run.dir", name)
-            result = session(*SMALL_RUN, *which, *place, *flags, cwd=folder)
+            result = session("place.toml", *SMALL_RUN, *which, *clients, cwd=folder)
             assert result.code == 0, result.err
     result = session("report", "runs", "--out", "page", cwd=folder)
     assert result.code == 0, result.err

@@ -81,13 +81,13 @@ def test_scale_shrinks_rounds_down_to_the_minimum(table: Path) -> None:
 
 def test_only_and_task_select_runs(table: Path) -> None:
     runs = grid.expand(grid.read(table), {})
-    assert [run.name for run in grid.chosen(runs, "n8-*0, *alone-seed1", "")] == [
+    assert [run.name for run in grid.select(runs, "n8-*0, *alone-seed1", "")] == [
         *("n4-standalone-seed1", "n8-pfedmoe-seed0", "n8-standalone-seed0", "n8-standalone-seed1")
     ]
-    assert [run.name for run in grid.chosen(runs, "n8-*", "2")] == ["n8-standalone-seed0"]
+    assert [run.name for run in grid.select(runs, "n8-*", "2")] == ["n8-standalone-seed0"]
     for only, task in (("n9-*", ""), ("", "8"), ("n8-*", "4"), ("", "x")):
         with pytest.raises(ConfigError):
-            grid.chosen(runs, only, task)
+            grid.select(runs, only, task)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_bad_table_is_one_message(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--scale", "0"), "--scale = 0"),
-        (("--scale", "x"), "--scale x is no number"),
+        (("--scale", "0"), "--scale: expected a number above = 0"),
+        (("--scale", "x"), "--scale: expected a number above 0"),
         (("--seed", "5"), "--seed is set by the axis seed"),
         (("--run.dir", "here"), "--run.dir is set by"),
         (("--rounds", "5", "--scale", "0.5"), "both change the rounds"),
@@ -210,7 +210,7 @@ def test_table_is_stopped_resumed_and_finished(table: Path, session: launcher.Se
     assert launcher.read_events(second)[-2]["event"] == "restart"
     for name in ("n8-pfedmoe-seed1", "n8-standalone-seed1"):
         assert launcher.read_events(folder / "out" / name)[-1]["event"] == "finish"
-        alone = ("--run.dir", f"alone/{name}", "--run.table", "", "--run.cell", "")
+        alone = ("--run.dir", f"alone/{name}")
         result = session(str(folder / "out" / name / "config.toml"), *alone, cwd=folder)
         assert result.code == 0, result.err
         ours = launcher.checkpoint_digest(folder / "out" / name, 30)

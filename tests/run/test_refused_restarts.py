@@ -156,7 +156,7 @@ def test_restart_without_a_checkpoint_is_refused(
         ("gate.hidden: 64 → 32", ["--gate.hidden", "32"]),
         ("seed: 0 → 1; clients: 4 → 5|clients: 4 → 5; seed: 0 → 1", ["--seed", "1", "--clients", "5"]),
         ("rounds = 'x'", ["--rounds", "x"]),
-        ("no flag --sed; did you mean 'seed'", ["--sed", "1"]),
+        (r"no flag --sed\n  remedy: use --seed$", ["--sed", "1"]),
     ],
 )
 def test_restart_refuses_changed_settings(

@@ -1,0 +1,103 @@
+"""The settings as flags of a command: names, types, ranges, defaults and reasons, all from pydantic's fields.
+
+argparse splits the command line, pydantic checks the values and reports all wrong ones together.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import groupby
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from pfedmoe_mpi.config import config, methods
+
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+KINDS = {int: "INT", float: "NUMBER", str: "NAME", bool: "true|false"}
+
+
+def settings() -> dict[str, FieldInfo]:
+    """Return every setting that is a flag, by its dotted name."""
+    return {name: field for name, field in config.fields().items() if name not in config.BOOKKEEPING}
+
+
+def add_settings(parser: argparse.ArgumentParser, visible: bool) -> None:
+    """Add a flag for every setting, grouped by section; the help shows them if they are `visible`.
+
+    Parsing gives their values as text, and only those of flags that were present.
+    """
+    for section, names in groupby(settings(), lambda name: name.rpartition(".")[0]):
+        group = parser.add_argument_group(_title(section))
+        for name in names:
+            field = config.fields()[name]
+            bare: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+            group.add_argument(
+                f"--{name}",
+                dest=name,
+                default=argparse.SUPPRESS,
+                metavar=metavar(name, field),
+                help=help_text(field) if visible else argparse.SUPPRESS,
+                **bare,
+            )
+
+
+def _title(section: str) -> str:
+    if section in methods.names():
+        return f"{section} (only with --algorithm {section})"
+    return section or "general"
+
+
+def help_text(field: FieldInfo) -> str:
+    """Return the setting's sentence with its default, range and the reason of the default, for argparse."""
+    facts = ", ".join(filter(None, (f"default {shown(field.default)}", limits(field))))
+    why = reason(field)
+    return f"{sentence(field)} [{facts}{': ' if why else ''}{why}]".replace("%", "%%")
+
+
+def sentence(field: FieldInfo) -> str:
+    """Return what the setting is."""
+    return " ".join((field.description or "").partition("Default: ")[0].split())
+
+
+def reason(field: FieldInfo) -> str:
+    """Return why the default is what it is, without the full stop; empty where the setting has no reason."""
+    return " ".join((field.description or "").partition("Default: ")[2].split()).removesuffix(".")
+
+
+def metavar(name: str, field: FieldInfo) -> str:
+    """Return the setting's type in a word, or its choices."""
+    if name in config.PATHS:
+        return "PATH"
+    words = config.choices(field)
+    return "{" + ",".join(words) + "}" if words else _kind(field.annotation)
+
+
+def _kind(kind: Any) -> str:
+    if hasattr(kind, "__metadata__"):  # Annotated
+        return _kind(kind.__origin__)
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"{_kind(get_args(kind)[0])},..."
+    return KINDS.get(kind) or "|".join(_kind(part) for part in get_args(kind))
+
+
+def limits(field: FieldInfo) -> str:
+    """Return the setting's range, such as `> 0 and ≤ 1`."""
+    parts = [item for part in get_args(field.annotation) for item in getattr(part, "__metadata__", ())]
+    bounds = [
+        f"{sign} {getattr(bound, name)}"
+        for item in (*field.metadata, *parts)
+        for bound in getattr(item, "metadata", [item])
+        for name, sign in SIGNS.items()
+        if hasattr(bound, name)
+    ]
+    return " and ".join(bounds)
+
+
+def shown(default: Any) -> str:
+    """Return a default as a user would write it."""
+    if isinstance(default, tuple):
+        return ",".join(map(str, default)) or "none"
+    return str(default).lower() if isinstance(default, bool) else str(default) or "none"
