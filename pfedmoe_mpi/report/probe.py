@@ -28,6 +28,7 @@ from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.report.model_views import Looked
 from pfedmoe_mpi.run import restart
+from pfedmoe_mpi.run.evaluate import evaluation_loop
 
 MOST_SAMPLES = 1000  # test samples whose gate weights and representations are looked at
 MOST_ROWS = 2000  # of the shared test set; fewer where many clients answer
@@ -53,7 +54,7 @@ def look(run: Run) -> Looked:
     if path is None:
         raise LookError("the run has no good checkpoint", "`restart` the run, or --models false")
     with Checkpoint(path) as loaded:
-        loop = restart.evaluation_loop(world, loaded, {"train.device": "auto"})
+        loop = evaluation_loop(world, loaded, {"train.device": "auto"})
         if loop.federation.data_digest != loaded.identity["data_digest"]:
             raise LookError("the data changed since the checkpoint", "give the run its data back")
         own = loaded.history[-1]["clients"]["accuracy"] if loaded.history else []

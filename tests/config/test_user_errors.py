@@ -265,7 +265,7 @@ def test_npz_of_unlike_clients(
     refused("x of client 1 is uint8", *flags)
     client_file(tmp_path / "d" / "train" / "1.npz", {"x": X, "y": Y})
     refused("2 natural clients, not 3", *flags, "--clients", "3")
-    assert "as the data propose: partition.kind natural, clients 2" in done(*flags, "--dry").out
+    assert "proposed by the data: partition.kind = natural, clients = 2" in done(*flags, "--dry").out
 
 
 def test_output_that_cannot_be_written(refused: Callable[..., str], run: Path, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_a_folder_of_other_things_is_never_renamed(
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("")
     for force in ("true", "false"):
-        refused("holds other things than a run", *small, "--run.dir", "thesis", "--run.force", force)
+        refused("is not empty and not a run folder", *small, "--run.dir", "thesis", "--run.force", force)
 
 
 def test_an_empty_folder_is_no_obstacle(session: Session, small: tuple[str, ...], tmp_path: Path) -> None:
@@ -317,4 +317,4 @@ def test_a_file_where_the_folder_should_be(
 ) -> None:
     (tmp_path / "file").write_text("")
     refused("is a file", *small, "--run.dir", "file", "--run.force", "true")
-    refused("cannot be made", *small, "--run.dir", "file/below")
+    refused("cannot be created", *small, "--run.dir", "file/below")

@@ -131,7 +131,7 @@ def test_hospitals_are_the_clients_unless_the_user_says_otherwise(hospitals: Pat
 def test_the_plan_names_the_hospitals(done: Callable[..., Result], hospitals: Path) -> None:
     said = done(*FLAGS, "--data.path", hospitals, "--dry", "true").out
     assert "0 alpha, 1 beta, 2 gamma" in said
-    assert "as the data propose: partition.kind natural, clients 3, train.lr 0.005" in said
+    assert "proposed by the data: partition.kind = natural, clients = 3, train.lr = 0.005" in said
     dealt = done(*FLAGS, "--data.path", hospitals, "--dry", "true", "--partition.kind", "iid").out
     assert "alpha" not in dealt, "which then are nobody's"
 

@@ -195,7 +195,7 @@ def test_a_checkpoint_that_is_not_the_newest_needs_a_folder(
         refused("not the newest checkpoint", "restart", path, "--run.dir", run)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("")
-    refused("holds other things than a run", "restart", older, "--run.dir", "used")
+    refused("is not empty and not a run folder", "restart", older, "--run.dir", "used")
     alone = tmp_path / "alone" / "round-000003.h5"
     alone.parent.mkdir()
     shutil.copy(run / "checkpoints" / "round-000003.h5", alone)

@@ -135,15 +135,14 @@ def test_an_event_after_half_a_line_is_read(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_told(session: Session, run: Path, tmp_path: Path) -> None:
-    (run / ".config.toml.tmp").mkdir()
+    (run / "config.toml").unlink()
+    (run / "config.toml" / "in the way").mkdir(parents=True)
     told(session("restart", "run", "--rounds", "4", cwd=tmp_path), "cannot be written(.|\n)*run.dir")
 
 
 def test_fewer_rounds_than_are_done_are_refused(session: Session, run: Path, tmp_path: Path) -> None:
-    said = told(
-        session("restart", "run", "--rounds", "2", cwd=tmp_path), "3 rounds are done, and --rounds is"
-    )
-    assert "--rounds 5 plays 2 more" in said
+    said = told(session("restart", "run", "--rounds", "2", cwd=tmp_path), "3 rounds are done; --rounds is")
+    assert "--rounds 5 trains 2 more" in said
 
 
 def test_a_folder_is_no_checkpoint(session: Session, run: Path, tmp_path: Path) -> None:
@@ -189,5 +188,7 @@ def test_a_schedule_that_is_stretched_is_said(
     done: Callable[..., Result], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     done(*small, "--train.schedule", "linear", "--run.dir", "run")
-    assert "linear learning rate ends at round 2, no more at 1" in done("restart", "run", "--rounds", "2").err
+    assert (
+        "the linear schedule now ends at round 2 instead of 1" in done("restart", "run", "--rounds", "2").err
+    )
     assert "learning rate" not in done("restart", "run").err
