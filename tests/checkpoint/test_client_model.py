@@ -143,7 +143,7 @@ def test_what_is_no_exported_client_is_refused(done: Callable[..., launcher.Resu
     refused("holds client 1 alone", 2)
     with h5py.File(out, "r+") as file:
         samples = file.attrs.pop("samples")
-    refused("no text 'samples'")
+    refused("its attribute 'samples' is missing")
     with h5py.File(out, "r+") as file:
         file.attrs["samples"] = "[]"
     refused("what its samples are")

@@ -69,9 +69,9 @@ DAMAGE: list[tuple[str, Callable[[Path], object]]] = [
     ("the bytes of clients/000002 have changed", lambda path: spoil(path, "clients/000002")),
     ("the bytes of server/state have changed", lambda path: spoil(path, "server/state")),
     ("the bytes of config have changed", lambda path: spoil(path, "config")),
-    ("the first that is cut is clients/000003", lambda path: cut_into(path, "clients/000003")),
+    ("the first incomplete part is clients/000003", lambda path: cut_into(path, "clients/000003")),
     ("config is a link", lambda path: resealed(path, relinked)),
-    ("round is no natural number", lambda path: resealed(path, lambda file: file.attrs.pop("round"))),
+    ("round is not a natural number", lambda path: resealed(path, lambda file: file.attrs.pop("round"))),
     ("is damaged", lambda path: flip(path, path.stat().st_size - 1)),
 ]
 
@@ -96,7 +96,7 @@ def test_damaged_checkpoints(
     ("says", "damage"),
     [
         ("the bytes of clients/000001 have changed", lambda path: spoil(path, "clients/000001")),
-        ("the first that is cut is server/state", lambda path: cut_into(path, "server/state")),
+        ("the first incomplete part is server/state", lambda path: cut_into(path, "server/state")),
         ("config is a link and not stored here", lambda path: resealed(path, relinked)),
     ],
 )
