@@ -31,7 +31,7 @@ from pfedmoe_mpi.mpi.device import rss_mb
 
 
 class Observer(Listener, Protocol):
-    """The receiver of a run's events, on every rank; rank 0's writes the run folder."""
+    """A receiver of a run's events, on every rank; that of rank 0 writes the run folder."""
 
     def pretrained(self, line: str) -> None: ...
 
@@ -72,7 +72,7 @@ class Loop:
         self._partial: np.ndarray | None = None  # the sum of an interrupted round
         self._pretrained = self._prepared = False
         self._longest_round = 0.0
-        self._seconds = dict.fromkeys(("train", "evaluate", "sum", "wait"), 0.0)
+        self._seconds = dict.fromkeys(metrics.PHASES, 0.0)  # of this rank in this round
         self._keep_time(0.0)
 
     @property
@@ -94,8 +94,7 @@ class Loop:
         Raises:
             StoppedError: on all ranks: a stop was asked for.
         """
-        measured = self._evaluate(self.round, self.state)
-        self._sum(measured.buffer, "evaluation")
+        measured = self._evaluate(self.round, self.state, "evaluation")
         if measured.stopped:
             raise StoppedError
         return metrics.evaluated(measured, self.federation.task.absent(self.round))
@@ -150,8 +149,7 @@ class Loop:
             return False
         self._check_divergence(total)
         state = self._updated(total)
-        measured = self._evaluate(round, state, self._is_evaluated(round))
-        self._sum(measured.buffer, f"evaluation of round {round}")
+        measured = self._evaluate(round, state, f"evaluation of round {round}", self._is_evaluated(round))
         if measured.stopped:
             self._save_stopped(total)
             return False
@@ -174,6 +172,7 @@ class Loop:
         self._seconds["sum"] += time.perf_counter() - started - waited
 
     def _is_evaluated(self, round: int) -> bool:
+        """Return whether clients are measured in a round: every `eval.every` rounds, and in the last."""
         settings = self.federation.config
         return round % settings.eval.every == 0 or round == settings.rounds
 
@@ -278,12 +277,16 @@ class Loop:
                 )
         return state
 
-    def _evaluate(self, round: int, state: torch.Tensor, due: bool = True) -> EvaluationSum:
-        """Return this rank's share of the evaluation, with the seconds of the round so far."""
+    def _evaluate(self, round: int, state: torch.Tensor, purpose: str, due: bool = True) -> EvaluationSum:
+        """Return the evaluation of all ranks, with each rank's seconds of the round so far.
+
+        No client is measured unless `due`.
+        """
         started = time.perf_counter()
         result = evaluation.evaluate(self.comm, self.federation, state, round, due)
         self._seconds["evaluate"] = time.perf_counter() - started
         result.ranks[self.comm.rank] = [*self._seconds.values(), rss_mb()]
+        self._sum(result.buffer, purpose)
         return result
 
     def _record(self, total: RoundSum, measured: EvaluationSum, seconds: float) -> None:

@@ -21,7 +21,7 @@ TRIES = 3  # checkpoints in a row that may fail before the run ends
 
 
 class Listener(Protocol):
-    """The receiver of a saver's events, on every rank."""
+    """A receiver of a saver's events, on every rank."""
 
     def written(self, path: Path, history: Sequence[Row], partial: bool) -> None: ...
 

@@ -232,9 +232,8 @@ class RunFolder:
         the suffix .unused.
         """
         paths = checkpoint.newest_first(self.checkpoints)
-        at = (
-            paths.index(written) if written in paths else 0
-        )  # somebody may have removed it, or the whole folder
+        # `written` is missing if the whole folder was removed meanwhile.
+        at = paths.index(written) if written in paths else 0
         for path in paths[:at]:
             path.rename(path.with_name(f"{path.name}.unused"))
         paths = paths[at:]

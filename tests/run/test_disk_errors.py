@@ -116,7 +116,7 @@ def test_a_disk_that_stays_full_ends_the_run_after_three_checkpoints(disk: Path,
         filler = fill(disk)
         assert heard.ended() == 1, heard.text
     assert heard.text.count("cannot be written: ") == 3 and "Traceback" not in heard.text
-    assert heard.text.count("error: the run ends") == 1 and "remedy: mend" in heard.text
+    assert heard.text.count("error: the run ends") == 1 and "remedy: fix" in heard.text
     left = checkpoint.newest_first(disk / "run" / "checkpoints")
     assert left
     for path in left:
