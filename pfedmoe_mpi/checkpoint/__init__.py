@@ -1,4 +1,4 @@
-"""Checkpoints: one sealed HDF5 file, written by all ranks, readable with any HDF5 tool."""
+"""Checkpoints: one sealed HDF5 file each, written by all ranks and readable with any HDF5 tool."""
 
 from pfedmoe_mpi.checkpoint.reader import Checkpoint, open_everywhere, verify
 from pfedmoe_mpi.checkpoint.seal import FORMAT

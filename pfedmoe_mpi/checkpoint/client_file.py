@@ -1,7 +1,7 @@
-"""A client's model in a file of its own, to be handed to that client: nothing of the others is in it.
+"""A client's model in a file of its own, for that client: it holds nothing of the other clients.
 
-`/PART/TENSOR` by their torch names, the server's parts and the client's; attributes say whose it is, after
-which round, and under which configuration and on what samples it was trained.
+Tensors are datasets `/PART/TENSOR` with their torch names, for the server's parts and the client's.
+Attributes hold the client, the round, the configuration, and the description of the training samples.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.storage import durable, untrusted_hdf5
 from pfedmoe_mpi.storage.untrusted_hdf5 import UnfitError
 
-_ATTRIBUTE = 1 << 16  # bytes; HDF5 keeps no longer one beside its object
-_REMEDY = "`export` writes one from a checkpoint"
+_ATTRIBUTE = 1 << 16  # bytes; the longest attribute that HDF5 keeps in an object's header
+_REMEDY = "`export CHECKPOINT.h5 --client K OUT.h5` writes one from a checkpoint"
 
 
 def write(loaded: Checkpoint, client: int, out: Path) -> None:
-    """The server's and one client's tensors as an HDF5 file.
+    """Write the server's and one client's tensors to an HDF5 file.
 
     Raises:
-        CheckpointError: no such client, or an output that exists or cannot be written.
+        CheckpointError: the client does not exist, or the output exists or cannot be written.
     """
     if os.path.lexists(out):
-        raise CheckpointError(f"{out} exists already", "choose another name")
+        raise CheckpointError(f"the output {out} exists already", "choose another name")
     if client >= loaded.clients:
         raise CheckpointError(f"there is no client {client}", f"clients are 0 to {loaded.clients - 1}")
     try:
@@ -43,23 +43,25 @@ def write(loaded: Checkpoint, client: int, out: Path) -> None:
 
 
 def _fill(file: Any, loaded: Checkpoint, client: int) -> None:
+    """Write the attributes and tensors."""
     pool = loaded.config["model"]["pool"]
     file.attrs.update(client=client, round=loaded.round, algorithm=loaded.config["algorithm"])
     file.attrs.update(architecture=pool[client % len(pool)], config=json.dumps(loaded.config))
     if "samples" in loaded.identity:
         file.attrs["samples"] = loaded.identity["samples"]
-    own = loaded.layout(client), loaded.vector(client)
-    for layout, vector in ((loaded.state_layout, loaded.state), own):
+    server, own = (loaded.state_layout, loaded.state), (loaded.layout(client), loaded.vector(client))
+    for layout, vector in (server, own):
         for entry in layout.entries:
             file[_key(entry)] = vector[entry.offset : entry.offset + entry.size].reshape(entry.shape)
 
 
 def _key(entry: Entry) -> str:
-    return entry.name.rstrip("/")  # a plain tensor is named by its part alone
+    """Return the path of a tensor's dataset."""
+    return entry.name.rstrip("/")  # a part that is a single tensor has no name below the part's
 
 
 def is_export(path: Path) -> bool:
-    """Whether a file was written by `export`."""
+    """Return whether a file was written by `export`."""
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             return h5py.h5a.exists(file.id, b"client")
@@ -71,7 +73,7 @@ class Exported:
     """A file that `export` wrote, open for reading. Use as a context manager.
 
     Raises:
-        CheckpointError: it does not say what it must.
+        CheckpointError: an attribute is missing or of the wrong kind.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,23 +98,23 @@ class Exported:
     def _number(self, name: str) -> int:
         value = untrusted_hdf5.attribute(self._file, name, _ATTRIBUTE)
         if not isinstance(value, int | np.integer) or value < 0:
-            raise UnfitError(f"its attribute '{name}' is no natural number")
+            raise UnfitError(f"its attribute '{name}' is not a natural number")
         return int(value)
 
     def _text(self, name: str) -> str:
         value = untrusted_hdf5.attribute(self._file, name, _ATTRIBUTE)
         if not isinstance(value, str):
-            raise UnfitError(f"it has no text '{name}'")
+            raise UnfitError(f"its attribute '{name}' is missing or not a text")
         return value
 
     def _unfit(self, error: Exception) -> CheckpointError:
-        return CheckpointError(f"{self.path} holds no client's model: {error}", _REMEDY)
+        return CheckpointError(f"{self.path} is not the file of a client's model: {error}", _REMEDY)
 
     def vector(self, layout: Layout) -> np.ndarray:
-        """The tensors of a layout one after the other, (layout.size,) float32.
+        """Return the tensors of a layout one after the other, (layout.size,) float32.
 
         Raises:
-            CheckpointError: one is missing, of another shape or not finite.
+            CheckpointError: a tensor is missing, of another shape or not finite.
         """
         try:
             return np.concatenate([np.empty(0, np.float32), *map(self._tensor, layout.entries)])
@@ -120,10 +122,11 @@ class Exported:
             raise self._unfit(error) from error
 
     def _tensor(self, entry: Entry) -> np.ndarray:
-        found = untrusted_hdf5.find(self._file, _key(entry))
-        if found is None or found.shape != entry.shape or found.dtype != np.float32:
-            raise UnfitError(f"{_key(entry)} is not {entry.shape} of float32")
-        values = np.asarray(found[()])
+        """Return the numbers of one tensor, (entry.size,) float32."""
+        dataset = untrusted_hdf5.find(self._file, _key(entry))
+        if dataset is None or dataset.shape != entry.shape or dataset.dtype != np.float32:
+            raise UnfitError(f"{_key(entry)} is not float32 of shape {entry.shape}")
+        values = np.asarray(dataset[()])
         if not np.isfinite(values).all():
             raise UnfitError(f"{_key(entry)} is not finite")
         return values.reshape(-1)

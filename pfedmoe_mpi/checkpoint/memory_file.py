@@ -1,8 +1,8 @@
-"""A file in memory that holds only what was written to it, however long it is.
+"""A sparse file in memory: it takes only the space of what was written to it, however long it is.
 
-HDF5 lays a checkpoint out here and not on the disk: where a disk is full its library keeps the file open, so
-that the space stays taken, and complains through the interpreter's last resort. A plain write fails once and
-cleanly.
+HDF5 lays a checkpoint out here and not on the disk. On a full disk its library would keep the file open, so
+that the space stays in use, and would report errors where Python cannot catch them. A plain write fails once
+and cleanly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _PAGE = 1 << 16
 
 
 class SparseFile(io.RawIOBase):
-    """Read, written and sought like a file; `save` puts it on the disk."""
+    """A file in memory, to be read, written and sought; `save` writes it to the disk."""
 
     def __init__(self) -> None:
         self._pages: dict[int, bytearray] = {}
@@ -35,7 +35,7 @@ class SparseFile(io.RawIOBase):
         return self._length
 
     def _stretches(self, length: int) -> Iterator[tuple[slice, int, slice]]:
-        """(stretch of the caller's bytes, page, stretch of the page) for the next bytes."""
+        """Yield (slice of the caller's bytes, page, slice of the page) for the next bytes, and move on."""
         done = 0
         while done < length:
             page, start = divmod(self._at, _PAGE)
@@ -44,14 +44,14 @@ class SparseFile(io.RawIOBase):
             done, self._at = done + step, self._at + step
 
     def write(self, data: Any) -> int:
-        for own, page, inside in self._stretches(len(data)):
-            self._pages.setdefault(page, bytearray(_PAGE))[inside] = data[own]
+        for outside, page, inside in self._stretches(len(data)):
+            self._pages.setdefault(page, bytearray(_PAGE))[inside] = data[outside]
         self._length = max(self._length, self._at)
         return len(data)
 
     def readinto(self, data: Any) -> int:
-        for own, page, inside in self._stretches(len(data)):
-            data[own] = self._pages.get(page, bytearray(_PAGE))[inside]
+        for outside, page, inside in self._stretches(len(data)):
+            data[outside] = self._pages.get(page, bytearray(_PAGE))[inside]
         return len(data)
 
     def save(self, path: Path) -> None:

@@ -1,9 +1,10 @@
-"""The seal of a checkpoint: its user block names every dataset with bytes and vouches for every byte.
+"""The seal of a checkpoint: its user block names every dataset with bytes and covers every byte.
 
-The user block is a header, one entry per dataset with bytes, their names, SHA-256 of all the other bytes
-behind the user block (HDF5's own structure), zeros, and in its last 32 bytes the SHA-256 of all that. Its
-length follows from the header, so no byte of the file is left out. It is read with plain reads, before the
-HDF5 library sees the file. Anyone can compute a seal: it tells damage, not who wrote the file.
+The user block consists of a header, one entry per dataset with bytes, their names, the SHA-256 of all other
+bytes after the user block (HDF5's own structure), zeros, and in its last 32 bytes the SHA-256 of all this.
+Its length follows from the header, so that no byte of the file is left out. It is read with plain reads,
+before the HDF5 library opens the file. Anyone can compute a seal: it detects damage, but not who wrote the
+file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pfedmoe_mpi.errors import CheckpointError
 
 FORMAT = 2
 ALIGN = 4096
-REMEDY = "use another checkpoint of the run: `restart RUN_DIR` takes the newest good one"
+REMEDY = "use another checkpoint of the run; `restart RUN_DIR` resumes from the newest good one"
 STRUCTURE = "HDF5's own structure"
 _MAGIC = b"pfedmoe\x00"
 _VERSION = struct.Struct("<8sI")
@@ -48,7 +49,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Seal:
-    """What a user block says: `start` is its length, `rest` the digest of what lies in no range."""
+    """The content of a user block: `start` is its length, `rest` the digest of bytes in no range."""
 
     start: int
     length: int
@@ -56,7 +57,7 @@ class Seal:
     rest: bytes
 
     def gaps(self) -> Iterator[tuple[int, int]]:
-        """(offset, length) of HDF5's own structure."""
+        """Yield (offset, length) of the pieces of HDF5's own structure."""
         at = self.start
         for one in self.ranges:
             yield at, one.offset - at
@@ -65,12 +66,12 @@ class Seal:
 
 
 def block_length(names: Sequence[str]) -> int:
-    """Length of the user block: a power of two with room for the seal."""
+    """Return the length of the user block: a power of two with space for the seal."""
     return _block_length(len(names), len(_joined(names)))
 
 
-def _block_length(entries: int, named: int) -> int:
-    needed = _HEADER.size + entries * _RANGE.size + named + 64
+def _block_length(entries: int, names_length: int) -> int:
+    needed = _HEADER.size + entries * _RANGE.size + names_length + 64
     return max(ALIGN, 1 << (needed - 1).bit_length())
 
 
@@ -81,12 +82,12 @@ def _joined(names: Sequence[str]) -> bytes:
 # Writing
 
 
-def put(file: Any, table: Table, known: Mapping[str, bytes]) -> None:
-    """Seal an open file; `known` are digests of datasets that others have written and hashed."""
+def put(file: Any, table: Table, digests: Mapping[str, bytes]) -> None:
+    """Seal an open file; `digests` are those of datasets that other ranks have written and hashed."""
     length = file.seek(0, os.SEEK_END)
     ranges = []
     for name, (offset, size) in sorted(table.items(), key=lambda item: item[1]):
-        digest = known[name] if name in known else _digest(file, [(offset, size)])
+        digest = digests[name] if name in digests else _digest(file, [(offset, size)])
         ranges.append(Range(name, offset, size, digest))
     names = [one.name for one in ranges]
     start, joined = block_length(names), _joined(names)
@@ -99,7 +100,11 @@ def put(file: Any, table: Table, known: Mapping[str, bytes]) -> None:
 
 
 def _digest(file: Any, places: Iterator[tuple[int, int]] | Sequence[tuple[int, int]]) -> bytes:
-    """SHA-256 of several stretches of a file, one after the other."""
+    """Return SHA-256 of several pieces of a file, one after the other.
+
+    Raises:
+        EOFError: the file ends within a piece.
+    """
     state = sha256()
     for offset, length in places:
         file.seek(offset)
@@ -116,54 +121,56 @@ def _digest(file: Any, places: Iterator[tuple[int, int]] | Sequence[tuple[int, i
 
 
 def check(path: Path, rank: int = 0, ranks: int = 1) -> None:
-    """Compare this rank's share of the file with its seal: the clients in turn, the rest rank 0's.
+    """Compare this rank's share of the file with its seal: the ranks share the clients, rank 0 does the rest.
 
     Raises:
-        CheckpointError: as `read`, and for bytes changed since; it names the dataset.
+        CheckpointError: as `read`, and for changed bytes, with the name of the dataset.
     """
     with plain(path) as file:
         seal = read(file, path)
         for number, one in enumerate(seal.ranges):
-            mine = number % ranks == rank if one.name.startswith("clients/") else rank == 0
-            if mine and _digest(file, [(one.offset, one.length)]) != one.digest:
+            is_own = number % ranks == rank if one.name.startswith("clients/") else rank == 0
+            if is_own and _digest(file, [(one.offset, one.length)]) != one.digest:
                 raise CheckpointError(f"{path} is damaged: the bytes of {one.name} have changed", REMEDY)
         if rank == 0 and _digest(file, seal.gaps()) != seal.rest:
             raise CheckpointError(f"{path} is damaged: {STRUCTURE} has changed", REMEDY)
 
 
 class plain:
-    """A checkpoint open for plain reads; what the system says of it becomes a CheckpointError."""
+    """A checkpoint open for plain reads; errors of the system become a CheckpointError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def __enter__(self) -> Any:
-        try:  # without waiting, should it be a pipe
+        try:  # O_NONBLOCK: do not wait if it is a pipe
             self._file = open(self._path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))
         except OSError as error:
-            raise self._told(error) from error
+            raise self._checkpoint_error(error) from error
         return self._file
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._file.close()
         if isinstance(error, OSError | EOFError):
-            raise self._told(error) from error
+            raise self._checkpoint_error(error) from error
 
-    def _told(self, error: BaseException) -> CheckpointError:
+    def _checkpoint_error(self, error: BaseException) -> CheckpointError:
         if isinstance(error, FileNotFoundError):
             return CheckpointError(f"there is no checkpoint {self._path}", "check the path")
         if isinstance(error, IsADirectoryError):
             best = self._path / "checkpoints" / "best.h5"
-            return CheckpointError(f"{self._path} is a folder", f"name one checkpoint, as {best}")
+            return CheckpointError(
+                f"{self._path} is a folder, not a checkpoint", f"name a checkpoint, such as {best}"
+            )
         return CheckpointError(f"{self._path} cannot be read: {error or 'it ends early'}", REMEDY)
 
 
 def read(file: Any, path: Path) -> Seal:
-    """The seal of an open file, whose bytes behind the user block are not looked at.
+    """Return the seal of an open file; the bytes after the user block are not read.
 
     Raises:
-        CheckpointError: no checkpoint, unfinished, of another format version, truncated, or a seal that does
-            not match itself.
+        CheckpointError: the file is not a checkpoint, unfinished, of another format version, truncated or too
+            long, or its seal does not match itself.
     """
     length = os.fstat(file.fileno()).st_size
     header = file.read(_HEADER.size)
@@ -173,31 +180,33 @@ def read(file: Any, path: Path) -> Seal:
     if version != FORMAT:
         problem = f"{path} has format version {version}, this program reads {FORMAT}"
         raise CheckpointError(problem, "use the version of this program that wrote it")
-    _, _, count, named, expected = _HEADER.unpack(header)
-    start = _block_length(count, named)
+    _, _, count, names_length, expected = _HEADER.unpack(header)
+    start = _block_length(count, names_length)
     block = header + file.read(start - len(header)) if start <= length else header
     if len(block) < start or sha256(block[:-32]).digest() != block[-32:]:
         if length < start and length < expected:
-            problem = f"{path} is truncated: {length} of {expected} bytes, its seal is cut"
+            problem = f"{path} is truncated: {length} of {expected} bytes, and its seal is incomplete"
         else:
             problem = f"{path} is damaged: its seal does not match"
         raise CheckpointError(problem, REMEDY)
-    seal = _parsed(block, count, named, expected)
+    seal = _parse(block, count, names_length, expected)
     if seal is None:
-        raise CheckpointError(f"{path} is no checkpoint of this program: its seal makes no sense", REMEDY)
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this program: its seal contradicts itself", REMEDY
+        )
     if length < expected:
         cut = next((one.name for one in seal.ranges if one.end > length), STRUCTURE)
-        problem = f"{path} is truncated: {length} of {expected} bytes, the first that is cut is {cut}"
+        problem = f"{path} is truncated: {length} of {expected} bytes; the first incomplete part is {cut}"
         raise CheckpointError(problem, REMEDY)
     if length > expected:
         raise CheckpointError(f"{path} is too long: {length} of {expected} bytes", REMEDY)
     return seal
 
 
-def _parsed(block: bytes, count: int, named: int, length: int) -> Seal | None:
-    """What a user block says; None if it contradicts itself, which only a stranger's does."""
+def _parse(block: bytes, count: int, names_length: int, length: int) -> Seal | None:
+    """Return the seal of a user block; None if it contradicts itself, which this program never writes."""
     table = _HEADER.size + count * _RANGE.size
-    names = block[table : table + named].decode(errors="replace").split("\n") if count else []
+    names = block[table : table + names_length].decode(errors="replace").split("\n") if count else []
     if len(names) != count or len({*names}) != count:
         return None
     entries = _RANGE.iter_unpack(block[_HEADER.size : table])
@@ -205,4 +214,4 @@ def _parsed(block: bytes, count: int, named: int, length: int) -> Seal | None:
     ends = [len(block), *(place for one in ranges for place in (one.offset, one.end)), length]
     if not all(before <= after for before, after in pairwise(ends)) or not all(r.length for r in ranges):
         return None
-    return Seal(len(block), length, ranges, block[table + named : table + named + 32])
+    return Seal(len(block), length, ranges, block[table + names_length :][:32])

@@ -1,4 +1,4 @@
-"""Weights that a user has on disk: checkpoints and exports of this program, and torch's own files."""
+"""A user's weights on disk: checkpoints and exports of this program, and files of torch."""
 
 from __future__ import annotations
 
@@ -16,81 +16,81 @@ HDF5 = (".h5", ".hdf5")
 
 
 def read(path: Path, parts: Sequence[str]) -> dict[str, Tensor]:
-    """The named float tensors of a file.
+    """Return the float tensors of a file, by name.
+
+    A checkpoint is verified by its seal, and its server's parts are read. A file of torch is read whole.
 
     Args:
-        parts: of an HDF5 file, the parts that will do; the first one there is, is taken. A checkpoint is
-            verified by its seal and gives the server's parts, an export what it holds.
+        parts: the parts of an HDF5 file to try in order; the first that exists is returned.
 
     Raises:
-        ConfigError: there is no such file, or it holds no such thing.
+        ConfigError: the file does not exist, cannot be read or has none of the parts.
     """
     if not path.is_file():
-        raise ConfigError(f"there is no file {path}", "check the path; it counts from the working folder")
+        raise ConfigError(f"there is no file {path}", "check the path; it is relative to the working folder")
     return _from_hdf5(path, parts) if path.suffix in HDF5 else _from_torch(path)
 
 
 def _from_hdf5(path: Path, parts: Sequence[str]) -> dict[str, Tensor]:
+    """Return the tensors of the first of `parts` in a checkpoint or an export."""
     import h5py
 
     from pfedmoe_mpi import checkpoint
 
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
-            sealed = "server/state" in file
-            found = {} if sealed else _exported(file)
+            is_checkpoint = "server/state" in file
+            tensors = {} if is_checkpoint else _float_datasets(file)
     except OSError as error:
-        raise ConfigError(f"{path} is no HDF5 file: {error}", "check the path") from error
-    if sealed:
+        raise ConfigError(f"{path} is not an HDF5 file: {error}", "check the path") from error
+    if is_checkpoint:
         try:
             checkpoint.verify(path)
         except CheckpointError as error:
-            raise ConfigError(error.problem, "take another checkpoint of that run") from error
+            raise ConfigError(error.problem, "use another checkpoint of that run") from error
         with checkpoint.Checkpoint(path) as loaded:
             state = torch.from_numpy(loaded.state)
-            found = {name: view.clone() for name, view in loaded.state_layout.views(state).items()}
+            tensors = {name: view.clone() for name, view in loaded.state_layout.views(state).items()}
     for part in parts:
-        own = {name.removeprefix(f"{part}/"): t for name, t in found.items() if name.startswith(f"{part}/")}
-        if own:
-            return own
-    held = ", ".join(sorted({name.partition("/")[0] for name in found})) or "no weights"
+        of_part = {k.removeprefix(f"{part}/"): t for k, t in tensors.items() if k.startswith(f"{part}/")}
+        if of_part:
+            return of_part
+    content = ", ".join(sorted({name.partition("/")[0] for name in tensors})) or "no weights"
     raise ConfigError(
-        f"{path} has no part {' or '.join(parts)}: it holds {held}",
-        "take a checkpoint of fedavg or fedjets, or a client of another method by `export`",
+        f"{path} has no part {' or '.join(parts)}: it holds {content}",
+        "use a checkpoint of fedavg or fedjets, or `export` a client of another method",
     )
 
 
-def _exported(file: object) -> dict[str, Tensor]:
-    """Every float dataset by its path."""
+def _float_datasets(file: object) -> dict[str, Tensor]:
+    """Return every float dataset by its path."""
     import h5py
 
     assert isinstance(file, h5py.File)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def visit(name: str, item: object) -> None:
         if isinstance(item, h5py.Dataset) and item.dtype.kind == "f":
-            found[name] = torch.tensor(item[()], dtype=torch.float32)
+            tensors[name] = torch.tensor(item[()], dtype=torch.float32)
 
     file.visititems(visit)
-    return found
+    return tensors
 
 
 def _from_torch(path: Path) -> dict[str, Tensor]:
-    """A state_dict; `weights_only` keeps pickles from running anything."""
+    """Return the float tensors of a state_dict; `weights_only` keeps pickles from running code."""
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = (
-            "a whole module, or no torch file" if not zipfile.is_zipfile(path) else "not of tensors alone"
-        )
+        reason = "not a file of torch.save" if not zipfile.is_zipfile(path) else "it holds more than tensors"
         problem = f"{path} cannot be read as weights ({reason}): {str(error).splitlines()[0]}"
         raise ConfigError(problem, "write it with torch.save(model.state_dict(), FILE)") from error
-    if isinstance(held, Mapping) and isinstance(held.get("state_dict"), Mapping):
-        held = held["state_dict"]
-    if not isinstance(held, Mapping) or not all(isinstance(t, Tensor) for t in held.values()):
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise ConfigError(
-            f"{path} is no state_dict: names and tensors",
+            f"{path} is not a state_dict, that is, tensors by name",
             "write it with torch.save(model.state_dict(), FILE)",
         )
-    floats = {name: t for name, t in held.items() if t.is_floating_point()}
+    floats = {name: t for name, t in loaded.items() if t.is_floating_point()}
     return {str(name): t.detach().float().contiguous() for name, t in floats.items()}

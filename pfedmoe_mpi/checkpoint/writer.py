@@ -1,10 +1,10 @@
-"""HDF5 checkpoints: one sealed file, written by all ranks, readable with any HDF5 tool.
+"""Writing a checkpoint: one sealed HDF5 file, by all ranks in parallel.
 
-Root lays the datasets out contiguously (early allocation, no fill values, clients' aligned to 4 KiB) and
-sends their byte offsets round; each rank writes its clients' bytes in place with pwrite. So one file is
-written in parallel with an ordinary h5py. A seal in the HDF5 user block (`seal.py`) holds the file's length
-and the name and SHA-256 of every dataset. Every writer fsyncs, then root seals, renames and fsyncs the
-folder: a file with a checkpoint's name is complete or damaged, never half-written.
+Rank 0 lays the datasets out contiguously (early allocation, no fill values, clients' aligned to 4 KiB) and
+sends their byte offsets to all; each rank writes its clients' bytes in place with pwrite. So an ordinary h5py
+is enough to write one file in parallel. A seal in the HDF5 user block (`seal.py`) holds the file's length and
+the name and SHA-256 of every dataset. Every rank fsyncs, then rank 0 seals the file, renames it and fsyncs
+the folder: a file with a checkpoint's name is complete or damaged, never half-written.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NAME = re.compile(r"round-(\d+)(-partial)?\.h5")
 
 @dataclass(frozen=True)
 class Content:
-    """Everything in a checkpoint but the clients' bytes, equal on all ranks.
+    """Everything in a checkpoint except the clients' vectors, equal on all ranks.
 
     `round` rounds are complete; `partial` is the int64 buffer of an unfinished next one, or None.
     """
@@ -54,22 +54,25 @@ class Content:
 
 
 def name(round: int, partial: bool) -> str:
-    """`round-000020.h5`, or `round-000021-partial.h5` for a round in progress."""
+    """Return `round-000020.h5`, or `round-000021-partial.h5` for a round in progress."""
     return f"round-{round + 1:06d}-partial.h5" if partial else f"round-{round:06d}.h5"
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a folder; a partial round 21 stands between 20 and 21."""
-
-    named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("round-*.h5"))
-    aged = [((int(match[1]), not match[2]), path) for match, path in named if match]
-    return [path for _, path in sorted(aged, reverse=True)]
+    """Return the checkpoints of a folder, newest first; a partial round 21 lies between 20 and 21."""
+    matches = ((_NAME.fullmatch(path.name), path) for path in folder.glob("round-*.h5"))
+    by_age = [((int(match[1]), not match[2]), path) for match, path in matches if match]
+    return [path for _, path in sorted(by_age, reverse=True)]
 
 
 def write(
     comm: Comm, path: Path, content: Content, vectors: Mapping[int, np.ndarray], home: Sequence[int]
 ) -> None:
-    """Write one checkpoint; collective. `vectors` are this rank's clients', `home` the rank of every client.
+    """Write one checkpoint; collective.
+
+    Args:
+        vectors: float32, of this rank's clients.
+        home: the rank of every client.
 
     Raises:
         CheckpointError: on all ranks, if any rank could not write; earlier checkpoints are untouched.
@@ -91,24 +94,25 @@ def write(
 
 
 def _guarded(work: Callable[[], Any], path: Path) -> Callable[[], Any]:
-    """The system's errors as ours, so that all ranks learn of them."""
+    """Return `work` with the system's errors as CheckpointError, which `Comm` raises on all ranks."""
 
     def run() -> Any:
         try:
             return work()
         except OSError as error:
-            remedy = "free space or mend the file system"
+            remedy = "free space, or fix the file system"
             raise CheckpointError(f"{path} cannot be written: {error}", remedy) from error
 
     return run
 
 
 def _client(client: int) -> str:
+    """Return the path of a client's dataset."""
     return f"clients/{client:06d}"
 
 
 def _texts(content: Content) -> dict[str, bytes]:
-    """Texts by dataset: the configuration, one line per round, and every layout once."""
+    """Return the text datasets: the configuration, one line per round, and every layout once."""
     texts = {
         "config": json.dumps(content.config),
         "history": "\n".join(json.dumps(row, allow_nan=False) for row in content.history),
@@ -119,7 +123,7 @@ def _texts(content: Content) -> dict[str, bytes]:
 
 
 def _arrays(content: Content) -> dict[str, np.ndarray]:
-    """What root writes beside texts, by dataset: float32 and int64."""
+    """Return the number datasets of rank 0, float32 and int64."""
     arrays: dict[str, np.ndarray] = {"server/state": np.asarray(content.state, "<f4")}
     for split, rows in content.partition.items():
         arrays[f"partition/{split}"] = np.concatenate([np.empty(0, "<i8"), *rows]).astype("<i8")
@@ -131,15 +135,15 @@ def _arrays(content: Content) -> dict[str, np.ndarray]:
 
 
 def _lay_out(path: Path, content: Content) -> Table:
-    """Create the file with everything but the clients' bytes; the place of every dataset with bytes."""
-    # Objects are aligned from this size on, so that no two clients' bytes share a page.
+    """Create the file with everything except the clients' bytes; return every dataset's place."""
+    # Objects of at least this size are aligned, so that no page holds bytes of two clients.
     smallest = min([seal.ALIGN, *(4 * layout.size for layout in content.client_layouts if layout.size)])
     for stale in path.parent.glob(".round-*.h5.tmp"):
         stale.unlink()
     texts, arrays, layouts = _texts(content), _arrays(content), content.client_layouts
     names = [*(key for key, raw in {**texts, **arrays}.items() if len(raw))]
     names += [_client(client) for client, layout in enumerate(layouts) if layout.size]
-    names += [] if content.history else ["history"]  # HDF5 has no text of no bytes
+    names += [] if content.history else ["history"]  # an empty text takes one byte in HDF5
     memory = SparseFile()
     with h5py.File(
         memory,
@@ -154,26 +158,26 @@ def _lay_out(path: Path, content: Content) -> Table:
         file.attrs["partial"] = content.partial is not None
         for key, value in content.identity.items():
             _describe(file, key, value)
-        made = [_put(file, key, np.array(raw or b"\0")) for key, raw in texts.items()]
-        made += [_put(file, key, array) for key, array in arrays.items()]
+        datasets = [_put(file, key, np.array(raw or b"\0")) for key, raw in texts.items()]
+        datasets += [_put(file, key, array) for key, array in arrays.items()]
         _describe(file["server/state"], "layout", content.state_layout.digest)
         for client, layout in enumerate(layouts):
-            made.append(_allocate(file, _client(client), h5py.h5t.IEEE_F32LE, (layout.size,)))
-            _describe(made[-1], "layout", layout.digest)
-        table = {d.name[1:]: (int(d.id.get_offset()), int(d.nbytes)) for d in made if d.nbytes}
+            datasets.append(_allocate(file, _client(client), h5py.h5t.IEEE_F32LE, (layout.size,)))
+            _describe(datasets[-1], "layout", layout.digest)
+        table = {d.name[1:]: (int(d.id.get_offset()), int(d.nbytes)) for d in datasets if d.nbytes}
     assert set(table) == set(names), "the user block was made for other datasets"
     memory.save(path)
     return table
 
 
 def _describe(owner: Any, key: str, value: str) -> None:
-    """A text of fixed length as an attribute: what lies in the header needs no other place of the file."""
+    """Add a text of fixed length as an attribute: it lies in the object's header and needs no other place."""
     raw = value.encode()
     owner.attrs.create(key, np.array(raw), dtype=h5py.string_dtype("utf-8", max(1, len(raw))))
 
 
 def _allocate(file: Any, key: str, kind: Any, shape: tuple[int, ...]) -> Any:
-    """An empty contiguous dataset whose place in the file is known at once."""
+    """Create an empty contiguous dataset whose place in the file is known at once."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -185,7 +189,7 @@ def _allocate(file: Any, key: str, kind: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _put(file: Any, key: str, data: np.ndarray) -> Any:
-    """A dataset with its content: a text (a scalar of bytes, which are UTF-8) or numbers."""
+    """Create a dataset with its content: a text (a scalar of UTF-8 bytes) or numbers."""
     kind = h5py.h5t.py_create(data.dtype, logical=True)
     if data.dtype.kind == "S":
         kind.set_cset(h5py.h5t.CSET_UTF8)
@@ -197,7 +201,7 @@ def _put(file: Any, key: str, data: np.ndarray) -> Any:
 def _write_clients(
     path: Path, own: Sequence[int], table: Table, vectors: Mapping[int, np.ndarray]
 ) -> dict[str, bytes]:
-    """This rank's clients' bytes in their places, on the disk; SHA-256 of each."""
+    """Write this rank's clients' bytes in their places and fsync them; return the SHA-256 of each."""
     digests = {}
     file = os.open(path, os.O_WRONLY)
     try:
@@ -216,7 +220,7 @@ def _write_clients(
 
 
 def _finish(temporary: Path, path: Path, table: Table, digests: Mapping[str, bytes]) -> None:
-    """Seal the file and give it its name."""
+    """Seal the file and publish it under its name."""
     with open(temporary, "r+b") as file:
         seal.put(file, table, digests)
     durable.publish(temporary, path)

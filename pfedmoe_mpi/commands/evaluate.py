@@ -12,7 +12,7 @@ from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import EXIT_DONE
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
-from pfedmoe_mpi.run.restart import evaluation_loop
+from pfedmoe_mpi.run.evaluate import evaluation_loop
 
 
 def run(path: Path, overrides: Mapping[str, Any], as_json: bool) -> int:

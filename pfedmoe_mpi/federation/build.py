@@ -1,6 +1,6 @@
 """From a configuration to a federation that is ready for round 1: data, partition, models, clients, device.
 
-Everything a user can get wrong is found here, on all ranks alike, before anything is written.
+Every user error that needs the data is raised here, on all ranks and before anything is written.
 """
 
 from __future__ import annotations
@@ -14,12 +14,7 @@ from pfedmoe_mpi.core.parts import Workbench
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.federation import placement
-from pfedmoe_mpi.federation.distribute import (
-    data_digest,
-    distribute,
-    open_everywhere,
-    reserved,
-)
+from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config
 from pfedmoe_mpi.federation.federation import Federation, pinned
 from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
@@ -32,12 +27,12 @@ def build(comm: Comm, settings: Config) -> Federation:
     """Assemble a federation; collective.
 
     Raises:
-        UserError: on all ranks alike.
+        UserError: on all ranks: a setting or the data cannot be used.
     """
     dataset = open_everywhere(comm, settings)
     threads = device.threads(comm, settings.train.threads)
     settings = effective_config(settings, dataset, threads)
-    chosen = device.choose(comm, settings.train)
+    own_device = device.choose(comm, settings.train)
     plan = comm.from_root(lambda: make_plan(settings, dataset), "plan", Plan.without_rows)
     partition, costs = plan.partition, plan.costs
     dataset = plan.dataset if dataset.fit else dataset
@@ -45,12 +40,12 @@ def build(comm: Comm, settings: Config) -> Federation:
     method = base.load(settings.algorithm)(task)
     method.poll = comm.poll
     method.read_weights = weights.read
-    specs = [method.client_state(k) for k in range(task.clients)]  # its refusals are raised on all ranks
-    workbench = Workbench(settings.seed, chosen.device)
+    specs = [method.client_state(k) for k in range(task.clients)]  # a ConfigError is raised on all ranks
+    workbench = Workbench(settings.seed, own_device.device)
     home = placement.homes(costs, comm.size)
-    normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), chosen.device)
+    normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
     engine = Engine(
-        chosen.device,
+        own_device.device,
         normalise,
         settings.train,
         settings.eval.batch,
@@ -58,9 +53,9 @@ def build(comm: Comm, settings: Config) -> Federation:
         settings.rounds,
         comm.poll,
     )
-    shards = distribute(comm, dataset, partition, home, chosen.device)
+    shards = distribute(comm, dataset, partition, home, own_device.device)
     clients = {
-        k: Client(k, specs[k], pinned(workbench.initial(specs[k], k), chosen.device), shards[k])
+        k: Client(k, specs[k], pinned(workbench.initial(specs[k], k), own_device.device), shards[k])
         for k in shards
     }
     return Federation(
@@ -72,19 +67,19 @@ def build(comm: Comm, settings: Config) -> Federation:
         method=method,
         workbench=workbench,
         engine=engine,
-        device=chosen,
+        device=own_device,
         home=home,
         costs=costs,
         state_layout=workbench.layout(method.state()),
         client_layouts=[workbench.layout(spec) for spec in specs],
         clients=clients,
         stream=make_stream(settings, dataset, partition),
-        reserved=reserved(comm, dataset, partition, chosen.device) if method.pretrains else None,
+        reserved=reserved(comm, dataset, partition, own_device.device) if method.pretrains else None,
     )
 
 
 def make_stream(settings: Config, dataset: Dataset, partition: Partition) -> Stream | None:
-    """What counts in which round, if data drift at all."""
+    """Return the stream of `stream.kind`, None if data do not drift."""
     if settings.stream.kind == "none":
         return None
     labels = [dataset.labels[rows] for rows in partition.train]

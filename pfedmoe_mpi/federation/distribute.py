@@ -1,4 +1,4 @@
-"""Data on every rank: opened, fitted, and handed to the clients' homes."""
+"""Data on every rank: opened everywhere, and each client's samples sent to its home rank."""
 
 from __future__ import annotations
 
@@ -18,37 +18,40 @@ from pfedmoe_mpi.mpi.comm import Comm
 
 
 def open_everywhere(comm: Comm, settings: Config) -> Dataset:
-    """Return the data set on every rank; where rank 0 holds the rows, the others get all but the rows."""
+    """Return the data set on every rank; without the rows on the other ranks if rank 0 holds them."""
 
-    def opened(check: bool) -> Dataset:
+    def open_source(check: bool) -> Dataset:
         return open_dataset(settings.data, settings.seed, clients=settings.clients, check=check)
 
-    dataset = comm.from_root(lambda: opened(check=True), "data", Dataset.without_rows)
+    dataset = comm.from_root(lambda: open_source(check=True), "data", Dataset.without_rows)
     distributed = comm.from_root(lambda: dataset.distributed, "data store")
     if not distributed:
         return dataset
-    return comm.attempt(lambda: opened(check=False) if comm.rank else dataset, "data of all ranks")
+    return comm.attempt(lambda: open_source(check=False) if comm.rank else dataset, "data of all ranks")
 
 
 def distribute(
     comm: Comm, dataset: Dataset, partition: Partition, home: Sequence[int], where: torch.device
 ) -> dict[int, dict[str, Split]]:
-    """Every client's samples on its home's device: read there, or sent by the root that holds them."""
-    wanted = {
+    """Return this rank's clients' samples by split, on its device; collective.
+
+    Each rank reads them itself, or receives them from rank 0 if that holds all rows.
+    """
+    row_numbers = {
         rank: np.concatenate(
             [np.empty(0, np.int64), *_rows(partition, [k for k, r in enumerate(home) if r == rank])]
         )
         for rank in range(comm.size)
     }
     if dataset.distributed:
-        rows = comm.attempt(lambda: dataset.rows(wanted[comm.rank]), "data rows")
+        rows = comm.attempt(lambda: dataset.rows(row_numbers[comm.rank]), "data rows")
     else:
-        rows = np.empty((len(wanted[comm.rank]), *dataset.shape), dataset.dtype)
+        rows = np.empty((len(row_numbers[comm.rank]), *dataset.shape), dataset.dtype)
         if comm.rank == 0:
-            outgoing = {rank: dataset.rows(index) for rank, index in wanted.items()}
+            outgoing = {rank: dataset.rows(index) for rank, index in row_numbers.items()}
             rows = outgoing[0]
         else:
-            outgoing = {rank: rows if rank == comm.rank else np.empty(0, np.uint8) for rank in wanted}
+            outgoing = {rank: rows if rank == comm.rank else np.empty(0, np.uint8) for rank in row_numbers}
         comm.move([(0, rank, outgoing[rank]) for rank in range(1, comm.size)], "data rows")
     shards: dict[int, dict[str, Split]] = {}
     at = 0
@@ -62,7 +65,7 @@ def distribute(
 
 
 def reserved(comm: Comm, dataset: Dataset, partition: Partition, where: torch.device) -> Client:
-    """The reserved rows as a client of the server's, 8 : 2 for training and test; only rank 0 reads them."""
+    """Return the reserved rows as a client, 8 : 2 for training and test; empty on the other ranks."""
     rows, train = partition.reserved, partition.reserved_train
     if comm.rank:
         rows, train = rows[:0], train[:0]
@@ -72,20 +75,21 @@ def reserved(comm: Comm, dataset: Dataset, partition: Partition, where: torch.de
 
 
 def _rows(partition: Partition, clients: Sequence[int]) -> list[np.ndarray]:
+    """Return the row numbers of each client and split, in this order."""
     return [getattr(partition, split)[client] for client in clients for split in SPLITS]
 
 
 def data_digest(comm: Comm, clients: Mapping[int, Client]) -> str:
-    """SHA-256 over every client's samples and labels as used, in client order."""
-    own = {}
+    """Return SHA-256 over every client's samples and labels as used, in client order; collective."""
+    digests = {}
     for k, client in clients.items():
         state = sha256()
         for split in client.splits.values():
             for tensor in (split.x, split.y):
                 state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
                 state.update(tensor.cpu().numpy().tobytes())
-        own[k] = state.digest()
+        digests[k] = state.digest()
     all_clients: dict[int, bytes] = {}
-    for part in comm.gather(own, "data digest"):
+    for part in comm.gather(digests, "data digest"):
         all_clients |= part
     return sha256(b"".join(all_clients[k] for k in sorted(all_clients))).hexdigest()

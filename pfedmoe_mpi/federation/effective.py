@@ -1,4 +1,4 @@
-"""The effective configuration: what the data propose, and every `auto` replaced by what it stands for."""
+"""The effective configuration: the data's proposals taken over, and every `auto` replaced by its value."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from pfedmoe_mpi.models import names as model_names
 
 
 def with_proposals(settings: Config, dataset: Dataset) -> Config:
-    """The settings with what the data propose wherever the user gave nothing."""
+    """Return the settings with the data's proposals, where the user gave no value."""
     changes = {name: value for name, value in dataset.proposals.items() if not config.given(settings, name)}
     return config.changed(settings, changes) if changes else settings
 
 
 def effective_config(settings: Config, dataset: Dataset, threads: int) -> Config:
-    """The effective configuration: every `auto` replaced by what it stands for on these data."""
+    """Return the effective configuration: every `auto` replaced by its value for these data.
+
+    Raises:
+        ConfigError: a setting does not fit the data or the method.
+    """
     settings = with_proposals(settings, dataset)
     kind = base.load(settings.algorithm)
     if settings.unseen.private == "average" and not kind.averages_private:
-        problem = f"{settings.algorithm} has nothing private that unseen.private could average"
-        raise ConfigError(problem, "leave --unseen.private out, or take --algorithm pfedmoe")
+        problem = f"unseen.private = average, but {settings.algorithm} has no private parts to average"
+        raise ConfigError(problem, "remove --unseen.private, or choose --algorithm pfedmoe")
     if settings.train.augment and len(dataset.shape) != 3:
-        given = ",".join(settings.train.augment)
-        raise ConfigError(f"train.augment {given} is for images, and these samples are none", "leave it out")
+        augment = ",".join(settings.train.augment)
+        problem = f"train.augment = {augment} needs images; the samples have shape {dataset.shape}"
+        raise ConfigError(problem, "remove --train.augment")
     model = settings.model
     pool: tuple[str, ...] = tuple(model_names.resolve_name(name) for name in model.pool if name != "auto")
     shared = (
@@ -34,14 +39,16 @@ def effective_config(settings: Config, dataset: Dataset, threads: int) -> Config
         else model_names.resolve_name(model.shared)
     )
     if model.pool == ("auto",):
-        unlike = model_names.auto_pool(dataset.shape, dataset.tokens, shared)
-        pool = (shared,) if kind.homogeneous else unlike
+        different = model_names.auto_pool(dataset.shape, dataset.tokens, shared)
+        pool = (shared,) if kind.homogeneous else different
     if len(pool) < len(model.pool):
-        raise ConfigError("model.pool = auto stands alone", "name architectures, or leave model.pool out")
+        problem = f"model.pool = {','.join(model.pool)} combines auto with architectures"
+        raise ConfigError(problem, "remove auto from --model.pool, or the architectures")
     if kind.homogeneous and len(set(pool)) > 1:
         raise ConfigError(
-            f"{settings.algorithm} needs equal models, but model.pool has {', '.join(pool)}",
-            f"--model.pool auto takes model.shared ({shared}) for all; --model.pool {pool[0]} another one",
+            f"{settings.algorithm} needs equal models, but model.pool = {','.join(pool)}",
+            f"--model.pool {pool[0]} gives all clients this one, --model.pool auto gives them "
+            f"model.shared = {shared}",
         )
     dim = model_names.resolve_dim([*pool, shared], model.dim)
     flat = config.flatten(config.to_tree(settings))

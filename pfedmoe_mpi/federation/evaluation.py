@@ -26,10 +26,11 @@ from pfedmoe_mpi.mpi.comm import Comm
 
 @dataclass(frozen=True)
 class Measured:
-    """One client measured on one split; `alpha` is the mean gate weight of the shared experts together.
+    """The metrics of one client on one split.
 
-    `auc` is NaN unless the task has two classes and the split samples of both.
-    `gate` int64 (2, classes), on the CPU: by class the samples, and Σ α·2^SCALE of them; None without gate.
+    `loss` is the mean cross-entropy, `alpha` the mean gate weight of all shared experts together. `auc` is
+    NaN unless the task has two classes and the split has samples of both. `gate`, int64 (2, classes) on the
+    CPU, holds by class the samples and their Σ α·2^SCALE; None without a gate.
     """
 
     correct: int
@@ -45,7 +46,7 @@ def evaluate(
 ) -> EvaluationSum:
     """Return this rank's share of an evaluation after `round`: its clients with the server's `state`.
 
-    Without `due` nobody is measured. A stop leaves the remaining clients out and is requested in the sum.
+    No client is measured unless `due`. A stop leaves the remaining clients out and is requested in the sum.
     """
     task = federation.task
     result = EvaluationSum(task.clients, comm.size, task.classes)
@@ -64,16 +65,17 @@ def evaluate(
 def _client_metrics(
     federation: Federation, client: Client, state: torch.Tensor, round: int, gates: np.ndarray
 ) -> list[float]:
-    """Return CLIENT_METRICS; zeros where the method has no answer for a client that has not trained.
+    """Return CLIENT_METRICS; zeros if the method gives no answer for a client that has not trained.
 
-    Adds the weights of a client's gate to `gates`; one that is as it was initialised has no weight α.
+    The weights of a client's gate are added to `gates`, unless the client has not trained: the weights of an
+    initial gate mean nothing.
     """
     parts = federation.parts(client, state)
     unseen = client.id in federation.task.absent(round)
     splits = [client.splits["test"], client.splits["validation"]]
     splits += federation.stream.concepts(client) if federation.stream else [splits[0].nothing()] * 2
-    answers = [measure(federation.engine, federation.method, parts, split, unseen) for split in splits]
-    measured = [answer for answer in answers if answer]
+    results = [measure(federation.engine, federation.method, parts, split, unseen) for split in splits]
+    measured = [result for result in results if result]
     if not measured:
         return [0.0] * len(CLIENT_METRICS)
     test = measured[0]
@@ -85,7 +87,7 @@ def _client_metrics(
 
 
 def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:
-    """A split's samples (B, *shape), normalised, without labels."""
+    """Yield a split's samples in batches (B, *shape), normalised, without labels."""
     for batch in batches.batches(split, engine.evaluation_batch, engine.normalise):
         engine.poll()
         yield batch.x
@@ -94,14 +96,15 @@ def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:
 def measure(
     engine: Engine, method: Algorithm, parts: Parts, split: Split, unseen: bool = False
 ) -> Measured | None:
-    """Accuracy, mean cross-entropy, mean gate weight and AUC of a client's answers on a split.
+    """Measure a client's model on a split; None if the method gives no answer for an `unseen` client.
 
-    None where the method has no answer for a client that never trained.
+    Raises:
+        StoppedError: a stop was asked for.
     """
     correct = torch.zeros((), dtype=torch.int64, device=engine.device)
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     alpha = torch.zeros((), dtype=torch.float64, device=engine.device)
-    scores: list[torch.Tensor] = []  # of class 1 against class 0
+    scores: list[torch.Tensor] = []  # logit of class 1 minus logit of class 0
     gate: torch.Tensor | None = None
     for module in parts.modules().values():
         module.eval()
@@ -117,18 +120,21 @@ def measure(
             weights = method.weights(parts, batch.x)
             alpha += float("nan") if weights is None else weights[:, :-1].double().sum()
             if weights is not None:
-                found = _by_class(weights[:, :-1].double().sum(1), batch.y, logits.shape[1])
-                gate = found if gate is None else gate + found
+                by_class = _by_class(weights[:, :-1].double().sum(1), batch.y, logits.shape[1])
+                gate = by_class if gate is None else gate + by_class
             if logits.shape[1] == 2:
                 scores.append(logits[:, 1] - logits[:, 0])
     n = len(split)
-    ranked = auc(torch.cat(scores).cpu().numpy(), split.y.cpu().numpy()) if scores else math.nan
+    area = auc(torch.cat(scores).cpu().numpy(), split.y.cpu().numpy()) if scores else math.nan
     mean_loss, mean_alpha = (float(total) / n if n else math.nan for total in (loss, alpha))
-    return Measured(int(correct), n, mean_loss, mean_alpha, ranked, None if gate is None else gate.cpu())
+    return Measured(int(correct), n, mean_loss, mean_alpha, area, None if gate is None else gate.cpu())
 
 
 def _by_class(alpha: torch.Tensor, y: torch.Tensor, classes: int) -> torch.Tensor:
-    """Integers, so that no order of clients and batches matters; α that are not finite are left out."""
+    """Return samples and Σ α·2^SCALE by class, int64 (2, classes), without α that are not finite.
+
+    They are integers, so that the order of clients and batches does not matter.
+    """
     finite = alpha.isfinite()
     numbers = torch.stack([finite.double(), torch.where(finite, alpha, 0.0) * 2.0**SCALE])
     return torch.zeros((2, classes), dtype=torch.int64, device=y.device).index_add_(
@@ -137,10 +143,10 @@ def _by_class(alpha: torch.Tensor, y: torch.Tensor, classes: int) -> torch.Tenso
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The chance that a sample of class 1 scores above one of class 0, ties counting half.
+    """Return the chance that a sample of class 1 scores above one of class 0, ties counting half.
 
-    By midranks (Mann-Whitney): whole numbers up to the one division, so that the order of samples and the
-    number of batches change no bit. NaN where a class has no sample or a score is not a number.
+    It is computed by midranks (Mann-Whitney), in whole numbers up to one division, so that neither the order
+    of samples nor the number of batches changes a bit. NaN if a class has no sample or a score is NaN.
 
     Args:
         scores: (n,), larger where class 1 is likelier.

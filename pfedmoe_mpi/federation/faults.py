@@ -1,8 +1,9 @@
 """Client failures as an experiment: lost, slow and late clients, drawn by address, so that they repeat.
 
-They train like the others and keep what they trained; their contribution alone is missing from the sum, as
-with HtFLlib's drop and slow rates. Time is simulated: a client's step takes its cost (training samples times
-multiply-adds) over the mean client's, a slow client's `slowdown` times as long. Real time has no part in it.
+These clients train like the others and keep what they trained; only their contribution is missing from the
+sum, as with HtFLlib's drop and slow rates. Time is simulated: a client's step takes its cost (training
+samples times multiply-adds) divided by the mean client's, and `slowdown` times as long for a slow client.
+Real time does not matter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pfedmoe_mpi.federation.round_sum import IN, LATE, LOST
 
 
 class Faults:
-    """What befalls each client in each round; a pure function of seed, settings and costs."""
+    """The failures of each client in each round; a pure function of seed, settings and costs."""
 
     def __init__(self, seed: int, settings: FaultSettings, costs: Sequence[float]) -> None:
         self._seed = seed
@@ -29,13 +30,13 @@ class Faults:
         ]
 
     def _stragglers(self, clients: int) -> set[int]:
-        """floor(straggler · N + ½) clients, drawn once."""
+        """Draw the slow clients, once: floor(straggler · N + ½) of N."""
         number = int(self._settings.straggler * clients + 0.5)
         draw = seeds.numpy_generator(self._seed, "straggler")
         return set(draw.choice(clients, number, replace=False).tolist())
 
     def fate(self, round: int, client: int) -> int:
-        """IN, LOST or LATE, if the client trains in this round."""
+        """Return IN, LOST or LATE for a client that trains in this round."""
         draw = seeds.numpy_generator(self._seed, "dropout", round, client)
         if draw.random() < self._settings.dropout:
             return LOST
@@ -43,6 +44,6 @@ class Faults:
         return LATE if deadline and self.durations[client] > deadline else IN
 
     def waited(self, clients: Iterable[int]) -> float:
-        """Simulated time until the server has what it waits for: the slowest member, or the deadline."""
+        """Return the simulated time that the server waits: the slowest member's, at most the deadline."""
         slowest = max((self.durations[client] for client in clients), default=0.0)
         return float(np.minimum(slowest, self._settings.deadline or np.inf))

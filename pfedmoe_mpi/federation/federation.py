@@ -1,4 +1,4 @@
-"""The value that a run is made of."""
+"""A federation: everything that a run is made of."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pfedmoe_mpi.mpi.device import Device
 
 @dataclass(frozen=True)
 class Federation:
-    """All that a run is made of; everything but `clients` and `device` is equal on every rank.
+    """Everything that a run is made of; equal on every rank, except `clients` and `device`.
 
     `home` is the rank that keeps each client, `costs` the relative cost of training each for one epoch.
     """
@@ -39,9 +39,9 @@ class Federation:
     costs: Sequence[float]
     state_layout: Layout
     client_layouts: Sequence[Layout]
-    clients: Mapping[int, Client]
+    clients: Mapping[int, Client]  # those of this rank
     stream: Stream | None
-    reserved: Client | None  # for methods with something to do before round 1: the rows no client has
+    reserved: Client | None  # the rows of no client, for methods that train before round 1
 
     def parts(self, client: Client, state: torch.Tensor) -> Parts:
         """Bind a client's private vector and the server's `state` to this rank's modules."""
@@ -49,21 +49,22 @@ class Federation:
 
 
 def pinned(vector: torch.Tensor, where: torch.device) -> torch.Tensor:
-    """An idle client's vector: host memory, pinned where a GPU will read it."""
+    """Return a vector in host memory, pinned if a GPU will read it."""
     return vector.pin_memory() if where.type == "cuda" and vector.numel() else vector
 
 
-MOST_ABSENT = 5_000  # clients that never train or join late, in an attribute of a checkpoint
+MOST_ABSENT = 5_000  # clients that never train or join late, listed in an attribute of a checkpoint
 
 
 def samples_text(federation: Federation) -> str:
-    """What a model must know of the samples it was trained on, as JSON for the checkpoint: shape (C, H, W),
-    (features,) or (tokens,), classes, dtype, how many tokens there are, mean and std; who never trains or
-    joins late, null if these are too many.
+    """Return, as JSON for the checkpoint, what a model needs to know of the samples it was trained on.
+
+    shape (C, H, W), (features,) or (tokens,); classes; dtype; vocabulary, the number of tokens; mean and std;
+    absent, the clients that never train and those that join late, null if these are too many.
     """
     data, task = federation.dataset, federation.task
     absent = [sorted(task.unseen), sorted(task.late)]
-    few = sum(map(len, absent)) <= MOST_ABSENT
+    listed = sum(map(len, absent)) <= MOST_ABSENT
     facts = {"shape": data.shape, "classes": data.classes, "dtype": data.dtype.name}
     facts["vocabulary"] = data.vocabulary
-    return json.dumps({**facts, "mean": data.mean, "std": data.std, "absent": absent if few else None})
+    return json.dumps({**facts, "mean": data.mean, "std": data.std, "absent": absent if listed else None})

@@ -1,4 +1,7 @@
-"""Guests: cohort members trained away from home, to balance a round. The simulator's traffic, no method's."""
+"""Lending: cohort members are trained away from home to balance a round.
+
+This traffic belongs to the simulator, not to any method.
+"""
 
 from __future__ import annotations
 
@@ -14,43 +17,51 @@ from pfedmoe_mpi.mpi.comm import Comm
 
 
 def lend(comm: Comm, federation: Federation, trainer: Mapping[int, int]) -> dict[int, Client]:
-    """Send the clients that train away from home, vectors and samples; this rank's guests. Collective.
+    """Send the vectors and samples of clients that train away from home; collective.
 
     Args:
         trainer: the rank that trains each cohort member.
+
+    Returns:
+        the clients that this rank borrows.
     """
     home, rank = federation.home, comm.rank
-    guests: dict[int, Client] = {}
+    borrowed: dict[int, Client] = {}
     transfers = []
-    for client in (k for k in sorted(trainer) if trainer[k] != home[k]):
+    for k in (k for k in sorted(trainer) if trainer[k] != home[k]):
         arrays: list[np.ndarray] = []
-        if trainer[client] == rank:
-            guests[client] = _empty(federation, client)
-            arrays = _arrays(guests[client])
-        elif home[client] == rank:
-            arrays = [np.ascontiguousarray(a) for a in _arrays(federation.clients[client])]
-        transfers += [(home[client], trainer[client], array) for array in arrays]
+        if trainer[k] == rank:
+            borrowed[k] = _empty(federation, k)
+            arrays = _arrays(borrowed[k])
+        elif home[k] == rank:
+            arrays = [np.ascontiguousarray(a) for a in _arrays(federation.clients[k])]
+        transfers += [(home[k], trainer[k], array) for array in arrays]
     comm.move(transfers, "lending clients")
     where = federation.device.device
-    for guest in guests.values():
-        guest.splits = {s: Split(d.x.to(where), d.y.to(where)) for s, d in guest.splits.items()}
-    return guests
+    for client in borrowed.values():
+        client.splits = {s: Split(d.x.to(where), d.y.to(where)) for s, d in client.splits.items()}
+    return borrowed
 
 
 def give_back(
-    comm: Comm, federation: Federation, trainer: Mapping[int, int], guests: Mapping[int, Client]
+    comm: Comm, federation: Federation, trainer: Mapping[int, int], clients: Mapping[int, Client]
 ) -> None:
-    """Send the guests' vectors home, changed or not. Collective."""
+    """Send the vectors of borrowed clients home, changed or not; collective.
+
+    Args:
+        trainer: as for `lend`.
+        clients: those of this rank, the borrowed ones included.
+    """
     home, rank = federation.home, comm.rank
     transfers = []
     for client in sorted(trainer):
         if trainer[client] != home[client] and rank in (trainer[client], home[client]):
-            at = guests[client] if trainer[client] == rank else federation.clients[client]
-            transfers.append((trainer[client], home[client], at.vector.numpy()))
+            transfers.append((trainer[client], home[client], clients[client].vector.numpy()))
     comm.move(transfers, "returning clients")
 
 
 def _empty(federation: Federation, client: int) -> Client:
+    """Return a client whose vector and samples are still to be received."""
     dtype = torch.from_numpy(np.empty(0, federation.dataset.dtype)).dtype
     shape = federation.dataset.shape
     lengths = {split: len(getattr(federation.partition, split)[client]) for split in SPLITS}
@@ -63,6 +74,6 @@ def _empty(federation: Federation, client: int) -> Client:
 
 
 def _arrays(client: Client) -> list[np.ndarray]:
-    """What travels with a client that trains away from home."""
+    """Return what a client that trains away from home takes along: its vector and samples, on the CPU."""
     samples = [t for split in client.splits.values() for t in (split.x.cpu(), split.y.cpu())]
     return [t.numpy() for t in (client.vector, *samples)]

@@ -1,7 +1,7 @@
 """The only round loop: sample, train, sum, update, evaluate, sum, record, checkpoint.
 
-Both sums are the same call on every rank in every round, a stopped one included; whether to update or to save
-is read from their result, so all ranks decide alike.
+Every rank calls both sums in every round, even in a stopped one. All ranks read from the result whether to
+update or to save, so they all decide the same.
 """
 
 from __future__ import annotations
@@ -18,23 +18,20 @@ import torch
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
-from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
-from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import CheckpointError, RunError, StoppedError
-from pfedmoe_mpi.federation import evaluation, lending, metrics, placement, pretraining
+from pfedmoe_mpi.federation import evaluation, metrics, pretraining, training
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation, pinned
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, MISSING, RoundSum
 from pfedmoe_mpi.federation.saver import Listener, Saver
-from pfedmoe_mpi.log import LOGGER
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.device import rss_mb
 
 
 class Observer(Listener, Protocol):
-    """Who is told of what happens, on every rank; rank 0's writes the run folder."""
+    """A receiver of a run's events, on every rank; that of rank 0 writes the run folder."""
 
     def pretrained(self, line: str) -> None: ...
 
@@ -58,7 +55,7 @@ class SilentObserver:
 
 
 class Loop:
-    """A federation in motion: `round` rounds are done, `state` is the server's vector after them."""
+    """A federation in training: `round` rounds are done, `state` is the server's vector after them."""
 
     def __init__(
         self, comm: Comm, federation: Federation, observer: Observer, checkpoints: Path | None
@@ -72,10 +69,10 @@ class Loop:
         self.steps = 0  # client steps finished since this program started, on all ranks
         self._faults = Faults(federation.config.seed, federation.config.faults, federation.costs)
         self._observer = observer
-        self._partial: np.ndarray | None = None
+        self._partial: np.ndarray | None = None  # the sum of an interrupted round
         self._pretrained = self._prepared = False
         self._longest_round = 0.0
-        self._seconds = dict.fromkeys(("train", "evaluate", "sum", "wait"), 0.0)
+        self._seconds = dict.fromkeys(metrics.PHASES, 0.0)  # of this rank in this round
         self._keep_time(0.0)
 
     @property
@@ -83,7 +80,7 @@ class Loop:
         return self.federation.method
 
     def resume(self, loaded: checkpoint.Checkpoint) -> None:
-        """Take up a verified checkpoint whose federation is this one; every rank reads its own clients."""
+        """Continue from a verified checkpoint of this federation; every rank reads its own clients."""
         self.round, self.history = loaded.round, list(loaded.history)
         self._pretrained = True
         self.state.copy_(torch.from_numpy(loaded.state))
@@ -92,13 +89,12 @@ class Loop:
         self._partial = loaded.partial
 
     def evaluation(self) -> Row:
-        """Measure all clients as they are, with the server's state.
+        """Measure all clients with the server's state, without training; collective.
 
         Raises:
-            StoppedError: on all ranks, if a stop was asked for.
+            StoppedError: on all ranks: a stop was asked for.
         """
-        measured = self._evaluate(self.round, self.state)
-        self._sum(measured.buffer, "evaluation")
+        measured = self._evaluate(self.round, self.state, "evaluation")
         if measured.stopped:
             raise StoppedError
         return metrics.evaluated(measured, self.federation.task.absent(self.round))
@@ -106,7 +102,7 @@ class Loop:
     # Rounds
 
     def run(self) -> bool:
-        """Play the rounds that are left; False if stopped."""
+        """Train the remaining rounds; return False if stopped."""
         settings = self.federation.config
         if not self.begin():
             return False
@@ -116,7 +112,10 @@ class Loop:
         return True
 
     def begin(self) -> bool:
-        """What a method does before round 1, once; False if stopped, with a checkpoint if it had trained."""
+        """Do once what the method needs before round 1; return False if stopped.
+
+        A stop after pretraining leaves a checkpoint.
+        """
         with self.comm.located("before round 1"):
             if not self._pretrained:
                 line = pretraining.pretrain(self.comm, self.federation, self.state)
@@ -133,7 +132,7 @@ class Loop:
             return False
 
     def run_round(self) -> bool:
-        """Play the next round; False if stopped with a checkpoint.
+        """Train the next round; return False if stopped with a checkpoint.
 
         Raises:
             RunError: on all ranks: all members diverged, or checkpoints cannot be written.
@@ -144,16 +143,13 @@ class Loop:
     def _run_round(self, round: int) -> bool:
         started = time.perf_counter()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
-        total, before = self._train(round)
-        self._sum(total.buffer, f"sum of round {round}")
-        self.steps += int((total.flags != MISSING).sum()) - before
+        total = self._train(round)
         if total.stopped:
             self._save_stopped(total)
             return False
         self._check_divergence(total)
         state = self._updated(total)
-        measured = self._evaluate(round, state, self._evaluated(round))
-        self._sum(measured.buffer, f"evaluation of round {round}")
+        measured = self._evaluate(round, state, f"evaluation of round {round}", self._is_evaluated(round))
         if measured.stopped:
             self._save_stopped(total)
             return False
@@ -164,54 +160,54 @@ class Loop:
         return True
 
     def _keep_time(self, seconds: float) -> None:
+        """Let ranks wait for each other for ten times the longest round, unless `run.timeout` is set."""
         self._longest_round = max(self._longest_round, seconds)
         self.comm.timeout = self.federation.config.run.timeout or max(600.0, 10 * self._longest_round)
 
     def _sum(self, buffer: np.ndarray, purpose: str) -> None:
+        """Add a buffer up over all ranks, in place, and keep the seconds of waiting and of summing."""
         started = time.perf_counter()
         waited = self.comm.sum(buffer, purpose)
         self._seconds["wait"] += waited
         self._seconds["sum"] += time.perf_counter() - started - waited
 
+    def _is_evaluated(self, round: int) -> bool:
+        """Return whether clients are measured in a round: every `eval.every` rounds, and in the last."""
+        settings = self.federation.config
+        return round % settings.eval.every == 0 or round == settings.rounds
+
     # Training
 
-    def _train(self, round: int) -> tuple[RoundSum, int]:
-        """This rank's share of the round's contributions, a stop leaving members MISSING; how many members an
-        interrupted round had already finished.
-        """
+    def _train(self, round: int) -> RoundSum:
+        """Return the sum of the cohort's contributions over all ranks; a stop leaves members MISSING."""
         federation = self.federation
-        cohort = self._method.cohort(round)
-        total = RoundSum(self._task(round), cohort, self._method.payload(federation.state_layout.sizes))
+        payload = self._method.payload(federation.state_layout.sizes)
+        total = RoundSum(self._task(round), self._method.cohort(round), payload)
         finished = self._take_partial(total)
-        left = {
-            client: federation.costs[client]
-            for (client, _), done in zip(cohort, finished, strict=True)
-            if not done
-        }
-        trainer = placement.trainers(left, federation.home, self.comm.size)
-        here = {**federation.clients, **lending.lend(self.comm, federation, trainer)}
-        started = time.perf_counter()
-        try:
-            for position, (client, role) in enumerate(cohort):
-                if trainer.get(client) == self.comm.rank:
-                    self.comm.poll()
-                    with self.comm.located(f"client {client}, round {round}"):
-                        self._step(total, position, here[client], round, role)
-        except StoppedError:
-            pass
-        self._seconds["train"] = time.perf_counter() - started
-        lending.give_back(self.comm, federation, trainer, here)
-        if self.comm.stop_requested():
-            total.request_stop()
-        return total, int(finished.sum())
+        self._seconds["train"] = training.train_cohort(
+            self.comm,
+            federation,
+            self._faults,
+            total,
+            finished.tolist(),
+            self.state,
+            round,
+            tested=self._is_evaluated(round),
+        )
+        self._sum(total.buffer, f"sum of round {round}")
+        self.steps += int((total.flags != MISSING).sum() - finished.sum())
+        return total
 
     def _task(self, round: int) -> Task:
-        """The task with the samples that count in a round."""
+        """Return the task with the samples that count in a round."""
         task, stream = self.federation.task, self.federation.stream
         return replace(task, counts=stream.counts(round)) if stream else task
 
     def _take_partial(self, total: RoundSum) -> np.ndarray:
-        """An interrupted round's sum becomes rank 0's contribution; True for each member already in it."""
+        """Return for each member whether an interrupted start of this round has trained it, (members,) bool.
+
+        The interrupted start's sum becomes rank 0's contribution.
+        """
         if self._partial is None:
             return np.zeros(len(total.cohort), bool)
         finished = self._partial[1 : 1 + len(total.cohort)] != MISSING
@@ -221,66 +217,41 @@ class Loop:
         self._partial = None
         return finished
 
-    def _step(self, total: RoundSum, position: int, client: Client, round: int, role: str) -> None:
-        """One client's turn; its private vector changes only if the whole step is done and finite."""
-        federation, method = self.federation, self._method
-        try:
-            parts = federation.parts(client, self.state)
-            at_hand = federation.stream.of(client, round) if federation.stream else client
-            turn = Turn(federation.engine, method.loss, at_hand, parts, round, role)
-            values = dict(method.client_step(turn))
-            parts.check()
-            before = float("nan")
-            if self._evaluated(round):
-                tested = evaluation.measure(federation.engine, method, parts, client.splits["test"])
-                assert tested
-                before = tested.correct / tested.samples if tested.samples else before
-            vector = federation.workbench.read(client.spec, parts, torch.empty_like(client.vector))
-            if not bool(vector.sum().isfinite()):  # one pass; a sum beyond float32 is no model either
-                raise NotFiniteError("its private vector is not finite")
-            fate = self._faults.fate(round, client.id)
-            if fate == IN:
-                total.add(position, values, self._member_metrics(turn, before))
-            else:
-                total.leave_out(position, fate)
-            client.vector.copy_(vector)
-        except NotFiniteError as error:
-            LOGGER.warning("client %d in round %d: %s", client.id, round, error)
-            total.leave_out(position, DROPPED)
-
-    def _member_metrics(self, turn: Turn, accuracy: float) -> dict[str, float]:
-        """MEMBER_METRICS, but for what the payload itself tells."""
-        down = 4 * self.federation.state_layout.size if turn.bytes_down is None else turn.bytes_down
-        told = {"train_loss": turn.loss, "accuracy_before": accuracy, "bytes_down": down}
-        return told if turn.bytes_up is None else {**told, "bytes_up": turn.bytes_up}
-
-    def _evaluated(self, round: int) -> bool:
-        settings = self.federation.config
-        return round % settings.eval.every == 0 or round == settings.rounds
-
     # After the sum
 
     def _check_divergence(self, total: RoundSum) -> None:
-        """Tell who was left out as not finite; the run ends if it is the whole cohort, or so configured."""
+        """Report members that are not finite; end the run if `faults.nonfinite = stop`, or if all are.
+
+        Raises:
+            RunError: on all ranks.
+        """
         diverged = total.clients(DROPPED)
         self._observer.dropped(self.round + 1, diverged)
         everyone = len(diverged) == len(total.cohort)
         if diverged and (everyone or self.federation.config.faults.nonfinite == "stop"):
             total.forget(DROPPED)
             who = "every client of the cohort" if everyone else f"client {', '.join(map(str, diverged))}"
-            lower = "lower --train.lr, --train.lr_shared and --train.lr_gate, or set --train.clip"
-            self._end_diverged(total, f"the loss, gradient or vector of {who}", lower)
+            self._end_diverged(
+                total,
+                f"the loss, gradient or vector of {who}",
+                "`restart RUN_DIR` with a lower --train.lr, --train.lr_shared and --train.lr_gate, or with "
+                "--train.clip, resumes from the checkpoint",
+            )
 
-    def _end_diverged(self, total: RoundSum, what: str, lower: str) -> NoReturn:
-        """The run's end on all ranks, with a checkpoint of whom this round has trained."""
+    def _end_diverged(self, total: RoundSum, what: str, remedy: str) -> NoReturn:
+        """End the run on all ranks, with a checkpoint of the members that this round has trained."""
         self._save_stopped(total)
-        raise RunError(
-            f"round {self.round + 1}: {what} is not finite",
-            f"{lower}; `restart` of the run folder goes on with that from there",
-        )
+        raise RunError(f"round {self.round + 1}: {what} is not finite", remedy)
 
     def _updated(self, total: RoundSum) -> torch.Tensor:
-        """The server's next vector; nobody's contribution leaves it as it is."""
+        """Return the server's next vector, unchanged if no client contributed.
+
+        A method's own `server_update` runs on rank 0 alone, and its result is broadcast; the default one
+        computes the same bits on every rank.
+
+        Raises:
+            RunError: on all ranks: what the server trained is not finite.
+        """
         state = pinned(self.state.clone(), self.federation.device.device)
         if not total.clients(IN):
             return state
@@ -291,28 +262,35 @@ class Loop:
             by_name = {name: state[place] for name, place in slices.items()}
             try:
                 method.server_update(by_name, total.means(), self.round + 1)
-            except StoppedError:  # the evaluation meets it too, and this state is never used
+            except StoppedError:  # the evaluation stops too, and this state is never used
                 pass
             except NotFiniteError:
-                state.fill_(math.inf)  # tells all ranks
+                state.fill_(math.inf)  # all ranks recognise it after the broadcast
         if overridden:
             self.comm.broadcast(state.numpy(), "server state")
             if bool(state.isinf().any()):
-                lower = (
-                    "lower --train.lr_shared or set --train.clip; a rate of the method's own needs a new run"
+                self._end_diverged(
+                    total,
+                    "the vector that the server trained",
+                    "`restart RUN_DIR` with a lower --train.lr_shared or with --train.clip resumes from the "
+                    "checkpoint; a change of the method's own learning rate needs a new run",
                 )
-                self._end_diverged(total, "what the server trained", lower)
         return state
 
-    def _evaluate(self, round: int, state: torch.Tensor, due: bool = True) -> EvaluationSum:
-        """Return this rank's share of the evaluation, with the seconds of the round so far."""
+    def _evaluate(self, round: int, state: torch.Tensor, purpose: str, due: bool = True) -> EvaluationSum:
+        """Return the evaluation of all ranks, with each rank's seconds of the round so far.
+
+        No client is measured unless `due`.
+        """
         started = time.perf_counter()
         result = evaluation.evaluate(self.comm, self.federation, state, round, due)
         self._seconds["evaluate"] = time.perf_counter() - started
         result.ranks[self.comm.rank] = [*self._seconds.values(), rss_mb()]
+        self._sum(result.buffer, purpose)
         return result
 
     def _record(self, total: RoundSum, measured: EvaluationSum, seconds: float) -> None:
+        """Add the round's row to the history, save a checkpoint when one is due, and report the round."""
         federation = self.federation
         task = self._task(self.round)
         samples = [task.samples(k) for k in range(task.clients)]
@@ -331,23 +309,23 @@ class Loop:
         )
         row["drift"] = metrics.drift([*self.history, row])
         self.history.append(row)
-        shown = dict(row)
+        reported = dict(row)  # with the seconds of writing the checkpoint that holds the row itself
         last = self.round == federation.config.rounds
         if self.round % federation.config.run.checkpoint_every == 0 or last:
             started = time.perf_counter()
             self.save(last)
             write = time.perf_counter() - started
-            shown["seconds"] = {**row["seconds"], "write": write, "total": seconds + write}
-        self._observer.round_done(shown, self.history)
+            reported["seconds"] = {**row["seconds"], "write": write, "total": seconds + write}
+        self._observer.round_done(reported, self.history)
 
     # Checkpoints
 
     def save(self, last: bool = False) -> None:
-        """Write a checkpoint of the rounds done; collective."""
+        """Write a checkpoint of the complete rounds; collective. `last`: as for `Saver.rounds`."""
         self.saver.rounds(self.round, self.state.numpy(), self.history, last)
 
     def _save_stopped(self, total: RoundSum) -> None:
-        """A round in progress as a partial checkpoint; as the complete one before it if nobody finished."""
+        """Write a partial checkpoint of the round in progress, or a complete one if no member is done."""
         total.buffer[0] = 0
         finished = total.clients(IN, DROPPED, LOST, LATE)
         if finished:

@@ -1,8 +1,8 @@
-"""What is measured, under which name, and the history of a run.
+"""The metrics of a round, their names, and the history of a run.
 
-A row's keys never vary; what was not measured is null. `accuracy` is that of all clients with the new shared
-state, after aggregation; `accuracy_cohort` that of the round's members with what they trained themselves,
-before aggregation.
+All rows have the same keys; a value that was not measured is null. `accuracy` is measured on all clients with
+the new shared state, after aggregation; `accuracy_cohort` on the round's members with what they trained
+themselves, before aggregation.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ CLIENT_METRICS = (
     *("correct", "samples", "loss", "alpha", "auc", "validation_correct", "validation_samples"),
     *("first_correct", "first_samples", "second_correct", "second_samples"),
 )
-PHASES = ("train", "evaluate", "sum", "wait")  # what a rank's seconds of a round go into
+PHASES = ("train", "evaluate", "sum", "wait")  # the parts of a rank's time in a round
 RANK_METRICS = (*PHASES, "rss_mb")
-UNREPEATABLE = ("seconds", "seconds_ranks", "rss_mb", "mpi_bytes")  # differs between runs with the same bits
+UNREPEATABLE = ("seconds", "seconds_ranks", "rss_mb", "mpi_bytes")  # differ between runs with the same bits
 
 
 class EvaluationSum:
-    """Position 0 counts stops; a slot of float64 bits per client and per rank: there the sum is a gather.
+    """The sum of an evaluation over all ranks, in one int64 buffer.
 
-    Last the gate weights by class, which are added up as integers.
+    Position 0 counts the ranks that were asked to stop. Then comes a slot per client and per rank: one rank
+    writes float64 bits, the others leave zeros, so that the sum is a gather. The gate weights by class come
+    last and are added up as integers.
     """
 
     def __init__(self, clients: int, ranks: int, classes: int) -> None:
@@ -41,9 +43,11 @@ class EvaluationSum:
 
     @property
     def stopped(self) -> bool:
+        """Whether any rank was asked to stop."""
         return bool(self.buffer[0])
 
     def request_stop(self) -> None:
+        """Record that this rank was asked to stop."""
         self.buffer[0] = 1
 
     @property
@@ -63,36 +67,39 @@ class EvaluationSum:
 
 
 def summary(accuracy: Sequence[float | None], samples: Sequence[float]) -> dict[str, float | None]:
-    """Mean over clients, sample-weighted mean, standard deviation (of the population) and worst."""
-    known = [(a, n) for a, n in zip(accuracy, samples, strict=True) if a is not None]
-    if not known:
+    """Return the mean over clients, sample-weighted mean, population standard deviation and worst.
+
+    Clients without a value do not count; all four are None if none has one.
+    """
+    measured = [(a, n) for a, n in zip(accuracy, samples, strict=True) if a is not None]
+    if not measured:
         return dict.fromkeys(("mean", "weighted", "std", "worst"))
-    a, n = np.array(known).T
+    a, n = np.array(measured).T
     weighted = float((a * n).sum() / n.sum())
     return {"mean": float(a.mean()), "weighted": weighted, "std": float(a.std()), "worst": float(a.min())}
 
 
 def nulls(values: np.ndarray) -> list[float | None]:
-    """NaN and infinity as null: JSON knows neither."""
+    """Return the values with None for NaN and infinity, which JSON does not have."""
     return [float(v) if math.isfinite(v) else None for v in values]
 
 
 def evaluated(evaluation: EvaluationSum, unseen: Collection[int] = ()) -> Row:
-    """What an evaluation gives: accuracy of the training and of the unseen clients, and by client id."""
+    """Return an evaluation's metrics: summaries of training and of unseen clients, and values by client."""
     measured = dict(zip(CLIENT_METRICS, evaluation.clients.T, strict=True))
     tested, validated = measured["samples"], measured["validation_samples"]
     with np.errstate(invalid="ignore", divide="ignore"):
         accuracy = nulls(np.where(tested > 0, measured["correct"] / tested, np.nan))
         validation = nulls(np.where(validated > 0, measured["validation_correct"] / validated, np.nan))
     auc = nulls(np.where(tested > 0, measured["auc"], np.nan))
-    new = [k for k in range(len(accuracy)) if k in unseen]
-    old = [k for k in range(len(accuracy)) if k not in unseen]
+    others = [k for k in range(len(accuracy)) if k in unseen]
+    training = [k for k in range(len(accuracy)) if k not in unseen]
     return {
-        "accuracy": summary([accuracy[k] for k in old], tested[old].tolist()),
-        "accuracy_unseen": summary([accuracy[k] for k in new], tested[new].tolist()),
-        "accuracy_concepts": {name: _concept(measured, name, old) for name in ("first", "second")},
-        "accuracy_validation": summary([validation[k] for k in old], validated[old].tolist()),
-        "auc": summary([auc[k] for k in old], tested[old].tolist()),
+        "accuracy": summary([accuracy[k] for k in training], tested[training].tolist()),
+        "accuracy_unseen": summary([accuracy[k] for k in others], tested[others].tolist()),
+        "accuracy_concepts": {name: _concept(measured, name, training) for name in ("first", "second")},
+        "accuracy_validation": summary([validation[k] for k in training], validated[training].tolist()),
+        "auc": summary([auc[k] for k in training], tested[training].tolist()),
         "alpha_class": _alpha_class(evaluation.gates),
         "clients": {
             "accuracy": accuracy,
@@ -104,7 +111,7 @@ def evaluated(evaluation: EvaluationSum, unseen: Collection[int] = ()) -> Row:
 
 
 def _alpha_class(gates: np.ndarray) -> list[float | None] | None:
-    """Mean gate weight of the samples of each class, null for a class without; None if nobody has a gate."""
+    """Return the mean gate weight by class, null for a class without samples; None without any gate."""
     samples, sums = gates
     if not samples.any():
         return None
@@ -112,30 +119,30 @@ def _alpha_class(gates: np.ndarray) -> list[float | None] | None:
 
 
 def _concept(measured: Mapping[str, np.ndarray], name: str, clients: Sequence[int]) -> float | None:
-    """Mean accuracy over the clients with test rows of a concept."""
+    """Return the mean accuracy over the clients with test rows of a concept; None without any."""
     correct, samples = (measured[f"{name}_{what}"][clients] for what in ("correct", "samples"))
-    held = samples > 0
-    return float((correct[held] / samples[held]).mean()) if held.any() else None
+    tested = samples > 0
+    return float((correct[tested] / samples[tested]).mean()) if tested.any() else None
 
 
 def drift(history: Sequence[Row]) -> dict[str, float | None] | None:
-    """What the last change of concept cost, so far; None without a stream or before a change.
+    """Return the cost of the last change of concept so far; None without a stream or before a change.
 
-    `forgetting`: the best accuracy on the concept that went away, up to the change, minus its accuracy now.
-    `recovery`: rounds from the change until accuracy on the new concept reached what the old one's was right
-    before it; null if it has not.
+    `forgetting`: the best accuracy on the old concept up to the change, minus its accuracy now.
+    `recovery`: rounds from the change until the accuracy on the new concept reached that of the old one right
+    before the change; null if it has not.
     """
-    known = [row for row in history if None not in row["accuracy_concepts"].values()]
-    second = [row["accuracy_concepts"]["share"] >= 0.5 for row in known]
-    changes = [n for n in range(1, len(known)) if second[n] != second[n - 1]]
+    rows = [row for row in history if None not in row["accuracy_concepts"].values()]
+    is_second = [row["accuracy_concepts"]["share"] >= 0.5 for row in rows]
+    changes = [n for n in range(1, len(rows)) if is_second[n] != is_second[n - 1]]
     if not changes:
         return None
     at = changes[-1]
-    new, old = ("second", "first") if second[at] else ("first", "second")
-    gone, come = ([row["accuracy_concepts"][name] for row in known] for name in (old, new))
-    reached = [n for n in range(at, len(known)) if come[n] >= gone[at - 1]]
-    recovery = known[reached[0]]["round"] - known[at]["round"] if reached else None
-    return {"forgetting": max(gone[:at]) - gone[-1], "recovery": recovery}
+    new_name, old_name = ("second", "first") if is_second[at] else ("first", "second")
+    old, new = ([row["accuracy_concepts"][name] for row in rows] for name in (old_name, new_name))
+    reached = [n for n in range(at, len(rows)) if new[n] >= old[at - 1]]
+    recovery = rows[reached[0]]["round"] - rows[at]["round"] if reached else None
+    return {"forgetting": max(old[:at]) - old[-1], "recovery": recovery}
 
 
 def row(
@@ -151,7 +158,17 @@ def row(
     seconds: float,
     simulated: float,
 ) -> Row:
-    """One round's metrics from its two sums; `samples` and `tested`: each client's training and test rows."""
+    """Return one round's metrics from its two sums.
+
+    Args:
+        samples: training rows of each client.
+        tested: test rows of each client.
+        unseen: clients that have not trained: those that never do, and those that join later.
+        share: the stream's share of the second concept; None without a stream.
+        bytes_once: bytes that a client receives once, before round 1.
+        seconds: real time of the round.
+        simulated: simulated time that the server waited for the cohort.
+    """
     member = total.metrics()
     members_in = total.flags == IN
     before: list[float | None] = [None] * len(samples)
@@ -159,13 +176,13 @@ def row(
         total.cohort, nulls(np.where(members_in, member[:, 1], np.nan)), strict=True
     ):
         before[client] = value
-    # A round taken up after a stop may have members who trained when it was not to be measured.
-    known = [before[client] is not None for client in total.clients(IN) if tested[client]]
+    # After a restart that changes `rounds` or `eval.every`, a round in progress may have unmeasured members.
+    measured = [before[client] is not None for client in total.clients(IN) if tested[client]]
     trained = members_in & np.isfinite(member[:, 0])
     weights = np.array([samples[client] for client, _ in total.cohort], float)[trained]
     losses = member[trained, 0]
     largest = dict(zip(RANK_METRICS, evaluation.ranks.max(axis=0), strict=True))
-    spent = {name: float(largest[name]) for name in PHASES}
+    slowest = {name: float(largest[name]) for name in PHASES}
     ranks = dict(zip(RANK_METRICS, evaluation.ranks.T.round(6).tolist(), strict=True))
     up, down = member[members_in, 2:4].mean(axis=0).tolist() if members_in.any() else (None, None)
     after = evaluated(evaluation, unseen)
@@ -180,12 +197,12 @@ def row(
         "accuracy": after["accuracy"],
         "accuracy_unseen": after["accuracy_unseen"],
         "accuracy_concepts": {**after["accuracy_concepts"], "share": share},
-        "accuracy_cohort": summary(before if all(known) else [None] * len(before), tested),
+        "accuracy_cohort": summary(before if all(measured) else [None] * len(before), tested),
         "accuracy_validation": after["accuracy_validation"],
         "auc": after["auc"],
         "alpha_class": after["alpha_class"],
         "clients": {**after["clients"], "accuracy_before": before, "samples": list(samples)},
-        "seconds": {**spent, "write": None, "total": seconds},
+        "seconds": {**slowest, "write": None, "total": seconds},
         "seconds_ranks": {name: ranks[name] for name in PHASES},
         "bytes": {"up": up, "down": down, "once": bytes_once},
         "mpi_bytes": int(8 * (len(total.buffer) + len(evaluation.buffer))),
@@ -194,23 +211,25 @@ def row(
 
 
 def learning(row: Row) -> Row:
-    """What of a row repeats bit for bit: all but time, memory and what MPI moved."""
+    """Return what repeats bit for bit: a row without times, memory and the bytes that MPI moved."""
     return {name: value for name, value in row.items() if name not in UNREPEATABLE}
 
 
 def selected_on(history: Sequence[Row]) -> str:
-    """Which accuracy chooses the best round: validation where there are validation rows, else test."""
+    """Return the accuracy that selects the best round: validation if there are validation rows, else test."""
     validated = any(row["accuracy_validation"]["mean"] is not None for row in history)
     return "accuracy_validation" if validated else "accuracy"
 
 
 def best(history: Sequence[Row], rounds: Sequence[int] | None = None) -> Row | None:
-    """The first row with the highest selecting accuracy, among `rounds` if given."""
+    """Return the first row with the highest selecting accuracy, among `rounds` if given; None without any."""
     name = selected_on(history)
-    known = [r for r in history if r[name]["mean"] is not None and (rounds is None or r["round"] in rounds)]
-    return max(known, key=lambda r: (r[name]["mean"], -r["round"]), default=None)
+    measured = [
+        r for r in history if r[name]["mean"] is not None and (rounds is None or r["round"] in rounds)
+    ]
+    return max(measured, key=lambda r: (r[name]["mean"], -r["round"]), default=None)
 
 
 def dumps(row: Mapping[str, Any]) -> str:
-    """One line of JSON; floats repeat exactly."""
+    """Return a row as one line of JSON; floats are read back exactly."""
     return json.dumps(row, allow_nan=False)

@@ -1,4 +1,4 @@
-"""Which rank keeps and which rank trains a client: balanced by cost, the same answer on every rank."""
+"""The ranks that keep and train each client: balanced by cost, and computed alike on every rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 def homes(costs: Sequence[float], ranks: int) -> list[int]:
-    """The rank that keeps each client: the costliest first, each to the rank with the least so far."""
+    """Return the rank that keeps each client: the costliest first, each to the least loaded rank."""
     load = [0.0] * ranks
     home = [0] * len(costs)
     for client in sorted(range(len(costs)), key=lambda client: (-costs[client], client)):
@@ -17,14 +17,14 @@ def homes(costs: Sequence[float], ranks: int) -> list[int]:
 
 
 def trainers(costs: Mapping[int, float], home: Sequence[int], ranks: int) -> dict[int, int]:
-    """The rank that trains each cohort member: its home where that does not lengthen the round.
+    """Return the rank that trains each cohort member: its home, unless that makes the round longer.
+
+    Clients stay at home up to the bound of a balanced round (the mean load, or the costliest client); the
+    rest, costliest first, go to the least loaded ranks.
 
     Args:
         costs: cost by cohort member.
         home: the rank that keeps each client.
-
-    Clients stay at home up to the bound of a balanced round (the mean load, or the costliest client); the
-    rest, costliest first, go to the least loaded ranks.
     """
     bound = max(sum(costs.values()) / ranks, max(costs.values(), default=0.0))
     load = [0.0] * ranks

@@ -1,4 +1,4 @@
-"""What rank 0 prepares for all ranks before round 1: partition, fitted data, checked models, costs."""
+"""The plan that rank 0 makes for all ranks before round 1: partition, fitted data, checked models, costs."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Plan:
     costs: list[float]
 
     def without_rows(self) -> Plan:
-        """Return what the other ranks need of it."""
+        """Return the plan without the samples, which the other ranks do not need."""
         return replace(self, dataset=self.dataset.without_rows())
 
 
 def make_plan(settings: Config, dataset: Dataset) -> Plan:
-    """Draw the partition, fit the data to it, check the models and estimate what clients cost.
+    """Draw the partition, fit the data to it, check the models and estimate each client's cost.
 
     Raises:
-        PartitionError: the partition cannot be met.
-        ConfigError: an architecture that cannot take the data.
+        PartitionError: no partition fits the settings.
+        ConfigError: an architecture cannot take the data.
     """
     partition = draw_partition(settings, dataset)
     dataset = dataset.fitted(partition)
@@ -45,14 +45,14 @@ def make_plan(settings: Config, dataset: Dataset) -> Plan:
 
 
 def draw_partition(settings: Config, dataset: Dataset) -> Partition:
-    """The partition; a pure function of settings and labels.
+    """Return the partition; a pure function of settings and labels.
 
     Raises:
-        PartitionError: it cannot be met, leaves a client a single training row, of which no batch
-            normalisation has a variance, or would reserve rows that overlap clients' test rows.
+        PartitionError: no partition fits the settings; a client would get a single training row, which has no
+            variance for batch normalisation; or reserved rows would overlap clients' test rows.
     """
 
-    def dealt(rows: np.ndarray) -> Partition:
+    def partition_of(rows: np.ndarray) -> Partition:
         return make_partition(
             settings.partition,
             dataset.labels[rows],
@@ -67,25 +67,26 @@ def draw_partition(settings: Config, dataset: Dataset) -> Partition:
     share = base.load(settings.algorithm).reserve(settings)
     if share and dataset.ordered:
         raise PartitionError(
-            f"the rows that {settings.algorithm} reserves for the server would be drawn among windows that "
-            "clients are tested on",
-            "take a method that reserves none (FedJETs with --fedjets.common FILE is one), or other data",
+            f"algorithm = {settings.algorithm} reserves rows for the server, and they would overlap the "
+            "windows that clients are tested on",
+            "--fedjets.common FILE needs no reserved rows; or choose another --algorithm or other data",
         )
-    partition = with_reserve(len(dataset.labels), share, settings.seed, dealt)
+    partition = with_reserve(len(dataset.labels), share, settings.seed, partition_of)
     if settings.unseen_clients:
         partition = choose_unseen(partition, dataset.labels, settings.unseen_clients, settings.seed)
     partition.check()
     fewest = min(range(partition.clients), key=lambda client: len(partition.train[client]))
     if len(partition.train[fewest]) < 2:
         raise PartitionError(
-            f"client {fewest} has 1 training row, and training needs 2",
-            "raise --partition.min_samples, or lower --clients, --partition.test_fraction or .validation",
+            f"client {fewest} has 1 training row, and training needs at least 2",
+            "raise --partition.min_samples, or lower --clients, --partition.test_fraction or "
+            "--partition.validation",
         )
     return partition
 
 
 def make_task(settings: Config, dataset: Dataset, partition: Partition) -> Task:
-    """What methods may know."""
+    """Return what methods may know of the data and the partition."""
     counts = partition.counts(dataset.labels, dataset.classes)
     model = settings.model
     return Task(
@@ -97,11 +98,11 @@ def make_task(settings: Config, dataset: Dataset, partition: Partition) -> Task:
 
 
 def _late(settings: Config, partition: Partition) -> frozenset[int]:
-    """floor(share · n + ½) of the n clients that train."""
+    """Draw the clients that join late: floor(share · n + ½) of the n clients that train."""
     train = [client for client in range(partition.clients) if client not in partition.unseen]
     number = int(settings.join.share * len(train) + 0.5)
-    drawn = seeds.numpy_generator(settings.seed, "late").choice(train, number, replace=False)
-    return frozenset(drawn.tolist())
+    late = seeds.numpy_generator(settings.seed, "late").choice(train, number, replace=False)
+    return frozenset(late.tolist())
 
 
 def check_models(task: Task) -> None:

@@ -1,4 +1,4 @@
-"""What a method does before round 1: train on reserved rows, derive something from every client."""
+"""The work of a method before round 1: training on reserved rows, and deriving values from every client."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pfedmoe_mpi.mpi.comm import Comm
 
 @contextmanager
 def _patient(comm: Comm, federation: Federation) -> Iterator[None]:
-    """Nobody knows how long it takes: ranks wait without a limit, unless `run.timeout` sets one."""
+    """Let ranks wait without a limit, because this work may take any time, unless `run.timeout` sets one."""
     before, comm.timeout = comm.timeout, federation.config.run.timeout or math.inf
     try:
         yield
@@ -29,24 +29,26 @@ def _patient(comm: Comm, federation: Federation) -> Iterator[None]:
 
 
 def pretrain(comm: Comm, federation: Federation, state: torch.Tensor) -> str | None:
-    """The method's own filling of the server's vector, in place, by rank 0; collective.
+    """Let the method fill the server's vector, in place, on rank 0, and broadcast it; collective.
 
     Returns:
-        the method's line on how it went; None if it was stopped: it leaves no trace and is done again.
+        the method's line on how it went, empty if it has nothing to do; None if stopped: then nothing is
+        changed, and a restart does it again.
 
     Raises:
-        UserError: on all ranks: what the method was given will not do, or the training diverged.
+        UserError: on all ranks: the method's files cannot be used, or the training diverged.
     """
     if federation.reserved is None:
         return ""
     with _patient(comm, federation):
-        line: str | None = comm.from_root(partial(_pretrained, federation, state), "pretraining")
+        line: str | None = comm.from_root(partial(_pretrain_on_root, federation, state), "pretraining")
     if line is not None:
         comm.broadcast(state.numpy(), "pretrained state")
     return line
 
 
-def _pretrained(federation: Federation, state: torch.Tensor) -> str | None:
+def _pretrain_on_root(federation: Federation, state: torch.Tensor) -> str | None:
+    """Train the server's parts on the reserved rows; return the method's line, None if stopped."""
     method, bench = federation.method, federation.workbench
     assert federation.reserved
     parts = bench.parts((method.state(), state))
@@ -65,16 +67,16 @@ def _pretrained(federation: Federation, state: torch.Tensor) -> str | None:
 
 
 def prepare(comm: Comm, federation: Federation, state: torch.Tensor) -> bool:
-    """What the method derives from every client's samples and the state, gathered bit for bit; collective.
+    """Gather, bit for bit, what the method derives from every client's samples and the state; collective.
 
-    False if it was stopped.
+    The result is `method.prepared`, float32 (clients, prepared_size). Return False if stopped.
     """
     method = federation.method
     if not method.prepared_size:
         return True
     gathered = np.zeros(1 + federation.task.clients * method.prepared_size, np.int64)
     try:
-        _prepare_own(federation, state, gathered[1:].reshape(federation.task.clients, -1))
+        _prepare_clients(federation, state, gathered[1:].reshape(federation.task.clients, -1))
     except StoppedError:
         gathered[0] = 1
     with _patient(comm, federation):
@@ -84,13 +86,13 @@ def prepare(comm: Comm, federation: Federation, state: torch.Tensor) -> bool:
     return not gathered[0]
 
 
-def _prepare_own(federation: Federation, state: torch.Tensor, rows: np.ndarray) -> None:
-    """float32 bit patterns of this rank's clients, each in its row."""
+def _prepare_clients(federation: Federation, state: torch.Tensor, rows: np.ndarray) -> None:
+    """Write the float32 bits of this rank's clients' values, each client's into its row."""
     method, engine = federation.method, federation.engine
     with torch.no_grad(), engine.autocast():
         for client in federation.clients.values():
             parts = federation.parts(client, state)
             for module in parts.modules().values():
                 module.eval()
-            found = method.prepare(parts, partial(inputs, engine, client.splits["train"]))
-            rows[client.id] = found.float().cpu().view(torch.int32).numpy()
+            values = method.prepare(parts, partial(inputs, engine, client.splits["train"]))
+            rows[client.id] = values.float().cpu().view(torch.int32).numpy()

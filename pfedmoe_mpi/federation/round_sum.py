@@ -1,8 +1,8 @@
-"""What a round adds up: flags, metric slots and the payload's blocks in one int64 buffer, one reduction.
+"""The sum of a round: flags, metric slots and the payload's blocks in one int64 buffer, one reduction.
 
-Every rank sends the same length every round, zeros if it trained nobody. Position 0 counts the ranks that
-were asked to stop; then one flag per cohort member, so that all ranks read from the result whether to update
-or to save; then the members' metrics as float64 bits; then the blocks.
+Every rank sends a buffer of the same length in every round, zeros if it trained no member. Position 0 counts
+the ranks that were asked to stop; then one flag per cohort member, so that all ranks read from the result
+whether to update or to save; then the members' metrics as float64 bits; then the blocks.
 """
 
 from __future__ import annotations
@@ -45,24 +45,28 @@ class RoundSum:
 
     @property
     def stopped(self) -> bool:
+        """Whether any rank was asked to stop."""
         return bool(self.buffer[0])
 
     def request_stop(self) -> None:
+        """Record that this rank was asked to stop."""
         self.buffer[0] = 1
 
     def clients(self, *flags: int) -> list[int]:
-        """The members with one of the flags."""
-        return [client for (client, _), its in zip(self.cohort, self.flags, strict=True) if its in flags]
+        """Return the members with one of the flags."""
+        return [client for (client, _), flag in zip(self.cohort, self.flags, strict=True) if flag in flags]
 
     def metrics(self) -> np.ndarray:
-        """float64 (members, len(MEMBER_METRICS)); NaN is what was not measured."""
+        """Return a view of the metrics, float64 (members, len(MEMBER_METRICS)); NaN: not measured."""
         return self.buffer[self._metrics].view(np.float64).reshape(len(self.cohort), len(MEMBER_METRICS))
 
     def add(self, position: int, values: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:
-        """Add one member's contribution; nothing is added if any of it is not finite.
+        """Add one member's contribution, or nothing if any of its values is not finite.
 
         Args:
-            metrics: MEMBER_METRICS; without `bytes_up` it is the payload's float32 bytes.
+            position: of the member in the cohort.
+            values: (rows, size) or any shape of as many numbers, by block.
+            metrics: MEMBER_METRICS; `bytes_up` may be missing: then it is the payload's float32 bytes.
 
         Raises:
             NotFiniteError: a value is NaN, infinite or out of range where its weight is positive.
@@ -74,22 +78,27 @@ class RoundSum:
         for name, (weight, numbers) in pieces.items():
             self._stretch(name, position)[:] += np.concatenate([weight, numbers.ravel()])
             sent += 4 * int((weight > 0).sum()) * self.payload[name].size
-        known = {"bytes_up": sent, **metrics}
-        self.metrics()[position] = [known[name] for name in MEMBER_METRICS]
+        complete = {"bytes_up": sent, **metrics}
+        self.metrics()[position] = [complete[name] for name in MEMBER_METRICS]
         self.flags[position] = IN
 
     def leave_out(self, position: int, why: int) -> None:
-        """A member that is done but not in the sum: DROPPED, LOST or LATE."""
+        """Flag a member that has trained but is not in the sum: DROPPED, LOST or LATE."""
         self.metrics()[position] = np.nan
         self.flags[position] = why
 
     def forget(self, why: int) -> None:
-        """Members left out for this reason become MISSING, to be trained again after a restart."""
-        again = self.flags == why
-        self.metrics()[again] = 0.0
-        self.flags[again] = MISSING
+        """Flag the members left out for this reason as MISSING, so that they train again after a restart."""
+        members = self.flags == why
+        self.metrics()[members] = 0.0
+        self.flags[members] = MISSING
 
     def _encode(self, block: Block, client: int, value: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Return a value's weights (rows,) and integers (rows, size): float32 bits or fixed point.
+
+        Raises:
+            NotFiniteError: as `add`.
+        """
         value = value.detach().cpu().float().reshape(block.rows, block.size)
         weight = self._task.weight(block.weight, client)
         if block.slot:
@@ -100,12 +109,13 @@ class RoundSum:
         return weight.numpy(), fixedpoint.encode(value, weight, total, block.scale).numpy()
 
     def _stretch(self, name: str, position: int) -> np.ndarray:
+        """Return a view of the block's numbers: the member's own in a slot, else those of all members."""
         block, place = self.payload[name], self.buffer[self._places[name]]
         length = block.rows * (1 + block.size)
         return place[position * length : (position + 1) * length] if block.slot else place
 
     def means(self) -> dict[str, Mean]:
-        """Every block's mean after the reduction."""
+        """Return every block's mean after the reduction."""
         return {name: self._mean(name, block) for name, block in self.payload.items()}
 
     def _mean(self, name: str, block: Block) -> Mean:

@@ -1,4 +1,4 @@
-"""When and what a running federation writes: the content of its checkpoints, and what if one fails."""
+"""The checkpoints of a running federation: their content, and the handling of writes that fail."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRIES = 3  # checkpoints in a row that may fail before the run ends
 
 
 class Listener(Protocol):
-    """Who is told, on every rank."""
+    """A receiver of a saver's events, on every rank."""
 
     def written(self, path: Path, history: Sequence[Row], partial: bool) -> None: ...
 
@@ -29,7 +29,7 @@ class Listener(Protocol):
 
 
 class Saver:
-    """Writes a federation's checkpoints into `folder`; without one, nothing."""
+    """A writer of a federation's checkpoints into `folder`; without a folder it writes nothing."""
 
     def __init__(self, comm: Comm, federation: Federation, folder: Path | None, listener: Listener) -> None:
         self.identity: Mapping[str, str] = {}  # conditions of the run: versions, device, threads
@@ -41,20 +41,20 @@ class Saver:
         self._failed = 0
 
     def rounds(self, round: int, state: np.ndarray, history: Sequence[Row], last: bool = False) -> None:
-        """`round` complete rounds; collective.
+        """Write a checkpoint of `round` complete rounds; collective.
 
-        A write that fails is told, and left to the next interval.
+        A write that fails is reported, and the next checkpoint is another try.
 
         Args:
-            last: there is no next interval.
+            last: there is no next checkpoint.
 
         Raises:
-            RunError: on all ranks: the third failure in a row, or one with no next interval.
+            RunError: on all ranks: the third failure in a row, or a failure of the last checkpoint.
         """
         self._write(self._content(round, state, history), history, last)
 
     def has(self, round: int) -> bool:
-        """Whether the newest checkpoint written is that of `round` complete rounds."""
+        """Return whether the newest checkpoint written is that of `round` complete rounds."""
         return self._newest is not None and self._newest.name == checkpoint.name(round, partial=False)
 
     def partial(
@@ -65,7 +65,13 @@ class Saver:
         total: np.ndarray,
         finished: Sequence[int],
     ) -> None:
-        """`round` complete rounds and the int64 sum of an unfinished next one, with the clients in it."""
+        """Write `round` complete rounds and the int64 sum of the next one, with the clients finished in it.
+
+        Collective.
+
+        Raises:
+            RunError: on all ranks: the checkpoint cannot be written.
+        """
         self._write(self._content(round, state, history, total, finished), history, last=True)
 
     def _content(
@@ -76,6 +82,7 @@ class Saver:
         total: np.ndarray | None = None,
         finished: Sequence[int] = (),
     ) -> Content:
+        """Return everything in a checkpoint except the clients' vectors."""
         federation = self._federation
         return Content(
             config=config.to_tree(federation.config),
@@ -110,7 +117,7 @@ class Saver:
                 problem = "the last one" if last else f"{TRIES} in a row"
                 raise RunError(
                     f"the run ends because checkpoints cannot be written ({problem})",
-                    "mend what is told above, then `restart` goes on from the newest checkpoint there is",
+                    "fix the error above; then `restart RUN_DIR` resumes from the newest checkpoint",
                 ) from error
             return
         self._failed = 0

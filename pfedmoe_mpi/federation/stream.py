@@ -1,8 +1,9 @@
-"""Streams: a client's mix of classes drifts along the rounds, from its first concept to its second.
+"""Streams: a client's mix of classes drifts over the rounds, from its first concept to its second.
 
-Every client's classes are divided, by draw, into two concepts. In a round with share w of the second one a
-client trains on the rows of the first with probability 1 − w and of the second with w, drawn once per row, so
-that rows come and go one by one as w moves. Test rows stay: accuracy is measured on each concept apart.
+A draw divides every client's classes into two concepts. In a round where the second concept has share w, a
+client trains on each row of the first concept with probability 1 − w and of the second with w. Each row is
+drawn once, so that rows enter and leave one by one as w changes. Test rows stay, and accuracy is measured on
+each concept separately.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pfedmoe_mpi.core.seeds import numpy_generator
 
 
 class Stream:
-    """Which rows count in which round; a pure function of settings, seed and labels.
+    """The training rows that count in each round; a pure function of settings, seed and labels.
 
     Args:
         labels: of every client's training rows, in the order of its split.
@@ -33,16 +34,16 @@ class Stream:
         self._seed = seed
         self._labels = labels
         self._classes = classes
-        self._second = [self._drawn(client) for client in range(len(labels))]
+        self._second = [self._draw_second(client) for client in range(len(labels))]
 
-    def _drawn(self, client: int) -> np.ndarray:
-        """The classes of a client's second concept, (classes,) bool: half of those it has, rounded down."""
-        held = np.unique(self._labels[client])
-        chosen = numpy_generator(self._seed, "concepts", 0, client).permutation(held)[: len(held) // 2]
+    def _draw_second(self, client: int) -> np.ndarray:
+        """Draw a client's second concept, (classes,) bool: half of its classes, rounded down."""
+        present = np.unique(self._labels[client])
+        chosen = numpy_generator(self._seed, "concepts", 0, client).permutation(present)[: len(present) // 2]
         return np.isin(np.arange(self._classes), chosen)
 
     def share(self, round: int) -> float:
-        """w, of the second concept."""
+        """Return w, the share of the second concept."""
         at = self._settings.round
         if self._settings.kind == "recurring":
             return float((round - 1) // at % 2)
@@ -51,7 +52,7 @@ class Stream:
         return float(self._settings.kind == "abrupt" and round >= at)
 
     def _active(self, client: int, round: int) -> np.ndarray:
-        """Which training rows count, (n,) bool; all of a client that would have fewer than two."""
+        """Return which training rows count, (n,) bool; all, if fewer than two would."""
         labels, share = self._labels[client], self.share(round)
         second = self._second[client][labels]
         draw = numpy_generator(self._seed, "stream", 0, client).random(len(labels))
@@ -59,17 +60,17 @@ class Stream:
         return active if self._second[client].any() and active.sum() >= 2 else np.ones_like(active)
 
     def counts(self, round: int) -> np.ndarray:
-        """Training samples that count, (N, classes) int64."""
-        kept = [labels[self._active(client, round)] for client, labels in enumerate(self._labels)]
-        return np.stack([np.bincount(labels, minlength=self._classes) for labels in kept])
+        """Return the numbers of training samples that count, (N, classes) int64."""
+        active = [labels[self._active(client, round)] for client, labels in enumerate(self._labels)]
+        return np.stack([np.bincount(labels, minlength=self._classes) for labels in active])
 
     def of(self, client: Client, round: int) -> Client:
-        """The client with the training rows that count in a round; its vector is the same."""
+        """Return the client with the training rows that count in a round; it shares the vector."""
         active = torch.from_numpy(self._active(client.id, round))
         return replace(client, splits={**client.splits, "train": _rows(client.splits["train"], active)})
 
     def concepts(self, client: Client) -> tuple[Split, Split]:
-        """The client's test rows of its first and of its second concept."""
+        """Return the client's test rows of its first and of its second concept."""
         test = client.splits["test"]
         second = torch.from_numpy(self._second[client.id])[test.y.cpu()]
         return _rows(test, ~second), _rows(test, second)

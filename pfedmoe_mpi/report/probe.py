@@ -28,6 +28,7 @@ from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.report.model_views import ModelViews
 from pfedmoe_mpi.run import restart
+from pfedmoe_mpi.run.evaluate import evaluation_loop
 
 MOST_SAMPLES = 1000  # test samples whose gate weights and representations are computed
 MOST_ROWS = 2000  # of the shared test set; fewer with many clients
@@ -55,7 +56,7 @@ def view_models(run: Run) -> ModelViews:
             "the run has no good checkpoint", f"pfedmoe-mpi restart {run.path}, or report with --models false"
         )
     with Checkpoint(path) as loaded:
-        loop = restart.evaluation_loop(world, loaded, {"train.device": "auto"})
+        loop = evaluation_loop(world, loaded, {"train.device": "auto"})
         if loop.federation.data_digest != loaded.identity["data_digest"]:
             raise ProbeError(
                 "the data have changed since the checkpoint", "restore the run's data, or --models false"

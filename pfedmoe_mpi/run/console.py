@@ -1,4 +1,4 @@
-"""What rank 0 shows: the plan before round 1, a line or a bar per round, a table of clients at the end."""
+"""The output of rank 0: the plan before round 1, a line or a bar per round, a table of clients at the end."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from pfedmoe_mpi.federation.federation import Federation
 
 
-NAMES = 10  # of the data's own clients in the plan
+MOST_NAMES = 10  # names of the data's own clients in the plan
 SHOWN = {"accuracy": "accuracy", "cohort, before the sum": "accuracy_cohort", "unseen": "accuracy_unseen"}
 
 
 def megabytes(numbers: float) -> str:
-    """float32 numbers as MB."""
+    """Return the size of float32 numbers as text in MB."""
     return f"{4 * numbers / 1e6:.2f} MB"
 
 
 def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
-    """What is shared and what is private, one line per rank, and the memory the job will need."""
+    """Return the plan's lines: what is shared, what is private, one line per rank, and the memory needed."""
     settings, task = federation.config, federation.task
     lines = [
         f"{settings.algorithm} on {federation.dataset.name}: {task.clients} clients, "
@@ -42,27 +42,30 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
         lines.append(f"unseen clients: {listed}" + (f"; no accuracy, because {why}" if why else ""))
     if federation.dataset.client_names and settings.partition.kind == "natural":
         names = federation.dataset.client_names
-        named = ", ".join(f"{k} {name}" for k, name in enumerate(names[:NAMES]))
-        lines.append(f"the data's own clients: {named}{', …' if len(names) > NAMES else ''}")
+        listed = ", ".join(f"{k} {name}" for k, name in enumerate(names[:MOST_NAMES]))
+        lines.append(f"the data's own clients: {listed}{', …' if len(names) > MOST_NAMES else ''}")
     flat = config.flatten(config.to_tree(settings))
-    taken = [f"{name} {value}" for name, value in federation.dataset.proposals.items() if flat[name] == value]
-    if taken:
-        lines.append(f"as the data propose: {', '.join(taken)}")
+    proposals = federation.dataset.proposals.items()
+    accepted = [f"{name} = {value}" for name, value in proposals if flat[name] == value]
+    if accepted:
+        lines.append(f"proposed by the data: {', '.join(accepted)}")
     lines += ["shared:  " + line for line in _describe(federation.state_layout)]
     for number, name in enumerate(task.pool[: task.clients]):
-        same = len(range(number, task.clients, len(task.pool)))
+        clients = len(range(number, task.clients, len(task.pool)))
         private = _describe(federation.client_layouts[number])
-        lines += [f"private: {line} ({name}, {same} clients)" for line in private]
+        lines += [f"private: {line} ({name}, {clients} clients)" for line in private]
     lines += [f"rank {rank}: {line}" for rank, line in enumerate(device_lines)]
     return [*lines, memory(federation, len(device_lines))]
 
 
 def _sample(task: Task) -> str:
+    """Return the shape of a sample as text."""
     shape = "×".join(map(str, task.shape))
     return f"{shape} of {task.vocabulary} tokens" if task.vocabulary else shape
 
 
 def _describe(layout: Layout) -> list[str]:
+    """Return one line per part: tensors, trained parameters, and all numbers with buffers."""
     lines = []
     for part, place in layout.parts.items():
         entries = [e for e in layout.entries if e.name.partition("/")[0] == part]
@@ -74,7 +77,7 @@ def _describe(layout: Layout) -> list[str]:
 
 
 def memory(federation: Federation, ranks: int) -> str:
-    """The numbers the job holds: vectors of all clients, data, and the bound models of a rank."""
+    """Return a line on the job's memory: all clients' vectors and data, and a rank's bound models."""
     vectors = sum(layout.size for layout in federation.client_layouts)
     kinds = {layout.digest: layout.size for layout in federation.client_layouts}
     bound = 4 * (sum(kinds.values()) + federation.state_layout.size)  # weights, gradients, momenta, a copy
@@ -85,47 +88,49 @@ def memory(federation: Federation, ranks: int) -> str:
     data = sample * sum(len(rows) for split in splits for rows in split)
     return (
         f"memory: clients' vectors {megabytes(vectors)} and data {data / 1e6:.1f} MB over {ranks} ranks; "
-        f"on each rank about {megabytes(bound)} of bound models, beside torch and activations"
+        f"on each rank about {megabytes(bound)} of bound models, not counting torch and activations"
     )
 
 
 class Progress:
-    """A progress bar on a terminal, else one line per round; LOGGER gets the line either way."""
+    """A progress bar on a terminal, else one line per round; LOGGER gets the line in both cases."""
 
     def __init__(self, rounds: int, done: int, clients: int) -> None:
         self._rounds = rounds
-        self._clients, self._shown = clients, ""
+        self._clients, self._accuracy = clients, ""  # clients of this rank; the last accuracy as text
         self._started, self._first = time.monotonic(), done
         self._bar: Any = None
-        # Open MPI gives its ranks a terminal of its own, also where the job's output goes into a file.
+        # Open MPI gives its ranks a terminal even when the job's output goes into a file.
         if sys.stdout.isatty() and "OMPI_COMM_WORLD_SIZE" not in os.environ:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                *(TextColumn("round"), MofNCompleteColumn(), BarColumn(16)),  # all fits into 80 columns
+                *(TextColumn("round"), MofNCompleteColumn(), BarColumn(16)),  # the line fits into 80 columns
                 *(TextColumn("{task.description}"), TimeRemainingColumn()),
             )
             self._bar.start()
             self._task = self._bar.add_task(f"{clients} clients here", total=rounds, completed=done)
 
     def round_done(self, row: Row) -> None:
+        """Show a complete round and the time left."""
         means = {name: row[key]["mean"] for name, key in SHOWN.items()}
         measured = [f"{name} {_percent(mean)}" for name, mean in means.items() if mean is not None]
         loss = "-" if row["train_loss"] is None else f"{row['train_loss']:.4f}"
         each = (time.monotonic() - self._started) / (row["round"] - self._first)
         left = timedelta(seconds=round(each * (self._rounds - row["round"])))
-        time_told = f"{row['seconds']['total']:.2f} s, {left} left"
-        line = "  ".join([f"round {row['round']}/{self._rounds}", *measured, f"loss {loss}", time_told])
+        seconds = f"{row['seconds']['total']:.2f} s, {left} left"
+        line = "  ".join([f"round {row['round']}/{self._rounds}", *measured, f"loss {loss}", seconds])
         LOGGER.info(line)
         if self._bar:
             if measured:
-                self._shown = f"accuracy {_percent(means['accuracy'])}, "
-            description = f"{self._shown}{self._clients} clients here"
+                self._accuracy = f"accuracy {_percent(means['accuracy'])}, "
+            description = f"{self._accuracy}{self._clients} clients here"
             self._bar.update(self._task, completed=row["round"], description=description)
         else:
             print(line, flush=True)
 
     def close(self) -> None:
+        """Restore the terminal."""
         if self._bar:
             self._bar.stop()
 
@@ -135,36 +140,9 @@ def _percent(value: float | None) -> str:
 
 
 def table(federation: Federation, history: Sequence[Row]) -> str:
-    """Per client: architecture, training samples, classes, accuracy; then last and best round."""
-    from rich.console import Console
-    from rich.table import Table
-
-    last = history[-1]
-    task = federation.task
-    binary = last["auc"]["mean"] is not None
-    shown = Table(title=f"clients after round {last['round']}")
-    for heading in (
-        "client",
-        "architecture",
-        "samples",
-        "classes",
-        "accuracy",
-        *(["AUC"] if binary else []),
-        "α shared",
-    ):
-        shown.add_column(heading, justify="right")
-    for k in range(task.clients):
-        alpha, auc = last["clients"]["alpha"][k], last["clients"]["auc"][k]
-        ranked = ["-" if auc is None else f"{auc:.3f}"] if binary else []
-        shown.add_row(
-            *(str(k), task.architecture(k), str(task.samples(k)), str(int((task.counts[k] > 0).sum()))),
-            *(_percent(last["clients"]["accuracy"][k]), *ranked, "-" if alpha is None else f"{alpha:.3f}"),
-        )
-    console = Console(width=100, no_color=True)
-    with console.capture() as capture:
-        console.print(shown)
-    lines = [capture.get().rstrip(), "last  " + _line(last)]
-    top = best(history)
+    """Return the text at the end of a run: the table of clients, last and best round, failures."""
+    last, top = history[-1], best(history)
+    lines = [_client_table(federation, last), "last  " + _line(last)]
     if last["drift"]:
         lost, rounds = last["drift"]["forgetting"], last["drift"]["recovery"]
         recovery = "not recovered yet" if rounds is None else f"recovered after {rounds} rounds"
@@ -175,6 +153,39 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
             listed = ", ".join(f"{client} ({times} ×)" for client, times in sorted(count.items()))
             lines.append(f"left out, {why}: client {listed}")
     return "\n".join(lines + ([f"best measured  {_line(top)}"] if top else []))
+
+
+def _client_table(federation: Federation, row: Row) -> str:
+    """Return a table of a round: each client's architecture, training samples, classes, accuracy and α."""
+    from rich.console import Console
+    from rich.table import Table
+
+    task, clients = federation.task, row["clients"]
+    binary = row["auc"]["mean"] is not None
+    headings = [
+        "client",
+        "architecture",
+        "samples",
+        "classes",
+        "accuracy",
+        *(["AUC"] if binary else []),
+        "α shared",
+    ]
+    table = Table(title=f"clients after round {row['round']}")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for k in range(task.clients):
+        cells = [str(k), task.architecture(k), str(task.samples(k)), str(int((task.counts[k] > 0).sum()))]
+        cells += [_percent(clients["accuracy"][k]), *([_three_digits(clients["auc"][k])] if binary else [])]
+        table.add_row(*cells, _three_digits(clients["alpha"][k]))
+    console = Console(width=100, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def _three_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _line(row: Row) -> str:

@@ -1,7 +1,8 @@
-"""The run folder: configuration, metrics, events, logs, checkpoints of one run. Rank 0 writes, but for logs.
+"""The run folder: configuration, metrics, events, logs and checkpoints of one run.
 
-A folder that is in the way is refused or, with `run.force`, renamed; nothing is ever deleted but checkpoints
-beyond `run.keep`. Whoever writes into it holds its lock. With `config.toml` it can be restarted.
+Rank 0 writes everything except the other ranks' logs, and holds the folder's lock while it writes. An
+existing folder is refused or, with `run.force`, renamed. Only checkpoints beyond `run.keep` are ever deleted.
+A folder with `config.toml` can be restarted.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -26,13 +28,13 @@ from pfedmoe_mpi.storage.lock import Lock
 
 
 def default(algorithm: str) -> Path:
-    """runs/ALGORITHM-TIME, with a number behind it if two runs start in the same second."""
+    """Return runs/ALGORITHM-TIME, with a number appended if two runs start in the same second."""
     base = Path("runs").absolute() / f"{algorithm}-{datetime.now():%Y%m%d-%H%M%S}"
     return _free(base)
 
 
 def _free(base: Path, joint: str = "-") -> Path:
-    """`base`, or the first of base-2, base-3, … that does not exist."""
+    """Return `base`, or the first of base-2, base-3, … that does not exist."""
     path, number = base, 1
     while path.exists():
         number += 1
@@ -40,16 +42,20 @@ def _free(base: Path, joint: str = "-") -> Path:
     return path
 
 
-# Seconds that the holder of a lock may take to disappear: the last rank of a killed job on this host, or the
-# lease that a file server grants to a host that has crashed.
+# Seconds to wait for the holder of a lock to disappear: the last rank of a killed job on this host, or the
+# lease that a file server grants to a crashed host.
 PATIENCE_HERE, PATIENCE_ELSEWHERE = 10.0, 120.0
 
-
-TRACES = ("config.toml", "checkpoints", "events.jsonl", "log")  # of a run, however early it ended
+TRACES = (
+    "config.toml",
+    "checkpoints",
+    "events.jsonl",
+    "log",
+)  # a run leaves one of them, however early it ends
 
 
 class RunFolder:
-    """The files of a run by their meaning. As a context manager it is unlocked at the end."""
+    """The files of a run, by their meaning. As a context manager it releases its lock at the end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,36 +85,45 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file, not a run folder", "choose another --run.dir")
         if _holds_anything(path) and not any((path / name).exists() for name in TRACES):
-            raise ConfigError(f"{path} holds other things than a run", "choose another --run.dir")
+            raise ConfigError(
+                f"the folder {path} is not empty and not a run folder", "choose another --run.dir"
+            )
         if _holds_anything(path) and not force:
             raise ConfigError(
                 f"the run folder {path} exists already",
-                f"`restart {path}` goes on with it, --run.force true renames it, --run.dir chooses another",
+                f"`restart {path}` resumes it, --run.force true renames it, --run.dir NEW uses another one",
             )
 
     def create(self, force: bool) -> None:
-        """Make and lock the folder, with nothing in it yet."""
+        """Create and lock an empty run folder.
+
+        Raises:
+            ConfigError: the folder is in use, exists and may not be renamed, or cannot be written.
+        """
         try:
             self.refuse_existing(self.path, force)
             if _holds_anything(self.path):
-                self.lock(patience=0.0)  # not from under a run that goes on
+                self.lock(patience=0.0)  # refuse to rename the folder of a running job
                 self.unlock()
-                kept = self.path.rename(_free(self.path.with_name(self.path.name + ".old"), "."))
-                print(f"the run folder that was here is now {kept}", flush=True)
+                renamed = self.path.rename(_free(self.path.with_name(self.path.name + ".old"), "."))
+                print(f"the earlier run folder is now {renamed}", flush=True)
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
-            self.refuse_existing(self.path, force=False)  # who held it before may have filled it
+            self.refuse_existing(self.path, force=False)  # the previous holder may have filled it
             (self.path / "log").mkdir(exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
-            problem = f"the run folder cannot be made: {error}"
+            problem = f"the run folder cannot be created: {error}"
             raise ConfigError(problem, "choose another --run.dir") from error
 
     def lock(self, patience: float | None = None) -> None:
-        """Keep other runs out until this process ends.
+        """Lock the folder against other runs until this process ends.
+
+        Args:
+            patience: seconds to wait for another holder to disappear; None: by the host of the last start.
 
         Raises:
-            ConfigError: another run is in, or the folder cannot be written.
+            ConfigError: another run uses the folder, or it cannot be written.
         """
         last: dict[str, Any] = next(
             (e for e in reversed(self._events()) if e["event"] in {"start", "restart"}), {}
@@ -119,7 +134,7 @@ class RunFolder:
         try:
             self._lock = Lock(self.path / ".lock", patience)
         except BlockingIOError as error:
-            who = f": process {last['pid']} on {host}, by its last start" if "pid" in last else ""
+            who = f": process {last['pid']} on {host}, according to its last start" if "pid" in last else ""
             raise ConfigError(
                 f"the run folder {self.path} is in use{who}",
                 "wait for that run or end it, or choose another --run.dir",
@@ -129,13 +144,13 @@ class RunFolder:
             raise ConfigError(problem, "choose another --run.dir") from error
 
     def unlock(self) -> None:
-        """Let others in."""
+        """Release the lock."""
         if self._lock:
             self._lock.release()
             self._lock = None
 
     def describe(self, config_toml: str, history: Sequence[Mapping[str, Any]]) -> None:
-        """metrics.jsonl and config.toml of a run that starts or goes on.
+        """Write metrics.jsonl and config.toml when a run starts or resumes.
 
         Raises:
             ConfigError: they cannot be written.
@@ -145,17 +160,19 @@ class RunFolder:
             durable.write_text(self.config, config_toml)
         except OSError as error:
             problem = f"the run folder {self.path} cannot be written: {error}"
-            raise ConfigError(problem, "make room, or go on in another --run.dir") from error
+            raise ConfigError(
+                problem, "free space, or resume in another folder with --run.dir NEW"
+            ) from error
 
     def complete(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """What a run that was killed between its last checkpoint and its end had still to write."""
-        if self._rounds_told() != [row["round"] for row in history]:
+        """Write what a run killed between its last checkpoint and its end did not write."""
+        if self._metrics_rounds() != [row["round"] for row in history]:
             self.rewrite_metrics(history)
         if not self.finished:
             self.event("finish", round=len(history))
 
-    def _rounds_told(self) -> list[int] | None:
-        """The rounds in metrics.jsonl, None if it is missing or broken."""
+    def _metrics_rounds(self) -> list[int] | None:
+        """Return the rounds in metrics.jsonl, None if it is missing or broken."""
         try:
             lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             return [json.loads(line)["round"] for line in lines]
@@ -163,7 +180,7 @@ class RunFolder:
             return None
 
     def event(self, kind: str, **facts: Any) -> None:
-        """Append one line to events.jsonl, behind the half one of a killed run."""
+        """Append a line to events.jsonl; a half line left by a killed run is ended first."""
         line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "event": kind, **facts}
         with open(self.path / "events.jsonl", "a+b") as file:
             file.seek(max(0, file.tell() - 1))
@@ -171,106 +188,107 @@ class RunFolder:
             file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
 
     def stops_without_progress(self) -> int:
-        """How many legs in a row, the newest first, were stopped before a client's step was done."""
+        """Return how many of the last starts in a row were stopped before any client step was done."""
         number, began = 0, None
         for line in reversed(self._events()):
             if line.get("event") in {"start", "restart"}:
                 began = line.get("round", 0)
             elif line.get("event") != "stop" or line.get("steps") or began not in {None, line.get("round")}:
-                break  # steps were done, or rounds by a leg that was killed
+                break  # steps were done, or rounds by a start that was killed
             else:
                 number += 1
         return number
 
     @property
     def finished(self) -> bool:
-        """Whether the last thing that happened is that the run came to its end."""
+        """Whether the last event says that the run finished."""
         return [line["event"] for line in self._events()][-1:] == ["finish"]
 
     def _events(self) -> list[dict[str, Any]]:
-        """The lines of events.jsonl that are whole."""
+        """Return the complete lines of events.jsonl."""
         try:
             lines = (self.path / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             return []
-        found = []
+        values = []
         for line in lines:
-            with suppress(ValueError):  # half a line of a killed run
-                found.append(json.loads(line))
-        return [event for event in found if isinstance(event, dict) and "event" in event]
+            with suppress(ValueError):  # a half line of a killed run
+                values.append(json.loads(line))
+        return [value for value in values if isinstance(value, dict) and "event" in value]
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one round to metrics.jsonl."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(metrics.dumps(row) + "\n")
 
     def rewrite_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """metrics.jsonl as the checkpoint knows it, replaced in one step."""
+        """Replace metrics.jsonl by the rounds of a checkpoint, in one step."""
         durable.write_text(self.path / "metrics.jsonl", "".join(metrics.dumps(row) + "\n" for row in history))
 
     def keep_newest(self, number: int, written: Path) -> None:
-        """Remove all but the newest checkpoints, and partial ones that a complete one has overtaken.
+        """Remove all but the `number` newest complete checkpoints, and partial ones older than the newest.
 
-        What seems newer than the one just written, a damaged file or a round that was begun anew, gets the
-        suffix .unused.
+        A file whose name is newer than `written`, because it is damaged or its round is trained again, gets
+        the suffix .unused.
         """
-        found = checkpoint.newest_first(self.checkpoints)
-        at = found.index(written) if written in found else 0  # gone already, as the whole folder may be
-        newer, found = found[:at], found[at:]
-        for path in newer:
+        paths = checkpoint.newest_first(self.checkpoints)
+        # `written` is missing if the whole folder was removed meanwhile.
+        at = paths.index(written) if written in paths else 0
+        for path in paths[:at]:
             path.rename(path.with_name(f"{path.name}.unused"))
-        complete = [path for path in found if "partial" not in path.stem]
-        overtaken = found[found.index(complete[0]) :] if complete else []
-        for path in [*complete[number:], *(p for p in overtaken if "partial" in p.stem)]:
+        paths = paths[at:]
+        complete = [path for path in paths if "partial" not in path.stem]
+        older = paths[paths.index(complete[0]) :] if complete else []
+        for path in [*complete[number:], *(p for p in older if "partial" in p.stem)]:
             path.unlink(missing_ok=True)
 
     def mark_best(self, written: Path) -> None:
-        """best.h5 becomes another name of a checkpoint just written."""
+        """Make best.h5 another name of a checkpoint just written."""
         temporary = self.checkpoints / ".best.tmp"
         temporary.unlink(missing_ok=True)
         try:
             os.link(written, temporary)
         except OSError:  # a file system without hard links
-            import shutil
-
             shutil.copyfile(written, temporary)
-        os.replace(temporary, self.best)
-        durable.sync(self.checkpoints)
+        durable.publish(temporary, self.best)
 
     def best_round(self) -> int | None:
-        """The round of best.h5; None without one."""
+        """Return the round of best.h5, None if it is missing or unreadable."""
         try:
-            with Checkpoint(self.best) as held:
-                return held.round
+            with Checkpoint(self.best) as best:
+                return best.round
         except (OSError, CheckpointError, KeyError):
             return None
 
     def log_to_file(self, rank: int) -> None:
-        """log/rank-0003.txt, and no longer that of an earlier run of this process.
+        """Log to log/rank-0003.txt; close the log of an earlier run of this process.
 
         Raises:
-            ConfigError: it cannot be written.
+            ConfigError: the log cannot be written.
         """
-        for earlier in [found for found in LOGGER.handlers if isinstance(found, _LogFile)]:
+        for earlier in [handler for handler in LOGGER.handlers if isinstance(handler, _LogFile)]:
             LOGGER.removeHandler(earlier)
             earlier.close()
         try:
             handler = _LogFile(self.path / "log" / f"rank-{rank:04d}.txt", encoding="utf-8")
         except OSError as error:
             problem = f"the log of rank {rank} cannot be written: {error}"
-            raise ConfigError(problem, "mend the file system, or go on in another --run.dir") from error
+            raise ConfigError(
+                problem, "fix the file system, or resume in another folder with --run.dir NEW"
+            ) from error
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         LOGGER.addHandler(handler)
         LOGGER.setLevel(logging.INFO)
 
 
 class _LogFile(logging.FileHandler):
-    """A log that cannot be written, on a full disk, is no reason to fill the terminal with tracebacks."""
+    """A log file that ignores write errors: a full disk must not fill the terminal with tracebacks."""
 
     def handleError(self, record: logging.LogRecord) -> None: ...
 
 
 def _holds_anything(folder: Path) -> bool:
-    """Anything but a lock, which a run that did not come to be may have left."""
+    """Return whether a folder holds anything except a lock, which a failed start may have left."""
     try:
         return folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a run's bits depend on beside its configuration, and the check of a restart against it."""
+"""The conditions that a run's bits depend on besides its configuration, and their check at a restart."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONDITIONS = ("torch", "device", "threads", "precision")  # a restart repeats bi
 
 
 def run_identity(federation: Federation) -> dict[str, str]:
-    """Return versions and conditions, for the checkpoint and for events.jsonl."""
+    """Return versions and conditions, for the checkpoint and events.jsonl."""
     return {
         "samples": samples_text(federation),
         "python": platform.python_version(),
@@ -35,10 +35,10 @@ def run_identity(federation: Federation) -> dict[str, str]:
 
 
 def check_same_federation(world: Comm, federation: Federation, loaded: Checkpoint) -> None:
-    """Refuse data, a partition or models other than the checkpoint's; print what makes bits differ.
+    """Check that a federation has the checkpoint's data, partition and models; note what will change bits.
 
     Raises:
-        CheckpointError: on all ranks alike.
+        CheckpointError: on all ranks: the data, the partition or the models differ.
     """
     for name, digest in (("data", federation.data_digest), ("partition", federation.partition.digest())):
         before = loaded.identity[f"{name}_digest"]

@@ -1,4 +1,4 @@
-"""A training job from its start to its exit code; `restart` prepares one that resumes."""
+"""A training job from its start to its exit code. `restart.py` prepares a job that resumes a run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # these import torch, which is imported only when the argumen
     from pfedmoe_mpi.federation.federation import Federation
     from pfedmoe_mpi.federation.loop import Loop
 
-STOPS_WITHOUT_PROGRESS = 2  # in a row, then the run ends: the job scripts would submit it for ever
-MOST_COUNTS = 100_000  # clients × classes in one line of events.jsonl
+STOPS_WITHOUT_PROGRESS = 2  # in a row; then the run ends, because the job scripts would resubmit it for ever
+MOST_COUNTS = 100_000  # clients × classes, in one line of events.jsonl
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def begin(world: Comm, settings: Config, code: str, end: float | None, dry: bool
 
 
 def _new_folder(settings: Config) -> Path:
+    """Return the path of the new run's folder, which is not created yet; raise ConfigError if it is taken."""
     path = Path(settings.run.dir).absolute() if settings.run.dir else default(settings.algorithm)
     RunFolder.refuse_existing(path, settings.run.force)
     return path
@@ -71,8 +72,8 @@ def train(world: Comm, start: Start) -> int:
     """Build the federation, print the plan and train; collective. Return the exit code.
 
     Raises:
-        UserError: on all ranks, before anything is written.
-        RunError: on all ranks: a run that cannot continue.
+        UserError: on all ranks, before anything is written: a setting, the data or the checkpoint is wrong.
+        RunError: on all ranks: the run cannot continue.
     """
     from pfedmoe_mpi.federation.build import build
     from pfedmoe_mpi.run.identity import check_same_federation
@@ -95,6 +96,7 @@ def train(world: Comm, start: Start) -> int:
 
 
 def _already_finished(world: Comm, start: Start, loaded: Checkpoint, rounds: int) -> int:
+    """Complete the run folder of a finished run and say how to train further; return the exit code."""
     if start.resuming and not start.changes:
         world.from_root(lambda: start.folder.complete(loaded.history), "run folder")
     if world.rank == 0:
@@ -138,18 +140,19 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
 
 
 def _reporter(world: Comm, start: Start, federation: Federation) -> Reporter:
+    """Return the reporter of this rank; only rank 0 shows progress."""
     settings = federation.config
     if world.rank:
         return Reporter(start.folder, settings.run.keep, None)
     progress = console.Progress(settings.rounds, len(start.history), len(federation.clients))
-    watched = curves.Curves(start.folder.path, start.history) if settings.run.tensorboard else None
-    return Reporter(start.folder, settings.run.keep, progress, watched)
+    run_curves = curves.Curves(start.folder.path, start.history) if settings.run.tensorboard else None
+    return Reporter(start.folder, settings.run.keep, progress, run_curves)
 
 
 def _report_facts(federation: Federation) -> dict[str, Any]:
-    """Return training samples by client and class, operations by client, and clients' names, for reports.
+    """Return what reports need: training samples by client and class, multiply-adds and names by client.
 
-    Nothing if these are too many for a figure.
+    The result is empty if there are too many numbers for a figure.
     """
     from pfedmoe_mpi.federation.costs import sample_costs
 
@@ -164,7 +167,7 @@ def _report_facts(federation: Federation) -> dict[str, Any]:
 
 
 def _save_again(loop: Loop, loaded: Checkpoint) -> None:
-    """Write the loaded state as a checkpoint of this run: a kill before the next one loses nothing."""
+    """Write the loaded state as a checkpoint of this run: a kill before the next one then loses nothing."""
     if loaded.partial is None:
         loop.save()
     else:
@@ -175,14 +178,15 @@ def _save_again(loop: Loop, loaded: Checkpoint) -> None:
 def _report_start(
     world: Comm, reporter: Reporter, start: Start, device_lines: Sequence[str], facts: Mapping[str, Any]
 ) -> None:
+    """Write the event of this start and print the run folder."""
     loaded = start.loaded
     source = {"checkpoint": loaded.path.name, "round": loaded.round} if loaded else {}
-    where = {"host": platform.node(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+    process = {"host": platform.node(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
     reporter.event(
         "restart" if loaded else "start",
         ranks=world.size,
         hosts=list(device_lines),
-        **where,
+        **process,
         **source,
         **facts,
         changes=start.changes,
@@ -193,6 +197,7 @@ def _report_start(
 
 
 def _report_finish(world: Comm, reporter: Reporter, federation: Federation, loop: Loop) -> None:
+    """Write the event of the end; print the table of clients, the best round and how to draw a report."""
     folder = reporter.folder
     reporter.event("finish", round=loop.round)
     if world.rank == 0:
@@ -207,7 +212,7 @@ def _report_stop(world: Comm, reporter: Reporter, loop: Loop) -> int:
     """Report a stop; return the exit code.
 
     Raises:
-        RunError: on all ranks: stopped again before any client's step was done.
+        RunError: on all ranks: the run was stopped again before any client step was done.
     """
     folder = reporter.folder
     reporter.event("stop", round=loop.round, steps=loop.steps, by=world.stopped_by)

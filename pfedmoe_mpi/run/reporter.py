@@ -1,11 +1,10 @@
-"""What people see of a run while it goes on: the run folder's files, the terminal, the logs."""
+"""The record of a run while it trains: the run folder's files, the terminal and the logs."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +19,58 @@ from pfedmoe_mpi.run.folder import RunFolder
 class Reporter:
     """Rank 0 writes the run folder and the terminal; the other ranks only log.
 
-    A file that cannot be written is told once; training goes on, and `metrics.jsonl` is brought up to date as
-    soon as it can be: all that is in it is in the checkpoints too.
+    If a file cannot be written, one warning is printed and training continues. `metrics.jsonl` is rewritten
+    as soon as that is possible; nothing is lost, because the checkpoints hold the same rows.
     """
 
     folder: RunFolder
     keep: int
-    progress: console.Progress | None
+    progress: console.Progress | None  # None on the other ranks
     curves: curves.Curves | None = None
-    _behind: set[str] = field(default_factory=set)
+    _outdated: set[str] = field(default_factory=set)  # files whose last write failed
 
     def pretrained(self, line: str) -> None:
+        """Report how the training before round 1 went."""
         if line and self.progress:
             self.event("pretrained", result=line)
             print(line, flush=True)
 
     def round_done(self, row: metrics.Row, history: Sequence[metrics.Row]) -> None:
+        """Report a complete round."""
         if self.progress:
-            again = "metrics.jsonl" in self._behind
-            write = partial(self.folder.rewrite_metrics, history) if again else None
-            self._careful("metrics.jsonl", write or partial(self.folder.append_metrics, row))
+            if "metrics.jsonl" in self._outdated:
+                self._attempt("metrics.jsonl", lambda: self.folder.rewrite_metrics(history))
+            else:
+                self._attempt("metrics.jsonl", lambda: self.folder.append_metrics(row))
             self.progress.round_done(row)
         if self.curves:
             self.curves.round_done(row)
 
     def dropped(self, round: int, clients: Sequence[int]) -> None:
+        """Report the clients whose vectors were not finite and are not in the round's sum."""
         if clients:
             LOGGER.warning("round %d: left out clients %s, not finite", round, clients)
             if self.progress:
                 self.event("dropped", round=round, clients=list(clients))
                 listed = ", ".join(map(str, clients))
-                print(f"round {round}: left out clients {listed}: vectors that are not finite", flush=True)
+                print(f"round {round}: left out clients {listed}: their vectors are not finite", flush=True)
 
     def written(self, path: Path, history: Sequence[metrics.Row], partial: bool) -> None:
+        """Update best.h5 and remove the checkpoints that a new one replaces."""
         if self.progress:
-            self._careful("checkpoints", lambda: self._tidy(path, history, partial))
+            self._attempt("checkpoints", lambda: self._tidy(path, history, partial))
 
     def not_written(self, error: CheckpointError) -> None:
+        """Report a checkpoint that could not be written."""
         LOGGER.error(str(error))
         if self.progress:
             print(f"warning: {error}", file=sys.stderr, flush=True)
             self.event("not written", error=error.problem)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """A line in events.jsonl, by rank 0."""
+        """Append a line to events.jsonl, on rank 0."""
         if self.progress:
-            self._careful("events.jsonl", lambda: self.folder.event(kind, **facts))
+            self._attempt("events.jsonl", lambda: self.folder.event(kind, **facts))
 
     def close(self) -> None:
         """Restore the terminal and close the curves' file."""
@@ -75,19 +80,19 @@ class Reporter:
 
     def _tidy(self, path: Path, history: Sequence[metrics.Row], partial: bool) -> None:
         if not partial and history:
-            held = self.folder.best_round()
-            rounds = [history[-1]["round"], *([held] if held else [])]
-            top = metrics.best(history, rounds)
-            if top and top["round"] == history[-1]["round"]:  # again too: what best.h5 was may be damaged
+            newest, marked = history[-1]["round"], self.folder.best_round()
+            top = metrics.best(history, [newest, marked] if marked else [newest])
+            if top and top["round"] == newest:  # even if marked == newest: best.h5 may be damaged
                 self.folder.mark_best(path)
         self.folder.keep_newest(self.keep, path)
 
-    def _careful(self, name: str, work: Callable[[], None]) -> None:
+    def _attempt(self, name: str, work: Callable[[], None]) -> None:
+        """Do `work` on a file; print a warning the first time that it fails."""
         try:
             work()
-            self._behind.discard(name)
+            self._outdated.discard(name)
         except OSError as error:
             LOGGER.error("%s: %s", name, error)
-            if name not in self._behind:
+            if name not in self._outdated:
                 print(f"warning: {name} cannot be kept up to date: {error}", file=sys.stderr, flush=True)
-            self._behind.add(name)
+            self._outdated.add(name)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pfedmoe_mpi import checkpoint, config, environment
 from pfedmoe_mpi.checkpoint import Checkpoint
@@ -18,10 +18,7 @@ from pfedmoe_mpi.mpi.session import under_mpi
 from pfedmoe_mpi.run import job
 from pfedmoe_mpi.run.folder import RunFolder
 
-if TYPE_CHECKING:  # it imports torch, which is imported only when the arguments are known to be right
-    from pfedmoe_mpi.federation.loop import Loop
-
-# What a restart may not change, beside what an evaluation may not: who trains, when, and on what.
+# A restart may not change these either, beyond what an evaluation may not: who trains, when, on which data.
 FIXED_IN_TRAINING = ("partition", "gate", "unseen", "join", "stream", "data.mean", "data.std")
 PER_START = ("run.dir", "run.force", "run.singleton")  # never taken from an earlier start
 
@@ -34,7 +31,7 @@ def restart(source: Path, overrides: Mapping[str, Any]) -> int:
 
 
 def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, end: float | None) -> int:
-    """Resume a run and train on; collective. Arguments as of `job.begin`."""
+    """Resume a run and train its remaining rounds; collective. `code` and `end`: as for `job.begin`."""
     with _folder_of(source) as folder:
         world.from_root(lambda: folder.lock() if _stays(source, folder, overrides) else None, "lock")
         path, run_path, warnings = choose(world, source)
@@ -63,17 +60,22 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
 
 
 def _read_config(world: Comm, folder: RunFolder) -> dict[str, Any]:
+    """Return the configuration of a run without a checkpoint, on all ranks."""
     return world.from_root(lambda: config.read_toml(folder.config), "configuration")
 
 
 def _check_progress(
     world: Comm, loaded: Checkpoint, settings: Config, changes: Mapping[str, Sequence[Any]]
 ) -> None:
-    """Refuse to change what is done already; print what changed rounds make of a schedule."""
+    """Refuse changes to rounds that are done or in progress; note how new `rounds` change a schedule.
+
+    Raises:
+        ConfigError: participation changes within a round, or fewer rounds are asked for than are done.
+    """
     if loaded.partial is not None and "participation" in changes:
         before = changes["participation"][0]
         raise ConfigError(
-            f"round {loaded.round + 1} is in progress, its cohort was drawn with participation = {before}",
+            f"round {loaded.round + 1} is in progress; its cohort was drawn with participation = {before}",
             "remove --participation until the round is done, or resume from an earlier checkpoint "
             "with --run.dir NEW",
         )
@@ -92,24 +94,31 @@ def _check_progress(
 
 
 def _folder_of(source: Path) -> RunFolder:
-    """Return the run folder that a source is, or lies in as a checkpoint."""
+    """Return the source if it is a folder, else the run folder of this checkpoint."""
     source = source.absolute()
     return RunFolder(source if source.is_dir() else source.parent.parent)
 
 
 def _stays(source: Path, folder: RunFolder, overrides: Mapping[str, Any]) -> bool:
-    """Return whether the restart will write into the run folder that its source belongs to."""
+    """Return whether the restart will write into the run folder of its source."""
     new = overrides.get("run.dir")
     is_run = folder.config.is_file() or folder.checkpoints.is_dir()
     return is_run and source.exists() and (not new or Path(new).absolute() == folder.path)
 
 
 def choose(world: Comm, source: Path) -> tuple[Path | None, Path | None, list[str]]:
-    """(checkpoint or None for round 0, its folder if it may go on there, warnings), the same on all ranks."""
+    """Return (checkpoint, run folder, warnings), the same on all ranks.
+
+    The checkpoint is the newest good one of a run folder, or the file itself; None: start before round 1. The
+    run folder is None for a file that is not the newest of its folder. The warnings are on damaged files.
+
+    Raises:
+        CheckpointError: on all ranks: the source is missing or not a run folder, or the file is damaged.
+    """
     folder = RunFolder(source.absolute())
-    is_folder, found, in_folder = world.from_root(lambda: _candidates(source, folder), "checkpoints")
+    is_folder, paths, run_path = world.from_root(lambda: _candidates(source, folder), "checkpoints")
     warnings = []
-    for path in found:
+    for path in paths:
         try:
             world.agree(partial(checkpoint.verify, path, world.rank, world.size), "checking the checkpoint")
         except CheckpointError as error:
@@ -117,52 +126,59 @@ def choose(world: Comm, source: Path) -> tuple[Path | None, Path | None, list[st
                 raise
             warnings.append(str(error).partition("\n")[0])
             continue
-        return path, folder.path if is_folder else in_folder, warnings
-    return None, folder.path, warnings
+        return path, run_path, warnings
+    return None, run_path, warnings
 
 
 def _candidates(source: Path, folder: RunFolder) -> tuple[bool, list[Path], Path | None]:
-    """Whether the source is a folder, the files to try in order, and the folder a file may go on in."""
+    """Return whether the source is a folder, the files to try in order, and the run folder as of `choose`."""
     if not source.exists():
         raise CheckpointError(f"there is no run folder or checkpoint {source}", "check the path")
     if source.is_dir():
-        found = checkpoint.newest_first(folder.checkpoints)
-        if not found and not folder.config.is_file():
+        paths = checkpoint.newest_first(folder.checkpoints)
+        if not paths and not folder.config.is_file():
             problem = f"{source} is not a run folder: it has neither checkpoints nor config.toml"
             raise CheckpointError(problem, "check the path")
-        return True, found, None
+        return True, paths, folder.path
     source = source.absolute()
     run = RunFolder(source.parent.parent)
     is_newest = checkpoint.newest_first(run.checkpoints)[:1] == [source] and run.config.is_file()
     return False, [source], run.path if is_newest else None
 
 
-def _target(source: Path, own: Path | None, settings: Config) -> tuple[Path, bool]:
-    """The folder to go on in, and whether it is the run's own, which only its newest checkpoint may have."""
-    new = Path(settings.run.dir).absolute() if settings.run.dir else own
-    if new is None or (own is None and new == source.absolute().parent.parent):
+def _target(source: Path, run_path: Path | None, settings: Config) -> tuple[Path, bool]:
+    """Return the folder to train in, and whether it is the run's existing one.
+
+    Raises:
+        CheckpointError: only the newest checkpoint may be resumed in the folder of its run.
+        ConfigError: the folder exists and may not be renamed.
+    """
+    new = Path(settings.run.dir).absolute() if settings.run.dir else run_path
+    if new is None or (run_path is None and new == source.absolute().parent.parent):
         raise CheckpointError(
             f"{source} is not the newest checkpoint of a run folder",
-            "--run.dir NEW goes on from it in another one",
+            "--run.dir NEW resumes from it in another folder",
         )
-    if new != own:
+    if new != run_path:
         RunFolder.refuse_existing(new, settings.run.force)
-    return new, new == own
+    return new, new == run_path
 
 
 def continued(
     before: Mapping[str, Any], overrides: Mapping[str, Any], fixed: Sequence[str]
 ) -> tuple[Config, dict[str, list[Any]]]:
-    """An earlier configuration with overrides, and what they change: {name: [before, after]}.
+    """Return an earlier configuration with overrides, and what they change: {name: [before, after]}.
 
-    What concerns one start only (run.dir, run.force, run.singleton) is taken from the overrides alone.
+    Settings of a single start (run.dir, run.force, run.singleton) come from the overrides alone.
+
+    Args:
+        fixed: sections and settings that may not change, in addition to those that define a federation.
 
     Raises:
-        ConfigError: an override that would make it another federation; `fixed` are more sections or settings
-            that do.
+        ConfigError: an override changes a fixed setting.
     """
-    anew = {name: config.fields()[name].default for name in PER_START}
-    old = config.build({**config.flatten(before), **anew})
+    defaults = {name: config.fields()[name].default for name in PER_START}
+    old = config.build({**config.flatten(before), **defaults})
     new = config.build({**config.flatten(config.to_tree(old)), **overrides})
     then, now = (config.flatten(config.to_tree(settings)) for settings in (old, new))
     names = [name for name in {**then, **now} if name not in PER_START and then.get(name) != now.get(name)]
@@ -173,35 +189,6 @@ def continued(
         if name in fixed or name.partition(".")[0] in fixed
     ]
     if refused:
-        problem = "this cannot be changed now: " + "; ".join(refused)
-        raise ConfigError(problem, "leave it out, or start a new run with it")
+        problem = "these settings cannot be changed now: " + "; ".join(refused)
+        raise ConfigError(problem, "remove these flags, or start a new run with them")
     return new, {name: [then.get(name), now.get(name)] for name in names}
-
-
-def evaluation_loop(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any]) -> Loop:
-    """Return a loop over a verified checkpoint's federation, to measure and not to train; collective.
-
-    Raises:
-        UserError: on all ranks: data that are not there, or that its models do not take.
-    """
-    from pfedmoe_mpi.federation.build import build
-    from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-
-    settings, _ = continued(loaded.config, overrides, ())
-    federation = build(world, settings)
-    layouts = [loaded.state_layout, *map(loaded.layout, range(loaded.clients))]
-    fitting = [federation.state_layout, *federation.client_layouts]
-    if [layout.digest for layout in layouts] != [layout.digest for layout in fitting]:
-        raise CheckpointError(
-            f"the checkpoint's models do not take samples of {'×'.join(map(str, federation.task.shape))} in "
-            f"{federation.task.classes} classes",
-            "give --data.path of data like those it was trained on",
-        )
-    if federation.task.vocabulary and federation.data_digest != loaded.identity["data_digest"]:
-        raise CheckpointError(
-            "these are not the texts of the training, and a model's tokens are those of its training rows",
-            "evaluate on the data it was trained on",
-        )
-    loop = Loop(world, federation, SilentObserver(), None)
-    loop.resume(loaded)
-    return loop

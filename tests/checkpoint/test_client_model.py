@@ -147,7 +147,7 @@ def test_file_that_is_not_an_exported_client_is_refused(
     refused("holds client 1 alone", 2)
     with h5py.File(out, "r+") as file:
         samples = file.attrs.pop("samples")
-    refused("no text 'samples'")
+    refused("its attribute 'samples' is missing")
     with h5py.File(out, "r+") as file:
         file.attrs["samples"] = "[]"
     refused("what its samples are")

@@ -95,9 +95,9 @@ def test_truncation_names_the_first_missing_part(copy: Path) -> None:
     for name, (offset, size) in ordered:
         for length in (offset + size - 1, offset + size // 2, offset):
             os.truncate(copy, length)
-            refused(copy, rf"truncated: {length} of \d+ bytes, the first that is cut is {name}\n")
+            refused(copy, rf"truncated: {length} of \d+ bytes; the first incomplete part is {name}\n")
     os.truncate(copy, start - 1)
-    refused(copy, "truncated: .*, its seal is cut")
+    refused(copy, "truncated: .*, and its seal is incomplete")
 
 
 def test_cut_behind_the_last_dataset_is_structure_damage(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_cut_behind_the_last_dataset_is_structure_damage(tmp_path: Path) -> None
     last = max(offset + size for offset, size in read_ranges(path)[0].values())
     assert last < path.stat().st_size
     os.truncate(path, path.stat().st_size - 1)
-    refused(path, "the first that is cut is HDF5's own structure")
+    refused(path, "the first incomplete part is HDF5's own structure")
 
 
 def test_appended_and_swapped_bytes_are_detected(copy: Path) -> None:
@@ -243,7 +243,7 @@ def swapped(draw: random.Random, raw: bytearray, at: int, size: int) -> None:
 
 MUTATIONS = (flipped, overwritten, zeroed, cut, removed, inserted, appended, repeated, swapped)
 SAYS = re.compile(
-    r"the bytes of (\S+) have changed|the first that is cut is (.+)|(HDF5's own structure) has changed|"
+    r"the bytes of (\S+) have changed|the first incomplete part is (.+)|(HDF5's own structure) has changed|"
     r"(its seal|not a finished checkpoint|format version|too long)"
 )
 

@@ -139,14 +139,17 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "no history": ("it has no history", lambda file: file.pop("history")),
     "no client": ("clients holds 11", lambda file: file["clients"].pop("000003")),
     "another client": ("it has no clients/000003", lambda file: file["clients"].move("000003", "x")),
-    "more": ("it holds 'more'", lambda file: file.create_dataset("more", data=ZEROS)),
-    "more in a group": ("its seal names 'server/x'", lambda f: f.create_dataset("server/x", data=ZEROS)),
-    "no round": ("round is no natural", lambda file: file.attrs.pop("round")),
-    "negative round": ("round is no natural", attributed("round", -1)),
-    "half a round": ("round is no natural", attributed("round", 2.5)),
-    "round as text": ("round is no natural", attributed("round", "3")),
+    "more": ("it holds unknown objects: 'more'", lambda file: file.create_dataset("more", data=ZEROS)),
+    "more in a group": (
+        "its seal names unknown datasets: 'server/x'",
+        lambda f: f.create_dataset("server/x", data=ZEROS),
+    ),
+    "no round": ("round is not a natural", lambda file: file.attrs.pop("round")),
+    "negative round": ("round is not a natural", attributed("round", -1)),
+    "half a round": ("round is not a natural", attributed("round", 2.5)),
+    "round as text": ("round is not a natural", attributed("round", "3")),
     "round as reference": ("'round' is neither", attributed("round", lambda file: file.ref)),
-    "round as rows": ("round is no natural", attributed("round", [1, 2])),
+    "round as rows": ("round is not a natural", attributed("round", [1, 2])),
     "no digest": ("no attribute 'data_digest'", lambda file: file.attrs.pop("data_digest")),
     "digest as number": ("no attribute 'data_digest'", attributed("data_digest", 3)),
     "attribute of references": (
@@ -157,8 +160,8 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "attribute of texts": ("'x' is neither", attributed("x", ["a", "b"])),
     "long attribute": ("longer than", attributed("x", np.zeros(300_000))),
     "attribute of bytes": ("not UTF-8", attributed("x", np.bytes_(b"\xff\xfe"))),
-    "config in a heap": ("config is no text", replaced("config", data=json.dumps(sample_content().config))),
-    "config as numbers": ("config is no text", replaced("config", data=7)),
+    "config in a heap": ("config is not a text", replaced("config", data=json.dumps(sample_content().config))),
+    "config as numbers": ("config is not a text", replaced("config", data=7)),
     "config of bytes": ("config is not UTF-8", texted("config", b'{"a": "\xff\xfe"}')),
     "config of half a character": ("config is not JSON", configured(name="\ud800")),
     "config cut": ("config is not JSON", texted("config", '{"algorithm": "pfed')),
@@ -170,8 +173,11 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "pool": ("no usable model.pool", configured(model={"pool": []})),
     "pool of numbers": ("no usable clients or model.pool", configured(model={"pool": [1]})),
     "no clients": ("no usable clients", configured(clients=0)),
-    "more clients": ("clients holds 12, config says 13", configured(clients=13)),
-    "a trillion clients": ("clients holds 12, config says 1000000000000", configured(clients=10**12)),
+    "more clients": ("clients holds 12, but config.clients = 13", configured(clients=13)),
+    "a trillion clients": (
+        "clients holds 12, but config.clients = 1000000000000",
+        configured(clients=10**12),
+    ),
     "clients true": ("no usable clients", configured(clients=True)),
     "history short": ("history has 2 rows", lived(*ROWS[:2])),
     "history mixed": ("no row of round 1", lived(ROWS[1], ROWS[0], ROWS[2])),
@@ -179,14 +185,17 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "history without accuracy": ("no accuracy of round 3", lived(*ROWS[:2], {"round": 3})),
     "accuracy as text": ("no accuracy of", lived(*ROWS[:2], {**ROWS[2], "accuracy": {"mean": "x"}})),
     "infinite": ("history is not JSON: the number 1e999", texted("history", '{"round": 1e999}')),
-    "layout of text": ("is no layout", laid_out('{"a": 1}')),
-    "layout of another size": ("has 1 numbers, its layout 2", laid_out('[["model/", [2], 0, false]]')),
-    "layout with a gap": ("is no layout", laid_out('[["model/", [1], 1, false]]')),
-    "layout below zero": ("is no layout", laid_out('[["model/", [-1, -1], 0, false]]')),
+    "layout of text": ("is not a layout", laid_out('{"a": 1}')),
+    "layout of another size": (
+        "has 1 numbers, but its layout has 2",
+        laid_out('[["model/", [2], 0, false]]'),
+    ),
+    "layout with a gap": ("is not a layout", laid_out('[["model/", [1], 1, false]]')),
+    "layout below zero": ("is not a layout", laid_out('[["model/", [-1, -1], 0, false]]')),
     "layout with twins": ("not the layout", laid_out('[["a/", [1], 0, true], ["a/", [0], 1, true]]')),
     "layout of another name": ("is not the layout of", laid_out(" []")),
     "layout elsewhere": (
-        "names no layout",
+        "does not name a layout",
         lambda file: file[STATE].attrs.__setitem__("layout", "../config"),
     ),
     "offsets falling": ("does not divide", lambda file: file[OFFSETS].__setitem__(3, -5)),
@@ -196,13 +205,13 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "rows below zero": ("does not divide", lambda file: file["partition/train"].__setitem__(0, -1)),
     "no test rows": ("it has no partition/test", lambda file: file["partition"].pop("test")),
     "sum of floats": ("partial/sum is float64", replaced("partial/sum", data=np.zeros(333))),
-    "sum of nothing": ("partial/sum has no place", replaced("partial/sum", data=np.zeros(1, "<i8"))),
-    "finished beyond": ("more than clients", replaced("partial/finished", data=np.array([1, 12]))),
-    "finished twice": ("more than clients", replaced("partial/finished", data=np.array([1, 1]))),
+    "sum of nothing": ("partial/sum is too short", replaced("partial/sum", data=np.zeros(1, "<i8"))),
+    "finished beyond": ("not a set of clients", replaced("partial/finished", data=np.array([1, 12]))),
+    "finished twice": ("not a set of clients", replaced("partial/finished", data=np.array([1, 1]))),
     "no sum": ("it has no partial/sum", lambda file: file["partial"].pop("sum")),
-    "unsaid sum": ("'partial' and its datasets", attributed("partial", np.False_)),
-    "promised sum": ("'partial' and its datasets", lambda file: file.pop("partial")),
-    "partial as rows": ("no checkpoint of this program", attributed("partial", [1, 2])),
+    "unsaid sum": ("'partial' contradicts its datasets", attributed("partial", np.False_)),
+    "promised sum": ("'partial' contradicts its datasets", lambda file: file.pop("partial")),
+    "partial as rows": ("not a checkpoint of this program", attributed("partial", [1, 2])),
 }
 
 
@@ -231,7 +240,7 @@ def messages(partial: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def test_crafted_checkpoint_is_refused(messages: dict[str, str], name: str) -> None:
     message = messages[name]
     assert re.search(CHECKPOINTS[name][0], message), message
-    assert f"{name}.h5 is no checkpoint of this program: " in message and "remedy: " in message
+    assert f"{name}.h5 is not a checkpoint of this program: " in message and "remedy: " in message
     assert "damaged" not in message and "truncated" not in message, "the seal was right"
 
 
@@ -246,7 +255,7 @@ def test_seal_with_overlapping_ranges_is_refused(partial: bytes, tmp_path: Path)
         table = {one.name: (one.offset, one.length) for one in seal.read(file, path).ranges}
         table["config"] = (table["history"][0], table["config"][1])
         seal.put(file, table, {})
-    assert "its seal makes no sense" in read_messages("checkpoint", [path])[path]
+    assert "its seal contradicts itself" in read_messages("checkpoint", [path])[path]
 
 
 def test_checkpoint_with_other_models_is_refused(partial: bytes, tmp_path: Path) -> None:
@@ -256,7 +265,7 @@ def test_checkpoint_with_other_models_is_refused(partial: bytes, tmp_path: Path)
     state, clients = whole.state_layout, list(whole.client_layouts)
     with Checkpoint(path) as loaded:
         loaded.check_fits(state, clients, 333)
-        with pytest.raises(CheckpointError, match="sum has 333 numbers, its round sums 334"):
+        with pytest.raises(CheckpointError, match="sum has 333 numbers, but its round sums 334"):
             loaded.check_fits(state, clients, 334)
         for other in ((clients[1], clients), (state, clients[1:]), (state, [*clients[1:], clients[0]])):
             with pytest.raises(CheckpointError, match="its models are not those of its configuration"):

@@ -102,9 +102,9 @@ def test_checkpoint_or_run_folder_is_not_a_configuration(
             ["--partition.kind", "pathological", "--partition.classes", "11"],
         ),
         ("partition.classes = 99", ["--partition.kind", "classes", "--partition.classes", "99"]),
-        ("fedavg needs equal models, but model.pool has mlp5, mlp4", ["--algorithm", "fedavg"]),
+        ("fedavg needs equal models, but model.pool = mlp5,mlp4", ["--algorithm", "fedavg"]),
         ("scaffold needs equal models", ["--algorithm", "scaffold"]),
-        ("auto stands alone", ["--model.pool", "auto,mlp5"]),
+        ("combines auto with architectures", ["--model.pool", "auto,mlp5"]),
         (
             "one length, but cnn1 in 500 and mnist5 in 50",
             ["--model.pool", "cnn1", "--model.shared", "mnist5", "--model.dim", "0"],
@@ -283,7 +283,7 @@ def test_npz_clients_of_different_shapes_are_refused(
     assert_refused("x of client 1 is uint8", *flags)
     client_file(tmp_path / "d" / "train" / "1.npz", {"x": X, "y": Y})
     assert_refused("clients = 3, but the data have 2 natural clients", *flags, "--clients", "3")
-    assert "as the data propose: partition.kind natural, clients 2" in run_command(*flags, "--dry").out
+    assert "proposed by the data: partition.kind = natural, clients = 2" in run_command(*flags, "--dry").out
 
 
 def test_unwritable_output_is_refused(assert_refused: Callable[..., str], run: Path, tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_folder_of_other_files_is_never_renamed(
     (tmp_path / "thesis" / "chapter.tex").write_text("")
     for force in ("true", "false"):
         assert_refused(
-            "holds other things than a run", *small_run, "--run.dir", "thesis", "--run.force", force
+            "is not empty and not a run folder", *small_run, "--run.dir", "thesis", "--run.force", force
         )
 
 
@@ -341,4 +341,4 @@ def test_file_in_place_of_the_run_folder_is_refused(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert_refused("is a file", *small_run, "--run.dir", "file", "--run.force", "true")
-    assert_refused("cannot be made", *small_run, "--run.dir", "file/below")
+    assert_refused("cannot be created", *small_run, "--run.dir", "file/below")

@@ -22,8 +22,8 @@ from pfedmoe_mpi.core.turn import Engine, Turn
 from pfedmoe_mpi.errors import StoppedError
 from pfedmoe_mpi.federation.evaluation import measure
 from pfedmoe_mpi.federation.faults import Faults
-from pfedmoe_mpi.federation.loop import Loop
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, MISSING, RoundSum
+from pfedmoe_mpi.federation.training import train_member
 from pfedmoe_mpi.mpi.comm import Comm
 
 CPU = torch.device("cpu")
@@ -296,31 +296,20 @@ def test_training_batches_come_in_order_without_gradients() -> None:
 
 
 def play(player: Player, total: RoundSum) -> None:
-    """Handle one client's step as the round loop does."""
-    federation = SimpleNamespace(
+    """Handle one client's step as the round loop does it."""
+    federation: Any = SimpleNamespace(
         workbench=player.bench,
         parts=lambda client, state: player.bench.parts(
             (player.method.state(), state), (client.spec, client.vector)
         ),
         engine=player.engine,
-        config=SimpleNamespace(train=player.engine.train),
+        method=player.method,
+        state_layout=SimpleNamespace(size=len(player.state)),
         stream=None,
     )
-    loop: Any = SimpleNamespace(
-        federation=federation,
-        _method=player.method,
-        state=player.state,
-        comm=SimpleNamespace(rank=0),
-        _evaluated=lambda round: False,
-        _faults=Faults(0, FaultSettings(), [1.0]),
-        _member_metrics=lambda turn, accuracy: {
-            "train_loss": 0.0,
-            "accuracy_before": accuracy,
-            "bytes_down": 0,
-        },
-    )
-    with Comm.located(loop.comm, "client 0, round 1"):
-        Loop._step(loop, total, 0, player.client, 1, "client")
+    faults = Faults(0, FaultSettings(), [1.0])
+    with Comm.located(SimpleNamespace(rank=0), "client 0, round 1"):
+        train_member(federation, faults, total, 0, player.client, player.state, 1, "client", tested=False)
 
 
 def new_sum(player: Player) -> RoundSum:

@@ -133,7 +133,7 @@ def test_hospitals_are_the_default_clients(hospitals: Path) -> None:
 def test_plan_names_the_hospitals(run_command: Callable[..., Result], hospitals: Path) -> None:
     said = run_command(*FLAGS, "--data.path", hospitals, "--dry", "true").out
     assert "0 alpha, 1 beta, 2 gamma" in said
-    assert "as the data propose: partition.kind natural, clients 3, train.lr 0.005" in said
+    assert "proposed by the data: partition.kind = natural, clients = 3, train.lr = 0.005" in said
     dealt = run_command(*FLAGS, "--data.path", hospitals, "--dry", "true", "--partition.kind", "iid").out
     assert "alpha" not in dealt, "which then are nobody's"
 

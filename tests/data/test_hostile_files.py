@@ -247,7 +247,10 @@ def test_pickles_inside_hdf5_are_only_bytes(tmp_path: Path) -> None:
         before = digest(loaded)
     edits: list[tuple[str, Callable[[Any], object]]] = [
         ("'evil' is neither", lambda file: file.attrs.__setitem__("evil", np.void(raw))),
-        ("it holds 'evil'", lambda file: file.__setitem__("evil", np.frombuffer(raw, np.uint8))),
+        (
+            "it holds unknown objects: 'evil'",
+            lambda file: file.__setitem__("evil", np.frombuffer(raw, np.uint8)),
+        ),
         ("server/state is", lambda f: (f.pop("server/state"), f.__setitem__("server/state", np.void(raw)))),
     ]
     for says, edit in edits:

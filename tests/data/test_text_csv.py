@@ -153,7 +153,7 @@ def test_models_refuse_other_kinds_of_samples(news: Path, tmp_path: Path) -> Non
         loop_of(
             write_hospitals(tmp_path / "h"), data__source="heart", clients=3, model__pool="gru", model__dim=8
         )
-    with pytest.raises(ConfigError, match=r"train\.augment flip is for images"):
+    with pytest.raises(ConfigError, match=r"train\.augment = flip needs images"):
         loop_of(news, train__augment="flip")
     with pytest.raises(ConfigError, match=r"gate\.input pooled needs images"):
         loop_of(news, gate__input="pooled")

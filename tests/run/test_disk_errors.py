@@ -127,7 +127,7 @@ def test_disk_that_stays_full_ends_the_run(disk: Path, undisturbed: str) -> None
         filler = fill(disk)
         assert output.ended() == 1, output.text
     assert output.text.count("cannot be written: ") == 3 and "Traceback" not in output.text
-    assert output.text.count("error: the run ends") == 1 and "remedy: mend" in output.text
+    assert output.text.count("error: the run ends") == 1 and "remedy: fix" in output.text
     left = checkpoint.newest_first(disk / "run" / "checkpoints")
     assert left
     for path in left:

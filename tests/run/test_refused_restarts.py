@@ -70,9 +70,9 @@ DAMAGE: list[tuple[str, Callable[[Path], object]]] = [
     ("the bytes of clients/000002 have changed", lambda path: spoil(path, "clients/000002")),
     ("the bytes of server/state have changed", lambda path: spoil(path, "server/state")),
     ("the bytes of config have changed", lambda path: spoil(path, "config")),
-    ("the first that is cut is clients/000003", lambda path: cut_into(path, "clients/000003")),
+    ("the first incomplete part is clients/000003", lambda path: cut_into(path, "clients/000003")),
     ("config is a link", lambda path: reseal(path, relinked)),
-    ("round is no natural number", lambda path: reseal(path, lambda file: file.attrs.pop("round"))),
+    ("round is not a natural number", lambda path: reseal(path, lambda file: file.attrs.pop("round"))),
     ("is damaged", lambda path: flip_bit(path, path.stat().st_size - 1)),
 ]
 
@@ -97,7 +97,7 @@ def test_restart_refuses_damaged_checkpoints(
     ("says", "damage"),
     [
         ("the bytes of clients/000001 have changed", lambda path: spoil(path, "clients/000001")),
-        ("the first that is cut is server/state", lambda path: cut_into(path, "server/state")),
+        ("the first incomplete part is server/state", lambda path: cut_into(path, "server/state")),
         ("config is a link and not stored here", lambda path: reseal(path, relinked)),
     ],
 )
@@ -200,7 +200,7 @@ def test_restart_from_an_older_checkpoint_needs_a_folder(
         assert_refused("not the newest checkpoint", "restart", path, "--run.dir", run)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("")
-    assert_refused("holds other things than a run", "restart", older, "--run.dir", "used")
+    assert_refused("is not empty and not a run folder", "restart", older, "--run.dir", "used")
     alone = tmp_path / "alone" / "round-000003.h5"
     alone.parent.mkdir()
     shutil.copy(run / "checkpoints" / "round-000003.h5", alone)

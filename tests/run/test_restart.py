@@ -150,15 +150,14 @@ def test_event_after_a_partial_line_is_read(tmp_path: Path) -> None:
 
 
 def test_unwritable_folder_is_reported(session: Session, run: Path, tmp_path: Path) -> None:
-    (run / ".config.toml.tmp").mkdir()
+    (run / "config.toml").unlink()
+    (run / "config.toml" / "in the way").mkdir(parents=True)
     error_message(session("restart", "run", "--rounds", "4", cwd=tmp_path), "cannot be written(.|\n)*run.dir")
 
 
 def test_fewer_rounds_than_completed_are_refused(session: Session, run: Path, tmp_path: Path) -> None:
-    said = error_message(
-        session("restart", "run", "--rounds", "2", cwd=tmp_path), "3 rounds are done, and --rounds is"
-    )
-    assert "--rounds 5 plays 2 more" in said
+    said = error_message(session("restart", "run", "--rounds", "2", cwd=tmp_path), "3 rounds are done; --rounds is")
+    assert "--rounds 5 trains 2 more" in said
 
 
 def test_folder_is_not_a_checkpoint(session: Session, run: Path, tmp_path: Path) -> None:
@@ -205,7 +204,7 @@ def test_stretched_schedule_is_announced(
 ) -> None:
     run_command(*small_run, "--train.schedule", "linear", "--run.dir", "run")
     assert (
-        "linear learning rate ends at round 2, no more at 1"
+        "the linear schedule now ends at round 2 instead of 1"
         in run_command("restart", "run", "--rounds", "2").err
     )
     assert "learning rate" not in run_command("restart", "run").err

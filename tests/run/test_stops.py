@@ -191,7 +191,7 @@ def test_restarts_with_a_step_always_continue(tmp_path: Path, session: launcher.
     assert stopped(0, "clients", *FLAGS, "--run.dir", run).code == 75
     assert stopped(0, "contribution", "restart", run).code == 75
     other = session("restart", run, "--participation", "0.5", cwd=tmp_path)
-    error_message(other, "round 1 is in progress, and its cohort drawn by participation 1.0")
+    error_message(other, "round 1 is in progress; its cohort was drawn with participation = 1.0")
     ended = stopped(0, "clients", "restart", run)
     assert ended.code == 75 and "no client's step was done" in ended.output, ended.output
 

@@ -1,0 +1,111 @@
+"""The training of a round's cohort: each member's step, its contribution to the sum, its new vector."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from pfedmoe_mpi.core.client import Client
+from pfedmoe_mpi.core.fixedpoint import NotFiniteError
+from pfedmoe_mpi.core.turn import Turn
+from pfedmoe_mpi.errors import StoppedError
+from pfedmoe_mpi.federation import evaluation, lending, placement
+from pfedmoe_mpi.federation.faults import Faults
+from pfedmoe_mpi.federation.federation import Federation
+from pfedmoe_mpi.federation.round_sum import DROPPED, IN, RoundSum
+from pfedmoe_mpi.log import LOGGER
+from pfedmoe_mpi.mpi.comm import Comm
+
+
+def train_cohort(
+    comm: Comm,
+    federation: Federation,
+    faults: Faults,
+    total: RoundSum,
+    finished: Sequence[bool],
+    state: torch.Tensor,
+    round: int,
+    tested: bool,
+) -> float:
+    """Train this rank's share of a cohort into the round's sum; collective. Return the seconds of training.
+
+    A stop leaves the remaining members MISSING and is requested in the sum.
+
+    Args:
+        finished: for each member, whether an interrupted start of this round has trained it.
+        state: the server's vector.
+        tested: whether members measure their accuracy after training.
+    """
+    members = zip(total.cohort, finished, strict=True)
+    costs = {client: federation.costs[client] for (client, _), done in members if not done}
+    trainer = placement.trainers(costs, federation.home, comm.size)
+    clients = {**federation.clients, **lending.lend(comm, federation, trainer)}
+    started = time.perf_counter()
+    try:
+        for position, (client, role) in enumerate(total.cohort):
+            if trainer.get(client) == comm.rank:
+                comm.poll()
+                with comm.located(f"client {client}, round {round}"):
+                    train_member(
+                        federation, faults, total, position, clients[client], state, round, role, tested
+                    )
+    except StoppedError:
+        pass
+    seconds = time.perf_counter() - started
+    lending.give_back(comm, federation, trainer, clients)
+    if comm.stop_requested():
+        total.request_stop()
+    return seconds
+
+
+def train_member(
+    federation: Federation,
+    faults: Faults,
+    total: RoundSum,
+    position: int,
+    client: Client,
+    state: torch.Tensor,
+    round: int,
+    role: str,
+    tested: bool,
+) -> None:
+    """Train one member, at `position` of the cohort, and add its contribution to the round's sum.
+
+    Its private vector changes only if the whole step is done and finite; otherwise the member is DROPPED.
+
+    Raises:
+        StoppedError: a stop was asked for; the member's step leaves no trace.
+    """
+    method, stream = federation.method, federation.stream
+    try:
+        parts = federation.parts(client, state)
+        turn_client = stream.of(client, round) if stream else client
+        turn = Turn(federation.engine, method.loss, turn_client, parts, round, role)
+        values = dict(method.client_step(turn))
+        parts.check()
+        accuracy = float("nan")
+        if tested:
+            measured = evaluation.measure(federation.engine, method, parts, client.splits["test"])
+            assert measured
+            accuracy = measured.correct / measured.samples if measured.samples else accuracy
+        vector = federation.workbench.read(client.spec, parts, torch.empty_like(client.vector))
+        if not bool(vector.sum().isfinite()):  # one pass; a sum beyond float32 means a useless model too
+            raise NotFiniteError("its private vector is not finite")
+        fate = faults.fate(round, client.id)
+        if fate == IN:
+            total.add(position, values, _member_metrics(turn, accuracy, federation.state_layout.size))
+        else:
+            total.leave_out(position, fate)
+        client.vector.copy_(vector)
+    except NotFiniteError as error:
+        LOGGER.warning("client %d in round %d: %s", client.id, round, error)
+        total.leave_out(position, DROPPED)
+
+
+def _member_metrics(turn: Turn, accuracy: float, state_size: int) -> dict[str, float]:
+    """Return MEMBER_METRICS; without `bytes_up` where it is the size of the payload."""
+    bytes_down = 4 * state_size if turn.bytes_down is None else turn.bytes_down
+    values = {"train_loss": turn.loss, "accuracy_before": accuracy, "bytes_down": bytes_down}
+    return values if turn.bytes_up is None else {**values, "bytes_up": turn.bytes_up}
