@@ -17,7 +17,7 @@ from pfedmoe_mpi import checkpoint, config
 from pfedmoe_mpi.algorithms import base
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
 from pfedmoe_mpi.checkpoint import Checkpoint, client_file
-from pfedmoe_mpi.checkpoint.client_file import Exported
+from pfedmoe_mpi.checkpoint.client_file import ClientFile
 from pfedmoe_mpi.core.batches import Normalise
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.parts import Module, Workbench
@@ -81,7 +81,7 @@ class ClientModel(nn.Module):
             return (normalise(batch.to(where)) for batch in batches)
 
         with torch.autocast(where.type, torch.bfloat16, enabled=settings.train.precision == "bf16"):
-            answer: Any = self._method.answer(self, inputs, self._unseen)  # type: ignore[arg-type]
+            answer: Any = self._method.predictor(self, inputs, self._unseen)  # type: ignore[arg-type]
             return torch.cat([answer(x).float() for x in inputs()])
 
     def _raw(self, x: np.ndarray | Tensor) -> Tensor:
@@ -105,8 +105,8 @@ def load(path: Path, client: int | None = None) -> ClientModel:
     Raises:
         CheckpointError: a damaged or older file, no such client, or one without an answer.
     """
-    if client_file.is_export(path):
-        with Exported(path) as own:
+    if client_file.is_client_file(path):
+        with ClientFile(path) as own:
             if client not in {None, own.client}:
                 raise CheckpointError(f"{path} holds client {own.client} alone", "leave the number out")
             said = own.config, own.round, own.client, own.samples
@@ -146,9 +146,9 @@ class _Source:
     def model(self) -> ClientModel:
         facts = self._facts()
         method = self._method(facts)
-        unseen = self.client in method.task.absent(self.round)
-        if unseen and method.unseen_null:
-            problem = f"client {self.client} has no answer: {method.unseen_null}"
+        unseen = self.client in method.task.absent_clients(self.round)
+        if unseen and method.no_answer_reason:
+            problem = f"client {self.client} has no answer: {method.no_answer_reason}"
             raise CheckpointError(problem, "take one that trains")
         with torch.random.fork_rng(devices=[]):  # building modules draws
             return self._fill(ClientModel(method, self.client, facts, unseen), method)

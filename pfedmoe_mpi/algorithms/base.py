@@ -13,9 +13,9 @@ or the command line. Every hook except `predict` has a default; together the def
       phases       in `client_step`                        all modules together for E epochs
       loss         in `client_step`, per batch             cross-entropy of `predict`
     server_update  on rank 0, once a round                 copy the means into the state, on every rank
-    answer         on one rank, per client evaluated       `predict`, or None for a client that never trained
-      predict      in `loss` and `answer`, per batch       no default
-      weights      in the evaluation, per batch            None: the method has no gate
+    predictor      on one rank, per client evaluated       `predict`, or None for a client that never trained
+      predict      in `loss` and `predictor`, per batch    no default
+      gate_weights in the evaluation, per batch            None: the method has no gate
 
 `reserve`, `check`, `pretrain` and `prepare` run before round 1; by default they do nothing. The result of a
 hook depends on its arguments, the task and the seed alone: what must last is kept in the parts.
@@ -118,7 +118,7 @@ class Task:
         """The clients that train, ascending."""
         return [client for client in range(self.clients) if client not in self.unseen]
 
-    def absent(self, round: int) -> frozenset[int]:
+    def absent_clients(self, round: int) -> frozenset[int]:
         """Return the clients that have not trained by a round: they never train, or they join later."""
         return self.unseen | (self.late if round < self.config.join.round else frozenset())
 
@@ -164,7 +164,7 @@ class Task:
         build = partial(build_gate, shape, self.dim, experts, **options.model_dump())
         return Module(f"gate {experts}", build)
 
-    def seen(self, x: Tensor, extractor: Any) -> Tensor:
+    def gate_input(self, x: Tensor, extractor: Any) -> Tensor:
         """Return the raw input of a gate: samples (B, *shape) unchanged, or texts (B, tokens) as (B, 64).
 
         Token numbers carry no meaning, so a text is represented by the embeddings in the first layer of
@@ -184,7 +184,7 @@ class Task:
             return counts if rule == "class_samples" else (counts > 0).long()
         return torch.tensor([self.samples(client) if rule == "samples" else 1])
 
-    def total(self, rule: str, cohort: Sequence[tuple[int, str]]) -> int:
+    def total_weight(self, rule: str, cohort: Sequence[tuple[int, str]]) -> int:
         """Return the cohort's weight under a rule; its members' shares of it add up to at most 1."""
         if rule.endswith("one"):
             return len(cohort)
@@ -244,13 +244,13 @@ class Algorithm:
     def cohort(self, round: int) -> list[tuple[int, str]]:
         """Return (client, role) of the clients that train in a round, ascending.
 
-        Default: `drawn` from all clients that train, each in the role "client".
+        Default: `draw_clients` from all clients that train, each in the role "client".
         """
-        return [(client, "client") for client in self.drawn(round, self.task.training)]
+        return [(client, "client") for client in self.draw_clients(round, self.task.training)]
 
-    def drawn(self, round: int, clients: Sequence[int], purpose: str = "cohort") -> list[int]:
+    def draw_clients(self, round: int, clients: Sequence[int], purpose: str = "cohort") -> list[int]:
         """Draw max(1, floor(C·n + ½)) of the n clients that have joined, without replacement, ascending."""
-        config, absent = self.task.config, self.task.absent(round)
+        config, absent = self.task.config, self.task.absent_clients(round)
         clients = [client for client in clients if client not in absent]
         if not clients:
             return []
@@ -324,25 +324,25 @@ class Algorithm:
         """Return the logits (B, classes) of the client's whole model for samples (B, *shape)."""
         raise NotImplementedError
 
-    def answer(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
+    def predictor(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
         """Return the function from samples (B, *shape) to logits (B, classes) for one evaluation.
 
-        None means that the method has no natural answer for a client that never trained; `unseen_null`
+        None means that the method has no natural answer for a client that never trained; `no_answer_reason`
         states the reason. Default: `predict`; None for an unseen client if any private part is a module.
 
         Args:
             inputs: each call iterates over the client's samples again, in batches, without labels.
             unseen: the client never trained; its private parts have their initial values.
         """
-        return None if unseen and self.unseen_null else partial(self.predict, parts)
+        return None if unseen and self.no_answer_reason else partial(self.predict, parts)
 
     @property
-    def unseen_null(self) -> str:
+    def no_answer_reason(self) -> str:
         """The reason why clients that never trained have no accuracy; empty if they have one."""
         private = [name for name, part in self.client_state(0).items() if isinstance(part, Module)]
         return f"a client that never trained has no {' and no '.join(private)}" if private else ""
 
-    def weights(self, parts: Parts, x: Tensor) -> Tensor | None:
+    def gate_weights(self, parts: Parts, x: Tensor) -> Tensor | None:
         """Return gate weights (B, experts): shared experts first, the local one last.
 
         Default: None, for methods without such a gate.

@@ -48,7 +48,7 @@ class Ensemble(Algorithm):
 
     def cohort(self, round: int) -> list[tuple[int, str]]:
         """Return the default cohort; a member's role is the name of its model."""
-        members = self.drawn(round, self.task.training)
+        members = self.draw_clients(round, self.task.training)
         order = seeds.numpy_generator(self.task.config.seed, "ensemble", round).permutation(len(members))
         return [(k, self._names[q % len(self._names)]) for k, q in zip(members, order, strict=True)]
 

@@ -53,7 +53,7 @@ class Options(Section):
 
 
 class FedAPEN(Algorithm):
-    unseen_null = ""
+    no_answer_reason = ""
 
     def state(self) -> Spec:
         """Return the shared model."""
@@ -73,9 +73,9 @@ class FedAPEN(Algorithm):
         """Return the ensemble's logits (B, classes)."""
         return mix(parts.weight, parts.model(x), parts.shared(x))
 
-    def answer(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
+    def predictor(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
         """Return the ensemble; the shared model alone if the client never trained."""
-        return parts.shared if unseen else super().answer(parts, inputs, unseen)
+        return parts.shared if unseen else super().predictor(parts, inputs, unseen)
 
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
         """Learn λ_k with the shared model as received, then train both models with it."""

@@ -60,7 +60,7 @@ class Options(Section):
 
 
 class FedKD(Algorithm):
-    unseen_null = ""
+    no_answer_reason = ""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -93,9 +93,9 @@ class FedKD(Algorithm):
         logits: Tensor = parts.model(x)
         return logits
 
-    def answer(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
+    def predictor(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
         """Return the mentor; the mentee if the client never trained."""
-        return parts.shared if unseen else super().answer(parts, inputs, unseen)
+        return parts.shared if unseen else super().predictor(parts, inputs, unseen)
 
     def loss(self, parts: Parts, batch: Batch) -> Tensor:
         """Return L_t + L_s; each treats the other model's outputs as constants."""

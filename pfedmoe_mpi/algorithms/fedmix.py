@@ -58,7 +58,7 @@ class FedMix(Algorithm):
 
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
         """Return log p(y | x) (B, classes)."""
-        weights: Tensor = parts.gate(self.task.seen(x, getattr(parts, self._names[0]).extractor))
+        weights: Tensor = parts.gate(self.task.gate_input(x, getattr(parts, self._names[0]).extractor))
         experts = [getattr(parts, name)(x).float().log_softmax(1) for name in self._names]
         return (torch.stack(experts, 1) + weights.clamp_min(MIN_WEIGHT).log().unsqueeze(2)).logsumexp(1)
 

@@ -45,7 +45,7 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 class FML(Algorithm):
-    unseen_null = ""
+    no_answer_reason = ""
 
     def state(self) -> Spec:
         """Return the meme model."""
@@ -64,9 +64,9 @@ class FML(Algorithm):
         logits: Tensor = parts.model(x)
         return logits
 
-    def answer(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
+    def predictor(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
         """Return the client's own model; the global model if the client never trained."""
-        return parts.shared if unseen else super().answer(parts, inputs, unseen)
+        return parts.shared if unseen else super().predictor(parts, inputs, unseen)
 
     def loss(self, parts: Parts, batch: Batch) -> Tensor:
         """Return L_local + L_meme; no parameter receives a gradient from both."""

@@ -82,7 +82,7 @@ class PFedMoE(Algorithm):
         shared = dict.fromkeys(self._names, train.lr_shared)
         return [self.phase({**shared, "model": train.lr, "gate": train.lr_gate})]
 
-    def weights(self, parts: Parts, x: Tensor) -> Tensor:
+    def gate_weights(self, parts: Parts, x: Tensor) -> Tensor:
         """Return (α_G1, …, α_Gm, α_F) of every sample, (B, m + 1)."""
         return self._alpha(parts, x, self._general(parts, x) if self._gate_reads_shared else [])
 
@@ -107,16 +107,16 @@ class PFedMoE(Algorithm):
             turn.bytes_down = 4 * sum(values[name].numel() for name in self._names)
         return {name: value for name, value in values.items() if value.numel()}  # as in the default step
 
-    def answer(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
+    def predictor(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
         """Return the whole mixture; for a client that never trained, the mean gate and head if available."""
         if unseen and self._averages:
             return partial(self._predict_unseen, parts)
-        return super().answer(parts, inputs, unseen)
+        return super().predictor(parts, inputs, unseen)
 
     @property
-    def unseen_null(self) -> str:
+    def no_answer_reason(self) -> str:
         """The default reason; empty with unseen.private = average."""
-        return "" if self._averages else super().unseen_null
+        return "" if self._averages else super().no_answer_reason
 
     def _predict_unseen(self, parts: Parts, x: Tensor) -> Tensor:
         """Return head(Σ_i α_Gi r_Gi) (B, classes), with the mean gate and head."""
@@ -145,4 +145,4 @@ class PFedMoE(Algorithm):
 
         For a text, x is replaced by the embeddings of the first shared extractor, see `Task.seen`.
         """
-        return general[0].detach() if self._gate_reads_shared else self.task.seen(x, parts.shared)
+        return general[0].detach() if self._gate_reads_shared else self.task.gate_input(x, parts.shared)

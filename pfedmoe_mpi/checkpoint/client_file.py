@@ -60,7 +60,7 @@ def _key(entry: Entry) -> str:
     return entry.name.rstrip("/")  # a part that is a single tensor has no name below the part's
 
 
-def is_export(path: Path) -> bool:
+def is_client_file(path: Path) -> bool:
     """Return whether a file was written by `export`."""
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
@@ -69,7 +69,7 @@ def is_export(path: Path) -> bool:
         return False
 
 
-class Exported:
+class ClientFile:
     """A file that `export` wrote, open for reading. Use as a context manager.
 
     Raises:
@@ -89,7 +89,7 @@ class Exported:
             self._file.close()
             raise self._unfit(error) from error
 
-    def __enter__(self) -> Exported:
+    def __enter__(self) -> ClientFile:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -62,12 +62,12 @@ def write_partition(config: Config, out: Path) -> str:
         PartitionError: the settings cannot be satisfied.
     """
     # Imported late because these need torch: a method decides whether rows are reserved.
-    from pfedmoe_mpi.federation.effective import with_proposals
+    from pfedmoe_mpi.federation.effective import apply_proposals
     from pfedmoe_mpi.federation.plan import draw_partition
 
     _refuse_existing(out)
     with open_dataset(config.data, config.seed, clients=config.clients) as data:
-        config = with_proposals(config, data)
+        config = apply_proposals(config, data)
         partition = draw_partition(config, data)
         data = data.fitted(partition)  # for next words this determines the classes
     if out.suffix.lower() == ".png":

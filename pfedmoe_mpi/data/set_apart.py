@@ -15,7 +15,7 @@ from pfedmoe_mpi.errors import PartitionError
 MIN_RESERVED = 10  # rows: 8 to train, 2 to test
 
 
-def with_reserve(
+def reserve_rows(
     rows: int, share: float, seed: int, partition_rest: Callable[[np.ndarray], Partition]
 ) -> Partition:
     """Draw a share of all rows for the server and partition the rest.

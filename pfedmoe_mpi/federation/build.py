@@ -16,7 +16,7 @@ from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.federation import placement
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config
-from pfedmoe_mpi.federation.federation import Federation, pinned
+from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.mpi import device
@@ -55,7 +55,7 @@ def build(comm: Comm, settings: Config) -> Federation:
     )
     shards = distribute(comm, dataset, partition, home, own_device.device)
     clients = {
-        k: Client(k, specs[k], pinned(workbench.initial(specs[k], k), own_device.device), shards[k])
+        k: Client(k, specs[k], pin(workbench.initial(specs[k], k), own_device.device), shards[k])
         for k in shards
     }
     return Federation(

@@ -10,7 +10,7 @@ from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import names as model_names
 
 
-def with_proposals(settings: Config, dataset: Dataset) -> Config:
+def apply_proposals(settings: Config, dataset: Dataset) -> Config:
     """Return the settings with the data's proposals, where the user gave no value."""
     changes = {name: value for name, value in dataset.proposals.items() if not config.given(settings, name)}
     return config.changed(settings, changes) if changes else settings
@@ -22,7 +22,7 @@ def effective_config(settings: Config, dataset: Dataset, threads: int) -> Config
     Raises:
         ConfigError: a setting does not fit the data or the method.
     """
-    settings = with_proposals(settings, dataset)
+    settings = apply_proposals(settings, dataset)
     kind = base.load(settings.algorithm)
     if settings.unseen.private == "average" and not kind.averages_private:
         problem = f"unseen.private = average, but {settings.algorithm} has no private parts to average"

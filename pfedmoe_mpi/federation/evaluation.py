@@ -71,7 +71,7 @@ def _client_metrics(
     initial gate mean nothing.
     """
     parts = federation.parts(client, state)
-    unseen = client.id in federation.task.absent(round)
+    unseen = client.id in federation.task.absent_clients(round)
     splits = [client.splits["test"], client.splits["validation"]]
     splits += federation.stream.concepts(client) if federation.stream else [splits[0].nothing()] * 2
     results = [measure(federation.engine, federation.method, parts, split, unseen) for split in splits]
@@ -109,7 +109,7 @@ def measure(
     for module in parts.modules().values():
         module.eval()
     with torch.no_grad(), engine.autocast():
-        answer = method.answer(parts, partial(inputs, engine, split), unseen)
+        answer = method.predictor(parts, partial(inputs, engine, split), unseen)
         if answer is None:
             return None
         for batch in batches.batches(split, engine.evaluation_batch, engine.normalise):
@@ -117,7 +117,7 @@ def measure(
             logits = answer(batch.x).float()
             correct += (logits.argmax(1) == batch.y).sum()
             loss += nn.functional.cross_entropy(logits, batch.y, reduction="sum").double()
-            weights = method.weights(parts, batch.x)
+            weights = method.gate_weights(parts, batch.x)
             alpha += float("nan") if weights is None else weights[:, :-1].double().sum()
             if weights is not None:
                 by_class = _by_class(weights[:, :-1].double().sum(1), batch.y, logits.shape[1])

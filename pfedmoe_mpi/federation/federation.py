@@ -48,7 +48,7 @@ class Federation:
         return self.workbench.parts((self.method.state(), state), (client.spec, client.vector))
 
 
-def pinned(vector: torch.Tensor, where: torch.device) -> torch.Tensor:
+def pin(vector: torch.Tensor, where: torch.device) -> torch.Tensor:
     """Return a vector in host memory, pinned if a GPU will read it."""
     return vector.pin_memory() if where.type == "cuda" and vector.numel() else vector
 

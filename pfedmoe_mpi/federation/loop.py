@@ -22,7 +22,7 @@ from pfedmoe_mpi.core.fixedpoint import NotFiniteError
 from pfedmoe_mpi.errors import CheckpointError, RunError, StoppedError
 from pfedmoe_mpi.federation import evaluation, metrics, pretraining, training
 from pfedmoe_mpi.federation.faults import Faults
-from pfedmoe_mpi.federation.federation import Federation, pinned
+from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, MISSING, RoundSum
 from pfedmoe_mpi.federation.saver import Listener, Saver
@@ -63,7 +63,7 @@ class Loop:
         self.comm = comm
         self.federation = federation
         self.round = 0
-        self.state = pinned(federation.workbench.initial(federation.method.state()), federation.device.device)
+        self.state = pin(federation.workbench.initial(federation.method.state()), federation.device.device)
         self.history: list[Row] = []
         self.saver = Saver(comm, federation, checkpoints, observer)
         self.steps = 0  # client steps finished since this program started, on all ranks
@@ -97,7 +97,7 @@ class Loop:
         measured = self._evaluate(self.round, self.state, "evaluation")
         if measured.stopped:
             raise StoppedError
-        return metrics.evaluated(measured, self.federation.task.absent(self.round))
+        return metrics.evaluation_metrics(measured, self.federation.task.absent_clients(self.round))
 
     # Rounds
 
@@ -252,7 +252,7 @@ class Loop:
         Raises:
             RunError: on all ranks: what the server trained is not finite.
         """
-        state = pinned(self.state.clone(), self.federation.device.device)
+        state = pin(self.state.clone(), self.federation.device.device)
         if not total.clients(IN):
             return state
         method = self._method
@@ -301,7 +301,7 @@ class Loop:
             measured,
             samples,
             tested,
-            unseen=task.absent(self.round),
+            unseen=task.absent_clients(self.round),
             share=federation.stream.share(self.round) if federation.stream else None,
             bytes_once=self._method.bytes_once,
             seconds=seconds,

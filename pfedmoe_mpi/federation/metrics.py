@@ -79,19 +79,19 @@ def summary(accuracy: Sequence[float | None], samples: Sequence[float]) -> dict[
     return {"mean": float(a.mean()), "weighted": weighted, "std": float(a.std()), "worst": float(a.min())}
 
 
-def nulls(values: np.ndarray) -> list[float | None]:
+def with_nulls(values: np.ndarray) -> list[float | None]:
     """Return the values with None for NaN and infinity, which JSON does not have."""
     return [float(v) if math.isfinite(v) else None for v in values]
 
 
-def evaluated(evaluation: EvaluationSum, unseen: Collection[int] = ()) -> Row:
+def evaluation_metrics(evaluation: EvaluationSum, unseen: Collection[int] = ()) -> Row:
     """Return an evaluation's metrics: summaries of training and of unseen clients, and values by client."""
     measured = dict(zip(CLIENT_METRICS, evaluation.clients.T, strict=True))
     tested, validated = measured["samples"], measured["validation_samples"]
     with np.errstate(invalid="ignore", divide="ignore"):
-        accuracy = nulls(np.where(tested > 0, measured["correct"] / tested, np.nan))
-        validation = nulls(np.where(validated > 0, measured["validation_correct"] / validated, np.nan))
-    auc = nulls(np.where(tested > 0, measured["auc"], np.nan))
+        accuracy = with_nulls(np.where(tested > 0, measured["correct"] / tested, np.nan))
+        validation = with_nulls(np.where(validated > 0, measured["validation_correct"] / validated, np.nan))
+    auc = with_nulls(np.where(tested > 0, measured["auc"], np.nan))
     others = [k for k in range(len(accuracy)) if k in unseen]
     training = [k for k in range(len(accuracy)) if k not in unseen]
     return {
@@ -103,8 +103,8 @@ def evaluated(evaluation: EvaluationSum, unseen: Collection[int] = ()) -> Row:
         "alpha_class": _alpha_class(evaluation.gates),
         "clients": {
             "accuracy": accuracy,
-            "loss": nulls(np.where(tested > 0, measured["loss"], np.nan)),
-            "alpha": nulls(np.where(tested > 0, measured["alpha"], np.nan)),
+            "loss": with_nulls(np.where(tested > 0, measured["loss"], np.nan)),
+            "alpha": with_nulls(np.where(tested > 0, measured["alpha"], np.nan)),
             "auc": auc,
         },
     }
@@ -115,7 +115,7 @@ def _alpha_class(gates: np.ndarray) -> list[float | None] | None:
     samples, sums = gates
     if not samples.any():
         return None
-    return nulls(np.where(samples > 0, sums / np.maximum(samples, 1) / 2.0**SCALE, np.nan))
+    return with_nulls(np.where(samples > 0, sums / np.maximum(samples, 1) / 2.0**SCALE, np.nan))
 
 
 def _concept(measured: Mapping[str, np.ndarray], name: str, clients: Sequence[int]) -> float | None:
@@ -173,7 +173,7 @@ def row(
     members_in = total.flags == IN
     before: list[float | None] = [None] * len(samples)
     for (client, _), value in zip(
-        total.cohort, nulls(np.where(members_in, member[:, 1], np.nan)), strict=True
+        total.cohort, with_nulls(np.where(members_in, member[:, 1], np.nan)), strict=True
     ):
         before[client] = value
     # After a restart that changes `rounds` or `eval.every`, a round in progress may have unmeasured members.
@@ -185,7 +185,7 @@ def row(
     slowest = {name: float(largest[name]) for name in PHASES}
     ranks = dict(zip(RANK_METRICS, evaluation.ranks.T.round(6).tolist(), strict=True))
     up, down = member[members_in, 2:4].mean(axis=0).tolist() if members_in.any() else (None, None)
-    after = evaluated(evaluation, unseen)
+    after = evaluation_metrics(evaluation, unseen)
     return {
         "round": round,
         "cohort": [client for client, _ in total.cohort],

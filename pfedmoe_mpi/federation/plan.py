@@ -11,7 +11,7 @@ from pfedmoe_mpi.algorithms.base import Task
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.data import Dataset, Partition, make_partition
-from pfedmoe_mpi.data.set_apart import choose_unseen, with_reserve
+from pfedmoe_mpi.data.set_apart import choose_unseen, reserve_rows
 from pfedmoe_mpi.errors import PartitionError
 from pfedmoe_mpi.federation.costs import client_costs
 from pfedmoe_mpi.models import registry
@@ -71,7 +71,7 @@ def draw_partition(settings: Config, dataset: Dataset) -> Partition:
             "windows that clients are tested on",
             "--fedjets.common FILE needs no reserved rows; or choose another --algorithm or other data",
         )
-    partition = with_reserve(len(dataset.labels), share, settings.seed, partition_of)
+    partition = reserve_rows(len(dataset.labels), share, settings.seed, partition_of)
     if settings.unseen_clients:
         partition = choose_unseen(partition, dataset.labels, settings.unseen_clients, settings.seed)
     partition.check()

@@ -105,7 +105,7 @@ class RoundSum:
             if not bool(value[weight > 0].isfinite().all()):
                 raise fixedpoint.NotFiniteError("a value is not finite")
             return weight.numpy(), value.contiguous().view(torch.int32).to(torch.int64).numpy()
-        total = self._task.total(block.weight, self.cohort)
+        total = self._task.total_weight(block.weight, self.cohort)
         return weight.numpy(), fixedpoint.encode(value, weight, total, block.scale).numpy()
 
     def _stretch(self, name: str, position: int) -> np.ndarray:
@@ -126,5 +126,5 @@ class RoundSum:
             value = value.reshape(len(self.cohort), block.rows, block.size)
             return Mean(value, by_member[:, : block.rows].clone())
         weight, value = numbers[: block.rows], numbers[block.rows :].view(block.rows, block.size)
-        total = self._task.total(block.weight, self.cohort)
+        total = self._task.total_weight(block.weight, self.cohort)
         return Mean(fixedpoint.decode(value, weight, total, block.scale), weight.clone())

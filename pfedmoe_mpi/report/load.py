@@ -78,7 +78,7 @@ class Run:
         pool = self.config["model.pool"]
         return str(pool[client % len(pool)])
 
-    def absent(self, round: int) -> frozenset[int]:
+    def absent_clients(self, round: int) -> frozenset[int]:
         """Return the clients that had not trained by a round: they never train, or join later.
 
         Taken from the event of the newest start; means over clients exclude them.

@@ -69,7 +69,7 @@ def _views(loop: Loop, accuracy_own: Sequence[float | None]) -> ModelViews:
     """Evaluate every client on the shared test set, and on its share of the sampled test samples."""
     federation = loop.federation
     clients = federation.task.clients
-    absent = federation.task.absent(loop.round)
+    absent = federation.task.absent_clients(loop.round)
     rows = _shared_rows(loop)
     shared_test = Split.of(
         federation.dataset.rows(rows), federation.dataset.labels[rows], federation.engine.device
@@ -114,7 +114,7 @@ def _shared_rows(loop: Loop) -> np.ndarray:
 def _sample_positions(loop: Loop) -> dict[int, np.ndarray]:
     """Draw test samples of the clients that have trained; positions in the test split, by client."""
     federation = loop.federation
-    absent = federation.task.absent(loop.round)
+    absent = federation.task.absent_clients(loop.round)
     positions = [
         (client, position)
         for client, rows in enumerate(federation.partition.test)
@@ -142,7 +142,7 @@ def _client_view(loop: Loop, client: Client, parts: Parts, positions: np.ndarray
     federation, test = loop.federation, client.splits["test"]
     index = torch.from_numpy(positions).to(test.y.device)
     split = Split(test.x[index], test.y[index])
-    answer = federation.method.answer(parts, partial(inputs, federation.engine, test), False)
+    answer = federation.method.predictor(parts, partial(inputs, federation.engine, test), False)
     assert answer, "a client that trained has an answer"
     alphas: list[np.ndarray] = []
     outputs: dict[str, list[np.ndarray]] = {}
@@ -154,7 +154,7 @@ def _client_view(loop: Loop, client: Client, parts: Parts, positions: np.ndarray
                 answer(batch.x)
             for name, value in recorded.items():
                 outputs.setdefault(name, []).append(value.float().cpu().numpy())
-            weights = federation.method.weights(parts, batch.x)
+            weights = federation.method.gate_weights(parts, batch.x)
             if weights is not None:
                 alphas.append(weights[:, :-1].float().sum(1).cpu().numpy())
     return ClientView(

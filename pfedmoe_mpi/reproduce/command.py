@@ -134,7 +134,7 @@ def _with_proposals(settings: Config) -> Config:
     from pfedmoe_mpi.federation import effective
 
     with open_dataset(settings.data, settings.seed, clients=settings.clients) as dataset:
-        return effective.with_proposals(settings, dataset)
+        return effective.apply_proposals(settings, dataset)
 
 
 # Before the runs

@@ -38,7 +38,7 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
         f"sample {_sample(task)}, {task.classes} classes, d = {task.dim}"
     ]
     if task.unseen:
-        listed, why = ", ".join(map(str, sorted(task.unseen))), federation.method.unseen_null
+        listed, why = ", ".join(map(str, sorted(task.unseen))), federation.method.no_answer_reason
         lines.append(f"unseen clients: {listed}" + (f"; no accuracy, because {why}" if why else ""))
     if federation.dataset.client_names and settings.partition.kind == "natural":
         names = federation.dataset.client_names

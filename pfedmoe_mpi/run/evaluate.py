@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi.comm import Comm
-from pfedmoe_mpi.run.restart import continued
+from pfedmoe_mpi.run.restart import override_settings
 
 if TYPE_CHECKING:  # it imports torch, which is imported only when the arguments are known to be right
     from pfedmoe_mpi.federation.loop import Loop
@@ -23,7 +23,7 @@ def evaluation_loop(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any
     from pfedmoe_mpi.federation.build import build
     from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 
-    settings, _ = continued(loaded.config, overrides, ())
+    settings, _ = override_settings(loaded.config, overrides, ())
     federation = build(world, settings)
     loaded_layouts = [loaded.state_layout, *map(loaded.layout, range(loaded.clients))]
     built_layouts = [federation.state_layout, *federation.client_layouts]

@@ -40,7 +40,7 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
         with checkpoint.open_everywhere(world, path) if path else nullcontext() as loaded:
             before = loaded.config if loaded else _read_config(world, folder)
-            settings, changes = continued(before, overrides, FIXED_IN_TRAINING)
+            settings, changes = override_settings(before, overrides, FIXED_IN_TRAINING)
             if loaded:
                 _check_progress(world, loaded, settings, changes)
             world.stop_at = environment.stop_at(settings.run.walltime, end)
@@ -164,7 +164,7 @@ def _target(source: Path, run_path: Path | None, settings: Config) -> tuple[Path
     return new, new == run_path
 
 
-def continued(
+def override_settings(
     before: Mapping[str, Any], overrides: Mapping[str, Any], fixed: Sequence[str]
 ) -> tuple[Config, dict[str, list[Any]]]:
     """Return an earlier configuration with overrides, and what they change: {name: [before, after]}.

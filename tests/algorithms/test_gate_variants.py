@@ -35,7 +35,7 @@ def alpha_of(path: Path, **changes: Any) -> torch.Tensor:
     for module in parts.modules().values():
         module.eval()
     with torch.no_grad():
-        alpha = method.weights(parts, batch.x)
+        alpha = method.gate_weights(parts, batch.x)
     assert alpha is not None and torch.allclose(alpha.sum(1), torch.ones(16))
     return alpha
 
@@ -102,7 +102,7 @@ def test_representation_gate_sends_no_gradient_to_its_input(data: dict[str, Path
     loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5", gate__input="shared", model__dim=30)
     method, parts, batch = first_batch(loop)
     assert parts.gate.layers[0].in_features == 30
-    weights = method.weights(parts, batch.x)
+    weights = method.gate_weights(parts, batch.x)
     assert weights is not None
     (weights[:, 0] * torch.arange(16)).sum().backward()
     assert all(p.grad is None for p in parts.shared.parameters())

@@ -54,7 +54,7 @@ def test_gate_columns_select_the_shared_and_the_local_extractor(
         module.eval()
     extractor = {"shared": parts.shared, "model": parts.model.extractor}
     with torch.no_grad():
-        alpha = method.weights(parts, batch.x)
+        alpha = method.gate_weights(parts, batch.x)
         assert torch.equal(alpha[:, column], torch.ones(16)) and torch.equal(
             alpha[:, 1 - column], torch.zeros(16)
         )

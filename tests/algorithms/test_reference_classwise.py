@@ -348,4 +348,4 @@ def test_methods_state_why_unseen_clients_have_no_model(data: dict[str, Path], m
         "lg_fedavg": "no extractor",
         "fedgh": "no extractor",
     }.get(method, "no model")
-    assert reason in found.unseen_null and bool(found.unseen_null) == bool(reason)
+    assert reason in found.no_answer_reason and bool(found.no_answer_reason) == bool(reason)

@@ -266,13 +266,15 @@ def test_shared_model_answers_for_unseen_clients(data: dict[str, Path], method: 
     for module in parts.modules().values():
         module.eval()
     x = torch.randn(5, 3, 8, 8)
-    answer = federation.method.answer(parts, lambda: iter(()), unseen=True)
+    answer = federation.method.predictor(parts, lambda: iter(()), unseen=True)
     with torch.no_grad():
         if method == "fedmrl":
-            assert answer is None and "projector" in federation.method.unseen_null
+            assert answer is None and "projector" in federation.method.no_answer_reason
         else:
-            assert answer and torch.equal(answer(x), parts.shared(x)) and not federation.method.unseen_null
-        seen = federation.method.answer(parts, lambda: iter(()), unseen=False)
+            assert (
+                answer and torch.equal(answer(x), parts.shared(x)) and not federation.method.no_answer_reason
+            )
+        seen = federation.method.predictor(parts, lambda: iter(()), unseen=False)
         assert seen and torch.equal(seen(x), federation.method.predict(parts, x))
 
 

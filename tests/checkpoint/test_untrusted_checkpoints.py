@@ -160,7 +160,10 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "attribute of texts": ("'x' is neither", attributed("x", ["a", "b"])),
     "long attribute": ("longer than", attributed("x", np.zeros(300_000))),
     "attribute of bytes": ("not UTF-8", attributed("x", np.bytes_(b"\xff\xfe"))),
-    "config in a heap": ("config is not a text", replaced("config", data=json.dumps(sample_content().config))),
+    "config in a heap": (
+        "config is not a text",
+        replaced("config", data=json.dumps(sample_content().config)),
+    ),
     "config as numbers": ("config is not a text", replaced("config", data=7)),
     "config of bytes": ("config is not UTF-8", texted("config", b'{"a": "\xff\xfe"}')),
     "config of half a character": ("config is not JSON", configured(name="\ud800")),

@@ -315,7 +315,7 @@ def play(player: Player, total: RoundSum) -> None:
 def new_sum(player: Player) -> RoundSum:
     task: Any = SimpleNamespace(
         weight=lambda rule, client: torch.tensor([25]),
-        total=lambda rule, cohort: 25,
+        total_weight=lambda rule, cohort: 25,
         samples=lambda client: 25,
     )
     sizes = {"shared": len(player.state)}

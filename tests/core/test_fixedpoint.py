@@ -284,7 +284,7 @@ def test_row_has_weighted_means_and_null_for_unmeasured() -> None:
     assert row["accuracy"] == {"mean": 0.75, "weighted": 0.75, "std": 0.0, "worst": 0.75}
     assert row["accuracy_unseen"] == {"mean": 0.5, "weighted": 0.5, "std": 0.0, "worst": 0.5}
     assert row["accuracy_cohort"]["mean"] == 0.5 and row["accuracy_validation"]["mean"] is None
-    everybody = metrics.evaluated(evaluation)
+    everybody = metrics.evaluation_metrics(evaluation)
     assert everybody["accuracy"]["mean"] == 0.625 and everybody["accuracy_validation"]["mean"] == 0.5
     assert everybody["accuracy"]["weighted"] == pytest.approx(4 / 6)
     assert everybody["accuracy_unseen"]["mean"] is None

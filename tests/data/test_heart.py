@@ -71,7 +71,7 @@ def test_imputation_and_scale_use_own_training_rows(hospitals: Path) -> None:
     """Computed anew for every client and column, from its training rows and nothing else."""
     data = open_data("heart", hospitals)
     raw = all_rows(data).astype(float)
-    partition = plan.draw_partition(effective.with_proposals(settings(hospitals), data), data)
+    partition = plan.draw_partition(effective.apply_proposals(settings(hospitals), data), data)
     x = all_rows(data.fitted(partition))
     assert np.isnan(raw).any() and not np.isnan(x).any()
     starts = np.cumsum([0, *(max(1, len(codes)) for codes in ATTRIBUTES.values())])
@@ -100,7 +100,7 @@ def test_imputation_and_scale_use_own_training_rows(hospitals: Path) -> None:
 def test_imputation_ignores_test_rows_and_other_clients(hospitals: Path, tmp_path: Path) -> None:
     """One test patient and one other hospital changed: all other samples stay the same, bit for bit."""
     data = open_data("heart", hospitals)
-    partition = plan.draw_partition(effective.with_proposals(settings(hospitals), data), data)
+    partition = plan.draw_partition(effective.apply_proposals(settings(hospitals), data), data)
     before = all_rows(data.fitted(partition))
     other = write_hospitals(tmp_path / "other")
     path = other / "processed.alpha.data"

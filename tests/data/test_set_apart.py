@@ -151,7 +151,7 @@ def test_every_method_has_unseen_accuracy_or_a_reason(method: str) -> None:
     loop = Loop(comm.start(), build_federation(algorithm=method, rounds=1), SilentObserver(), None)
     before = {k: client.vector.clone() for k, client in loop.federation.clients.items()}
     assert loop.run()
-    row, reason = loop.history[-1], loop.federation.method.unseen_null
+    row, reason = loop.history[-1], loop.federation.method.no_answer_reason
     assert (row["accuracy_unseen"]["mean"] is None) == bool(reason)
     assert row["accuracy"]["mean"] is not None and len(row["clients"]["accuracy"]) == 12
     for k in loop.federation.task.unseen:
@@ -222,8 +222,8 @@ def test_mean_gate_and_head_match_the_reference(data: dict[str, Path]) -> None:
     x, _ = it.samples[0].test
     for module in parts.modules().values():
         module.eval()
-    answer = method.answer(parts, lambda: iter([x]), True)
-    assert answer and not method.unseen_null
+    answer = method.predictor(parts, lambda: iter([x]), True)
+    assert answer and not method.no_answer_reason
     gate, theta = (
         nets.gate(it.of_state("mean_gate", start=False)),
         nets.extractor(it.of_state("shared", start=False)),
@@ -276,4 +276,4 @@ def test_means_work_with_other_gates(flags: dict[str, Any]) -> None:
 
 def test_means_need_sharing() -> None:
     method = build_federation(algorithm="pfedmoe", unseen__private="average", pfedmoe__share=False).method
-    assert method.unseen_null and not method.state()
+    assert method.no_answer_reason and not method.state()

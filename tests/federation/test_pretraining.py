@@ -17,7 +17,7 @@ from pfedmoe_mpi.algorithms.base import Algorithm, Inputs
 from pfedmoe_mpi.core.parts import Parts, Spec
 from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.data.partition import Partition
-from pfedmoe_mpi.data.set_apart import with_reserve
+from pfedmoe_mpi.data.set_apart import reserve_rows
 from pfedmoe_mpi.errors import ConfigError, PartitionError, StoppedError
 from pfedmoe_mpi.federation import federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
@@ -71,13 +71,13 @@ def test_reserving_is_repeatable_and_bounded() -> None:
     def deal(rows: np.ndarray) -> Partition:
         return Partition((np.arange(len(rows)),), (np.empty(0, np.int64),), (np.empty(0, np.int64),))
 
-    first, again, other = (with_reserve(100, 0.3, seed, deal) for seed in (0, 0, 1))
+    first, again, other = (reserve_rows(100, 0.3, seed, deal) for seed in (0, 0, 1))
     assert np.array_equal(first.reserved, again.reserved) and len(first.reserved) == 30
     assert not np.array_equal(first.reserved, other.reserved)
     assert sorted([*first.reserved, *first.train[0]]) == list(range(100))
-    assert len(with_reserve(100, 0.0, 0, deal).reserved) == 0
+    assert len(reserve_rows(100, 0.0, 0, deal).reserved) == 0
     with pytest.raises(PartitionError, match="reserves 5 rows for the server"):
-        with_reserve(100, 0.05, 0, deal)
+        reserve_rows(100, 0.05, 0, deal)
 
 
 def test_methods_without_pretraining_reserve_nothing() -> None:

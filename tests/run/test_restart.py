@@ -156,7 +156,9 @@ def test_unwritable_folder_is_reported(session: Session, run: Path, tmp_path: Pa
 
 
 def test_fewer_rounds_than_completed_are_refused(session: Session, run: Path, tmp_path: Path) -> None:
-    said = error_message(session("restart", "run", "--rounds", "2", cwd=tmp_path), "3 rounds are done; --rounds is")
+    said = error_message(
+        session("restart", "run", "--rounds", "2", cwd=tmp_path), "3 rounds are done; --rounds is"
+    )
     assert "--rounds 5 trains 2 more" in said
 
 

@@ -95,7 +95,7 @@ class TrafficCheck:
             setattr(self._comm, name, self._call(name, getattr(self._comm, name)))
         method: Any = self._method
         method.client_step = self._step(method.client_step)
-        for name in ("server_update", "loss", "predict", "weights", "answer"):
+        for name in ("server_update", "loss", "predict", "gate_weights", "predictor"):
             setattr(method, name, self._method_call(getattr(method, name)))
         try:
             yield
@@ -294,7 +294,7 @@ class TrafficCheck:
         found = np.zeros((2, self._made.task.classes), np.int64)
         with torch.no_grad():
             for batch in batches(split, self._made.engine.evaluation_batch, self._made.engine.normalise):
-                weights = self._fresh.weights(parts, batch.x)
+                weights = self._fresh.gate_weights(parts, batch.x)
                 for row, label in zip([] if weights is None else weights.double(), batch.y, strict=False):
                     found[:, label] += (1, round(float(row[:-1].sum()) * 2**40))
         return found

@@ -188,7 +188,7 @@ class FedJETs(Algorithm):
     def cohort(self, round: int) -> list[tuple[int, str]]:
         """Return a cohort of the default size, with the configured share of anchors as far as available."""
         config, active = self.task.config, self.options.anchors_active
-        joined = [k for k in self.task.training if k not in self.task.absent(round)]
+        joined = [k for k in self.task.training if k not in self.task.absent_clients(round)]
         size = max(1, int(config.participation * len(joined) + 0.5)) if joined else 0
         anchors = [k for k in joined if k in self.anchors]
         others = [k for k in joined if k not in anchors]
@@ -259,7 +259,7 @@ class FedJETs(Algorithm):
 
     # Evaluation
 
-    def answer(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor]:
+    def predictor(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor]:
         """Return the mixture of the top K over all samples, or for unseen clients the best per sample."""
         scores = torch.zeros(len(self._names), dtype=torch.float64, device=parts.vector("gate").device)
         for x in inputs():
@@ -277,4 +277,4 @@ class FedJETs(Algorithm):
 
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
         """Return the mixture of the K experts that the gate chooses over these samples."""
-        return self.answer(parts, lambda: iter([x]), unseen=False)(x)
+        return self.predictor(parts, lambda: iter([x]), unseen=False)(x)
