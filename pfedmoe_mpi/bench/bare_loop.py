@@ -58,7 +58,7 @@ class BareLoop:
             BareClient(
                 k,
                 **_modules(federation, state, client.spec, client.vector),
-                seen=federation.task.seen,
+                seen=federation.task.gate_input,
                 splits=client.splits,
             )
             for k, client in federation.clients.items()

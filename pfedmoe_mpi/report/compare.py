@@ -192,7 +192,7 @@ def client_differences(group: Group, base: Group) -> np.ndarray:
         if base_run is None or run.last["clients"]["samples"] != base_run.last["clients"]["samples"]:
             continue
         ours, theirs = (np.array(side.last["clients"]["accuracy"], float) for side in (run, base_run))
-        ours[sorted(run.absent(run.last["round"]))] = np.nan
+        ours[sorted(run.absent_clients(run.last["round"]))] = np.nan
         tables.append(ours - theirs)
     if not tables or len({len(table) for table in tables}) > 1:
         return np.empty(0)

@@ -19,7 +19,7 @@ def column(run: Run, name: str) -> np.ndarray:
     """Return a client metric, (rounds, N), NaN where not measured and for clients that had not trained."""
     table = np.array([row["clients"][name] for row in run.history], float)
     for number, row in enumerate(run.history):
-        table[number, sorted(run.absent(row["round"]))] = np.nan
+        table[number, sorted(run.absent_clients(row["round"]))] = np.nan
     return table
 
 

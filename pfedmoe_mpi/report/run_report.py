@@ -169,7 +169,7 @@ def _target(run: Run, target: float | None) -> Table:
 def _architectures(run: Run) -> Table:
     """Summarise the accuracy of the clients that have trained, by architecture."""
     accuracy = run.last["clients"]["accuracy"]
-    absent = run.absent(run.last["round"])
+    absent = run.absent_clients(run.last["round"])
     by_name: dict[str, list[float]] = {run.architecture(client): [] for client in range(run.clients)}
     for client, value in enumerate(accuracy):
         if value is not None and client not in absent:
@@ -193,7 +193,7 @@ def _clients(run: Run, views: ModelViews | None) -> Table:
     """
     metrics = run.last["clients"]
     counts = run.started_with("class_counts")
-    absent = run.absent(run.last["round"])
+    absent = run.absent_clients(run.last["round"])
     accuracy = metrics["accuracy"]
     order = sorted(range(run.clients), key=lambda k: (k in absent, accuracy[k] is None, accuracy[k], k))
     titles = ("client", "samples", "classes", "accuracy, %", "before the sum, %", "loss", "α shared")

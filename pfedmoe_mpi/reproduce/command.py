@@ -98,7 +98,7 @@ def _rounds_left(folder: Path, run: TableRun) -> int:
     earlier = config.read_toml(run_folder.config)
     differences = _differences(earlier, run.config)
     if differences:
-        differences = _differences(earlier, _with_proposals(run.config))
+        differences = _differences(earlier, _apply_proposals(run.config))
     if differences:
         problem = f"{folder} contains a run with other settings: {'; '.join(differences)}"
         raise ConfigError(problem, "name another folder with --out, or repeat the flags of the first start")
@@ -128,7 +128,7 @@ def _resolved(name: str, value: Any) -> Any:
     return resolve_name(value) if isinstance(value, str) else [resolve_name(each) for each in value]
 
 
-def _with_proposals(settings: Config) -> Config:
+def _apply_proposals(settings: Config) -> Config:
     """Return the settings completed with what the data source proposes."""
     from pfedmoe_mpi.data.sources.open import open_dataset
     from pfedmoe_mpi.federation import effective

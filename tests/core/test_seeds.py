@@ -38,7 +38,7 @@ def test_every_coordinate_changes_the_draws() -> None:
 
 def test_draws_are_the_same_in_another_process() -> None:
     code = (
-        "from pfedmoe_mpi import seeds; import torch\n"
+        "from pfedmoe_mpi.core import seeds; import torch\n"
         "print(seeds.address(7, 'x', 2, 3))\n"
         "print(seeds.numpy_generator(7, 'x', 2, 3).integers(2**62))\n"
         "print(torch.randint(2**62, (1,), generator=seeds.torch_generator(7, 'x', 2, 3)).item())\n"

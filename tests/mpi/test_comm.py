@@ -109,7 +109,7 @@ def test_launched_rank_is_read_before_mpi_starts(monkeypatch: pytest.MonkeyPatch
 
 def _alone(environment: dict[str, str], singleton: bool) -> subprocess.CompletedProcess[str]:
     script = (
-        "from pfedmoe_mpi import comm\n"
+        "from pfedmoe_mpi.mpi import comm\n"
         "from pfedmoe_mpi.errors import LaunchError\n"
         f"try: print('size', comm.start({singleton}).size)\n"
         "except LaunchError as error: print('refused', error)"

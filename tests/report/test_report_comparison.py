@@ -148,7 +148,7 @@ def test_untrained_clients_are_in_no_mean(trained: Path) -> None:
     absent_clients = json.dumps({"absent": [[3], [2]]})
     events = [{**run.events[0], "samples": absent_clients}]
     run = Run(run.path, {**run.config, "join.round": 3}, run.history, events)
-    assert [run.absent(round) for round in (2, 3)] == [{2, 3}, {3}]
+    assert [run.absent_clients(round) for round in (2, 3)] == [{2, 3}, {3}]
     accuracy = run_figures.column(run, "accuracy")
     assert np.isnan(accuracy).tolist() == [
         [True] * 4,

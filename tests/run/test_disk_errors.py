@@ -224,7 +224,7 @@ def test_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_lock_ends_with_its_process(tmp_path: Path) -> None:
-    holder = "import sys, time; from pathlib import Path; from pfedmoe_mpi.lock import Lock; "
+    holder = "import sys, time; from pathlib import Path; from pfedmoe_mpi.storage.lock import Lock; "
     holder += "held = Lock(Path('lock'), 0.0); print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen(
         [sys.executable, "-c", holder], cwd=tmp_path, stdout=subprocess.PIPE, text=True
