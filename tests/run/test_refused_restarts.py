@@ -97,7 +97,7 @@ def test_damaged_checkpoints(
     [
         ("the bytes of clients/000001 have changed", lambda path: spoil(path, "clients/000001")),
         ("the first that is cut is server/state", lambda path: cut_into(path, "server/state")),
-        ("config is a link and not stored here", lambda path: resealed(path, relinked)),
+        ("config is a link; it must be stored in this file", lambda path: resealed(path, relinked)),
     ],
 )
 def test_a_run_goes_on_from_the_last_good_checkpoint_and_says_why(
