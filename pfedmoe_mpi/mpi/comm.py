@@ -143,7 +143,8 @@ class Comm:
             self.abort(
                 f"all ranks reached '{purpose}', but the exchange did not end within {self.timeout:g} s "
                 "(run.timeout): a rank or the network failed",
-                f"check the hosts and the network, then resume with: restart RUN; if only slow, add {longer}",
+                "check the hosts and the network, then resume with: restart RUN; "
+                f"if the network is only slow, add {longer}",
             )
         missing = sorted(set(range(self.size)) - arrived) if self.rank == 0 else [0]
         ranks = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"

@@ -386,7 +386,7 @@ def test_a_part_that_came_unbound_is_noticed() -> None:
         return step(turn)
 
     player.method.client_step = careless
-    with pytest.raises(AssertionError, match="came unbound"):
+    with pytest.raises(AssertionError, match="is no longer a view of the vector"):
         play(player, new_sum(player))
 
 
