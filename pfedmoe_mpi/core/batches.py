@@ -120,7 +120,7 @@ def epoch(
 def augmented(x: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
     """Augment normalised images (B, C, H, W): flip, erase, crop, in that order.
 
-    Source: the authors' released code.
+    Source: code that pFedMoE's authors released with other papers of the same protocol.
     """
     draws = torch.rand((len(x), 8), generator=generator).to(x.device)
     if "flip" in names:
