@@ -111,7 +111,7 @@ class Workbench:
         return self._layouts[part.kind]
 
     def initial(self, spec: Spec, client: int = seeds.SERVER) -> torch.Tensor:
-        """Return the vector (layout.size,) before round 1, on the CPU, given seed, part and client alone."""
+        """Return the vector (layout.size,) before round 1, on the CPU; it depends on seed, part, client."""
         vectors = [torch.empty(0)]
         for name, part in spec.items():
             seeds.seed_global(self._seed, f"initial/{name}", 0, client)
