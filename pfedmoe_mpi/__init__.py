@@ -18,14 +18,16 @@ def load_client(path: str | os.PathLike[str], client: int | None = None) -> Clie
     """Return a client's whole personalised model, as a torch module with `predict`.
 
     Args:
-        path: a checkpoint, with the number of one of its clients in `client`, or a file that `export` wrote.
+        path: a checkpoint, or a file written by `export`.
+        client: number of the client; needed for a checkpoint.
 
     Raises:
-        CheckpointError: a damaged file, no such client, or one for which its method has no prediction.
+        CheckpointError: the file is damaged, there is no such client, or the method has no prediction for a
+            client that never trained.
     """
     from pathlib import Path
 
-    from pfedmoe_mpi import client_model  # needs torch, which the command line often does not
+    from pfedmoe_mpi import client_model  # imports torch, which many commands do not need
 
     return client_model.load(Path(path), client)
 

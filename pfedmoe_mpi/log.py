@@ -1,4 +1,4 @@
-"""The program's logger. What people see is printed; log files come with the run folder."""
+"""The program's logger. Output for the user is printed instead; a run folder adds a log file."""
 
 from __future__ import annotations
 

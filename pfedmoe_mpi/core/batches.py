@@ -1,8 +1,8 @@
 """A client's samples on its device, and the batches drawn from them.
 
-Samples stay as they came (uint8, float32, or int32 tokens); a batch is gathered, normalised and augmented on
-the device, so there is no loader process. Every random number comes from a CPU generator with the batch's
-address, so a batch is the same on every device.
+Samples keep the type of the data (uint8, float32, or int32 tokens). A batch is gathered, normalised and
+augmented on the device, so there is no loader process. Every random number comes from a CPU generator with
+the batch's address, so a batch is the same on every device.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Batch:
-    """x (B, *shape) float32 normalised (int32 tokens as they are), y (B,) int64, rows (B,) positions in the
-    client's split.
+    """Samples for one step: x (B, *shape) normalised float32 (tokens: unchanged int32), y (B,) int64.
+
+    `rows` (B,) are the samples' positions in the client's split.
     """
 
     x: Tensor
@@ -41,10 +42,11 @@ class Split:
 
     @classmethod
     def of(cls, x: np.ndarray, y: np.ndarray, device: torch.device) -> Split:
+        """Return copies of the arrays on the device."""
         return cls(torch.from_numpy(x.copy()).to(device), torch.from_numpy(y.copy()).to(device))
 
     def nothing(self) -> Split:
-        """No samples, of the same kind."""
+        """Return a split of the same types and shapes without samples."""
         return Split(self.x[:0], self.y[:0])
 
     def __len__(self) -> int:
@@ -52,9 +54,9 @@ class Split:
 
 
 class Normalise:
-    """Raw samples to float32: uint8 to [0, 1], minus mean, over standard deviation, each per channel.
+    """A map from raw samples to float32: uint8 to [0, 1], minus mean, over std, each per channel.
 
-    Tokens, int32, stay what they are.
+    int32 tokens are not changed.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], rank: int, device: torch.device) -> None:
@@ -63,7 +65,7 @@ class Normalise:
         self._scale = 1 / torch.tensor(std, device=device).view(shape) if std else None
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """Always in new memory: bits may depend on the alignment of what a kernel reads."""
+        """Return the result in new memory, because bits may depend on the alignment of a kernel's input."""
         if raw.dtype == torch.int32:
             return raw.clone(memory_format=torch.contiguous_format)
         x = raw.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -75,10 +77,11 @@ class Normalise:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Images with the strides of channels-last memory, whatever theirs were.
+    """Return images with exactly the strides of channels-last memory; other tensors unchanged.
 
-    With one channel several strides describe the same memory, `contiguous` leaves any of them as they are,
-    and torch chooses kernels of unlike rounding by them: bits would depend on how the samples came here.
+    With one channel several strides describe the same memory. `contiguous` keeps any of them, and torch
+    chooses between kernels of different rounding by the strides, so bits would depend on where the samples
+    came from.
     """
     if x.ndim != 4:
         return x
@@ -89,7 +92,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def batches(split: Split, size: int, normalise: Normalise) -> Iterator[Batch]:
-    """The split once, in order, for evaluations."""
+    """Yield the split once, in order, for evaluations."""
     for start in range(0, len(split), size):
         rows = torch.arange(start, min(start + size, len(split)), device=split.y.device)
         yield Batch(normalise(split.x[start : start + size]), split.y[start : start + size], rows)
@@ -98,7 +101,10 @@ def batches(split: Split, size: int, normalise: Normalise) -> Iterator[Batch]:
 def epoch(
     split: Split, size: int, normalise: Normalise, augment: Sequence[str], generator: torch.Generator
 ) -> Iterator[Batch]:
-    """The split once, shuffled; a smaller last batch is kept, a last batch of one joins the one before it."""
+    """Yield the split once, shuffled.
+
+    A smaller last batch is kept, but a last batch of one sample joins the batch before it.
+    """
     order = torch.randperm(len(split), generator=generator).to(split.y.device)
     starts = list(range(0, len(split), size))
     if len(starts) > 1 and len(split) - starts[-1] == 1:
@@ -112,19 +118,22 @@ def epoch(
 
 
 def augmented(x: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
-    """The sister code's augmentation of normalised images (B, C, H, W): flip, erase, crop, in that order."""
+    """Augment normalised images (B, C, H, W): flip, erase, crop, in that order.
+
+    Source: code that pFedMoE's authors released with other papers of the same protocol.
+    """
     draws = torch.rand((len(x), 8), generator=generator).to(x.device)
     if "flip" in names:
         x = torch.where(draws[:, 0].view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
     if "erase" in names:
-        x = _erased(x, draws[:, 1:6])
+        x = _erase(x, draws[:, 1:6])
     if "crop" in names:
-        x = _cropped(x, draws[:, 6:8])
+        x = _crop(x, draws[:, 6:8])
     return channels_last(x)
 
 
-def _erased(x: Tensor, draws: Tensor) -> Tensor:
-    """With probability 1/2 a rectangle becomes 0: 0.04 to 0.2 of the image, ratio 0.5 to 2 (log-uniform)."""
+def _erase(x: Tensor, draws: Tensor) -> Tensor:
+    """Set a rectangle to 0 with probability 1/2: 0.04 to 0.2 of the image, ratio 0.5 to 2 (log-uniform)."""
     high, wide = x.shape[2:]
     area = (0.04 + 0.16 * draws[:, 1]) * high * wide
     ratio = torch.exp(math.log(0.5) + (math.log(2.0) - math.log(0.5)) * draws[:, 2])
@@ -134,18 +143,18 @@ def _erased(x: Tensor, draws: Tensor) -> Tensor:
     rows, columns = torch.arange(high, device=x.device), torch.arange(wide, device=x.device)
     inside_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
     inside_columns = (columns >= left[:, None]) & (columns < (left + broad)[:, None])
-    hit = inside_rows[:, :, None] & inside_columns[:, None, :] & (draws[:, 0] < 0.5).view(-1, 1, 1)
-    return x.masked_fill(hit.unsqueeze(1), 0.0)
+    erased = inside_rows[:, :, None] & inside_columns[:, None, :] & (draws[:, 0] < 0.5).view(-1, 1, 1)
+    return x.masked_fill(erased.unsqueeze(1), 0.0)
 
 
-def _cropped(x: Tensor, draws: Tensor, padding: int = 4) -> Tensor:
-    """A window of the image's own size, at a random place of the image padded with zeros."""
+def _crop(x: Tensor, draws: Tensor, padding: int = 4) -> Tensor:
+    """Cut a window of the image's size from a random place of the image padded with zeros."""
     high, wide = x.shape[2:]
     padded = torch.nn.functional.pad(x, (padding,) * 4)
     top, left = (draws * (2 * padding + 1)).long().unbind(1)
     rows = top[:, None] + torch.arange(high, device=x.device)
     columns = left[:, None] + torch.arange(wide, device=x.device)
-    which = torch.arange(len(x), device=x.device)
-    return padded.permute(0, 2, 3, 1)[which[:, None, None], rows[:, :, None], columns[:, None, :]].permute(
+    images = torch.arange(len(x), device=x.device)
+    return padded.permute(0, 2, 3, 1)[images[:, None, None], rows[:, :, None], columns[:, None, :]].permute(
         0, 3, 1, 2
     )

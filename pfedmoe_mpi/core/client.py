@@ -1,4 +1,4 @@
-"""A client: its number, its samples, and one vector that holds everything private."""
+"""A client: its number, its samples, and one vector with all its private state."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pfedmoe_mpi.core.parts import Spec
 
 @dataclass
 class Client:
-    """`vector` (layout of `spec`,) is on the CPU, in pinned memory where there is a GPU.
+    """A client of the federation.
 
-    It is replaced only by a completed client step, so a step that is abandoned leaves no trace.
+    `vector` (layout of `spec`,) is on the CPU, in pinned memory if there is a GPU. Only a completed client
+    step replaces it, so an abandoned step has no effect.
     """
 
     id: int
@@ -24,5 +25,5 @@ class Client:
 
     @property
     def samples(self) -> int:
-        """n_k: training samples."""
+        """Number of training samples, n_k."""
         return len(self.splits["train"])

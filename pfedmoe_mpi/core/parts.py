@@ -1,7 +1,7 @@
-"""What methods build their models from: named parts, and the workbench of a rank where clients take turns.
+"""The named parts of a method's models, and a rank's workbench on which its clients are trained in turn.
 
-A method names its parts as specifications (`Module`, `Tensor`). A rank holds one bound module per
-(part, architecture), not one per client: a client is its vector, copied in before its turn and out after it.
+A method specifies its parts (`Module`, `Tensor`). A rank holds one bound module per (part, architecture), not
+one per client: a client is its vector, which is copied in before its turn and out after it.
 """
 
 from __future__ import annotations
@@ -20,33 +20,35 @@ from pfedmoe_mpi.models.registry import Weightless
 
 @dataclass(frozen=True)
 class Module:
-    """A module to be built; equal `kind` means equal architecture."""
+    """A part that is a module, built by `build`; equal `kind` means equal architecture."""
 
     kind: str
     build: Callable[[], nn.Module] = field(compare=False)
 
     def initial(self) -> torch.Tensor:
-        """The vector of a freshly initialised module (draws from torch's global generator)."""
+        """Return the vector of a newly initialised module; draws from torch's global generator."""
         return flatten(self.build())
 
     def layout(self) -> Layout:
-        """Where its tensors lie in that vector; takes no memory and draws nothing."""
+        """Return the layout of that vector, without memory and without random draws."""
         with Weightless():
             return Layout.of(self.build())
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A named float32 tensor; NaN marks what is not yet defined."""
+    """A part that is a plain float32 tensor; NaN marks values that are not yet defined."""
 
     shape: tuple[int, ...]
     fill: float = 0.0
 
     @property
     def kind(self) -> str:
+        """Name of the shape."""
         return f"tensor{self.shape}"
 
     def initial(self) -> torch.Tensor:
+        """Return the vector before round 1, all `fill`."""
         return torch.full((Layout.of_tensor(self.shape).size,), self.fill)
 
 
@@ -54,42 +56,42 @@ Spec = Mapping[str, Module | Tensor]
 
 
 class Parts:
-    """The parts of one client's turn, by name: `parts.shared` is a module, `parts.prototypes` a tensor."""
+    """The parts of a client's turn as attributes: `parts.shared` is a module, `parts.prototypes` a tensor."""
 
     def __init__(self, bound: Mapping[str, Bound | BoundTensor]) -> None:
         self._bound = dict(bound)
         for name, part in bound.items():
-            assert not hasattr(Parts, name), f"'{name}' is a method of Parts; call the part something else"
+            assert not hasattr(Parts, name), f"part '{name}' has the name of a method of Parts; rename it"
             setattr(self, name, part.module)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"the method declared no part '{name}' in state or client_state")
+        raise AttributeError(f"the method declares no part '{name}' in state or client_state")
 
     def vector(self, name: str) -> torch.Tensor:
-        """The flat vector of a part (size,), on the device; writing to it changes the module."""
+        """Return the flat vector of a part (size,), on the device; writing to it changes the module."""
         return self._bound[name].vector
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """The parameters of a part, in the order of its layout."""
+        """Return the parameters of a part, in the order of its layout."""
         return self._bound[name].parameters
 
     def parameter_vector(self, name: str) -> torch.Tensor:
-        """The leading stretch of a part's vector that holds parameters, without buffers."""
+        """Return the leading slice of a part's vector, which holds the parameters without the buffers."""
         part = self._bound[name]
         return part.vector[: part.layout.parameters]
 
     def modules(self) -> dict[str, nn.Module]:
-        """The parts that are modules."""
+        """Return the parts that are modules, by name."""
         return {name: part.module for name, part in self._bound.items() if isinstance(part, Bound)}
 
     def check(self) -> None:
-        """Assert that no part came unbound."""
+        """Assert that every part is still bound to its vector."""
         for part in self._bound.values():
             part.check()
 
 
 class Workbench:
-    """The bound modules of a rank, layouts and first values."""
+    """The bound modules of a rank, and the layouts and initial vectors of specifications."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.device = device
@@ -98,7 +100,7 @@ class Workbench:
         self._layouts: dict[str, Layout] = {}
 
     def layout(self, spec: Spec) -> Layout:
-        """Where each part lies in the vector of `spec`; a kind is built once, on the meta device."""
+        """Return the layout of the vector of `spec`; a kind is built once, on the meta device."""
         return Layout.join({name: self._layout(part) for name, part in spec.items()})
 
     def _layout(self, part: Module | Tensor) -> Layout:
@@ -109,7 +111,7 @@ class Workbench:
         return self._layouts[part.kind]
 
     def initial(self, spec: Spec, client: int = seeds.SERVER) -> torch.Tensor:
-        """The vector (layout.size,) before round 1, on the CPU: a pure function of seed, part and client."""
+        """Return the vector (layout.size,) before round 1, on the CPU; it depends on seed, part, client."""
         vectors = [torch.empty(0)]
         for name, part in spec.items():
             seeds.seed_global(self._seed, f"initial/{name}", 0, client)
@@ -117,15 +119,15 @@ class Workbench:
         return torch.cat(vectors)
 
     def parts(self, *vectors: tuple[Spec, torch.Tensor]) -> Parts:
-        """The parts of several specifications, loaded from their vectors."""
-        chosen: dict[str, Bound | BoundTensor] = {}
+        """Return the parts of several specifications, loaded from their vectors."""
+        loaded: dict[str, Bound | BoundTensor] = {}
         for spec, vector in vectors:
             slices = self.layout(spec).parts
             for name, part in spec.items():
-                assert name not in chosen, f"part '{name}' is declared twice"
-                chosen[name] = self._bind(name, part)
-                chosen[name].load(vector[slices.get(name, slice(0))])  # a part may hold no numbers
-        return Parts(chosen)
+                assert name not in loaded, f"part '{name}' is declared twice"
+                loaded[name] = self._bind(name, part)
+                loaded[name].load(vector[slices.get(name, slice(0))])  # a part may have no values
+        return Parts(loaded)
 
     def _bind(self, name: str, part: Module | Tensor) -> Bound | BoundTensor:
         key = (name, part.kind)
@@ -133,12 +135,13 @@ class Workbench:
             if isinstance(part, Tensor):
                 self._bound[key] = BoundTensor(part.shape, self.device)
             else:
-                seeds.seed_global(self._seed, f"bound/{name}/{part.kind}")  # for buffers outside the vector
+                # Buffers that are not in the vector may be drawn too.
+                seeds.seed_global(self._seed, f"bound/{name}/{part.kind}")
                 self._bound[key] = Bound(part.build(), self.device)
         return self._bound[key]
 
     def read(self, spec: Spec, parts: Parts, out: torch.Tensor) -> torch.Tensor:
-        """Copy the parts of `spec` out of the bound modules into `out` (layout.size,)."""
+        """Copy the parts of `spec` from the bound modules into `out` (layout.size,) and return it."""
         for name, place in self.layout(spec).parts.items():
             out[place].copy_(parts.vector(name))
         return out

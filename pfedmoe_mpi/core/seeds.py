@@ -1,7 +1,8 @@
-"""Randomness is an address.
+"""Random generators by address.
 
-Every draw comes from `(seed, purpose, round, client)` through BLAKE2 of the packed address, so no generator
-state is ever saved, a client's result does not depend on who trained before it, and a restart repeats.
+Every generator is seeded by BLAKE2 of the packed address `(seed, purpose, round, client)`. So no generator
+state is ever saved, a client's result does not depend on the clients trained before it, and a restart repeats
+exactly.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ SERVER = -1  # the client number of draws that belong to no client
 
 
 def address(seed: int, purpose: str, round: int = 0, client: int = SERVER) -> int:
-    """A 63-bit number from the address; the same on every machine."""
+    """Return a 63-bit number from the address, the same on every machine."""
     packed = struct.pack("<qqq", seed, round, client) + purpose.encode()
     return int.from_bytes(blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
 def numpy_generator(seed: int, purpose: str, round: int = 0, client: int = SERVER) -> np.random.Generator:
-    """A numpy generator of the address, for draws about data and cohorts."""
+    """Return a numpy generator of the address, for draws about data and cohorts."""
     return np.random.Generator(np.random.PCG64(address(seed, purpose, round, client)))
 
 
 def torch_generator(seed: int, purpose: str, round: int = 0, client: int = SERVER) -> torch.Generator:
-    """A torch generator on the CPU, so that a draw is the same whatever the device that uses it."""
+    """Return a torch generator on the CPU, so that a draw is the same for every device that uses it."""
     import torch
 
     generator = torch.Generator()
@@ -41,7 +42,7 @@ def torch_generator(seed: int, purpose: str, round: int = 0, client: int = SERVE
 def seed_global(seed: int, purpose: str, round: int = 0, client: int = SERVER) -> None:
     """Seed torch's global generators from the address, for initialisation and dropout.
 
-    `torch.manual_seed` would also queue a seed, with a stack trace, for a CUDA that nobody uses: 2 ms each.
+    `torch.manual_seed` would also queue a seed, with a stack trace, for a CUDA that is not in use: 2 ms each.
     """
     import torch
 

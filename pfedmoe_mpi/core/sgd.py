@@ -14,9 +14,9 @@ from pfedmoe_mpi.core.parts import Parts
 
 @dataclass(frozen=True)
 class Phase:
-    """SGD over some parts: learning rate by part name. Parts not named are frozen, in evaluation mode.
+    """SGD over some parts, with a learning rate by part name. Other parts are frozen, in evaluation mode.
 
-    `plain` are the parts trained without momentum and weight decay.
+    The parts in `plain` are trained without momentum and weight decay.
     """
 
     lr: Mapping[str, float]
@@ -28,7 +28,7 @@ class Phase:
 
 
 def learning_rate_factor(schedule: str, round: int, rounds: int) -> float:
-    """Factor on every learning rate in round 1..rounds: 1 before and in round 1, towards 0 after the last."""
+    """Return the factor on learning rates in round 1..rounds: 1 up to round 1, towards 0 after the last."""
     done = max(0, round - 1) / rounds
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
@@ -36,10 +36,11 @@ def learning_rate_factor(schedule: str, round: int, rounds: int) -> float:
 
 
 class SGD:
-    """SGD with momentum and weight decay, in torch's update order, over parts with unlike learning rates.
+    """SGD with momentum and weight decay, in torch's update order, over parts with different learning rates.
 
-    v ← m·v + g + λ·w, w ← w − η·v, in one fused pass over each part's parameters. torch.optim's own
-    optimisers import torch's compiler when constructed, which takes every rank as long as importing torch.
+    v ← m·v + g + λ·w, w ← w − η·v, in one fused pass over each part's parameters. The optimisers of
+    torch.optim are not used: they import torch's compiler when constructed, which takes every rank as long as
+    importing torch.
     """
 
     def __init__(self, parts: Parts, phase: Phase, factor: float) -> None:
@@ -50,23 +51,24 @@ class SGD:
         self._momenta = [[torch.zeros_like(p) for p in group] for group, _, _ in self._groups]
         self._all = [p for group, _, _ in self._groups for p in group]
         self._first = True
-        self.norms = torch.zeros((), dtype=torch.float64)  # added up: finite if all are
+        self.norms = torch.zeros((), dtype=torch.float64)  # sum of the gradient norms: finite if all are
 
     def zero_grad(self) -> None:
+        """Drop the gradients."""
         for parameter in self._all:
             parameter.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update; parameters without a gradient stay."""
+        """Do one update; parameters without a gradient are not changed."""
         if self._phase.clip:
             norm = nn.utils.clip_grad_norm_(self._all, self._phase.clip)
             self.norms = self.norms.to(norm.device) + norm
         for (group, lr, full), momenta in zip(self._groups, self._momenta, strict=True):
             momentum = self._phase.momentum if full else 0.0
-            held = [(p, p.grad, v) for p, v in zip(group, momenta, strict=True) if p.grad is not None]
-            if held:
-                parameters, gradients, velocities = (list(column) for column in zip(*held, strict=True))
+            updates = [(p, p.grad, v) for p, v in zip(group, momenta, strict=True) if p.grad is not None]
+            if updates:
+                parameters, gradients, velocities = (list(column) for column in zip(*updates, strict=True))
                 torch._fused_sgd_(
                     parameters,
                     gradients,

@@ -1,8 +1,8 @@
-"""A client's turn: one step of one round, SGD over its parts.
+"""A client's turn: one client step of one round, SGD over its parts.
 
-What decides bits and results: momentum starts at zero in every client step and is never kept; data are
-shuffled every epoch; the last smaller batch is trained; `clip` is the joint norm of what the step trains;
-weight decay and momentum never touch buffers; evaluation uses running statistics.
+These rules decide results: momentum starts at zero in every client step and is never kept; data are shuffled
+every epoch; the smaller last batch is trained; `clip` is the joint norm of all parameters that the step
+trains; weight decay and momentum never apply to buffers; evaluation uses running statistics.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pfedmoe_mpi.core.sgd import SGD, Phase, learning_rate_factor
 if TYPE_CHECKING:
     from pfedmoe_mpi.config.sections import Train
 
-Loss = Callable[[Parts, Batch], torch.Tensor]  # a method's: scalar of a client's parts and a batch
+Loss = Callable[[Parts, Batch], torch.Tensor]  # of a method: a client's parts and a batch to a scalar
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How this rank computes: the same for every client."""
+    """The settings by which this rank computes, the same for every client."""
 
     device: torch.device
     normalise: Normalise
@@ -40,11 +40,12 @@ class Engine:
     poll: Callable[[], None]  # raises StoppedError
 
     def autocast(self) -> torch.autocast:
+        """Return the context of train.precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16")
 
 
 class Turn:
-    """One client's step in one round: what a method may use of it."""
+    """One client's step in one round, as a method sees it."""
 
     def __init__(
         self, engine: Engine, loss: Loss, client: Client, parts: Parts, round: int, role: str
@@ -55,9 +56,9 @@ class Turn:
         self.parts = parts
         self.device = engine.device
         self.rate = learning_rate_factor(engine.train.schedule, round, engine.rounds)
-        self.loss = float("nan")  # mean training loss per sample of the last epoch trained
-        # Bytes a deployment would send this client, and it would send back, where that is not the whole state
-        # and the payload as it is: a method that compresses, or sends some of its experts, says it here.
+        self.loss = float("nan")  # mean training loss per sample in the last epoch
+        # Bytes that a deployment would send to and from this client. A method sets them if it does not send
+        # the whole state and payload, for example because it compresses or sends only some experts.
         self.bytes_down: int | None = None
         self.bytes_up: int | None = None
         self._engine = engine
@@ -73,15 +74,15 @@ class Turn:
         loss: Callable[[Batch], torch.Tensor] | None = None,
         enough: Callable[[int], bool] | None = None,
     ) -> int:
-        """Train the phase's parts in place; the number of steps taken.
+        """Train the phase's parts in place; return the number of SGD steps.
 
         Args:
-            loss: scalar of a batch; default: the method's.
-            enough: asked after every step, with their number so far; True ends the training.
+            loss: maps a batch to a scalar; default: the method's loss.
+            enough: called after every step with the number of steps so far; True ends the training.
 
         Raises:
             NotFiniteError: a loss or the norm of a gradient was not finite. Clipping scales a gradient of
-                infinite norm to zero, so that the vectors alone would not show it.
+                infinite norm to zero, so a check of the vectors alone would miss it.
         """
         modules = self.parts.modules()
         for name, module in modules.items():
@@ -121,16 +122,16 @@ class Turn:
 
     @property
     def samples(self) -> int:
-        """n_k."""
+        """Number of training samples, n_k."""
         return len(self._split)
 
     @property
     def labels(self) -> torch.Tensor:
-        """Classes of the training samples that count in this round, int64 (n_k,), on the device."""
+        """Classes of the training samples of this round, int64 (n_k,), on the device."""
         return self._split.y
 
     def batches(self, split: str) -> Iterator[Batch]:
-        """A split's samples once, in order, in evaluation mode, without gradients or augmentation."""
+        """Yield a split's samples once, in order, in evaluation mode, without gradients or augmentation."""
         for module in self.parts.modules().values():
             module.eval()
         with torch.no_grad(), self._engine.autocast():
@@ -141,5 +142,5 @@ class Turn:
                 yield batch
 
     def training_batches(self) -> Iterator[Batch]:
-        """`batches` of the training samples."""
+        """Yield `batches` of the training samples."""
         return self.batches("train")

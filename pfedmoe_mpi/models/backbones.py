@@ -1,6 +1,6 @@
 """torchvision's classification networks as extractors.
 
-torchvision is imported when one is built: it costs as much time as torch itself.
+torchvision is imported only when a network is built: the import takes as long as torch's.
 """
 
 from __future__ import annotations
@@ -10,28 +10,30 @@ from typing import Any
 import torch
 from torch import nn
 
-# Their published initialisation (truncated normal) is slow and warns; with BatchNorm torch's default will do.
+# Their published initialisation (truncated normal) is slow and prints a warning; with BatchNorm torch's
+# default is sufficient.
 UNINITIALISED = ("googlenet", "inception_v3")
 
 
 def build_backbone(name: str, shape: tuple[int, ...], dim: int, stem: str) -> nn.Module:
-    """The network `name` with random weights: images (B, channels, height, width) to (B, dim).
+    """Return the network `name` with random weights: images (B, channels, height, width) to (B, dim).
 
-    Departures from the published networks: the classifier's last layer ends in `dim` and starts from torch's
-    default (some start it at zero); no auxiliary heads; with other than 3 channels the first convolution is
-    new; `stem` small gives ResNets a first convolution of 3×3, stride 1, and no max-pool (He et al., CVPR
-    2016, section 4.2), imagenet leaves them as published. What stands before the last layer is kept, such as
-    VGG's two layers of 4096. SqueezeNet's last layer is a 1×1 convolution, so its representation is ≥ 0.
+    Departures from the published networks: the classifier's last layer has `dim` outputs and torch's default
+    initialisation (some networks start it at zero). There are no auxiliary heads. If the images do not have 3
+    channels, the first convolution is new. `stem` small gives ResNets a first convolution of 3×3, stride 1,
+    and no max-pool (He et al., CVPR 2016, section 4.2); imagenet keeps the published one. The layers before
+    the last one are kept, such as VGG's two layers of 4096. SqueezeNet's last layer is a 1×1 convolution
+    followed by ReLU, so its representation is ≥ 0.
 
     Raises:
-        ValueError: `shape` is not of images, or of a size the network cannot be built for.
+        ValueError: `shape` is not the shape of images, or the network cannot be built for this size.
     """
     from torchvision.models import get_model
 
     if len(shape) != 3:
-        raise ValueError(f"{name} takes images")
-    # Every network takes its number of classes; asking for `dim` of them is removing the classifier and
-    # projecting to `dim`, in all of them alike.
+        raise ValueError(f"{name} needs images")
+    # Every constructor accepts a number of classes. Passing `dim` replaces the classifier by a projection to
+    # `dim`, in the same way for every network.
     network: nn.Module = get_model(name, weights=None, num_classes=dim, **_options(name, shape))
     if stem == "small":
         _small_stem(network)
@@ -49,7 +51,7 @@ def _options(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         return {"input_size": (height, width)}
     if name.startswith("vit_"):
         if height != width:
-            raise ValueError(f"{name} takes square images")
+            raise ValueError(f"{name} needs square images")
         return {"image_size": height}
     return {}
 
@@ -78,18 +80,22 @@ def _last_layer(network: nn.Module, dim: int) -> nn.Linear | nn.Conv2d:
 
 
 class Embedding(nn.Module):
-    """A published network without its last layer: images (B, 1 or 3, height, width) to embeddings.
+    """A published network without its last layer: images (B, 1 or 3, height, width) to embeddings (B, width).
 
-    One channel is repeated to three, so that weights from torchvision fit unchanged.
+    A single channel is repeated three times, so that torchvision's weights fit unchanged.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises ValueError: `shape` is not of images, or the network does not end in a linear layer."""
+        """Build the network with random weights.
+
+        Raises:
+            ValueError: `shape` is not that of images of 1 or 3 channels, or the last layer is not linear.
+        """
         super().__init__()
         from torchvision.models import get_model
 
         if len(shape) != 3 or shape[0] not in (1, 3):
-            raise ValueError(f"{name} takes images of 1 or 3 channels")
+            raise ValueError(f"{name} needs images of 1 or 3 channels")
         self.network: nn.Module = get_model(name, weights=None, **_options(name, (3, *shape[1:])))
         self.last, layer = [
             (path, part)

@@ -1,4 +1,4 @@
-"""How much work a sample is to a model, for placement; only ratios matter."""
+"""Work per sample of a model, for the placement of clients; only ratios matter."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BATCH = 64  # samples over which one pass of the optimiser over all parameters is spread
+BATCH = 64  # samples per optimiser step, over which the cost of the step is divided
 
 
 def multiply_adds(module: nn.Module, shape: tuple[int, ...], tokens: bool = False) -> float:
-    """Multiply-adds of one sample forward through the layers that multiply, and the optimiser's share.
+    """Return the multiply-adds of one sample's forward pass, plus its share of the optimiser's work.
 
     Args:
-        module: (B, *shape) to anything.
-        shape: of one sample.
-        tokens: whether samples are tokens.
+        module: a module with input (B, *shape); linear, convolutional and recurrent layers are counted.
+        shape: shape of one sample.
+        tokens: whether the samples are tokens.
     """
     total = 0.0
 

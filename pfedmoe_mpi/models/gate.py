@@ -1,4 +1,4 @@
-"""The gate: how much each expert counts, for every sample, from the raw input."""
+"""The gate: a weight for every expert and sample, from the raw input."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh, "gelu": 
 
 
 class Gate(nn.Module):
-    """Samples (B, ...), flattened to (B, features), to weights (B, experts), float32, each row summing to 1.
+    """Gate from samples (B, ...), flattened to (B, features), to float32 weights (B, experts) of row sum 1.
 
     The order of two experts is (shared, local). flatten → normalisation → (Linear → BatchNorm → activation)
-    for every layer but the last → Linear → BatchNorm → softmax. Training needs B ≥ 2 wherever a batch is
-    normalised.
+    for every layer but the last → Linear → BatchNorm → softmax. Training needs B ≥ 2 if any layer normalises
+    over the batch.
 
     Source: pFedMoE (arXiv 2402.01350), H(x; φ); by two independent readings SwitchNorm, two linear layers,
-    BatchNorm, sigmoid. The width is not given (readings: 32, 64, 128), hence `hidden`. Departure: a literal
-    reading puts the last BatchNorm after the softmax, where the weights would no longer sum to 1. Everything
-    is an option because the paper leaves the gate's design open: `input_norm` switch, layer, batch or none,
-    `activation` sigmoid, relu, tanh or gelu; `layers` counts linear layers, the last one included; the
-    softmax is over logits divided by `temperature`.
+    BatchNorm, sigmoid. The paper does not give the width (readings: 32, 64, 128), hence `hidden`. Departure:
+    a literal reading puts the last BatchNorm after the softmax, where the weights would no longer sum to 1.
+    Everything is an option because the paper leaves the gate's design open: `input_norm` is switch, layer,
+    batch or none; `activation` is sigmoid, relu, tanh or gelu; `layers` counts linear layers, including the
+    last; the softmax is over logits divided by `temperature`.
 
-    `routing` top1 gives each sample to its best expert alone: weights are one-hot going forward, and the
-    softmax's gradient goes back (straight-through, Bengio, Léonard, Courville, arXiv 1308.3432).
+    `routing` top1 uses only the best expert of each sample: the weights are one-hot in the forward pass, and
+    the backward pass has the softmax's gradient (straight-through, Bengio, Léonard, Courville, arXiv
+    1308.3432).
     """
 
     def __init__(
@@ -63,20 +64,20 @@ class Gate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.layers(self.input_norm(x.flatten(1)))
-        # Under autocast logits are bfloat16, whose weights would sum to 1 within 1 % only.
+        # Under autocast the logits are bfloat16, and bfloat16 weights sum to 1 only within 1 %.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         weights = torch.softmax(logits, 1)
         return _straight_through(weights) if self.top1 else weights
 
 
 def _straight_through(weights: torch.Tensor) -> torch.Tensor:
-    """One-hot of the largest weight, exactly; its gradient is that of the weights."""
+    """Return the exact one-hot of the largest weight, with the gradient of the weights."""
     hard = torch.zeros_like(weights).scatter_(1, weights.argmax(1, keepdim=True), 1.0)
     return hard + (weights - weights.detach())
 
 
 class FixedGate(nn.Module):
-    """The same weights (B, experts) for every sample: equal ones, or learned constants (static fusion)."""
+    """Gate with the same weights (B, experts) for all samples: equal, or learned (static fusion)."""
 
     def __init__(self, experts: int, learned: bool) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class FixedGate(nn.Module):
 
 
 class PooledGate(nn.Module):
-    """A gate on images (B, C, H, W) averaged down to `side` × `side`."""
+    """A gate on images (B, C, H, W) that are averaged down to `side` × `side`."""
 
     def __init__(self, gate: nn.Module, side: int) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ def build_gate(
     weights: str = "sample",
     **options: Any,
 ) -> nn.Module:
-    """The gate of a configuration section: (B, *shape), or (B, dim) for `input` shared, to (B, experts)."""
+    """Build the gate of the section [gate]: (B, *shape), or (B, dim) for `input` shared, to (B, experts)."""
     if weights != "sample":
         return FixedGate(experts, learned=weights == "learned")
     if input == "pooled":

@@ -12,10 +12,10 @@ from pfedmoe_mpi.models.names import MLP
 
 
 class MLPExtractor(nn.Module):
-    """Samples (B, *shape), flattened, to representations (B, dim).
+    """Extractor from samples (B, *shape), flattened, to representations (B, dim).
 
-    No paper gives these widths; they follow the five CNNs: two layers, unlike in fc1 (1000, 800, 600, 400,
-    200), each ending in ReLU, representation = fc2.
+    No paper gives these widths. They follow the five CNNs: two layers, each followed by ReLU, that differ in
+    the width of fc1 (1000, 800, 600, 400, 200); representation = fc2.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], dim: int) -> None:

@@ -1,6 +1,7 @@
-"""The architectures by name: which there are, how long their representation is, which fit the data.
+"""The architectures by name, the length of their representation, and the defaults for each kind of data.
 
-Needs neither torch nor torchvision, so that a configuration is checked before either is imported.
+This module imports neither torch nor torchvision, so that a configuration is checked before either is
+imported.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 
 from pfedmoe_mpi.errors import ConfigError, nearest
 
-# Pathways (conv1, conv2, fc1); the fifth is the smallest of its family.
+# Widths (conv1, conv2, fc1); the fifth is the smallest of its family.
 CNN = {
     "cnn1": (16, 32, 2000),
     "cnn2": (16, 16, 2000),
@@ -35,7 +36,7 @@ RECURRENT = {  # kind and width
     "lstm3": ("lstm", 64),
 }
 EMBEDDING = 64  # width of every text model's embedding
-CNN_SIDE = 16  # the fewest pixels a side that leave one after two 5×5 convolutions and two 2×2 poolings
+CNN_SIDE = 16  # least side in pixels: two 5×5 convolutions and two 2×2 poolings leave one pixel
 NATIVE_DIM = 500
 TEXT_DIM = 64
 
@@ -64,35 +65,37 @@ TORCHVISION = (
     "wide_resnet101_2", "wide_resnet50_2",
 )
 # fmt: on
-SIZED = ("vit_", "maxvit_")  # families built for one size of image; the others take any from some least one
+SIZED = ("vit_", "maxvit_")  # families built for one image size; the others accept any size from a least one
 
 
 def names() -> tuple[str, ...]:
-    """Every architecture there is."""
+    """Return the names of all architectures."""
     return (*CNN, *MNIST, *MLP, *TEXT, *LSTM, *TORCHVISION)
 
 
 def resolve_name(name: str) -> str:
-    """The known name; case, `-` for `_`, and a `_` too many or too few do not matter where only one fits.
+    """Return the exact name of an architecture.
+
+    Case, `-` for `_`, and additional or missing `_` are accepted if only one name matches.
 
     Raises:
-        ConfigError: there is no such architecture; names the nearest.
+        ConfigError: there is no such architecture; the message has the nearest name.
     """
     word = name.lower().replace("-", "_")
     if word in names():
         return word
-    same = [known for known in names() if known.replace("_", "") == word.replace("_", "")]
-    if len(same) == 1:
-        return same[0]
+    matches = [candidate for candidate in names() if candidate.replace("_", "") == word.replace("_", "")]
+    if len(matches) == 1:
+        return matches[0]
     raise ConfigError(
         f"there is no model '{name}'{nearest(word, names())}",
-        f"use cnn1 to cnn5, mnist1 to mnist5, mlp1 to mlp5, for texts {', '.join((*TEXT, *LSTM))}, "
-        f"or torchvision's {', '.join(TORCHVISION)}",
+        f"use cnn1 to cnn5, mnist1 to mnist5 or mlp1 to mlp5; for texts {', '.join((*TEXT, *LSTM))}; "
+        f"or one of torchvision's {', '.join(TORCHVISION)}",
     )
 
 
 def native_dim(name: str) -> int | None:
-    """Length d the architecture defines (500; MNIST family 50, text 64); None where any length will do."""
+    """Return the architecture's length d (500; MNIST family 50, text 64); None if it accepts any length."""
     name = resolve_name(name)
     if name in TORCHVISION:
         return None
@@ -102,30 +105,32 @@ def native_dim(name: str) -> int | None:
 
 
 def resolve_dim(names: Sequence[str], dim: int) -> int:
-    """The length d of all representations: `dim`, or for 0 what the named architectures agree on, else 500.
+    """Return the length d of all representations.
 
-    A given `dim` is the width of the last layer of every family (CNN and MNIST: in place of fc2's).
+    This is `dim` if it is not 0, else the common length of the named architectures, else 500. `dim` is the
+    width of the last layer in every family (CNN and MNIST: it replaces the width of fc2).
 
     Raises:
-        ConfigError: two of them define different lengths, or a name is unknown.
+        ConfigError: `dim` is 0 and two architectures define different lengths, or a name is unknown.
     """
     natives = {native: name for name in names if (native := native_dim(name)) is not None}
     if dim > 0:
         return dim
     if len(natives) > 1:
-        ends = " and ".join(f"{name} in {native}" for native, name in natives.items())
+        lengths = " and ".join(f"{name} has {native}" for native, name in natives.items())
         raise ConfigError(
-            f"representations must have one length, but {ends}",
-            f"give all of them one length, such as `--model.dim {max(natives)}`, or choose other models",
+            f"model.dim = 0 needs models whose representations have one length, but {lengths}",
+            f"set one length for all with `--model.dim {max(natives)}`, or choose models of one length",
         )
     return next(iter(natives), NATIVE_DIM)
 
 
 def auto_shared(shape: tuple[int, ...], pool: Sequence[str] = (), tokens: bool = False) -> str:
-    """The smallest architecture of the pool's family, if it is one of ours, else of the one that fits.
+    """Return the smallest architecture of the pool's family, or of the family that fits the data.
 
-    `shape` is (channels, height, width) of images, at least 16 pixels a side for the CNN, or (features,):
-    images get cnn5, tokens fasttext, all else mlp5.
+    The family of the data is used if the pool has no single family of this package: cnn5 for images with
+    sides of at least 16 pixels, fasttext for tokens, mlp5 for everything else. `shape` is (channels, height,
+    width) or (features,). For tokens, a pool of LSTMs gets the smallest LSTM.
     """
     if tokens:
         return LSTM[-1] if pool and set(pool) <= set(LSTM) else TEXT[0]
@@ -136,9 +141,9 @@ def auto_shared(shape: tuple[int, ...], pool: Sequence[str] = (), tokens: bool =
 
 
 def auto_pool(shape: tuple[int, ...], tokens: bool = False, shared: str = "") -> tuple[str, ...]:
-    """Return the unlike architectures of the family that fits samples of `shape`.
+    """Return all architectures of the family that fits samples of `shape`.
 
-    For tokens it is the family of the shared extractor: the LSTMs, or fastText, LSTM, GRU and Transformer.
+    For tokens this is the family of the shared extractor: the LSTMs, or fastText, LSTM, GRU and Transformer.
     """
     if tokens:
         return LSTM if shared in LSTM else TEXT

@@ -1,4 +1,4 @@
-"""Builds an architecture by name, and tries it on the meta device before anything is trained."""
+"""Construction of an architecture by name, and its check on the meta device before training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models.names import CNN, LSTM, MLP, MNIST, SIZED, TEXT, TORCHVISION, resolve_name
 
-LARGEST_SIDE = 512  # where the search for a size an architecture takes ends
+LARGEST_SIDE = 512  # limit of the search for a size that an architecture accepts, in pixels
 
 
 class Model(nn.Module):
@@ -29,15 +29,15 @@ class Model(nn.Module):
 
 
 def build_extractor(name: str, shape: tuple[int, ...], dim: int, stem: str, vocabulary: int = 0) -> nn.Module:
-    """The extractor `name`, (B, *shape) → (B, dim), initialised from torch's global generator.
+    """Build the extractor `name`, (B, *shape) → (B, dim), initialised from torch's global generator.
 
     `shape` is (channels, height, width), (features,) or (tokens,); `dim` comes from `resolve_dim`; `stem` is
-    small or imagenet, for torchvision's ResNets only; `vocabulary` is how many tokens there are, 0 where
-    samples are none.
+    small or imagenet, for torchvision's ResNets only; `vocabulary` is the number of different tokens, 0 if
+    the samples are not tokens.
 
     Raises:
-        ConfigError: there is no such name.
-        ValueError, RuntimeError: the architecture cannot take `shape`; `check_model` says it to a user.
+        ConfigError: there is no such architecture.
+        ValueError, RuntimeError: the architecture cannot take `shape`; `check_model` reports it to users.
     """
     assert dim > 0 and stem in {"small", "imagenet"}
     name = resolve_name(name)
@@ -61,46 +61,55 @@ def build_extractor(name: str, shape: tuple[int, ...], dim: int, stem: str, voca
 def build_model(
     name: str, shape: tuple[int, ...], classes: int, dim: int, stem: str, vocabulary: int = 0
 ) -> Model:
-    """The extractor `name` with a linear head; arguments and errors as in `build_extractor`."""
+    """Build the extractor `name` with a linear head; arguments and errors as in `build_extractor`."""
     return Model(build_extractor(name, shape, dim, stem, vocabulary), nn.Linear(dim, classes))
 
 
 def check_model(
     name: str, shape: tuple[int, ...], classes: int, dim: int, stem: str, vocabulary: int = 0
 ) -> None:
-    """Build `name` without memory, on the meta device, and send a training batch of two samples through it.
+    """Check that `name` takes samples of `shape`.
+
+    It is built without memory on the meta device, and a training batch of two samples is passed through it.
 
     Raises:
-        ConfigError: there is no such name, or it cannot take `shape`; names the least square size it takes.
+        ConfigError: there is no such architecture, or it cannot take `shape`; the message has the least
+            square size that it takes.
     """
     name = resolve_name(name)
     for_text = name in TEXT or name in LSTM
     if for_text != bool(vocabulary):
-        takes, given, use = ("texts", "none", "mlp1 to mlp5, or cnn1 to cnn5 for images")
-        if not for_text:
-            takes, given, use = ("numbers", "texts", ", ".join(TEXT))
-        raise ConfigError(f"model {name} takes {takes}, and these samples are {given}", f"use {use}")
+        if for_text:
+            raise ConfigError(
+                f"model {name} takes texts, but the samples are not texts",
+                "use mlp1 to mlp5, or cnn1 to cnn5 for images",
+            )
+        raise ConfigError(
+            f"model {name} takes numbers, but the samples are texts", f"use {' or '.join(TEXT)}"
+        )
     if for_text or _takes(name, shape, classes, dim, stem):
         return
-    given = "x".join(map(str, shape))
+    shape_text = "x".join(map(str, shape))
     if len(shape) != 3:
-        raise ConfigError(f"model {name} takes images, not samples of shape {given}", "use mlp1 to mlp5")
+        raise ConfigError(f"model {name} takes images, not samples of shape {shape_text}", "use mlp1 to mlp5")
     side = _least_side(name, shape, classes, dim, stem)
     if side is None:
         raise ConfigError(
-            f"model {name} takes neither {given} nor {LARGEST_SIDE} pixels", "use another model"
+            f"model {name} cannot take {shape_text}, nor any square images up to {LARGEST_SIDE} pixels",
+            "use another model",
         )
     least = "the next size it takes is" if name.startswith(SIZED) else "needs at least"
     raise ConfigError(
-        f"model {name} cannot take {given}: {least} {shape[0]}x{side}x{side}",
-        f"bring images to that size with `--data.size {side}`, or use another model",
+        f"model {name} cannot take {shape_text}: {least} {shape[0]}x{side}x{side}",
+        f"resize the images with `--data.size {side}`, or use another model",
     )
 
 
 class Weightless(TorchFunctionMode):
-    """Makes what a constructor fills later on the meta device: no memory, no initialisation, no random draw.
+    """Torch mode in which `empty`, `ones` and `zeros` use the meta device.
 
-    `torch.device("meta")` would take the numbers too that a constructor computes with (RegNet's widths).
+    So building a module takes no memory, no initialisation and no random draw. `torch.device("meta")` would
+    also catch the tensors that a constructor computes with (RegNet's widths).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,8 +124,8 @@ def _takes(name: str, shape: tuple[int, ...], classes: int, dim: int, stem: str)
         with Weightless():
             model = build_model(name, shape, classes, dim, stem).to("meta")
         if name not in TORCHVISION:
-            # Our own constructors refuse what they cannot take; a first forward on the meta device imports
-            # sympy and torch._dynamo, a second of every rank's start.
+            # This package's constructors already raise for a shape they cannot take. A first forward pass on
+            # the meta device would import sympy and torch._dynamo: one second at every rank's start.
             return True
         return model(torch.empty(2, *shape, device="meta")).shape == (2, classes)
     except (AssertionError, RuntimeError, ValueError):
@@ -124,10 +133,10 @@ def _takes(name: str, shape: tuple[int, ...], classes: int, dim: int, stem: str)
 
 
 def _least_side(name: str, shape: tuple[int, ...], classes: int, dim: int, stem: str) -> int | None:
-    """The least side of a square image that `name` takes.
+    """Return the least side of a square image that `name` takes, up to `LARGEST_SIDE`, else None.
 
-    Where layers depend on the size, only certain sizes will do (multiples of the patch): the least from
-    `shape` on. The others take every size from the least one, found by bisection.
+    Networks whose layers depend on the size take only some sizes (multiples of the patch): for them it is the
+    least side from `shape` on. The others take every size from the least one, which is found by bisection.
     """
 
     def fits(side: int) -> bool:

@@ -15,8 +15,8 @@ MOMENTUM = 0.1
 class _Normalise(torch.autograd.Function):
     """(x - mean_row - mean_column) / sqrt(var_row + var_column) · weight + bias.
 
-    As one function because this runs on every batch: autograd's own graph of it makes more passes over the
-    data and keeps more of them. Rows are (B, 1), columns (D,).
+    It is one autograd function because it runs on every batch: autograd's own graph would make more passes
+    over the data and keep more temporaries. Rows are (B, 1), columns (D,).
     """
 
     @staticmethod
@@ -31,9 +31,9 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         normal, scale, weight = ctx.saved_tensors
-        work = grad * normal  # the one temporary of full size, used again and again
+        work = grad * normal  # the only temporary of full size, reused below
         grad_weight, grad_bias = work.sum(0), grad.sum(0)
-        torch.mul(grad, weight, out=work).mul_(scale)  # the gradient of what the deviation divides
+        torch.mul(grad, weight, out=work).mul_(scale)  # the gradient of the centred x
         grad_x = work.clone() if ctx.needs_input_grad[0] else None
         means = -work.sum(1, keepdim=True), -work.sum(0)
         work.mul_(normal).mul_(scale).mul_(-0.5)
@@ -41,19 +41,19 @@ class _Normalise(torch.autograd.Function):
 
 
 class SwitchNorm(nn.Module):
-    """Normalises (B, D) by learned mixtures of two statistics: of a sample (layer) and of a feature (batch).
+    """Normalisation of (B, D) by learned mixtures of two statistics: per sample (layer), per feature (batch).
 
     Mean and variance each have their own softmax weights over (layer, batch), both starting at one half;
     then an affine map per feature. Source: Luo et al., Differentiable Learning-to-Normalize via Switchable
-    Normalization, ICLR 2019, section 2, without the instance statistics, which flattened
-    input does not have. Departures: running statistics by torch's convention (momentum 0.1, mean from 0,
-    variance from 1, unbiased) in place of averaging over batches after training; the published code for one
-    dimension keeps 0.997 and starts the variance at 0, which evaluates on nonsense after one epoch.
+    Normalization, ICLR 2019, section 2, without the instance statistics, which flattened input does not
+    have. Departures: running statistics by torch's convention (momentum 0.1, mean from 0, variance from 1,
+    unbiased) instead of averages over batches after training. The published code for one dimension has a
+    decay of 0.997 and starts the variance at 0, so its statistics are still far off after one epoch.
 
     Input and output are (B, D), the output in float32 (float64 for float64 input), B ≥ 2 in training.
 
     Raises:
-        ValueError: one sample in training; it has no batch statistics.
+        ValueError: only one sample in training, which has no batch statistics.
     """
 
     running_mean: torch.Tensor
@@ -71,8 +71,8 @@ class SwitchNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         mean_layer = x.mean(1, keepdim=True)
-        # Two passes, not E[x²] - E[x]²: features far from zero would lose all digits. torch.var_mean is exact
-        # too, but ten times as slow on a CPU.
+        # Two passes, because E[x²] - E[x]² loses all digits of features far from zero. torch.var_mean is
+        # exact too, but takes ten times as long on a CPU.
         var_layer = (x - mean_layer).square_().mean(1, keepdim=True)
         mean_batch, var_batch = self.running_mean, self.running_var
         if self.training:
@@ -91,7 +91,7 @@ class SwitchNorm(nn.Module):
         return normalised
 
     def _batch_statistics(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and biased variance of every feature, (D,) each; moves the running statistics."""
+        """Return mean and biased variance of every feature, (D,) each; update the running statistics."""
         samples = len(x)
         if samples < 2:
             raise ValueError("SwitchNorm needs at least two samples in training")

@@ -1,7 +1,7 @@
-"""Extractors for texts: fastText, LSTM, GRU and a small Transformer, each with an embedding of its own.
+"""Extractors for texts: fastText, LSTM, GRU and a small Transformer, each with its own embedding.
 
-Samples are tokens (B, length), int32, 0 for padding at the end. No paper of the methods gives these widths;
-all embeddings are 64 wide, and every extractor ends in a linear layer and ReLU, as the CNNs do.
+Samples are tokens (B, length), int32, with 0 for padding at the end. No paper of the methods gives these
+widths. All embeddings have width 64, and every extractor ends in a linear layer and ReLU, as the CNNs do.
 """
 
 from __future__ import annotations
@@ -13,39 +13,40 @@ from torch.nn import functional as F
 from pfedmoe_mpi.models.names import EMBEDDING, RECURRENT
 
 HEADS = 4
-DEVIATION = 0.02  # of fresh embeddings; see `TextExtractor`
+DEVIATION = 0.02  # standard deviation of new embeddings; see `TextExtractor`
 
 
 class TextExtractor(nn.Module):
-    """Tokens (B, length) to representations (B, dim), by what stands between embedding and last layer.
+    """Extractor from tokens (B, length) to representations (B, dim): embedding, `encoded`, last layer.
 
-    Embeddings start small and are normalised (LayerNorm) wherever they are read, so that a step of plain SGD
-    turns those of the few words it saw by much: without it they hardly move in the steps a client has.
+    Embeddings start small and are normalised (LayerNorm) wherever they are read, so that one step of plain
+    SGD changes the direction of a few words' embeddings a lot. Otherwise they hardly change in a client's few
+    steps.
 
     Raises:
-        ValueError: samples are no tokens (`vocabulary` 0).
+        ValueError: the samples are not tokens (`vocabulary` 0).
     """
 
     def __init__(self, vocabulary: int, width: int, dim: int) -> None:
         super().__init__()
         if not vocabulary:
-            raise ValueError("this model takes tokens")
+            raise ValueError("this model needs tokens")
         self.embedding = nn.Embedding(vocabulary, EMBEDDING, padding_idx=0)
         nn.init.normal_(self.embedding.weight, std=DEVIATION)
         self.norm = nn.LayerNorm(EMBEDDING)
         self.last = nn.Linear(width, dim)
 
     def words(self, x: Tensor) -> Tensor:
-        """Normalised embeddings (B, length, 64)."""
+        """Return the normalised embeddings (B, length, 64)."""
         normalised: Tensor = self.norm(self.embedding(x))
         return normalised
 
     def embedded(self, x: Tensor) -> Tensor:
-        """The embeddings of a text as one, (B, 64)."""
+        """Return the pooled embeddings of each text (B, 64)."""
         return pooled(self.words(x), x)
 
     def encoded(self, x: Tensor) -> Tensor:
-        """(B, width)."""
+        """Return the input of the last layer (B, width)."""
         return self.embedded(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,23 +54,24 @@ class TextExtractor(nn.Module):
 
 
 def pooled(values: Tensor, x: Tensor, power: float = 0.5) -> Tensor:
-    """Σ values / n^power over the n tokens of x (B, length) that are no padding.
+    """Return Σ values / n^power over the n tokens of x (B, length) that are not padding: (B, width).
 
-    With ½ its size does not depend on the length of a text where words have little in common, and its
-    gradient does not vanish with it as a mean's does; a mean, with 1, is for values that share much.
+    With power ½ the result's size does not depend on the length of a text if its words are nearly
+    independent, and the gradient does not vanish with the length as a mean's does. Power 1, the mean, is for
+    correlated values.
 
     Args:
         values: (B, length, width).
     """
-    held = (x != 0).unsqueeze(2)
-    return (values * held).sum(1) / held.sum(1).clamp_min(1) ** power
+    is_token = (x != 0).unsqueeze(2)
+    return (values * is_token).sum(1) / is_token.sum(1).clamp_min(1) ** power
 
 
 class FastText(TextExtractor):
-    """The embeddings of a text as one, and no more.
+    """Extractor that only pools the embeddings of a text.
 
     Source: Joulin, Grave, Bojanowski, Mikolov: "Bag of Tricks for Efficient Text Classification", EACL 2017.
-    Departure: words only, no n-grams; a hidden layer, for a representation of the common length.
+    Departures: words only, no n-grams; a hidden layer, so that the representation has the common length.
     """
 
     def __init__(self, vocabulary: int, dim: int) -> None:
@@ -77,7 +79,7 @@ class FastText(TextExtractor):
 
 
 class Recurrent(TextExtractor):
-    """One layer of LSTM or GRU; its outputs as one and its last output, side by side."""
+    """Extractor with one layer of LSTM or GRU; its pooled outputs and its last output are concatenated."""
 
     def __init__(self, name: str, vocabulary: int, dim: int) -> None:
         kind, width = RECURRENT[name]
@@ -94,7 +96,7 @@ class Recurrent(TextExtractor):
 
 
 class Transformer(TextExtractor):
-    """One block of self-attention and its two-layer perceptron, normalised before each; the mean output.
+    """Extractor with one block of self-attention and a two-layer perceptron, pre-normalised; mean output.
 
     Source: Vaswani et al., NeurIPS 2017, encoder; positions are learned, and there is no dropout.
     """
@@ -115,20 +117,20 @@ class Transformer(TextExtractor):
         return pooled(h, x, power=1.0)
 
     def _attention(self, h: Tensor, x: Tensor) -> Tensor:
-        """Every token's mixture of the others (B, length, 64); nobody looks at padding."""
+        """Return every token's mixture of all tokens (B, length, 64), without attention to padding."""
         batch, length = x.shape
         by_head = self.query_key_value(h).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        looked_at = x != 0
-        looked_at[:, 0] = True  # a text without words has something to look at
+        attended_to = x != 0
+        attended_to[:, 0] = True  # a text without words needs at least one token for the softmax
         query, key, value = by_head.unbind(0)
-        mask = looked_at[:, None, None, :]
+        mask = attended_to[:, None, None, :]
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended: Tensor = self.joined(mixed.transpose(1, 2).reshape(batch, length, -1))
         return attended
 
 
 def build_text(name: str, length: int, dim: int, vocabulary: int) -> TextExtractor:
-    """The extractor `name`, (B, length) tokens below `vocabulary` → (B, dim)."""
+    """Build the extractor `name`: tokens (B, length) below `vocabulary` → (B, dim)."""
     if name == "fasttext":
         return FastText(vocabulary, dim)
     if name == "transformer":

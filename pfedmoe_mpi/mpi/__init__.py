@@ -1,1 +1,1 @@
-"""The only package that imports mpi4py: communicator, session, device."""
+"""The only package that imports mpi4py: communicator, session and device."""

@@ -1,7 +1,7 @@
-"""The only file that imports mpi4py: start, abort, wait, sum, agree, move. It knows nothing of learning.
+"""The only module that imports mpi4py: start, wait, exchange, stop and abort. It knows nothing of learning.
 
-Nobody waits inside MPI: a rank blocked there spins, runs no signal handler and cannot time out. Whoever is
-done posts a non-blocking operation and tests it, sleeping in between, looking for a stop and a time-out.
+No rank blocks inside MPI: a blocked rank spins, runs no signal handler and cannot time out. Each rank posts a
+non-blocking operation and tests it, sleeping in between, and checks for a stop and a time-out.
 """
 
 from __future__ import annotations
@@ -26,38 +26,43 @@ from pfedmoe_mpi.errors import EXIT_FAULT, LaunchError, MessageError, StoppedErr
 T = TypeVar("T")
 
 _STOP, _ARRIVED, _MOVE, _FAULT = 1, 2, 3, 4  # message tags
-_WALL_TIME = 0  # in place of a signal's number
-_SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0002, 0.01
+_WALL_TIME = 0  # sent instead of a signal's number
+_SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0002, 0.01  # seconds
 
 
 class Comm:
-    """A communicator with polite waiting. Every method but `poll`, `abort` and `send` is collective."""
+    """A communicator whose ranks sleep while they wait.
+
+    Every rank must call the collective methods: `wait`, `sum`, `broadcast`, `gather`, `from_root`, `agree`,
+    `attempt`, `move`, `local`, `split` and `finish`. The others are not collective.
+    """
 
     def __init__(self, comm: Any) -> None:
         self._comm = comm
         self._control = comm.Dup()
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
-        self.timeout = 600.0
-        self.grace = 10.0  # how much later than rank 0, which knows who is missing, each next rank speaks up
+        self.timeout = 600.0  # seconds to wait for the other ranks
+        # Rank 0 knows which ranks are missing, so it reports first; rank n waits min(n, 6) · grace longer.
+        self.grace = 10.0
         self.chunk = 1 << 26  # 8-byte numbers per operation: 512 MiB, below MPI's 2 GiB limit
-        self.stop_at = math.inf  # as time.time(): when to stop by itself, which one rank is enough to know
-        self.signal_received = 0
-        self.stopped_by = ""  # for people
+        self.stop_at = math.inf  # wall-time limit, as time.time(); one rank that has it stops all
+        self.signal_received = 0  # the last signal's number
+        self.stopped_by = ""  # cause of the stop, in words
         self._stopping = False
         self._sent: list[Any] = []
 
     # Stops
 
     def catch_signals(self) -> None:
-        """SIGUSR1, SIGTERM and Ctrl-C ask for a stop; a second Ctrl-C ends the job.
+        """Request a stop on SIGUSR1, SIGTERM and Ctrl-C; end the job on a second Ctrl-C.
 
-        Those that came while they were held back are met now.
+        Signals that arrived while they were blocked are handled now.
         """
 
         def handler(number: int, frame: FrameType | None) -> None:
             if self.signal_received == signal.SIGINT == number:
-                self.abort("interrupted twice")
+                self.abort("second Ctrl-C: the job ends at once, without another checkpoint")
             self.signal_received = number
 
         for number in SIGNALS:
@@ -65,29 +70,29 @@ class Comm:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop, as far as this one has heard; passes its own request on."""
+        """Return whether this rank has a request to stop, or has received one; send its own to the others."""
         if self._stopping:
             return True
         if self.signal_received or time.time() >= self.stop_at:
-            self._stop(self.signal_received or _WALL_TIME, self.rank)
-            self._tell_others(_STOP, self.signal_received or _WALL_TIME)
+            self._record_stop(self.signal_received or _WALL_TIME, self.rank)
+            self._send_others(_STOP, self.signal_received or _WALL_TIME)
         elif self.size > 1:
-            message = self._message(_STOP)
+            message = self._receive(_STOP)
             if message:
-                self._stop(*message)
+                self._record_stop(*message)
         return self._stopping
 
-    def _stop(self, cause: int, rank: int) -> None:
+    def _record_stop(self, cause: int, rank: int) -> None:
         self._stopping = True
         self.stopped_by = f"{signal.Signals(cause).name} to rank {rank}" if cause else "the wall-time limit"
 
-    def _tell_others(self, tag: int, number: int) -> None:
+    def _send_others(self, tag: int, number: int) -> None:
         token = np.array([number], np.int64)
         others = (rank for rank in range(self.size) if rank != self.rank)
         self._sent += [(self._control.Isend(token, other, tag), token) for other in others]
 
-    def _message(self, tag: int) -> tuple[int, int] | None:
-        """(number, rank) of a message that has come, if any."""
+    def _receive(self, tag: int) -> tuple[int, int] | None:
+        """Return (number, source rank) of a message that has arrived, or None; does not wait."""
         from mpi4py import MPI
 
         status, token = MPI.Status(), np.empty(1, np.int64)
@@ -97,14 +102,14 @@ class Comm:
         return int(token[0]), status.source
 
     def poll(self) -> None:
-        """Raise StoppedError if a stop was asked for on any rank. Called between batches."""
+        """Raise StoppedError if a stop was requested on any rank. Called between batches."""
         if self.stop_requested():
             raise StoppedError
 
     # Waiting
 
     def wait(self, purpose: str) -> float:
-        """A barrier; the seconds waited. After the time-out the job ends, naming who is missing."""
+        """Wait until every rank is here; return the seconds waited. End the job after the time-out."""
         started = time.perf_counter()
         if self.size == 1:
             return 0.0
@@ -114,36 +119,43 @@ class Comm:
         arrived = {0}
         self._complete(self._control.Ibarrier(), purpose, arrived)
         while self.rank == 0 and len(arrived) < self.size:
-            self._note_arrivals(arrived)
+            self._record_arrivals(arrived)
         self._sent = [(request, buffer) for request, buffer in self._sent if not request.Test()]
         return time.perf_counter() - started
 
     def _complete(self, request: Any, purpose: str, arrived: set[int] | None = None) -> None:
-        """Test until done, sleeping a twentieth of the time waited so far."""
+        """Test the request until it is complete, sleeping a twentieth of the time waited so far."""
         started = time.monotonic()
         deadline = started + self.timeout
         while not request.Test():
             self.stop_requested()
             if arrived is not None and self.rank == 0:
-                self._note_arrivals(arrived)
+                self._record_arrivals(arrived)
             if time.monotonic() > deadline + self.grace * min(self.rank, 6):
-                self._timed_out(purpose, arrived)
+                self._abort_timed_out(purpose, arrived)
             longest = _SHORTEST_SLEEP if arrived is None else _LONGEST_SLEEP
             time.sleep(min(max((time.monotonic() - started) / 20, _SHORTEST_SLEEP), longest))
 
-    def _timed_out(self, purpose: str, arrived: set[int] | None) -> NoReturn:
-        """End the job: a barrier lacks somebody, or an exchange that all had entered did not end."""
+    def _abort_timed_out(self, purpose: str, arrived: set[int] | None) -> NoReturn:
+        """End the job: ranks are missing at a barrier, or an exchange that all had entered did not end."""
+        longer = f"--run.timeout {2 * self.timeout:g}"
         if arrived is None:
-            self.abort(f"the exchange '{purpose}' did not end within {self.timeout:g} s")
+            self.abort(
+                f"all ranks reached '{purpose}', but the exchange did not end within {self.timeout:g} s "
+                "(run.timeout): a rank or the network failed",
+                "check the hosts and the network, then resume with: restart RUN; "
+                f"if the network is only slow, add {longer}",
+            )
         missing = sorted(set(range(self.size)) - arrived) if self.rank == 0 else [0]
-        named = ", ".join(map(str, missing))
+        ranks = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
         self.abort(
-            f"no sign for {self.timeout:g} s at '{purpose}' of rank {named}; "
-            "if a client's step may take longer, raise --run.timeout"
+            f"{ranks} did not reach '{purpose}' within {self.timeout:g} s (run.timeout)",
+            f"look for an earlier error of {ranks} and check the hosts, then resume with: restart RUN; "
+            f"if a client's step takes that long, add {longer}",
         )
 
-    def _note_arrivals(self, arrived: set[int]) -> None:
-        """One message of each rank; a quick one may already have sent its next."""
+    def _record_arrivals(self, arrived: set[int]) -> None:
+        """Receive one message of each rank; a quick rank may already have sent its next one."""
         for source in range(1, self.size):
             if source not in arrived and self._control.Iprobe(source, _ARRIVED):
                 self._control.Recv(np.empty(1, np.int64), source, _ARRIVED)
@@ -152,7 +164,7 @@ class Comm:
     # Exchange
 
     def sum(self, buffer: np.ndarray, purpose: str) -> float:
-        """Add an int64 buffer (n,) up over all ranks, in place; the seconds waited for the others."""
+        """Sum an int64 buffer (n,) over all ranks, in place; return the seconds waited for the others."""
         from mpi4py import MPI
 
         assert buffer.dtype == np.int64 and buffer.flags.c_contiguous
@@ -164,33 +176,36 @@ class Comm:
         return waited
 
     def broadcast(self, array: np.ndarray, purpose: str) -> None:
-        """Rank 0's numbers to all, in place."""
+        """Copy rank 0's array to all ranks, in place."""
         self.wait(purpose)
         if self.size > 1:
             for piece in self._pieces(array):
                 self._complete(self._control.Ibcast(piece, 0), purpose)
 
     def gather(self, value: T, purpose: str) -> list[T]:
-        """A small Python object of every rank, on all ranks in rank order."""
+        """Return a small Python object of every rank, in rank order, on all ranks."""
         from mpi4py import MPI
 
         self.wait(purpose)
         if self.size == 1:
             return [value]
-        own = np.frombuffer(MPI.pickle.dumps(value), np.uint8)
+        pickled = np.frombuffer(MPI.pickle.dumps(value), np.uint8)
         lengths = np.empty(self.size, np.int64)
-        self._complete(self._control.Iallgather(np.array([len(own)], np.int64), lengths), purpose)
-        everyone = np.empty(int(lengths.sum()), np.uint8)
+        self._complete(self._control.Iallgather(np.array([len(pickled)], np.int64), lengths), purpose)
+        joined = np.empty(int(lengths.sum()), np.uint8)
         counts = [int(length) for length in lengths]
-        self._complete(self._control.Iallgatherv(own, [everyone, counts]), purpose)
-        pieces = np.split(everyone, np.cumsum(lengths)[:-1])
+        self._complete(self._control.Iallgatherv(pickled, [joined, counts]), purpose)
+        pieces = np.split(joined, np.cumsum(lengths)[:-1])
         return [MPI.pickle.loads(piece.tobytes()) for piece in pieces]
 
     def from_root(self, work: Callable[[], T], purpose: str, send: Callable[[T], T] | None = None) -> T:
-        """Return rank 0's result on all ranks; its UserError is raised on all of them.
+        """Return rank 0's result of `work` on all ranks.
 
         Args:
-            send: what the other ranks get of the result, a small object; default: the result itself.
+            send: maps the result to a small object that the other ranks receive; default: the result itself.
+
+        Raises:
+            UserError: on all ranks, if `work` raised it on rank 0.
         """
         results: list[T] = []
 
@@ -202,7 +217,11 @@ class Comm:
         return results[0] if results else received  # type: ignore[return-value]
 
     def agree(self, work: Callable[[], T] | None, purpose: str) -> list[T | None]:
-        """Everyone's result on all ranks; if any rank met a UserError, all raise the first one."""
+        """Return every rank's result of `work`, in rank order, on all ranks; None where a rank has no work.
+
+        Raises:
+            UserError: on all ranks, if `work` raised it on any: the error of the lowest such rank.
+        """
         result: T | UserError | None
         try:
             result = work() if work else None
@@ -215,7 +234,11 @@ class Comm:
         return results  # type: ignore[return-value]
 
     def attempt(self, work: Callable[[], T], purpose: str) -> T:
-        """Return this rank's result of `work`, which is not sent; raise the first rank's UserError on all."""
+        """Return this rank's own result of `work`, which is not sent.
+
+        Raises:
+            UserError: on all ranks, if `work` raised it on any: the error of the lowest such rank.
+        """
         results: list[T] = []
 
         def keep() -> None:
@@ -225,9 +248,10 @@ class Comm:
         return results[0]
 
     def move(self, transfers: list[tuple[int, int, np.ndarray]], purpose: str) -> None:
-        """Send arrays (source, destination, array): filled in at the destination, read at the source.
+        """Send arrays between ranks: (source, destination, array).
 
-        All ranks pass the same list in the same order; arrays of ranks not concerned may be empty.
+        The array is read at the source and filled at the destination.
+        All ranks pass the same list in the same order; on any other rank the array may be empty.
         """
         self.wait(purpose)
         requests = []
@@ -240,13 +264,13 @@ class Comm:
             self._complete(request, purpose)
 
     def _pieces(self, array: np.ndarray) -> list[np.ndarray]:
-        """The bytes of an array, in stretches below MPI's limit."""
-        assert array.flags.c_contiguous, "a copy would be filled in instead of the array"
+        """Split an array's bytes into views below MPI's limit."""
+        assert array.flags.c_contiguous, "MPI would fill a copy instead of the array"
         flat, step = array.reshape(-1).view(np.uint8), 8 * self.chunk
         return [flat[start : start + step] for start in range(0, len(flat), step)]
 
     def local(self) -> tuple[int, int]:
-        """(rank on this host, ranks on this host), by a shared-memory split."""
+        """Return (rank on this host, number of ranks on this host), from a shared-memory split."""
         from mpi4py import MPI
 
         host = self._control.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
@@ -255,7 +279,7 @@ class Comm:
         return local
 
     def split(self, color: int) -> Comm | None:
-        """A communicator of the ranks with equal color; None for a negative one."""
+        """Return a communicator of the ranks with the same color; None for a negative color."""
         from mpi4py import MPI
 
         part = self._comm.Split(color if color >= 0 else MPI.UNDEFINED, self.rank)
@@ -275,55 +299,62 @@ class Comm:
                 error.add_note(f"rank {self.rank}, {place}")
             raise
 
-    def abort(self, reason: str) -> NoReturn:
-        """End the whole job at once with exit code 1."""
-        self._last_words(reason)
-        time.sleep(0.5)  # MPICH's launcher drops what it has not passed on when the job ends
+    def abort(self, reason: str, remedy: str = "") -> NoReturn:
+        """Print the reason and end the whole job at once with exit code 1."""
+        self._print_reason(MessageError(reason, remedy))
+        time.sleep(0.5)  # MPICH's launcher drops output that it has not yet forwarded when the job ends
         self._comm.Abort(EXIT_FAULT)
-        os._exit(EXIT_FAULT)  # an MPI whose Abort returns
+        os._exit(EXIT_FAULT)  # in case this MPI's Abort returns
 
-    def _last_words(self, reason: str) -> None:
-        with suppress(OSError, ValueError):  # nobody may read what is printed; the job must end all the same
+    def _print_reason(self, reason: MessageError) -> None:
+        with suppress(OSError, ValueError):  # the output may be closed; the job must end all the same
             sys.stdout.flush()
         with suppress(OSError, ValueError):
             print(f"rank {self.rank}: {reason}", file=sys.stderr, flush=True)
 
     def fault(self, error: BaseException) -> NoReturn:
-        """End the whole job with this rank's traceback, or silently if another rank is about to."""
-        if not self._faulted_elsewhere():
+        """End the whole job with this rank's traceback, unless another rank prints its own."""
+        if not self._fails_elsewhere():
             self.abort("".join(traceback.format_exception(error)))
-        time.sleep(2.0)  # the other one ends the job
-        self.abort("ends too")
+        time.sleep(2.0)  # by then the other rank has ended the job
+        self.abort(f"{type(error).__name__}, after another rank had failed; see that rank's traceback")
 
-    def _faulted_elsewhere(self) -> bool:
-        """Whether a rank fails at the same time, and speaks: the first, or the lowest of several."""
+    def _fails_elsewhere(self) -> bool:
+        """Return whether another rank reports a failure: the first to fail, or the lowest of several."""
         if self.size == 1:
             return False
-        if self._message(_FAULT):
+        if self._receive(_FAULT):
             return True
-        self._tell_others(_FAULT, self.rank)
+        self._send_others(_FAULT, self.rank)
         deadline = time.monotonic() + 0.2
         while time.monotonic() < deadline:
             time.sleep(0.01)
-            message = self._message(_FAULT)
+            message = self._receive(_FAULT)
             if message and message[1] < self.rank:
                 return True
         return False
 
     def finish(self) -> None:
-        """Leave together, so that no launcher kills the others at the first exit code; drop unread stops."""
+        """Wait for all ranks at the end and drop unread stop messages.
+
+        Without the wait a launcher may kill the other ranks at the first exit code.
+        """
         self.wait("end")
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # the exit code is settled
+            signal.signal(number, signal.SIG_IGN)  # the exit code is already decided
         while self.size > 1 and self._control.Iprobe(tag=_STOP):
             self._control.Recv(np.empty(1, np.int64), tag=_STOP)
 
 
 def start(allow_singleton: bool = False) -> Comm:
-    """Start MPI and take the world.
+    """Start MPI and return the world communicator.
+
+    Args:
+        allow_singleton: accept a single rank where the launcher started several.
 
     Raises:
-        LaunchError: no MPI library, or a launcher of another MPI family started ranks unknown to each other.
+        LaunchError: there is no MPI library, or the launcher belongs to another MPI, so that ranks do not see
+            each other.
     """
     import mpi4py
 
@@ -333,27 +364,29 @@ def start(allow_singleton: bool = False) -> Comm:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
-            f"mpi4py finds no MPI library ({str(error).splitlines()[0]})",
-            "load the cluster's MPI module, or install a runtime: pip install 'pfedmoe_mpi[mpich]'",
+            f"mpi4py cannot load an MPI library: {str(error).splitlines()[0]}",
+            "on a cluster, load its MPI module in the job script (module load mpich); "
+            "elsewhere: pip install 'pfedmoe_mpi[mpich]'",
         ) from error
     if not MPI.Is_initialized():
-        with warnings.catch_warnings():  # mpi4py suspects a mismatched launcher too, on every rank
+        with warnings.catch_warnings():  # mpi4py warns of a mismatched launcher too, on every rank
             warnings.simplefilter("ignore", RuntimeWarning)
             MPI.Init_thread(MPI.THREAD_FUNNELED)
     world = Comm(MPI.COMM_WORLD)
-    expected = launched_size(os.environ)
-    if world.size == 1 and expected > 1 and not allow_singleton:
+    launched = launched_size(os.environ)
+    if world.size == 1 and launched > 1 and not allow_singleton:
+        plugin = "pmix" if "Open MPI" in library() else "pmi2"
         raise LaunchError(
-            f"the launcher started {expected} ranks, but each believes it is alone: it belongs to another "
-            f"MPI than {library()}",
-            "use the mpirun of the same MPI, or srun --mpi=pmi2 (MPICH) or pmix (Open MPI); "
-            "--run.singleton true if one rank is meant",
+            f"the launcher started {launched} ranks, but each believes it is alone: mpi4py uses {library()}, "
+            "and the launcher belongs to another MPI",
+            f"start with the mpirun of that MPI or `srun --mpi={plugin}`; "
+            "to run a single rank, add --run.singleton true",
         )
     return world
 
 
 def library() -> str:
-    """The MPI library's first line."""
+    """Return the name and version of the MPI library."""
     from mpi4py import MPI
 
     return MPI.Get_library_version().splitlines()[0].strip(" \0")

@@ -1,4 +1,4 @@
-"""Which GPU or how many threads this rank gets, and the settings on which bits depend."""
+"""The GPU or the CPU threads of this rank, and the torch settings on which the bits of a result depend."""
 
 from __future__ import annotations
 
@@ -19,31 +19,36 @@ if TYPE_CHECKING:
 
 
 def threads(comm: Comm, setting: int | str) -> int:
-    """One number for the whole job; `auto` is the smallest cores ÷ ranks over all hosts.
+    """Return the threads per rank, the same for the whole job; collective if `setting` is `auto`.
 
-    An OMP_NUM_THREADS in the environment is what `auto` takes instead.
+    `auto` is the smallest cores ÷ ranks over all hosts, or OMP_NUM_THREADS where the environment sets it.
     """
     if isinstance(setting, int):
         return setting
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    own = int(given) if given.isdigit() and int(given) > 0 else max(1, CORES // comm.local()[1])
-    return min(comm.gather(own, "threads"))
+    from_environment = os.environ.get("OMP_NUM_THREADS", "")
+    if from_environment.isdigit() and int(from_environment) > 0:
+        here = int(from_environment)
+    else:
+        here = max(1, CORES // comm.local()[1])
+    return min(comm.gather(here, "threads"))
 
 
 @dataclass(frozen=True)
 class Device:
-    """This rank's device, and the conditions under which bits repeat."""
+    """This rank's device; results repeat bit for bit on equal models."""
 
     device: torch.device
     model: str  # processor or GPU
-    line: str  # for people
+    line: str  # description for the log
 
 
 def choose(comm: Comm, train: Train) -> Device:
-    """Take the GPU local rank mod visible GPUs, or the CPU, and fix every setting on which bits depend.
+    """Choose GPU number (local rank mod visible GPUs), or the CPU; fix every setting on which bits depend.
+
+    Collective. Rank 0 prints a note if the ranks have different devices.
 
     Raises:
-        ConfigError: train.device cuda where no GPU is visible, or ranks on unlike devices.
+        ConfigError: on all ranks, if train.device = cuda and some rank sees no GPU.
     """
     import torch
 
@@ -53,29 +58,35 @@ def choose(comm: Comm, train: Train) -> Device:
     visible = torch.cuda.device_count() if train.device != "cpu" and torch.cuda.is_available() else 0
     host = platform.node()
     if train.device == "cuda" and not visible:
-        found = None
+        chosen = None
     elif visible:
         index = local_rank % visible
         model = torch.cuda.get_device_name(index)
-        found = Device(torch.device("cuda", index), model, f"{host} GPU {index} of {visible} ({model})")
+        chosen = Device(torch.device("cuda", index), model, f"{host} GPU {index} of {visible} ({model})")
     else:
         model = processor()
         shared = f"{CORES} cores for {local_size} ranks, {train.threads} thread(s)"
-        found = Device(torch.device("cpu"), model, f"{host} {shared}")
-    models = comm.gather(found.model if found else "no GPU", "devices")
+        chosen = Device(torch.device("cpu"), model, f"{host} {shared}")
+    models = comm.gather(chosen.model if chosen else "no GPU", "devices")
     if "no GPU" in models:
         rank = models.index("no GPU")
-        raise ConfigError(f"rank {rank} sees no GPU", "--train.device cpu, or ask the job for GPUs")
+        raise ConfigError(
+            f"train.device = cuda, but rank {rank} sees no GPU",
+            "use --train.device cpu, or request GPUs for the job (Slurm: --gpus-per-node)",
+        )
     if len(set(models)) > 1 and comm.rank == 0:
         listed = "; ".join(f"rank {models.index(m)}: {m}" for m in dict.fromkeys(models))
-        print(f"note: unlike devices, so bits differ from a run on equal ones: {listed}", file=sys.stderr)
-    assert found
-    _repeatable(found.device)
-    return found
+        print(
+            f"note: the ranks' devices differ, so bits differ from a run on equal devices: {listed}",
+            file=sys.stderr,
+        )
+    assert chosen
+    _make_repeatable(chosen.device)
+    return chosen
 
 
-def _repeatable(device: torch.device) -> None:
-    """fp32 means no TF32; deterministic algorithms, no autotuning."""
+def _make_repeatable(device: torch.device) -> None:
+    """Set torch to fp32 without TF32, to deterministic algorithms and no autotuning."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -88,7 +99,7 @@ def _repeatable(device: torch.device) -> None:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:
@@ -100,6 +111,6 @@ def processor() -> str:
 
 
 def rss_mb() -> float:
-    """This process's largest resident memory so far, MiB."""
+    """Return this process's largest resident memory so far, in MiB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,4 +1,4 @@
-"""A command's way under MPI: start, work, leave together with one exit code."""
+"""A command under MPI: start together, do the work, end together with one exit code."""
 
 from __future__ import annotations
 
@@ -24,39 +24,48 @@ from pfedmoe_mpi.environment import SIGNALS, code_version, launched_rank, launch
 from pfedmoe_mpi.log import LOGGER
 
 
-def under_mpi(work: Callable[[Comm, str], int], singleton: bool = False, met: UserError | None = None) -> int:
-    """Start MPI, do `work(world, code version)`, leave together.
+def under_mpi(
+    work: Callable[[Comm, str], int], singleton: bool = False, earlier: UserError | None = None
+) -> int:
+    """Start MPI, do `work(world, code version)` and end together; return the exit code.
 
-    A UserError or RunError is met by all ranks and told by one; anything else ends the whole job at once with
-    this rank's traceback. `met` is what this rank met before: then no rank works.
+    All ranks raise a UserError or RunError together, and rank 0 prints it. Any other exception ends the whole
+    job at once with this rank's traceback.
+
+    Args:
+        work: returns the exit code.
+        singleton: accept a single rank where the launcher started several.
+        earlier: this rank's error from before MPI was started; if any rank has one, no rank does the work.
     """
     from pfedmoe_mpi.mpi import comm
 
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `catch_signals`
-    code = code_version() if launched_rank() == 0 and not met else ""
+    code = code_version() if launched_rank() == 0 and not earlier else ""
     world = comm.start(singleton)
     world.catch_signals()
     try:
-        world.agree(lambda: _raise(met), "arguments")
+        world.agree(lambda: _raise(earlier), "arguments")
         result = work(world, code)
     except (UserError, RunError) as error:
         if world.rank == 0:
             LOGGER.error(str(error))
             print_error(error)
         result = EXIT_USER if isinstance(error, UserError) else EXIT_FAULT
-    except StoppedError:  # met by all ranks, where there is nothing to save
+    except StoppedError:  # raised on all ranks, where there is nothing to save
         if world.rank == 0:
-            print("stopped", file=sys.stderr, flush=True)
+            cause = world.stopped_by or "a signal to another rank"
+            text = f"stopped by {cause} with nothing to save; run the command again"
+            print(text, file=sys.stderr, flush=True)
         result = EXIT_FAULT
     except BaseException as error:
-        LOGGER.exception("the job ends")
+        LOGGER.exception("unexpected error, the job ends")
         world.fault(error)
     world.finish()
     return result
 
 
 def print_error(error: MessageError) -> None:
-    """Once, also where every rank believes it is alone."""
+    """Print an error on the launcher's first rank only, even if every rank believes it is alone."""
     if launched_rank() == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
 
@@ -67,14 +76,14 @@ def _raise(error: UserError | None) -> None:
 
 
 def refuse(error: UserError) -> int:
-    """End a command whose arguments are wrong, before MPI is started; return the exit code.
+    """Print an error that was found before MPI was started; return the exit code.
 
-    Ranks meet first: Open MPI's launcher ends all at the first non-zero exit, maybe before rank 0 has spoken,
-    and a file may be missing on one host only.
+    The ranks start MPI first and end together: Open MPI's launcher ends all of them at the first non-zero
+    exit, which may come before rank 0 has printed, and a file may be missing on one host only.
     """
     if launched_size(os.environ) > 1:
         try:
-            return under_mpi(lambda world, code: EXIT_USER, singleton=True, met=error)
+            return under_mpi(lambda world, code: EXIT_USER, singleton=True, earlier=error)
         except LaunchError:  # no MPI at all
             pass
     print_error(error)

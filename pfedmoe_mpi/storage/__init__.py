@@ -1,1 +1,1 @@
-"""Durable writes, locks, and HDF5 files from untrusted hands."""
+"""Durable writes, locks, and checks for untrusted HDF5 files."""

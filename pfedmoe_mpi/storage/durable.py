@@ -1,4 +1,4 @@
-"""Files that are complete and on disk under their name, or absent."""
+"""Files that are either complete and on disk under their name, or absent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, durable."""
+    """Make the bytes of a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -18,7 +18,7 @@ def sync(path: Path) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a complete file its name, replacing what has it, and make both durable."""
+    """Rename a complete file to `path`, replacing any file there; make its bytes and its name durable."""
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
@@ -26,10 +26,10 @@ def publish(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def new_file(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary path to write; at the end it becomes `path`, or is removed after an exception.
+    """Yield a temporary path to write to; rename it to `path` at the end, remove it after an exception.
 
     Raises:
-        FileExistsError: `path` exists by then, and `replace` is false.
+        FileExistsError: `path` exists at the end, and `replace` is false.
         OSError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -48,7 +48,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a text file (UTF-8) in one step.
 
     Raises:
-        OSError: it cannot be written; the earlier file is untouched.
+        OSError: the file cannot be written; an earlier file is unchanged.
     """
     with new_file(path, replace=True) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What `check` asks of the HDF5 library: its version, and whether files and locks work in a folder."""
+"""Tests of the HDF5 library for `check`: its version, and whether files and locks work in a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def version_text() -> str:
 
 
 def write_numbers(path: Path) -> None:
-    """Write a small file with the locking that this program asks for.
+    """Write a small file with the locking that this program uses.
 
     Raises:
         OSError, RuntimeError: from the library.
@@ -27,7 +27,7 @@ def write_numbers(path: Path) -> None:
 
 
 def read_numbers(path: Path) -> None:
-    """Read what `write_numbers` wrote.
+    """Read and check the file of `write_numbers`.
 
     Raises:
         ValueError: the file holds other numbers.
@@ -35,11 +35,11 @@ def read_numbers(path: Path) -> None:
     """
     with h5py.File(path, "r", locking="best-effort") as file:
         if int(file["x"][()].sum()) != _NUMBERS * (_NUMBERS - 1) // 2:
-            raise ValueError("reads other numbers than were written")
+            raise ValueError("the numbers read differ from the numbers written")
 
 
 def locks_work(path: Path) -> bool:
-    """Return whether the library can lock a file that exists."""
+    """Return whether the library can lock an existing file."""
     try:
         with h5py.File(path, "r", locking=True):
             return True

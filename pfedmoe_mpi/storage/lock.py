@@ -1,4 +1,4 @@
-"""A lock on a file that ends with the process that holds it, however that ends, over file servers too."""
+"""A file lock that ends with its process, however that ends; works on network file systems too."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class Lock:
-    """Held from its construction until `release` or the end of the process."""
+    """A lock that is held from construction until `release` or the end of the process."""
 
     def __init__(self, path: Path, patience: float) -> None:
-        """Take it, waiting `patience` seconds for a holder that is about to disappear.
+        """Take the lock; wait up to `patience` seconds for a process that is about to release it.
 
         Raises:
-            BlockingIOError: another process holds it.
+            BlockingIOError: another process still holds the lock.
             OSError: the file cannot be opened for writing.
         """
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         deadline = time.monotonic() + patience
-        while not self._taken():
+        while not self._try_lock():
             if time.monotonic() > deadline:
                 self.release()
                 raise BlockingIOError(errno.EWOULDBLOCK, "held by another process", str(path))
             time.sleep(0.2)
 
     def release(self) -> None:
-        """Give it up; the file stays."""
+        """Release the lock; the file stays."""
         os.close(self._file)
 
-    def _taken(self) -> bool:
+    def _try_lock(self) -> bool:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in UNSUPPORTED:
-                print("note: this file system has no locks; start one run per folder", file=sys.stderr)
+                print("note: this file system has no locks; start only one run per folder", file=sys.stderr)
                 return True
             return False
         return True

@@ -1,7 +1,7 @@
-"""HDF5 files that anyone may have written: what may be touched of them, found out before anything is read.
+"""Checks of untrusted HDF5 files: which datasets and attributes are safe to use, before they are read.
 
-A link can lead out of the file or in a circle, a dataset can lie in other files or be put together from them,
-and a few bytes can claim terabytes. Only datasets that lie in the file itself, behind hard links, are used.
+A link can lead out of the file or in a circle. A dataset can lie in other files or be composed of them. A few
+bytes can claim terabytes. Only datasets that are stored in the file itself, behind hard links, are used.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ import h5py
 
 FROM_HDF5 = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, UnicodeError)
 _HEAP, _OBJECT = struct.Struct("<Q"), struct.Struct("<H6xQ")  # length; number and length
-_SEARCHED = 2 << 30  # bytes of a file looked through for heaps
-_LONE = re.compile(r"\\u[dD][89a-fA-F]")
+_SEARCH_LIMIT = 2 << 30  # bytes of a file that are searched for heaps
+_LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class UnfitError(ValueError):
-    """What is wrong with an object of a file, in words that follow the file's name."""
+    """An unusable object in a file; the message is worded to follow the file's name."""
 
 
 def find(file: Any, key: str) -> Any:
-    """The dataset at a path of hard links, lying in this file; None if there is none.
+    """Return the dataset at `key`, stored in this file behind hard links; None if it is absent.
 
     Raises:
-        UnfitError: a link or a dataset that leads elsewhere, or something that is no dataset.
+        UnfitError: a soft or external link, a virtual or external dataset, an object that is not a dataset,
+            or a dataset without values.
     """
     group = file
     *parents, last = key.split("/")
@@ -40,36 +41,37 @@ def find(file: Any, key: str) -> Any:
         if not group.id.links.exists(raw):
             return None
         if group.id.links.get_info(raw).type != h5py.h5l.TYPE_HARD:
-            raise UnfitError(f"{key} is a link and not stored here")
+            raise UnfitError(f"{key} is a link; it must be stored in this file")
         kind = group.get(name, getclass=True)
         if kind is not (h5py.Group if number < len(parents) else h5py.Dataset):
-            raise UnfitError(f"{key} is no dataset")
+            raise UnfitError(f"{key} is not a dataset")
         group = group[name]
     plan = group.id.get_create_plist()
     if plan.get_layout() == h5py.h5d.VIRTUAL:
-        raise UnfitError(f"{key} is virtual: its values lie elsewhere")
+        raise UnfitError(f"{key} is a virtual dataset; its values must be stored in this file")
     if plan.get_layout() == h5py.h5d.CONTIGUOUS and plan.get_external_count():
-        raise UnfitError(f"{key} lies in external files")
+        raise UnfitError(f"{key} is stored in external files; it must be stored in this file")
     if group.shape is None:
-        raise UnfitError(f"{key} holds nothing")
+        raise UnfitError(f"{key} has no values")
     return group
 
 
 def attribute(owner: Any, name: str, limit: int) -> Any:
-    """A number, a text or an array of numbers; None if there is none.
+    """Return an attribute that is a number, a text or an array of numbers; None if it is absent.
 
     Raises:
-        UnfitError: more than `limit` bytes, or anything else: references, structures, lists of unlike length.
+        UnfitError: an attribute of more than `limit` bytes, or of another type: references, compound types,
+            variable-length lists.
     """
     if not h5py.h5a.exists(owner.id, name.encode()):
         return None
-    found = h5py.h5a.open(owner.id, name.encode())
-    kind = found.get_type()
+    handle = h5py.h5a.open(owner.id, name.encode())
+    kind = handle.get_type()
     numbers = (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID)
-    text = isinstance(kind, h5py.h5t.TypeStringID) and found.shape == ()
-    if found.shape is None or not (text or isinstance(kind, numbers)):
+    text = isinstance(kind, h5py.h5t.TypeStringID) and handle.shape == ()
+    if handle.shape is None or not (text or isinstance(kind, numbers)):
         raise UnfitError(f"its attribute '{name}' is neither text nor numbers")
-    if found.get_storage_size() > limit:
+    if handle.get_storage_size() > limit:
         raise UnfitError(f"its attribute '{name}' is longer than {limit} bytes")
     value = owner.attrs[name]
     if text:
@@ -79,7 +81,7 @@ def attribute(owner: Any, name: str, limit: int) -> Any:
 
 
 def decoded(raw: bytes, what: str) -> str:
-    """UTF-8 as text."""
+    """Decode UTF-8; raise UnfitError, about `what`, if the bytes are not UTF-8."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -87,7 +89,7 @@ def decoded(raw: bytes, what: str) -> str:
 
 
 def whole(text: str, what: str) -> str:
-    """The text, unless bytes that were no characters are hidden in it."""
+    """Return the text; raise UnfitError, about `what`, if it hides bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -96,7 +98,7 @@ def whole(text: str, what: str) -> str:
 
 
 def parsed(text: str, what: str) -> Any:
-    """JSON with finite numbers and whole characters only."""
+    """Parse JSON; raise UnfitError, about `what`, unless its numbers are finite and its characters whole."""
 
     def number(digits: str) -> float:
         value = float(digits)
@@ -106,7 +108,7 @@ def parsed(text: str, what: str) -> Any:
 
     try:
         value = json.loads(text, parse_float=number, parse_constant=number)
-        if _LONE.search(text):
+        if _LONE_SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise UnfitError(f"{what} is not JSON: {error}") from error
@@ -114,33 +116,32 @@ def parsed(text: str, what: str) -> Any:
 
 
 def check_heaps(file: Any, path: Path) -> None:
-    """Walk the heaps of texts of any length as HDF5 will, which never ends where an object has no length.
+    """Walk the heaps of variable-length texts as HDF5 will, which loops for ever at free space of length 0.
 
     Raises:
-        OSError: an object that is shorter than its own head, or longer than its heap.
+        OSError: an object is shorter than its own header, or longer than its heap.
     """
     if file.id.get_create_plist().get_sizes() != (8, 8):
         return
     with open(path, "rb") as raw:
-        for start in _places(raw, b"GCOL\1\0\0\0"):
+        for start in _find_all(raw, b"GCOL\1\0\0\0"):
             at, end = start + 16, start + _HEAP.unpack(os.pread(raw.fileno(), 8, start + 8))[0]
             while at + _OBJECT.size <= end and len(head := os.pread(raw.fileno(), _OBJECT.size, at)) == 16:
                 number, length = _OBJECT.unpack(head)
-                taken = (
-                    16 + -(-length // 8) * 8 if number else length
-                )  # number 0 is what is free, head included
-                if not 16 <= taken <= end - at:
+                # Number 0 is the free space, whose length includes the header.
+                size = 16 + -(-length // 8) * 8 if number else length
+                if not 16 <= size <= end - at:
                     raise OSError(f"its heap at byte {start} is damaged")
-                at += taken
+                at += size
 
 
-def _places(file: Any, sign: bytes) -> Iterator[int]:
-    """Where these bytes stand in a file, as far as it is looked through."""
+def _find_all(file: Any, signature: bytes) -> Iterator[int]:
+    """Yield the offsets of these bytes in the first `_SEARCH_LIMIT` bytes of a file."""
     at, tail = 0, b""
-    while at < _SEARCHED and (piece := file.read(1 << 24)):
+    while at < _SEARCH_LIMIT and (piece := file.read(1 << 24)):
         block = tail + piece
-        found = block.find(sign)
-        while found >= 0:
-            yield at - len(tail) + found
-            found = block.find(sign, found + 1)
-        at, tail = at + len(piece), block[1 - len(sign) :]
+        index = block.find(signature)
+        while index >= 0:
+            yield at - len(tail) + index
+            index = block.find(signature, index + 1)
+        at, tail = at + len(piece), block[1 - len(signature) :]

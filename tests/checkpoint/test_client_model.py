@@ -133,7 +133,7 @@ def test_file_that_is_not_an_exported_client_is_refused(
     run_command: Callable[..., launcher.Result], run: Path
 ) -> None:
     path = run / "checkpoints" / "best.h5"
-    with pytest.raises(CheckpointError, match="which client"):
+    with pytest.raises(CheckpointError, match="no client number was passed"):
         load_client(path)
     out = run.parent / "one.h5"
 
@@ -144,13 +144,13 @@ def test_file_that_is_not_an_exported_client_is_refused(
     refused("one.h5")
     run_command("export", path, "--client", "1", out)
     assert load_client(out, 1).client == 1
-    refused("holds client 1 alone", 2)
+    refused("holds only client 1, not client 2", 2)
     with h5py.File(out, "r+") as file:
         samples = file.attrs.pop("samples")
     refused("its attribute 'samples' is missing")
     with h5py.File(out, "r+") as file:
         file.attrs["samples"] = "[]"
-    refused("what its samples are")
+    refused("does not describe its samples")
     with h5py.File(out, "r+") as file:
         file.attrs["samples"] = samples
         name = next(f"model/{key}" for key in file["model"] if isinstance(file["model"][key], h5py.Dataset))

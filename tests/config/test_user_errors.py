@@ -106,11 +106,11 @@ def test_checkpoint_or_run_folder_is_not_a_configuration(
         ("scaffold needs equal models", ["--algorithm", "scaffold"]),
         ("combines auto with architectures", ["--model.pool", "auto,mlp5"]),
         (
-            "one length, but cnn1 in 500 and mnist5 in 50",
+            "one length, but cnn1 has 500 and mnist5 has 50",
             ["--model.pool", "cnn1", "--model.shared", "mnist5", "--model.dim", "0"],
         ),
         (
-            "one length, but mnist1 in 50 and cnn5 in 500",
+            "one length, but mnist1 has 50 and cnn5 has 500",
             ["--model.pool", "mnist1,cnn5", "--model.shared", "auto", "--data.size", "32"],
         ),
         ("model cnn1 cannot take 3x8x8: needs at least 3x16x16", ["--model.pool", "cnn1"]),

@@ -375,7 +375,7 @@ def test_unbound_part_is_detected() -> None:
         return step(turn)
 
     player.method.client_step = careless
-    with pytest.raises(AssertionError, match="came unbound"):
+    with pytest.raises(AssertionError, match="is no longer a view of the vector"):
         play(player, new_sum(player))
 
 

@@ -99,10 +99,10 @@ DATA: dict[str, tuple[str, Edit]] = {
     "linked clients": ("client is a link", data(client=h5py.SoftLink("/client"))),
     "linked names": ("class_names is a link", data(class_names=h5py.ExternalLink("a.h5", "/y"))),
     "external storage": (
-        "x lies in external files",
+        "x is stored in external files",
         data(x={"shape": X.shape, "dtype": "u1", "external": [("/etc/passwd", 0, 96)]}),
     ),
-    "virtual": ("x is virtual", elsewhere),
+    "virtual": ("x is a virtual dataset", elsewhere),
     "giant": ("x of .* claims", data(x={"shape": (1 << 40, 1, 4, 4), "dtype": "u1"})),
     "giant labels": ("y of .* claims", data(y={"shape": (1 << 40,), "dtype": "i8"})),
     "terabytes": (
@@ -118,8 +118,8 @@ DATA: dict[str, tuple[str, Edit]] = {
     "chunk bomb of labels": ("y of .* could unpack to more than its declared size", bomb("y")),
     "packed twice": (r"HDF5 filters \[1, 1\]", filtered("deflate", "deflate")),
     "another filter": (r"HDF5 filters \[6\]", filtered("scaleoffset")),
-    "group": ("x is no dataset", lambda file: file.create_group("x")),
-    "null": ("x holds nothing", data(x=h5py.Empty("u1"))),
+    "group": ("x is not a dataset", lambda file: file.create_group("x")),
+    "null": ("x has no values", data(x=h5py.Empty("u1"))),
     "compound": ("x of .* is", data(x=np.zeros((6, 4), [("a", "f4")]))),
     "opaque": ("x of .* is", data(x=np.zeros((6, 4), "V8"))),
     "references": ("x of .* is object", data(x={"shape": (6, 4), "dtype": h5py.ref_dtype})),

@@ -155,7 +155,7 @@ def test_representation_lengths_are_resolved() -> None:
 
 
 def test_different_lengths_are_refused_with_a_remedy() -> None:
-    with pytest.raises(ConfigError, match=r"cnn1 in 500 and mnist3 in 50.*\n.*--model\.dim 500"):
+    with pytest.raises(ConfigError, match=r"cnn1 has 500 and mnist3 has 50.*\n.*--model\.dim 500"):
         names.resolve_dim(["cnn1", "resnet18", "mnist3"], 0)
 
 

@@ -98,7 +98,7 @@ def test_restart_refuses_damaged_checkpoints(
     [
         ("the bytes of clients/000001 have changed", lambda path: spoil(path, "clients/000001")),
         ("the first incomplete part is server/state", lambda path: cut_into(path, "server/state")),
-        ("config is a link and not stored here", lambda path: reseal(path, relinked)),
+        ("config is a link; it must be stored in this file", lambda path: reseal(path, relinked)),
     ],
 )
 def test_restart_uses_the_last_good_checkpoint_and_says_why(
