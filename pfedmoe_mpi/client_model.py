@@ -117,7 +117,7 @@ def load(path: Path, client: int | None = None) -> ClientModel:
         return _load_from_checkpoint(loaded, path, client)
 
 
-def _load_exported(exported: Exported, client: int | None) -> ClientModel:
+def _load_exported(exported: ClientFile, client: int | None) -> ClientModel:
     path = exported.path
     if client not in {None, exported.client}:
         problem = f"{path} holds only client {exported.client}, not client {client}"

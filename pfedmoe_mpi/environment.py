@@ -78,7 +78,7 @@ def slurm_end() -> float | None:
         return None
 
 
-def stop_at(walltime: float | str, end: float | None) -> float:
+def stop_time(walltime: float | str, end: float | None) -> float:
     """Return when to stop, as time.time(), so that the job is over in time.
 
     The stop comes before the limit by a tenth of the available time, at most 60 s.

@@ -172,7 +172,7 @@ class Task:
         """
         if not self.vocabulary:
             return x
-        embedded: Tensor = extractor.embedded(x)
+        embedded: Tensor = extractor.embed(x)
         return embedded.detach()
 
     # Weights of the mean

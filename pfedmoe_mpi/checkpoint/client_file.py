@@ -18,7 +18,7 @@ from pfedmoe_mpi.checkpoint.reader import Checkpoint
 from pfedmoe_mpi.core.flat import Entry, Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.storage import durable, untrusted_hdf5
-from pfedmoe_mpi.storage.untrusted_hdf5 import UnfitError
+from pfedmoe_mpi.storage.untrusted_hdf5 import UnusableError
 
 _ATTRIBUTE = 1 << 16  # bytes; the longest attribute that HDF5 keeps in an object's header
 _REMEDY = "`export CHECKPOINT.h5 --client K OUT.h5` writes one from a checkpoint"
@@ -81,7 +81,7 @@ class ClientFile:
         self._file = h5py.File(path, "r", locking="best-effort")
         try:
             self.client, self.round = self._number("client"), self._number("round")
-            self.config: dict[str, Any] = untrusted_hdf5.parsed(
+            self.config: dict[str, Any] = untrusted_hdf5.parse_json(
                 self._text("config"), "its attribute 'config'"
             )
             self.samples = self._text("samples")
@@ -96,15 +96,15 @@ class ClientFile:
         self._file.close()
 
     def _number(self, name: str) -> int:
-        value = untrusted_hdf5.attribute(self._file, name, _ATTRIBUTE)
+        value = untrusted_hdf5.read_attribute(self._file, name, _ATTRIBUTE)
         if not isinstance(value, int | np.integer) or value < 0:
-            raise UnfitError(f"its attribute '{name}' is not a natural number")
+            raise UnusableError(f"its attribute '{name}' is not a natural number")
         return int(value)
 
     def _text(self, name: str) -> str:
-        value = untrusted_hdf5.attribute(self._file, name, _ATTRIBUTE)
+        value = untrusted_hdf5.read_attribute(self._file, name, _ATTRIBUTE)
         if not isinstance(value, str):
-            raise UnfitError(f"its attribute '{name}' is missing or not a text")
+            raise UnusableError(f"its attribute '{name}' is missing or not a text")
         return value
 
     def _unfit(self, error: Exception) -> CheckpointError:
@@ -123,10 +123,10 @@ class ClientFile:
 
     def _tensor(self, entry: Entry) -> np.ndarray:
         """Return the numbers of one tensor, (entry.size,) float32."""
-        dataset = untrusted_hdf5.find(self._file, _key(entry))
+        dataset = untrusted_hdf5.find_dataset(self._file, _key(entry))
         if dataset is None or dataset.shape != entry.shape or dataset.dtype != np.float32:
-            raise UnfitError(f"{_key(entry)} is not float32 of shape {entry.shape}")
+            raise UnusableError(f"{_key(entry)} is not float32 of shape {entry.shape}")
         values = np.asarray(dataset[()])
         if not np.isfinite(values).all():
-            raise UnfitError(f"{_key(entry)} is not finite")
+            raise UnusableError(f"{_key(entry)} is not finite")
         return values.reshape(-1)

@@ -19,7 +19,7 @@ from pfedmoe_mpi.core.flat import Entry, Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.storage import untrusted_hdf5
-from pfedmoe_mpi.storage.untrusted_hdf5 import UnfitError
+from pfedmoe_mpi.storage.untrusted_hdf5 import UnusableError
 
 _ATTRIBUTE = 1 << 20  # bytes; this program writes attributes of one line
 _ROOT = {"config", "history", "layouts", "server", "partition", "clients", "partial"}
@@ -86,21 +86,23 @@ class Checkpoint:
         """Check the whole structure; read all of it except the vectors and row numbers."""
         used = {"config", "history"}
         if set(self._file) - _ROOT:
-            raise UnfitError(f"it holds unknown objects: {', '.join(map(ascii, set(self._file) - _ROOT))}")
-        facts = {name: untrusted_hdf5.attribute(self._file, name, _ATTRIBUTE) for name in self._file.attrs}
+            raise UnusableError(f"it holds unknown objects: {', '.join(map(ascii, set(self._file) - _ROOT))}")
+        facts = {
+            name: untrusted_hdf5.read_attribute(self._file, name, _ATTRIBUTE) for name in self._file.attrs
+        }
         self.identity = {name: value for name, value in facts.items() if isinstance(value, str)}
         self.round = _natural(facts.get("round"), "round")
-        self.config: dict[str, Any] = untrusted_hdf5.parsed(self._text("config"), "config")
+        self.config: dict[str, Any] = untrusted_hdf5.parse_json(self._text("config"), "config")
         _check_config(self.config)
         _check_identity(self.identity)
         lines = self._text("history").split("\n")
         self.history: list[dict[str, Any]] = [
-            untrusted_hdf5.parsed(line, "history") for line in lines if line
+            untrusted_hdf5.parse_json(line, "history") for line in lines if line
         ]
         _check_history(self.history, self.round)
         self.clients: int = self.config["clients"]
         if len(self._group("clients")) != self.clients:
-            raise UnfitError(
+            raise UnusableError(
                 f"clients holds {len(self._group('clients'))}, but config.clients = {self.clients}"
             )
         for key in ("server/state", *(f"clients/{client:06d}" for client in range(self.clients))):
@@ -111,12 +113,12 @@ class Checkpoint:
         self.partial: np.ndarray | None = None
         self.finished: list[int] = []
         if facts.get("partial") not in (True, False) or bool(facts["partial"]) != ("partial" in self._file):
-            raise UnfitError("its attribute 'partial' contradicts its datasets")
+            raise UnusableError("its attribute 'partial' contradicts its datasets")
         if facts["partial"]:
             used |= {"partial/sum", "partial/finished"}
             self._load_partial()
         if set(self._ranges) - used:
-            raise UnfitError(
+            raise UnusableError(
                 f"its seal names unknown datasets: {', '.join(map(ascii, set(self._ranges) - used))}"
             )
 
@@ -126,26 +128,26 @@ class Checkpoint:
         """Return a group of the root, checked to be one."""
         group = self._file.get(name) if self._file.id.links.exists(name.encode()) else None
         if not isinstance(group, h5py.Group):
-            raise UnfitError(f"it has no group {name}")
+            raise UnusableError(f"it has no group {name}")
         return group
 
     def _dataset(self, key: str, kind: Any = None, dimensions: int = 1) -> Any:
         """Return a dataset, checked against the seal; `kind` is its HDF5 type, None for a text."""
-        dataset = untrusted_hdf5.find(self._file, key)
+        dataset = untrusted_hdf5.find_dataset(self._file, key)
         if dataset is None:
-            raise UnfitError(f"it has no {key}")
+            raise UnusableError(f"it has no {key}")
         stored = dataset.id.get_type()
         if kind is None and (not isinstance(stored, h5py.h5t.TypeStringID) or stored.is_variable_str()):
-            raise UnfitError(f"{key} is not a text of fixed length")
+            raise UnusableError(f"{key} is not a text of fixed length")
         if len(dataset.shape) != dimensions or (kind is not None and stored != kind):
-            raise UnfitError(f"{key} is {dataset.dtype} of shape {dataset.shape}")
+            raise UnusableError(f"{key} is {dataset.dtype} of shape {dataset.shape}")
         if dataset.id.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS:
-            raise UnfitError(f"{key} is not stored in one piece")
+            raise UnusableError(f"{key} is not stored in one piece")
         length = stored.get_size() * math.prod(dataset.shape)
         sealed = self._ranges.get(key)
         place = (sealed.offset, sealed.length) if sealed else None
         if place != ((dataset.id.get_offset(), length) if length else None):
-            raise UnfitError(f"{key} lies elsewhere than the seal says")
+            raise UnusableError(f"{key} lies elsewhere than the seal says")
         return dataset
 
     def _text(self, key: str) -> str:
@@ -154,7 +156,7 @@ class Checkpoint:
         kind = dataset.id.get_type()
         raw = np.empty((), f"S{kind.get_size()}")
         dataset.id.read(h5py.h5s.ALL, h5py.h5s.ALL, raw, kind)
-        return untrusted_hdf5.decoded(bytes(raw[()]), key)
+        return untrusted_hdf5.decode_utf8(bytes(raw[()]), key)
 
     def _numbers(self, key: str) -> np.ndarray:
         """Return an int64 dataset."""
@@ -163,14 +165,14 @@ class Checkpoint:
     def _check_vector(self, key: str) -> str:
         """Check a vector and its layout; return the layout's digest."""
         vector = self._dataset(key, _FLOAT)
-        digest = untrusted_hdf5.attribute(vector, "layout", _ATTRIBUTE)
+        digest = untrusted_hdf5.read_attribute(vector, "layout", _ATTRIBUTE)
         if not isinstance(digest, str) or not digest.isalnum():
-            raise UnfitError(f"{key} does not name a layout")
+            raise UnusableError(f"{key} does not name a layout")
         if digest not in self._layouts:
             self._layouts[digest] = _layout(self._text(f"layouts/{digest}"), digest)
         if self._layouts[digest].size != vector.shape[0]:
             size = self._layouts[digest].size
-            raise UnfitError(f"{key} has {vector.shape[0]} numbers, but its layout has {size}")
+            raise UnusableError(f"{key} has {vector.shape[0]} numbers, but its layout has {size}")
         return digest
 
     def _check_partition(self, split: str) -> None:
@@ -178,16 +180,18 @@ class Checkpoint:
         rows, offsets = self._numbers(f"partition/{split}"), self._numbers(f"partition/{split}_offsets")
         ends = (offsets[0], offsets[-1]) if len(offsets) == self.clients + 1 else None
         if ends != (0, len(rows)) or (np.diff(offsets) < 0).any() or (rows < 0).any():
-            raise UnfitError(f"partition/{split}_offsets does not divide partition/{split} among the clients")
+            raise UnusableError(
+                f"partition/{split}_offsets does not divide partition/{split} among the clients"
+            )
 
     def _load_partial(self) -> None:
         """Read the sum of a round in progress and the clients finished in it."""
         self.partial, finished = self._numbers("partial/sum"), self._numbers("partial/finished")
         self.finished = finished.tolist()
         if len({*self.finished}) != len(finished) or not {*self.finished} <= {*range(self.clients)}:
-            raise UnfitError("partial/finished is not a set of clients")
+            raise UnusableError("partial/finished is not a set of clients")
         if len(self.partial) <= len(finished):
-            raise UnfitError("partial/sum is too short for the flags of its members")
+            raise UnusableError("partial/sum is too short for the flags of its members")
 
     # Content
 
@@ -210,7 +214,7 @@ class Checkpoint:
         return self._layout_of(f"clients/{client:06d}")
 
     def _layout_of(self, key: str) -> Layout:
-        return self._layouts[untrusted_hdf5.attribute(self._file[key], "layout", _ATTRIBUTE)]
+        return self._layouts[untrusted_hdf5.read_attribute(self._file[key], "layout", _ATTRIBUTE)]
 
     def check_fits(self, state: Layout, clients: Sequence[Layout], sum_length: int) -> None:
         """Check that a federation can resume from this checkpoint.
@@ -243,7 +247,7 @@ class Checkpoint:
 
 def _natural(value: Any, what: str) -> int:
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer) or value < 0:
-        raise UnfitError(f"{what} is not a natural number")
+        raise UnusableError(f"{what} is not a natural number")
     return int(value)
 
 
@@ -256,44 +260,44 @@ def _check_config(config: Any) -> None:
         for name in path.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
         if type(value) is not kind or value in ([], ""):
-            raise UnfitError(f"config has no usable {path}")
+            raise UnusableError(f"config has no usable {path}")
     if config["clients"] < 1 or not all(isinstance(name, str) for name in config["model"]["pool"]):
-        raise UnfitError("config has no usable clients or model.pool")
+        raise UnusableError("config has no usable clients or model.pool")
 
 
 def _check_identity(identity: Mapping[str, str]) -> None:
     for name in ("data_digest", "partition_digest"):
         if name not in identity:
-            raise UnfitError(f"it has no attribute '{name}'")
+            raise UnusableError(f"it has no attribute '{name}'")
 
 
 def _check_history(history: list[Any], rounds: int) -> None:
     """Check that there is one row per round, and the types of what readers use of it."""
     for number, row in enumerate(history, 1):
         if not isinstance(row, dict) or type(row.get("round")) is not int or row["round"] != number:
-            raise UnfitError(f"history has no row of round {number}")
+            raise UnusableError(f"history has no row of round {number}")
         for name in ("accuracy", "accuracy_cohort", "accuracy_validation"):
             summary = row[name] if isinstance(row.get(name), dict) else {}
             values = [summary.get(key, "") for key in ("mean", "weighted", "std", "worst")]
             if not all(value is None or type(value) in (int, float) for value in values):
-                raise UnfitError(f"history has no {name} of round {number}")
+                raise UnusableError(f"history has no {name} of round {number}")
     if len(history) != rounds:
-        raise UnfitError(f"history has {len(history)} rows, but round = {rounds}")
+        raise UnusableError(f"history has {len(history)} rows, but round = {rounds}")
 
 
 def _layout(text: str, digest: str) -> Layout:
     """Return the layout of a text, checked: its tensors lie one after the other, and `digest` is its own."""
-    rows: Any = untrusted_hdf5.parsed(text, f"layouts/{digest}")
+    rows: Any = untrusted_hdf5.parse_json(text, f"layouts/{digest}")
     row: Any
     entries: list[Entry] = []
     end = 0
     for row in rows if isinstance(rows, list) else (None,):
         fits = isinstance(row, list) and [type(item) for item in row] == [str, list, int, bool]
         if not fits or row[2] != end or not all(type(n) is int and n >= 0 for n in row[1]):
-            raise UnfitError(f"layouts/{digest} is not a layout")
+            raise UnusableError(f"layouts/{digest} is not a layout")
         entries.append(Entry(row[0], tuple(row[1]), row[2], row[3]))
         end += entries[-1].size
     layout = Layout(tuple(entries))
     if len({entry.name for entry in entries}) != len(entries) or layout.digest != digest:
-        raise UnfitError(f"layouts/{digest} is not the layout of this digest")
+        raise UnusableError(f"layouts/{digest} is not the layout of this digest")
     return layout

@@ -45,7 +45,7 @@ class Split:
         """Return copies of the arrays on the device."""
         return cls(torch.from_numpy(x.copy()).to(device), torch.from_numpy(y.copy()).to(device))
 
-    def nothing(self) -> Split:
+    def empty(self) -> Split:
         """Return a split of the same types and shapes without samples."""
         return Split(self.x[:0], self.y[:0])
 
@@ -113,11 +113,11 @@ def epoch(
         rows = order[start:stop]
         x = normalise(split.x[rows])
         if augment and x.ndim == 4:
-            x = augmented(x, augment, generator)
+            x = augment_images(x, augment, generator)
         yield Batch(x, split.y[rows], rows)
 
 
-def augmented(x: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
+def augment_images(x: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
     """Augment normalised images (B, C, H, W): flip, erase, crop, in that order.
 
     Source: code that pFedMoE's authors released with other papers of the same protocol.

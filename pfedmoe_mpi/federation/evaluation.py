@@ -73,7 +73,7 @@ def _client_metrics(
     parts = federation.parts(client, state)
     unseen = client.id in federation.task.absent_clients(round)
     splits = [client.splits["test"], client.splits["validation"]]
-    splits += federation.stream.concepts(client) if federation.stream else [splits[0].nothing()] * 2
+    splits += federation.stream.concepts(client) if federation.stream else [splits[0].empty()] * 2
     results = [measure(federation.engine, federation.method, parts, split, unseen) for split in splits]
     measured = [result for result in results if result]
     if not measured:

@@ -27,7 +27,7 @@ from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, MISSING, RoundSum
 from pfedmoe_mpi.federation.saver import Listener, Saver
 from pfedmoe_mpi.mpi.comm import Comm
-from pfedmoe_mpi.mpi.device import rss_mb
+from pfedmoe_mpi.mpi.device import peak_rss_mib
 
 
 class Observer(Listener, Protocol):
@@ -285,7 +285,7 @@ class Loop:
         started = time.perf_counter()
         result = evaluation.evaluate(self.comm, self.federation, state, round, due)
         self._seconds["evaluate"] = time.perf_counter() - started
-        result.ranks[self.comm.rank] = [*self._seconds.values(), rss_mb()]
+        result.ranks[self.comm.rank] = [*self._seconds.values(), peak_rss_mib()]
         self._sum(result.buffer, purpose)
         return result
 

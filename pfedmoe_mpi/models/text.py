@@ -41,13 +41,13 @@ class TextExtractor(nn.Module):
         normalised: Tensor = self.norm(self.embedding(x))
         return normalised
 
-    def embedded(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor:
         """Return the pooled embeddings of each text (B, 64)."""
         return pooled(self.words(x), x)
 
     def encoded(self, x: Tensor) -> Tensor:
         """Return the input of the last layer (B, width)."""
-        return self.embedded(x)
+        return self.embed(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.last(self.encoded(x)))

@@ -110,7 +110,7 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def rss_mb() -> float:
+def peak_rss_mib() -> float:
     """Return this process's largest resident memory so far, in MiB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -57,7 +57,7 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
     out = Path(flags.out or f"runs/{table.name}").absolute()
 
     def work(world: Comm, code: str) -> int:
-        world.stop_at = environment.stop_at(runs[0].config.run.walltime, end)
+        world.stop_at = environment.stop_time(runs[0].config.run.walltime, end)
         rounds = world.from_root(
             lambda: {run.name: _rounds_left(out / run.name, run) for run in runs}, "runs"
         )

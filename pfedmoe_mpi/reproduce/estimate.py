@@ -258,7 +258,7 @@ class _Stopwatch:
 
     def _turn(self, samples: int, epochs: int) -> float:
         method, split = self._method(epochs), self._split(samples)
-        splits = {"train": split, "validation": split.nothing(), "test": split}
+        splits = {"train": split, "validation": split.empty(), "test": split}
         client = Client(self._id, {}, torch.empty(0), splits)
         turn = Turn(self._engine(method), method.loss, client, self._parts, 1, self._role)
 

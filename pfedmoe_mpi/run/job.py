@@ -56,7 +56,7 @@ def run(settings: Config, dry: bool) -> int:
 def begin(world: Comm, settings: Config, code: str, end: float | None, dry: bool = False) -> int:
     """Train a new run; collective. `code`: the program's version; `end`: when Slurm ends the job (rank 0)."""
     path = world.from_root(lambda: _new_folder(settings), "run folder")
-    world.stop_at = environment.stop_at(settings.run.walltime, end)
+    world.stop_at = environment.stop_time(settings.run.walltime, end)
     with RunFolder(path) as folder:
         return train(world, Start(settings, folder, code, dry))
 

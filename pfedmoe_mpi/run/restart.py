@@ -43,7 +43,7 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
             settings, changes = override_settings(before, overrides, FIXED_IN_TRAINING)
             if loaded:
                 _check_progress(world, loaded, settings, changes)
-            world.stop_at = environment.stop_at(settings.run.walltime, end)
+            world.stop_at = environment.stop_time(settings.run.walltime, end)
             target, resuming = world.from_root(lambda: _target(source, run_path, settings), "run folder")
             settings = config.build({**config.flatten(config.to_tree(settings)), "run.dir": str(target)})
             with folder if resuming else RunFolder(target) as target_folder:

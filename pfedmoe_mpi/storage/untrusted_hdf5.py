@@ -23,16 +23,16 @@ _SEARCH_LIMIT = 2 << 30  # bytes of a file that are searched for heaps
 _LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-class UnfitError(ValueError):
+class UnusableError(ValueError):
     """An unusable object in a file; the message is worded to follow the file's name."""
 
 
-def find(file: Any, key: str) -> Any:
+def find_dataset(file: Any, key: str) -> Any:
     """Return the dataset at `key`, stored in this file behind hard links; None if it is absent.
 
     Raises:
-        UnfitError: a soft or external link, a virtual or external dataset, an object that is not a dataset,
-            or a dataset without values.
+        UnusableError: a soft or external link, a virtual or external dataset, an object that is not a
+            dataset, or a dataset without values.
     """
     group = file
     *parents, last = key.split("/")
@@ -41,27 +41,27 @@ def find(file: Any, key: str) -> Any:
         if not group.id.links.exists(raw):
             return None
         if group.id.links.get_info(raw).type != h5py.h5l.TYPE_HARD:
-            raise UnfitError(f"{key} is a link; it must be stored in this file")
+            raise UnusableError(f"{key} is a link; it must be stored in this file")
         kind = group.get(name, getclass=True)
         if kind is not (h5py.Group if number < len(parents) else h5py.Dataset):
-            raise UnfitError(f"{key} is not a dataset")
+            raise UnusableError(f"{key} is not a dataset")
         group = group[name]
     plan = group.id.get_create_plist()
     if plan.get_layout() == h5py.h5d.VIRTUAL:
-        raise UnfitError(f"{key} is a virtual dataset; its values must be stored in this file")
+        raise UnusableError(f"{key} is a virtual dataset; its values must be stored in this file")
     if plan.get_layout() == h5py.h5d.CONTIGUOUS and plan.get_external_count():
-        raise UnfitError(f"{key} is stored in external files; it must be stored in this file")
+        raise UnusableError(f"{key} is stored in external files; it must be stored in this file")
     if group.shape is None:
-        raise UnfitError(f"{key} has no values")
+        raise UnusableError(f"{key} has no values")
     return group
 
 
-def attribute(owner: Any, name: str, limit: int) -> Any:
+def read_attribute(owner: Any, name: str, limit: int) -> Any:
     """Return an attribute that is a number, a text or an array of numbers; None if it is absent.
 
     Raises:
-        UnfitError: an attribute of more than `limit` bytes, or of another type: references, compound types,
-            variable-length lists.
+        UnusableError: an attribute of more than `limit` bytes, or of another type: references, compound
+            types, variable-length lists.
     """
     if not h5py.h5a.exists(owner.id, name.encode()):
         return None
@@ -70,35 +70,35 @@ def attribute(owner: Any, name: str, limit: int) -> Any:
     numbers = (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID)
     text = isinstance(kind, h5py.h5t.TypeStringID) and handle.shape == ()
     if handle.shape is None or not (text or isinstance(kind, numbers)):
-        raise UnfitError(f"its attribute '{name}' is neither text nor numbers")
+        raise UnusableError(f"its attribute '{name}' is neither text nor numbers")
     if handle.get_storage_size() > limit:
-        raise UnfitError(f"its attribute '{name}' is longer than {limit} bytes")
+        raise UnusableError(f"its attribute '{name}' is longer than {limit} bytes")
     value = owner.attrs[name]
     if text:
         what = f"its attribute '{name}'"
-        value = whole(value, what) if isinstance(value, str) else decoded(bytes(value), what)
+        value = check_utf8(value, what) if isinstance(value, str) else decode_utf8(bytes(value), what)
     return value
 
 
-def decoded(raw: bytes, what: str) -> str:
-    """Decode UTF-8; raise UnfitError, about `what`, if the bytes are not UTF-8."""
+def decode_utf8(raw: bytes, what: str) -> str:
+    """Decode UTF-8; raise UnusableError, about `what`, if the bytes are not UTF-8."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise UnfitError(f"{what} is not UTF-8") from error
+        raise UnusableError(f"{what} is not UTF-8") from error
 
 
-def whole(text: str, what: str) -> str:
-    """Return the text; raise UnfitError, about `what`, if it hides bytes that are not UTF-8."""
+def check_utf8(text: str, what: str) -> str:
+    """Return the text; raise UnusableError, about `what`, if it hides bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UnfitError(f"{what} is not UTF-8") from error
+        raise UnusableError(f"{what} is not UTF-8") from error
     return text
 
 
-def parsed(text: str, what: str) -> Any:
-    """Parse JSON; raise UnfitError, about `what`, unless its numbers are finite and its characters whole."""
+def parse_json(text: str, what: str) -> Any:
+    """Parse JSON; raise UnusableError about `what` unless numbers are finite and characters whole."""
 
     def number(digits: str) -> float:
         value = float(digits)
@@ -111,7 +111,7 @@ def parsed(text: str, what: str) -> Any:
         if _LONE_SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise UnfitError(f"{what} is not JSON: {error}") from error
+        raise UnusableError(f"{what} is not JSON: {error}") from error
     return value
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pfedmoe_mpi.core import batches
-from pfedmoe_mpi.core.batches import Normalise, Split, augmented, channels_last
+from pfedmoe_mpi.core.batches import Normalise, Split, augment_images, channels_last
 
 CPU = torch.device("cpu")
 PLAIN = Normalise((), (), 3, CPU)
@@ -183,33 +183,35 @@ def augmented_pixel_by_pixel(x: Tensor, names: tuple[str, ...], draws: np.ndarra
 )
 def test_augmentation_equals_plain_loops(names: tuple[str, ...]) -> None:
     x = images(60)
-    got = augmented(x.clone(), names, generator(9))
+    got = augment_images(x.clone(), names, generator(9))
     draws = torch.rand((60, 8), generator=generator(9)).double().numpy()
     assert np.array_equal(got.numpy(), augmented_pixel_by_pixel(x, names, draws))
-    assert torch.equal(augmented(x.clone(), tuple(reversed(names)), generator(9)), got), "the order is fixed"
-    assert not torch.equal(augmented(x.clone(), names, generator(10)), got)
+    assert torch.equal(augment_images(x.clone(), tuple(reversed(names)), generator(9)), got), (
+        "the order is fixed"
+    )
+    assert not torch.equal(augment_images(x.clone(), names, generator(10)), got)
 
 
 def test_augmentation_has_the_stated_frequency_and_size() -> None:
     x = torch.ones((4000, 1, 32, 32))
     x[:, :, :, :16] = 2
-    flipped = augmented(x, ("flip",), generator())[:, 0, 0, 0] == 1
+    flipped = augment_images(x, ("flip",), generator())[:, 0, 0, 0] == 1
     assert 0.47 < float(flipped.double().mean()) < 0.53
-    gone = (augmented(x, ("erase",), generator()) == 0).sum(dim=(1, 2, 3)).double() / 1024
+    gone = (augment_images(x, ("erase",), generator()) == 0).sum(dim=(1, 2, 3)).double() / 1024
     hit = gone > 0
     assert 0.47 < float(hit.double().mean()) < 0.53
     assert 0.035 < float(gone[hit].min()) < 0.05 and 0.18 < float(gone[hit].max()) < 0.22
     assert abs(float(gone[hit].mean()) - 0.12) < 0.005
-    erased = augmented(torch.ones((4000, 1, 32, 32)), ("erase",), generator())[:, 0] == 0
+    erased = augment_images(torch.ones((4000, 1, 32, 32)), ("erase",), generator())[:, 0] == 0
     everywhere = erased.double().mean(dim=0)
     assert float(everywhere.min()) > 0, "corners are reached"
-    cropped = augmented(torch.ones((4000, 1, 32, 32)), ("crop",), generator())[:, 0] == 1
+    cropped = augment_images(torch.ones((4000, 1, 32, 32)), ("crop",), generator())[:, 0] == 1
     rows = cropped.any(dim=2).sum(dim=1)
     assert set(rows.tolist()) == {28, 29, 30, 31, 32}, "up to four rows of padding come in"
 
 
 def test_image_smaller_than_the_rectangle_is_accepted() -> None:
-    got = augmented(images(200, 1, 1, 1), ("flip", "erase"), generator())
+    got = augment_images(images(200, 1, 1, 1), ("flip", "erase"), generator())
     assert got.shape == (200, 1, 1, 1) and float(got.abs().max()) > 0
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pfedmoe_mpi.data.dataset import Dataset, SourceData, check_clients, check_finite, sample_shape
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.storage import untrusted_hdf5
-from pfedmoe_mpi.storage.untrusted_hdf5 import UnfitError
+from pfedmoe_mpi.storage.untrusted_hdf5 import UnusableError
 
 _SPAN = 16 << 20  # bytes read at once
 _BLOCK = 64 << 10  # bytes of a block if the file has no chunks: reading so short a gap is faster than a seek
@@ -116,7 +116,7 @@ def open_hdf5(path: Path, check: bool) -> SourceData:
         return _load(file, path, check)
     except BaseException as error:
         file.close()
-        if isinstance(error, UnfitError):
+        if isinstance(error, UnusableError):
             raise DataError(f"{path}: {error}", _INSIDE) from error
         if isinstance(error, untrusted_hdf5.FROM_HDF5):
             raise DataError(f"{path} cannot be read: {error}", _COPY) from error
@@ -155,7 +155,7 @@ def _table(file: Any, name: str, path: Path) -> Any:
     Raises:
         DataError: no such dataset, a size that the file's length cannot justify, or unsupported filters.
     """
-    table = untrusted_hdf5.find(file, name)
+    table = untrusted_hdf5.find_dataset(file, name)
     if table is None:
         names = ", ".join(ascii(key).strip("'") for key, _ in zip(file, range(8), strict=False))
         raise DataError(
@@ -220,7 +220,7 @@ def _unpacked_length(raw: bytes, most: int) -> int:
             count += len(unpacker.decompress(raw, 1 << 20))
             raw = unpacker.unconsumed_tail
     except zlib.error as error:
-        raise UnfitError(f"a chunk cannot be unpacked: {error}") from error
+        raise UnusableError(f"a chunk cannot be unpacked: {error}") from error
     return count
 
 
@@ -262,7 +262,7 @@ def _names(file: Any, path: Path) -> tuple[str, ...]:
     names: list[str] = []
     characters_left = 16 * _NAMES
     for number in range(len(table)):
-        names.append(untrusted_hdf5.whole(table.asstr()[number], "class_names"))
+        names.append(untrusted_hdf5.check_utf8(table.asstr()[number], "class_names"))
         characters_left -= len(names[-1])
         if characters_left < 0:
             raise DataError(f"class_names of {path} is longer than {16 * _NAMES} characters", remedy)
@@ -270,13 +270,13 @@ def _names(file: Any, path: Path) -> tuple[str, ...]:
 
 
 def _name(file: Any, path: Path) -> str:
-    name = untrusted_hdf5.attribute(file, "name", _NAMES)
+    name = untrusted_hdf5.read_attribute(file, "name", _NAMES)
     return path.stem if name is None else str(name)
 
 
 def _constants(file: Any, name: str, store: FileRows) -> tuple[float, ...]:
     """Return attribute `mean` or `std`: as many numbers as a sample has, at most."""
-    values = untrusted_hdf5.attribute(file, name, 64 + 16 * math.prod(store.shape))
+    values = untrusted_hdf5.read_attribute(file, name, 64 + 16 * math.prod(store.shape))
     return () if values is None else tuple(map(float, np.atleast_1d(values)))
 
 
