@@ -1,9 +1,8 @@
-"""Image folders: one folder per class, in `train/` and `test/` or directly in the root."""
+"""Image folders: one folder per class, in official parts or directly in the root."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.data.dataset import IMAGENET_MEAN, IMAGENET_STD, MemoryRows, SourceData
+from pfedmoe_mpi.data.sources.image_layout import read_layout
 from pfedmoe_mpi.environment import CORES
 from pfedmoe_mpi.errors import DataError
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 _GREY = {"1", "L", "LA"}
 _DEEP = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
 _PER_TASK = 256  # files that a thread reads per task
@@ -27,80 +26,28 @@ class _ColourError(Exception):
 def load_folder(root: Path, size: int) -> SourceData:
     """Read the images of every class folder, in sorted order, into memory: (n, 1 or 3, H, W) uint8.
 
-    The layout is torchvision's ImageFolder. If the root has `train/` and `test/`, the latter is the official
-    test part. Images stay grey if all of them are grey. `size` > 0 resizes each to size × size pixels.
+    The layout is torchvision's ImageFolder. If the root has `train/` and `test/` (or `training`, `Test`,
+    `test_set` and the like), the latter is the official test part; a validation part is not read. Images stay
+    grey if all of them are grey. `size` > 0 resizes each to size × size pixels.
 
     Raises:
-        DataError: no images, an empty class, an unreadable file, or images of different sizes without `size`.
+        DataError: no images, an empty class, an unclear layout, an unreadable file, or images of different
+            sizes without `size`.
     """
-    files, labels, names, official = _list_images(root)
-    x = _read(files, size)
+    layout = read_layout(root)
+    x = _read(layout.files, size)
     coloured = x.shape[1] == 3
     return SourceData(
         name=root.resolve().name,
         where=f"image folder {root}",
         store=MemoryRows(x),
-        labels=labels,
-        class_names=names,
-        official_test=official,
+        labels=layout.labels,
+        class_names=layout.class_names,
+        official_test=layout.official_test,
         mean=IMAGENET_MEAN if coloured else (),
         std=IMAGENET_STD if coloured else (),
+        warnings=layout.warnings,
     )
-
-
-def _list_images(root: Path) -> tuple[list[str], np.ndarray, tuple[str, ...], np.ndarray | None]:
-    """Return (files, labels (n,), class names, mask (n,) of the official test part or None)."""
-    parts = [root / name for name in ("train", "test") if (root / name).is_dir()]
-    if not parts or not (root / "train").is_dir():
-        parts = [root]
-    names = _class_folders(parts[0])
-    files: list[str] = []
-    labels: list[int] = []
-    starts: list[int] = []
-    for part in parts:
-        starts.append(len(files))
-        if _class_folders(part) != names:
-            differing = sorted(set(names) ^ set(_class_folders(part)))
-            raise DataError(
-                f"{parts[0]} and {part} differ in class {differing[0]}", "give both the same class folders"
-            )
-        for label, name in enumerate(names):
-            images = sorted(_images(part / name))
-            if not images:
-                raise DataError(
-                    f"{part / name} holds no image", f"remove it, or add images ({', '.join(_ENDINGS)})"
-                )
-            files += images
-            labels += [label] * len(images)
-    official = np.arange(len(files)) >= starts[1] if len(parts) == 2 else None
-    return files, np.array(labels, np.int64), names, official
-
-
-def _class_folders(part: Path) -> tuple[str, ...]:
-    """Return the names of the class folders, sorted."""
-    try:
-        names = sorted(entry.name for entry in os.scandir(part) if entry.is_dir() and entry.name[0] != ".")
-    except OSError as error:
-        raise DataError(
-            f"{part} cannot be listed: {error.strerror}",
-            "set --data.path to a folder with one folder of images per class",
-        ) from error
-    if not names:
-        raise DataError(
-            f"{part} has no class folders",
-            "set --data.path to a folder with one folder of images per class",
-        )
-    return tuple(names)
-
-
-def _images(folder: Path) -> Iterator[str]:
-    """Yield the paths of all images below a folder."""
-    for parent, _, names in os.walk(folder, followlinks=True):
-        yield from (os.path.join(parent, name) for name in names if _is_image(name))
-
-
-def _is_image(name: str) -> bool:
-    return name[0] != "." and name.lower().endswith(_ENDINGS)
 
 
 def _read(files: Sequence[str], size: int) -> np.ndarray:
