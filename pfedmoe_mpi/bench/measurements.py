@@ -218,7 +218,7 @@ class Bench:
         from pfedmoe_mpi.federation.build import build
         from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 
-        loop = Loop(comm, build(comm, settings), SilentObserver(), None)
+        loop = Loop(comm, build(comm, settings, warn=False), SilentObserver(), None)
         if not loop.begin():
             raise StoppedError
         return loop

@@ -23,13 +23,13 @@ from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.comm import Comm
 
 
-def build(comm: Comm, settings: Config) -> Federation:
-    """Assemble a federation; collective.
+def build(comm: Comm, settings: Config, *, warn: bool = True) -> Federation:
+    """Assemble a federation; collective. With `warn` rank 0 prints the data's warnings.
 
     Raises:
         UserError: on all ranks: a setting or the data cannot be used.
     """
-    dataset = open_everywhere(comm, settings)
+    dataset = open_everywhere(comm, settings, warn=warn)
     threads = device.threads(comm, settings.train.threads)
     settings = effective_config(settings, dataset, threads)
     own_device = device.choose(comm, settings.train)

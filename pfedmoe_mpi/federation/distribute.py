@@ -17,15 +17,18 @@ from pfedmoe_mpi.data.sources.open import open_dataset, print_warnings
 from pfedmoe_mpi.mpi.comm import Comm
 
 
-def open_everywhere(comm: Comm, settings: Config) -> Dataset:
-    """Return the data set on every rank; without the rows on the other ranks if rank 0 holds them."""
+def open_everywhere(comm: Comm, settings: Config, *, warn: bool) -> Dataset:
+    """Return the data set on every rank; without the rows on the other ranks if rank 0 holds them.
+
+    With `warn` rank 0 prints the data's warnings.
+    """
 
     def open_source(check: bool) -> Dataset:
         return open_dataset(settings.data, settings.seed, clients=settings.clients, check=check)
 
     dataset = comm.from_root(lambda: open_source(check=True), "data", Dataset.without_rows)
     distributed = comm.from_root(lambda: dataset.distributed, "data store")
-    if comm.rank == 0:
+    if warn and comm.rank == 0:
         print_warnings(dataset)
     if not distributed:
         return dataset

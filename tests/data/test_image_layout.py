@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pfedmoe_mpi.data import Dataset
 from support.data_files import all_rows, data_error, open_data, random_images, write_image_folder
@@ -146,3 +149,131 @@ def test_commands_print_a_warning_once(tmp_path: Path) -> None:
         result = run_program(ranks, *command, cwd=tmp_path)
         assert result.code == 0, result.err
         assert result.err.count("warning: ") == result.err.count(expected) == 1, result.err
+
+
+# folders of systems, links, files that are not read
+
+
+@pytest.mark.parametrize(
+    "name", [".ipynb_checkpoints", ".hidden", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "lost+found"]
+)
+def test_hidden_and_system_folders_are_skipped_at_every_level(tmp_path: Path, name: str) -> None:
+    write_parts(tmp_path, "train", "test")
+    for folder in (tmp_path, tmp_path / "train", tmp_path / "train" / "ant", tmp_path / "test" / "bee"):
+        write_image_folder(folder / name, {"ant": 1})
+        write_image_folder(folder, {name + "/deeper": 2})
+    data = open_data("folder", tmp_path)
+    check_rows(data, parts=2)
+    assert not any(name in warning for warning in data.warnings)
+    (tmp_path / "train" / "ant" / "._0.png").write_bytes(b"resource fork")
+    check_rows(open_data("folder", tmp_path / "train"), parts=1)
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("self", "."),
+        ("up", ".."),
+        ("ant/self", "."),
+        ("ant/up", ".."),
+        ("ant/top", "../.."),
+        ("ant/itself", "itself"),
+        ("bee/deep/up", "../.."),
+    ],
+)
+def test_links_that_loop_are_not_followed(tmp_path: Path, link: str, target: str) -> None:
+    root = write_image_folder(tmp_path / "root", CLASSES)
+    (root / "bee" / "deep").mkdir()
+    (root / link).symlink_to(target)
+    data = open_data("folder", root)
+    check_rows(data, parts=1)
+    assert not data.warnings
+
+
+def test_links_to_other_folders_are_followed_once(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "store", CLASSES)
+    (tmp_path / "root" / "bee").mkdir(parents=True)
+    (tmp_path / "root" / "ant").symlink_to("../store/ant")
+    for name in ("one", "two"):
+        (tmp_path / "root" / "bee" / name).symlink_to("../../store/bee")
+    check_rows(open_data("folder", tmp_path / "root"), parts=1)
+    (tmp_path / "link").symlink_to("root")
+    check_rows(open_data("folder", tmp_path / "link"), parts=1)
+
+
+def test_links_between_classes_end(tmp_path: Path) -> None:
+    names = [f"c{number}" for number in range(12)]
+    write_image_folder(tmp_path, dict.fromkeys(names, 1))
+    for name in names:
+        for other in names:
+            (tmp_path / name / other).symlink_to(f"../{other}")
+    assert len(open_data("folder", tmp_path)) == 12 * 12, "paths through links are 12 factorial"
+
+
+def test_images_that_are_not_files_are_refused(tmp_path: Path) -> None:
+    broken = write_image_folder(tmp_path, CLASSES) / "ant" / "z.png"
+    broken.symlink_to("nowhere.png")
+    data_error("z.png is not a file, or links to none", "folder", tmp_path)
+    broken.unlink()
+    os.mkfifo(broken)
+    data_error("z.png is not a file, or links to none", "folder", tmp_path)
+
+
+def test_images_that_are_not_read_are_named(tmp_path: Path) -> None:
+    write_image_folder(tmp_path, CLASSES)
+    for path in (tmp_path / "preview.png", tmp_path / "ant" / "photo.HEIC", tmp_path / "bee" / "notes.txt"):
+        path.write_bytes(b"anything")
+    data = open_data("folder", tmp_path)
+    check_rows(data, parts=1)
+    (warning,) = data.warnings
+    assert f"images that are not read: 2, for example {tmp_path}/ant/photo.HEIC; " in warning
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = write_image_folder(tmp_path, CLASSES) / "bee" / "locked"
+    locked.mkdir()
+    listed = os.scandir
+
+    def scandir(path: Path | str) -> object:
+        if str(path) == str(locked):
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    data_error("locked cannot be listed: Permission denied", "folder", tmp_path)
+
+
+def test_hidden_text_files_are_not_clients(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "._a.txt"):
+        (tmp_path / name).write_text("one two three four five six seven " * 9)
+    assert open_data("words", tmp_path, length=4).client_names == ("a", "b")
+
+
+# copies
+
+
+def test_copies_are_counted(tmp_path: Path) -> None:
+    write_image_folder(tmp_path, {"ant": 3, "bee": 2})
+    assert not open_data("folder", tmp_path).warnings
+    shutil.copy(tmp_path / "ant" / "1.png", tmp_path / "ant" / "1 (copy).png")
+    with Image.open(tmp_path / "ant" / "0.png") as image:
+        image.save(tmp_path / "ant" / "0.bmp")
+    data = open_data("folder", tmp_path)
+    assert len(data) == 7, "copies are reported, not removed"
+    assert data.warnings == (
+        f"images with the pixels of an earlier one: 2 of 7; for example {tmp_path / 'ant' / '0.bmp'} and "
+        f"{tmp_path / 'ant' / '0.png'}; remove copies",
+    )
+
+
+def test_copies_in_the_test_part_and_in_other_classes_are_counted(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "train", {"ant": 3, "bee": 3})
+    write_image_folder(tmp_path / "test", {"ant": 1}, shape=(8, 10))
+    (tmp_path / "test" / "bee").mkdir()
+    shutil.copy(tmp_path / "train" / "bee" / "0.png", tmp_path / "train" / "bee" / "copy.png")
+    shutil.copy(tmp_path / "train" / "bee" / "1.png", tmp_path / "test" / "bee" / "1.png")
+    shutil.copy(tmp_path / "train" / "ant" / "2.png", tmp_path / "test" / "bee" / "2.png")
+    assert open_data("folder", tmp_path).warnings == (
+        "images with the pixels of an earlier one: 3 of 10, 2 across training and test part, 1 across "
+        f"classes; for example {tmp_path}/train/bee/1.png and {tmp_path}/test/bee/1.png; remove copies",
+    )

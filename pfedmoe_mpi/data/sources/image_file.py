@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ def decode(file: str, size: int, colour: bool | None) -> Picture:
     """
     from PIL import Image
 
+    if not os.path.isfile(file):  # a pipe would wait for ever
+        raise DataError(f"{file} is not a file, or links to none", "replace or remove it")
     try:
         with Image.open(file) as image:
             _check_depth(image, file)

@@ -13,7 +13,12 @@ import numpy as np
 from pfedmoe_mpi.errors import DataError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+_OTHER_ENDINGS = (".jfif", ".jpe", ".jp2", ".avif", ".heic", ".heif", ".tga", ".svg", ".dcm", ".npy")
 _CLASS_REMEDY = "set --data.path to a folder with one folder of images per class"
+_SYSTEM = {
+    *("__macosx", "system volume information", "$recycle.bin", "lost+found", "__pycache__"),
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),  # of network storage
+}
 _ROLES = {
     "train": "train",
     "training": "train",
@@ -55,21 +60,30 @@ def read_layout(root: Path) -> Layout:
     files: list[str] = []
     labels: list[int] = []
     starts: list[int] = []
+    skipped: list[str] = []
     for part in parts:
         starts.append(len(files))
+        skipped += [e.path for e in _entries(part) if not _is_folder(e) and e.name.lower().endswith(ENDINGS)]
         if _class_names(part) != names:
             differing = sorted(set(names) ^ set(_class_names(part)))
             raise DataError(
                 f"{parts[0]} and {part} differ in class {differing[0]}", "give both the same class folders"
             )
         for label, name in enumerate(names):
-            images = sorted(_images(part / name))
+            inside = sorted(_files(part / name))
+            images = [file for file in inside if file.lower().endswith(ENDINGS)]
+            skipped += [file for file in inside if file.lower().endswith(_OTHER_ENDINGS)]
             if not images:
                 raise DataError(
                     f"{part / name} holds no image", f"remove it, or add images ({', '.join(ENDINGS)})"
                 )
             files += images
             labels += [label] * len(images)
+    if skipped:
+        warnings.append(
+            f"images that are not read: {len(skipped)}, for example {min(skipped)}; images lie in a class "
+            f"folder and end in {', '.join(ENDINGS)}"
+        )
     official = np.arange(len(files)) >= starts[1] if len(parts) == 2 else None
     return Layout(files, np.array(labels, np.int64), names, official, tuple(warnings))
 
@@ -155,24 +169,47 @@ def _class_names(part: Path) -> tuple[str, ...]:
 
 
 def _subfolders(folder: Path) -> tuple[str, ...]:
-    """Return the names of the folders in a folder, sorted."""
-    return tuple(sorted(entry.name for entry in _entries(folder) if entry.is_dir()))
+    """Return the names of the folders in a folder, sorted, without links to a folder that contains it."""
+    around = {_identity(folder), *_around(folder)}
+    folders = [entry for entry in _entries(folder) if _is_folder(entry)]
+    return tuple(sorted(e.name for e in folders if not (e.is_symlink() and _identity(e.path) in around)))
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Yield the paths of all files below a class folder; each folder is read once, links or not."""
+    visited = _around(folder)
+    left = [str(folder)]
+    while left:
+        parent = left.pop()
+        if _identity(parent) in visited:
+            continue
+        visited.add(_identity(parent))
+        for entry in sorted(_entries(parent), key=lambda entry: entry.name, reverse=True):
+            if _is_folder(entry):
+                left.append(entry.path)
+            else:
+                yield entry.path
+
+
+def _around(folder: Path) -> set[tuple[int, int]]:
+    """Return the identities of the folders above a folder, and above the one it links to."""
+    return {_identity(parent) for path in (folder.absolute(), folder.resolve()) for parent in path.parents}
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """Return what a folder and a link to it have in common."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
 def _entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """Yield what a folder holds, except hidden names."""
+    """Yield what a folder holds, except hidden names and what operating systems put there."""
     try:
         with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if entry.name[0] != ".")
+            yield from (e for e in entries if e.name[0] != "." and e.name.lower() not in _SYSTEM)
     except OSError as error:
         raise DataError(f"{folder} cannot be listed: {error.strerror}", _CLASS_REMEDY) from error
-
-
-def _images(folder: Path) -> Iterator[str]:
-    """Yield the paths of all images below a folder."""
-    for parent, _, names in os.walk(folder, followlinks=True):
-        yield from (os.path.join(parent, name) for name in names if _is_image(name))
-
-
-def _is_image(name: str) -> bool:
-    return name[0] != "." and name.lower().endswith(ENDINGS)

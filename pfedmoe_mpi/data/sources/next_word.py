@@ -30,7 +30,7 @@ def load_words(root: Path, settings: Data) -> SourceData:
     Raises:
         DataError: no text files, or one that is empty, not UTF-8 or too short for two windows.
     """
-    files = sorted(root.glob("*.txt"))
+    files = sorted(path for path in root.glob("*.txt") if path.name[0] != ".")
     if not files:
         raise DataError(f"{root} has no file *.txt", "set --data.path to a folder of plain text files")
     texts, words = number_words([split_words(read_text(path)) for path in files])
