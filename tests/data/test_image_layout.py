@@ -76,6 +76,9 @@ def test_other_folders_beside_the_parts_are_named(tmp_path: Path) -> None:
     assert [warning.partition(": ")[2] for warning in data.warnings[:1]] == [
         "read train and test, not annotations, unlabelled"
     ]
+    for number in range(10):
+        (tmp_path / f"z{number}").mkdir()
+    assert open_data("folder", tmp_path).warnings[0].endswith(" z6, z7 and 2 more")
 
 
 def test_a_part_may_be_given_alone(tmp_path: Path) -> None:

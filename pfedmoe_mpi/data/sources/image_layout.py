@@ -14,6 +14,7 @@ from pfedmoe_mpi.errors import DataError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 _OTHER_ENDINGS = (".jfif", ".jpe", ".jp2", ".avif", ".heic", ".heif", ".tga", ".svg", ".dcm", ".npy")
+_SHOWN = 10  # names of folders in a warning
 _CLASS_REMEDY = "set --data.path to a folder with one folder of images per class"
 _SYSTEM = {
     *("__macosx", "system volume information", "$recycle.bin", "lost+found", "__pycache__"),
@@ -121,7 +122,8 @@ def _unread(root: Path, read: Sequence[str], validation: str | None, folders: Se
     unread = [name for name in folders if name not in read]
     if not unread:
         return []
-    text = f"data.path = {root}: read {' and '.join(read)}, not {', '.join(unread)}"
+    more = f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else ""
+    text = f"data.path = {root}: read {' and '.join(read)}, not {', '.join(unread[:_SHOWN])}{more}"
     if validation and len(read) == 1:
         text += f"; to use {validation} as official test part, rename it to test"
     elif validation:
@@ -138,10 +140,10 @@ def _unfamiliar(root: Path, folders: Sequence[str]) -> list[str]:
     inside = {name: _subfolders(root / name) for name in folders}
     if len(folders) == 1 and inside[folders[0]]:
         raise DataError(f"{root} holds a single folder, {folders[0]}", f"--data.path {root / folders[0]}")
-    for name in folders:
-        spaced = re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    suspects = [n for n in folders if _RESEMBLES_PART.search(re.sub("(?<=[a-z])(?=[A-Z])", " ", n).lower())]
+    for name in suspects:
         others = [other for other in folders if other != name and set(inside[other]) & set(inside[name])]
-        if others and _RESEMBLES_PART.search(spaced):
+        if others:
             raise DataError(
                 f"{root / name} looks like an official part: {others[0]} also holds a folder "
                 f"{min(set(inside[others[0]]) & set(inside[name]))}",
