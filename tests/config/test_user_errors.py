@@ -196,7 +196,7 @@ def test_unusable_hdf5_files_are_refused(
 
 @pytest.mark.parametrize("source", ["hdf5", "folder", "npz", "torchvision"])
 def test_missing_data_are_reported(assert_refused: Callable[..., str], tmp_path: Path, source: str) -> None:
-    assert_refused(f"data.source {source} needs --data.path", "--data.source", source)
+    assert_refused(f"data.source = {source} .* data.path is empty", "--data.source", source)
     assert_refused(str(tmp_path / "none"), "--data.source", source, "--data.path", "none")
 
 
