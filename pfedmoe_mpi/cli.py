@@ -97,8 +97,9 @@ def _run(name: str, words: list[str]) -> int:
         raise ConfigError(f"{name} is not a command alone; use {either(commands)}", f"{commands[0]} --help")
     first = words[0] if words else "-"
     if name == "run" and not first.startswith("-") and "." not in first and not os.path.exists(first):
-        hint = nearest(first, arguments.COMMANDS)
-        problem = f"{first} is neither a command nor a configuration file{hint}"
+        others = set(arguments.COMMANDS) - {first}  # `run restart` is a wrong file, not a wrong command
+        hint = nearest(first, others)
+        problem = f"'{first}' is neither a command nor a configuration file{hint}"
         raise ConfigError(problem, "`pfedmoe-mpi --help` lists the commands")
     if name == "translate" and words != ["--flags"]:  # whose words are another program's
         return translate(Namespace(words=[word for word in words if word != "--"], flags=False))
