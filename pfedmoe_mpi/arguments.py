@@ -338,6 +338,7 @@ class Parser(argparse.ArgumentParser):
         if missing != message:
             raise ConfigError(f"{self._name} needs {missing}", self._example)
         problem = message.removeprefix("argument ").replace("expected one argument", "expected a value")
+        problem = problem.replace("ignored explicit argument", "expected no value, not")
         raise ConfigError(problem, f"`{self.prog} --help` shows what it accepts")
 
 

@@ -39,6 +39,7 @@ from support.launcher import Result, Session
         ("restart needs RUN_DIR.CHECKPOINT.h5\n  remedy: pfedmoe-mpi restart runs/NAME$", ["restart"]),
         ("evaluate needs CHECKPOINT.h5", ["evaluate"]),
         ("inspect needs CHECKPOINT.h5", ["inspect"]),
+        ("--digest: expected no value, not 'true'", ["inspect", "a.h5", "--digest=true"]),
         ("inspect does not expect 'b.h5'", ["inspect", "a.h5", "b.h5"]),
         ("export needs OUT.h5", ["export", "a.h5", "--client", "1"]),
         ("export needs --client", ["export", "a.h5", "b.h5"]),
