@@ -272,7 +272,7 @@ class Parser(argparse.ArgumentParser):
         """
         result, extra = self.parse_known_intermixed_args(self._joined(words))
         if extra:
-            usage = self.format_usage().strip().removeprefix("usage: ")
+            usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
             raise ConfigError(f"{self._name} does not expect '{extra[0]}'", usage)
         result.settings = {name: value for name, value in vars(result).items() if name in self.settings}
         if result.settings:
@@ -321,6 +321,11 @@ class Parser(argparse.ArgumentParser):
             if name in config.BOOKKEEPING:
                 return ConfigError(f"{flag} is not a flag: `reproduce` writes it", f"remove {flag}")
             config.check_methods([name])
+        elsewhere = [f"`{command}`" for command in COMMANDS if flag in _flags_of(command)]
+        if elsewhere and not (self.settings and neighbours.settings_for(name)):
+            return ConfigError(problem, f"remove {flag}, a flag of {either(elsewhere)}")
+        if name.startswith("no_") and name[3:] in self._flags:
+            return ConfigError(problem, f"use --{name[3:]} false")
         meant = [f"--{match}" for match in neighbours.suggestions(name, self._flags)]
         remedy = neighbours.advice(name) if self.settings else ""
         if not remedy and meant:
@@ -333,7 +338,13 @@ class Parser(argparse.ArgumentParser):
         if missing != message:
             raise ConfigError(f"{self._name} needs {missing}", self._example)
         problem = message.removeprefix("argument ").replace("expected one argument", "expected a value")
+        problem = problem.replace("ignored explicit argument", "expected no value, not")
         raise ConfigError(problem, f"`{self.prog} --help` shows what it accepts")
+
+
+def _flags_of(command: str) -> set[str]:
+    """Return a command's flags that are not settings."""
+    return {name for item in COMMANDS[command].arguments for name in item.names if name.startswith("--")}
 
 
 def parser(name: str) -> Parser:

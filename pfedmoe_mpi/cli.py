@@ -48,7 +48,7 @@ def main(words: Sequence[str]) -> int:
         if alone and environment.launched_rank() > 0:
             return EXIT_DONE  # the first rank does it
         code = _run(name, rest)
-        sys.stdout.flush()
+        print(end="", flush=True)  # nothing where stdout was closed from the start
         return code
     except BrokenPipeError:
         if not alone:
@@ -64,13 +64,28 @@ def main(words: Sequence[str]) -> int:
 
 def _command(words: Sequence[str]) -> tuple[str, list[str]]:
     """Return the command's name and its words; `--version` and `--help` anywhere are commands, too."""
-    names = [" ".join(words[:length]) for length in (2, 1)]
-    name = next((name for name in names if name in arguments.COMMANDS or name in arguments.GROUPS), "")
+    name, rest = "", list(words)
+    if words and words[0] in arguments.GROUPS:
+        name, rest = _member(words[0], words[1:])
+    elif words and words[0] in arguments.COMMANDS:
+        name, rest = words[0], rest[1:]
     if "--version" in words:
         return "version", []
     if {"-h", "--help"} & set(words):
         return "help", name.split()
-    return name or "run", list(words[len(name.split()) :])
+    return name or "run", rest
+
+
+def _member(group: str, words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return which command of a group the first positional argument names, else the group; and the rest."""
+    flag = ""
+    for place, word in enumerate(words):
+        if not word.startswith("-") and (not flag.startswith("--") or "=" in flag):
+            name = f"{group} {word}"
+            rest = [*words[:place], *words[place + 1 :]]
+            return (name, rest) if name in arguments.COMMANDS else (group, list(words))
+        flag = word
+    return group, list(words)
 
 
 def _run(name: str, words: list[str]) -> int:
@@ -82,8 +97,9 @@ def _run(name: str, words: list[str]) -> int:
         raise ConfigError(f"{name} is not a command alone; use {either(commands)}", f"{commands[0]} --help")
     first = words[0] if words else "-"
     if name == "run" and not first.startswith("-") and "." not in first and not os.path.exists(first):
-        hint = nearest(first, arguments.COMMANDS)
-        problem = f"{first} is neither a command nor a configuration file{hint}"
+        others = set(arguments.COMMANDS) - {first}  # `run restart` is a wrong file, not a wrong command
+        hint = nearest(first, others)
+        problem = f"'{first}' is neither a command nor a configuration file{hint}"
         raise ConfigError(problem, "`pfedmoe-mpi --help` lists the commands")
     if name == "translate" and words != ["--flags"]:  # whose words are another program's
         return translate(Namespace(words=[word for word in words if word != "--"], flags=False))

@@ -79,22 +79,32 @@ class Config(Section):
             problem = f"there is no algorithm '{self.algorithm}'{nearest(self.algorithm, methods.names())}"
             raise ConfigError(problem, f"use one of {', '.join(methods.names())}")
         _options(self.algorithm)
-        if self.partition.kind == "classes" and self.partition.classes_min > self.partition.classes:
-            raise ValueError(
-                f"partition.classes_min = {self.partition.classes_min} is above partition.classes = "
-                f"{self.partition.classes}; lower one or raise the other"
+        partition, data = self.partition, self.data
+        if partition.kind == "classes" and partition.classes_min > partition.classes:
+            raise ConfigError(
+                f"partition.classes_min = {partition.classes_min} is above partition.classes = "
+                f"{partition.classes}",
+                f"lower one or raise the other: --partition.classes {partition.classes_min}",
             )
         if self.unseen_clients >= self.clients:
-            raise ValueError("unseen.clients leaves no client to train; lower it or raise clients")
-        if self.data.source not in {"digits", "synthetic"} and not self.data.path:
-            raise ValueError(f"data.source {self.data.source} needs --data.path, the file or folder to read")
-        if len(self.data.mean) != len(self.data.std):
-            raise ValueError(
-                f"data.mean has {len(self.data.mean)} and data.std {len(self.data.std)} numbers; "
-                "give each as many numbers, one per channel"
+            raise ConfigError(
+                f"unseen.clients = {self.unseen.clients:g} leaves no client to train, as clients = "
+                f"{self.clients}",
+                "lower --unseen.clients or raise --clients",
             )
-        if any(value <= 0 for value in self.data.std):
-            raise ValueError("data.std must be positive in every channel")
+        if data.source not in {"digits", "synthetic"} and not data.path:
+            raise ConfigError(
+                f"data.source = {data.source} reads a file or folder, and data.path is empty",
+                "--data.path PATH",
+            )
+        if len(data.mean) != len(data.std):
+            raise ConfigError(
+                f"data.mean has {len(data.mean)} and data.std {len(data.std)} numbers",
+                "give both as many numbers, one per channel: --data.mean 0.5,0.5,0.5 --data.std 0.5,0.5,0.5",
+            )
+        if any(value <= 0 for value in data.std):
+            shown = ",".join(f"{value:g}" for value in data.std)
+            raise ConfigError(f"data.std = {shown}: every number must be above 0", "--data.std 0.5,0.5,0.5")
         return self
 
     @property

@@ -93,7 +93,7 @@ def options(name: str, section: type) -> Any:
         if isinstance(node, ast.ClassDef) and node.name == "Options":
             try:
                 return _compiled(node, file, section)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # neither must end a command for another method
                 line = _line(error, file) or node.lineno
                 raise MethodError(file, line, f"class Options: {_reason(error)}") from error
     return type("Options", (section,), {"__module__": __name__})
@@ -110,12 +110,15 @@ def _compiled(node: ast.ClassDef, file: Path, section: type) -> Any:
         raise TypeError("must be a Section")
     for item, text in zip(node.body, node.body[1:], strict=False):
         if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Expr):
-            made.model_fields[ast.unparse(item.target)].description = ast.literal_eval(text.value)
+            name = ast.unparse(item.target)
+            if not isinstance(text.value, ast.Constant) or not isinstance(text.value.value, str):
+                raise TypeError(f"the line below {name} is its help and must be a string")
+            made.model_fields[name].description = text.value.value
     made.model_validate(made().model_dump())  # every setting needs a default that it accepts
     return made
 
 
-def _line(error: Exception, file: Path) -> int | None:
+def _line(error: BaseException, file: Path) -> int | None:
     """Return the last line of `file` that the error passed through."""
     if isinstance(error, SyntaxError):
         return error.lineno
@@ -123,7 +126,7 @@ def _line(error: Exception, file: Path) -> int | None:
     return next((frame.lineno for frame in reversed(frames) if frame.filename == str(file)), None)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Return the error in one line; pydantic's without its heading."""
     from pydantic import ValidationError
 

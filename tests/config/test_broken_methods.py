@@ -19,6 +19,8 @@ SOURCES = {  # what is in the file, the line that is wrong, and whether Python c
     "call": (b'"""A method."""\nclass Options(Section):\n    x: int = Feld(1)\n', 3, False),
     "range": (b'"""A method."""\nclass Options(Section):\n    x: int = Field(0, ge=1)\n', 2, False),
     "required": (b'"""A method."""\nclass Options(Section):\n    x: int\n', 2, False),
+    "exit": (b'"""A method."""\nclass Options(Section):\n    raise SystemExit(3)\n', 3, False),
+    "help": (b'"""A method."""\nclass Options(Section):\n    x: int = 1\n    (1, 2)\n', 2, False),
     "base": (b'"""A method."""\n\nclass Options:\n    x = 1\n', 3, False),
 }
 
@@ -53,7 +55,7 @@ def test_broken_file_is_named(package: Path, kind: str) -> None:
     file.unlink()
 
 
-@pytest.mark.parametrize("kind", ["syntax", "type"])
+@pytest.mark.parametrize("kind", ["syntax", "type", "exit", "help"])
 def test_settings_beside_a_broken_file(package: Path, kind: str) -> None:
     file = package / "broken.py"
     file.write_bytes(SOURCES[kind][0])

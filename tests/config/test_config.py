@@ -185,12 +185,14 @@ def test_wrong_range_or_type_is_refused(name: str, bad: Any) -> None:
             "classes_min = 3 is above partition.classes = 2",
             {"partition.kind": "classes", "partition.classes_min": 3},
         ),
-        ("needs --data.path", {"data.source": "hdf5"}),
+        ("data.source = hdf5 .* data.path is empty", {"data.source": "hdf5"}),
         ("data.mean has 1 and data.std 0 numbers", {"data.mean": "0.5"}),
         ("data.mean = 'nan'.*finite number", {"data.mean": "nan", "data.std": "1"}),
-        ("must be positive", {"data.mean": "0.5", "data.std": "0"}),
-        ("cnn1 in 500 and mnist5 in 50", {"model.pool": "cnn1", "model.shared": "mnist5"}),
-        ("cnn1 in 500 and mnist2 in 50", {"model.pool": "cnn1,mnist2"}),
+        ("data.std = 0: every number must be above 0", {"data.mean": "0.5", "data.std": "0"}),
+        ("train.augment = .flop.: .*.flip., .erase. or .crop.", {"train.augment": "flip,flop"}),
+        ("unseen.clients = 30 leaves no client", {"unseen.clients": 30}),
+        ("cnn1 has 500 and mnist5 has 50", {"model.pool": "cnn1", "model.shared": "mnist5"}),
+        ("cnn1 has 500 and mnist2 has 50", {"model.pool": "cnn1,mnist2"}),
     ],
 )
 def test_contradicting_settings_are_refused(pattern: str, settings: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pfedmoe_mpi import arguments, config
+from pfedmoe_mpi import arguments, cli, config
 from pfedmoe_mpi.config import flags
 from pfedmoe_mpi.errors import ConfigError
 
@@ -81,6 +81,25 @@ def test_no_flag_is_abbreviated(line: str) -> None:
 def test_arguments_of_commands(name: str, line: str, expected: dict[str, Any]) -> None:
     given = vars(arguments.parser(name).read(line.split()))
     assert {key: given[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "rest"),
+    [
+        ("data prepare o.h5 --seed 3", "data prepare", "o.h5 --seed 3"),
+        ("data --seed 3 prepare o.h5", "data prepare", "--seed 3 o.h5"),
+        ("data --seed=3 prepare o.h5", "data prepare", "--seed=3 o.h5"),
+        ("data --data.mean -1 partition o.h5", "data partition", "--data.mean -1 o.h5"),
+        ("data --data.name prepare partition o.h5", "data partition", "--data.name prepare o.h5"),
+        ("data o.h5 prepare", "data", "o.h5 prepare"),
+        ("data --seed 3", "data", "--seed 3"),
+        ("data --seed 3 prepare --help", "help", "data prepare"),
+        ("--seed 3 restart runs/x", "run", "--seed 3 restart runs/x"),
+        ("restart runs/x --version", "version", ""),
+    ],
+)
+def test_flags_may_precede_the_command_of_a_group(line: str, name: str, rest: str) -> None:
+    assert cli._command(line.split()) == (name, rest.split())
 
 
 def test_paths_count_from_the_current_folder() -> None:

@@ -146,3 +146,12 @@ def test_help_on_a_terminal_without_our_characters(tmp_path: Path) -> None:
 def test_only_the_first_rank_prints_help(tmp_path: Path) -> None:
     result = launcher.run_program(2, "report", "--help", cwd=tmp_path)
     assert result.code == 0 and result.out.count("usage: ") == 1
+
+
+def test_closed_stdout_is_not_a_fault() -> None:
+    command = f"exec {sys.executable} -m pfedmoe_mpi --version >&-"
+    environment = launcher.clean_environment("mpich", {})
+    result = subprocess.run(
+        ["sh", "-c", command], capture_output=True, timeout=60, check=False, env=environment
+    )
+    assert (result.returncode, result.stderr) == (0, b"")

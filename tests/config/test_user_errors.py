@@ -32,13 +32,14 @@ from support.launcher import Result, Session
         ("data.source = digits reads no file(.|\n)*set --data.source", ["--data.path", "my.h5"]),
         ("rounds = 'many'", ["--rounds", "many"]),
         ("participation = '2'", ["--participation", "2"]),
-        ("trian is neither a command nor a configuration file; did you mean", ["trian"]),
-        ("restrat is neither .*; did you mean 'restart'", ["restrat", "runs/x"]),
+        ("'trian' is neither a command nor a configuration file; did you mean", ["trian"]),
+        ("'restrat' is neither .*; did you mean 'restart'", ["restrat", "runs/x"]),
         ("no configuration file none.toml", ["none.toml"]),
         ("run does not expect 'b.toml'\n  remedy: pfedmoe-mpi run ", ["run", "a.toml", "b.toml"]),
         ("restart needs RUN_DIR.CHECKPOINT.h5\n  remedy: pfedmoe-mpi restart runs/NAME$", ["restart"]),
         ("evaluate needs CHECKPOINT.h5", ["evaluate"]),
         ("inspect needs CHECKPOINT.h5", ["inspect"]),
+        ("--digest: expected no value, not 'true'", ["inspect", "a.h5", "--digest=true"]),
         ("inspect does not expect 'b.h5'", ["inspect", "a.h5", "b.h5"]),
         ("export needs OUT.h5", ["export", "a.h5", "--client", "1"]),
         ("export needs --client", ["export", "a.h5", "b.h5"]),
@@ -48,6 +49,20 @@ from support.launcher import Result, Session
         ("export has no flag --seed", ["export", "a.h5", "b.h5", "--client", "1", "--seed", "3"]),
         ("report has no flag --basline\n  remedy: use --baseline$", ["report", "a", "--basline", "b"]),
         ("report needs RUN_DIR\n  remedy: pfedmoe-mpi report runs/NAME$", ["report"]),
+        (
+            "no flag --target\n  remedy: remove --target, a flag of `report`$",
+            ["evaluate", "a.h5", "--target", "1"],
+        ),
+        ("no flag --dry\n  remedy: remove --dry, a flag of `run` or `reproduce`$", ["restart", "a", "--dry"]),
+        ("no flag --out\n  remedy: use --run.dir$", ["run", "--out", "a"]),
+        ("no flag --no-dry\n  remedy: use --dry false$", ["--no-dry"]),
+        ("no flag --no_run.force\n  remedy: use --run.force false$", ["--no_run.force"]),
+        ("'' is neither a command nor", [""]),
+        ("'help' is neither a command nor a configuration file\n", ["run", "help"]),
+        (
+            "b' *\n  remedy: pfedmoe-mpi reproduce .*--dry .*TABLE.toml .--SETTING VALUE ...]$",
+            ["reproduce", "a", "b"],
+        ),
         ("--json: expected true or false", ["evaluate", "a.h5", "--json", "perhaps"]),
         ("--scale: expected a number above 0 and at most 1", ["reproduce", "t.toml", "--scale", "0"]),
         ("data prepare or data partition", ["data"]),
@@ -196,7 +211,7 @@ def test_unusable_hdf5_files_are_refused(
 
 @pytest.mark.parametrize("source", ["hdf5", "folder", "npz", "torchvision"])
 def test_missing_data_are_reported(assert_refused: Callable[..., str], tmp_path: Path, source: str) -> None:
-    assert_refused(f"data.source {source} needs --data.path", "--data.source", source)
+    assert_refused(f"data.source = {source} .* data.path is empty", "--data.source", source)
     assert_refused(str(tmp_path / "none"), "--data.source", source, "--data.path", "none")
 
 
