@@ -163,7 +163,7 @@ class Unseen(Section):
     """Clients that never train, with label combinations no training client has: below 1 a share of N.
     Default: every client trains, as in pFedMoE's paper."""
     private: Annotated[Literal["none", "average"], BeforeValidator(_name)] = "none"
-    """Private parts with which they answer; average = the mean of what a method can average (pfedmoe).
+    """Private parts of these clients; average = the mean of what a method can average (pfedmoe).
     Default: no method sends more than its paper says."""
 
 
