@@ -189,8 +189,8 @@ def test_wrong_range_or_type_is_refused(name: str, bad: Any) -> None:
         ("data.mean has 1 and data.std 0 numbers", {"data.mean": "0.5"}),
         ("data.mean = 'nan'.*finite number", {"data.mean": "nan", "data.std": "1"}),
         ("must be positive", {"data.mean": "0.5", "data.std": "0"}),
-        ("cnn1 in 500 and mnist5 in 50", {"model.pool": "cnn1", "model.shared": "mnist5"}),
-        ("cnn1 in 500 and mnist2 in 50", {"model.pool": "cnn1,mnist2"}),
+        ("cnn1 has 500 and mnist5 has 50", {"model.pool": "cnn1", "model.shared": "mnist5"}),
+        ("cnn1 has 500 and mnist2 has 50", {"model.pool": "cnn1,mnist2"}),
     ],
 )
 def test_contradicting_settings_are_refused(pattern: str, settings: dict[str, Any]) -> None:
