@@ -1,4 +1,21 @@
-"""Personalised federated learning with mixtures of experts under MPI."""
+"""Personalised federated learning with mixtures of experts under MPI.
+
+A module imports only from its own line and the lines below it:
+
+    cli          the command line
+    commands, bench, reproduce, report, client_model
+                 the commands, and a client's model for a notebook
+    run          one training run: start, restart, run folder, exit code
+    federation   the rounds: cohort, training, sums, metrics, when to write a checkpoint
+    algorithms   the methods, one file each; `base` is their contract
+    checkpoint, data
+                 sealed checkpoint files; data sources and partitions
+    mpi, core    communication and signals; vectors, batches, SGD and random addresses
+    config       settings with their defaults and reasons
+    models       architectures and the gate
+    storage, environment, errors, log
+                 durable writes, launcher and Slurm, error classes and exit codes, logger
+"""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ import sys
 
 
 def main() -> None:
-    """Entry point of the program and of the console script.
+    """Run the program; the console script calls this too.
 
-    A stop that is asked for while Python still starts is held back, not lost: SIGUSR1 would end the process.
+    SIGUSR1 is blocked until its handler is installed: it would end the process while Python still starts.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     from pfedmoe_mpi import cli

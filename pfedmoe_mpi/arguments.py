@@ -1,6 +1,7 @@
 """What every command accepts: its positional arguments, flags and examples, and the parsers made of them.
 
-Needs no pydantic, numpy, torch or MPI: only parsers of commands with settings import what describes these.
+Importing this needs no pydantic, numpy, torch or MPI; only the parser of a command with settings imports
+`config.flags`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SETTINGS_NOTE = f"The settings that `{PROGRAM} run --help` lists are flags here,
 
 @dataclass(frozen=True)
 class Argument:
-    """What `argparse.ArgumentParser.add_argument` is called with."""
+    """The arguments of one call of `argparse.ArgumentParser.add_argument`."""
 
     names: tuple[str, ...]
     options: dict[str, Any]
@@ -65,12 +66,12 @@ def number(text: str) -> int:
 
 
 def argument(*names: str, **options: Any) -> Argument:
-    """A positional argument or a flag."""
+    """Return a positional argument or a flag."""
     return Argument(names, options)
 
 
 def switch(name: str, text: str, default: bool = False) -> Argument:
-    """A flag that is true or false, and true alone."""
+    """Return a flag that takes true or false; the flag alone means true."""
     shown = f"{text} [default {str(default).lower()}]"
     options = {"nargs": "?", "const": True, "default": default, "metavar": "true|false", "type": truth}
     return Argument((name,), {**options, "help": shown})
@@ -85,7 +86,7 @@ FILES = ("PATH", "FOLDER", "DIR", "OUT", ".h5", ".toml")  # in the names of argu
 COMMANDS = {
     "run": Command(
         "Train from round 1.",
-        (CONFIG, switch("--dry", "print the plan and end")),
+        (CONFIG, switch("--dry", "print the plan and exit")),
         ("run --algorithm fedproto --rounds 60 --run.dir runs/NAME", "run CONFIG.toml --train.lr 0.02 --dry"),
         settings=True,
         mpi=True,
@@ -121,7 +122,7 @@ COMMANDS = {
         ("export best.h5 client7.h5 --client 7", "export runs/NAME/checkpoints/best.h5 OUT.h5 --client 0"),
     ),
     "data prepare": Command(
-        "Write the data of any source as one HDF5 file; may download them.",
+        "Write any source's data as one HDF5 file; may download torchvision's.",
         (CONFIG, OUT),
         (
             "data prepare cifar10.h5 --data.source torchvision --data.name CIFAR10 --data.path data",
@@ -136,7 +137,7 @@ COMMANDS = {
         settings=True,
     ),
     "reproduce": Command(
-        "Run the runs of a paper's table that are not finished, one after the other.",
+        "Train the runs of a table that are not finished, one after the other.",
         (
             argument("table", metavar="TABLE.toml", help="a table; jobs/tables/ has those of the papers"),
             argument(
@@ -159,8 +160,8 @@ COMMANDS = {
                 metavar="K",
                 help="only number K of the chosen runs, from 0: for job arrays [default all]",
             ),
-            switch("--dry", "print what the runs cost and end"),
-            switch("--list", "print the runs' names and end"),
+            switch("--dry", "print what the runs cost and exit"),
+            switch("--list", "print the runs' names and exit"),
         ),
         (
             "reproduce jobs/tables/pfedmoe-homogeneous.toml --scale 0.1 --dry",
@@ -172,7 +173,7 @@ COMMANDS = {
     "report": Command(
         "Report on one run, or compare several: a page, figures and tables.",
         (
-            argument("folders", nargs="+", metavar="RUN_DIR", help="run folders, or folders that hold some"),
+            argument("folders", nargs="+", metavar="RUN_DIR", help="run folders, or folders of run folders"),
             argument(
                 "--out",
                 default="",

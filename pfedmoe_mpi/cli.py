@@ -1,4 +1,4 @@
-"""The command line: one function per command, which imports what it needs of torch and MPI."""
+"""The command line: one function per command, which imports torch and MPI only if it needs them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ restart, evaluate, reproduce, bench and check work under mpirun and srun, too.""
 def main(words: Sequence[str]) -> int:
     """Run a command line and return the exit code.
 
-    Under a launcher only the first rank prints an error. For commands without MPI a closed pipe is not one.
+    Under a launcher only the first rank prints an error. A command without MPI accepts a closed pipe.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -151,7 +151,7 @@ class Task:
     def gate(self, experts: int = 2) -> Module:
         """Return a gate as `gate.*` configures it; its output is weights (B, experts).
 
-        With `gate.input` = raw its input is what `seen` returns.
+        With `gate.input` = raw its input is what `gate_input` returns.
 
         Raises:
             ConfigError: gate.input = pooled, but the samples are not images.

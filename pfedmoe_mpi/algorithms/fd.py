@@ -41,7 +41,7 @@ class Options(Section):
 
 class FD(Algorithm):
     def state(self) -> Spec:
-        """Return F̄ (classes, classes), NaN if undefined, and the rounds that tell which contributions it has.
+        """Return F̄ (classes, classes), NaN if undefined, and the rounds that say which contributions it has.
 
         `members` is M by class, `summed` the round in which a class was last averaged, `heard` the round of
         each client's last contribution.

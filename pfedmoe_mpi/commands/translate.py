@@ -241,8 +241,8 @@ BELOW = (
     "model and its private state are in checkpoints, not in a folder that is cleared at the end; -t 3 is "
     "three runs with --seed 0, 1, 2.",
     "Their averaged test accuracy weighs clients by samples: accuracy.weighted here, beside "
-    "accuracy.mean. They skip a batch that is not full, and HtFLlib does not shuffle; here every sample "
-    "is trained in every epoch, in a drawn order.",
+    "accuracy.mean. They train only full batches, and HtFLlib does not shuffle; here every sample is "
+    "trained in every epoch, in a random order.",
 )
 
 

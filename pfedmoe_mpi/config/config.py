@@ -1,7 +1,7 @@
 """The configuration: typed, validated, read from TOML and overridden by flags.
 
 A `Config` is immutable and complete: every field, here and in `sections.py`, has a range and a default; the
-string below it is its help, with the reason of the default. Whatever can be checked without data is checked
+string below it is its help, with the reason for the default. Whatever can be checked without data is checked
 here, before torch or MPI is imported. A method adds its own section by a class `Options` in its file, which
 `methods.py` reads.
 """

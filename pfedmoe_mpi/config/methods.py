@@ -83,7 +83,7 @@ def options(name: str, section: type) -> Any:
     """Return the method's class `Options`, an empty `section` if there is none.
 
     It is compiled alone, and may use `Section`, `Field`, `Annotated` and `Literal`. The string below a field
-    is its help, as in `config.py`.
+    is its help, as in `sections.py`.
 
     Raises:
         MethodError: the file or the class cannot be used.

@@ -217,5 +217,5 @@ def advice(word: str) -> str:
 
 
 def _flag(word: str) -> Flag | None:
-    """The flag of HtFLlib or PFLlib by either of its names."""
+    """Return the flag of HtFLlib or PFLlib by either of its names."""
     return next((flag for flag in FLAGS if word in {flag.short, flag.long}), None)

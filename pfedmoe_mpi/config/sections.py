@@ -1,6 +1,6 @@
 """The sections of the configuration: every setting with its type, range and default.
 
-The string below a setting is its help: a sentence, then `Default: ` with the reason of the default.
+The string below a setting is its help: a sentence, then `Default: ` with the reason for the default.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _name(value: Any) -> Any:
 
 
 def _items(value: Any) -> Any:
-    """Return the two items of `a,b`, as a flag has it."""
+    """Return the items of a comma-separated flag, `a,b`, as a list."""
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
@@ -82,7 +82,7 @@ class PartitionSettings(Section):
         Literal["iid", "pathological", "dirichlet", "classes", "natural"], BeforeValidator(_name)
     ] = "dirichlet"
     """How samples are divided among clients; heart, npz and words propose natural.
-    Default: every client sees most classes, in unlike proportions."""
+    Default: every client sees most classes, in different proportions."""
     classes: int = Field(2, ge=1)
     """`pathological`: classes per client; `classes`: the most a client may draw.
     Default: the papers' pathological CIFAR-10."""
@@ -90,8 +90,8 @@ class PartitionSettings(Section):
     """`classes`: the fewest classes a client may draw.
     Default: clients of one class are the hardest case."""
     alpha: Positive = 1.0
-    """`dirichlet`: concentration γ of the class proportions; small = unlike clients.
-    Default: unlike clients, none of which is left with one class."""
+    """`dirichlet`: concentration γ of the class proportions; the smaller, the more clients differ.
+    Default: clients differ, and none is left with one class."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of a client's samples held out as its test set.
     Default: the papers' 8 : 2."""
@@ -111,9 +111,9 @@ class PartitionSettings(Section):
 
 class ModelSettings(Section):
     pool: Names = Field(("auto",), min_length=1)
-    """Architectures; client k takes number k mod length; auto = unlike ones if the method allows.
-    Default: cnn1 to cnn5, client k takes number k mod 5 (the papers' unlike models), or their like for
-    features and texts; one architecture where the method needs equal models."""
+    """Architectures; client k takes number k mod length; auto = different ones if the method allows.
+    Default: cnn1 to cnn5, client k takes number k mod 5 (the papers' different models), or a family like
+    it for features and texts; one architecture where the method needs equal models."""
     shared: Name = "auto"
     """Architecture of the shared model or extractor; auto = the smallest of the family (texts: fasttext).
     Default: cnn5, the paper's choice; mlp5 for features, fasttext for texts."""
@@ -137,28 +137,28 @@ class Gate(Section):
     Default: the middle of the readings 32, 64 and 128."""
     layers: int = Field(2, ge=1)
     """Linear layers of the gate, the last one included.
-    Default: the paper."""
+    Default: as in the paper."""
     input_norm: Annotated[Literal["switch", "layer", "batch", "none"], BeforeValidator(_name)] = "switch"
     """Normalisation of the flattened input.
-    Default: the paper."""
+    Default: as in the paper."""
     batch_norm: bool = True
     """BatchNorm after every linear layer, the last one before the softmax.
-    Default: the paper, placed before the softmax."""
+    Default: as in the paper, placed before the softmax."""
     activation: Annotated[Literal["sigmoid", "relu", "tanh", "gelu"], BeforeValidator(_name)] = "sigmoid"
     """Activation between the gate's layers.
-    Default: the paper."""
+    Default: as in the paper."""
     input: Annotated[Literal["raw", "pooled", "shared"], BeforeValidator(_name)] = "raw"
     """What the gate sees: the sample (of a text its embeddings), the image at 8×8, or the shared features.
-    Default: the paper."""
+    Default: as in the paper."""
     temperature: Positive = 1.0
     """The softmax is over logits / temperature: below 1 sharper, above 1 flatter.
-    Default: the paper."""
+    Default: as in the paper."""
     routing: Annotated[Literal["soft", "top1"], BeforeValidator(_name)] = "soft"
     """soft mixes the experts; top1 takes the best one of each sample (straight-through gradient).
-    Default: the paper."""
+    Default: as in the paper."""
     weights: Annotated[Literal["sample", "learned", "equal"], BeforeValidator(_name)] = "sample"
     """Weights per sample, or the same for all: learned constants, or equal ones (static fusion).
-    Default: the paper."""
+    Default: as in the paper."""
 
 
 class Unseen(Section):
@@ -166,7 +166,7 @@ class Unseen(Section):
     """Clients that never train, with label combinations no training client has: below 1 a share of N.
     Default: every client trains, as in pFedMoE's paper."""
     private: Annotated[Literal["none", "average"], BeforeValidator(_name)] = "none"
-    """What stands in for their private parts; average = the mean of what a method can average (pfedmoe).
+    """Private parts of these clients; average = the mean of what a method can average (pfedmoe).
     Default: no method sends more than its paper says."""
 
 
@@ -206,7 +206,7 @@ class Train(Section):
     Default: 0.01 was 4 points worse on the digits after 30 rounds."""
     schedule: Annotated[Literal["constant", "cosine", "linear"], BeforeValidator(_name)] = "constant"
     """How the learning rates fall over the rounds (cosine and linear end at 0).
-    Default: the papers."""
+    Default: as in the papers."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """SGD momentum; starts at zero in every client step.
     Default: as in the authors' released code."""
@@ -242,7 +242,7 @@ class FaultSettings(Section):
     Default: no client is slow unless you ask for it."""
     slowdown: float = Field(10.0, ge=1, allow_inf_nan=False)
     """How many times as long a slow client takes, in simulated time.
-    Default: far beyond the spread that unlike models have by themselves."""
+    Default: far beyond the differences that the models cause by themselves."""
     deadline: NotNegative = 0.0
     """Members that take longer are left out of the sum: simulated time, 1 = the mean client; 0 = none.
     Default: a synchronous server waits for all."""

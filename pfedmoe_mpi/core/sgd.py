@@ -28,7 +28,7 @@ class Phase:
 
 
 def learning_rate_factor(schedule: str, round: int, rounds: int) -> float:
-    """Return the factor on learning rates in round 1..rounds: 1 up to round 1, towards 0 after the last."""
+    """Return the factor on learning rates in a round: 1 up to round 1, then falling to 0 after the last."""
     done = max(0, round - 1) / rounds
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))

@@ -1,4 +1,4 @@
-"""The effective configuration: the data's proposals taken over, and every `auto` replaced by its value."""
+"""The effective configuration: the data's proposals applied, and every `auto` replaced by its value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranks that keep and train each client: balanced by cost, and computed alike on every rank."""
+"""The ranks that keep and train each client: balanced by cost, and the same on every rank."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A draw divides every client's classes into two concepts. In a round where the second concept has share w, a
 client trains on each row of the first concept with probability 1 − w and of the second with w. Each row is
-drawn once, so that rows enter and leave one by one as w changes. Test rows stay, and accuracy is measured on
-each concept separately.
+drawn once, so that rows enter and leave one by one as w changes. Test rows do not change, and accuracy is
+measured on each concept separately.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The only module that imports mpi4py: start, wait, exchange, stop and abort. It knows nothing of learning.
+"""The only module that imports mpi4py: start, wait, exchange, signals and abort; independent of learning.
 
 No rank blocks inside MPI: a blocked rank spins, runs no signal handler and cannot time out. Each rank posts a
 non-blocking operation and tests it, sleeping in between, and checks for a stop and a time-out.

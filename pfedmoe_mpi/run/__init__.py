@@ -1,1 +1,5 @@
-"""A training run: start, restart, run folder, console and curves."""
+"""A training run.
+
+`job` trains it and returns the exit code, `restart` chooses the checkpoint and decides which settings may
+change, `folder` holds its files, and `reporter`, `console` and `curves` report its progress.
+"""

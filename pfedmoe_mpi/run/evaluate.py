@@ -10,7 +10,7 @@ from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.run.restart import override_settings
 
-if TYPE_CHECKING:  # it imports torch, which is imported only when the arguments are known to be right
+if TYPE_CHECKING:  # it imports torch, which is imported only after the arguments were checked
     from pfedmoe_mpi.federation.loop import Loop
 
 

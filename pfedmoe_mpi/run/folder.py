@@ -180,7 +180,7 @@ class RunFolder:
             return None
 
     def event(self, kind: str, **facts: Any) -> None:
-        """Append a line to events.jsonl; a half line left by a killed run is ended first."""
+        """Append a line to events.jsonl, after ending the half line that a killed run may have left."""
         line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "event": kind, **facts}
         with open(self.path / "events.jsonl", "a+b") as file:
             file.seek(max(0, file.tell() - 1))

@@ -20,7 +20,7 @@ from pfedmoe_mpi.run import console, curves
 from pfedmoe_mpi.run.folder import RunFolder, default
 from pfedmoe_mpi.run.reporter import Reporter
 
-if TYPE_CHECKING:  # these import torch, which is imported only when the arguments are known to be right
+if TYPE_CHECKING:  # these import torch, which is imported only after the arguments were checked
     from pfedmoe_mpi.federation.federation import Federation
     from pfedmoe_mpi.federation.loop import Loop
 
@@ -96,7 +96,7 @@ def train(world: Comm, start: Start) -> int:
 
 
 def _already_finished(world: Comm, start: Start, loaded: Checkpoint, rounds: int) -> int:
-    """Complete the run folder of a finished run and say how to train further; return the exit code."""
+    """Complete the run folder of a finished run and print how to train further; return the exit code."""
     if start.resuming and not start.changes:
         world.from_root(lambda: start.folder.complete(loaded.history), "run folder")
     if world.rank == 0:

@@ -18,7 +18,7 @@ from pfedmoe_mpi.mpi.session import under_mpi
 from pfedmoe_mpi.run import job
 from pfedmoe_mpi.run.folder import RunFolder
 
-# A restart may not change these either, beyond what an evaluation may not: who trains, when, on which data.
+# A restart may not change these, in addition to what an evaluation may not: who trains, when, on which data.
 FIXED_IN_TRAINING = ("partition", "gate", "unseen", "join", "stream", "data.mean", "data.std")
 PER_START = ("run.dir", "run.force", "run.singleton")  # never taken from an earlier start
 

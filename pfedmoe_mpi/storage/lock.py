@@ -1,4 +1,4 @@
-"""A file lock that ends with its process, however that ends; works on network file systems too."""
+"""A file lock that is released when its process ends, however it ends; also on network file systems."""
 
 from __future__ import annotations
 

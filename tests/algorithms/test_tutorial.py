@@ -69,8 +69,8 @@ def results(package: Path) -> list[Result]:
 def test_command_prints_what_is_shown(results: list[Result], number: int) -> None:
     result = results[number]
     assert result.code == 0, f"{result.out}\n{result.err}"
-    printed = {measured(line) for line in result.out.splitlines()}
-    assert not [line for line in SESSION[number][1:] if measured(line) not in printed], result.out
+    printed = iter([measured(line) for line in result.out.splitlines()])
+    assert all(measured(line) in printed for line in SESSION[number][1:]), result.out  # in this order
 
 
 def test_fedper_beats_fedavg(results: list[Result], package: Path) -> None:

@@ -1,4 +1,4 @@
-"""A collective stands where only ranks with clients come by.
+"""Only ranks with clients call a collective, so the others never enter it.
 
 Fails: idle
 """

@@ -1,4 +1,4 @@
-"""The server's update writes into the state what the method remembers of a client that trained on its rank.
+"""The server's update writes a private vector into the state, remembered from a client on the same rank.
 
 Fails: wire
 """

@@ -1,4 +1,4 @@
-"""Private numbers hide doubled and shifted amid a block of zeros; no byte of them is sent as it is.
+"""Private numbers are sent doubled and shifted within a block of zeros, so that no byte of them is unchanged.
 
 Fails: wire
 """

@@ -1,4 +1,4 @@
-"""The communicator is reached through the look for a stop, and used.
+"""The method reaches the communicator through `poll` and sends a private vector with it.
 
 Fails: wire
 """

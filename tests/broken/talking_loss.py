@@ -1,4 +1,4 @@
-"""What is reported as the training loss is a private weight.
+"""The training loss that a client reports is a private weight.
 
 Fails: wire
 """

@@ -186,7 +186,7 @@ def test_write_error_on_one_rank_reaches_all_and_leaves_no_file(tmp_path: Path) 
 def test_full_disk_at_any_length_is_one_error(tmp_path: Path) -> None:
     ended = run_module("checkpoint_checks", "write_limited", str(tmp_path), ranks=1)
     assert ended.code == 0, ended.output
-    assert "Exception ignored" not in ended.output, "HDF5 has met the full disk"
+    assert "Exception ignored" not in ended.output, "HDF5 wrote to the full disk"
 
 
 def test_missing_folder_is_reported_with_a_remedy(tmp_path: Path) -> None:

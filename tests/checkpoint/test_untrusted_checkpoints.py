@@ -132,7 +132,7 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "compound": ("server/state is", replaced(STATE, data=ZEROS.view([("a", "<f4")]))),
     "opaque": ("server/state is", replaced(STATE, data=ZEROS.view("V4"))),
     "references": ("server/state is object", replaced(STATE, (700,), h5py.ref_dtype)),
-    "unlike lengths": ("server/state is object", replaced(STATE, (700,), h5py.vlen_dtype("f4"))),
+    "different lengths": ("server/state is object", replaced(STATE, (700,), h5py.vlen_dtype("f4"))),
     "texts": ("server/state is object", replaced(STATE, (700,), h5py.string_dtype())),
     "group for dataset": ("history is not a dataset", grouped("history")),
     "dataset for group": ("no group clients", replaced("clients", data=ZEROS)),
@@ -229,7 +229,7 @@ def partial(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture(scope="module")
 def messages(partial: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The message about each of CHECKPOINTS, and about an unedited one."""
-    folder = tmp_path_factory.mktemp("strangers")
+    folder = tmp_path_factory.mktemp("untrusted")
     paths = {}
     for name, (_, edit) in {**CHECKPOINTS, "good": ("", lambda file: None)}.items():
         paths[name] = folder / f"{name}.h5"

@@ -62,7 +62,7 @@ def test_check_reports_a_missing_folder(tmp_path: Path, ranks: int) -> None:
     code, lines = check(ranks, tmp_path / "nowhere")
     assert code == 1
     assert "no such folder" in failed(lines)
-    assert any("integer sum" in line for line in lines), "the other findings are told all the same"
+    assert any("integer sum" in line for line in lines), "the other findings are still printed"
 
 
 def test_check_reports_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
@@ -92,4 +92,4 @@ def test_check_reports_a_launcher_of_another_mpi(tmp_path: Path) -> None:
 
 def test_finding_is_one_line() -> None:
     assert str(Finding(True, "works")) == "ok   works"
-    assert str(Finding(False, "does not", "mend it")) == "FAIL does not; remedy: mend it"
+    assert str(Finding(False, "does not", "fix it")) == "FAIL does not; remedy: fix it"

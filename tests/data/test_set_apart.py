@@ -172,7 +172,7 @@ def test_reason_without_unseen_accuracy_is_printed(tmp_path: Path, session: laun
         assert again.code == 0 and "accuracy -" in again.out, again.err
     said = session(*FLAGS, "--algorithm", "fedavg", "--run.dir", "fedavg", cwd=tmp_path)
     assert "unseen clients: " in said.out and "no accuracy" not in said.out
-    assert "  unseen " in said.out, "the line of a round tells their accuracy"
+    assert "  unseen " in said.out, "the line of a round has their accuracy"
     newest = tmp_path / "fedavg" / "checkpoints" / "round-000002.h5"
     assert "unseen clients: mean" in session("evaluate", str(newest), cwd=tmp_path).out
 

@@ -1,4 +1,4 @@
-"""HDF5 data files from strangers: links, bombs, claims and odd types; refused before memory is taken.
+"""Untrusted HDF5 data files: links, bombs, claims and odd types are refused before memory is taken.
 
 Every file is read by a process with 300 MiB to spare: taking more memory would end it.
 """
@@ -124,7 +124,7 @@ DATA: dict[str, tuple[str, Edit]] = {
     "opaque": ("x of .* is", data(x=np.zeros((6, 4), "V8"))),
     "references": ("x of .* is object", data(x={"shape": (6, 4), "dtype": h5py.ref_dtype})),
     "texts": ("x of .* is object", data(x={"shape": (6, 4), "dtype": h5py.string_dtype()})),
-    "labels of unlike length": ("y of .* is object", data(y={"shape": (6,), "dtype": VLEN})),
+    "labels of different length": ("y of .* is object", data(y={"shape": (6,), "dtype": VLEN})),
     "labels as references": ("y of .* is object", data(y={"shape": (6,), "dtype": h5py.ref_dtype})),
     "labels as structures": ("y of .* is", data(y=np.zeros(6, [("a", "i4")]))),
     "one label": (r"y has shape \(\)", data(y=3)),
@@ -133,7 +133,7 @@ DATA: dict[str, tuple[str, Edit]] = {
         "class_names .* object",
         data(class_names={"shape": (2,), "dtype": h5py.ref_dtype}),
     ),
-    "names of unlike length": ("class_names .* object", data(class_names={"shape": (2,), "dtype": VLEN})),
+    "names of different length": ("class_names .* object", data(class_names={"shape": (2,), "dtype": VLEN})),
     "one name": ("class_names of", data(class_names="a")),
     "a million names": ("class_names of", data(class_names=np.full(1_000_000, b"a"))),
     "names of bytes": ("cannot be read|not UTF-8", data(class_names=np.array([b"\xff", b"\xfe"]))),

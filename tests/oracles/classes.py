@@ -1,7 +1,7 @@
 """Rounds of FedProx, FedRep, LG-FedAvg and the methods that share something per class, from their equations.
 
-Only torch: a test hands over starting weights, cohorts, batches and the server's shuffles. Every function
-changes the modules it is given and returns one `Round` per round.
+Only torch is used: a test passes in starting weights, cohorts, batches and the server's shuffles. Every
+function changes the modules it is given and returns one `Round` per round.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Shuffles = Sequence[Sequence[Tensor]]  # of the server: by round and epoch, rows
 
 
 def chain(*modules: nn.Module) -> Predict:
-    """The composition of modules, the first one first."""
+    """Return the composition of modules, applied in this order."""
     return nn.Sequential(*modules)
 
 
@@ -29,7 +29,7 @@ Answer = Callable[[int], tuple[Predict, list[nn.Module]]]
 
 
 def measure_all(record: Round, course: Course, answer: Answer) -> None:
-    """After aggregation, every client."""
+    """Measure every client after aggregation."""
     for k in range(len(course.samples)):
         predict, modules = answer(k)
         record.after[k], record.test_loss[k] = course.test(k, predict, *modules)

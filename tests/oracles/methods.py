@@ -1,7 +1,7 @@
 """Rounds of the five methods, written from the papers' equations with torch.optim, copies and plain averages.
 
-Nothing of the program is used here: a test hands over starting weights, cohorts and batches, and compares
-what comes out. Every function changes the modules it is given and returns one `Round` per round.
+Nothing of the program is used here: a test passes in starting weights, cohorts and batches, and compares
+the results. Every function changes the modules it is given and returns one `Round` per round.
 """
 
 from __future__ import annotations

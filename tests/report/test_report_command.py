@@ -230,7 +230,9 @@ def test_unfinished_run_is_marked(run_command: Callable[..., Result], both: Path
     said = run_command("report", both, "--out", "out").out
     assert "note: left out of the tables, unfinished: pfedmoe, 1 of 2 rounds\n" in said
     marks = {row[0][0]: row[1] for row in page_table(both.parent / "out", "results")}
-    assert marks["pfedmoe"][0] == "–" and marks["standalone"][1].split() == [], "one value alone is no best"
+    assert marks["pfedmoe"][0] == "–" and marks["standalone"][1].split() == [], (
+        "one value is not marked as best"
+    )
 
 
 def test_just_started_run_does_not_stop_a_report(

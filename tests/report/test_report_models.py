@@ -205,7 +205,7 @@ def test_projection_keeps_neighbours() -> None:
     assert np.array_equal(flat, again)
     centres = np.array([flat[labels == k].mean(axis=0) for k in range(4)])
     assert (np.argmin(((flat[:, None] - centres) ** 2).sum(axis=2), axis=1) == labels).all()
-    assert principal_components(np.ones((5, 1))).shape == (5, 2), "one feature is no plane"
+    assert principal_components(np.ones((5, 1))).shape == (5, 2), "one feature does not span a plane"
 
 
 def test_seconds_by_rank_equal_the_metrics(trained: Path, report: Path) -> None:

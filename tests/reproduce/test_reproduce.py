@@ -76,7 +76,7 @@ def test_scale_shrinks_rounds_down_to_the_minimum(table: Path) -> None:
     )
     table.write_text(TABLE.replace("rounds = 10", "rounds = 3000"))
     share = grid.expand(grid.read(table), {"rounds": 100})[0].config.run.scale
-    assert round(100 / share) == 3000, "reports tell the table's rounds from it"
+    assert round(100 / share) == 3000, "reports compute the table's rounds from it"
 
 
 def test_only_and_task_select_runs(table: Path) -> None:

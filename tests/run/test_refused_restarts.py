@@ -165,9 +165,8 @@ def test_restart_refuses_changed_settings(
     assert_refused(pattern, "restart", run, "--rounds", "4", *arguments)
     for path in (run / "checkpoints").glob("*.h5"):
         path.unlink()
-    assert_refused(
-        pattern, "restart", run, "--rounds", "4", *arguments
-    )  # round 0 from config.toml is no other case
+    # Without a checkpoint, the settings before are those of config.toml.
+    assert_refused(pattern, "restart", run, "--rounds", "4", *arguments)
 
 
 def test_restart_refuses_changed_data(

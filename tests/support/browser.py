@@ -40,8 +40,8 @@ class Browser:
     """One page of one browser; every call may take `timeout` seconds."""
 
     def __init__(self, timeout: float = 60) -> None:
-        self.requests: list[str] = []  # addresses asked for since `open`
-        self.problems: list[str] = []  # what the page's console complains of since `open`
+        self.requests: list[str] = []  # addresses requested since `open`
+        self.problems: list[str] = []  # errors in the page's console since `open`
         self._timeout = timeout
         self._number = 0
         self._rest = b""

@@ -58,7 +58,7 @@ def agree(world: Comm) -> None:
 
     def fail() -> int:
         if world.rank >= 2:
-            raise ConfigError(f"wrong on rank {world.rank}", "mend it")
+            raise ConfigError(f"wrong on rank {world.rank}", "fix it")
         return world.rank
 
     assert world.agree(lambda: world.rank * 2, "agree") == [0, 2, 4, 6]
@@ -70,7 +70,7 @@ def agree(world: Comm) -> None:
             world.agree(fail, "agree")
         except UserError as error:
             heard.append(error)
-    expected = (ConfigError, "wrong on rank 2\n  remedy: mend it")
+    expected = (ConfigError, "wrong on rank 2\n  remedy: fix it")
     assert [(type(error), str(error)) for error in heard] == [expected] * 3
     assert world.gather(world.rank, "after") == [0, 1, 2, 3]
 

@@ -1,5 +1,5 @@
-/* A file system that refuses: loaded before the C library, write, pwrite and fsync of files in a folder
- * `checkpoints` fail while the file named by REFUSE exists. It holds "ERRNO RANK"; RANK -1 is every rank. */
+/* A disk that refuses writes. Loaded before the C library, it makes write, pwrite and fsync of files in a
+ * folder `checkpoints` fail while the file named by REFUSE exists. It holds "ERRNO RANK"; RANK -1 is every rank. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

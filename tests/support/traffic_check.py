@@ -3,7 +3,7 @@
 A sum must be made of flags, the metrics of members and what `client_step` returned under the declared weights
 and scales, every integer of it; the evaluation's sum of the declared metrics; a broadcast of the server's
 vector, as a server that never saw a client computes it. Clients lent to another rank and the digests of a
-checkpoint are the simulator's own traffic. Nothing else is sent. Every violation becomes a sentence.
+checkpoint are the simulator's own traffic. Nothing else is sent. Every violation is reported as a sentence.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OUTSIDE = {"mpi4py", "h5py", "socket", "subprocess", "multiprocessing", "ctypes"
 
 
 def traffic_errors(comm: Comm, chosen: Config, folder: Path) -> list[str]:
-    """Train a federation with checkpoints; return on all ranks what was sent and must not be. Collective."""
+    """Train with checkpoints; return, on all ranks, what was sent against the rules. Collective."""
     loop = Loop(comm, build.build(comm, chosen), SilentObserver(), folder)
     assert loop.begin()
     check = TrafficCheck(loop)
@@ -170,7 +170,7 @@ class TrafficCheck:
         return RoundSum(self._made.task, method.cohort(self._loop.round + 1), payload)
 
     def _check_round(self, buffer: np.ndarray) -> None:
-        """Before the reduction: only what this rank's clients returned, as declared."""
+        """Allow, before the reduction, only what this rank's clients returned, as declared."""
         total = self._empty()
         if len(buffer) != len(total.buffer):
             return self._report(f"{len(buffer)} numbers are summed, declared are {len(total.buffer)}")
@@ -204,7 +204,7 @@ class TrafficCheck:
         step, tested = self._turns[client], len(self._made.partition.test[client])
         seen = found.view(np.float64)[1]
         if not np.isnan(seen) and not any(seen == right / tested for right in range(tested + 1)):
-            self._report(f"the accuracy of client {client} is no share of its {tested} samples")
+            self._report(f"the accuracy of client {client} is not a share of its {tested} samples")
         blocks = [block for name, block in total.payload.items() if name in step.values]
         sent = sum(4 * int((self._weight(block, client) > 0).sum()) * block.size for block in blocks)
         down = 4 * self._made.state_layout.size if step.turn.bytes_down is None else step.turn.bytes_down
@@ -238,7 +238,7 @@ class TrafficCheck:
             at += self._lengths(total)[name]
 
     def _update(self, buffer: np.ndarray) -> None:
-        """After the reduction: compute the next state with the new instance."""
+        """Compute the next state, after the reduction, with the new instance."""
         total = self._empty()
         total.buffer[:] = buffer
         self._state = self._loop.state.clone()

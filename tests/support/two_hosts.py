@@ -1,7 +1,7 @@
 """Two hosts on this machine: namespaces of network, host name, mounts and shared memory, joined by a link.
 
-Each host is held by one process that lives until its standard input ends, so that however the tests end no
-host is left, no name outside, no file, no interface.
+Each host is one process that lives until its standard input ends. So nothing is left behind, however the
+tests end: no host, no name outside, no file, no interface.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from support.paths import ROOT
 NAMES = ("node1", "node2")  # as hostfile.example has them
 PROGRAMS = ("unshare", "nsenter", "mount", "ip", "tc")
 
-# A host's own name, addresses and /dev/shm; then it waits.
+# Give a host its name, addresses and /dev/shm, then wait.
 HOLD = """\
 set -e
 echo {name} > /proc/sys/kernel/hostname
@@ -36,7 +36,7 @@ ip link set lo up
 echo up
 exec cat
 """
-# What the launchers call in place of ssh: as there the environment is the other host's, and so is the shell.
+# The launchers call this in place of ssh. As with ssh, the environment and the shell are the other host's.
 AGENT = """\
 #!/bin/sh
 while [ "${{1#-}}" != "$1" ]; do shift; done

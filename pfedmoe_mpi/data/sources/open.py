@@ -1,4 +1,8 @@
-"""Opening a data set from any source by name."""
+"""Opening a data set from any source by name.
+
+To add a format, write its reader in a file beside this one, and name it in `_load` below and in the choices
+of `data.source` in `config/sections.py`.
+"""
 
 from __future__ import annotations
 
