@@ -35,7 +35,7 @@ def build(comm: Comm, settings: Config) -> Federation:
     own_device = device.choose(comm, settings.train)
     plan = comm.from_root(lambda: make_plan(settings, dataset), "plan", Plan.without_rows)
     partition, costs = plan.partition, plan.costs
-    dataset = plan.dataset if dataset.fit else dataset
+    dataset = plan.fitted or dataset
     task = make_task(settings, dataset, partition)
     method = base.load(settings.algorithm)(task)
     method.poll = comm.poll
