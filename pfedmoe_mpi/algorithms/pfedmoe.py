@@ -143,6 +143,6 @@ class PFedMoE(Algorithm):
     def _gate_input(self, parts: Parts, x: Tensor, general: list[Tensor]) -> Tensor:
         """Return the gate's input, which receives no gradient: x, or the first shared representation.
 
-        For a text, x is replaced by the embeddings of the first shared extractor, see `Task.seen`.
+        For a text, x is replaced by the embeddings of the first shared extractor, see `Task.gate_input`.
         """
         return general[0].detach() if self._gate_reads_shared else self.task.gate_input(x, parts.shared)
