@@ -132,7 +132,7 @@ def _devices(world: Comm) -> Iterator[Finding]:
     try:
         chosen = device.choose(world, Train())
     except UserError as error:
-        yield Finding(False, str(error).partition("\n")[0], "request GPUs on every host of the job")
+        yield Finding(False, error.problem, "request GPUs on every host of the job")
         return
     line = f"local rank {local} of {ranks_on_host}, {chosen.line}"
     for rank, text in enumerate(world.gather(line, "devices")):

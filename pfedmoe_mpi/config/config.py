@@ -145,7 +145,9 @@ def _options(name: str) -> Any:
         MethodError: the method cannot be used.
     """
     if name in Config.model_fields:
-        raise methods.MethodError(methods.path(name), None, f"'{name}' is the name of a setting or section")
+        raise methods.MethodError.at(
+            methods.path(name), None, f"'{name}' is the name of a setting or section"
+        )
     return methods.options(name, Section)
 
 

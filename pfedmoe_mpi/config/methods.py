@@ -24,10 +24,13 @@ CONTRACT = "base"  # the one file there that is not a method, beside those that 
 class MethodError(ConfigError):
     """A method's file that cannot be used; the message names the file and the line."""
 
-    def __init__(self, path: Path, line: int | None, reason: object) -> None:
+    # Not __init__: ranks send each other errors, and unpickling calls __init__ with the message alone.
+    @classmethod
+    def at(cls, path: Path, line: int | None, reason: object) -> MethodError:
+        """Return the error about one line of a file, or about the whole file."""
         place = f"{path}:{line}" if line else str(path)
         first = str(reason).strip().partition("\n")[0].rstrip(":")
-        super().__init__(f"{place}: {first}", "fix this file, or choose another --algorithm")
+        return cls(f"{place}: {first}", "fix this file, or choose another --algorithm")
 
 
 def _folders() -> list[str]:
@@ -64,10 +67,10 @@ def _source(name: str) -> ast.Module:
     try:
         return ast.parse(file.read_bytes(), str(file))
     except SyntaxError as error:
-        raise MethodError(file, error.lineno, error.msg) from error
+        raise MethodError.at(file, error.lineno, error.msg) from error
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise MethodError(file, None, reason) from error
+        raise MethodError.at(file, None, reason) from error
 
 
 def summary(name: str) -> str:
@@ -95,7 +98,7 @@ def options(name: str, section: type) -> Any:
                 return _compiled(node, file, section)
             except (Exception, SystemExit) as error:  # neither must end a command for another method
                 line = _line(error, file) or node.lineno
-                raise MethodError(file, line, f"class Options: {_reason(error)}") from error
+                raise MethodError.at(file, line, f"class Options: {_reason(error)}") from error
     return type("Options", (section,), {"__module__": __name__})
 
 

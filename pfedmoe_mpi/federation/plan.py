@@ -22,12 +22,12 @@ class Plan:
     """The partition, the data fitted to its training rows, and the relative cost of every client."""
 
     partition: Partition
-    dataset: Dataset
+    fitted: Dataset | None  # None: the data need no fit, and every rank knows them already
     costs: list[float]
 
     def without_rows(self) -> Plan:
         """Return the plan without the samples, which the other ranks do not need."""
-        return replace(self, dataset=self.dataset.without_rows())
+        return replace(self, fitted=self.fitted.without_rows()) if self.fitted else self
 
 
 def make_plan(settings: Config, dataset: Dataset) -> Plan:
@@ -38,10 +38,10 @@ def make_plan(settings: Config, dataset: Dataset) -> Plan:
         ConfigError: an architecture cannot take the data.
     """
     partition = draw_partition(settings, dataset)
-    dataset = dataset.fitted(partition)
-    task = make_task(settings, dataset, partition)
+    fitted = dataset.fitted(partition) if dataset.fit else None
+    task = make_task(settings, fitted or dataset, partition)
     check_models(task)
-    return Plan(partition, dataset, client_costs(task))
+    return Plan(partition, fitted, client_costs(task))
 
 
 def draw_partition(settings: Config, dataset: Dataset) -> Partition:

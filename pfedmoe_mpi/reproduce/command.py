@@ -232,6 +232,6 @@ def _train_run(
     """Start a run, or resume it in its folder with the `changes` that a restart allows."""
     if world.from_root(RunFolder(folder).config.is_file, "run folder"):
         return restart.resume(world, folder, changes, code, end)
-    # A folder without config.toml has nothing of a run, so it may be overwritten.
+    # A folder without config.toml has nothing of a run, so it may be renamed.
     folder_settings = {"run.dir": str(folder), "run.force": True}
     return job.begin(world, config.changed(run.config, folder_settings), code, end)

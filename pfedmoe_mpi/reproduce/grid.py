@@ -137,7 +137,9 @@ def _settings(path: Path, where: str, tree: Mapping[str, Any]) -> dict[str, Any]
         if name not in config.fields():
             hint = nearest(name, config.fields())
             raise _error(
-                path, f"sets an unknown {name} in [{where}]{hint}", "list all settings: pfedmoe-mpi --help"
+                path,
+                f"sets an unknown {name} in [{where}]{hint}",
+                "list all settings: pfedmoe-mpi run --help",
             )
     return config.located(settings, path.resolve().parent)
 

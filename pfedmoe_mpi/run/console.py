@@ -67,10 +67,9 @@ def _sample(task: Task) -> str:
 def _describe(layout: Layout) -> list[str]:
     """Return one line per part: tensors, trained parameters, and all numbers with buffers."""
     lines = []
-    for part, place in layout.parts.items():
+    for part, size in layout.sizes.items():
         entries = [e for e in layout.entries if e.name.partition("/")[0] == part]
         parameters = sum(e.size for e in entries if e.trained)
-        size = place.stop - place.start
         numbers = f"{parameters:,} parameters, {size:,} numbers, {megabytes(size)}"
         lines.append(f"{part}: {len(entries)} tensors, {numbers}")
     return lines or ["nothing"]

@@ -124,9 +124,9 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
             loop.resume(start.loaded)
             if start.changes or not start.resuming:
                 _save_again(loop, start.loaded)
-        toml = config.to_toml(settings)
-        world.from_root(lambda: folder.describe(toml, start.history), "run folder")
-        _report_start(world, reporter, start, device_lines, {**identity, **report_facts})
+        world.from_root(lambda: folder.describe(config.to_toml(settings), start.history), "run folder")
+        facts = {**identity, "changes": start.changes, "warnings": list(start.warnings), **report_facts}
+        _report_start(world, reporter, start.loaded, device_lines, facts)
         finished = loop.run()
     except RunError as error:
         reporter.event("error", round=loop.round, error=error.problem)
@@ -176,22 +176,17 @@ def _save_again(loop: Loop, loaded: Checkpoint) -> None:
 
 
 def _report_start(
-    world: Comm, reporter: Reporter, start: Start, device_lines: Sequence[str], facts: Mapping[str, Any]
+    world: Comm,
+    reporter: Reporter,
+    loaded: Checkpoint | None,
+    device_lines: Sequence[str],
+    facts: Mapping[str, Any],
 ) -> None:
     """Write the event of this start and print the run folder."""
-    loaded = start.loaded
     source = {"checkpoint": loaded.path.name, "round": loaded.round} if loaded else {}
     process = {"host": platform.node(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-    reporter.event(
-        "restart" if loaded else "start",
-        ranks=world.size,
-        hosts=list(device_lines),
-        **process,
-        **source,
-        **facts,
-        changes=start.changes,
-        warnings=list(start.warnings),
-    )
+    kind = "restart" if loaded else "start"
+    reporter.event(kind, ranks=world.size, hosts=list(device_lines), **process, **source, **facts)
     if world.rank == 0:
         print(f"run folder {reporter.folder.path}", flush=True)
 

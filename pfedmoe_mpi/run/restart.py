@@ -124,7 +124,7 @@ def choose(world: Comm, source: Path) -> tuple[Path | None, Path | None, list[st
         except CheckpointError as error:
             if not is_folder:
                 raise
-            warnings.append(str(error).partition("\n")[0])
+            warnings.append(error.problem)
             continue
         return path, run_path, warnings
     return None, run_path, warnings

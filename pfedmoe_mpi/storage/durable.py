@@ -25,30 +25,40 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def new_file(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; rename it to `path` at the end, remove it after an exception.
 
     Raises:
-        FileExistsError: `path` exists at the end, and `replace` is false.
+        FileExistsError: `path` exists at the end.
         OSError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _removed_after_error(temporary):
         yield temporary
-        if not replace and os.path.lexists(path):
+        if os.path.lexists(path):
             raise FileExistsError(f"{path} exists and is not overwritten")
         publish(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file (UTF-8) in one step.
+    """Replace a text file (UTF-8) in one step; only one process at a time may do so.
+
+    The temporary file has the same name every time, so that one left by a killed process is overwritten.
 
     Raises:
         OSError: the file cannot be written; an earlier file is unchanged.
     """
-    with new_file(path, replace=True) as temporary:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with _removed_after_error(temporary):
         temporary.write_text(text, encoding="utf-8")
+        publish(temporary, path)
+
+
+@contextmanager
+def _removed_after_error(temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise

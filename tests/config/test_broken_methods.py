@@ -35,8 +35,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "pfedmoe_mpi" / "algorithms"
 
 
-def program(package: Path, *words: str) -> launcher.Result:
-    return launcher.run_program(0, *words, cwd=package.parents[1], env={"COLUMNS": "300"})
+def program(package: Path, *words: str, ranks: int = 0) -> launcher.Result:
+    return launcher.run_program(ranks, *words, cwd=package.parents[1], env={"COLUMNS": "300"})
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -52,6 +52,14 @@ def test_broken_file_is_named(package: Path, kind: str) -> None:
     summary = program(package, "--help")
     assert summary.code == 0 and "\n  fedavg " in summary.out
     assert f"\n  broken          {f'cannot be used: {place}' if unreadable else 'A method.'}" in summary.out
+    file.unlink()
+
+
+def test_broken_file_is_named_once_by_several_ranks(package: Path) -> None:
+    file = package / "broken.py"
+    file.write_bytes(SOURCES["syntax"][0])
+    result = program(package, "--algorithm", "broken", ranks=2)
+    launcher.error_message(result, rf"{file}:3: .*\n  remedy: fix this file")
     file.unlink()
 
 

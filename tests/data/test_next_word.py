@@ -93,7 +93,9 @@ def _files(data: Dataset) -> Iterator[tuple[list[int], int]]:
 
 
 def test_rows_for_the_server_are_refused(stories: Path) -> None:
-    with pytest.raises(PartitionError, match=r"drawn among windows(.|\n)*fedjets.common FILE"):
+    with pytest.raises(
+        PartitionError, match=r"overlap the windows that clients are tested on(.|\n)*fedjets.common FILE"
+    ):
         loop_of(stories, algorithm="fedjets")
 
 

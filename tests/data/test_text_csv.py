@@ -155,7 +155,7 @@ def test_models_refuse_other_kinds_of_samples(news: Path, tmp_path: Path) -> Non
         )
     with pytest.raises(ConfigError, match=r"train\.augment = flip needs images"):
         loop_of(news, train__augment="flip")
-    with pytest.raises(ConfigError, match=r"gate\.input pooled needs images"):
+    with pytest.raises(ConfigError, match=r"gate\.input = pooled needs images"):
         loop_of(news, gate__input="pooled")
 
 
