@@ -275,9 +275,9 @@ def _name(file: Any, path: Path) -> str:
 
 
 def _constants(file: Any, name: str, store: FileRows) -> tuple[float, ...]:
-    """Return attribute `mean` or `std`: as many numbers as a sample has, at most."""
+    """Return attribute `mean` or `std`, not checked yet: as many numbers as a sample has, at most."""
     values = untrusted_hdf5.read_attribute(file, name, 64 + 16 * math.prod(store.shape))
-    return () if values is None else tuple(map(float, np.atleast_1d(values)))
+    return () if values is None else tuple(map(float, np.ravel(values)))
 
 
 def write_hdf5(path: Path, data: Dataset) -> None:
