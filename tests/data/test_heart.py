@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,14 @@ def test_bad_heart_file_is_reported_with_its_line(tmp_path: Path, content: str |
     raw = content.encode() if isinstance(content, str) else content
     (tmp_path / "processed.a.data").write_bytes(raw)
     data_error(pattern, "heart", tmp_path)
+
+
+def test_two_files_of_one_hospital_are_refused(hospitals: Path, tmp_path: Path) -> None:
+    """Two copies would be two clients that share every patient."""
+    shutil.copytree(hospitals, tmp_path / "copy")
+    shutil.copy(hospitals / "processed.alpha.data", tmp_path / "copy" / "processed.alpha.old.data")
+    pattern = "processed.alpha.data and processed.alpha.old.data in .* are both hospital alpha\n"
+    data_error(pattern, "heart", tmp_path / "copy")
 
 
 def test_folder_without_hospitals_is_refused(
