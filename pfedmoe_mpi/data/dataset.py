@@ -134,7 +134,8 @@ class Dataset:
     apply to x / 255 if `dtype` is uint8 and to x itself if it is float32. Empty means no normalisation.
 
     `client_names` are the names of the natural clients, such as hospitals, if they have names. `proposals`
-    maps dotted names of settings to values that suit the data; they replace defaults, not the user's values.
+    maps dotted names of settings to values that suit the data; they replace defaults, not the user's values
+    (`federation.effective.proposals` adds what follows from them).
     If `fit` is set, samples may hold NaN until `fitted` is called. `vocabulary` is the number of possible
     tokens, 0 if samples are not tokens. `ordered` means that each row overlaps the rows after it: parts are
     then cut from the end and not drawn at random.

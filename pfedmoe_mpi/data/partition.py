@@ -175,7 +175,7 @@ def _natural_owners(
     if len(sizes) != clients:
         raise PartitionError(
             f"clients = {clients}, but the data have {len(sizes)} natural clients",
-            f"set --clients {len(sizes)}",
+            f"set --clients {len(sizes)}, or --partition.kind dirichlet to divide the rows anew",
         )
     if sizes.min() < settings.min_samples:
         raise PartitionError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import config
 from pfedmoe_mpi.core.flat import Layout
+from pfedmoe_mpi.federation.effective import proposals
 from pfedmoe_mpi.federation.metrics import Row, best
 from pfedmoe_mpi.log import LOGGER
 
@@ -45,8 +46,8 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
         listed = ", ".join(f"{k} {name}" for k, name in enumerate(names[:MOST_NAMES]))
         lines.append(f"the data's own clients: {listed}{', …' if len(names) > MOST_NAMES else ''}")
     flat = config.flatten(config.to_tree(settings))
-    proposals = federation.dataset.proposals.items()
-    accepted = [f"{name} = {value}" for name, value in proposals if flat[name] == value]
+    proposed = proposals(federation.dataset, settings.partition.kind).items()
+    accepted = [f"{name} = {value}" for name, value in proposed if flat[name] == value]
     if accepted:
         lines.append(f"proposed by the data: {', '.join(accepted)}")
     lines += ["shared:  " + line for line in _describe(federation.state_layout)]

@@ -324,9 +324,8 @@ def test_prepared_data_give_the_same_run(
         "200 samples of 3 × 8 × 8 uint8, 10 classes" in run_command("data", "prepare", "d.h5", *small_run).out
     )
     run_command(*small_run, "--run.dir", "a")
-    run_command(
-        *small_run, "--data.source", "hdf5", "--data.path", "d.h5", "--data.size", "0", "--run.dir", "b"
-    )
+    source = ("--data.source", "hdf5", "--data.path", "d.h5", "--data.size", "0")
+    run_command(*small_run, *source, "--partition.kind", "dirichlet", "--run.dir", "b")
     first, second = (
         run_command("inspect", tmp_path / name / "checkpoints" / "best.h5", "--digest").out for name in "ab"
     )

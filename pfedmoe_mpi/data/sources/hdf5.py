@@ -136,16 +136,19 @@ def _load(file: Any, path: Path, check: bool) -> SourceData:
         _check_chunks(x, f"x of {path}")
         store.check()
     client, official = (_optional(file, name, rows, path) for name in ("client", "official_test"))
+    if client is not None:
+        client = check_clients(client, rows, str(path))
     return SourceData(
         name=_name(file, path),
         where=str(path),
         store=store,
         labels=labels,
         class_names=_names(file, path) if file.id.links.exists(b"class_names") else (),
-        client=None if client is None else check_clients(client, rows, str(path)),
+        client=client,
         official_test=None if official is None else _marks(official, path),
         mean=_constants(file, "mean", store),
         std=_constants(file, "std", store),
+        proposals={} if client is None else {"partition.kind": "natural"},
     )
 
 
