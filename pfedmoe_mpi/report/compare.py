@@ -16,6 +16,8 @@ from pfedmoe_mpi.report.labels import grouping_settings, labels
 from pfedmoe_mpi.report.load import Run
 
 ENOUGH = 5  # common seeds for an interval and a verdict
+STD_OVER_CLIENTS = "std over clients: the population's (divided by n)"
+STD_OVER_SEEDS = "mean ± sample standard deviation (divided by n − 1) over seeds"
 
 
 class CompareError(UserError):
@@ -121,6 +123,11 @@ def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
     if not values:
         return None, None
     return float(statistics.mean(values)), float(statistics.stdev(values)) if len(values) > 1 else None
+
+
+def over_clients(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the mean and the population's standard deviation (n) of values of all clients, as in metrics."""
+    return (float(statistics.mean(values)), float(statistics.pstdev(values))) if values else (None, None)
 
 
 def values_of(runs: Iterable[Run], value: Callable[[Run], float | None]) -> list[float]:

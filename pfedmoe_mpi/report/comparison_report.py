@@ -9,7 +9,16 @@ from functools import partial
 import numpy as np
 
 from pfedmoe_mpi.report import compare, comparison_figures, paper_section
-from pfedmoe_mpi.report.compare import ENOUGH, Comparison, Group, accuracy, mean_std, values_of
+from pfedmoe_mpi.report.compare import (
+    ENOUGH,
+    STD_OVER_CLIENTS,
+    STD_OVER_SEEDS,
+    Comparison,
+    Group,
+    accuracy,
+    mean_std,
+    values_of,
+)
 from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
 from pfedmoe_mpi.report.document import Report, Section
 from pfedmoe_mpi.report.load import Run
@@ -67,7 +76,7 @@ def results(comparison: Comparison) -> Table:
         for (method, values), mark in zip(seeds.items(), marks, strict=True):
             cells[method].append(spread(*moments[method], len(values), mark))
     notes = [
-        "test accuracy in %, mean over all clients, last round; mean ± standard deviation over seeds",
+        f"test accuracy in %, mean over all clients, last round; {STD_OVER_SEEDS}",
         "per column: best in bold, second best underlined, ties as printed; not a statistical test",
     ]
     return Table("results", "Accuracy", columns, list(cells.values()), notes)
@@ -93,7 +102,7 @@ def accuracies(comparison: Comparison) -> Table:
             values = values_of(group.finished, metric)
             cells.append(spread(*mean_std(values), len(values)))
         rows.append(cells)
-    notes = ["in %, over the clients of each run; then mean ± standard deviation over seeds"]
+    notes = [f"in %, over the clients of each run ({STD_OVER_CLIENTS}); then {STD_OVER_SEEDS}"]
     return Table("accuracies", "Accuracy by name", columns, rows, notes)
 
 
@@ -201,7 +210,7 @@ def targets(comparison: Comparison, target: float | None) -> list[Table]:
         else "the highest whole per cent that every run of the setting reached"
     )
     notes = [
-        f"first round at which the mean over clients reaches {meaning}; mean ± standard deviation over seeds",
+        f"first round at which the mean over clients reaches {meaning}; {STD_OVER_SEEDS}",
         "dash: not every seed reached it; MB: up and down, all clients; GFLOP: an estimate",
     ]
     return [Table("target", "Rounds and bytes to a target accuracy", columns, rows, notes)]
@@ -246,7 +255,7 @@ def cost(comparison: Comparison) -> Table:
     if all(row[4].values[0] is None for row in rows):
         columns, rows = [*columns[:4], *columns[5:]], [[*row[:4], *row[5:]] for row in rows]
     notes = [
-        "mean over rounds (memory: maximum), then mean ± standard deviation over seeds",
+        f"mean over rounds (memory: maximum), then {STD_OVER_SEEDS}",
         "compare seconds only between runs on equal machines",
     ]
     return Table("cost", "Cost of a round", columns, rows, notes)

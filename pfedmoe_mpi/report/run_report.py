@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.report import gate_section, model_section, paper_section, rank_section, run_figures
-from pfedmoe_mpi.report.compare import mean_std
+from pfedmoe_mpi.report.compare import STD_OVER_CLIENTS, mean_std, over_clients
 from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
 from pfedmoe_mpi.report.document import Report, Section
 from pfedmoe_mpi.report.drawing import Figure
@@ -180,10 +180,11 @@ def _architectures(run: Run) -> Table:
     ]
     rows = []
     for name, values in by_name.items():
-        mean, std = mean_std(values)
+        mean, std = over_clients(values)
         shares = [percent(v) for v in (mean, std, min(values, default=None), max(values, default=None))]
         rows.append([word(name), number(len(values)), *shares])
-    return Table("architectures", f"Accuracy by architecture, round {run.last['round']}", columns, rows)
+    title = f"Accuracy by architecture, round {run.last['round']}"
+    return Table("architectures", title, columns, rows, [STD_OVER_CLIENTS])
 
 
 def _clients(run: Run, views: ModelViews | None) -> Table:

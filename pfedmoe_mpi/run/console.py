@@ -193,5 +193,5 @@ def _line(row: Row) -> str:
     a = row["accuracy"]
     return (
         f"round {row['round']}: accuracy mean {_percent(a['mean'])}, weighted {_percent(a['weighted'])}, "
-        f"std {_percent(a['std'])}, worst {_percent(a['worst'])}"
+        f"population std {_percent(a['std'])}, worst {_percent(a['worst'])}"
     )

@@ -88,6 +88,8 @@ def test_run_prints_plan_rounds_and_table(trained: Path) -> None:
         assert f"{100 * row['clients']['accuracy'][client]:.2f} %" in line
         assert f" {row['clients']['samples'][client]} " in line
     assert "last  round 3" in table and "best measured  round" in table and "best.h5 holds round" in table
+    std = np.std(row["clients"]["accuracy"])
+    assert f"population std {100 * std:.2f} %" in table.split("last  round 3")[1].splitlines()[0]
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(
