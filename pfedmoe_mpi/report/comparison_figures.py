@@ -22,7 +22,7 @@ def label(comparison: Comparison, group: Group) -> str:
 
 
 def pairs(comparison: Comparison, base: str) -> list[Pair]:
-    """Return every other group that shares a setting and a seed with the baseline `base`."""
+    """Return every other group that shares a setting, a seed and its data with the baseline `base`."""
     pairs = []
     for group in comparison.groups:
         other = comparison.group(base, group.setting)

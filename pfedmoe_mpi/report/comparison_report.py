@@ -61,7 +61,7 @@ def report(runs: Sequence[Run], baseline: str, target: float | None) -> Report:
             )
             for group in comparison.groups
         },
-        notes=[*comparison.notes, *compare.unfinished(comparison)],
+        notes=[*comparison.notes, *compare.unfinished(comparison), *compare.pairing_notes(comparison, base)],
     )
 
 
@@ -118,7 +118,9 @@ def _differences(comparison: Comparison, base: str | None) -> Section:
         )
     pairs = comparison_figures.pairs(comparison, base)
     if not pairs:
-        return Section("Differences", text=f"No other method has a setting and a seed in common with {base}.")
+        return Section(
+            "Differences", text=f"No other method has a setting, a seed and its data in common with {base}."
+        )
     figures = []
     for n, setting in enumerate(comparison.settings):
         pairs_of_setting = [pair for pair in pairs if pair[0].setting == setting]
@@ -156,7 +158,7 @@ def _paired_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> 
         ]
         rows.append([word(group.method), word(group.setting), *cells, word(paired.verdict)])
     notes = [
-        f"accuracy minus that of {base} with the same seed: mean over seeds and its 95 % t interval",
+        f"accuracy minus that of {base} with the same seed and data: mean over seeds and its 95 % t interval",
         f"too few to tell: fewer than {ENOUGH} common seeds",
     ]
     return Table("differences", f"Paired difference from {base}", columns, rows, notes)

@@ -73,6 +73,12 @@ class Run:
         """The number of clients N."""
         return len(self.last["clients"]["accuracy"])
 
+    @property
+    def digests(self) -> tuple[str, str] | None:
+        """The digests of its data and partition; None in a run of an earlier version."""
+        data, partition = (self.started_with(f"{name}_digest") for name in ("data", "partition"))
+        return None if data is None or partition is None else (str(data), str(partition))
+
     def architecture(self, client: int) -> str:
         """Return the name of a client's architecture."""
         pool = self.config["model.pool"]

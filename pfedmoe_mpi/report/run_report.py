@@ -23,7 +23,7 @@ from pfedmoe_mpi.report.tables import Column, Table, amount, number, percent, wo
 # Fields left out of the details in the table of events: its own columns, and what other tables show.
 OMITTED = (
     *("time", "event", "round", "host", "hosts", "pid"),
-    *("samples", "class_counts", "multiply_adds", "client_names"),
+    *("samples", "data_digest", "partition_digest", "class_counts", "multiply_adds", "client_names"),
 )
 VERSIONS = (
     "code",

@@ -150,16 +150,21 @@ def _reporter(world: Comm, start: Start, federation: Federation) -> Reporter:
 
 
 def _report_facts(federation: Federation) -> dict[str, Any]:
-    """Return what reports need: training samples by client and class, multiply-adds and names by client.
+    """Return what reports need: digests of data and partition, and by client the training samples by class,
+    multiply-adds and names.
 
-    The result is empty if there are too many numbers for a figure.
+    What is by client is left out if there are too many numbers for a figure.
     """
     from pfedmoe_mpi.federation.costs import sample_costs
 
     counts, names = federation.task.counts, federation.dataset.client_names
+    facts: dict[str, Any] = {
+        "data_digest": federation.data_digest,
+        "partition_digest": federation.partition.digest(),
+    }
     if counts.size > MOST_COUNTS:
-        return {}
-    facts = {
+        return facts
+    facts |= {
         "class_counts": counts.tolist(),
         "multiply_adds": sample_costs(federation.task, federation.method),
     }

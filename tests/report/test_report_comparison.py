@@ -10,6 +10,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
+from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.report import (
     compare,
     comparison_figures,
@@ -162,6 +163,64 @@ def test_untrained_clients_are_in_no_mean(trained: Path) -> None:
     other = Run(Path("b"), {**run.config, "algorithm": "standalone"}, run.history, run.events)
     pair = compare.compare([run, other]).groups
     assert np.isnan(compare.client_differences(*pair)).tolist() == [False, False, False, True]
+
+
+def recorded(run: Run, path: str, algorithm: str = "standalone", **facts: Any) -> Run:
+    """Return the same run of another method, with other facts in its start event; None removes a fact."""
+    start = {name: value for name, value in {**run.events[0], **facts}.items() if value is not None}
+    return Run(Path(path), {**run.config, "algorithm": algorithm}, run.history, [start])
+
+
+def test_start_event_has_the_digests_of_the_checkpoint(trained: Path) -> None:
+    with Checkpoint(sorted((trained / "checkpoints").glob("round-*.h5"))[-1]) as loaded:
+        names = ("data_digest", "partition_digest")
+        assert load_run(trained).digests == tuple(loaded.identity[name] for name in names)
+
+
+@pytest.mark.parametrize(
+    ("facts", "pairs", "note"),
+    [
+        ({}, True, ""),
+        ({"data_digest": "0"}, False, "not paired, because their data or partitions differ: trained and b"),
+        ({"partition_digest": "0"}, False, "not paired, because their data or partitions differ"),
+        (
+            {"data_digest": None},
+            True,
+            "paired by seed alone, because an earlier version did not record their",
+        ),
+        ({"data_digest": None, "class_counts": [[50, 0]] * 4}, False, "not paired, because"),
+    ],
+)
+def test_runs_on_other_data_are_not_paired(
+    trained: Path, facts: dict[str, Any], pairs: bool, note: str
+) -> None:
+    run = load_run(trained)
+    run = Run(Path("trained"), run.config, run.history, run.events)
+    other = recorded(run, "b", **facts)
+    method, base = compare.compare([run, other]).groups
+    assert (method.method, base.method) == ("pfedmoe", "standalone")
+    assert (compare.paired(method, base) is not None) is pairs
+    assert (len(compare.client_differences(method, base)) > 0) is pairs
+    made = comparison_report.report([run, other], "", None)
+    assert [text.startswith(note) for text in made.notes] == ([True] if note else [])
+    shown = any(table.name == "differences" for table in made.tables)
+    assert shown is pairs and (pairs or "its data in common with standalone" in str(made.sections))
+
+
+def test_seeds_with_the_same_data_are_paired(trained: Path) -> None:
+    """Of three seeds the second has other data, as if the file had been replaced in between."""
+    run = load_run(trained)
+    runs = []
+    for seed in range(3):
+        for method in ("pfedmoe", "standalone"):
+            digest = f"{method if seed == 1 else 'same'} {seed}"
+            one = recorded(run, f"{method}-{seed}", method, data_digest=digest)
+            runs.append(Run(one.path, {**one.config, "seed": seed}, one.history, one.events))
+    comparison = compare.compare(runs)
+    pair = compare.paired(*comparison.groups)
+    assert pair is not None and pair.seeds == (0, 2)
+    (note,) = compare.pairing_notes(comparison, "standalone")
+    assert note.endswith("differ: pfedmoe-1 and standalone-1")
 
 
 def test_restart_event_lists_changed_settings(trained: Path) -> None:
