@@ -17,6 +17,9 @@ from pfedmoe_mpi.report.load import Run
 
 ENOUGH = 5  # common seeds for an interval and a verdict
 SHOWN = 10  # pairs of runs in a note
+CHOSEN_ON_VALIDATION = (
+    "accuracies are on test rows, in the last round unless named; validation rows choose best.h5"
+)
 STD_OVER_CLIENTS = "std over clients: the population's (divided by n)"
 STD_OVER_SEEDS = "mean ± sample standard deviation (divided by n − 1) over seeds"
 
@@ -139,6 +142,12 @@ def values_of(runs: Iterable[Run], value: Callable[[Run], float | None]) -> list
 def accuracy(run: Run, name: str = "mean") -> float | None:
     """Return the accuracy over all clients with the new shared state after the last measured round."""
     share = run.last["accuracy"][name]
+    return None if share is None else float(share)
+
+
+def chosen_accuracy(run: Run) -> float | None:
+    """Return the test accuracy of the round that validation rows choose, None without validation rows."""
+    share = run.chosen["accuracy"]["mean"] if run.chosen else None
     return None if share is None else float(share)
 
 

@@ -10,12 +10,14 @@ import numpy as np
 
 from pfedmoe_mpi.report import compare, comparison_figures, paper_section
 from pfedmoe_mpi.report.compare import (
+    CHOSEN_ON_VALIDATION,
     ENOUGH,
     STD_OVER_CLIENTS,
     STD_OVER_SEEDS,
     Comparison,
     Group,
     accuracy,
+    chosen_accuracy,
     mean_std,
     values_of,
 )
@@ -61,7 +63,12 @@ def report(runs: Sequence[Run], baseline: str, target: float | None) -> Report:
             )
             for group in comparison.groups
         },
-        notes=[*comparison.notes, *compare.unfinished(comparison), *compare.pairing_notes(comparison, base)],
+        notes=[
+            *comparison.notes,
+            *compare.unfinished(comparison),
+            *compare.pairing_notes(comparison, base),
+            *([CHOSEN_ON_VALIDATION] if any(run.chosen for run in runs) else []),
+        ],
     )
 
 
@@ -89,8 +96,12 @@ def _mean_accuracies(group: Group | None) -> list[float]:
 def accuracies(comparison: Comparison) -> Table:
     """Return all accuracies and the area under the ROC curve, without columns that would be empty."""
     metrics = {name: partial(accuracy, name=name) for name in ("mean", "weighted", "worst", "std")}
-    for name, key in (("unseen", "accuracy_unseen"), ("AUC", "auc")):
-        metric = partial(_mean_of, key=key)
+    optional = {
+        "unseen": partial(_mean_of, key="accuracy_unseen"),
+        "AUC": partial(_mean_of, key="auc"),
+        "round chosen on validation": chosen_accuracy,
+    }
+    for name, metric in optional.items():
         if any(values_of(group.finished, metric) for group in comparison.groups):
             metrics[name] = metric
     columns = [Column("method", words=True), Column("setting", words=True), Column("seeds")]

@@ -69,6 +69,12 @@ class Run:
         )
 
     @property
+    def chosen(self) -> Mapping[str, Any] | None:
+        """The row of the round that validation rows choose, the first of the best; None without such rows."""
+        rows = [row for row in self.history if (row.get("accuracy_validation") or {}).get("mean") is not None]
+        return max(rows, key=lambda row: (row["accuracy_validation"]["mean"], -row["round"]), default=None)
+
+    @property
     def clients(self) -> int:
         """The number of clients N."""
         return len(self.last["clients"]["accuracy"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pfedmoe_mpi import config
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.federation.effective import proposals
-from pfedmoe_mpi.federation.metrics import Row, best
+from pfedmoe_mpi.federation.metrics import Row, best, selected_on
 from pfedmoe_mpi.log import LOGGER
 
 if TYPE_CHECKING:
@@ -153,7 +153,14 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
         if count:
             listed = ", ".join(f"{client} ({times} ×)" for client, times in sorted(count.items()))
             lines.append(f"left out, {why}: client {listed}")
-    return "\n".join(lines + ([f"best measured  {_line(top)}"] if top else []))
+    if top:
+        lines.append(f"best measured  {_line(top)}; chosen by accuracy on {selecting_rows(history)}")
+    return "\n".join(lines)
+
+
+def selecting_rows(history: Sequence[Row]) -> str:
+    """Return the words for the rows whose accuracy chooses the best round."""
+    return "validation rows" if selected_on(history) == "accuracy_validation" else "test rows"
 
 
 def _client_table(federation: Federation, row: Row) -> str:

@@ -207,7 +207,8 @@ def _report_finish(world: Comm, reporter: Reporter, federation: Federation, loop
     reporter.event("finish", round=loop.round)
     if world.rank == 0:
         best = folder.best_round()
-        best_text = f"best.h5 holds round {best}; " if best else ""
+        chosen_on = console.selecting_rows(loop.history)
+        best_text = f"best.h5 holds round {best}, chosen on {chosen_on}; " if best else ""
         text = f"{console.table(federation, loop.history)}\n{best_text}`report {folder.path}` draws the run"
         LOGGER.info("\n%s", text)
         print(text, flush=True)

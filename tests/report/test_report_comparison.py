@@ -223,6 +223,29 @@ def test_seeds_with_the_same_data_are_paired(trained: Path) -> None:
     assert note.endswith("differ: pfedmoe-1 and standalone-1")
 
 
+def test_accuracy_of_the_round_chosen_on_validation_rows_is_shown(trained: Path) -> None:
+    """Test accuracy is highest in another round than validation accuracy."""
+    run = load_run(trained)
+    assert run.chosen is None and not run_report.report(run, None).notes
+    rows = [
+        {**row, "accuracy": {**row["accuracy"], "mean": test}, "accuracy_validation": {"mean": validation}}
+        for row, test, validation in zip(
+            run.history, (0.25, 0.9, 0.75), (0.5, 0.5, None), strict=True
+        )  # round 1 is the first of the best
+    ]
+    held = Run(run.path, run.config, rows, run.events)
+    assert held.chosen is rows[0]
+    single = run_report.report(held, None)
+    assert ("accuracy, round 1, chosen on validation rows", "25.00 %") in single.facts
+    assert ("accuracy, round 3", "75.00 %") in single.facts
+    several = comparison_report.report([held, recorded(run, "b")], "", None)
+    for report in (single, several):
+        assert [note for note in report.notes if "validation rows choose best.h5" in note]
+    (table,) = [table for table in several.tables if table.name == "accuracies"]
+    assert table.columns[-1].title == "round chosen on validation"
+    assert [row[-1].text for row in table.rows] == ["25.00", "–"]
+
+
 def test_restart_event_lists_changed_settings(trained: Path) -> None:
     run = load_run(trained)
     start = run.events[0]
