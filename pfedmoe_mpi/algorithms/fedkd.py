@@ -25,9 +25,10 @@ client the whole mentee.
 Departures: t is counted in `fedkd.ramp` rounds instead of the rounds of the run, so that a continued run
 equals a longer one. A convolution's kernel is a matrix with one row per filter; a matrix that its factors
 would not make smaller travels whole. No gradient flows from one model's loss into the other model (the
-authors' code descends the sum of the losses, and leaves W_h, which is in eq. 5, out of it). D is at least
-10⁻⁶. There are no attention maps and no encryption. BatchNorm's running statistics travel with the update.
-W_h has the mentor's learning rate.
+authors' code descends the sum of the losses, and leaves W_h, which is in eq. 5, out of it). KL is summed over
+the classes and averaged over the batch (HtFLlib: averaged over the classes too). D is at least 10⁻⁶. There
+are no attention maps and no encryption. BatchNorm's running statistics travel with the update. W_h has the
+mentor's learning rate.
 """
 
 from __future__ import annotations

@@ -15,12 +15,14 @@ stays with the server: it is part of the state so that checkpoints contain it, a
 
 As in the authors' code: δ is the largest of the classes' least distances; the generator is embedding,
 linear, ReLU, linear, all of width d; the server's SGD is plain, with the clients' learning rate and batch
-size; a client's distance is the mean squared difference over batch and d; means are computed after training,
-in evaluation mode.
+size; a client's distance is the mean squared difference over batch and d; means are computed in evaluation
+mode.
 
-Departures: without prototypes, in the first round, there is no distance. A squared distance below 1e-12 is
-replaced by 1e-12, because the root has no gradient at 0. The server's gradient is clipped by `train.clip`. A
-client answers with its model's own head, as for FedProto; the authors' code answers by the nearest prototype
+Departures: means are those of the model after training. The authors' code computes them after training too,
+but with the client's model from its file, which is saved only afterwards: theirs are of the round's start.
+Without prototypes, in the first round, there is no distance. A squared distance below 1e-12 is replaced by
+1e-12, because the root has no gradient at 0. The server's gradient is clipped by `train.clip`. A client
+answers with its model's own head, as for FedProto; the authors' code answers by the nearest prototype
 (`fedtgp.answer`).
 """
 

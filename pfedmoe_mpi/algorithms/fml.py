@@ -11,9 +11,10 @@ answers with the global model.
 
 Shared: the meme model with its head, one float32 vector per client and round.
 
-Departures: the mean is weighted by n_k (the authors' code: unweighted). KL is per sample, averaged over the
-batch, as in the authors' code. The gradient is clipped by its joint norm over both models; the momentum of
-both starts at zero in every client step (the authors' code: only that of the meme model).
+Departures: the mean is weighted by n_k (the authors' code: unweighted). KL is summed over the classes and
+averaged over the batch, as in the paper and its authors' code (`batchmean`); HtFLlib and PFLlib average over
+the classes too, which divides it by their number. The gradient is clipped by its joint norm over both models;
+the momentum of both starts at zero in every client step (the authors' code: only that of the meme model).
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
 from pfedmoe_mpi.run.evaluate import evaluation_loop
 
+NAMES = {"std": "population std"}  # over clients
+
 
 def run(path: Path, overrides: Mapping[str, Any], as_json: bool) -> int:
     """Evaluate every client with the checkpoint's server state, and return the exit code.
@@ -53,7 +55,8 @@ def _table(result: Mapping[str, Any]) -> str:
         zip(result["clients"]["accuracy"], result["clients"]["loss"], strict=True)
     ):
         lines.append(f"client {client:4}  accuracy {_number(accuracy)}  loss {_number(loss)}")
-    lines.append("  ".join(f"{name} {_number(value)}" for name, value in result["accuracy"].items()))
+    summary = {NAMES.get(name, name): value for name, value in result["accuracy"].items()}
+    lines.append("  ".join(f"{name} {_number(value)}" for name, value in summary.items()))
     if result["auc"]["mean"] is not None:
         lines.append(f"AUC mean {_number(result['auc']['mean'])}  worst {_number(result['auc']['worst'])}")
     unseen = result["accuracy_unseen"]

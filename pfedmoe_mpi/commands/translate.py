@@ -48,6 +48,14 @@ DEFAULTS_OF_METHODS = {
     "fedprox": {"fedprox.mu": "0"},
     "fedrep": {"fedrep.head_epochs": "1"},
 }
+SUMMED_KL = "KL is summed over the classes here; theirs is the mean over them"
+DIFFERENCES = {  # in the methods themselves, without a setting
+    "fml": (SUMMED_KL,),
+    "fedkd": (SUMMED_KL,),
+    "fedtgp": (
+        "class means are those of the client's model after training; theirs are of the round's start",
+    ),
+}
 # PFLlib's defaults where they differ; its FedGH trains one epoch on what it received.
 PFLLIB = {"train.lr": "0.005", "train.lr_shared": "0.005"}
 PFLLIB_OF_METHODS = {"fml": {"fml.beta": "0.0"}, "fedgh": {"fedgh.epochs": "1", "fedgh.lr": "1.0"}}
@@ -103,7 +111,12 @@ class Translation:
             if len(lines[-1]) + len(word) > 105:
                 lines.append("   ")
             lines[-1] += f" {word}"
-        return "\n".join([*(f"# {note}" for note in self.notes), " \\\n".join(lines)])
+        return "\n".join([*map(_comment, self.notes), " \\\n".join(lines)])
+
+
+def _comment(note: str) -> str:
+    """Return a note as lines of comment."""
+    return textwrap.fill(note, 105, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
 
 
 def translate(words: Sequence[str]) -> Translation:
@@ -144,9 +157,13 @@ def translate(words: Sequence[str]) -> Translation:
     if "model_family" not in given and not htfllib:
         _models(made, "CNN")
     _follow(made, given, "0.01" if htfllib else "0.005")
+    made.notes += DIFFERENCES.get(method, ())
     made.notes += [
-        "the split is the usual one of their data scripts (Dirichlet 0.1, 3 : 1), drawn here by --partition",
-        "for their files: --data.source npz --data.path dataset/NAME --partition.kind natural, no data.mean",
+        "the split is not that of their data scripts: theirs draws the clients' shares of each class, so "
+        "that clients differ more in size (Dirichlet 0.1, 100 clients, 10 classes: std / mean about 0.8, "
+        "here 0.14)",
+        "for their split, take their files: --data.source npz --data.path dataset/NAME "
+        "--partition.kind natural, without data.mean",
         "their averaged test accuracy is accuracy.weighted here, by samples; accuracy.mean is by clients",
     ]
     config.build(made.settings)
@@ -237,7 +254,8 @@ ABOVE = (
     "HtFLlib where the models or the method are HtFLlib's, else as in PFLlib."
 )
 BELOW = (
-    "Their data scripts split the data before the run; here --partition does, from the seed. A client's "
+    "Their data scripts split the data before the run; here --partition does, from the seed, by a Dirichlet "
+    "draw of its own, after which clients' sizes vary less. A client's "
     "model and its private state are in checkpoints, not in a folder that is cleared at the end; -t 3 is "
     "three runs with --seed 0, 1, 2.",
     "Their averaged test accuracy weighs clients by samples: accuracy.weighted here, beside "

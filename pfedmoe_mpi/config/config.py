@@ -53,7 +53,7 @@ class Config(Section):
     Default: pfedmoe's accuracy on the digits has settled; the job takes less than two minutes on two
     cores."""
     clients: int = Field(20, ge=1, le=1_000_000)
-    """Number of clients N; heart and words propose as many as they have.
+    """Number of clients N; data that name their clients propose as many.
     Default: about 90 digits each, and each of five architectures four times."""
     participation: float = Field(1.0, gt=0, le=1)
     """Share C of the clients in a round; the cohort is max(1, floor(C·N + ½)).

@@ -46,7 +46,7 @@ class Data(Section):
         Literal["digits", "torchvision", "folder", "hdf5", "npz", "heart", "text", "words", "synthetic"],
         BeforeValidator(_name),
     ] = "digits"
-    """Where samples come from; digits is part of the program; heart, npz, text and words propose settings.
+    """Where samples come from; digits needs no file; heart, hdf5, npz, text and words propose settings.
     Default: needs no download."""
     path: str = ""
     """File or folder of the source (torchvision: the root that holds the downloaded data).
@@ -81,7 +81,7 @@ class PartitionSettings(Section):
     kind: Annotated[
         Literal["iid", "pathological", "dirichlet", "classes", "natural"], BeforeValidator(_name)
     ] = "dirichlet"
-    """How samples are divided among clients; heart, npz and words propose natural.
+    """How samples are divided among clients; data that name their clients propose natural.
     Default: every client sees most classes, in different proportions."""
     classes: int = Field(2, ge=1)
     """`pathological`: classes per client; `classes`: the most a client may draw.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pfedmoe_mpi.config.sections import Data
+from pfedmoe_mpi.data.normalisation import check_constants
 from pfedmoe_mpi.data.resize import resize
 from pfedmoe_mpi.errors import DataError
 
@@ -134,7 +135,8 @@ class Dataset:
     apply to x / 255 if `dtype` is uint8 and to x itself if it is float32. Empty means no normalisation.
 
     `client_names` are the names of the natural clients, such as hospitals, if they have names. `proposals`
-    maps dotted names of settings to values that suit the data; they replace defaults, not the user's values.
+    maps dotted names of settings to values that suit the data; they replace defaults, not the user's values
+    (`federation.effective.proposals` adds what follows from them).
     If `fit` is set, samples may hold NaN until `fitted` is called. `vocabulary` is the number of possible
     tokens, 0 if samples are not tokens. `ordered` means that each row overlaps the rows after it: parts are
     then cut from the end and not drawn at random. `warnings` say what a user should know of the data although
@@ -203,7 +205,7 @@ def build_dataset(source: SourceData, settings: Data) -> Dataset:
     """Return the data set of a source after the common checks; `data.mean` and `data.std` override its own.
 
     Raises:
-        DataError: labels with gaps, arrays of different lengths, `data.size` or `data.mean` that do not fit.
+        DataError: labels with gaps, arrays of different lengths, `data.size`, mean or std that do not fit.
     """
     store = _resized_store(source, settings)
     classes = check_labels(source.labels, source.where)
@@ -251,22 +253,18 @@ def _normalisation(
     source: SourceData, settings: Data, store: RowStore
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return (mean, std), one number per channel each, or two empty tuples."""
-    channels = store.shape[0]
-    if source.fit and settings.mean:
+    if source.fit and (settings.mean or settings.std):
         raise DataError(
             f"data.mean and data.std do not apply to {source.where}: its samples are prepared from each "
             "client's training rows",
             "remove --data.mean and --data.std",
         )
-    mean, std = (settings.mean, settings.std) if settings.mean else (source.mean, source.std)
+    given = settings.mean or settings.std
+    mean, std = (settings.mean, settings.std) if given else (source.mean, source.std)
+    names = "data.mean and data.std" if given else f"mean and std of {source.where}"
+    check_constants(mean, std, store.shape, store.dtype, names)
     if not mean and store.dtype == np.uint8:
-        mean = std = (0.5,) * channels
-    if len(mean) != channels and mean:
-        origin = "data.mean and data.std" if settings.mean else f"mean and std of {source.where}"
-        raise DataError(
-            f"{origin} have {len(mean)} numbers, but a sample has {channels} channels (shape {store.shape})",
-            f"give {channels} numbers each, one per channel",
-        )
+        mean = std = (0.5,) * store.shape[0]
     return mean, std
 
 

@@ -107,13 +107,19 @@ def make_partition(
     validation part, each with the same share of every class as nearly as whole rows allow. The training and
     test parts have at least one row. With `pool` = official, and in `natural` if the data have a test part,
     the test part is the rows that `official_test` (n,) marks; for the other kinds both pools are divided with
-    the same shares. If rows are `ordered`, the validation part is the last of a client's training rows.
-    `min_samples` counts all rows of a client.
+    the same shares. If rows are `ordered`, neighbours overlap: the test part is then the official one, and
+    the validation part is the last of a client's training rows. `min_samples` counts all rows of a client.
 
     Raises:
         PartitionError: the settings cannot be satisfied, or no draw of `settings.tries` satisfied them.
     """
     official = official_test if settings.kind == "natural" or settings.pool == "official" else None
+    if ordered and official is None:
+        raise PartitionError(
+            f"partition.pool = {settings.pool} with partition.kind = {settings.kind} would draw test windows "
+            "that overlap training windows, which contain the words to predict",
+            "set --partition.pool official, or --partition.kind natural",
+        )
     if settings.kind == "natural":
         owner, generator = _natural_owners(settings, client, clients, seed)
     else:
@@ -175,7 +181,7 @@ def _natural_owners(
     if len(sizes) != clients:
         raise PartitionError(
             f"clients = {clients}, but the data have {len(sizes)} natural clients",
-            f"set --clients {len(sizes)}",
+            f"set --clients {len(sizes)}, or --partition.kind dirichlet to divide the rows anew",
         )
     if sizes.min() < settings.min_samples:
         raise PartitionError(

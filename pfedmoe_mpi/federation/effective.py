@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pfedmoe_mpi import config
 from pfedmoe_mpi.algorithms import base
 from pfedmoe_mpi.config import Config
@@ -9,10 +11,43 @@ from pfedmoe_mpi.data import Dataset
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import names as model_names
 
+# The kinds of partition that these settings belong to.
+KINDS = {
+    "partition.alpha": "dirichlet",
+    "partition.classes": "pathological",
+    "partition.classes_min": "classes",
+}
+
+
+def proposals(dataset: Dataset, kind: str) -> dict[str, Any]:
+    """Return the settings that the data propose; the natural `kind` of partition has as many clients as they.
+
+    Args:
+        kind: `partition.kind`, unless the data propose another.
+    """
+    proposed = dict(dataset.proposals)
+    if kind == "natural" and dataset.client is not None:
+        proposed.setdefault("clients", int(dataset.client.max()) + 1)
+    return proposed
+
 
 def apply_proposals(settings: Config, dataset: Dataset) -> Config:
-    """Return the settings with the data's proposals, where the user gave no value."""
-    changes = {name: value for name, value in dataset.proposals.items() if not config.given(settings, name)}
+    """Return the settings with the data's proposals, where the user gave no value.
+
+    Raises:
+        ConfigError: the data propose the natural partition, but the user set a parameter of another kind.
+    """
+    kind = settings.partition.kind
+    if not config.given(settings, "partition.kind"):
+        kind = dataset.proposals.get("partition.kind", kind)
+        for name, other in KINDS.items():
+            if kind == "natural" and config.given(settings, name):
+                raise ConfigError(
+                    f"{name} has no effect: the data name their clients, and partition.kind is not set",
+                    f"set --partition.kind {other} to divide the rows anew, or remove --{name}",
+                )
+    proposed = proposals(dataset, kind).items()
+    changes = {name: value for name, value in proposed if not config.given(settings, name)}
     return config.changed(settings, changes) if changes else settings
 
 

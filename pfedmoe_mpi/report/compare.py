@@ -16,6 +16,12 @@ from pfedmoe_mpi.report.labels import grouping_settings, labels
 from pfedmoe_mpi.report.load import Run
 
 ENOUGH = 5  # common seeds for an interval and a verdict
+SHOWN = 10  # pairs of runs in a note
+CHOSEN_ON_VALIDATION = (
+    "accuracies are on test rows, in the last round unless named; validation rows choose best.h5"
+)
+STD_OVER_CLIENTS = "std over clients: the population's (divided by n)"
+STD_OVER_SEEDS = "mean ± sample standard deviation (divided by n − 1) over seeds"
 
 
 class CompareError(UserError):
@@ -123,6 +129,11 @@ def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
     return float(statistics.mean(values)), float(statistics.stdev(values)) if len(values) > 1 else None
 
 
+def over_clients(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the mean and the population's standard deviation (n) of values of all clients, as in metrics."""
+    return (float(statistics.mean(values)), float(statistics.pstdev(values))) if values else (None, None)
+
+
 def values_of(runs: Iterable[Run], value: Callable[[Run], float | None]) -> list[float]:
     """Return the values of the runs that have one."""
     return [number for number in map(value, runs) if number is not None]
@@ -131,6 +142,12 @@ def values_of(runs: Iterable[Run], value: Callable[[Run], float | None]) -> list
 def accuracy(run: Run, name: str = "mean") -> float | None:
     """Return the accuracy over all clients with the new shared state after the last measured round."""
     share = run.last["accuracy"][name]
+    return None if share is None else float(share)
+
+
+def chosen_accuracy(run: Run) -> float | None:
+    """Return the test accuracy of the round that validation rows choose, None without validation rows."""
+    share = run.chosen["accuracy"]["mean"] if run.chosen else None
     return None if share is None else float(share)
 
 
@@ -163,11 +180,35 @@ class Paired:
         return "better" if self.low > 0 else "worse" if self.high < 0 else "no difference shown"
 
 
+def common_seeds(group: Group, base: Group) -> list[tuple[Run, Run]]:
+    """Return the finished runs of two groups that have a seed in common, as pairs, in order of seeds."""
+    base_runs = {run.seed: run for run in base.finished}
+    return [(run, base_runs[run.seed]) for run in group.finished if run.seed in base_runs]
+
+
+def same_data(run: Run, other: Run) -> bool:
+    """Return whether nothing that two runs recorded says that their data or their partitions differ.
+
+    Digests of both decide; without them, in runs of an earlier version, the samples by client and class do.
+    """
+    if run.digests and other.digests:
+        return run.digests == other.digests
+    counts, other_counts = run.started_with("class_counts"), other.started_with("class_counts")
+    return run.last["clients"]["samples"] == other.last["clients"]["samples"] and (
+        counts is None or other_counts is None or counts == other_counts
+    )
+
+
 def paired(group: Group, base: Group) -> Paired | None:
-    """Pair two groups by seed; no interval below ENOUGH common seeds, None without a common seed."""
-    ours, theirs = ({run.seed: accuracy(run) for run in side.finished} for side in (group, base))
-    pairs = {seed: (ours[seed], theirs[seed]) for seed in sorted(ours) if seed in theirs}
-    differences = {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
+    """Pair two groups by seed, where the data are the same.
+
+    There is no interval below ENOUGH common seeds, and None is returned without a pair.
+    """
+    differences: dict[int, float] = {}
+    for run, base_run in common_seeds(group, base):
+        ours, theirs = accuracy(run), accuracy(base_run)
+        if ours is not None and theirs is not None and same_data(run, base_run):
+            differences[run.seed] = ours - theirs
     if not differences:
         return None
     values = tuple(differences.values())
@@ -183,13 +224,11 @@ def client_differences(group: Group, base: Group) -> np.ndarray:
     """Return each client's difference in accuracy, (N,), mean over the common seeds.
 
     NaN for clients that were never measured; empty if nothing can be paired. Two runs are paired only if
-    every client has the same number of samples in both.
+    their data are the same.
     """
-    base_runs = {run.seed: run for run in base.finished}
     tables = []
-    for run in group.finished:
-        base_run = base_runs.get(run.seed)
-        if base_run is None or run.last["clients"]["samples"] != base_run.last["clients"]["samples"]:
+    for run, base_run in common_seeds(group, base):
+        if not same_data(run, base_run):
             continue
         ours, theirs = (np.array(side.last["clients"]["accuracy"], float) for side in (run, base_run))
         ours[sorted(run.absent_clients(run.last["round"]))] = np.nan
@@ -221,6 +260,28 @@ def _within(t: float, freedom: int) -> float:
         term *= square * (k - 1) / k
         total += term
     return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+
+def pairing_notes(comparison: Comparison, base: str | None) -> list[str]:
+    """Return notes on the runs that are not paired with the baseline's, and on those without digests."""
+    different, unknown = [], []
+    for group in comparison.groups:
+        base_group = comparison.group(base, group.setting) if base and group.method != base else None
+        for run, base_run in common_seeds(group, base_group) if base_group else ():
+            pair = f"{run.path.name} and {base_run.path.name}"
+            if not same_data(run, base_run):
+                different.append(pair)
+            elif not (run.digests and base_run.digests):
+                unknown.append(pair)
+    notes = {
+        "not paired, because their data or partitions differ": different,
+        "paired by seed alone, because an earlier version did not record their data": unknown,
+    }
+    return [f"{what}: {'; '.join(pairs[:SHOWN])}{_more(pairs)}" for what, pairs in notes.items() if pairs]
+
+
+def _more(pairs: Sequence[str]) -> str:
+    return f"; and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
 
 
 def unfinished(comparison: Comparison) -> list[str]:

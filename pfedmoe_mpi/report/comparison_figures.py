@@ -22,7 +22,7 @@ def label(comparison: Comparison, group: Group) -> str:
 
 
 def pairs(comparison: Comparison, base: str) -> list[Pair]:
-    """Return every other group that shares a setting and a seed with the baseline `base`."""
+    """Return every other group that shares a setting, a seed and its data with the baseline `base`."""
     pairs = []
     for group in comparison.groups:
         other = comparison.group(base, group.setting)
@@ -61,7 +61,7 @@ def curves(comparison: Comparison, setting: str, number: int) -> Figure:
 
     caption = (
         f"{setting}: mean accuracy over all clients. Line: mean over seeds (their number in brackets); "
-        "band: one standard deviation to either side."
+        "band: one sample standard deviation (divided by n − 1) to either side."
     )
     return Figure(
         _stem("curves", number, comparison), f"Curves, {setting}", caption, draw, _size(comparison, 3.4)

@@ -9,7 +9,18 @@ from functools import partial
 import numpy as np
 
 from pfedmoe_mpi.report import compare, comparison_figures, paper_section
-from pfedmoe_mpi.report.compare import ENOUGH, Comparison, Group, accuracy, mean_std, values_of
+from pfedmoe_mpi.report.compare import (
+    CHOSEN_ON_VALIDATION,
+    ENOUGH,
+    STD_OVER_CLIENTS,
+    STD_OVER_SEEDS,
+    Comparison,
+    Group,
+    accuracy,
+    chosen_accuracy,
+    mean_std,
+    values_of,
+)
 from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
 from pfedmoe_mpi.report.document import Report, Section
 from pfedmoe_mpi.report.load import Run
@@ -52,7 +63,12 @@ def report(runs: Sequence[Run], baseline: str, target: float | None) -> Report:
             )
             for group in comparison.groups
         },
-        notes=[*comparison.notes, *compare.unfinished(comparison)],
+        notes=[
+            *comparison.notes,
+            *compare.unfinished(comparison),
+            *compare.pairing_notes(comparison, base),
+            *([CHOSEN_ON_VALIDATION] if any(run.chosen for run in runs) else []),
+        ],
     )
 
 
@@ -67,7 +83,7 @@ def results(comparison: Comparison) -> Table:
         for (method, values), mark in zip(seeds.items(), marks, strict=True):
             cells[method].append(spread(*moments[method], len(values), mark))
     notes = [
-        "test accuracy in %, mean over all clients, last round; mean ± standard deviation over seeds",
+        f"test accuracy in %, mean over all clients, last round; {STD_OVER_SEEDS}",
         "per column: best in bold, second best underlined, ties as printed; not a statistical test",
     ]
     return Table("results", "Accuracy", columns, list(cells.values()), notes)
@@ -80,8 +96,12 @@ def _mean_accuracies(group: Group | None) -> list[float]:
 def accuracies(comparison: Comparison) -> Table:
     """Return all accuracies and the area under the ROC curve, without columns that would be empty."""
     metrics = {name: partial(accuracy, name=name) for name in ("mean", "weighted", "worst", "std")}
-    for name, key in (("unseen", "accuracy_unseen"), ("AUC", "auc")):
-        metric = partial(_mean_of, key=key)
+    optional = {
+        "unseen": partial(_mean_of, key="accuracy_unseen"),
+        "AUC": partial(_mean_of, key="auc"),
+        "round chosen on validation": chosen_accuracy,
+    }
+    for name, metric in optional.items():
         if any(values_of(group.finished, metric) for group in comparison.groups):
             metrics[name] = metric
     columns = [Column("method", words=True), Column("setting", words=True), Column("seeds")]
@@ -93,7 +113,7 @@ def accuracies(comparison: Comparison) -> Table:
             values = values_of(group.finished, metric)
             cells.append(spread(*mean_std(values), len(values)))
         rows.append(cells)
-    notes = ["in %, over the clients of each run; then mean ± standard deviation over seeds"]
+    notes = [f"in %, over the clients of each run ({STD_OVER_CLIENTS}); then {STD_OVER_SEEDS}"]
     return Table("accuracies", "Accuracy by name", columns, rows, notes)
 
 
@@ -109,7 +129,9 @@ def _differences(comparison: Comparison, base: str | None) -> Section:
         )
     pairs = comparison_figures.pairs(comparison, base)
     if not pairs:
-        return Section("Differences", text=f"No other method has a setting and a seed in common with {base}.")
+        return Section(
+            "Differences", text=f"No other method has a setting, a seed and its data in common with {base}."
+        )
     figures = []
     for n, setting in enumerate(comparison.settings):
         pairs_of_setting = [pair for pair in pairs if pair[0].setting == setting]
@@ -147,7 +169,7 @@ def _paired_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> 
         ]
         rows.append([word(group.method), word(group.setting), *cells, word(paired.verdict)])
     notes = [
-        f"accuracy minus that of {base} with the same seed: mean over seeds and its 95 % t interval",
+        f"accuracy minus that of {base} with the same seed and data: mean over seeds and its 95 % t interval",
         f"too few to tell: fewer than {ENOUGH} common seeds",
     ]
     return Table("differences", f"Paired difference from {base}", columns, rows, notes)
@@ -201,7 +223,7 @@ def targets(comparison: Comparison, target: float | None) -> list[Table]:
         else "the highest whole per cent that every run of the setting reached"
     )
     notes = [
-        f"first round at which the mean over clients reaches {meaning}; mean ± standard deviation over seeds",
+        f"first round at which the mean over clients reaches {meaning}; {STD_OVER_SEEDS}",
         "dash: not every seed reached it; MB: up and down, all clients; GFLOP: an estimate",
     ]
     return [Table("target", "Rounds and bytes to a target accuracy", columns, rows, notes)]
@@ -246,7 +268,7 @@ def cost(comparison: Comparison) -> Table:
     if all(row[4].values[0] is None for row in rows):
         columns, rows = [*columns[:4], *columns[5:]], [[*row[:4], *row[5:]] for row in rows]
     notes = [
-        "mean over rounds (memory: maximum), then mean ± standard deviation over seeds",
+        f"mean over rounds (memory: maximum), then {STD_OVER_SEEDS}",
         "compare seconds only between runs on equal machines",
     ]
     return Table("cost", "Cost of a round", columns, rows, notes)

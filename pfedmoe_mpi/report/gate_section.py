@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoe_mpi.report.compare import mean_std
+from pfedmoe_mpi.report.compare import STD_OVER_CLIENTS, over_clients
 from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, style
 from pfedmoe_mpi.report.load import Run
@@ -48,10 +48,11 @@ def _client_table(run: Run) -> Table:
     for n in first_middle_last(len(measured)):
         row = measured[n]
         values = table[row][~np.isnan(table[row])].tolist()
-        mean, std = mean_std(values)
+        mean, std = over_clients(values)
         cells = (number(value, "{:.3f}") for value in (mean, std, min(values), max(values)))
         rows.append([number(run.history[row]["round"]), *cells])
-    return Table("alpha", "Weight α of the shared expert, mean over a client's test samples", columns, rows)
+    title = "Weight α of the shared expert, mean over a client's test samples"
+    return Table("alpha", title, columns, rows, [STD_OVER_CLIENTS])
 
 
 def _class_table(rounds: np.ndarray, table: np.ndarray) -> Table:

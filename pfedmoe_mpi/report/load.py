@@ -69,9 +69,21 @@ class Run:
         )
 
     @property
+    def chosen(self) -> Mapping[str, Any] | None:
+        """The row of the round that validation rows choose, the first of the best; None without such rows."""
+        rows = [row for row in self.history if (row.get("accuracy_validation") or {}).get("mean") is not None]
+        return max(rows, key=lambda row: (row["accuracy_validation"]["mean"], -row["round"]), default=None)
+
+    @property
     def clients(self) -> int:
         """The number of clients N."""
         return len(self.last["clients"]["accuracy"])
+
+    @property
+    def digests(self) -> tuple[str, str] | None:
+        """The digests of its data and partition; None in a run of an earlier version."""
+        data, partition = (self.started_with(f"{name}_digest") for name in ("data", "partition"))
+        return None if data is None or partition is None else (str(data), str(partition))
 
     def architecture(self, client: int) -> str:
         """Return the name of a client's architecture."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi.report.compare import mean_std, values_of
+from pfedmoe_mpi.report.compare import STD_OVER_SEEDS, mean_std, values_of
 from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.labels import settings_text
 from pfedmoe_mpi.report.load import Run
@@ -97,7 +97,7 @@ def _changes(run: Run) -> str:
 def _notes(paper: Mapping[str, Any]) -> list[str]:
     clients = "clients that never trained" if paper["accuracy"] == "accuracy_unseen" else "all clients"
     notes = [
-        f"test accuracy in %, mean over {clients}, last round; ours: mean ± standard deviation over seeds",
+        f"test accuracy in %, mean over {clients}, last round; ours: {STD_OVER_SEEDS}",
         *([f"source of the paper's results: {paper['source']}"] if paper["source"] else []),
         "dash: not published, or the method did not converge",
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.report import gate_section, model_section, paper_section, rank_section, run_figures
-from pfedmoe_mpi.report.compare import mean_std
+from pfedmoe_mpi.report.compare import CHOSEN_ON_VALIDATION, STD_OVER_CLIENTS, mean_std, over_clients
 from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
 from pfedmoe_mpi.report.document import Report, Section
 from pfedmoe_mpi.report.drawing import Figure
@@ -23,7 +23,7 @@ from pfedmoe_mpi.report.tables import Column, Table, amount, number, percent, wo
 # Fields left out of the details in the table of events: its own columns, and what other tables show.
 OMITTED = (
     *("time", "event", "round", "host", "hosts", "pid"),
-    *("samples", "class_counts", "multiply_adds", "client_names"),
+    *("samples", "data_digest", "partition_digest", "class_counts", "multiply_adds", "client_names"),
 )
 VERSIONS = (
     "code",
@@ -71,6 +71,7 @@ def report(run: Run, target: float | None, models: ModelViews | str = "") -> Rep
             "accuracy": _curve(run, "accuracy"),
             "cohort, before the sum": _curve(run, "accuracy_cohort"),
         },
+        notes=[CHOSEN_ON_VALIDATION] if run.chosen else [],
     )
 
 
@@ -90,6 +91,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("uploaded by all clients", size(sum(sent.up for sent in traffic(run)))),
         ("memory, largest rank", f"{max(row['rss_mb'] or 0 for row in run.history):.0f} MiB"),
     ]
+    if run.chosen:
+        name = f"accuracy, round {run.chosen['round']}, chosen on validation rows"
+        facts.insert(2, (name, percent(run.chosen["accuracy"]["mean"]).text + " %"))
     unseen = (run.last.get("accuracy_unseen") or {}).get("mean")
     facts += [] if unseen is None else [("accuracy, unseen clients", percent(unseen).text + " %")]
     drift = run.last.get("drift")
@@ -180,10 +184,11 @@ def _architectures(run: Run) -> Table:
     ]
     rows = []
     for name, values in by_name.items():
-        mean, std = mean_std(values)
+        mean, std = over_clients(values)
         shares = [percent(v) for v in (mean, std, min(values, default=None), max(values, default=None))]
         rows.append([word(name), number(len(values)), *shares])
-    return Table("architectures", f"Accuracy by architecture, round {run.last['round']}", columns, rows)
+    title = f"Accuracy by architecture, round {run.last['round']}"
+    return Table("architectures", title, columns, rows, [STD_OVER_CLIENTS])
 
 
 def _clients(run: Run, views: ModelViews | None) -> Table:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import config
 from pfedmoe_mpi.core.flat import Layout
-from pfedmoe_mpi.federation.metrics import Row, best
+from pfedmoe_mpi.federation.effective import proposals
+from pfedmoe_mpi.federation.metrics import Row, best, selected_on
 from pfedmoe_mpi.log import LOGGER
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
         listed = ", ".join(f"{k} {name}" for k, name in enumerate(names[:MOST_NAMES]))
         lines.append(f"the data's own clients: {listed}{', …' if len(names) > MOST_NAMES else ''}")
     flat = config.flatten(config.to_tree(settings))
-    proposals = federation.dataset.proposals.items()
-    accepted = [f"{name} = {value}" for name, value in proposals if flat[name] == value]
+    proposed = proposals(federation.dataset, settings.partition.kind).items()
+    accepted = [f"{name} = {value}" for name, value in proposed if flat[name] == value]
     if accepted:
         lines.append(f"proposed by the data: {', '.join(accepted)}")
     lines += ["shared:  " + line for line in _describe(federation.state_layout)]
@@ -151,7 +152,14 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
         if count:
             listed = ", ".join(f"{client} ({times} ×)" for client, times in sorted(count.items()))
             lines.append(f"left out, {why}: client {listed}")
-    return "\n".join(lines + ([f"best measured  {_line(top)}"] if top else []))
+    if top:
+        lines.append(f"best measured  {_line(top)}; chosen by accuracy on {selecting_rows(history)}")
+    return "\n".join(lines)
+
+
+def selecting_rows(history: Sequence[Row]) -> str:
+    """Return the words for the rows whose accuracy chooses the best round."""
+    return "validation rows" if selected_on(history) == "accuracy_validation" else "test rows"
 
 
 def _client_table(federation: Federation, row: Row) -> str:
@@ -191,5 +199,5 @@ def _line(row: Row) -> str:
     a = row["accuracy"]
     return (
         f"round {row['round']}: accuracy mean {_percent(a['mean'])}, weighted {_percent(a['weighted'])}, "
-        f"std {_percent(a['std'])}, worst {_percent(a['worst'])}"
+        f"population std {_percent(a['std'])}, worst {_percent(a['worst'])}"
     )

@@ -150,16 +150,21 @@ def _reporter(world: Comm, start: Start, federation: Federation) -> Reporter:
 
 
 def _report_facts(federation: Federation) -> dict[str, Any]:
-    """Return what reports need: training samples by client and class, multiply-adds and names by client.
+    """Return what reports need: digests of data and partition, and by client the training samples by class,
+    multiply-adds and names.
 
-    The result is empty if there are too many numbers for a figure.
+    What is by client is left out if there are too many numbers for a figure.
     """
     from pfedmoe_mpi.federation.costs import sample_costs
 
     counts, names = federation.task.counts, federation.dataset.client_names
+    facts: dict[str, Any] = {
+        "data_digest": federation.data_digest,
+        "partition_digest": federation.partition.digest(),
+    }
     if counts.size > MOST_COUNTS:
-        return {}
-    facts = {
+        return facts
+    facts |= {
         "class_counts": counts.tolist(),
         "multiply_adds": sample_costs(federation.task, federation.method),
     }
@@ -197,7 +202,8 @@ def _report_finish(world: Comm, reporter: Reporter, federation: Federation, loop
     reporter.event("finish", round=loop.round)
     if world.rank == 0:
         best = folder.best_round()
-        best_text = f"best.h5 holds round {best}; " if best else ""
+        chosen_on = console.selecting_rows(loop.history)
+        best_text = f"best.h5 holds round {best}, chosen on {chosen_on}; " if best else ""
         text = f"{console.table(federation, loop.history)}\n{best_text}`report {folder.path}` draws the run"
         LOGGER.info("\n%s", text)
         print(text, flush=True)

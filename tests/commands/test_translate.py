@@ -6,9 +6,14 @@ import re
 import shlex
 from collections.abc import Callable
 
+import numpy as np
+import pytest
+
 from pfedmoe_mpi import config
 from pfedmoe_mpi.commands import translate
 from pfedmoe_mpi.config import methods, neighbours
+from pfedmoe_mpi.config.sections import PartitionSettings
+from pfedmoe_mpi.data import make_partition
 from support import launcher
 
 HTFLLIB = (
@@ -90,6 +95,45 @@ def test_pfllib_command_is_translated() -> None:
     made, notes = settings("main.py -data AGNews -m LSTM -algo FedAvg -vs 32000 -ml 200")
     assert (made.data.source, made.data.vocabulary, made.data.length) == ("text", 32000, 200)
     assert made.model.pool == ("lstm",)
+
+
+def test_split_is_said_to_be_another_one() -> None:
+    """The numbers in the note are those of both splits at Dirichlet 0.1, 100 clients and 10 classes."""
+    note = " ".join(settings("main.py -data MNIST -algo FedAvg")[1].replace("#", "").split())
+    assert "the split is not that of their data scripts" in note and "about 0.8, here 0.14" in note
+    labels = np.arange(60_000) % 10
+    ours, theirs = [], []
+    for seed in range(4):
+        split = make_partition(PartitionSettings(alpha=0.1), labels, 10, 100, seed)
+        ours.append([len(train) + len(test) for train, test in zip(split.train, split.test, strict=True)])
+        theirs.append(sizes_of_their_split(labels, 100, 0.1, np.random.default_rng(seed)))
+    variation = [np.mean([np.std(sizes) / np.mean(sizes) for sizes in split]) for split in (ours, theirs)]
+    assert variation == pytest.approx([0.14, 0.8], abs=0.05)
+
+
+def sizes_of_their_split(
+    labels: np.ndarray, clients: int, alpha: float, draw: np.random.Generator
+) -> np.ndarray:
+    """Return the clients' sizes: a draw per class over the clients that have less than their equal share."""
+    sizes = np.zeros(clients, int)
+    for rows in np.bincount(labels):
+        shares = draw.dirichlet(np.full(clients, alpha)) * (sizes < len(labels) / clients)
+        ends = (np.cumsum(shares / shares.sum())[:-1] * rows).astype(int)
+        sizes += np.diff([0, *ends, rows])
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("method", "note"),
+    [
+        ("FML", "KL is summed over the classes here"),
+        ("FedKD", "KL is summed over the classes here"),
+        ("FedTGP", "class means are those of the client's model after training"),
+    ],
+)
+def test_difference_in_a_method_itself_is_named(method: str, note: str) -> None:
+    assert note in settings(HTFLLIB.format(method))[1]
+    assert note not in settings(HTFLLIB.format("FedProto"))[1]
 
 
 def test_translate_prints_a_runnable_command(

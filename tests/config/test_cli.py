@@ -87,7 +87,11 @@ def test_run_prints_plan_rounds_and_table(trained: Path) -> None:
         assert ("mlp5", "mlp4")[client % 2] in line
         assert f"{100 * row['clients']['accuracy'][client]:.2f} %" in line
         assert f" {row['clients']['samples'][client]} " in line
-    assert "last  round 3" in table and "best measured  round" in table and "best.h5 holds round" in table
+    assert "last  round 3" in table and "best measured  round" in table
+    assert "; chosen by accuracy on test rows\nbest.h5 holds round" in table
+    assert ", chosen on test rows; " in table.splitlines()[-1]
+    std = np.std(row["clients"]["accuracy"])
+    assert f"population std {100 * std:.2f} %" in table.split("last  round 3")[1].splitlines()[0]
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(
@@ -209,11 +213,19 @@ def test_best_checkpoint_is_chosen_on_validation_rows(
         "--run.dir",
         "run",
     )
-    run_command(*small_run, *flags, "--train.lr", "0.2")
+    said = run_command(*small_run, *flags, "--train.lr", "0.2").out
     table = read_metrics(tmp_path / "run")
     best = max(table, key=lambda row: (row["accuracy_validation"]["mean"], -row["round"]))
     text = run_command("inspect", tmp_path / "run" / "checkpoints" / "best.h5").out
     assert f"round {best['round']} of 4" in text and f"best on validation: round {best['round']}" in text
+    measured = next(line for line in said.splitlines() if line.startswith("best measured"))
+    accuracy = f"{100 * best['accuracy']['mean']:.2f} %"
+    assert measured.startswith(f"best measured  round {best['round']}: accuracy mean {accuracy}")
+    assert measured.endswith("; chosen by accuracy on validation rows")
+    assert f"best.h5 holds round {best['round']}, chosen on validation rows; " in said
+    report = run_command("report", "run", "--text").out
+    assert f"accuracy, round {best['round']}, chosen on validation rows: {accuracy}" in report
+    assert "validation rows choose best.h5" in report
 
 
 # Reading checkpoints
@@ -324,9 +336,8 @@ def test_prepared_data_give_the_same_run(
         "200 samples of 3 × 8 × 8 uint8, 10 classes" in run_command("data", "prepare", "d.h5", *small_run).out
     )
     run_command(*small_run, "--run.dir", "a")
-    run_command(
-        *small_run, "--data.source", "hdf5", "--data.path", "d.h5", "--data.size", "0", "--run.dir", "b"
-    )
+    source = ("--data.source", "hdf5", "--data.path", "d.h5", "--data.size", "0")
+    run_command(*small_run, *source, "--partition.kind", "dirichlet", "--run.dir", "b")
     first, second = (
         run_command("inspect", tmp_path / name / "checkpoints" / "best.h5", "--digest").out for name in "ab"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,32 @@ def test_unusable_npz_folder_is_refused(tmp_path: Path) -> None:
     write_npz_clients(tmp_path, "train", {1: client_arrays(6)})
     write_npz_clients(tmp_path, "test", {5: client_arrays(6)})
     data_error("test/5.npz without a train part", "npz", tmp_path)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_two_npz_files_of_one_client_are_refused(tmp_path: Path, part: str) -> None:
+    """1 and 01 are the same number; numbers with leading zeros alone are accepted."""
+    for folder in ("train", "test"):
+        write_npz_clients(tmp_path, folder, {"00": client_arrays(6), "01": client_arrays(6)})
+    data = open_data("npz", tmp_path)
+    assert data.client is not None and data.client.tolist() == [0] * 12 + [1] * 12
+    write_npz_clients(tmp_path, part, {"1": client_arrays(6)})
+    data_error(rf"{part}/01.npz and .*{part}/1.npz are both client 1\n", "npz", tmp_path)
+    (tmp_path / part / "1.npz").unlink()
+    write_npz_clients(tmp_path, part, {"\u0661": client_arrays(6)})
+    data_error("are both client 1\n", "npz", tmp_path)
+
+
+def test_two_arrays_of_one_name_in_an_npz_file_are_refused(tmp_path: Path) -> None:
+    path = write_npz_clients(tmp_path, "train", {0: client_arrays(6)}) / "train" / "0.npz"
+    with zipfile.ZipFile(path) as archive:
+        raw = archive.read("data.npy")
+    for names in (("data.npy", "data.npy"), ("data.npy", "data"), ("data.npy", "other.npy")):
+        with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+            warnings.simplefilter("ignore")  # zipfile warns of a name that is there already
+            for name in names:
+                archive.writestr(name, raw)
+        data_error("0.npz has '(data|x)' twice", "npz", tmp_path)
 
 
 def test_damaged_npz_is_data_or_one_message(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,7 @@ def test_wrong_number_of_clients_is_refused(assert_refused: Callable[..., str], 
     assert_refused(
         "clients = 7, but the data have 3 natural clients", *FLAGS, "--data.path", hospitals, "--clients", "7"
     )
-    assert_refused(
-        "unseen.clients = <<<O|no client|B|nobody|T|3 leaves>>>", *FLAGS, "--data.path", hospitals, "--unseen.clients", "3"
-    )
+    assert_refused("unseen.clients = 3 leaves", *FLAGS, "--data.path", hospitals, "--unseen.clients", "3")
 
 
 # AUC
@@ -267,6 +266,14 @@ def test_bad_heart_file_is_reported_with_its_line(tmp_path: Path, content: str |
     raw = content.encode() if isinstance(content, str) else content
     (tmp_path / "processed.a.data").write_bytes(raw)
     data_error(pattern, "heart", tmp_path)
+
+
+def test_two_files_of_one_hospital_are_refused(hospitals: Path, tmp_path: Path) -> None:
+    """Two copies would be two clients that share every patient."""
+    shutil.copytree(hospitals, tmp_path / "copy")
+    shutil.copy(hospitals / "processed.alpha.data", tmp_path / "copy" / "processed.alpha.old.data")
+    pattern = "processed.alpha.data and processed.alpha.old.data in .* are both hospital alpha\n"
+    data_error(pattern, "heart", tmp_path / "copy")
 
 
 def test_folder_without_hospitals_is_refused(

@@ -84,6 +84,27 @@ def test_training_rows_hide_later_answers(stories: Path, kind: str) -> None:
         assert len(validation) == int(0.25 * (len(train) + len(validation)) + 0.5)
 
 
+@pytest.mark.parametrize("kind", ["natural", "dirichlet", "iid", "pathological", "classes"])
+@pytest.mark.parametrize("pool", ["official", "all"])
+def test_no_training_window_contains_a_test_answer(stories: Path, kind: str, pool: str) -> None:
+    """Window r predicts the word that windows r + 1 to r + length of the same file contain."""
+    made = {"partition__kind": kind, "partition__pool": pool, "clients": 3}
+    if pool == "all" and kind != "natural":
+        pattern = r"partition.pool = all with partition.kind = \w+ would(.|\n)*set --partition.pool official"
+        with pytest.raises(PartitionError, match=pattern):
+            loop_of(stories, **made)
+        return
+    federation = loop_of(stories, **made).federation
+    file, length = federation.dataset.client, federation.dataset.shape[0]
+    assert file is not None
+    trained = np.zeros(len(file) + length, bool)
+    trained[np.concatenate(federation.partition.train)] = True
+    for row in np.concatenate(federation.partition.test):
+        later = np.arange(row + 1, row + length + 1)
+        later = later[later < len(file)]
+        assert not trained[later[file[later] == file[row]]].any()
+
+
 def _files(data: Dataset) -> Iterator[tuple[list[int], int]]:
     """Return each file's rows, and how many of them are before its last fifth."""
     assert data.client is not None

@@ -143,7 +143,7 @@ def test_rounds_before_the_join_may_have_no_clients(tmp_path: Path, session: lau
     assert said.code == 0, said.err
     assert [row["cohort"] for row in read_metrics(tmp_path / "run")] == [[], [0, 1]]
     before = session("evaluate", str(tmp_path / "run" / "checkpoints" / "round-000001.h5"), cwd=tmp_path)
-    assert before.code == 0 and "mean -  weighted -  std -  worst -" in before.out, before.err
+    assert before.code == 0 and "mean -  weighted -  population std -  worst -" in before.out, before.err
 
 
 @pytest.mark.parametrize("method", methods.names())

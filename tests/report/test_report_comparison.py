@@ -10,6 +10,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
+from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.report import (
     compare,
     comparison_figures,
@@ -162,6 +163,87 @@ def test_untrained_clients_are_in_no_mean(trained: Path) -> None:
     other = Run(Path("b"), {**run.config, "algorithm": "standalone"}, run.history, run.events)
     pair = compare.compare([run, other]).groups
     assert np.isnan(compare.client_differences(*pair)).tolist() == [False, False, False, True]
+
+
+def recorded(run: Run, path: str, algorithm: str = "standalone", **facts: Any) -> Run:
+    """Return the same run of another method, with other facts in its start event; None removes a fact."""
+    start = {name: value for name, value in {**run.events[0], **facts}.items() if value is not None}
+    return Run(Path(path), {**run.config, "algorithm": algorithm}, run.history, [start])
+
+
+def test_start_event_has_the_digests_of_the_checkpoint(trained: Path) -> None:
+    with Checkpoint(sorted((trained / "checkpoints").glob("round-*.h5"))[-1]) as loaded:
+        names = ("data_digest", "partition_digest")
+        assert load_run(trained).digests == tuple(loaded.identity[name] for name in names)
+
+
+@pytest.mark.parametrize(
+    ("facts", "pairs", "note"),
+    [
+        ({}, True, ""),
+        ({"data_digest": "0"}, False, "not paired, because their data or partitions differ: trained and b"),
+        ({"partition_digest": "0"}, False, "not paired, because their data or partitions differ"),
+        (
+            {"data_digest": None},
+            True,
+            "paired by seed alone, because an earlier version did not record their",
+        ),
+        ({"data_digest": None, "class_counts": [[50, 0]] * 4}, False, "not paired, because"),
+    ],
+)
+def test_runs_on_other_data_are_not_paired(
+    trained: Path, facts: dict[str, Any], pairs: bool, note: str
+) -> None:
+    run = load_run(trained)
+    run = Run(Path("trained"), run.config, run.history, run.events)
+    other = recorded(run, "b", **facts)
+    method, base = compare.compare([run, other]).groups
+    assert (method.method, base.method) == ("pfedmoe", "standalone")
+    assert (compare.paired(method, base) is not None) is pairs
+    assert (len(compare.client_differences(method, base)) > 0) is pairs
+    made = comparison_report.report([run, other], "", None)
+    assert [text.startswith(note) for text in made.notes] == ([True] if note else [])
+    shown = any(table.name == "differences" for table in made.tables)
+    assert shown is pairs and (pairs or "its data in common with standalone" in str(made.sections))
+
+
+def test_seeds_with_the_same_data_are_paired(trained: Path) -> None:
+    """Of three seeds the second has other data, as if the file had been replaced in between."""
+    run = load_run(trained)
+    runs = []
+    for seed in range(3):
+        for method in ("pfedmoe", "standalone"):
+            digest = f"{method if seed == 1 else 'same'} {seed}"
+            one = recorded(run, f"{method}-{seed}", method, data_digest=digest)
+            runs.append(Run(one.path, {**one.config, "seed": seed}, one.history, one.events))
+    comparison = compare.compare(runs)
+    pair = compare.paired(*comparison.groups)
+    assert pair is not None and pair.seeds == (0, 2)
+    (note,) = compare.pairing_notes(comparison, "standalone")
+    assert note.endswith("differ: pfedmoe-1 and standalone-1")
+
+
+def test_accuracy_of_the_round_chosen_on_validation_rows_is_shown(trained: Path) -> None:
+    """Test accuracy is highest in another round than validation accuracy."""
+    run = load_run(trained)
+    assert run.chosen is None and not run_report.report(run, None).notes
+    rows = [
+        {**row, "accuracy": {**row["accuracy"], "mean": test}, "accuracy_validation": {"mean": validation}}
+        for row, test, validation in zip(
+            run.history, (0.25, 0.9, 0.75), (0.5, 0.5, None), strict=True
+        )  # round 1 is the first of the best
+    ]
+    held = Run(run.path, run.config, rows, run.events)
+    assert held.chosen is rows[0]
+    single = run_report.report(held, None)
+    assert ("accuracy, round 1, chosen on validation rows", "25.00 %") in single.facts
+    assert ("accuracy, round 3", "75.00 %") in single.facts
+    several = comparison_report.report([held, recorded(run, "b")], "", None)
+    for report in (single, several):
+        assert [note for note in report.notes if "validation rows choose best.h5" in note]
+    (table,) = [table for table in several.tables if table.name == "accuracies"]
+    assert table.columns[-1].title == "round chosen on validation"
+    assert [row[-1].text for row in table.rows] == ["25.00", "–"]
 
 
 def test_restart_event_lists_changed_settings(trained: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,23 @@ def test_every_run_is_listed(runs: Path, several: Path) -> None:
         assert same_number(row["accuracy"], read_metrics(runs / name)[-1]["accuracy"]["mean"])
 
 
+@pytest.mark.parametrize(
+    ("report", "tables"), [("several", "results accuracies target cost"), ("single", "")]
+)
+def test_kind_of_deviation_is_named_where_it_is_printed(
+    request: pytest.FixtureRequest, report: str, tables: str
+) -> None:
+    folder = request.getfixturevalue(report)
+    over_seeds = "sample standard deviation (divided by n − 1) over seeds"
+    over_clients = "std over clients: the population's (divided by n)"
+    page = html.unescape((folder / "report.html").read_text(encoding="utf-8"))
+    assert page.count(over_seeds) == len(tables.split())
+    for name in tables.split():
+        assert over_seeds in (folder / "tables" / f"{name}.tex").read_text(encoding="utf-8")
+    for name in ["accuracies"] if tables else ["architectures", "alpha"]:
+        assert over_clients in (folder / "tables" / f"{name}.tex").read_text(encoding="utf-8")
+
+
 # One run
 
 
@@ -298,7 +316,7 @@ def test_client_tables_equal_the_metrics(runs: Path, single: Path) -> None:
     for row, own in zip(
         read_table(single, "architectures"), (last["accuracy"][0::2], last["accuracy"][1::2]), strict=True
     ):
-        mean, std = moments(own)
+        mean, std = float(np.mean(own)), float(np.std(own))  # of all clients, not of a sample
         assert row["clients"] == "2" and same_number(row["mean"], mean) and same_number(row["std"], std)
         assert same_number(row["worst"], min(own)) and same_number(row["best"], max(own))
 
@@ -318,7 +336,7 @@ def test_gate_weight_table_equals_the_metrics(runs: Path, single: Path) -> None:
     assert [row["round"] for row in found] == ["1", "3", "4"], "first, middle, last"
     for row in found:
         alpha = history[int(row["round"]) - 1]["clients"]["alpha"]
-        mean, std = moments(alpha)
+        mean, std = float(np.mean(alpha)), float(np.std(alpha))
         assert same_number(row["mean α"], mean) and same_number(row["std over clients"], std)
         assert same_number(row["lowest"], min(alpha)) and same_number(row["highest"], max(alpha))
 

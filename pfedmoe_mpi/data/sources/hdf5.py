@@ -136,16 +136,19 @@ def _load(file: Any, path: Path, check: bool) -> SourceData:
         _check_chunks(x, f"x of {path}")
         store.check()
     client, official = (_optional(file, name, rows, path) for name in ("client", "official_test"))
+    if client is not None:
+        client = check_clients(client, rows, str(path))
     return SourceData(
         name=_name(file, path),
         where=str(path),
         store=store,
         labels=labels,
         class_names=_names(file, path) if file.id.links.exists(b"class_names") else (),
-        client=None if client is None else check_clients(client, rows, str(path)),
+        client=client,
         official_test=None if official is None else _marks(official, path),
         mean=_constants(file, "mean", store),
         std=_constants(file, "std", store),
+        proposals={} if client is None else {"partition.kind": "natural"},
     )
 
 
@@ -275,9 +278,9 @@ def _name(file: Any, path: Path) -> str:
 
 
 def _constants(file: Any, name: str, store: FileRows) -> tuple[float, ...]:
-    """Return attribute `mean` or `std`: as many numbers as a sample has, at most."""
+    """Return attribute `mean` or `std`, not checked yet: as many numbers as a sample has, at most."""
     values = untrusted_hdf5.read_attribute(file, name, 64 + 16 * math.prod(store.shape))
-    return () if values is None else tuple(map(float, np.atleast_1d(values)))
+    return () if values is None else tuple(map(float, np.ravel(values)))
 
 
 def write_hdf5(path: Path, data: Dataset) -> None:

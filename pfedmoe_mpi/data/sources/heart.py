@@ -12,6 +12,7 @@ order. ca counts vessels and stays a number, as do all other attributes. A chole
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,7 @@ def load_heart(root: Path) -> SourceData:
     """Read all hospitals into memory, in alphabetical order: (n, 22) float32, NaN where a value is missing.
 
     Raises:
-        DataError: no such files, or a line that is not a patient; names file and line.
+        DataError: no such files, two of one hospital, or a line that is not a patient; names file and line.
     """
     files = sorted(root.glob("processed.*.data"))
     if not files:
@@ -58,6 +59,11 @@ def load_heart(root: Path) -> SourceData:
             f"{root} has no file processed.HOSPITAL.data",
             "set --data.path to the folder of UCI's Heart Disease: processed.cleveland.data and so on",
         )
+    hospitals = tuple(path.name.split(".")[1] for path in files)
+    twice = [name for name, count in Counter(hospitals).items() if count > 1]
+    if twice:
+        listed = " and ".join(path.name for path in files if path.name.split(".")[1] == twice[0])
+        raise DataError(f"{listed} in {root} are both hospital {twice[0]}", "keep one of them in the folder")
     tables = [_patients(path) for path in files]
     table = np.concatenate(tables)
     return SourceData(
@@ -67,7 +73,7 @@ def load_heart(root: Path) -> SourceData:
         labels=(table[:, -1] > 0).astype(np.int64),
         class_names=("healthy", "sick"),
         client=np.repeat(np.arange(len(files)), [len(rows) for rows in tables]),
-        client_names=tuple(path.name.split(".")[1] for path in files),
+        client_names=hospitals,
         proposals={"partition.kind": "natural", "clients": len(files), **TRAINING},
         fit=standardise,
     )

@@ -6,6 +6,7 @@ import io
 import math
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ def load_npz(root: Path) -> SourceData:
     """Read all clients into memory: client = K, official test part = the files in `test/`.
 
     Raises:
-        DataError: a missing or malformed file, a pickle that holds more than arrays, clients of different
-            shapes or dtypes, or NaN.
+        DataError: a missing or malformed file, two files of one client, a pickle that holds more than arrays,
+            clients of different shapes or dtypes, or NaN.
     """
     parts: list[tuple[np.ndarray, np.ndarray, int, bool]] = []
     train, test = _files(root / "train"), _files(root / "test")
@@ -49,8 +50,21 @@ def load_npz(root: Path) -> SourceData:
 
 
 def _files(folder: Path) -> dict[int, Path]:
-    """Return the files `K.npz` by number K."""
-    return {int(path.stem): path for path in folder.glob("*.npz") if path.stem.isdecimal()}
+    """Return the files `K.npz` by number K.
+
+    Raises:
+        DataError: two files have the same number: 1.npz and 01.npz.
+    """
+    files: dict[int, Path] = {}
+    for path in sorted(folder.glob("*.npz")):
+        if path.stem.isdecimal():
+            other = files.setdefault(int(path.stem), path)
+            if other != path:
+                raise DataError(
+                    f"{other} and {path} are both client {int(path.stem)}",
+                    "remove one of them, or give it the number of another client",
+                )
+    return files
 
 
 def _check_equal_shapes(parts: list[tuple[np.ndarray, np.ndarray, int, bool]], root: Path) -> None:
@@ -92,13 +106,23 @@ def _read_archive(path: Path) -> dict[str, np.ndarray]:
             if claimed > _FREE + _RATIO * path.stat().st_size:
                 problem = f"{path} claims {claimed:,} bytes, at least {_RATIO} times its own length"
                 raise DataError(problem, "write it again with numpy.savez, which does not compress")
-            members = {name.removesuffix(".npy"): archive.read(name) for name in archive.namelist()}
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            members = {name: archive.read(full) for name, full in zip(names, archive.namelist(), strict=True)}
     except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
         raise DataError(f"{path} cannot be read as npz: {error}", "copy the file again") from error
-    arrays: dict[str, np.ndarray] = {}
+    _check_distinct(names, path)
+    arrays: list[tuple[str, np.ndarray]] = []
     for name, raw in members.items():
-        arrays |= _read_member(name, raw, path)
-    return arrays
+        arrays += _read_member(name, raw, path).items()
+    _check_distinct([name for name, _ in arrays], path)
+    return dict(arrays)
+
+
+def _check_distinct(names: list[str], path: Path) -> None:
+    """Refuse an archive with two arrays of one name, one of which would be lost."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{path} has {twice[0]!a} twice", "write it again with numpy.savez")
 
 
 def _read_member(name: str, raw: bytes, path: Path) -> dict[str, np.ndarray]:
