@@ -121,7 +121,7 @@ def test_bad_table_is_one_message(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--scale", "0"), "--scale: expected a number above = 0"),
+        (("--scale", "0"), "--scale: expected a number above 0"),
         (("--scale", "x"), "--scale: expected a number above 0"),
         (("--seed", "5"), "--seed is set by the axis seed"),
         (("--run.dir", "here"), "--run.dir is set by"),
@@ -129,7 +129,7 @@ def test_bad_table_is_one_message(
         (("--only", "n5*"), "matches no run of the table"),
         (("--task", "8"), "no such run"),
         (("--clients", "8"), "by the axis clients"),
-        (("--partition.min_samples", "60"), "run n4-pfedmoe-seed0: 4 clients"),
+        (("--partition.min_samples", "60"), "run n4-pfedmoe-seed0: clients = 4"),
         (("--data.source", "hdf5", "--data.path", "none.h5"), "none.h5"),
     ],
 )
