@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -95,8 +95,10 @@ def _mean_accuracies(group: Group | None) -> list[float]:
 
 def accuracies(comparison: Comparison) -> Table:
     """Return all accuracies and the area under the ROC curve, without columns that would be empty."""
-    metrics = {name: partial(accuracy, name=name) for name in ("mean", "weighted", "worst", "std")}
-    optional = {
+    metrics: dict[str, Callable[[Run], float | None]] = {
+        name: partial(accuracy, name=name) for name in ("mean", "weighted", "worst", "std")
+    }
+    optional: dict[str, Callable[[Run], float | None]] = {
         "unseen": partial(_mean_of, key="accuracy_unseen"),
         "AUC": partial(_mean_of, key="auc"),
         "round chosen on validation": chosen_accuracy,
