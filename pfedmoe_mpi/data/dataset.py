@@ -121,6 +121,7 @@ class SourceData:
     proposals: Mapping[str, Any] = field(default_factory=dict)
     fit: Fit | None = None
     ordered: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +137,8 @@ class Dataset:
     maps dotted names of settings to values that suit the data; they replace defaults, not the user's values.
     If `fit` is set, samples may hold NaN until `fitted` is called. `vocabulary` is the number of possible
     tokens, 0 if samples are not tokens. `ordered` means that each row overlaps the rows after it: parts are
-    then cut from the end and not drawn at random.
+    then cut from the end and not drawn at random. `warnings` say what a user should know of the data although
+    they can be used.
     """
 
     name: str
@@ -155,6 +157,7 @@ class Dataset:
     fit: Fit | None = None
     vocabulary: int = 0
     ordered: bool = False
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -227,6 +230,7 @@ def build_dataset(source: SourceData, settings: Data) -> Dataset:
         proposals=source.proposals,
         fit=source.fit,
         ordered=source.ordered,
+        warnings=source.warnings,
     )
 
 

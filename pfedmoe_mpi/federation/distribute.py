@@ -13,7 +13,7 @@ from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.core.batches import SPLITS, Split
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.data import Dataset, Partition
-from pfedmoe_mpi.data.sources.open import open_dataset
+from pfedmoe_mpi.data.sources.open import open_dataset, print_warnings
 from pfedmoe_mpi.mpi.comm import Comm
 
 
@@ -25,6 +25,8 @@ def open_everywhere(comm: Comm, settings: Config) -> Dataset:
 
     dataset = comm.from_root(lambda: open_source(check=True), "data", Dataset.without_rows)
     distributed = comm.from_root(lambda: dataset.distributed, "data store")
+    if comm.rank == 0:
+        print_warnings(dataset)
     if not distributed:
         return dataset
     return comm.attempt(lambda: open_source(check=False) if comm.rank else dataset, "data of all ranks")

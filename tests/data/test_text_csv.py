@@ -15,7 +15,6 @@ import torch
 
 from pfedmoe_mpi import config
 from pfedmoe_mpi.config import methods
-from pfedmoe_mpi.data.sources.tokens import split_words
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import build, plan
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
@@ -99,11 +98,6 @@ def test_labels_may_be_numbers_or_names(news: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("b\na\n")
     (tmp_path / "t.csv").write_text("a,x\n1,y\n")
     assert open_data("text", tmp_path / "t.csv").labels.tolist() == [1, 0]
-
-
-def test_accent_is_part_of_its_word() -> None:
-    found = split_words("Nai\u0308ve, l'\xc9T\xc9; \u65e5\u672c 3_a")
-    assert found == ["na\xefve", "l", "\xe9t\xe9", "\u65e5\u672c", "3_a"]
 
 
 def test_text_may_span_many_lines(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from pfedmoe_mpi.config.sections import Data
@@ -36,6 +37,12 @@ def open_dataset(
     except BaseException:
         source.store.close()
         raise
+
+
+def print_warnings(dataset: Dataset) -> None:
+    """Print the data set's warnings; only one rank calls it."""
+    for warning in dataset.warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) -> SourceData:

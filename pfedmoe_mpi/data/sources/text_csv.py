@@ -12,7 +12,7 @@ import numpy as np
 from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.dataset import MemoryRows, SourceData
 from pfedmoe_mpi.data.sources.text_file import read_text
-from pfedmoe_mpi.data.sources.tokens import Vocabulary, number_words, pad, split_words
+from pfedmoe_mpi.data.sources.tokens import Vocabulary, number_words, pad, split_words, unspaced
 from pfedmoe_mpi.errors import DataError
 
 _NAMES = "classes.txt"
@@ -46,6 +46,7 @@ def load_text(path: Path, settings: Data) -> SourceData:
         class_names=names,
         proposals={"rounds": 12},
         fit=Vocabulary(len(words), settings.vocabulary),
+        warnings=unspaced(words, str(path)),
     )
 
 
