@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pfedmoe_mpi.config.sections import Data
+from pfedmoe_mpi.data.class_names import name_warnings
 from pfedmoe_mpi.data.resize import resize
 from pfedmoe_mpi.errors import DataError
 
@@ -214,6 +215,7 @@ def build_dataset(source: SourceData, settings: Data) -> Dataset:
             "give one name per class, and rows of every class",
         )
     mean, std = _normalisation(source, settings, store)
+    named = () if source.ordered else names  # the classes of next words are words
     return Dataset(
         name=source.name,
         shape=store.shape,
@@ -230,7 +232,7 @@ def build_dataset(source: SourceData, settings: Data) -> Dataset:
         proposals=source.proposals,
         fit=source.fit,
         ordered=source.ordered,
-        warnings=source.warnings,
+        warnings=(*source.warnings, *name_warnings(named, source.where)),
     )
 
 

@@ -20,7 +20,15 @@ from pfedmoe_mpi.federation import build, plan
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.models import names, registry
 from pfedmoe_mpi.models.cost import multiply_adds
-from support.data_files import all_rows, data_error, open_data, shared_data
+from support.data_files import (
+    all_rows,
+    data_error,
+    open_data,
+    random_images,
+    shared_data,
+    write_h5,
+    write_image_folder,
+)
 from support.launcher import Result, Session, error_message, read_metrics
 from support.small_federation import shared_comm
 from support.text_files import TOPICS, assert_restart_keeps_bits, write_hospitals, write_news
@@ -149,7 +157,7 @@ def test_models_refuse_other_kinds_of_samples(news: Path, tmp_path: Path) -> Non
         )
     with pytest.raises(ConfigError, match=r"train\.augment = flip needs images"):
         loop_of(news, train__augment="flip")
-    with pytest.raises(ConfigError, match=r"gate\.input pooled needs images"):
+    with pytest.raises(ConfigError, match=r"gate\.input = pooled needs images"):
         loop_of(news, gate__input="pooled")
 
 
@@ -245,6 +253,55 @@ def test_ag_news_is_read() -> None:
 def test_bad_text_file_is_reported_with_its_line(tmp_path: Path, content: str | bytes, pattern: str) -> None:
     (tmp_path / "t.csv").write_bytes(content.encode() if isinstance(content, str) else content)
     data_error(pattern, "text", tmp_path / "t.csv")
+
+
+def test_rows_without_a_label_are_refused_with_their_lines(
+    assert_refused: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = ['a,"x\ny"', ",x", "b,x", " ,x", "a,x", "b,x"] + [",x"] * 12
+    (tmp_path / "t.csv").write_text("\n".join(rows), encoding="utf-8")
+    flags = ("--data.source", "text", "--data.path", "t.csv")
+    assert_refused(r"t\.csv: no label in line 3, 5, 8, 9, 10, 11, 12, 13, 14, 15 and 4 more", *flags)
+    (tmp_path / "classes.txt").write_text("a\nb\n", encoding="utf-8")
+    assert_refused("no label in line 3, 5", *flags)
+
+
+def test_similar_labels_are_reported_once(session: Session, tmp_path: Path) -> None:
+    """The two stay two classes; so do those of image folders and HDF5 files."""
+    labels = ["SPORT", "sport", "news", "Sport "]
+    (tmp_path / "t.csv").write_text("".join(f"{label},x\n" for label in labels * 20), encoding="utf-8")
+    flags = ("--data.source", "text", "--data.path", "t.csv", "--clients", "2", "--dry")
+    result = session("run", *flags, cwd=tmp_path)
+    assert result.code == 0 and "4 classes" in result.out
+    assert re.findall("warning: .*: ('.*) are two", result.err) == [
+        "'SPORT' and 'Sport'",
+        "'SPORT' and 'sport'",
+    ]
+    (tmp_path / "t.csv").write_text("01,x\n1,x\n2,x\n", encoding="utf-8")
+    assert "'01' and '1' are two" in open_data("text", tmp_path / "t.csv").warnings[0]
+    (tmp_path / "t.csv").write_text("good,x\nNaN,x\ngood,x\n", encoding="utf-8")
+    assert "'NaN' is a class" in open_data("text", tmp_path / "t.csv").warnings[0]
+    images = write_image_folder(tmp_path / "images", {"Cat": 2, "cat": 2, "dog": 2})
+    assert ["'Cat' and 'cat'" in text for text in open_data("folder", images).warnings] == [True]
+    h5 = write_h5(tmp_path / "d.h5", x=random_images(4, 1, 4, 4), y=[0, 1, 0, 1], class_names=["Cat", "cat "])
+    assert ["'Cat' and 'cat '" in text for text in open_data("hdf5", h5).warnings] == [True]
+
+
+def test_names_of_classes_are_unambiguous(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("1,a\n2,b\n", encoding="utf-8")
+    for content, pattern in (("one\n\ntwo\n", "no name"), ("one\none\n", "the name 'one' again")):
+        (tmp_path / "classes.txt").write_text(content, encoding="utf-8")
+        data_error(rf"classes\.txt, line 2: {pattern}", "text", tmp_path / "t.csv")
+    (tmp_path / "classes.txt").write_text(
+        "0\n1\n2\n\n", encoding="utf-8"
+    )  # 2 is the third name, not the second
+    (tmp_path / "t.csv").write_text("2,a\n1,b\n0,b\n", encoding="utf-8")
+    assert open_data("text", tmp_path / "t.csv").labels.tolist() == [2, 1, 0]
+    (tmp_path / "t.csv").write_text("3,a\n1,b\n0,b\n", encoding="utf-8")
+    data_error("line 1: unknown label '3'", "text", tmp_path / "t.csv")
+    (tmp_path / "classes.txt").unlink()
+    (tmp_path / "t.csv").write_text(f"{'9' * 5000},a\nb,b\n{'9' * 5000},b\n", encoding="utf-8")
+    assert open_data("text", tmp_path / "t.csv").classes == 2
 
 
 def test_labels_must_fit_their_names(tmp_path: Path) -> None:
