@@ -252,6 +252,7 @@ GOOD = "63,1,1,145,233,1,2,150,0,2.3,3,0,6,0"
         ("", "processed.a.data is empty"),
         (HEADER + "\n", "no patient"),
         (f"{GOOD}\n{GOOD},1\n", "line 2 has 15 values, expected 14"),
+        (f"{GOOD}\n{',' * 10_000_000}", "line 2 has 4098 values, expected 14"),
         (f"{HEADER}\n{GOOD}\n\nold{GOOD}\n", "line 4: age 'old63' is not a number"),
         (f"{GOOD}\n{GOOD.replace('145', 'nan')}\n", "line 2: trestbps 'nan' is not a number"),
         (GOOD[:-1] + "5\n", "line 1: target '5' is not a label"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from support.data_files import (
     write_image_folder,
 )
 from support.launcher import Result, Session, error_message, read_metrics
+from support.limited_memory import read_messages
 from support.small_federation import shared_comm
 from support.text_files import TOPICS, assert_restart_keeps_bits, write_hospitals, write_news
 
@@ -302,6 +304,20 @@ def test_names_of_classes_are_unambiguous(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").unlink()
     (tmp_path / "t.csv").write_text(f"{'9' * 5000},a\nb,b\n{'9' * 5000},b\n", encoding="utf-8")
     assert open_data("text", tmp_path / "t.csv").classes == 2
+
+
+def test_long_rows_take_little_memory(tmp_path: Path) -> None:
+    """A row of 300 MB and one with an open quote are refused after their first 16 million characters."""
+    book, line, quote = (tmp_path / name for name in ("book.csv", "line.csv", "quote.csv"))
+    book.write_text(f'1,"{"word, " * 1_500_000}"\n2,two\n', encoding="utf-8")
+    line.write_text("1,a\n2,", encoding="utf-8")
+    os.truncate(line, 300 << 20)
+    quote.write_text('1,"a\n' + "2,b\n" * 5_000_000, encoding="utf-8")
+    messages = read_messages("text", [book, line, quote])
+    assert messages[book] == ""
+    for path, number in ((line, 2), (quote, 1)):
+        assert f"line {number}: this row has more than 16,777,216 characters" in messages[path]
+        assert "remedy: close a quote" in messages[path]
 
 
 def test_labels_must_fit_their_names(tmp_path: Path) -> None:

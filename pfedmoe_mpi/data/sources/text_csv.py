@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,12 +11,13 @@ import numpy as np
 
 from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.dataset import MemoryRows, SourceData
-from pfedmoe_mpi.data.sources.text_file import read_text
+from pfedmoe_mpi.data.sources.text_file import read_lines, read_text
 from pfedmoe_mpi.data.sources.tokens import Vocabulary, number_words, pad, split_words, unspaced
 from pfedmoe_mpi.errors import DataError
 
 _NAMES = "classes.txt"
 _SHOWN = 10  # lines or labels in a message
+_LONGEST = 1 << 24  # characters of a row
 _DIGITS = 20  # a label with so many digits is a name
 
 
@@ -54,11 +54,22 @@ def load_text(path: Path, settings: Data) -> SourceData:
 
 
 def _records(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield (first line, label, text) of every row."""
-    content = read_text(path)
-    csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # a text may be a book
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
-    line = 1
+    """Yield (first line, label, text) of every row; only one row at a time is in memory."""
+    line, length = 1, 0  # where the row begins, and its characters so far
+
+    def lines() -> Iterator[str]:
+        nonlocal length
+        for part in read_lines(path, _LONGEST):
+            length += len(part)
+            if length > _LONGEST:
+                raise DataError(
+                    f"{path}, line {line}: this row has more than {_LONGEST:,} characters",
+                    "close a quote that is left open, or shorten the text: its first data.length words count",
+                )
+            yield part
+
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))
+    reader = csv.reader(lines(), strict=True)
     try:
         for record in reader:
             if len(record) == 1:
@@ -68,7 +79,7 @@ def _records(path: Path) -> Iterator[tuple[int, str, str]]:
                 )
             if record:
                 yield line, record[0].strip(), " ".join(record[1:])
-            line = reader.line_num + 1
+            line, length = reader.line_num + 1, 0
     except csv.Error as error:
         raise DataError(
             f"{path}, line {line} is not CSV: {error}",
