@@ -221,14 +221,14 @@ def test_report_shows_the_auc(session: Session, tmp_path: Path, hospitals: Path)
     flags = (*FLAGS, "--data.path", str(hospitals), "--run.dir", "run")
     assert session(*flags, cwd=tmp_path).code == 0
     assert session("report", "run", "--models", "false", cwd=tmp_path).code == 0
-    with open(tmp_path / "run" / "report" / "tables" / "clients.csv", newline="") as file:
+    with open(tmp_path / "run" / "report" / "tables" / "clients.csv", encoding="utf-8", newline="") as file:
         shown = {int(row["client"]): (row["name"], float(row["AUC"])) for row in csv.DictReader(file)}
     auc = read_metrics(tmp_path / "run")[-1]["clients"]["auc"]
     names = [path.name.split(".")[1] for path in sorted(hospitals.glob("*.data"))]
     assert shown == dict(enumerate(zip(names, auc, strict=True)))
     assert session(*flags[:-1], "alone", "--algorithm", "standalone", cwd=tmp_path).code == 0
     assert session("report", "run", "alone", "--out", "both", cwd=tmp_path).code == 0
-    with open(tmp_path / "both" / "tables" / "accuracies.csv", newline="") as file:
+    with open(tmp_path / "both" / "tables" / "accuracies.csv", encoding="utf-8", newline="") as file:
         compared = {row["method"]: float(row["AUC mean"]) for row in csv.DictReader(file)}
     for method, folder in (("pfedmoe", "run"), ("standalone", "alone")):
         assert compared[method] == pytest.approx(read_metrics(tmp_path / folder)[-1]["auc"]["mean"])

@@ -60,7 +60,7 @@ def loop_of(path: Path, **changes: Any) -> Loop:
 
 def written(path: Path) -> list[list[str]]:
     """Every row's words, read by other means."""
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         return [re.findall(r"\w+", " ".join(row[1:]).lower()) for row in csv.reader(file)]
 
 
