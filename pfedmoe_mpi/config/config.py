@@ -39,6 +39,7 @@ from pfedmoe_mpi.config.sections import (
     Unseen,
 )
 from pfedmoe_mpi.errors import ConfigError, did_you_mean, nearest
+from pfedmoe_mpi.names import check_path
 
 PATHS = ("data.path", "run.dir", "fedjets.common")
 BOOKKEEPING = ("run.table", "run.cell", "run.scale", "run.altered")  # `reproduce` writes them; not flags
@@ -202,6 +203,8 @@ def build(settings: Mapping[str, Any]) -> Config:
         raise ConfigError("\n".join(map(_unknown, unknown)), "`pfedmoe-mpi run --help` lists every setting")
     for name, value in settings.items():
         _check_truth(name, value, every[name].annotation is bool)
+        if name in PATHS:
+            check_path(f"{name} =", str(value), ConfigError)
     tree: dict[str, Any] = {}
     for name, value in settings.items():
         *path, last = name.split(".")
