@@ -160,7 +160,7 @@ def choices(field: Any) -> tuple[str, ...]:
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the settings of a file by their dotted names; its relative paths become relative to it."""
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no configuration file {path}", "check the path") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -191,7 +191,7 @@ def _below(path: Path) -> list[Path]:
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        settings = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+        settings = _flat(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RunFolderError(
             f"cannot read {path}: {error}", "name a folder that a run has written"
