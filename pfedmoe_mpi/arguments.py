@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi.errors import ConfigError, either
+from pfedmoe_mpi.names import check_text
 
 PROGRAM = "pfedmoe-mpi"
 SETTINGS_NOTE = f"The settings that `{PROGRAM} run --help` lists are flags here, too."
@@ -269,8 +270,11 @@ class Parser(argparse.ArgumentParser):
         """Parse a command line; the result's `settings` are those given, by dotted name, with absolute paths.
 
         Raises:
-            ConfigError: an unknown or incomplete flag, a missing argument or one too many, a wrong value.
+            ConfigError: an unknown or incomplete flag, a missing argument or one too many, a wrong value, or
+                a word that is not whole text.
         """
+        for word in words:
+            check_text("the argument", word, ConfigError)
         result, extra = self.parse_known_intermixed_args(self._joined(words))
         if extra:
             usage = " ".join(self.format_usage().split()).removeprefix("usage: ")

@@ -50,7 +50,7 @@ def code_version() -> str:
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     try:
         commit = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=20
+            command, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=20
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # git is not installed, or the file system is slow
         commit = ""

@@ -287,6 +287,6 @@ def _synchronise() -> None:
 
 def _has_amx() -> bool:
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False

@@ -114,7 +114,7 @@ def bytes_sent(table: str) -> dict[str, int]:
 def _read_counters(world: Comm) -> dict[str, Counters]:
     """Return every host's counters, as read by its first rank."""
     try:
-        counters = bytes_sent(COUNTERS.read_text())
+        counters = bytes_sent(COUNTERS.read_text(encoding="utf-8", errors="replace"))
     except OSError:  # not Linux
         counters = {}
     return dict(reversed(world.gather((platform.node(), counters), "bench")))

@@ -73,7 +73,12 @@ def _launcher(ranks: int) -> list[str]:
         remedy = "load the cluster's MPI module, or pip install 'pfedmoe_mpi[mpich]'"
         raise LaunchError("mpirun is not installed", remedy)
     version = subprocess.run(
-        [launcher, "--version"], capture_output=True, text=True, check=False, timeout=60
+        [launcher, "--version"],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        timeout=60,
     ).stdout
     options = ["--oversubscribe"] if "Open MPI" in version or "OpenRTE" in version else []
     return [launcher, "-n", str(ranks), *options, sys.executable]
@@ -82,13 +87,14 @@ def _launcher(ranks: int) -> list[str]:
 def _seconds_until(command: Sequence[str], word: str, times: int) -> float:
     """Run a command to its end; return the seconds until its output has `word` for the `times`-th time."""
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         started = time.perf_counter()
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,
         )

@@ -39,6 +39,7 @@ from pfedmoe_mpi.config.sections import (
     Unseen,
 )
 from pfedmoe_mpi.errors import ConfigError, did_you_mean, nearest
+from pfedmoe_mpi.names import check_path
 
 PATHS = ("data.path", "run.dir", "fedjets.common")
 BOOKKEEPING = ("run.table", "run.cell", "run.scale", "run.altered")  # `reproduce` writes them; not flags
@@ -171,7 +172,7 @@ def choices(field: Any) -> tuple[str, ...]:
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the settings of a file by their dotted names; its relative paths become relative to it."""
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no configuration file {path}", "check the path") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -214,6 +215,8 @@ def build(settings: Mapping[str, Any]) -> Config:
         raise ConfigError("\n".join(map(_unknown, unknown)), "`pfedmoe-mpi run --help` lists every setting")
     for name, value in settings.items():
         _check_truth(name, value, every[name].annotation is bool)
+        if name in PATHS:
+            check_path(f"{name} =", str(value), ConfigError)
     tree: dict[str, Any] = {}
     for name, value in settings.items():
         *path, last = name.split(".")

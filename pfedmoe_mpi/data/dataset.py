@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pfedmoe_mpi.config.sections import Data
+from pfedmoe_mpi.data.class_names import name_warnings
 from pfedmoe_mpi.data.normalisation import check_constants
 from pfedmoe_mpi.data.resize import resize
 from pfedmoe_mpi.errors import DataError
+from pfedmoe_mpi.names import check_text
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.data.partition import Partition
@@ -205,7 +207,8 @@ def build_dataset(source: SourceData, settings: Data) -> Dataset:
     """Return the data set of a source after the common checks; `data.mean` and `data.std` override its own.
 
     Raises:
-        DataError: labels with gaps, arrays of different lengths, `data.size`, mean or std that do not fit.
+        DataError: labels with gaps, arrays of different lengths, `data.size`, mean or std that do not fit,
+            or a name that is not whole text.
     """
     store = _resized_store(source, settings)
     classes = check_labels(source.labels, source.where)
@@ -215,7 +218,10 @@ def build_dataset(source: SourceData, settings: Data) -> Dataset:
             f"{source.where} has {len(names)} class names but rows of {classes} classes",
             "give one name per class, and rows of every class",
         )
+    for name in (source.name, *names, *source.client_names):
+        check_text(f"{source.where}: the name", name, DataError)
     mean, std = _normalisation(source, settings, store)
+    named = () if source.ordered else names  # the classes of next words are words
     return Dataset(
         name=source.name,
         shape=store.shape,
@@ -232,7 +238,7 @@ def build_dataset(source: SourceData, settings: Data) -> Dataset:
         proposals=source.proposals,
         fit=source.fit,
         ordered=source.ordered,
-        warnings=source.warnings,
+        warnings=(*source.warnings, *name_warnings(named, source.where)),
     )
 
 

@@ -101,7 +101,7 @@ def _make_repeatable(device: torch.device) -> None:
 def processor() -> str:
     """Return the processor's name."""
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()

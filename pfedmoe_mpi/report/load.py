@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi.errors import UserError
+from pfedmoe_mpi.names import check_text
 
 STARTS = ("start", "restart")
 DRIFT = ["drift.forgetting", "drift.recovery"]  # columns even of runs without a change of concept
@@ -143,6 +144,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         RunFolderError: this is not a run folder, it has no finished round yet, or its files are damaged.
     """
     folder = Path(path)
+    check_text("the run folder", str(folder), RunFolderError)
     if not folder.exists():
         raise RunFolderError(f"{folder} does not exist", "name a run folder: pfedmoe-mpi report runs/NAME")
     if not folder.is_dir():
@@ -201,7 +203,7 @@ def _below(path: Path) -> list[Path]:
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        settings = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+        settings = _flat(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RunFolderError(
             f"cannot read {path}: {error}", "name a folder that a run has written"

@@ -93,7 +93,7 @@ def read(path: Path) -> Table:
         TableError: the file is missing, is not TOML, or does not have this form.
     """
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise TableError(f"{path} does not exist", "the papers' tables are in jobs/tables/") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

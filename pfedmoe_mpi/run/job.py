@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from pfedmoe_mpi import checkpoint, config, environment
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, RunError
+from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RunError
 from pfedmoe_mpi.log import LOGGER
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
+from pfedmoe_mpi.names import check_path
 from pfedmoe_mpi.run import console, curves
 from pfedmoe_mpi.run.folder import RunFolder, default
 from pfedmoe_mpi.run.reporter import Reporter
@@ -64,6 +65,7 @@ def begin(world: Comm, settings: Config, code: str, end: float | None, dry: bool
 def _new_folder(settings: Config) -> Path:
     """Return the path of the new run's folder, which is not created yet; raise ConfigError if it is taken."""
     path = Path(settings.run.dir).absolute() if settings.run.dir else default(settings.algorithm)
+    check_path("the run folder", str(path), ConfigError)  # the current folder's path is part of it
     RunFolder.refuse_existing(path, settings.run.force)
     return path
 

@@ -222,14 +222,14 @@ def test_report_shows_the_auc(session: Session, tmp_path: Path, hospitals: Path)
     flags = (*FLAGS, "--data.path", str(hospitals), "--run.dir", "run")
     assert session(*flags, cwd=tmp_path).code == 0
     assert session("report", "run", "--models", "false", cwd=tmp_path).code == 0
-    with open(tmp_path / "run" / "report" / "tables" / "clients.csv", newline="") as file:
+    with open(tmp_path / "run" / "report" / "tables" / "clients.csv", encoding="utf-8", newline="") as file:
         shown = {int(row["client"]): (row["name"], float(row["AUC"])) for row in csv.DictReader(file)}
     auc = read_metrics(tmp_path / "run")[-1]["clients"]["auc"]
     names = [path.name.split(".")[1] for path in sorted(hospitals.glob("*.data"))]
     assert shown == dict(enumerate(zip(names, auc, strict=True)))
     assert session(*flags[:-1], "alone", "--algorithm", "standalone", cwd=tmp_path).code == 0
     assert session("report", "run", "alone", "--out", "both", cwd=tmp_path).code == 0
-    with open(tmp_path / "both" / "tables" / "accuracies.csv", newline="") as file:
+    with open(tmp_path / "both" / "tables" / "accuracies.csv", encoding="utf-8", newline="") as file:
         compared = {row["method"]: float(row["AUC mean"]) for row in csv.DictReader(file)}
     for method, folder in (("pfedmoe", "run"), ("standalone", "alone")):
         assert compared[method] == pytest.approx(read_metrics(tmp_path / folder)[-1]["auc"]["mean"])
@@ -253,6 +253,7 @@ GOOD = "63,1,1,145,233,1,2,150,0,2.3,3,0,6,0"
         ("", "processed.a.data is empty"),
         (HEADER + "\n", "no patient"),
         (f"{GOOD}\n{GOOD},1\n", "line 2 has 15 values, expected 14"),
+        (f"{GOOD}\n{',' * 10_000_000}", "line 2 has 4098 values, expected 14"),
         (f"{HEADER}\n{GOOD}\n\nold{GOOD}\n", "line 4: age 'old63' is not a number"),
         (f"{GOOD}\n{GOOD.replace('145', 'nan')}\n", "line 2: trestbps 'nan' is not a number"),
         (GOOD[:-1] + "5\n", "line 1: target '5' is not a label"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -15,14 +16,22 @@ import torch
 
 from pfedmoe_mpi import config
 from pfedmoe_mpi.config import methods
-from pfedmoe_mpi.data.sources.tokens import split_words
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import build, plan
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.models import names, registry
 from pfedmoe_mpi.models.cost import multiply_adds
-from support.data_files import all_rows, data_error, open_data, shared_data
+from support.data_files import (
+    all_rows,
+    data_error,
+    open_data,
+    random_images,
+    shared_data,
+    write_h5,
+    write_image_folder,
+)
 from support.launcher import Result, Session, error_message, read_metrics
+from support.limited_memory import read_messages
 from support.small_federation import shared_comm
 from support.text_files import TOPICS, assert_restart_keeps_bits, write_hospitals, write_news
 
@@ -51,7 +60,7 @@ def loop_of(path: Path, **changes: Any) -> Loop:
 
 def written(path: Path) -> list[list[str]]:
     """Every row's words, read by other means."""
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         return [re.findall(r"\w+", " ".join(row[1:]).lower()) for row in csv.reader(file)]
 
 
@@ -99,11 +108,6 @@ def test_labels_may_be_numbers_or_names(news: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("b\na\n")
     (tmp_path / "t.csv").write_text("a,x\n1,y\n")
     assert open_data("text", tmp_path / "t.csv").labels.tolist() == [1, 0]
-
-
-def test_accent_is_part_of_its_word() -> None:
-    found = split_words("Nai\u0308ve, l'\xc9T\xc9; \u65e5\u672c 3_a")
-    assert found == ["na\xefve", "l", "\xe9t\xe9", "\u65e5\u672c", "3_a"]
 
 
 def test_text_may_span_many_lines(tmp_path: Path) -> None:
@@ -251,6 +255,69 @@ def test_ag_news_is_read() -> None:
 def test_bad_text_file_is_reported_with_its_line(tmp_path: Path, content: str | bytes, pattern: str) -> None:
     (tmp_path / "t.csv").write_bytes(content.encode() if isinstance(content, str) else content)
     data_error(pattern, "text", tmp_path / "t.csv")
+
+
+def test_rows_without_a_label_are_refused_with_their_lines(
+    assert_refused: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = ['a,"x\ny"', ",x", "b,x", " ,x", "a,x", "b,x"] + [",x"] * 12
+    (tmp_path / "t.csv").write_text("\n".join(rows), encoding="utf-8")
+    flags = ("--data.source", "text", "--data.path", "t.csv")
+    assert_refused(r"t\.csv: no label in line 3, 5, 8, 9, 10, 11, 12, 13, 14, 15 and 4 more", *flags)
+    (tmp_path / "classes.txt").write_text("a\nb\n", encoding="utf-8")
+    assert_refused("no label in line 3, 5", *flags)
+
+
+def test_similar_labels_are_reported_once(session: Session, tmp_path: Path) -> None:
+    """The two stay two classes; so do those of image folders and HDF5 files."""
+    labels = ["SPORT", "sport", "news", "Sport "]
+    (tmp_path / "t.csv").write_text("".join(f"{label},x\n" for label in labels * 20), encoding="utf-8")
+    flags = ("--data.source", "text", "--data.path", "t.csv", "--clients", "2", "--dry")
+    result = session("run", *flags, cwd=tmp_path)
+    assert result.code == 0 and "4 classes" in result.out
+    assert re.findall("warning: .*: ('.*) are two", result.err) == [
+        "'SPORT' and 'Sport'",
+        "'SPORT' and 'sport'",
+    ]
+    (tmp_path / "t.csv").write_text("01,x\n1,x\n2,x\n", encoding="utf-8")
+    assert "'01' and '1' are two" in open_data("text", tmp_path / "t.csv").warnings[0]
+    (tmp_path / "t.csv").write_text("good,x\nNaN,x\ngood,x\n", encoding="utf-8")
+    assert "'NaN' is a class" in open_data("text", tmp_path / "t.csv").warnings[0]
+    images = write_image_folder(tmp_path / "images", {"Cat": 2, "cat": 2, "dog": 2})
+    assert ["'Cat' and 'cat'" in text for text in open_data("folder", images).warnings] == [True]
+    h5 = write_h5(tmp_path / "d.h5", x=random_images(4, 1, 4, 4), y=[0, 1, 0, 1], class_names=["Cat", "cat "])
+    assert ["'Cat' and 'cat '" in text for text in open_data("hdf5", h5).warnings] == [True]
+
+
+def test_names_of_classes_are_unambiguous(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("1,a\n2,b\n", encoding="utf-8")
+    for content, pattern in (("one\n\ntwo\n", "no name"), ("one\none\n", "the name 'one' again")):
+        (tmp_path / "classes.txt").write_text(content, encoding="utf-8")
+        data_error(rf"classes\.txt, line 2: {pattern}", "text", tmp_path / "t.csv")
+    (tmp_path / "classes.txt").write_text(
+        "0\n1\n2\n\n", encoding="utf-8"
+    )  # 2 is the third name, not the second
+    (tmp_path / "t.csv").write_text("2,a\n1,b\n0,b\n", encoding="utf-8")
+    assert open_data("text", tmp_path / "t.csv").labels.tolist() == [2, 1, 0]
+    (tmp_path / "t.csv").write_text("3,a\n1,b\n0,b\n", encoding="utf-8")
+    data_error("line 1: unknown label '3'", "text", tmp_path / "t.csv")
+    (tmp_path / "classes.txt").unlink()
+    (tmp_path / "t.csv").write_text(f"{'9' * 5000},a\nb,b\n{'9' * 5000},b\n", encoding="utf-8")
+    assert open_data("text", tmp_path / "t.csv").classes == 2
+
+
+def test_long_rows_take_little_memory(tmp_path: Path) -> None:
+    """A row of 300 MB and one with an open quote are refused after their first 16 million characters."""
+    book, line, quote = (tmp_path / name for name in ("book.csv", "line.csv", "quote.csv"))
+    book.write_text(f'1,"{"word, " * 1_500_000}"\n2,two\n', encoding="utf-8")
+    line.write_text("1,a\n2,", encoding="utf-8")
+    os.truncate(line, 300 << 20)
+    quote.write_text('1,"a\n' + "2,b\n" * 5_000_000, encoding="utf-8")
+    messages = read_messages("text", [book, line, quote])
+    assert messages[book] == ""
+    for path, number in ((line, 2), (quote, 1)):
+        assert f"line {number}: this row has more than 16,777,216 characters" in messages[path]
+        assert "remedy: close a quote" in messages[path]
 
 
 def test_labels_must_fit_their_names(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_array_script_trains_seeds_by_algorithms(cluster: Cluster, work: Path) -
     job = cluster.submit(JOBS / "array.slurm", *flags, "--model.shared", "mlp5", cwd=work, options=options)
     for task, algorithm, seed in ((0, "pfedmoe", 0), (4, "standalone", 1)):
         facts = cluster.over(f"{job}_{task}")
-        said = Path(facts["StdOut"]).read_text()
+        said = Path(facts["StdOut"]).read_text(encoding="utf-8")
         assert facts["ExitCode"] == "0:0", said
         assert json.loads(said.splitlines()[-1])["event"] == "finish"
         run = work / "runs" / f"array-{job}" / f"{algorithm}-{seed}"
@@ -231,7 +231,7 @@ def test_table_script_runs_one_run_per_task(cluster: Cluster, work: Path) -> Non
     job = cluster.submit(JOBS / "table.slurm", "table.toml", *MODEL[4:], cwd=work, options=options)
     for task, name in ((1, "standalone-seed1"), (2, "pfedmoe-seed0")):
         facts = cluster.over(f"{job}_{task}")
-        said = Path(facts["StdOut"]).read_text()
+        said = Path(facts["StdOut"]).read_text(encoding="utf-8")
         assert facts["ExitCode"] == "0:0", said
         assert json.loads(said.splitlines()[-1])["event"] == "finish"
         settings = tomllib.loads((work / "runs" / f"table-{job}" / name / "config.toml").read_text())

@@ -63,7 +63,9 @@ def test_runs_are_the_product_of_the_axes_in_order(table: Path) -> None:
 
 
 def test_scale_shrinks_rounds_down_to_the_minimum(table: Path) -> None:
-    table.write_text(TABLE.replace('"standalone"]', '"fedkd"]').replace("rounds = 10", "rounds = 100"))
+    table.write_text(
+        TABLE.replace('"standalone"]', '"fedkd"]').replace("rounds = 10", "rounds = 100"), encoding="utf-8"
+    )
     read = grid.read(table)
     for scale, rounds in ((0.3, 30), (0.101, 11), (0.001, 2)):
         run = grid.expand(read, {"fedkd.ramp": 40} if rounds == 2 else {}, scale)[2].config
@@ -74,7 +76,7 @@ def test_scale_shrinks_rounds_down_to_the_minimum(table: Path) -> None:
     assert own.scale == 0.5 and own.altered == ("train.epochs",), (
         "what makes it another table, and nothing else"
     )
-    table.write_text(TABLE.replace("rounds = 10", "rounds = 3000"))
+    table.write_text(TABLE.replace("rounds = 10", "rounds = 3000"), encoding="utf-8")
     share = grid.expand(grid.read(table), {"rounds": 100})[0].config.run.scale
     assert round(100 / share) == 3000, "reports compute the table's rounds from it"
 
@@ -114,7 +116,7 @@ def test_bad_table_is_one_message(
     table: Path, assert_refused: Callable[..., str], change: tuple[str, str], said: str
 ) -> None:
     assert change[0] in TABLE
-    table.write_text(TABLE.replace(*change))
+    table.write_text(TABLE.replace(*change), encoding="utf-8")
     assert_refused(said, "reproduce", table)
 
 
@@ -182,7 +184,7 @@ def test_fixed_turn_cost_does_not_grow_with_samples(
     one = '"data.samples" = [400, 16000]\nalgorithm = ["fedkd"]\n'
     large = TABLE.replace('"mlp5", "mlp4"', '"mlp1"').replace('"mlp5"', '"mlp1"').partition("[axis.")[0]
     large = large.replace("data.samples = 200\n", "").replace("rounds = 10", "rounds = 10\nclients = 4")
-    table.write_text(f"{large}[axis]\n{one}")
+    table.write_text(f"{large}[axis]\n{one}", encoding="utf-8")
     lines = run_command("reproduce", table, "--dry", "true").out.splitlines()
     few, many = (float(line.split()[-1]) for line in lines if line.startswith("samples"))
     assert few < many < 32 * few, "of 40 times the samples"
@@ -220,7 +222,7 @@ def test_table_is_stopped_resumed_and_finished(table: Path, session: launcher.Se
     other = session("reproduce", str(table), "--only", "n8-*", "--out", "out", "--scale", "0.5", cwd=folder)
     launcher.error_message(other, "contains a run with other settings: rounds 30 → 5")
     for pool, code in (('["MLP-5", "mlp4"]', 0), ('["mlp5"]', 2)):
-        table.write_text(TABLE.replace('["mlp5", "mlp4"]', pool))
+        table.write_text(TABLE.replace('["mlp5", "mlp4"]', pool), encoding="utf-8")
         edited = session("reproduce", str(table), *flags, cwd=folder)
         assert edited.code == code and ("4 of them finished" in edited.out) == (not code), edited.err
     launcher.error_message(
@@ -229,7 +231,7 @@ def test_table_is_stopped_resumed_and_finished(table: Path, session: launcher.Se
 
 
 def test_diverging_run_does_not_end_the_others(table: Path, session: launcher.Session) -> None:
-    table.write_text(TABLE.replace("seed = [0, 1]", '"train.lr" = [1e30, 0.05]'))
+    table.write_text(TABLE.replace("seed = [0, 1]", '"train.lr" = [1e30, 0.05]'), encoding="utf-8")
     result = session("reproduce", str(table), "--only", "n4-pfedmoe-*", "--out", "out", cwd=table.parent)
     out = table.parent / "out"
     kinds = {path.name: launcher.read_events(path)[-1]["event"] for path in out.iterdir()}

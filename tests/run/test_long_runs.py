@@ -18,7 +18,9 @@ def look(mpirun: int) -> Sample:
     found = {}
     for rank, pid in rank_processes(mpirun).items():
         status = dict(
-            line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
+            line.split(":", 1)
+            for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+            if ":" in line
         )
         files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
         found[rank] = int(status["VmRSS"].split()[0]) / 1024, files

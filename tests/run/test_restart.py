@@ -53,7 +53,7 @@ def test_restart_for_one_more_round_gives_the_same_bits(
 def test_metrics_are_rewritten_from_the_checkpoint(run_command: Callable[..., Result], run: Path) -> None:
     kept = reproducible_rows(run)
     (run / "checkpoints" / "round-000003.h5").unlink()
-    with open(run / "metrics.jsonl", "a") as file:
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"round": 99}\n{"rou')
     run_command("restart", run)
     assert reproducible_rows(run) == kept, "round 3 again, the same bits, and nothing of the broken lines"

@@ -99,7 +99,7 @@ def starting(job: subprocess.Popen[str], library: str) -> int:
     while time.monotonic() < deadline:
         pid = rank_processes(job.pid).get(1)
         with contextlib.suppress(OSError):
-            if pid and library in Path(f"/proc/{pid}/maps").read_text():
+            if pid and library in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8"):
                 return pid
     raise AssertionError(f"rank 1 never loaded {library}")
 

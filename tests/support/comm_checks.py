@@ -252,7 +252,7 @@ def unheard(world: Comm) -> None:
     """Raise an exception on a rank that cannot print."""
     if world.rank == 2:
         sys.stdout.write("something buffered")
-        with open("/dev/full", "w") as full:
+        with open("/dev/full", "w", encoding="utf-8") as full:
             os.dup2(full.fileno(), 1)
             os.dup2(full.fileno(), 2)
         raise ValueError("nobody reads this")
@@ -263,7 +263,7 @@ def code(world: Comm, folder: str) -> None:
     """Exit with 75 on all ranks, one of them late."""
     if world.rank == 3:
         time.sleep(0.7)
-        Path(folder, "late").write_text("written")
+        Path(folder, "late").write_text("written", encoding="utf-8")
     world.finish()
     sys.exit(EXIT_STOPPED)
 

@@ -12,7 +12,8 @@ def path_digest(path: Path) -> str:
     if path.is_file():
         return sha256(path.read_bytes()).hexdigest()
     files = sorted(p for p in path.rglob("*") if p.is_file())
-    return sha256("".join(f"{p.relative_to(path)} {path_digest(p)}\n" for p in files).encode()).hexdigest()
+    lines = "".join(f"{p.relative_to(path)} {path_digest(p)}\n" for p in files)
+    return sha256(lines.encode(errors="surrogateescape")).hexdigest()
 
 
 def flip_bit(path: Path, place: int, bit: int = 4) -> None:

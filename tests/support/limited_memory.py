@@ -52,7 +52,7 @@ def read_message(source: str, path: str) -> str:
 
 
 def main(source: str, *paths: str) -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     limit = pages * resource.getpagesize() + SPARE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     messages = {}

@@ -211,7 +211,7 @@ class Cluster:
     def output(self, job: str) -> str:
         """Return what a job has printed so far."""
         path = Path(self.facts(job)["StdOut"])
-        return path.read_text() if path.exists() else ""
+        return path.read_text(encoding="utf-8") if path.exists() else ""
 
     def job_processes(self, job: str) -> dict[int, list[str]]:
         """Return {process id: command line} of a job, Slurm's own processes first."""
@@ -261,5 +261,5 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
 
 def signal_is_pending(pid: int, number: signal.Signals) -> bool:
     """Return whether a signal is pending for a stopped process."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return any(int(mask, 16) >> (number - 1) & 1 for mask in re.findall(r"(?:Sig|Shd)Pnd:\s*(\w+)", status))

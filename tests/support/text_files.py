@@ -50,7 +50,7 @@ def write_news(path: Path, rows: int = 180) -> Path:
     """Write rows of label, title and text, with labels from 1 and a `classes.txt` in the same folder."""
     draw = np.random.default_rng(4)
     path.with_name("classes.txt").write_text("\n".join(TOPICS) + "\n")
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_ALL)
         for number in range(rows):
             topic = number % len(TOPICS)

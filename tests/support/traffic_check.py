@@ -78,7 +78,7 @@ class TrafficCheck:
         self.errors.append(f"rank {self._comm.rank}, round {self._loop.round + 1}: {problem}")
 
     def _check_source(self) -> None:
-        tree = ast.parse(Path(inspect.getfile(type(self._method))).read_text())
+        tree = ast.parse(Path(inspect.getfile(type(self._method))).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             names = [item.name for item in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -21,7 +21,7 @@ import numpy as np
 
 from pfedmoe_mpi.data.dataset import Dataset, MemoryRows, SourceData
 from pfedmoe_mpi.data.partition import Partition
-from pfedmoe_mpi.data.sources.text_file import read_text
+from pfedmoe_mpi.data.sources.text_file import read_lines
 from pfedmoe_mpi.errors import DataError
 
 # Every attribute in the order of the files, with its codes if it is categorical.
@@ -43,6 +43,7 @@ ATTRIBUTES: dict[str, tuple[int, ...]] = {
 TARGETS = 5  # 0 to 4
 MISSING = ("", "?")
 MISSING_NUMBER = -9.0  # below any possible value of an attribute
+_LONGEST = 4096  # characters of a line; a longer one is not a patient
 # A hospital has 100 to 240 training patients; at the default learning rate the large MLPs overfit them.
 TRAINING = {"train.lr": 0.005, "train.lr_shared": 0.005, "train.weight_decay": 0.03}
 
@@ -81,8 +82,10 @@ def load_heart(root: Path) -> SourceData:
 
 def _patients(path: Path) -> np.ndarray:
     """Return the patients of one file, (n, 14) float64, NaN where a value is missing."""
-    lines = [(number, line.strip()) for number, line in enumerate(read_text(path).splitlines(), 1)]
+    lines = [(number, line.strip()) for number, line in enumerate(read_lines(path, _LONGEST), 1)]
     lines = [(number, line) for number, line in lines if line]
+    if not lines:
+        raise DataError(f"{path} is empty", "add rows, or remove the file")
     if lines[0][1].lower().startswith("age,"):
         lines = lines[1:]
     if not lines:

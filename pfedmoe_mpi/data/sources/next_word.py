@@ -18,7 +18,14 @@ from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.dataset import Dataset, MemoryRows, SourceData
 from pfedmoe_mpi.data.partition import Partition
 from pfedmoe_mpi.data.sources.text_file import read_text
-from pfedmoe_mpi.data.sources.tokens import UNKNOWN, count_words, number_words, split_words, token_table
+from pfedmoe_mpi.data.sources.tokens import (
+    UNKNOWN,
+    count_words,
+    number_words,
+    split_words,
+    token_table,
+    unspaced,
+)
 from pfedmoe_mpi.errors import DataError
 
 TEST = 0.2  # share of a file's rows, at its end
@@ -33,7 +40,7 @@ def load_words(root: Path, settings: Data) -> SourceData:
     files = sorted(path for path in root.glob("*.txt") if path.name[0] != ".")
     if not files:
         raise DataError(f"{root} has no file *.txt", "set --data.path to a folder of plain text files")
-    texts, words = number_words([split_words(read_text(path)) for path in files])
+    texts, words = number_words(split_words(read_text(path)) for path in files)
     windows = [_windows(path, text, settings.length) for path, text in zip(files, texts, strict=True)]
     rows = np.concatenate(windows)
     following, labels = np.unique(rows[:, -1], return_inverse=True)
@@ -54,6 +61,7 @@ def load_words(root: Path, settings: Data) -> SourceData:
         },
         fit=NextWord(tuple(words), following, settings.vocabulary),
         ordered=True,
+        warnings=unspaced(words, str(root)),
     )
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.dataset import MemoryRows, SourceData
-from pfedmoe_mpi.data.sources.text_file import read_text
-from pfedmoe_mpi.data.sources.tokens import Vocabulary, number_words, pad, split_words
+from pfedmoe_mpi.data.sources.text_file import read_lines, read_text
+from pfedmoe_mpi.data.sources.tokens import Vocabulary, number_words, pad, split_words, unspaced
 from pfedmoe_mpi.errors import DataError
 
 _NAMES = "classes.txt"
+_SHOWN = 10  # lines or labels in a message
+_LONGEST = 1 << 24  # characters of a row
+_DIGITS = 20  # a label with so many digits is a name
 
 
 def load_text(path: Path, settings: Data) -> SourceData:
@@ -28,16 +31,16 @@ def load_text(path: Path, settings: Data) -> SourceData:
     Raises:
         DataError: not CSV, a row without a text, or an unknown label; names file and line.
     """
-    lines, labels, texts = zip(*_records(path), strict=True)
-    classes, names = _classes(path, labels)
-    for line, label in zip(lines, labels, strict=True):
-        if label not in classes:
-            raise DataError(
-                f"{path}, line {line}: unknown label '{label}'",
-                f"the first column must be one of {', '.join(names[:10])}, or its number from 1; "
-                "remove a header line",
-            )
-    rows, words = number_words([split_words(text) for text in texts])
+    lines, labels = [], []
+
+    def texts() -> Iterator[Iterator[str]]:
+        for line, label, text in _records(path):
+            lines.append(line)
+            labels.append(label)
+            yield islice(split_words(text), settings.length)
+
+    rows, words = number_words(texts())
+    classes, names = _classes(path, lines, labels)
     return SourceData(
         name=path.stem,
         where=str(path),
@@ -46,15 +49,27 @@ def load_text(path: Path, settings: Data) -> SourceData:
         class_names=names,
         proposals={"rounds": 12},
         fit=Vocabulary(len(words), settings.vocabulary),
+        warnings=unspaced(words, str(path)),
     )
 
 
 def _records(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield (first line, label, text) of every row."""
-    content = read_text(path)
-    csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # a text may be a book
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
-    line = 1
+    """Yield (first line, label, text) of every row; only one row at a time is in memory."""
+    line, length = 1, 0  # where the row begins, and its characters so far
+
+    def lines() -> Iterator[str]:
+        nonlocal length
+        for part in read_lines(path, _LONGEST):
+            length += len(part)
+            if length > _LONGEST:
+                raise DataError(
+                    f"{path}, line {line}: this row has more than {_LONGEST:,} characters",
+                    "close a quote that is left open, or shorten the text: its first data.length words count",
+                )
+            yield part
+
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))
+    reader = csv.reader(lines(), strict=True)
     try:
         for record in reader:
             if len(record) == 1:
@@ -64,7 +79,7 @@ def _records(path: Path) -> Iterator[tuple[int, str, str]]:
                 )
             if record:
                 yield line, record[0].strip(), " ".join(record[1:])
-            line = reader.line_num + 1
+            line, length = reader.line_num + 1, 0
     except csv.Error as error:
         raise DataError(
             f"{path}, line {line} is not CSV: {error}",
@@ -72,12 +87,54 @@ def _records(path: Path) -> Iterator[tuple[int, str, str]]:
         ) from error
 
 
-def _classes(path: Path, labels: Sequence[str]) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Return the class of every possible label, and the class names."""
+def _classes(
+    path: Path, lines: Sequence[int], labels: Sequence[str]
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the class of every label, and the class names.
+
+    Raises:
+        DataError: no rows, or a row whose label is missing or unknown; names the lines.
+    """
+    if not labels:
+        raise DataError(f"{path} is empty", "add rows, or remove the file")
+    empty = [str(line) for line, label in zip(lines, labels, strict=True) if not label]
+    if empty:
+        more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
+        raise DataError(
+            f"{path}: no label in line {', '.join(empty[:_SHOWN])}{more}",
+            "write a label into the first column of these rows, or remove the rows",
+        )
     named = path.with_name(_NAMES)
-    if named.exists():
-        names = tuple(line.strip() for line in read_text(named).splitlines() if line.strip())
-        return {**{str(k): k - 1 for k in range(1, len(names) + 1)}, **_places(names)}, names
+    classes, names = _given_classes(named) if named.exists() else _occurring_classes(path, labels)
+    for line, label in zip(lines, labels, strict=True):
+        if label not in classes:
+            raise DataError(
+                f"{path}, line {line}: unknown label '{label}'",
+                f"the first column must be one of {', '.join(names[:_SHOWN])}, or its number from 1; "
+                "remove a header line",
+            )
+    return classes, names
+
+
+def _given_classes(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the classes of `classes.txt`: every name, and every number from 1 unless names are numbers.
+
+    Raises:
+        DataError: an empty line before the last name, or a name that occurs twice.
+    """
+    names = tuple(line.strip() for line in read_text(path).rstrip().splitlines())
+    met: set[str] = set()
+    for line, name in enumerate(names, 1):
+        if not name or name in met:
+            problem = f"the name '{name}' again" if name else "no name"
+            raise DataError(f"{path}, line {line}: {problem}", "write the name of one class on every line")
+        met.add(name)
+    numbers = {} if any(map(_is_number, names)) else {str(k): k - 1 for k in range(1, len(names) + 1)}
+    return {**numbers, **_places(names)}, names
+
+
+def _occurring_classes(path: Path, labels: Sequence[str]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the classes of the labels that occur: the numbers if the last is a number, else the others."""
     numeric = _is_number(labels[-1])  # of the last row, because the first may be a header
     if not numeric and labels.count(labels[0]) == 1:
         raise DataError(
@@ -90,7 +147,7 @@ def _classes(path: Path, labels: Sequence[str]) -> tuple[dict[str, int], tuple[s
 
 
 def _is_number(label: str) -> bool:
-    return label.removeprefix("-").isdecimal()
+    return label.removeprefix("-").isdecimal() and len(label) < _DIGITS
 
 
 def _places(names: Sequence[str]) -> dict[str, int]:
