@@ -19,7 +19,7 @@ def write_new(path: Path, *, error: type[BaseException] | None = None, other: st
     with durable.new_file(path) as temporary:
         temporary.write_text("text")
         if other:
-            path.write_text(other)
+            path.write_text(other, encoding="utf-8")
         if error:
             raise error
 
