@@ -27,7 +27,7 @@ def run(path: Path, overrides: Mapping[str, Any], as_json: bool) -> int:
         with checkpoint.open_everywhere(world, path) as loaded:
             return _evaluate(world, loaded, overrides, as_json)
 
-    return under_mpi(work, singleton=True)
+    return under_mpi(work, {"command": "evaluate", "--json": as_json, **overrides}, singleton=True)
 
 
 def _evaluate(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], as_json: bool) -> int:

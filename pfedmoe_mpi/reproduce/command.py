@@ -77,7 +77,9 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
 
         return _train_all(world, unfinished, out, train)
 
-    return session.under_mpi(work, runs[0].config.run.singleton)
+    content = {"table": table.title, "base": table.base, "axes": table.axes}
+    given = {"command": "reproduce", **vars(flags), **content, **settings}
+    return session.under_mpi(work, given, runs[0].config.run.singleton)
 
 
 def _print(world: Comm, lines: Sequence[str]) -> None:

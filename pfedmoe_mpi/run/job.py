@@ -50,7 +50,10 @@ class Start:
 def run(settings: Config, dry: bool) -> int:
     """Start MPI and train a new run; return the exit code."""
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
-    return under_mpi(lambda world, code: begin(world, settings, code, end, dry), settings.run.singleton)
+    given = {"command": "run", "--dry": dry, **config.flatten(config.to_tree(settings))}
+    return under_mpi(
+        lambda world, code: begin(world, settings, code, end, dry), given, settings.run.singleton
+    )
 
 
 def begin(world: Comm, settings: Config, code: str, end: float | None, dry: bool = False) -> int:

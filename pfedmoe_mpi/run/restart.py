@@ -27,7 +27,8 @@ def restart(source: Path, overrides: Mapping[str, Any]) -> int:
     """Resume from a run folder's newest good checkpoint, or from one file; return the exit code."""
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
     singleton = str(overrides.get("run.singleton", "")).lower() == "true"
-    return under_mpi(lambda world, code: resume(world, source, overrides, code, end), singleton)
+    given = {"command": "restart", **overrides}
+    return under_mpi(lambda world, code: resume(world, source, overrides, code, end), given, singleton)
 
 
 def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, end: float | None) -> int:
