@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import CheckpointError, ConfigError
 from pfedmoe_mpi.federation import metrics
 from pfedmoe_mpi.log import LOGGER
-from pfedmoe_mpi.storage import durable
+from pfedmoe_mpi.storage import durable, untrusted_json
 from pfedmoe_mpi.storage.lock import Lock
 
 
@@ -174,8 +173,7 @@ class RunFolder:
     def _metrics_rounds(self) -> list[int] | None:
         """Return the rounds in metrics.jsonl, None if it is missing or broken."""
         try:
-            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            return [json.loads(line)["round"] for line in lines]
+            return [row["round"] for row in untrusted_json.read_lines(self.path / "metrics.jsonl")]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -193,7 +191,7 @@ class RunFolder:
         for line in reversed(self._events()):
             if line.get("event") in {"start", "restart"}:
                 began = line.get("round", 0)
-            elif line.get("event") != "stop" or line.get("steps") or began not in {None, line.get("round")}:
+            elif line.get("event") != "stop" or line.get("steps") or began not in (None, line.get("round")):
                 break  # steps were done, or rounds by a start that was killed
             else:
                 number += 1
@@ -205,16 +203,17 @@ class RunFolder:
         return [line["event"] for line in self._events()][-1:] == ["finish"]
 
     def _events(self) -> list[dict[str, Any]]:
-        """Return the complete lines of events.jsonl."""
+        """Return the complete lines of events.jsonl.
+
+        Raises:
+            ConfigError: a line was damaged by something else than the end of a run.
+        """
+        path = self.path / "events.jsonl"
         try:
-            lines = (self.path / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return []
-        values = []
-        for line in lines:
-            with suppress(ValueError):  # a half line of a killed run
-                values.append(json.loads(line))
-        return [value for value in values if isinstance(value, dict) and "event" in value]
+            return untrusted_json.read_events(path)
+        except untrusted_json.UnusableError as error:
+            remedy = f"correct it, or set it aside: mv {path} {path}.1"
+            raise ConfigError(f"{path} is damaged: {error}", remedy) from error
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one round to metrics.jsonl."""
