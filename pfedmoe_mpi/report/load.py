@@ -137,9 +137,11 @@ def load_run(path: str | os.PathLike[str]) -> Run:
             f"{folder} is a file, not a run folder", "name the folder that contains config.toml"
         )
     if not (folder / "config.toml").is_file():
+        killed = any(folder.glob("checkpoints/round-*.h5"))  # between its first checkpoint and config.toml
+        remedy = "name a run folder: pfedmoe-mpi report runs/NAME"
         raise RunFolderError(
             f"{folder} is not a run folder: it has no config.toml",
-            "name a run folder: pfedmoe-mpi report runs/NAME",
+            f"resume its start: pfedmoe-mpi restart {folder}" if killed else remedy,
         )
     settings = _settings(folder / "config.toml")
     history = _history(folder / "metrics.jsonl")

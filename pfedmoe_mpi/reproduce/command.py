@@ -54,9 +54,9 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
     table = grid.read(path)
     runs = grid.select(grid.expand(table, settings, flags.scale), flags.only, flags.task)
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
-    out = Path(flags.out or f"runs/{table.name}").absolute()
 
     def work(world: Comm, code: str) -> int:
+        out = world.from_root(lambda: Path(flags.out or f"runs/{table.name}").absolute(), "folder")
         world.stop_at = environment.stop_time(runs[0].config.run.walltime, end)
         rounds = world.from_root(
             lambda: {run.name: _rounds_left(out / run.name, run) for run in runs}, "runs"

@@ -2,7 +2,7 @@
 
 Rank 0 writes everything except the other ranks' logs, and holds the folder's lock while it writes. An
 existing folder is refused or, with `run.force`, renamed. Only checkpoints beyond `run.keep` are ever deleted.
-A folder with `config.toml` can be restarted.
+A folder with `config.toml` or a checkpoint can be restarted; without both it counts as empty.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from fnmatch import fnmatch
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +25,31 @@ from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import CheckpointError, ConfigError
 from pfedmoe_mpi.federation import metrics
 from pfedmoe_mpi.log import LOGGER
+from pfedmoe_mpi.run import curves
 from pfedmoe_mpi.storage import durable, untrusted_json
 from pfedmoe_mpi.storage.lock import Lock
 
 
 def default(algorithm: str) -> Path:
-    """Return runs/ALGORITHM-TIME, with a number appended if two runs start in the same second."""
-    base = Path("runs").absolute() / f"{algorithm}-{datetime.now():%Y%m%d-%H%M%S}"
-    return _free(base)
+    """Return runs/ALGORITHM-TIME, to be created with a number appended if it exists."""
+    return Path("runs").absolute() / f"{algorithm}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _free(base: Path, joint: str = "-") -> Path:
-    """Return `base`, or the first of base-2, base-3, … that does not exist."""
-    path, number = base, 1
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}{joint}{number}")
-    return path
+def _numbered(base: Path, joint: str) -> Iterator[Path]:
+    """Yield `base`, base-2, base-3, …"""
+    yield base
+    for number in count(2):
+        yield base.with_name(f"{base.name}{joint}{number}")
 
 
 # Seconds to wait for the holder of a lock to disappear: the last rank of a killed job on this host, or the
 # lease that a file server grants to a crashed host.
 PATIENCE_HERE, PATIENCE_ELSEWHERE = 10.0, 120.0
 
-TRACES = (
-    "config.toml",
-    "checkpoints",
-    "events.jsonl",
-    "log",
-)  # a run leaves one of them, however early it ends
+# A run leaves one of these, however early it ends.
+TRACES = ("config.toml", "checkpoints", "events.jsonl", "log")
+# What a start leaves in subfolders that ended before the folder held a run; each start may use such a folder.
+LEFT_BY_START = {"log": "rank-*.txt", "checkpoints": ".*", curves.FOLDER: "*"}
 
 
 class RunFolder:
@@ -78,42 +77,89 @@ class RunFolder:
     def best(self) -> Path:
         return self.checkpoints / "best.h5"
 
+    @property
+    def resumable(self) -> bool:
+        """Whether the folder holds a run: its configuration, or a checkpoint, which contains that."""
+        return self.config.is_file() or bool(checkpoint.newest_first(self.checkpoints))
+
     @staticmethod
     def refuse_existing(path: Path, force: bool) -> None:
         """Raise ConfigError if the folder holds anything and may not be renamed."""
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file, not a run folder", "choose another --run.dir")
-        if _holds_anything(path) and not any((path / name).exists() for name in TRACES):
+        if not holds_anything(path):
+            return
+        if not any((path / name).exists() for name in TRACES):
             raise ConfigError(
                 f"the folder {path} is not empty and not a run folder", "choose another --run.dir"
             )
-        if _holds_anything(path) and not force:
-            raise ConfigError(
-                f"the run folder {path} exists already",
-                f"`restart {path}` resumes it, --run.force true renames it, --run.dir NEW uses another one",
-            )
+        if force:
+            return
+        others = "--run.force true renames it, --run.dir NEW uses another one"
+        if RunFolder(path).resumable:
+            problem = f"the run folder {path} exists already"
+            raise ConfigError(problem, f"`restart {path}` resumes it, {others}")
+        problem = f"the run folder {path} exists already, but has neither checkpoints nor config.toml"
+        raise ConfigError(problem, others)
 
-    def create(self, force: bool) -> None:
-        """Create and lock an empty run folder.
+    def create(self, force: bool, config_toml: str, numbered: bool = False) -> Path:
+        """Create and lock a run folder without any rounds; return its path.
+
+        Until the folder has a configuration or a checkpoint it counts as empty: a start that is killed
+        before that leaves nothing that hinders the next one.
+
+        Args:
+            force: rename an earlier run folder.
+            config_toml: the configuration, written last, with which the folder is a run; empty if its first
+                checkpoint does that, because the run resumes from a checkpoint of another folder.
+            numbered: use the first of PATH, PATH-2, PATH-3, … that does not exist.
 
         Raises:
             ConfigError: the folder is in use, exists and may not be renamed, or cannot be written.
         """
         try:
-            self.refuse_existing(self.path, force)
-            if _holds_anything(self.path):
-                self.lock(patience=0.0)  # refuse to rename the folder of a running job
-                self.unlock()
-                renamed = self.path.rename(_free(self.path.with_name(self.path.name + ".old"), "."))
-                print(f"the earlier run folder is now {renamed}", flush=True)
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock()
+            if numbered:
+                self.path = _make_first_free(self.path)
+            with self._renamed(force):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock()
             self.refuse_existing(self.path, force=False)  # the previous holder may have filled it
-            (self.path / "log").mkdir(exist_ok=True)
-            self.checkpoints.mkdir(exist_ok=True)
+            for unfinished in self.path.glob(".*.tmp"):
+                unfinished.unlink()
+            self.make_subfolders()
+            if config_toml:
+                durable.write_text(self.config, config_toml)
         except OSError as error:
             problem = f"the run folder cannot be created: {error}"
             raise ConfigError(problem, "choose another --run.dir") from error
+        return self.path
+
+    @contextmanager
+    def _renamed(self, force: bool) -> Iterator[None]:
+        """Rename an earlier run folder, and hold its lock until the block has locked the new one."""
+        self.refuse_existing(self.path, force)
+        if not holds_anything(self.path):
+            yield
+            return
+        with RunFolder(self.path) as earlier:
+            earlier.lock(patience=0.0)  # refuse to rename the folder of a running job
+            free = _numbered(self.path.with_name(self.path.name + ".old"), ".")
+            renamed = self.path.rename(next(path for path in free if not path.exists()))
+            print(f"the earlier run folder is now {renamed}", flush=True)
+            yield
+
+    def make_subfolders(self) -> None:
+        """Create the folders of logs and checkpoints where they are missing.
+
+        Raises:
+            ConfigError: they cannot be created.
+        """
+        try:
+            for folder in (self.path / "log", self.checkpoints):
+                folder.mkdir(exist_ok=True)
+        except OSError as error:
+            problem = f"the run folder {self.path} cannot be written: {error}"
+            raise ConfigError(problem, "remove what is in the way, or choose another --run.dir") from error
 
     def lock(self, patience: float | None = None) -> None:
         """Lock the folder against other runs until this process ends.
@@ -132,7 +178,7 @@ class RunFolder:
             patience = PATIENCE_HERE if host == platform.node() else PATIENCE_ELSEWHERE
         try:
             self._lock = Lock(self.path / ".lock", patience)
-        except BlockingIOError as error:
+        except (BlockingIOError, FileNotFoundError) as error:  # or another run has just renamed the folder
             who = f": process {last['pid']} on {host}, according to its last start" if "pid" in last else ""
             raise ConfigError(
                 f"the run folder {self.path} is in use{who}",
@@ -286,10 +332,28 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None: ...
 
 
-def _holds_anything(folder: Path) -> bool:
-    """Return whether a folder holds anything except a lock, which a failed start may have left."""
+def holds_anything(folder: Path) -> bool:
+    """Return whether a folder holds anything except what a start may leave that ended early."""
     try:
-        return folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir())
+        return folder.is_dir() and not all(map(_left_by_start, folder.iterdir()))
     except OSError as error:
         problem = f"{folder} cannot be listed: {error.strerror}"
         raise ConfigError(problem, "choose another --run.dir") from error
+
+
+def _left_by_start(path: Path) -> bool:
+    """Return whether a start that ended before the folder held a run may have left this file or folder."""
+    if path.is_dir():
+        pattern = LEFT_BY_START.get(path.name, "")
+        return bool(pattern) and all(fnmatch(child.name, pattern) for child in path.iterdir())
+    return path.name == ".lock" or fnmatch(path.name, ".*.tmp")
+
+
+def _make_first_free(base: Path) -> Path:
+    """Create the first of BASE, BASE-2, … that does not exist; of runs that start together, each gets one."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    for path in _numbered(base, "-"):
+        with suppress(FileExistsError):
+            path.mkdir()
+            break
+    return path

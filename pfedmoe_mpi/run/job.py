@@ -66,7 +66,9 @@ def begin(world: Comm, settings: Config, code: str, end: float | None, dry: bool
 
 def _new_folder(settings: Config) -> Path:
     """Return the path of the new run's folder, which is not created yet; raise ConfigError if it is taken."""
-    path = Path(settings.run.dir).absolute() if settings.run.dir else default(settings.algorithm)
+    if not settings.run.dir:
+        return default(settings.algorithm)
+    path = Path(settings.run.dir).absolute()
     RunFolder.refuse_existing(path, settings.run.force)
     return path
 
@@ -115,8 +117,15 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
 
     settings, folder = federation.config, start.folder
     report_facts = world.from_root(lambda: _report_facts(federation), "what reports need")
-    if not start.resuming:
-        world.from_root(lambda: folder.create(settings.run.force), "run folder")
+    toml = config.to_toml(settings)
+    if start.resuming:
+        world.from_root(folder.make_subfolders, "run folder")
+    else:
+        first = "" if start.loaded else toml
+        numbered = not settings.run.dir
+        folder.path = world.from_root(
+            lambda: folder.create(settings.run.force, first, numbered), "run folder"
+        )
     world.agree(lambda: folder.log_to_file(world.rank), "logs")
     identity = {"code": start.code, **run_identity(federation)}
     reporter = _reporter(world, start, federation)
@@ -127,7 +136,6 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
             loop.resume(start.loaded)
             if start.changes or not start.resuming:
                 _save_again(loop, start.loaded)
-        toml = config.to_toml(settings)
         world.from_root(lambda: folder.describe(toml, start.history), "run folder")
         _report_start(world, reporter, start, device_lines, {**identity, **report_facts})
         finished = loop.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import h5py
@@ -138,3 +139,16 @@ def test_idle_rank_reports_the_same_error(small_run: tuple[str, ...], tmp_path: 
     error_message(
         run_program(3, *small_run, *flags, cwd=tmp_path, timeout=60), "gate.input = pooled needs images"
     )
+
+
+def test_relative_run_folder_is_that_of_rank_0(run: Path, tmp_path: Path) -> None:
+    """The other rank is in another folder, where it finds no run and writes nothing."""
+    (tmp_path / "other").mkdir()
+    shutil.rmtree(run / "log")
+    lost = on_rank(1, f"os.chdir('{tmp_path}/other')", tmp_path)
+    result = run_program(2, "restart", "run", "--rounds", "4", cwd=tmp_path, env=lost)
+    assert result.code == 0, result.err
+    assert sorted(path.name for path in (run / "log").iterdir()) == ["rank-0000.txt", "rank-0001.txt"]
+    evaluated = run_program(2, "evaluate", "run/checkpoints/best.h5", cwd=tmp_path, env=lost)
+    assert evaluated.code == 0, evaluated.err
+    assert not list((tmp_path / "other").iterdir())
