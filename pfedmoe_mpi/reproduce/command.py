@@ -19,7 +19,7 @@ from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, ConfigError, RunError, StoppedError
 from pfedmoe_mpi.models.names import resolve_name
 from pfedmoe_mpi.mpi import session
-from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
 from pfedmoe_mpi.reproduce import grid
 from pfedmoe_mpi.reproduce.grid import Table, TableRun
 from pfedmoe_mpi.run import job, restart
@@ -232,6 +232,7 @@ def _train_run(
     world: Comm, run: TableRun, folder: Path, changes: Mapping[str, Any], code: str, end: float | None
 ) -> int:
     """Start a run, or resume it in its folder with the `changes` that a restart allows."""
+    world.timeout = TIMEOUT  # not that of the run before
     if world.from_root(RunFolder(folder).config.is_file, "run folder"):
         return restart.resume(world, folder, changes, code, end)
     # A folder without config.toml has nothing of a run, so it may be overwritten.

@@ -14,7 +14,7 @@ from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, RunError
 from pfedmoe_mpi.log import LOGGER
-from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
 from pfedmoe_mpi.mpi.session import under_mpi
 from pfedmoe_mpi.run import console, curves
 from pfedmoe_mpi.run.folder import RunFolder, default
@@ -83,7 +83,7 @@ def train(world: Comm, start: Start) -> int:
     from pfedmoe_mpi.federation.build import build
     from pfedmoe_mpi.run.identity import check_same_federation
 
-    world.timeout = start.settings.run.timeout or world.timeout
+    world.timeout = start.settings.run.timeout or TIMEOUT
     world.from_root(lambda: curves.check(start.settings), "packages")
     federation = build(world, start.settings)
     if start.loaded:
