@@ -70,6 +70,10 @@ class RunFolder:
         return self.path / "config.toml"
 
     @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -197,10 +201,13 @@ class RunFolder:
     def describe(self, config_toml: str, history: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics.jsonl and config.toml when a run starts or resumes.
 
+        Earlier rows of rounds that are not in the history are kept in metrics.jsonl.1, .2, …
+
         Raises:
             ConfigError: they cannot be written.
         """
         try:
+            self._keep_rows_after(len(history))
             self.rewrite_metrics(history)
             durable.write_text(self.config, config_toml)
         except OSError as error:
@@ -216,10 +223,42 @@ class RunFolder:
         if not self.finished:
             self.event("finish", round=len(history))
 
+    def rounds_after(self, done: int) -> list[int]:
+        """Return the rounds in metrics.jsonl that come after the first `done`.
+
+        Raises:
+            UnusableError: the file is damaged.
+        """
+        try:
+            rows = untrusted_json.read_lines(self.metrics)
+        except OSError:
+            return []
+        rounds = [row.get("round") for row in rows if isinstance(row, dict)]
+        return [round for round in rounds if isinstance(round, int) and round > done]
+
+    def _keep_rows_after(self, done: int) -> None:
+        """Rename metrics.jsonl if it has rows of rounds that are trained again, and print which."""
+        try:
+            rounds = self.rounds_after(done)
+            if not rounds:
+                return
+            several = (
+                f"rounds {rounds[0]} to {rounds[-1]} are" if len(rounds) > 1 else f"round {rounds[0]} is"
+            )
+            text = f"{several} trained again, because no checkpoint contains"
+            text += " them" if len(rounds) > 1 else " it"
+        except untrusted_json.UnusableError as error:
+            text = f"{self.metrics.name} is damaged: {error}"
+        names = (self.metrics.with_name(f"{self.metrics.name}.{number}") for number in count(1))
+        kept = next(name for name in names if not name.exists())
+        self.metrics.rename(kept)
+        LOGGER.warning(text)
+        print(f"{text}; the rows so far are kept in {kept}", flush=True)
+
     def _metrics_rounds(self) -> list[int] | None:
         """Return the rounds in metrics.jsonl, None if it is missing or broken."""
         try:
-            return [row["round"] for row in untrusted_json.read_lines(self.path / "metrics.jsonl")]
+            return [row["round"] for row in untrusted_json.read_lines(self.metrics)]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -263,12 +302,12 @@ class RunFolder:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one round to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(metrics.dumps(row) + "\n")
 
     def rewrite_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Replace metrics.jsonl by the rounds of a checkpoint, in one step."""
-        durable.write_text(self.path / "metrics.jsonl", "".join(metrics.dumps(row) + "\n" for row in history))
+        durable.write_text(self.metrics, "".join(metrics.dumps(row) + "\n" for row in history))
 
     def keep_newest(self, number: int, written: Path) -> None:
         """Remove all but the `number` newest complete checkpoints, and partial ones older than the newest.

@@ -17,6 +17,7 @@ from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
 from pfedmoe_mpi.run import job
 from pfedmoe_mpi.run.folder import RunFolder, holds_anything
+from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 # A restart may not change these either, beyond what an evaluation may not: who trains, when, on which data.
 FIXED_IN_TRAINING = ("partition", "gate", "unseen", "join", "stream", "data.mean", "data.std")
@@ -45,6 +46,8 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
             settings, changes = override_settings(before, overrides, FIXED_IN_TRAINING)
             if loaded:
                 _check_progress(world, loaded, settings, changes)
+            elif "rounds" in changes:
+                world.from_root(lambda: _check_trained(folder, settings.rounds), "rounds")
             world.stop_at = environment.stop_time(settings.run.walltime, end)
             target, resuming = world.from_root(lambda: _target(source, run_path, settings), "run folder")
             settings = config.build({**config.flatten(config.to_tree(settings)), "run.dir": str(target)})
@@ -93,6 +96,23 @@ def _check_progress(
             f"the {schedule} schedule now ends at round {now} instead of {before}, so the learning rate jumps"
         )
         print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def _check_trained(folder: RunFolder, rounds: int) -> None:
+    """Refuse a total below the rounds that a run without a checkpoint had trained.
+
+    Raises:
+        ConfigError: fewer rounds are asked for.
+    """
+    try:
+        trained = max(folder.rounds_after(0), default=0)
+    except UnusableError:  # the file is kept, and the damage printed
+        return
+    if rounds < trained:
+        raise ConfigError(
+            f"rounds = {rounds}, but the run had trained {trained} rounds, which no checkpoint contains",
+            f"--rounds {trained} trains them again; for a shorter run, start a new one with --run.dir NEW",
+        )
 
 
 def _located(source: Path) -> tuple[Path, Path]:
