@@ -17,6 +17,7 @@ from pfedmoe_mpi.errors import LaunchError
 PACKAGE = Path(__file__).parents[1]
 MOST_SHOWN = 5  # differences in a message
 ABSENT = "nothing"
+SUFFIXES = (".py", ".h5")  # code and the digits that come with it
 
 Facts = Mapping[str, str]  # an argument, a setting or a source file: its value, or its SHA-256
 
@@ -29,7 +30,8 @@ def facts(given: Mapping[str, Any], package: Path = PACKAGE) -> Facts:
     """
     values = {name: _text(value) for name, value in given.items()}
     try:
-        sources = {path: sha256(path.read_bytes()).hexdigest() for path in sorted(package.rglob("*.py"))}
+        paths = [path for path in sorted(package.rglob("*")) if path.suffix in SUFFIXES]
+        sources = {path: sha256(path.read_bytes()).hexdigest() for path in paths}
     except OSError as error:
         raise LaunchError(f"a source file cannot be read: {error}", "install the program again") from error
     return values | {str(path.relative_to(package.parent)): digest for path, digest in sources.items()}
@@ -54,7 +56,7 @@ def difference(ranks: Sequence[Facts]) -> LaunchError:
         f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}: {text}"
         for text, numbers in unlike.items()
     ]
-    files = any(name.endswith(".py") for of in ranks for name in _names(ranks[0], of))
+    files = any(name.endswith(SUFFIXES) for of in ranks for name in _names(ranks[0], of))
     remedy = "start every rank with the same arguments and configuration file, in the same folder"
     if files:
         remedy = "use one installation for all ranks, or update the program on every host"
@@ -75,7 +77,7 @@ def _compare(first: Facts, other: Facts) -> str:
 
 
 def _describe(name: str, first: Facts, other: Facts) -> str:
-    if not name.endswith(".py"):
+    if not name.endswith(SUFFIXES):
         return f"{name} = {other.get(name, ABSENT)}, on rank 0 {first.get(name, ABSENT)}"
     if name not in other:
         return f"{name} is missing"

@@ -50,6 +50,7 @@ PATIENCE_HERE, PATIENCE_ELSEWHERE = 10.0, 120.0
 TRACES = ("config.toml", "checkpoints", "events.jsonl", "log")
 # What a start leaves in subfolders that ended before the folder held a run; each start may use such a folder.
 LEFT_BY_START = {"log": "rank-*.txt", "checkpoints": ".*", curves.FOLDER: "*"}
+UNFINISHED = ".config.toml.*.tmp"  # the configuration, before it is renamed
 
 
 class RunFolder:
@@ -128,7 +129,7 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock()
             self.refuse_existing(self.path, force=False)  # the previous holder may have filled it
-            for unfinished in self.path.glob(".*.tmp"):
+            for unfinished in self.path.glob(UNFINISHED):
                 unfinished.unlink()
             self.make_subfolders()
             if config_toml:
@@ -385,7 +386,7 @@ def _left_by_start(path: Path) -> bool:
     if path.is_dir():
         pattern = LEFT_BY_START.get(path.name, "")
         return bool(pattern) and all(fnmatch(child.name, pattern) for child in path.iterdir())
-    return path.name == ".lock" or fnmatch(path.name, ".*.tmp")
+    return path.name == ".lock" or fnmatch(path.name, UNFINISHED)
 
 
 def _make_first_free(base: Path) -> Path:

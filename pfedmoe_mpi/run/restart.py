@@ -169,8 +169,10 @@ def _candidates(source: Path, folder: RunFolder) -> tuple[bool, list[Path], Path
 def _not_a_run(folder: RunFolder) -> CheckpointError:
     """Return the error about a folder without a run, which a start that ended early may have left."""
     if any(folder.path.iterdir()) and not holds_anything(folder.path):
-        problem = f"{folder.path} is not a run folder yet: its start ended before its configuration was saved"
-        return CheckpointError(problem, "repeat the command that started it; it will use the folder")
+        return CheckpointError(
+            f"{folder.path} is not a run folder yet: its start did not reach config.toml or a checkpoint",
+            "if it no longer runs, repeat the command that started it, which will use the folder",
+        )
     problem = f"{folder.path} is not a run folder: it has neither checkpoints nor config.toml"
     return CheckpointError(problem, "check the path")
 

@@ -83,7 +83,7 @@ def test_killed_creation_leaves_one_way_to_continue(
             forced = session(*SMALL_RUN, "--run.dir", "copy", "--run.force", "true", cwd=path.parent)
             assert forced.code == 0 and "the earlier run folder is now" in forced.out, (state, forced.err)
         elif path.exists() and state:
-            error_message(restarted, "not a run folder yet(.|\n)*repeat the command")
+            error_message(restarted, "not a run folder yet(.|\n)*repeat the command that started it")
         result = path if restarted.code == 0 else copy
         assert checkpoint_digest(result, rounds) == expected, state
         assert [row["round"] for row in read_metrics(result)] == list(range(1, rounds + 1))
