@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.parts import Module, Workbench
 from pfedmoe_mpi.data.resize import resize
 from pfedmoe_mpi.errors import CheckpointError, DataError
+from pfedmoe_mpi.storage import untrusted_json
 
 
 class ClientModel(nn.Module):
@@ -175,7 +175,7 @@ class _Source:
 
     def _facts(self) -> dict[str, Any]:
         try:
-            facts: dict[str, Any] = json.loads(self.samples)
+            facts: dict[str, Any] = untrusted_json.parse(self.samples, "samples")
             numbers = {name: int(facts[name]) for name in ("classes", "vocabulary")}
             return {**facts, **numbers, "shape": tuple(map(int, facts["shape"]))}
         except (KeyError, ValueError, TypeError) as error:

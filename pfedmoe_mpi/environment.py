@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,24 +59,46 @@ def code_version() -> str:
 
 
 def slurm_end() -> float | None:
-    """Return when Slurm ends this job, as time.time(); None outside of Slurm or without a limit.
+    """Return when Slurm ends this job, as time.time(); None outside of a running job or without a limit.
+
+    Slurm's variables outlive the job in a tmux or Jupyter session that it started, so Slurm is asked whether
+    the job runs. A limit in the past is ignored with a note.
 
     Call it before MPI starts: after that a process must not start a subprocess.
     """
-    job = os.environ.get("SLURM_JOB_ID", "")
-    end_time = os.environ.get("SLURM_JOB_END_TIME", "")  # Slurm 23.02 and newer
-    if end_time.isdigit():
-        return float(end_time)
+    job, variable = os.environ.get("SLURM_JOB_ID", ""), "SLURM_JOB_END_TIME"  # from Slurm 23.02 on
     if not job:
         return None
-    command = ["squeue", "--noheader", "--jobs", job, "--format", "%e"]
+    answer = _squeue(job)
+    if answer is None:
+        end, source = os.environ.get(variable, ""), variable
+    else:
+        running = [words for words in map(str.split, answer.splitlines()) if words[:1] == [job]]
+        end = next((words[2] for words in running if len(words) == 3 and words[1] != "PENDING"), "")
+        source = f"the end of job {job} (SLURM_JOB_ID)"
+    if not end.isdigit():  # the job is over, or NONE or N/A for no limit
+        return None
+    if float(end) > time.time():
+        return float(end)
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(end)))
+    text = f"{source} = {end} is in the past ({when}) and ignored; --run.walltime SECONDS sets a limit"
+    print(f"note: {text}", file=sys.stderr, flush=True)
+    return None
+
+
+def _squeue(job: str) -> str | None:
+    """Return lines `JOB STATE END`, nothing for a job that is over, None if Slurm does not answer."""
+    command = ["squeue", "--noheader", "--jobs", job, "--format", "%A %T %e"]
     variables = {**os.environ, "SLURM_TIME_FORMAT": "%s"}  # seconds since the epoch
     try:
-        return float(
-            subprocess.run(command, env=variables, capture_output=True, check=False, timeout=20).stdout
+        result = subprocess.run(
+            command, env=variables, capture_output=True, text=True, check=False, timeout=20
         )
-    except (OSError, subprocess.SubprocessError, ValueError):  # no squeue on this node; NONE or N/A
+    except (OSError, subprocess.SubprocessError, UnicodeError):  # no squeue on this node
         return None
+    if result.returncode:
+        return "" if "Invalid job id" in result.stderr else None
+    return result.stdout
 
 
 def stop_time(walltime: float | str, end: float | None) -> float:

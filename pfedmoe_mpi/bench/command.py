@@ -46,7 +46,8 @@ def run(words: list[str], settings: Config, flags: Mapping[str, Any]) -> int:
     def work(world: Comm, code: str) -> int:
         return _measure(Bench(world, settings, flags), words, code)
 
-    return session.under_mpi(work, settings.run.singleton)
+    given = {"command": "bench", "parts": words, **flags}
+    return session.under_mpi(work, given, settings.run.singleton)
 
 
 def _measure(bench: Bench, words: Sequence[str], code: str) -> int:

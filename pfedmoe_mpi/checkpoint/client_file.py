@@ -17,8 +17,8 @@ import numpy as np
 from pfedmoe_mpi.checkpoint.reader import Checkpoint
 from pfedmoe_mpi.core.flat import Entry, Layout
 from pfedmoe_mpi.errors import CheckpointError
-from pfedmoe_mpi.storage import durable, untrusted_hdf5
-from pfedmoe_mpi.storage.untrusted_hdf5 import UnusableError
+from pfedmoe_mpi.storage import durable, untrusted_hdf5, untrusted_json
+from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 _ATTRIBUTE = 1 << 16  # bytes; the longest attribute that HDF5 keeps in an object's header
 _REMEDY = "`export CHECKPOINT.h5 --client K OUT.h5` writes one from a checkpoint"
@@ -81,9 +81,7 @@ class ClientFile:
         self._file = h5py.File(path, "r", locking="best-effort")
         try:
             self.client, self.round = self._number("client"), self._number("round")
-            self.config: dict[str, Any] = untrusted_hdf5.parse_json(
-                self._text("config"), "its attribute 'config'"
-            )
+            self.config: dict[str, Any] = untrusted_json.parse(self._text("config"), "its attribute 'config'")
             self.samples = self._text("samples")
         except untrusted_hdf5.FROM_HDF5 as error:
             self._file.close()

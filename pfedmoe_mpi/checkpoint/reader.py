@@ -18,8 +18,8 @@ from pfedmoe_mpi.checkpoint import seal
 from pfedmoe_mpi.core.flat import Entry, Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi.comm import Comm
-from pfedmoe_mpi.storage import untrusted_hdf5
-from pfedmoe_mpi.storage.untrusted_hdf5 import UnusableError
+from pfedmoe_mpi.storage import untrusted_hdf5, untrusted_json
+from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 _ATTRIBUTE = 1 << 20  # bytes; this program writes attributes of one line
 _ROOT = {"config", "history", "layouts", "server", "partition", "clients", "partial"}
@@ -92,13 +92,11 @@ class Checkpoint:
         }
         self.identity = {name: value for name, value in facts.items() if isinstance(value, str)}
         self.round = _natural(facts.get("round"), "round")
-        self.config: dict[str, Any] = untrusted_hdf5.parse_json(self._text("config"), "config")
+        self.config: dict[str, Any] = untrusted_json.parse(self._text("config"), "config")
         _check_config(self.config)
         _check_identity(self.identity)
         lines = self._text("history").split("\n")
-        self.history: list[dict[str, Any]] = [
-            untrusted_hdf5.parse_json(line, "history") for line in lines if line
-        ]
+        self.history: list[dict[str, Any]] = [untrusted_json.parse(line, "history") for line in lines if line]
         _check_history(self.history, self.round)
         self.clients: int = self.config["clients"]
         if len(self._group("clients")) != self.clients:
@@ -287,7 +285,7 @@ def _check_history(history: list[Any], rounds: int) -> None:
 
 def _layout(text: str, digest: str) -> Layout:
     """Return the layout of a text, checked: its tensors lie one after the other, and `digest` is its own."""
-    rows: Any = untrusted_hdf5.parse_json(text, f"layouts/{digest}")
+    rows: Any = untrusted_json.parse(text, f"layouts/{digest}")
     row: Any
     entries: list[Entry] = []
     end = 0

@@ -49,7 +49,8 @@ class Finding:
 
 def run(folder: Path) -> int:
     """Print the findings, and return exit code 0 if all are ok, else 1."""
-    return session.under_mpi(lambda world, code: _check(world, folder, code), singleton=True)
+    given = {"command": "check"}
+    return session.under_mpi(lambda world, code: _check(world, folder, code), given, singleton=True)
 
 
 def _check(world: Comm, folder: Path, code: str) -> int:

@@ -25,11 +25,12 @@ def run(path: Path, overrides: Mapping[str, Any], as_json: bool) -> int:
     """
 
     def work(world: Comm, code: str) -> int:
-        world.agree(lambda: checkpoint.verify(path, world.rank, world.size), "checking the checkpoint")
-        with checkpoint.open_everywhere(world, path) as loaded:
+        source = world.from_root(path.absolute, "source")  # ranks may be in unlike folders
+        world.agree(lambda: checkpoint.verify(source, world.rank, world.size), "checking the checkpoint")
+        with checkpoint.open_everywhere(world, source) as loaded:
             return _evaluate(world, loaded, overrides, as_json)
 
-    return under_mpi(work, singleton=True)
+    return under_mpi(work, {"command": "evaluate", "--json": as_json, **overrides}, singleton=True)
 
 
 def _evaluate(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], as_json: bool) -> int:

@@ -175,7 +175,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no configuration file {path}", "check the path") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         ours = path.is_dir() or path.suffix == ".h5"
         remedy = f"to continue a run: pfedmoe-mpi restart {path}" if ours else "correct the file"
         raise ConfigError(f"{path} cannot be read as TOML: {error}", remedy) from error

@@ -14,6 +14,7 @@ from pfedmoe_mpi.core.batches import SPLITS, Split
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.sources.open import open_dataset, print_warnings
+from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.mpi.comm import Comm
 
 
@@ -21,6 +22,9 @@ def open_everywhere(comm: Comm, settings: Config, *, warn: bool) -> Dataset:
     """Return the data set on every rank; without the rows on the other ranks if rank 0 holds them.
 
     With `warn` rank 0 prints the data's warnings.
+
+    Raises:
+        DataError: on all ranks: the data cannot be used, or a rank opened another file than rank 0.
     """
 
     def open_source(check: bool) -> Dataset:
@@ -32,7 +36,21 @@ def open_everywhere(comm: Comm, settings: Config, *, warn: bool) -> Dataset:
         print_warnings(dataset)
     if not distributed:
         return dataset
-    return comm.attempt(lambda: open_source(check=False) if comm.rank else dataset, "data of all ranks")
+    dataset = comm.attempt(lambda: open_source(check=False) if comm.rank else dataset, "data of all ranks")
+    _check_same(comm, dataset, settings)
+    return dataset
+
+
+def _check_same(comm: Comm, dataset: Dataset, settings: Config) -> None:
+    """Compare the labels, which are read in full, and the samples' shape and type on all ranks."""
+    digest = sha256(f"{dataset.shape} {dataset.dtype} {dataset.classes}".encode())
+    digest.update(dataset.labels.tobytes())
+    digests = comm.gather(digest.hexdigest(), "data of all ranks")
+    unlike = [str(rank) for rank in range(comm.size) if digests[rank] != digests[0]]
+    if unlike:
+        ranks = f"rank{'s' if len(unlike) > 1 else ''} {', '.join(unlike)}"
+        problem = f"data.path = {settings.data.path} is another file for {ranks} than for rank 0"
+        raise DataError(problem, "copy the same file to every host, or use a file system that all share")
 
 
 def distribute(

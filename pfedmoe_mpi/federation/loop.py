@@ -26,7 +26,7 @@ from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, MISSING, RoundSum
 from pfedmoe_mpi.federation.saver import Listener, Saver
-from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
 from pfedmoe_mpi.mpi.device import peak_rss_mib
 
 
@@ -162,7 +162,7 @@ class Loop:
     def _keep_time(self, seconds: float) -> None:
         """Let ranks wait for each other for ten times the longest round, unless `run.timeout` is set."""
         self._longest_round = max(self._longest_round, seconds)
-        self.comm.timeout = self.federation.config.run.timeout or max(600.0, 10 * self._longest_round)
+        self.comm.timeout = self.federation.config.run.timeout or max(TIMEOUT, 10 * self._longest_round)
 
     def _sum(self, buffer: np.ndarray, purpose: str) -> None:
         """Add a buffer up over all ranks, in place, and keep the seconds of waiting and of summing."""

@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 _STOP, _ARRIVED, _MOVE, _FAULT = 1, 2, 3, 4  # message tags
 _WALL_TIME = 0  # sent instead of a signal's number
+TIMEOUT = 600.0  # seconds to wait for the other ranks, unless `run.timeout` is set
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0002, 0.01  # seconds
 
 
@@ -42,7 +43,7 @@ class Comm:
         self._control = comm.Dup()
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
-        self.timeout = 600.0  # seconds to wait for the other ranks
+        self.timeout = TIMEOUT
         # Rank 0 knows which ranks are missing, so it reports first; rank n waits min(n, 6) · grace longer.
         self.grace = 10.0
         self.chunk = 1 << 26  # 8-byte numbers per operation: 512 MiB, below MPI's 2 GiB limit

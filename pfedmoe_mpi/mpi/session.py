@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi.errors import (
     EXIT_FAULT,
@@ -25,7 +25,10 @@ from pfedmoe_mpi.log import LOGGER
 
 
 def under_mpi(
-    work: Callable[[Comm, str], int], singleton: bool = False, earlier: UserError | None = None
+    work: Callable[[Comm, str], int],
+    given: Mapping[str, Any],
+    singleton: bool = False,
+    earlier: UserError | None = None,
 ) -> int:
     """Start MPI, do `work(world, code version)` and end together; return the exit code.
 
@@ -34,6 +37,7 @@ def under_mpi(
 
     Args:
         work: returns the exit code.
+        given: the arguments and settings of the command, which must be equal on all ranks.
         singleton: accept a single rank where the launcher started several.
         earlier: this rank's error from before MPI was started; if any rank has one, no rank does the work.
     """
@@ -44,7 +48,7 @@ def under_mpi(
     world = comm.start(singleton)
     world.catch_signals()
     try:
-        world.agree(lambda: _raise(earlier), "arguments")
+        _check_start(world, given, earlier)
         result = work(world, code)
     except (UserError, RunError) as error:
         if world.rank == 0:
@@ -70,9 +74,25 @@ def print_error(error: MessageError) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-def _raise(error: UserError | None) -> None:
-    if error:
-        raise error
+def _check_start(world: Comm, given: Mapping[str, Any], earlier: UserError | None) -> None:
+    """Raise an error of any rank from before MPI was started, or one about ranks that were not started alike.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    from pfedmoe_mpi.mpi import alike
+
+    facts: dict[str, str] = {}
+
+    def digest() -> str:
+        if earlier:
+            raise earlier
+        if world.size > 1:
+            facts.update(alike.facts(given))
+        return alike.digest(facts)
+
+    if len(set(world.agree(digest, "arguments"))) > 1:
+        raise alike.difference(world.gather(facts, "differences"))
 
 
 def refuse(error: UserError) -> int:
@@ -83,7 +103,7 @@ def refuse(error: UserError) -> int:
     """
     if launched_size(os.environ) > 1:
         try:
-            return under_mpi(lambda world, code: EXIT_USER, singleton=True, earlier=error)
+            return under_mpi(lambda world, code: EXIT_USER, {}, singleton=True, earlier=error)
         except LaunchError:  # no MPI at all
             pass
     print_error(error)

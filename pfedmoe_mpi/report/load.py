@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 from pfedmoe_mpi.errors import UserError
 from pfedmoe_mpi.names import check_text
+from pfedmoe_mpi.storage import untrusted_json
 
 STARTS = ("start", "restart")
 DRIFT = ["drift.forgetting", "drift.recovery"]  # columns even of runs without a change of concept
@@ -97,7 +96,7 @@ class Run:
         Taken from the event of the newest start; means over clients exclude them.
         """
         try:
-            never, late = json.loads(self.started_with("samples"))["absent"]
+            never, late = untrusted_json.parse(self.started_with("samples"), "samples")["absent"]
             return frozenset(never if round >= int(self.config["join.round"]) else [*never, *late])
         except (ValueError, KeyError, TypeError):  # a run of an earlier version, or too many clients to list
             return frozenset()
@@ -152,18 +151,20 @@ def load_run(path: str | os.PathLike[str]) -> Run:
             f"{folder} is a file, not a run folder", "name the folder that contains config.toml"
         )
     if not (folder / "config.toml").is_file():
+        killed = any(folder.glob("checkpoints/round-*.h5"))  # between its first checkpoint and config.toml
+        remedy = "name a run folder: pfedmoe-mpi report runs/NAME"
         raise RunFolderError(
             f"{folder} is not a run folder: it has no config.toml",
-            "name a run folder: pfedmoe-mpi report runs/NAME",
+            f"resume its start: pfedmoe-mpi restart {folder}" if killed else remedy,
         )
     settings = _settings(folder / "config.toml")
     history = _history(folder / "metrics.jsonl")
     if not history:
         remedy = f"wait for its first round; if the run has ended: pfedmoe-mpi restart {folder}"
         raise NoRoundError(f"the run {folder} has no finished round yet", remedy)
-    events = [
-        event for event in _lines(folder / "events.jsonl") if isinstance(event, dict) and "event" in event
-    ]
+    path = folder / "events.jsonl"
+    remedy = f"correct it, or set it aside: mv {path} {path}.1"
+    events = _read(untrusted_json.read_events, path, remedy)
     return Run(folder, settings, history, events)
 
 
@@ -204,7 +205,7 @@ def _below(path: Path) -> list[Path]:
 def _settings(path: Path) -> dict[str, Any]:
     try:
         settings = _flat(tomllib.loads(path.read_text(encoding="utf-8-sig")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise RunFolderError(
             f"cannot read {path}: {error}", "name a folder that a run has written"
         ) from error
@@ -221,13 +222,13 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _history(path: Path) -> list[dict[str, Any]]:
     """Return the rows, in order; a partial last line, left by a killed run, is dropped."""
-    rows = _lines(path)
+    remedy = f"rewrite the file from the checkpoint: pfedmoe-mpi restart {path.parent}"
+    rows = _read(untrusted_json.read_lines, path, remedy) if path.exists() else []
     for number, row in enumerate(rows, 1):
         if number == len(rows) and row is None:
             return rows[:-1]
         if not _is_row(row) or (number > 1 and row["round"] <= rows[number - 2]["round"]):
             problem = f"line {number} of {path} is not the row of a round"
-            remedy = f"rewrite the file from the checkpoint: pfedmoe-mpi restart {path.parent}"
             raise RunFolderError(problem, remedy)
     return rows
 
@@ -248,16 +249,13 @@ def _is_row(row: Any) -> bool:
         return False
 
 
-def _lines(path: Path) -> list[Any]:
-    """Return each line's JSON value, None for a line that is not JSON."""
+def _read(reader: Callable[[Path], list[Any]], path: Path, remedy: str) -> list[Any]:
+    """Return the lines of a file of JSON.
+
+    Raises:
+        RunFolderError: the file cannot be read, or is damaged in a way that no killed run leaves it.
+    """
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    values = []
-    for line in text.splitlines():
-        value = None
-        with suppress(ValueError):
-            value = json.loads(line)
-        values.append(value)
-    return values
+        return reader(path)
+    except (OSError, untrusted_json.UnusableError) as error:
+        raise RunFolderError(f"{path} cannot be read: {error}", remedy) from error

@@ -19,7 +19,7 @@ from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, ConfigError, RunError, StoppedError
 from pfedmoe_mpi.models.names import resolve_name
 from pfedmoe_mpi.mpi import session
-from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
 from pfedmoe_mpi.reproduce import grid
 from pfedmoe_mpi.reproduce.grid import Table, TableRun
 from pfedmoe_mpi.run import job, restart
@@ -54,9 +54,9 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
     table = grid.read(path)
     runs = grid.select(grid.expand(table, settings, flags.scale), flags.only, flags.task)
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
-    out = Path(flags.out or f"runs/{table.name}").absolute()
 
     def work(world: Comm, code: str) -> int:
+        out = world.from_root(lambda: Path(flags.out or f"runs/{table.name}").absolute(), "folder")
         world.stop_at = environment.stop_time(runs[0].config.run.walltime, end)
         rounds = world.from_root(
             lambda: {run.name: _rounds_left(out / run.name, run) for run in runs}, "runs"
@@ -77,7 +77,9 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
 
         return _train_all(world, unfinished, out, train)
 
-    return session.under_mpi(work, runs[0].config.run.singleton)
+    content = {"table": table.title, "base": table.base, "axes": table.axes}
+    given = {"command": "reproduce", **vars(flags), **content, **settings}
+    return session.under_mpi(work, given, runs[0].config.run.singleton)
 
 
 def _print(world: Comm, lines: Sequence[str]) -> None:
@@ -230,6 +232,7 @@ def _train_run(
     world: Comm, run: TableRun, folder: Path, changes: Mapping[str, Any], code: str, end: float | None
 ) -> int:
     """Start a run, or resume it in its folder with the `changes` that a restart allows."""
+    world.timeout = TIMEOUT  # not that of the run before
     if world.from_root(RunFolder(folder).config.is_file, "run folder"):
         return restart.resume(world, folder, changes, code, end)
     # A folder without config.toml has nothing of a run, so it may be renamed.

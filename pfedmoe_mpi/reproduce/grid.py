@@ -96,7 +96,7 @@ def read(path: Path) -> Table:
         tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise TableError(f"{path} does not exist", "the papers' tables are in jobs/tables/") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise TableError(f"cannot read {path} as TOML: {error}", f"correct {path}") from error
     for name in tree:
         if name not in KEYS:

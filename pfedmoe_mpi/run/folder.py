@@ -2,7 +2,7 @@
 
 Rank 0 writes everything except the other ranks' logs, and holds the folder's lock while it writes. An
 existing folder is refused or, with `run.force`, renamed. Only checkpoints beyond `run.keep` are ever deleted.
-A folder with `config.toml` can be restarted.
+A folder with `config.toml` or a checkpoint can be restarted; without both it counts as empty.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from fnmatch import fnmatch
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +25,32 @@ from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import CheckpointError, ConfigError
 from pfedmoe_mpi.federation import metrics
 from pfedmoe_mpi.log import LOGGER
-from pfedmoe_mpi.storage import durable
+from pfedmoe_mpi.run import curves
+from pfedmoe_mpi.storage import durable, untrusted_json
 from pfedmoe_mpi.storage.lock import Lock
 
 
 def default(algorithm: str) -> Path:
-    """Return runs/ALGORITHM-TIME, with a number appended if two runs start in the same second."""
-    base = Path("runs").absolute() / f"{algorithm}-{datetime.now():%Y%m%d-%H%M%S}"
-    return _free(base)
+    """Return runs/ALGORITHM-TIME, to be created with a number appended if it exists."""
+    return Path("runs").absolute() / f"{algorithm}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _free(base: Path, joint: str = "-") -> Path:
-    """Return `base`, or the first of base-2, base-3, … that does not exist."""
-    path, number = base, 1
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}{joint}{number}")
-    return path
+def _numbered(base: Path, joint: str) -> Iterator[Path]:
+    """Yield `base`, base-2, base-3, …"""
+    yield base
+    for number in count(2):
+        yield base.with_name(f"{base.name}{joint}{number}")
 
 
 # Seconds to wait for the holder of a lock to disappear: the last rank of a killed job on this host, or the
 # lease that a file server grants to a crashed host.
 PATIENCE_HERE, PATIENCE_ELSEWHERE = 10.0, 120.0
 
-TRACES = (
-    "config.toml",
-    "checkpoints",
-    "events.jsonl",
-    "log",
-)  # a run leaves one of them, however early it ends
+# A run leaves one of these, however early it ends.
+TRACES = ("config.toml", "checkpoints", "events.jsonl", "log")
+# What a start leaves in subfolders that ended before the folder held a run; each start may use such a folder.
+LEFT_BY_START = {"log": "rank-*.txt", "checkpoints": ".*", curves.FOLDER: "*"}
+UNFINISHED = ".config.toml.*.tmp"  # the configuration, before it is renamed
 
 
 class RunFolder:
@@ -72,6 +71,10 @@ class RunFolder:
         return self.path / "config.toml"
 
     @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -79,42 +82,89 @@ class RunFolder:
     def best(self) -> Path:
         return self.checkpoints / "best.h5"
 
+    @property
+    def resumable(self) -> bool:
+        """Whether the folder holds a run: its configuration, or a checkpoint, which contains that."""
+        return self.config.is_file() or bool(checkpoint.newest_first(self.checkpoints))
+
     @staticmethod
     def refuse_existing(path: Path, force: bool) -> None:
         """Raise ConfigError if the folder holds anything and may not be renamed."""
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file, not a run folder", "choose another --run.dir")
-        if _holds_anything(path) and not any((path / name).exists() for name in TRACES):
+        if not holds_anything(path):
+            return
+        if not any((path / name).exists() for name in TRACES):
             raise ConfigError(
                 f"the folder {path} is not empty and not a run folder", "choose another --run.dir"
             )
-        if _holds_anything(path) and not force:
-            raise ConfigError(
-                f"the run folder {path} exists already",
-                f"`restart {path}` resumes it, --run.force true renames it, --run.dir NEW uses another one",
-            )
+        if force:
+            return
+        others = "--run.force true renames it, --run.dir NEW uses another one"
+        if RunFolder(path).resumable:
+            problem = f"the run folder {path} exists already"
+            raise ConfigError(problem, f"`restart {path}` resumes it, {others}")
+        problem = f"the run folder {path} exists already, but has neither checkpoints nor config.toml"
+        raise ConfigError(problem, others)
 
-    def create(self, force: bool) -> None:
-        """Create and lock an empty run folder.
+    def create(self, force: bool, config_toml: str, numbered: bool = False) -> Path:
+        """Create and lock a run folder without any rounds; return its path.
+
+        Until the folder has a configuration or a checkpoint it counts as empty: a start that is killed
+        before that leaves nothing that hinders the next one.
+
+        Args:
+            force: rename an earlier run folder.
+            config_toml: the configuration, written last, with which the folder is a run; empty if its first
+                checkpoint does that, because the run resumes from a checkpoint of another folder.
+            numbered: use the first of PATH, PATH-2, PATH-3, … that does not exist.
 
         Raises:
             ConfigError: the folder is in use, exists and may not be renamed, or cannot be written.
         """
         try:
-            self.refuse_existing(self.path, force)
-            if _holds_anything(self.path):
-                self.lock(patience=0.0)  # refuse to rename the folder of a running job
-                self.unlock()
-                renamed = self.path.rename(_free(self.path.with_name(self.path.name + ".old"), "."))
-                print(f"the earlier run folder is now {renamed}", flush=True)
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock()
+            if numbered:
+                self.path = _make_first_free(self.path)
+            with self._renamed(force):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock()
             self.refuse_existing(self.path, force=False)  # the previous holder may have filled it
-            (self.path / "log").mkdir(exist_ok=True)
-            self.checkpoints.mkdir(exist_ok=True)
+            for unfinished in self.path.glob(UNFINISHED):
+                unfinished.unlink()
+            self.make_subfolders()
+            if config_toml:
+                durable.write_text(self.config, config_toml)
         except OSError as error:
             problem = f"the run folder cannot be created: {error}"
             raise ConfigError(problem, "choose another --run.dir") from error
+        return self.path
+
+    @contextmanager
+    def _renamed(self, force: bool) -> Iterator[None]:
+        """Rename an earlier run folder, and hold its lock until the block has locked the new one."""
+        self.refuse_existing(self.path, force)
+        if not holds_anything(self.path):
+            yield
+            return
+        with RunFolder(self.path) as earlier:
+            earlier.lock(patience=0.0)  # refuse to rename the folder of a running job
+            free = _numbered(self.path.with_name(self.path.name + ".old"), ".")
+            renamed = self.path.rename(next(path for path in free if not path.exists()))
+            print(f"the earlier run folder is now {renamed}", flush=True)
+            yield
+
+    def make_subfolders(self) -> None:
+        """Create the folders of logs and checkpoints where they are missing.
+
+        Raises:
+            ConfigError: they cannot be created.
+        """
+        try:
+            for folder in (self.path / "log", self.checkpoints):
+                folder.mkdir(exist_ok=True)
+        except OSError as error:
+            problem = f"the run folder {self.path} cannot be written: {error}"
+            raise ConfigError(problem, "remove what is in the way, or choose another --run.dir") from error
 
     def lock(self, patience: float | None = None) -> None:
         """Lock the folder against other runs until this process ends.
@@ -133,7 +183,7 @@ class RunFolder:
             patience = PATIENCE_HERE if host == platform.node() else PATIENCE_ELSEWHERE
         try:
             self._lock = Lock(self.path / ".lock", patience)
-        except BlockingIOError as error:
+        except (BlockingIOError, FileNotFoundError) as error:  # or another run has just renamed the folder
             who = f": process {last['pid']} on {host}, according to its last start" if "pid" in last else ""
             raise ConfigError(
                 f"the run folder {self.path} is in use{who}",
@@ -152,10 +202,13 @@ class RunFolder:
     def describe(self, config_toml: str, history: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics.jsonl and config.toml when a run starts or resumes.
 
+        Earlier rows of rounds that are not in the history are kept in metrics.jsonl.1, .2, …
+
         Raises:
             ConfigError: they cannot be written.
         """
         try:
+            self._keep_rows_after(len(history))
             self.rewrite_metrics(history)
             durable.write_text(self.config, config_toml)
         except OSError as error:
@@ -171,11 +224,42 @@ class RunFolder:
         if not self.finished:
             self.event("finish", round=len(history))
 
+    def rounds_after(self, done: int) -> list[int]:
+        """Return the rounds in metrics.jsonl that come after the first `done`.
+
+        Raises:
+            UnusableError: the file is damaged.
+        """
+        try:
+            rows = untrusted_json.read_lines(self.metrics)
+        except OSError:
+            return []
+        rounds = [row.get("round") for row in rows if isinstance(row, dict)]
+        return [round for round in rounds if isinstance(round, int) and round > done]
+
+    def _keep_rows_after(self, done: int) -> None:
+        """Rename metrics.jsonl if it has rows of rounds that are trained again, and print which."""
+        try:
+            rounds = self.rounds_after(done)
+            if not rounds:
+                return
+            several = (
+                f"rounds {rounds[0]} to {rounds[-1]} are" if len(rounds) > 1 else f"round {rounds[0]} is"
+            )
+            text = f"{several} trained again, because no checkpoint contains"
+            text += " them" if len(rounds) > 1 else " it"
+        except untrusted_json.UnusableError as error:
+            text = f"{self.metrics.name} is damaged: {error}"
+        names = (self.metrics.with_name(f"{self.metrics.name}.{number}") for number in count(1))
+        kept = next(name for name in names if not name.exists())
+        self.metrics.rename(kept)
+        LOGGER.warning(text)
+        print(f"{text}; the rows so far are kept in {kept}", flush=True)
+
     def _metrics_rounds(self) -> list[int] | None:
         """Return the rounds in metrics.jsonl, None if it is missing or broken."""
         try:
-            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            return [json.loads(line)["round"] for line in lines]
+            return [row["round"] for row in untrusted_json.read_lines(self.metrics)]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -193,7 +277,7 @@ class RunFolder:
         for line in reversed(self._events()):
             if line.get("event") in {"start", "restart"}:
                 began = line.get("round", 0)
-            elif line.get("event") != "stop" or line.get("steps") or began not in {None, line.get("round")}:
+            elif line.get("event") != "stop" or line.get("steps") or began not in (None, line.get("round")):
                 break  # steps were done, or rounds by a start that was killed
             else:
                 number += 1
@@ -205,25 +289,26 @@ class RunFolder:
         return [line["event"] for line in self._events()][-1:] == ["finish"]
 
     def _events(self) -> list[dict[str, Any]]:
-        """Return the complete lines of events.jsonl."""
+        """Return the complete lines of events.jsonl.
+
+        Raises:
+            ConfigError: a line was damaged by something else than the end of a run.
+        """
+        path = self.path / "events.jsonl"
         try:
-            lines = (self.path / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return []
-        values = []
-        for line in lines:
-            with suppress(ValueError):  # a half line of a killed run
-                values.append(json.loads(line))
-        return [value for value in values if isinstance(value, dict) and "event" in value]
+            return untrusted_json.read_events(path)
+        except untrusted_json.UnusableError as error:
+            remedy = f"correct it, or set it aside: mv {path} {path}.1"
+            raise ConfigError(f"{path} is damaged: {error}", remedy) from error
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one round to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(metrics.dumps(row) + "\n")
 
     def rewrite_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Replace metrics.jsonl by the rounds of a checkpoint, in one step."""
-        durable.write_text(self.path / "metrics.jsonl", "".join(metrics.dumps(row) + "\n" for row in history))
+        durable.write_text(self.metrics, "".join(metrics.dumps(row) + "\n" for row in history))
 
     def keep_newest(self, number: int, written: Path) -> None:
         """Remove all but the `number` newest complete checkpoints, and partial ones older than the newest.
@@ -287,10 +372,28 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None: ...
 
 
-def _holds_anything(folder: Path) -> bool:
-    """Return whether a folder holds anything except a lock, which a failed start may have left."""
+def holds_anything(folder: Path) -> bool:
+    """Return whether a folder holds anything except what a start may leave that ended early."""
     try:
-        return folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir())
+        return folder.is_dir() and not all(map(_left_by_start, folder.iterdir()))
     except OSError as error:
         problem = f"{folder} cannot be listed: {error.strerror}"
         raise ConfigError(problem, "choose another --run.dir") from error
+
+
+def _left_by_start(path: Path) -> bool:
+    """Return whether a start that ended before the folder held a run may have left this file or folder."""
+    if path.is_dir():
+        pattern = LEFT_BY_START.get(path.name, "")
+        return bool(pattern) and all(fnmatch(child.name, pattern) for child in path.iterdir())
+    return path.name == ".lock" or fnmatch(path.name, UNFINISHED)
+
+
+def _make_first_free(base: Path) -> Path:
+    """Create the first of BASE, BASE-2, … that does not exist; of runs that start together, each gets one."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    for path in _numbered(base, "-"):
+        with suppress(FileExistsError):
+            path.mkdir()
+            break
+    return path

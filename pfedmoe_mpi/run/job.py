@@ -14,7 +14,7 @@ from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RunError
 from pfedmoe_mpi.log import LOGGER
-from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
 from pfedmoe_mpi.mpi.session import under_mpi
 from pfedmoe_mpi.names import check_path
 from pfedmoe_mpi.run import console, curves
@@ -51,7 +51,10 @@ class Start:
 def run(settings: Config, dry: bool) -> int:
     """Start MPI and train a new run; return the exit code."""
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
-    return under_mpi(lambda world, code: begin(world, settings, code, end, dry), settings.run.singleton)
+    given = {"command": "run", "--dry": dry, **config.flatten(config.to_tree(settings))}
+    return under_mpi(
+        lambda world, code: begin(world, settings, code, end, dry), given, settings.run.singleton
+    )
 
 
 def begin(world: Comm, settings: Config, code: str, end: float | None, dry: bool = False) -> int:
@@ -64,7 +67,9 @@ def begin(world: Comm, settings: Config, code: str, end: float | None, dry: bool
 
 def _new_folder(settings: Config) -> Path:
     """Return the path of the new run's folder, which is not created yet; raise ConfigError if it is taken."""
-    path = Path(settings.run.dir).absolute() if settings.run.dir else default(settings.algorithm)
+    if not settings.run.dir:
+        return default(settings.algorithm)
+    path = Path(settings.run.dir).absolute()
     check_path("the run folder", str(path), ConfigError)  # the current folder's path is part of it
     RunFolder.refuse_existing(path, settings.run.force)
     return path
@@ -80,7 +85,7 @@ def train(world: Comm, start: Start) -> int:
     from pfedmoe_mpi.federation.build import build
     from pfedmoe_mpi.run.identity import check_same_federation
 
-    world.timeout = start.settings.run.timeout or world.timeout
+    world.timeout = start.settings.run.timeout or TIMEOUT
     world.from_root(lambda: curves.check(start.settings), "packages")
     federation = build(world, start.settings)
     if start.loaded:
@@ -114,8 +119,15 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
 
     settings, folder = federation.config, start.folder
     report_facts = world.from_root(lambda: _report_facts(federation), "what reports need")
-    if not start.resuming:
-        world.from_root(lambda: folder.create(settings.run.force), "run folder")
+    toml = config.to_toml(settings)
+    if start.resuming:
+        world.from_root(folder.make_subfolders, "run folder")
+    else:
+        first = "" if start.loaded else toml
+        numbered = not settings.run.dir
+        folder.path = world.from_root(
+            lambda: folder.create(settings.run.force, first, numbered), "run folder"
+        )
     world.agree(lambda: folder.log_to_file(world.rank), "logs")
     identity = {"code": start.code, **run_identity(federation)}
     reporter = _reporter(world, start, federation)

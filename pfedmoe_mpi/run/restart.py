@@ -16,7 +16,8 @@ from pfedmoe_mpi.errors import CheckpointError, ConfigError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
 from pfedmoe_mpi.run import job
-from pfedmoe_mpi.run.folder import RunFolder
+from pfedmoe_mpi.run.folder import RunFolder, holds_anything
+from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 # A restart may not change these, in addition to what an evaluation may not: who trains, when, on which data.
 FIXED_IN_TRAINING = ("partition", "gate", "unseen", "join", "stream", "data.mean", "data.std")
@@ -27,22 +28,26 @@ def restart(source: Path, overrides: Mapping[str, Any]) -> int:
     """Resume from a run folder's newest good checkpoint, or from one file; return the exit code."""
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
     singleton = str(overrides.get("run.singleton", "")).lower() == "true"
-    return under_mpi(lambda world, code: resume(world, source, overrides, code, end), singleton)
+    given = {"command": "restart", **overrides}
+    return under_mpi(lambda world, code: resume(world, source, overrides, code, end), given, singleton)
 
 
 def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, end: float | None) -> int:
     """Resume a run and train its remaining rounds; collective. `code` and `end`: as for `job.begin`."""
-    with _folder_of(source) as folder:
+    source, path = world.from_root(lambda: _located(source), "source")  # ranks may be in unlike folders
+    with RunFolder(path) as folder:
         world.from_root(lambda: folder.lock() if _stays(source, folder, overrides) else None, "lock")
-        path, run_path, warnings = choose(world, source)
+        found, run_path, warnings = choose(world, source)
         if world.rank == 0:
             for warning in warnings:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
-        with checkpoint.open_everywhere(world, path) if path else nullcontext() as loaded:
+        with checkpoint.open_everywhere(world, found) if found else nullcontext() as loaded:
             before = loaded.config if loaded else _read_config(world, folder)
             settings, changes = override_settings(before, overrides, FIXED_IN_TRAINING)
             if loaded:
                 _check_progress(world, loaded, settings, changes)
+            elif "rounds" in changes:
+                world.from_root(lambda: _check_trained(folder, settings.rounds), "rounds")
             world.stop_at = environment.stop_time(settings.run.walltime, end)
             target, resuming = world.from_root(lambda: _target(source, run_path, settings), "run folder")
             settings = config.build({**config.flatten(config.to_tree(settings)), "run.dir": str(target)})
@@ -93,17 +98,33 @@ def _check_progress(
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-def _folder_of(source: Path) -> RunFolder:
-    """Return the source if it is a folder, else the run folder of this checkpoint."""
+def _check_trained(folder: RunFolder, rounds: int) -> None:
+    """Refuse a total below the rounds that a run without a checkpoint had trained.
+
+    Raises:
+        ConfigError: fewer rounds are asked for.
+    """
+    try:
+        trained = max(folder.rounds_after(0), default=0)
+    except UnusableError:  # the file is kept, and the damage printed
+        return
+    if rounds < trained:
+        raise ConfigError(
+            f"rounds = {rounds}, but the run had trained {trained} rounds, which no checkpoint contains",
+            f"--rounds {trained} trains them again; for a shorter run, start a new one with --run.dir NEW",
+        )
+
+
+def _located(source: Path) -> tuple[Path, Path]:
+    """Return the absolute source, and the run folder: the source itself, or that of this checkpoint."""
     source = source.absolute()
-    return RunFolder(source if source.is_dir() else source.parent.parent)
+    return source, source if source.is_dir() else source.parent.parent
 
 
 def _stays(source: Path, folder: RunFolder, overrides: Mapping[str, Any]) -> bool:
     """Return whether the restart will write into the run folder of its source."""
     new = overrides.get("run.dir")
-    is_run = folder.config.is_file() or folder.checkpoints.is_dir()
-    return is_run and source.exists() and (not new or Path(new).absolute() == folder.path)
+    return folder.resumable and source.exists() and (not new or Path(new).absolute() == folder.path)
 
 
 def choose(world: Comm, source: Path) -> tuple[Path | None, Path | None, list[str]]:
@@ -136,14 +157,24 @@ def _candidates(source: Path, folder: RunFolder) -> tuple[bool, list[Path], Path
         raise CheckpointError(f"there is no run folder or checkpoint {source}", "check the path")
     if source.is_dir():
         paths = checkpoint.newest_first(folder.checkpoints)
-        if not paths and not folder.config.is_file():
-            problem = f"{source} is not a run folder: it has neither checkpoints nor config.toml"
-            raise CheckpointError(problem, "check the path")
+        if not folder.resumable:
+            raise _not_a_run(folder)
         return True, paths, folder.path
     source = source.absolute()
     run = RunFolder(source.parent.parent)
     is_newest = checkpoint.newest_first(run.checkpoints)[:1] == [source] and run.config.is_file()
     return False, [source], run.path if is_newest else None
+
+
+def _not_a_run(folder: RunFolder) -> CheckpointError:
+    """Return the error about a folder without a run, which a start that ended early may have left."""
+    if any(folder.path.iterdir()) and not holds_anything(folder.path):
+        return CheckpointError(
+            f"{folder.path} is not a run folder yet: its start did not reach config.toml or a checkpoint",
+            "if it no longer runs, repeat the command that started it, which will use the folder",
+        )
+    problem = f"{folder.path} is not a run folder: it has neither checkpoints nor config.toml"
+    return CheckpointError(problem, "check the path")
 
 
 def _target(source: Path, run_path: Path | None, settings: Config) -> tuple[Path, bool]:

@@ -22,17 +22,26 @@ class Lock:
             BlockingIOError: another process still holds the lock.
             OSError: the file cannot be opened for writing.
         """
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         deadline = time.monotonic() + patience
-        while not self._try_lock():
+        while not self._lock_file(path):
             if time.monotonic() > deadline:
-                self.release()
                 raise BlockingIOError(errno.EWOULDBLOCK, "held by another process", str(path))
             time.sleep(0.2)
 
     def release(self) -> None:
         """Release the lock; the file stays."""
         os.close(self._file)
+
+    def _lock_file(self, path: Path) -> bool:
+        """Open and lock the file; return whether it succeeded and the file is still the one at `path`.
+
+        Its folder may have been renamed, and replaced by another, since the file was opened.
+        """
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        if self._try_lock() and _is_at(self._file, path):
+            return True
+        self.release()
+        return False
 
     def _try_lock(self) -> bool:
         try:
@@ -43,3 +52,11 @@ class Lock:
                 return True
             return False
         return True
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Return whether an open file is the one that the path leads to."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -6,10 +6,7 @@ bytes can claim terabytes. Only datasets that are stored in the file itself, beh
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +14,11 @@ from typing import Any
 
 import h5py
 
+from pfedmoe_mpi.storage.untrusted_json import UnusableError
+
 FROM_HDF5 = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, UnicodeError)
 _HEAP, _OBJECT = struct.Struct("<Q"), struct.Struct("<H6xQ")  # length; number and length
 _SEARCH_LIMIT = 2 << 30  # bytes of a file that are searched for heaps
-_LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-class UnusableError(ValueError):
-    """An unusable object in a file; the message is worded to follow the file's name."""
 
 
 def find_dataset(file: Any, key: str) -> Any:
@@ -95,24 +89,6 @@ def check_utf8(text: str, what: str) -> str:
     except UnicodeEncodeError as error:
         raise UnusableError(f"{what} is not UTF-8") from error
     return text
-
-
-def parse_json(text: str, what: str) -> Any:
-    """Parse JSON; raise UnusableError about `what` unless numbers are finite and characters whole."""
-
-    def number(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
-            raise ValueError(f"the number {digits}")
-        return value
-
-    try:
-        value = json.loads(text, parse_float=number, parse_constant=number)
-        if _LONE_SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise UnusableError(f"{what} is not JSON: {error}") from error
-    return value
 
 
 def check_heaps(file: Any, path: Path) -> None:

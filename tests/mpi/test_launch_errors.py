@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import h5py
@@ -111,6 +112,21 @@ def test_data_missing_on_one_host_are_reported(small_run: tuple[str, ...], tmp_p
     assert not (tmp_path / "new").exists()
 
 
+def test_other_data_on_one_host_are_refused(small_run: tuple[str, ...], tmp_path: Path) -> None:
+    """Rank 1 opens a copy of the file in which one label differs."""
+    for name in ("d.h5", "e.h5"):
+        with h5py.File(tmp_path / name, "w") as file:
+            labels = np.arange(200) % 10
+            labels[7] = 7 if name == "d.h5" else 8
+            file["x"], file["y"] = np.zeros((200, 3, 8, 8), np.uint8), labels
+    redirect = "str(path).replace('d.h5', 'e.h5')"
+    other = f"import h5py; F = h5py.File; h5py.File = lambda path, *a, **k: F({redirect}, *a, **k)"
+    flags = ("--data.source", "hdf5", "--data.path", "d.h5", "--run.dir", "new")
+    result = run_program(2, *small_run, *flags, cwd=tmp_path, env=on_rank(1, other, tmp_path))
+    error_message(result, r"data.path = .*d\.h5 is another file for rank 1 than for rank 0")
+    assert not (tmp_path / "new").exists()
+
+
 def test_damaged_row_of_the_server_is_reported_on_all_ranks(
     small_run: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -138,3 +154,16 @@ def test_idle_rank_reports_the_same_error(small_run: tuple[str, ...], tmp_path: 
     error_message(
         run_program(3, *small_run, *flags, cwd=tmp_path, timeout=60), "gate.input = pooled needs images"
     )
+
+
+def test_relative_run_folder_is_that_of_rank_0(run: Path, tmp_path: Path) -> None:
+    """The other rank is in another folder, where it finds no run and writes nothing."""
+    (tmp_path / "other").mkdir()
+    shutil.rmtree(run / "log")
+    lost = on_rank(1, f"os.chdir('{tmp_path}/other')", tmp_path)
+    result = run_program(2, "restart", "run", "--rounds", "4", cwd=tmp_path, env=lost)
+    assert result.code == 0, result.err
+    assert sorted(path.name for path in (run / "log").iterdir()) == ["rank-0000.txt", "rank-0001.txt"]
+    evaluated = run_program(2, "evaluate", "run/checkpoints/best.h5", cwd=tmp_path, env=lost)
+    assert evaluated.code == 0, evaluated.err
+    assert not list((tmp_path / "other").iterdir())

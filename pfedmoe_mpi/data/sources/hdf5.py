@@ -14,7 +14,7 @@ import numpy as np
 from pfedmoe_mpi.data.dataset import Dataset, SourceData, check_clients, check_finite, sample_shape
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.storage import untrusted_hdf5
-from pfedmoe_mpi.storage.untrusted_hdf5 import UnusableError
+from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 _SPAN = 16 << 20  # bytes read at once
 _BLOCK = 64 << 10  # bytes of a block if the file has no chunks: reading so short a gap is faster than a seek
