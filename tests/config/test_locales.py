@@ -48,7 +48,12 @@ def test_commands_work_in_other_locales(name: str, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(CONFIG, encoding="utf-8")
     (tmp_path / "news.csv").write_text("sport é,goal नम\nβ news,bank α\n" * 30, encoding="utf-8")
     env = environment(name, tmp_path)
-    for words in (["--help"], ["c.toml"], ["restart", "run", "--rounds", "2"], ["report", "run"]):
+    for words in (
+        ["--help"],
+        ["c.toml"],
+        ["restart", "run", "--rounds", "2"],
+        ["report", "run", "--models", "false"],
+    ):
         result = run_program(0, *words, cwd=tmp_path, env=env)
         assert result.code == 0 and "Traceback" not in result.err, result.err
     page = (tmp_path / "run" / "report" / "report.html").read_text(encoding="utf-8")
