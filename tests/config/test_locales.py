@@ -68,11 +68,13 @@ def test_every_file_is_opened_with_its_encoding() -> None:
             if isinstance(node, ast.Call) and _decodes(node) and "encoding" not in _keywords(node):
                 missing.append(f"{path}:{node.lineno}")
     assert not missing
-    assert _decodes(ast.parse("path.read_text()", mode="eval").body)  # type: ignore[arg-type]
+    for code in ("path.read_text()", "subprocess.run(command, text=True)"):
+        call = ast.parse(code, mode="eval").body
+        assert isinstance(call, ast.Call) and _decodes(call)
 
 
-def _keywords(call: ast.Call) -> dict[str | None, ast.expr]:
-    return {keyword.arg: keyword.value for keyword in call.keywords}
+def _keywords(call: ast.Call) -> dict[str | None, str]:
+    return {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
 
 
 def _decodes(call: ast.Call) -> bool:
@@ -80,4 +82,4 @@ def _decodes(call: ast.Call) -> bool:
     keywords = _keywords(call)
     if isinstance(call.func, ast.Attribute) and call.func.attr in {"read_text", "write_text"}:
         return not (isinstance(call.func.value, ast.Name) and call.func.value.id == "durable")
-    return "text" in keywords or "universal_newlines" in keywords
+    return "True" in {keywords.get("text"), keywords.get("universal_newlines")}
