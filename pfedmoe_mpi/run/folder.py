@@ -50,7 +50,7 @@ PATIENCE_HERE, PATIENCE_ELSEWHERE = 10.0, 120.0
 TRACES = ("config.toml", "checkpoints", "events.jsonl", "log")
 # What a start leaves in subfolders that ended before the folder held a run; each start may use such a folder.
 LEFT_BY_START = {"log": "rank-*.txt", "checkpoints": ".*", curves.FOLDER: "*"}
-UNFINISHED = ".config.toml.*.tmp"  # the configuration, before it is renamed
+UNFINISHED = ".config.toml.tmp"  # the configuration, before it is renamed
 
 
 class RunFolder:

@@ -94,11 +94,11 @@ def test_force_uses_a_folder_whose_start_was_killed(session: Session, tmp_path: 
     half = tmp_path / "half"
     for name in ("log", "checkpoints"):
         (half / name).mkdir(parents=True)
-    for name in (".lock", ".config.toml.77.tmp", "log/rank-0000.txt", "checkpoints/.round-000002.h5.tmp"):
+    for name in (".lock", ".config.toml.tmp", "log/rank-0000.txt", "checkpoints/.round-000002.h5.tmp"):
         (half / name).write_text("")
     assert session(*SMALL_RUN, "--run.dir", "half", "--run.force", "true", cwd=tmp_path).code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["half"], "there was nothing to rename"
-    assert not (half / ".config.toml.77.tmp").exists()
+    assert not (half / ".config.toml.tmp").exists()
 
 
 def test_rest_of_a_run_is_neither_resumed_nor_overwritten(
