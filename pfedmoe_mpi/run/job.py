@@ -67,10 +67,10 @@ def begin(world: Comm, settings: Config, code: str, end: float | None, dry: bool
 
 def _new_folder(settings: Config) -> Path:
     """Return the path of the new run's folder, which is not created yet; raise ConfigError if it is taken."""
+    path = Path(settings.run.dir or "runs").absolute()
+    check_path("the run folder", str(path), ConfigError)  # the current folder's path is part of it
     if not settings.run.dir:
         return default(settings.algorithm)
-    path = Path(settings.run.dir).absolute()
-    check_path("the run folder", str(path), ConfigError)  # the current folder's path is part of it
     RunFolder.refuse_existing(path, settings.run.force)
     return path
 

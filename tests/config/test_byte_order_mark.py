@@ -37,7 +37,7 @@ def test_run_without_a_checkpoint_is_restarted(
     for path in (run / "checkpoints").iterdir():
         path.unlink()
     mark(run / "config.toml")
-    run_command("restart", run, "--rounds", "1")
+    run_command("restart", run, "--rounds", "3")
 
 
 def test_data_files_are_read(tmp_path: Path) -> None:
