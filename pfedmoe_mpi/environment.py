@@ -92,7 +92,13 @@ def _squeue(job: str) -> str | None:
     variables = {**os.environ, "SLURM_TIME_FORMAT": "%s"}  # seconds since the epoch
     try:
         result = subprocess.run(
-            command, env=variables, capture_output=True, text=True, check=False, timeout=20
+            command,
+            env=variables,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+            timeout=20,
         )
     except (OSError, subprocess.SubprocessError, UnicodeError):  # no squeue on this node
         return None
