@@ -13,6 +13,7 @@ A module imports only from its own line and the lines below it:
     mpi, core    communication and signals; vectors, batches, SGD and random addresses
     config       settings with their defaults and reasons
     models       architectures and the gate
+    user_code    code from outside of the package: files and installed modules
     storage, environment, errors, log
                  durable writes, launcher and Slurm, error classes and exit codes, logger
 """
@@ -31,12 +32,20 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "load_client", "load_run"]
 
 
-def load_client(path: str | os.PathLike[str], client: int | None = None) -> ClientModel:
+def load_client(
+    path: str | os.PathLike[str],
+    client: int | None = None,
+    code: str | os.PathLike[str] | None = None,
+    changed_code: bool = False,
+) -> ClientModel:
     """Return a client's whole personalised model, as a torch module with `predict`.
 
     Args:
         path: a checkpoint, or a file written by `export`.
         client: number of the client; needed for a checkpoint.
+        code: folder of your own models' and methods' files, such as RUN_DIR/code, if they are no longer where
+            they were in the run. These files are run, so use only code that you trust.
+        changed_code: accept that they changed since the run.
 
     Raises:
         CheckpointError: the file is damaged, there is no such client, or the method has no prediction for a
@@ -46,7 +55,7 @@ def load_client(path: str | os.PathLike[str], client: int | None = None) -> Clie
 
     from pfedmoe_mpi import client_model  # imports torch, which many commands do not need
 
-    return client_model.load(Path(path), client)
+    return client_model.load(Path(path), client, None if code is None else Path(code), changed_code)
 
 
 def __getattr__(name: str) -> Any:

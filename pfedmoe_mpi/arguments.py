@@ -224,7 +224,10 @@ COMMANDS = {
     ),
     "help": Command(
         "Print the help of a command.",
-        (argument("words", nargs="*", metavar="COMMAND", help="a command [default: the list of commands]"),),
+        (
+            argument("words", nargs="*", metavar="COMMAND", help="a command [default: the list of commands]"),
+            argument("--algorithm", metavar="FILE.py", help="a method's file, whose settings are listed too"),
+        ),
         ("help run", "help data prepare"),
     ),
     "completion": Command(
@@ -248,8 +251,12 @@ class Parser(argparse.ArgumentParser):
         self._example = ""
         self.color = False  # from Python 3.14 on; the usage is part of messages
 
-    def fill(self, command: Command, every_setting: bool) -> Parser:
-        """Add a command's arguments; settings are hidden in help, except in `run` or with `every_setting`."""
+    def fill(self, command: Command, every_setting: bool, algorithm: str = "") -> Parser:
+        """Add a command's arguments; settings are hidden in help, except in `run` or with `every_setting`.
+
+        Args:
+            algorithm: the file of a method whose settings are flags, too.
+        """
         for item in command.arguments:
             self.add_argument(*item.names, **item.options)
         self.description = command.summary
@@ -262,8 +269,8 @@ class Parser(argparse.ArgumentParser):
             self.usage += " [--SETTING VALUE ...]"
             if command is not COMMANDS["run"]:
                 self.epilog = f"{SETTINGS_NOTE}\n\n{self.epilog}"
-            self.settings = set(flags.settings())
-            flags.add_settings(self, visible=every_setting or command is COMMANDS["run"])
+            self.settings = set(flags.settings(algorithm))
+            flags.add_settings(self, every_setting or command is COMMANDS["run"], algorithm)
         return self
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
@@ -352,9 +359,14 @@ def _flags_of(command: str) -> set[str]:
     return {name for item in COMMANDS[command].arguments for name in item.names if name.startswith("--")}
 
 
-def parser(name: str) -> Parser:
-    """Return the parser of one command."""
-    return Parser(prog=f"{PROGRAM} {name}").fill(COMMANDS[name], every_setting=False)
+def parser(name: str, words: Sequence[str] = ()) -> Parser:
+    """Return the parser of one command; its flags depend on the method that the command line chooses."""
+    algorithm = ""
+    if COMMANDS[name].settings:
+        from pfedmoe_mpi.config import flags
+
+        algorithm = flags.method_file(words)
+    return Parser(prog=f"{PROGRAM} {name}").fill(COMMANDS[name], every_setting=False, algorithm=algorithm)
 
 
 def completion_script(shell: str) -> str:

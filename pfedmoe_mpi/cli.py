@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,8 @@ def _command(words: Sequence[str]) -> tuple[str, list[str]]:
     if "--version" in words:
         return "version", []
     if {"-h", "--help"} & set(words):
-        return "help", name.split()
+        chosen = [word for pair in pairwise(rest) if pair[0] == "--algorithm" for word in pair]
+        return "help", [*name.split(), *chosen, *(word for word in rest if word.startswith("--algorithm="))]
     return name or "run", rest
 
 
@@ -103,7 +105,7 @@ def _run(name: str, words: list[str]) -> int:
         raise ConfigError(problem, "`pfedmoe-mpi --help` lists the commands")
     if name == "translate" and words != ["--flags"]:  # whose words are another program's
         return translate(Namespace(words=[word for word in words if word != "--"], flags=False))
-    return FUNCTIONS[name](arguments.parser(name).read(words))
+    return FUNCTIONS[name](arguments.parser(name, words).read(words))
 
 
 def run(given: Namespace) -> int:
@@ -219,7 +221,8 @@ def print_help(given: Namespace) -> int:
     elif not names:
         hint = nearest(name, arguments.COMMANDS)
         raise ConfigError(f"there is no command {name}{hint}", "`pfedmoe-mpi --help` lists the commands")
-    print("\n\n".join(arguments.parser(command).format_help().rstrip() for command in names))
+    chosen = ["--algorithm", given.algorithm] if given.algorithm else []
+    print("\n\n".join(arguments.parser(command, chosen).format_help().rstrip() for command in names))
     return EXIT_DONE
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pfedmoe_mpi import checkpoint, config
-from pfedmoe_mpi.algorithms import base
+from pfedmoe_mpi import algorithms, checkpoint, config, user_code
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
 from pfedmoe_mpi.checkpoint import Checkpoint, client_file
 from pfedmoe_mpi.checkpoint.client_file import ClientFile
+from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Normalise
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.parts import Module, Workbench
@@ -102,8 +102,14 @@ class ClientModel(nn.Module):
         return torch.from_numpy(np.ascontiguousarray(samples))
 
 
-def load(path: Path, client: int | None = None) -> ClientModel:
+def load(
+    path: Path, client: int | None = None, code: Path | None = None, changed_code: bool = False
+) -> ClientModel:
     """Return a client's model from a checkpoint or from a file of `export`, on the CPU, in evaluation mode.
+
+    Args:
+        code: the folder of the user's own files; None: where they were in the run.
+        changed_code: accept files that changed since the run.
 
     Raises:
         CheckpointError: the file is damaged or of an older version, there is no such client, or the method
@@ -111,22 +117,44 @@ def load(path: Path, client: int | None = None) -> ClientModel:
     """
     if client_file.is_client_file(path):
         with ClientFile(path) as exported:
-            return _load_exported(exported, client)
+            settings = _configuration(exported, code, changed_code)
+            return _load_exported(exported, client, settings)
     checkpoint.verify(path)
     with Checkpoint(path) as loaded:
-        return _load_from_checkpoint(loaded, path, client)
+        settings = _configuration(loaded, code, changed_code)
+        return _load_from_checkpoint(loaded, path, client, settings)
 
 
-def _load_exported(exported: ClientFile, client: int | None) -> ClientModel:
+def _configuration(source: ClientFile | Checkpoint, code: Path | None, changed_code: bool) -> Config:
+    """Return the configuration, whose own code is that of the run.
+
+    Raises:
+        CheckpointError: the code changed.
+        ConfigError: its files are missing.
+    """
+    flat = config.flatten(source.config)
+    settings = config.build(config.relocated(flat, code.absolute()) if code else flat)
+    references = config.references(settings)
+    difference = user_code.difference(source.code, user_code.sources(references)) if references else ""
+    if difference and not changed_code:
+        problem = f"the code of {source.path}'s models changed since the run:\n{difference}"
+        remedy = "pass code=FOLDER with the files of the run, such as RUN_DIR/code, or changed_code=True"
+        raise CheckpointError(problem, remedy)
+    return settings
+
+
+def _load_exported(exported: ClientFile, client: int | None, settings: Config) -> ClientModel:
     path = exported.path
     if client not in {None, exported.client}:
         problem = f"{path} holds only client {exported.client}, not client {client}"
         raise CheckpointError(problem, "call load_client(path) without a client number")
-    facts = exported.config, exported.round, exported.client, exported.samples
+    facts = settings, exported.round, exported.client, exported.samples
     return _Source(path, *facts, state=exported.vector, private=exported.vector).model()
 
 
-def _load_from_checkpoint(loaded: Checkpoint, path: Path, client: int | None) -> ClientModel:
+def _load_from_checkpoint(
+    loaded: Checkpoint, path: Path, client: int | None, settings: Config
+) -> ClientModel:
     last = loaded.clients - 1
     if client is None:
         problem = f"{path} is a checkpoint of clients 0 to {last}, and no client number was passed"
@@ -136,7 +164,7 @@ def _load_from_checkpoint(loaded: Checkpoint, path: Path, client: int | None) ->
     state = partial(_checked, path, loaded.state_layout, loaded.state)
     private = partial(_checked, path, loaded.layout(client), loaded.vector(client))
     samples = loaded.identity.get("samples", "")
-    return _Source(path, loaded.config, loaded.round, client, samples, state, private).model()
+    return _Source(path, settings, loaded.round, client, samples, state, private).model()
 
 
 def _checked(path: Path, stored: Layout, vector: np.ndarray, expected: Layout) -> np.ndarray:
@@ -155,7 +183,7 @@ class _Source:
     """
 
     path: Path
-    config: Mapping[str, Any]
+    config: Config
     round: int
     client: int
     samples: str  # JSON written by `samples_text`
@@ -184,7 +212,7 @@ class _Source:
             raise CheckpointError(problem, remedy) from error
 
     def _method(self, facts: Mapping[str, Any]) -> Algorithm:
-        settings = config.build(config.flatten(self.config))
+        settings = self.config
         if facts["absent"] is None:
             problem = f"{self.path} does not list the clients that never train: there are too many"
             raise CheckpointError(problem, f"measure all clients with: evaluate {self.path}")
@@ -205,7 +233,7 @@ class _Source:
             late,
             facts["vocabulary"],
         )
-        return base.load(settings.algorithm)(task)
+        return algorithms.load(settings.algorithm)(task)
 
     def _fill(self, model: ClientModel, method: Algorithm) -> ClientModel:
         """Add the parts to the model, with the values of the file."""

@@ -7,6 +7,7 @@ or the command line. Every hook except `predict` has a default; together the def
     hook           runs                                    default
     state          on every rank, whenever needed          no shared parts
     client_state   on every rank, whenever needed          no private parts
+    initial        on one rank, per private part           a private part begins with values of its own
     payload        on every rank, once a round             every part of the state, weighted by n_k
     cohort         on every rank, once a round             K clients, drawn without replacement
     client_step    on one rank, once per member            SGD over `phases`, then send the state's parts
@@ -23,7 +24,6 @@ hook depends on its arguments, the task and the seed alone: what must last is ke
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +43,8 @@ from pfedmoe_mpi.core.sgd import Phase
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import registry
 from pfedmoe_mpi.models.gate import build_gate
-from pfedmoe_mpi.models.names import EMBEDDING
+from pfedmoe_mpi.models.names import EMBEDDING, kind_of
+from pfedmoe_mpi.user_code import is_reference
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.core.batches import Batch
@@ -136,13 +137,14 @@ class Task:
         """Return an architecture's extractor and head; `dim` replaces the length d of the representation."""
         sizes = (self.classes, dim or self.dim, self.config.model.stem, self.vocabulary)
         build = partial(registry.build_model, name, self.shape, *sizes)
-        return Module(f"model {name} to {dim}" if dim else f"model {name}", build)
+        kind = f"model {kind_of(name)} to {dim}" if dim else f"model {kind_of(name)}"
+        return Module(kind, build, weightless=not is_reference(name))
 
     def extractor(self, name: str) -> Module:
         """Return an architecture's extractor, (B, *shape) to (B, d)."""
         sizes = (self.dim, self.config.model.stem, self.vocabulary)
         build = partial(registry.build_extractor, name, self.shape, *sizes)
-        return Module(f"extractor {name}", build)
+        return Module(f"extractor {kind_of(name)}", build, weightless=not is_reference(name))
 
     def head(self) -> Module:
         """Return the linear head that fits every architecture, (B, d) to (B, classes)."""
@@ -162,7 +164,7 @@ class Task:
             raise ConfigError(problem, "use --gate.input raw")
         shape = (EMBEDDING,) if self.vocabulary else self.shape
         build = partial(build_gate, shape, self.dim, experts, **options.model_dump())
-        return Module(f"gate {experts}", build)
+        return Module(f"gate {experts}", build, weightless=not options.module)
 
     def gate_input(self, x: Tensor, extractor: Any) -> Tensor:
         """Return the raw input of a gate: samples (B, *shape) unchanged, or texts (B, tokens) as (B, 64).
@@ -230,6 +232,13 @@ class Algorithm:
         Every client has parts of the same names; the architectures may differ.
         """
         return {}
+
+    def initial(self, part: str, client: int) -> str:
+        """Return the part whose values a client's private part begins with; default: `part`, its own draw.
+
+        It is a part of the state, taken after `pretrain`, or another private part, of the same architecture.
+        """
+        return part
 
     def payload(self, sizes: Mapping[str, int]) -> Mapping[str, Block]:
         """Return what a client sends, by name. Default: every part of the state, weighted by n_k.
@@ -386,15 +395,3 @@ class Algorithm:
         never saved.
         """
         raise NotImplementedError
-
-
-def load(name: str) -> type[Algorithm]:
-    """Import a method's file and return its subclass of `Algorithm`."""
-    module = importlib.import_module(f"pfedmoe_mpi.algorithms.{name}")
-    methods = [
-        item
-        for item in vars(module).values()
-        if isinstance(item, type) and issubclass(item, Algorithm) and item.__module__ == module.__name__
-    ]
-    assert len(methods) == 1, f"algorithms/{name}.py must define one Algorithm; it defines {len(methods)}"
-    return methods[0]

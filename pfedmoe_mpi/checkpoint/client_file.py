@@ -1,7 +1,8 @@
 """A client's model in a file of its own, for that client: it holds nothing of the other clients.
 
 Tensors are datasets `/PART/TENSOR` with their torch names, for the server's parts and the client's.
-Attributes hold the client, the round, the configuration, and the description of the training samples.
+Attributes hold the client, the round, the configuration, and the description of the training samples;
+`/code.json` holds the user's own code, if the run had any.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pfedmoe_mpi.checkpoint.reader import Checkpoint
+from pfedmoe_mpi.checkpoint.reader import Checkpoint, check_code
 from pfedmoe_mpi.core.flat import Entry, Layout
 from pfedmoe_mpi.errors import CheckpointError
+from pfedmoe_mpi.models.names import labels
 from pfedmoe_mpi.storage import durable, untrusted_hdf5, untrusted_json
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
+from pfedmoe_mpi.user_code import label
 
 _ATTRIBUTE = 1 << 16  # bytes; the longest attribute that HDF5 keeps in an object's header
+_CODE = "code.json"  # a name that no part can have
+_MOST_CODE = 1 << 24  # bytes
 _REMEDY = "`export CHECKPOINT.h5 --client K OUT.h5` writes one from a checkpoint"
 
 
@@ -44,9 +49,11 @@ def write(loaded: Checkpoint, client: int, out: Path) -> None:
 
 def _fill(file: Any, loaded: Checkpoint, client: int) -> None:
     """Write the attributes and tensors."""
-    pool = loaded.config["model"]["pool"]
-    file.attrs.update(client=client, round=loaded.round, algorithm=loaded.config["algorithm"])
+    pool = labels(loaded.config["model"]["pool"])
+    file.attrs.update(client=client, round=loaded.round, algorithm=label(loaded.config["algorithm"]))
     file.attrs.update(architecture=pool[client % len(pool)], config=json.dumps(loaded.config))
+    if loaded.code:
+        file[_CODE] = np.frombuffer(json.dumps(loaded.code).encode(), np.uint8)
     if "samples" in loaded.identity:
         file.attrs["samples"] = loaded.identity["samples"]
     server, own = (loaded.state_layout, loaded.state), (loaded.layout(client), loaded.vector(client))
@@ -83,6 +90,7 @@ class ClientFile:
             self.client, self.round = self._number("client"), self._number("round")
             self.config: dict[str, Any] = untrusted_json.parse(self._text("config"), "its attribute 'config'")
             self.samples = self._text("samples")
+            self.code = self._code()
         except untrusted_hdf5.FROM_HDF5 as error:
             self._file.close()
             raise self._unfit(error) from error
@@ -92,6 +100,16 @@ class ClientFile:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def _code(self) -> dict[str, str]:
+        """Return the user's own files by name."""
+        dataset = untrusted_hdf5.find_dataset(self._file, _CODE)
+        if dataset is None:
+            return {}
+        if dataset.dtype != np.uint8 or dataset.ndim != 1 or len(dataset) > _MOST_CODE:
+            raise UnusableError(f"{_CODE} is not a text")
+        text = untrusted_hdf5.decode_utf8(dataset[()].tobytes(), _CODE)
+        return check_code(untrusted_json.parse(text, _CODE))
 
     def _number(self, name: str) -> int:
         value = untrusted_hdf5.read_attribute(self._file, name, _ATTRIBUTE)

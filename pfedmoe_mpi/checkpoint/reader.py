@@ -22,7 +22,7 @@ from pfedmoe_mpi.storage import untrusted_hdf5, untrusted_json
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 _ATTRIBUTE = 1 << 20  # bytes; this program writes attributes of one line
-_ROOT = {"config", "history", "layouts", "server", "partition", "clients", "partial"}
+_ROOT = {"config", "code", "history", "layouts", "server", "partition", "clients", "partial"}
 _SPLITS = ("train", "validation", "test")
 _FLOAT, _INT = h5py.h5t.IEEE_F32LE, h5py.h5t.STD_I64LE
 
@@ -95,6 +95,10 @@ class Checkpoint:
         self.config: dict[str, Any] = untrusted_json.parse(self._text("config"), "config")
         _check_config(self.config)
         _check_identity(self.identity)
+        self.code: dict[str, str] = {}  # the user's own files, by name
+        if "code" in self._ranges:
+            used.add("code")
+            self.code = check_code(untrusted_json.parse(self._text("code"), "code"))
         lines = self._text("history").split("\n")
         self.history: list[dict[str, Any]] = [untrusted_json.parse(line, "history") for line in lines if line]
         _check_history(self.history, self.round)
@@ -261,6 +265,13 @@ def _check_config(config: Any) -> None:
             raise UnusableError(f"config has no usable {path}")
     if config["clients"] < 1 or not all(isinstance(name, str) for name in config["model"]["pool"]):
         raise UnusableError("config has no usable clients or model.pool")
+
+
+def check_code(code: Any) -> dict[str, str]:
+    """Return the user's own files by name; raise UnusableError if that is not what `code` is."""
+    if not isinstance(code, dict) or not all(isinstance(text, str) for text in code.values()):
+        raise UnusableError("code is not a text for each file")
+    return code
 
 
 def _check_identity(identity: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Content:
     identity: Mapping[str, str]  # digests and conditions of the run: data, partition, versions, threads
     partial: np.ndarray | None = None
     finished: Sequence[int] = ()  # the clients in the partial sum
+    code: Mapping[str, str] = field(default_factory=dict)  # the user's own files, by name
 
 
 def name(round: int, partial: bool) -> str:
@@ -112,11 +113,13 @@ def _client(client: int) -> str:
 
 
 def _texts(content: Content) -> dict[str, bytes]:
-    """Return the text datasets: the configuration, one line per round, and every layout once."""
+    """Return the text datasets: configuration, one line per round, every layout once, the user's own code."""
     texts = {
         "config": json.dumps(content.config),
         "history": "\n".join(json.dumps(row, allow_nan=False) for row in content.history),
     }
+    if content.code:
+        texts["code"] = json.dumps(content.code)
     for layout in (content.state_layout, *content.client_layouts):
         texts[f"layouts/{layout.digest}"] = layout.to_json()
     return {key: text.encode() for key, text in texts.items()}

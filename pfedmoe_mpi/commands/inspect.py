@@ -11,6 +11,8 @@ from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, seal
 from pfedmoe_mpi.errors import EXIT_DONE
 from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.models.names import kind_of
+from pfedmoe_mpi.user_code import label
 
 
 def run(path: Path, *, digest_only: bool) -> int:
@@ -32,10 +34,11 @@ def digest(loaded: Checkpoint) -> str:
     the float's bits), data and partition digests, seed, model settings, and the method with its section.
     """
     state = sha256()
-    method = loaded.config["algorithm"]
+    method, model = label(loaded.config["algorithm"]), loaded.config["model"]
+    model = {**model, "pool": list(map(kind_of, model["pool"])), "shared": kind_of(model["shared"])}
     facts = {
         "round": loaded.round,
-        "algorithm": [method, loaded.config.get(method), loaded.config["seed"], loaded.config["model"]],
+        "algorithm": [method, loaded.config.get(method), loaded.config["seed"], model],
         "digests": [loaded.identity["data_digest"], loaded.identity["partition_digest"]],
         "layouts": [loaded.state_layout.digest, *(loaded.layout(k).digest for k in range(loaded.clients))],
         "history": [metrics.learning(row) for row in loaded.history],
@@ -53,7 +56,7 @@ def _description(loaded: Checkpoint) -> str:
     """Return the lines that `inspect` prints."""
     settings, identity = loaded.config, loaded.identity
     lines = [
-        f"{loaded.path}: {settings['algorithm']}, round {loaded.round} of {settings['rounds']}",
+        f"{loaded.path}: {label(settings['algorithm'])}, round {loaded.round} of {settings['rounds']}",
         f"data {settings['data']['source']}, partition {settings['partition']['kind']}",
         f"format: {seal.FORMAT}",
     ]

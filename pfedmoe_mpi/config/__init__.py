@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         given,
         located,
         read_toml,
+        references,
+        relocated,
         to_toml,
         to_tree,
     )
@@ -32,6 +34,8 @@ __all__ = [
     "given",
     "located",
     "read_toml",
+    "references",
+    "relocated",
     "to_toml",
     "to_tree",
 ]

@@ -9,8 +9,8 @@ here, before torch or MPI is imported. A method adds its own section by a class 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from pfedmoe_mpi import user_code
 from pfedmoe_mpi.config import methods, neighbours
 from pfedmoe_mpi.config.sections import (
     Data,
@@ -38,10 +39,11 @@ from pfedmoe_mpi.config.sections import (
     Train,
     Unseen,
 )
-from pfedmoe_mpi.errors import ConfigError, did_you_mean, nearest
+from pfedmoe_mpi.errors import ConfigError, did_you_mean
 from pfedmoe_mpi.names import check_path
 
-PATHS = ("data.path", "run.dir", "fedjets.common")
+REFERENCES = ("algorithm", "model.pool", "model.shared", "gate.module", "fedjets.common_model")
+PATHS = ("data.path", "run.dir", "run.code", "fedjets.common")
 BOOKKEEPING = ("run.table", "run.cell", "run.scale", "run.altered")  # `reproduce` writes them; not flags
 
 
@@ -76,9 +78,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.algorithm not in methods.names():
-            problem = f"there is no algorithm '{self.algorithm}'{nearest(self.algorithm, methods.names())}"
-            raise ConfigError(problem, f"use one of {', '.join(methods.names())}")
+        methods.check(self.algorithm)
         _options(self.algorithm)
         partition, data = self.partition, self.data
         if partition.kind == "classes" and partition.classes_min > partition.classes:
@@ -111,8 +111,13 @@ class Config(Section):
     @property
     def options(self) -> Section:
         """The section of the chosen algorithm."""
-        section: Section = getattr(self, self.algorithm)
+        section: Section = getattr(self, self.method)
         return section
+
+    @property
+    def method(self) -> str:
+        """The name of the chosen algorithm, which may be a file."""
+        return methods.name(self.algorithm)
 
     @property
     def unseen_clients(self) -> int:
@@ -127,38 +132,54 @@ class Config(Section):
 
 
 @cache
-def schema() -> type[Config]:
-    """Return `Config` with one section per method; a method that cannot be used gets an empty one."""
+def schema(algorithm: str = "") -> type[Config]:
+    """Return `Config` with one section per method; a method that cannot be used gets an empty one.
+
+    Args:
+        algorithm: a file whose section is added.
+    """
     sections: dict[str, Any] = {}
-    for name in set(methods.names()) - set(Config.model_fields):
+    every = {*methods.names(), *filter(user_code.is_reference, [algorithm])}
+    for each in every:
+        name = methods.name(each)
+        if name in Config.model_fields or (each == algorithm and name in methods.names()):
+            continue  # the check of the configuration refuses it
         try:
-            options = _options(name)
-        except methods.MethodError:
+            options = _options(each)
+        except ConfigError:
             options = Section
         sections[name] = (options, options())
     return create_model("Config", __base__=Config, **dict(sorted(sections.items())))
 
 
-def _options(name: str) -> Any:
+def _options(algorithm: str) -> Any:
     """Return the method's section.
 
     Raises:
         MethodError: the method cannot be used.
     """
+    name = methods.name(algorithm)
     if name in Config.model_fields:
-        raise methods.MethodError.at(
-            methods.path(name), None, f"'{name}' is the name of a setting or section"
-        )
-    return methods.options(name, Section)
+        reason = f"'{name}' is the name of a setting or section"
+        raise methods.MethodError.at(methods.path(algorithm), None, reason)
+    return methods.options(algorithm, Section)
 
 
-def fields(model: type[BaseModel] | None = None, prefix: str = "") -> dict[str, Any]:
-    """Return every setting by its dotted name, with pydantic's field: annotation, default, description."""
+def fields(algorithm: str = "") -> dict[str, Any]:
+    """Return every setting by its dotted name, with pydantic's field: annotation, default, description.
+
+    Args:
+        algorithm: a file whose settings are added.
+    """
+    return _fields(schema(algorithm if user_code.is_reference(algorithm) else ""), "")
+
+
+def _fields(model: type[BaseModel], prefix: str) -> dict[str, Any]:
     settings: dict[str, Any] = {}
-    for name, field in (model or schema()).model_fields.items():
+    for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            settings |= fields(kind, f"{prefix}{name}.")
+            settings |= _fields(kind, f"{prefix}{name}.")
         else:
             settings[prefix + name] = field
     return settings
@@ -189,7 +210,33 @@ def located(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         value = settings.get(name)
         if isinstance(value, str) and value and value != "pretrain":
             absolute[name] = str(folder / Path(value).expanduser())
-    return absolute
+    return _with_references(absolute, partial(user_code.located, folder=folder))
+
+
+def relocated(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the settings with the user's own files looked for by name in another folder."""
+    return _with_references(settings, partial(user_code.relocated, folder=folder))
+
+
+def _with_references(settings: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Return the settings with a change of every reference to the user's own code."""
+    changed = dict(settings)
+    for name in REFERENCES:
+        value = settings.get(name)
+        items = value.split(",") if isinstance(value, str) else value
+        if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
+            items = [change(item.strip()) if user_code.is_reference(item.strip()) else item for item in items]
+            changed[name] = ",".join(items) if isinstance(value, str) else items
+    return changed
+
+
+def references(settings: Config) -> list[str]:
+    """Return the references to code from outside of this program in a configuration."""
+    flat = flatten(to_tree(settings))
+    values = [flat.get(name) for name in REFERENCES[1:]]
+    names = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
+    chosen = [methods.reference(settings.algorithm), *filter(None, names)]
+    return list(dict.fromkeys(name for name in chosen if user_code.is_reference(name)))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -208,7 +255,11 @@ def build(settings: Mapping[str, Any]) -> Config:
         ConfigError: names every wrong setting, its value, what is expected, and the nearest name.
         MethodError: a setting of a method whose file cannot be used, or this method is chosen.
     """
-    every = fields()
+    algorithm = str(settings.get("algorithm", ""))
+    if user_code.is_reference(algorithm):
+        methods.check(algorithm)
+        _options(algorithm)
+    every = fields(algorithm)
     unknown = [name for name in settings if name not in every]
     if unknown:
         check_methods(unknown)
@@ -225,9 +276,9 @@ def build(settings: Mapping[str, Any]) -> Config:
             node = node.setdefault(part, {})
         node[last] = value
     try:
-        return schema().model_validate(tree)
+        return schema(algorithm if user_code.is_reference(algorithm) else "").model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(*_explain(error)) from None
+        raise ConfigError(*_explain(error, every)) from None
 
 
 def check_methods(names: Iterable[str]) -> None:
@@ -252,9 +303,8 @@ def _check_truth(name: str, value: Any, truth: bool) -> None:
         raise ConfigError(problem, "`pfedmoe-mpi run --help` shows what it accepts")
 
 
-def _explain(error: ValidationError) -> tuple[str, str]:
+def _explain(error: ValidationError, every: Mapping[str, Any]) -> tuple[str, str]:
     """Return one line per wrong setting, with all alternatives of a union, and the remedy."""
-    every = fields()
     messages: dict[str, list[str]] = {}
     for item in error.errors():
         parts = [str(part) for part in item["loc"] if isinstance(part, str)]
@@ -283,7 +333,7 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
 def to_tree(config: Config) -> dict[str, Any]:
     """Return all fields as plain TOML types, without the sections of other methods."""
     tree = config.model_dump(mode="json")
-    kept = {config.algorithm, *Config.model_fields}
+    kept = {config.method, *Config.model_fields}
     return {name: value for name, value in tree.items() if name in kept}
 
 

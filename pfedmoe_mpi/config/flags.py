@@ -6,31 +6,54 @@ argparse splits the command line, pydantic checks the values and reports all wro
 from __future__ import annotations
 
 import argparse
-from itertools import groupby
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from itertools import groupby, zip_longest
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from pfedmoe_mpi.config import config, methods
+from pfedmoe_mpi.errors import ConfigError
 
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 KINDS = {int: "INT", float: "NUMBER", str: "NAME", bool: "true|false"}
 
 
-def settings() -> dict[str, FieldInfo]:
-    """Return every setting that is a flag, by its dotted name."""
-    return {name: field for name, field in config.fields().items() if name not in config.BOOKKEEPING}
+def settings(algorithm: str = "") -> dict[str, FieldInfo]:
+    """Return every setting that is a flag, by its dotted name; also those of a method's file."""
+    every = config.fields(algorithm)
+    return {name: field for name, field in every.items() if name not in config.BOOKKEEPING}
 
 
-def add_settings(parser: argparse.ArgumentParser, visible: bool) -> None:
+def method_file(words: Sequence[str]) -> str:
+    """Return the file of the method that a command line or its configuration file chooses, else nothing."""
+    chosen = ""
+    for word, value in zip_longest(words, words[1:], fillvalue=""):
+        if word.endswith(".toml") and not chosen and Path(word).is_file():
+            with suppress(ConfigError):  # the command reads the file again and reports the error
+                chosen = str(config.read_toml(Path(word)).get("algorithm", ""))
+        if word.partition("=")[0] == "--algorithm":
+            chosen = word.partition("=")[2] or value
+    found: str = config.located({"algorithm": chosen}, Path.cwd())["algorithm"]
+    return found if found.endswith(".py") else ""
+
+
+def add_settings(parser: argparse.ArgumentParser, visible: bool, algorithm: str = "") -> None:
     """Add a flag for every setting, grouped by section; the help shows them if they are `visible`.
 
     Parsing gives their values as text, and only those of flags that were present.
+
+    Args:
+        algorithm: a method's file, whose settings are added.
     """
-    for section, names in groupby(settings(), lambda name: name.rpartition(".")[0]):
-        group = parser.add_argument_group(_title(section))
+    every = settings(algorithm)
+    of_methods = {*methods.names(), methods.name(algorithm)}
+    for section, names in groupby(every, lambda name: name.rpartition(".")[0]):
+        group = parser.add_argument_group(_title(section, of_methods))
         for name in names:
-            field = config.fields()[name]
+            field = every[name]
             bare: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
             group.add_argument(
                 f"--{name}",
@@ -42,8 +65,8 @@ def add_settings(parser: argparse.ArgumentParser, visible: bool) -> None:
             )
 
 
-def _title(section: str) -> str:
-    if section in methods.names():
+def _title(section: str, of_methods: Collection[str]) -> str:
+    if section and section in of_methods:
         return f"{section} (only with --algorithm {section})"
     return section or "general"
 

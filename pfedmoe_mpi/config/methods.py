@@ -1,36 +1,33 @@
-"""Which methods exist, read from the folder of `algorithms`: a file's name is the method's name.
+"""Which methods exist, and their options: a file in `algorithms`, in an installed package, or of the user.
 
-Names, first docstring lines and `Options` are read from the source without importing it, so that `--help`
-and the check of a configuration need neither torch nor MPI. A file that cannot be used is a `MethodError` for
-whoever asks for that method, and does not affect any other.
+The value of `algorithm` is the name of a file in `algorithms`, a name that an installed package registers in
+the entry points `pfedmoe_mpi.algorithms`, or the path of a file, whose name without `.py` is the method's
+name. Names, first docstring lines and `Options` are read from the source without importing it, so that
+`--help` and the check of a configuration need neither torch nor MPI. A file that cannot be used is a
+`MethodError` for whoever asks for that method, and does not affect any other.
 """
 
 from __future__ import annotations
 
 import ast
 import pkgutil
-import traceback
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi import user_code
+from pfedmoe_mpi.errors import ConfigError, nearest
+from pfedmoe_mpi.user_code import CodeError
 
-PACKAGE = "pfedmoe_mpi.algorithms"
+PACKAGE = "pfedmoe_mpi.algorithms"  # also the group of entry points
 CONTRACT = "base"  # the one file there that is not a method, beside those that begin with an underscore
 
 
-class MethodError(ConfigError):
+class MethodError(CodeError):
     """A method's file that cannot be used; the message names the file and the line."""
 
-    # Not __init__: ranks send each other errors, and unpickling calls __init__ with the message alone.
-    @classmethod
-    def at(cls, path: Path, line: int | None, reason: object) -> MethodError:
-        """Return the error about one line of a file, or about the whole file."""
-        place = f"{path}:{line}" if line else str(path)
-        first = str(reason).strip().partition("\n")[0].rstrip(":")
-        return cls(f"{place}: {first}", "fix this file, or choose another --algorithm")
+    REMEDY = "fix this file, or choose another --algorithm"
 
 
 def _folders() -> list[str]:
@@ -40,49 +37,87 @@ def _folders() -> list[str]:
     return spec.submodule_search_locations
 
 
-def names() -> tuple[str, ...]:
-    """Return every method's name, sorted; also of those whose file cannot be used."""
+def shipped() -> tuple[str, ...]:
+    """Return the names of this program's methods, sorted; also of those whose file cannot be used."""
     files = (file.name for file in pkgutil.iter_modules(_folders()))
     return tuple(sorted(name for name in files if name != CONTRACT and not name.startswith("_")))
 
 
-def path(name: str) -> Path:
+def names() -> tuple[str, ...]:
+    """Return the names of all methods, sorted: this program's, and those of installed packages."""
+    return tuple(sorted({*shipped(), *user_code.installed(PACKAGE)}))
+
+
+def name(algorithm: str) -> str:
+    """Return the name of a method, which is also that of its section; of a file its name without `.py`."""
+    return user_code.label(algorithm)
+
+
+def reference(algorithm: str) -> str:
+    """Return a reference to the user's or an installed package's code; empty for a method of this program."""
+    if user_code.is_reference(algorithm):
+        return algorithm
+    return "" if algorithm in shipped() else user_code.installed(PACKAGE).get(algorithm, "")
+
+
+def check(algorithm: str) -> None:
+    """Check that there is such a method, without running its file.
+
+    Raises:
+        ConfigError: there is none, or a file has a name that a method's file cannot have.
+    """
+    if not user_code.is_reference(algorithm):
+        if algorithm not in names():
+            problem = f"there is no algorithm '{algorithm}'{nearest(algorithm, names())}"
+            raise ConfigError(problem, f"use one of {', '.join(names())}, or the path of a method's file")
+        return
+    if not algorithm.endswith(".py"):
+        raise ConfigError(f"algorithm = {algorithm} is not a file", "write PATH/METHOD.py without a colon")
+    user_code.check(algorithm)
+    chosen = name(algorithm)
+    if not chosen.isidentifier() or chosen != chosen.lower():
+        raise MethodError.at(
+            path(algorithm), None, f"'{chosen}' cannot be the name of settings: use a-z, 0-9, _"
+        )
+    if chosen in names():
+        raise MethodError.at(
+            path(algorithm), None, f"'{chosen}' is the name of another method; rename the file"
+        )
+
+
+def path(algorithm: str) -> Path:
     """Return the method's file."""
+    other = reference(algorithm)
+    if other:
+        return user_code.path(other)
     candidates = [
         candidate
         for folder in _folders()
-        for candidate in (Path(folder, f"{name}.py"), Path(folder, name, "__init__.py"))
+        for candidate in (Path(folder, f"{algorithm}.py"), Path(folder, algorithm, "__init__.py"))
     ]
     return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
 
 
 @cache
-def _source(name: str) -> ast.Module:
+def _source(algorithm: str) -> ast.Module:
     """Return the method's parsed source.
 
     Raises:
         MethodError: the file cannot be read, or is not Python.
     """
-    file = path(name)
-    try:
-        return ast.parse(file.read_bytes(), str(file))
-    except SyntaxError as error:
-        raise MethodError.at(file, error.lineno, error.msg) from error
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise MethodError.at(file, None, reason) from error
+    return user_code.parse(path(algorithm), MethodError)
 
 
-def summary(name: str) -> str:
+def summary(algorithm: str) -> str:
     """Return the first line of the method's docstring, or why its file cannot be used."""
     try:
-        return (ast.get_docstring(_source(name)) or "").partition("\n")[0]
-    except MethodError as error:
+        return (ast.get_docstring(_source(algorithm)) or "").partition("\n")[0]
+    except ConfigError as error:
         return f"cannot be used: {error.problem}"
 
 
 @cache
-def options(name: str, section: type) -> Any:
+def options(algorithm: str, section: type) -> Any:
     """Return the method's class `Options`, an empty `section` if there is none.
 
     It is compiled alone, and may use `Section`, `Field`, `Annotated` and `Literal`. The string below a field
@@ -91,13 +126,13 @@ def options(name: str, section: type) -> Any:
     Raises:
         MethodError: the file or the class cannot be used.
     """
-    file = path(name)
-    for node in _source(name).body:
+    file = path(algorithm)
+    for node in _source(algorithm).body:
         if isinstance(node, ast.ClassDef) and node.name == "Options":
             try:
                 return _compiled(node, file, section)
             except (Exception, SystemExit) as error:  # neither must end a command for another method
-                line = _line(error, file) or node.lineno
+                line = user_code.last_line(error, file) or node.lineno
                 raise MethodError.at(file, line, f"class Options: {_reason(error)}") from error
     return type("Options", (section,), {"__module__": __name__})
 
@@ -119,14 +154,6 @@ def _compiled(node: ast.ClassDef, file: Path, section: type) -> Any:
             made.model_fields[name].description = text.value.value
     made.model_validate(made().model_dump())  # every setting needs a default that it accepts
     return made
-
-
-def _line(error: BaseException, file: Path) -> int | None:
-    """Return the last line of `file` that the error passed through."""
-    if isinstance(error, SyntaxError):
-        return error.lineno
-    frames = traceback.extract_tb(error.__traceback__)
-    return next((frame.lineno for frame in reversed(frames) if frame.filename == str(file)), None)
 
 
 def _reason(error: BaseException) -> str:

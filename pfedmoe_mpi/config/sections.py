@@ -9,12 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from pfedmoe_mpi import user_code
 from pfedmoe_mpi.models import names
 
 
 def _name(value: Any) -> Any:
-    """Return a name in lower case, with `_` for `-`."""
-    return value.replace("-", "_").lower() if isinstance(value, str) else value
+    """Return a name in lower case, with `_` for `-`; a reference to the user's own code is not changed."""
+    if not isinstance(value, str) or user_code.is_reference(value):
+        return value
+    return value.replace("-", "_").lower()
 
 
 def _items(value: Any) -> Any:
@@ -111,7 +114,8 @@ class PartitionSettings(Section):
 
 class ModelSettings(Section):
     pool: Names = Field(("auto",), min_length=1)
-    """Architectures; client k takes number k mod length; auto = different ones if the method allows.
+    """Architectures, or classes of your own as FILE.py:NAME; client k takes number k mod length; auto =
+    different ones if the method allows.
     Default: cnn1 to cnn5, client k takes number k mod 5 (the papers' different models), or a family like
     it for features and texts; one architecture where the method needs equal models."""
     shared: Name = "auto"
@@ -156,9 +160,18 @@ class Gate(Section):
     routing: Annotated[Literal["soft", "top1"], BeforeValidator(_name)] = "soft"
     """soft mixes the experts; top1 takes the best one of each sample (straight-through gradient).
     Default: as in the paper."""
+    module: str = ""
+    """A gate of your own as FILE.py:NAME, called with (shape of its input, experts); its output are logits.
+    Default: the gate of the paper, which the settings above describe."""
     weights: Annotated[Literal["sample", "learned", "equal"], BeforeValidator(_name)] = "sample"
     """Weights per sample, or the same for all: learned constants, or equal ones (static fusion).
     Default: as in the paper."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Gate:
+        if self.module:
+            names.check_object(self.module)
+        return self
 
 
 class Unseen(Section):
@@ -279,6 +292,12 @@ class Run(Section):
     singleton: bool = False
     """Allow one rank where the launcher asked for more (each rank believes it is alone).
     Default: ranks that cannot see each other are a mistake."""
+    code: str = ""
+    """Folder in which restart and evaluate look for your own files by name, before their recorded place.
+    Default: files stay where they were; RUN_DIR/code has a copy of each."""
+    changed_code: bool = False
+    """Continue although your own code changed since the checkpoint; the difference is printed.
+    Default: a run is one program from its first round to its last."""
     tensorboard: bool = False
     """Write accuracy, loss, seconds and bytes of every round into RUN/tensorboard.
     Default: metrics.jsonl has everything, and the package tensorboard is an extra."""

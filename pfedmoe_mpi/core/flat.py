@@ -129,10 +129,14 @@ def flatten(module: nn.Module) -> Tensor:
 
 
 class Bound:
-    """A module on its device whose parameters and float buffers are views into `vector` (layout.size,)."""
+    """A module on its device whose parameters and float buffers are views into `vector` (layout.size,).
+
+    `trainable` are the parameters that required a gradient when the module was built.
+    """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module.float().to(device)
+        self.trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.layout = Layout.of(self.module)
         self.vector = flatten(self.module).to(device)
         tensors = self._tensors()

@@ -6,7 +6,7 @@ one per client: a client is its vector, which is copied in before its turn and o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,18 +20,22 @@ from pfedmoe_mpi.models.registry import Weightless
 
 @dataclass(frozen=True)
 class Module:
-    """A part that is a module, built by `build`; equal `kind` means equal architecture."""
+    """A part that is a module, built by `build`; equal `kind` means equal architecture.
+
+    `weightless`: the layout may be taken from a module built without memory, as all of this program's can be.
+    """
 
     kind: str
     build: Callable[[], nn.Module] = field(compare=False)
+    weightless: bool = True
 
     def initial(self) -> torch.Tensor:
         """Return the vector of a newly initialised module; draws from torch's global generator."""
         return flatten(self.build())
 
     def layout(self) -> Layout:
-        """Return the layout of that vector, without memory and without random draws."""
-        with Weightless():
+        """Return the layout of that vector; torch's global generator is not changed."""
+        with Weightless() if self.weightless else torch.random.fork_rng(devices=[]):
             return Layout.of(self.build())
 
 
@@ -83,6 +87,14 @@ class Parts:
     def modules(self) -> dict[str, nn.Module]:
         """Return the parts that are modules, by name."""
         return {name: part.module for name, part in self._bound.items() if isinstance(part, Bound)}
+
+    def train(self, names: Collection[str]) -> None:
+        """Set the named parts to training with gradients, the others to evaluation without."""
+        for name, part in self._bound.items():
+            if isinstance(part, Bound):
+                part.module.train(name in names)
+                for parameter in part.trainable:
+                    parameter.requires_grad_(name in names)
 
     def check(self) -> None:
         """Assert that every part is still bound to its vector."""

@@ -84,10 +84,7 @@ class Turn:
             NotFiniteError: a loss or the norm of a gradient was not finite. Clipping scales a gradient of
                 infinite norm to zero, so a check of the vectors alone would miss it.
         """
-        modules = self.parts.modules()
-        for name, module in modules.items():
-            module.train(name in phase.lr)
-            module.requires_grad_(name in phase.lr)
+        self.parts.train(phase.lr.keys())
         optimiser = SGD(self.parts, phase, self.rate)
         steps, ended = 0, False
         for _ in range(phase.epochs):

@@ -5,7 +5,7 @@ Every user error that needs the data is raised here, on all ranks and before any
 
 from __future__ import annotations
 
-from pfedmoe_mpi.algorithms import base
+from pfedmoe_mpi import algorithms
 from pfedmoe_mpi.checkpoint import weights
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Normalise
@@ -13,7 +13,7 @@ from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.parts import Workbench
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
-from pfedmoe_mpi.federation import placement
+from pfedmoe_mpi.federation import own_code, placement
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config
 from pfedmoe_mpi.federation.federation import Federation, pin
@@ -29,6 +29,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True) -> Federation:
     Raises:
         UserError: on all ranks: a setting or the data cannot be used.
     """
+    code = own_code.load(comm, settings)
     dataset = open_everywhere(comm, settings, warn=warn)
     threads = device.threads(comm, settings.train.threads)
     settings = effective_config(settings, dataset, threads)
@@ -37,7 +38,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True) -> Federation:
     partition, costs = plan.partition, plan.costs
     dataset = plan.fitted or dataset
     task = make_task(settings, dataset, partition)
-    method = base.load(settings.algorithm)(task)
+    method = algorithms.load(settings.algorithm)(task)
     method.poll = comm.poll
     method.read_weights = weights.read
     specs = [method.client_state(k) for k in range(task.clients)]  # a ConfigError is raised on all ranks
@@ -60,6 +61,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True) -> Federation:
     }
     return Federation(
         config=settings,
+        code=code,
         dataset=dataset,
         partition=partition,
         data_digest=data_digest(comm, clients),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pfedmoe_mpi import config
-from pfedmoe_mpi.algorithms import base
+from pfedmoe_mpi import algorithms, config
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.data import Dataset
 from pfedmoe_mpi.errors import ConfigError
@@ -58,9 +57,9 @@ def effective_config(settings: Config, dataset: Dataset, threads: int) -> Config
         ConfigError: a setting does not fit the data or the method.
     """
     settings = apply_proposals(settings, dataset)
-    kind = base.load(settings.algorithm)
+    kind = algorithms.load(settings.algorithm)
     if settings.unseen.private == "average" and not kind.averages_private:
-        problem = f"unseen.private = average, but {settings.algorithm} has no private parts to average"
+        problem = f"unseen.private = average, but {settings.method} has no private parts to average"
         raise ConfigError(problem, "remove --unseen.private, or choose --algorithm pfedmoe")
     if settings.train.augment and len(dataset.shape) != 3:
         augment = ",".join(settings.train.augment)
@@ -81,7 +80,7 @@ def effective_config(settings: Config, dataset: Dataset, threads: int) -> Config
         raise ConfigError(problem, "remove auto from --model.pool, or the architectures")
     if kind.homogeneous and len(set(pool)) > 1:
         raise ConfigError(
-            f"{settings.algorithm} needs equal models, but model.pool = {','.join(pool)}",
+            f"{settings.method} needs equal models, but model.pool = {','.join(pool)}",
             f"--model.pool {pool[0]} gives all clients this one, --model.pool auto gives them "
             f"model.shared = {shared}",
         )

@@ -23,10 +23,12 @@ from pfedmoe_mpi.mpi.device import Device
 class Federation:
     """Everything that a run is made of; equal on every rank, except `clients` and `device`.
 
-    `home` is the rank that keeps each client, `costs` the relative cost of training each for one epoch.
+    `home` is the rank that keeps each client, `costs` the relative cost of training each for one epoch,
+    `code` the text of the user's own files by name.
     """
 
     config: Config
+    code: Mapping[str, str]
     dataset: Dataset
     partition: Partition
     data_digest: str

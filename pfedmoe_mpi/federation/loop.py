@@ -123,6 +123,7 @@ class Loop:
                     return False
                 self._pretrained = True
                 self._observer.pretrained(line)
+                pretraining.begin_private_parts(self.federation, self.state)
             if not self._prepared:
                 self._prepared = pretraining.prepare(self.comm, self.federation, self.state)
             if self._prepared:

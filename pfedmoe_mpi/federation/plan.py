@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pfedmoe_mpi.algorithms import base
+from pfedmoe_mpi import algorithms
 from pfedmoe_mpi.algorithms.base import Task
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core import seeds
@@ -14,7 +14,9 @@ from pfedmoe_mpi.data import Dataset, Partition, make_partition
 from pfedmoe_mpi.data.set_apart import choose_unseen, reserve_rows
 from pfedmoe_mpi.errors import PartitionError
 from pfedmoe_mpi.federation.costs import client_costs
-from pfedmoe_mpi.models import registry
+from pfedmoe_mpi.models import registry, user_model
+from pfedmoe_mpi.models.gate import input_shape
+from pfedmoe_mpi.models.names import EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,10 @@ def draw_partition(settings: Config, dataset: Dataset) -> Partition:
             ordered=dataset.ordered,
         )
 
-    share = base.load(settings.algorithm).reserve(settings)
+    share = algorithms.load(settings.algorithm).reserve(settings)
     if share and dataset.ordered:
         raise PartitionError(
-            f"algorithm = {settings.algorithm} reserves rows for the server, and they would overlap the "
+            f"algorithm = {settings.method} reserves rows for the server, and they would overlap the "
             "windows that clients are tested on",
             "--fedjets.common FILE needs no reserved rows; or choose another --algorithm or other data",
         )
@@ -106,7 +108,11 @@ def _late(settings: Config, partition: Partition) -> frozenset[int]:
 
 
 def check_models(task: Task) -> None:
-    """Raise ConfigError for an architecture that cannot take the data."""
+    """Raise ConfigError for an architecture or a gate of the user's own that cannot take the data."""
     for name in dict.fromkeys([*task.pool, task.shared]):
         sizes = (task.classes, task.dim, task.config.model.stem, task.vocabulary)
         registry.check_model(name, task.shape, *sizes)
+    gate = task.config.gate
+    if gate.module and gate.weights == "sample":
+        shape = (EMBEDDING,) if task.vocabulary else task.shape
+        user_model.check(gate.module, input_shape(shape, task.dim, gate.input), 2)

@@ -96,3 +96,22 @@ def _prepare_clients(federation: Federation, state: torch.Tensor, rows: np.ndarr
                 module.eval()
             values = method.prepare(parts, partial(inputs, engine, client.splits["train"]))
             rows[client.id] = values.float().cpu().view(torch.int32).numpy()
+
+
+def begin_private_parts(federation: Federation, state: torch.Tensor) -> None:
+    """Copy the values with which private parts begin that the method does not draw; not collective."""
+    method, server = federation.method, federation.state_layout.parts
+    for client in federation.clients.values():
+        slices = federation.client_layouts[client.id].parts
+        for name, place in slices.items():
+            source = method.initial(name, client.id)
+            if source == name:
+                continue
+            if source in server:
+                values = state[server[source]]
+            else:
+                assert source in slices, f"initial: there is no part '{source}' for '{name}' to begin with"
+                values = client.vector[slices[source]]
+            target = client.vector[place]
+            assert len(values) == len(target), f"initial: '{name}' and '{source}' differ in architecture"
+            target.copy_(values)

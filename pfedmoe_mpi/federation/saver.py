@@ -86,6 +86,7 @@ class Saver:
         federation = self._federation
         return Content(
             config=config.to_tree(federation.config),
+            code=federation.code,
             round=round,
             state=state,
             state_layout=federation.state_layout,

@@ -63,11 +63,15 @@ class Gate(nn.Module):
         self.layers = nn.Sequential(*parts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = self.layers(self.input_norm(x.flatten(1)))
-        # Under autocast the logits are bfloat16, and bfloat16 weights sum to 1 only within 1 %.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        weights = torch.softmax(logits, 1)
-        return _straight_through(weights) if self.top1 else weights
+        return _weights(self.layers(self.input_norm(x.flatten(1))), self.temperature, self.top1)
+
+
+def _weights(logits: torch.Tensor, temperature: float, top1: bool) -> torch.Tensor:
+    """Return the gate's weights (B, experts), float32, from its logits."""
+    # Under autocast the logits are bfloat16, and bfloat16 weights sum to 1 only within 1 %.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    weights = torch.softmax(logits, 1)
+    return _straight_through(weights) if top1 else weights
 
 
 def _straight_through(weights: torch.Tensor) -> torch.Tensor:
@@ -102,11 +106,33 @@ class PooledGate(nn.Module):
         return weights
 
 
+class UserGate(nn.Module):
+    """A gate whose logits (B, experts) a module of the user's own computes; the rest is as in `Gate`."""
+
+    def __init__(self, module: nn.Module, *, temperature: float = 1.0, routing: str = "soft") -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.top1 = routing == "top1"
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _weights(self.module(x), self.temperature, self.top1)
+
+
+def input_shape(shape: tuple[int, ...], dim: int, input: str) -> tuple[int, ...]:
+    """Return the shape of a gate's input, for samples of `shape` and representations of length `dim`."""
+    if input == "shared":
+        return (dim,)
+    side = min(POOLED_SIDE, *shape[1:]) if input == "pooled" else 0
+    return (shape[0], side, side) if side else shape
+
+
 def build_gate(
     shape: tuple[int, ...],
     dim: int,
     experts: int,
     *,
+    module: str = "",
     input: str = "raw",
     weights: str = "sample",
     **options: Any,
@@ -114,7 +140,12 @@ def build_gate(
     """Build the gate of the section [gate]: (B, *shape), or (B, dim) for `input` shared, to (B, experts)."""
     if weights != "sample":
         return FixedGate(experts, learned=weights == "learned")
-    if input == "pooled":
-        side = min(POOLED_SIDE, *shape[1:])
-        return PooledGate(Gate(shape[0] * side * side, experts, **options), side)
-    return Gate(dim if input == "shared" else prod(shape), experts, **options)
+    seen = input_shape(shape, dim, input)
+    if module:
+        from pfedmoe_mpi.models import user_model
+
+        kept = {name: options[name] for name in ("temperature", "routing") if name in options}
+        gate: nn.Module = UserGate(user_model.build(module, seen, experts), **kept)
+    else:
+        gate = Gate(prod(seen), experts, **options)
+    return PooledGate(gate, seen[-1]) if input == "pooled" else gate

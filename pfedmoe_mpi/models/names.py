@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pfedmoe_mpi import user_code
 from pfedmoe_mpi.errors import ConfigError, nearest
+
+ENTRY_POINTS = "pfedmoe_mpi.models"
 
 # Widths (conv1, conv2, fc1); the fifth is the smallest of its family.
 CNN = {
@@ -78,9 +81,18 @@ def resolve_name(name: str) -> str:
 
     Case, `-` for `_`, and additional or missing `_` are accepted if only one name matches.
 
+    A reference to the user's own code, such as `./nets.py:TinyViT`, is checked and not changed; a name that
+    an installed package registers in the entry points `pfedmoe_mpi.models` becomes its reference.
+
     Raises:
         ConfigError: there is no such architecture; the message has the nearest name.
     """
+    registered = user_code.installed(ENTRY_POINTS)
+    if name in registered and name not in names():
+        name = registered[name]
+    if user_code.is_reference(name):
+        check_object(name)
+        return name
     word = name.lower().replace("-", "_")
     if word in names():
         return word
@@ -90,14 +102,42 @@ def resolve_name(name: str) -> str:
     raise ConfigError(
         f"there is no model '{name}'{nearest(word, names())}",
         f"use cnn1 to cnn5, mnist1 to mnist5 or mlp1 to mlp5; for texts {', '.join((*TEXT, *LSTM))}; "
-        f"or one of torchvision's {', '.join(TORCHVISION)}",
+        f"one of torchvision's {', '.join(TORCHVISION)}; or a class of your own as PATH/FILE.py:NAME",
+    )
+
+
+def check_object(reference: str) -> None:
+    """Check that a reference names a class or function in a file or module, without running it.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not user_code.is_reference(reference) or not user_code.split(reference)[1]:
+        remedy = f"write {reference}:NAME" if reference.endswith(".py") else "write PATH/FILE.py:NAME"
+        raise ConfigError(f"'{reference}' does not name a class or function in a file", remedy)
+    user_code.check(reference)
+
+
+def kind_of(name: str) -> str:
+    """Return a text that differs between architectures: the name, or a reference as `FILE.NAME`."""
+    source, item = user_code.split(name)
+    return f"{user_code.label(source)}.{item}" if user_code.is_reference(name) else name
+
+
+def labels(architectures: Sequence[str]) -> tuple[str, ...]:
+    """Return short names for tables and figures: a reference's object, with its file if needed."""
+    short = {name: user_code.label(name) for name in dict.fromkeys(architectures)}
+    taken = [*short.values(), *names()]
+    return tuple(
+        kind_of(name) if user_code.is_reference(name) and taken.count(short[name]) > 1 else short[name]
+        for name in architectures
     )
 
 
 def native_dim(name: str) -> int | None:
     """Return the architecture's length d (500; MNIST family 50, text 64); None if it accepts any length."""
     name = resolve_name(name)
-    if name in TORCHVISION:
+    if name in TORCHVISION or user_code.is_reference(name):
         return None
     if name in TEXT or name in LSTM:
         return TEXT_DIM

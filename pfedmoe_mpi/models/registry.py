@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models.names import CNN, LSTM, MLP, MNIST, SIZED, TEXT, TORCHVISION, resolve_name
+from pfedmoe_mpi.user_code import is_reference
 
 LARGEST_SIDE = 512  # limit of the search for a size that an architecture accepts, in pixels
 
@@ -33,7 +34,7 @@ def build_extractor(name: str, shape: tuple[int, ...], dim: int, stem: str, voca
 
     `shape` is (channels, height, width), (features,) or (tokens,); `dim` comes from `resolve_dim`; `stem` is
     small or imagenet, for torchvision's ResNets only; `vocabulary` is the number of different tokens, 0 if
-    the samples are not tokens.
+    the samples are not tokens. A reference to the user's own code is built by `user_model.build`.
 
     Raises:
         ConfigError: there is no such architecture.
@@ -41,6 +42,10 @@ def build_extractor(name: str, shape: tuple[int, ...], dim: int, stem: str, voca
     """
     assert dim > 0 and stem in {"small", "imagenet"}
     name = resolve_name(name)
+    if is_reference(name):
+        from pfedmoe_mpi.models import user_model
+
+        return user_model.build(name, shape, dim, vocabulary)
     if name in CNN or name in MNIST:
         from pfedmoe_mpi.models.cnn import ConvExtractor
 
@@ -71,12 +76,18 @@ def check_model(
     """Check that `name` takes samples of `shape`.
 
     It is built without memory on the meta device, and a training batch of two samples is passed through it.
+    A module of the user's own is built with memory: its constructor may compute with its tensors.
 
     Raises:
         ConfigError: there is no such architecture, or it cannot take `shape`; the message has the least
             square size that it takes.
     """
     name = resolve_name(name)
+    if is_reference(name):
+        from pfedmoe_mpi.models import user_model
+
+        user_model.check(name, shape, dim, vocabulary)
+        return
     for_text = name in TEXT or name in LSTM
     if for_text != bool(vocabulary):
         if for_text:

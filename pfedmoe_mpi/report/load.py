@@ -10,9 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pfedmoe_mpi.config.config import REFERENCES
 from pfedmoe_mpi.errors import UserError
+from pfedmoe_mpi.models.names import labels
 from pfedmoe_mpi.names import check_text
 from pfedmoe_mpi.storage import untrusted_json
+from pfedmoe_mpi.user_code import label
 
 STARTS = ("start", "restart")
 DRIFT = ["drift.forgetting", "drift.recovery"]  # columns even of runs without a change of concept
@@ -217,7 +220,17 @@ def _settings(path: Path) -> dict[str, Any]:
     if wrong:
         problem = f"{path} is not the configuration of a run: it does not set {', '.join(wrong)}"
         raise RunFolderError(problem, "name a folder that a run has written")
-    return settings
+    return _with_short_names(settings)
+
+
+def _with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with short names in place of references to the user's own code."""
+    pool = [str(name) for name in settings["model.pool"]]
+    short = {"algorithm": label(settings["algorithm"]), "model.pool": list(labels(pool))}
+    for name in set(REFERENCES) - set(short):
+        if isinstance(settings.get(name), str):
+            short[name] = labels([*pool, settings[name]])[-1]
+    return {**settings, **short}
 
 
 def _history(path: Path) -> list[dict[str, Any]]:

@@ -17,8 +17,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from pfedmoe_mpi import config
-from pfedmoe_mpi.algorithms import base
+from pfedmoe_mpi import algorithms, config
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Normalise, Split
@@ -156,7 +155,7 @@ def _run_in_errors(run: TableRun) -> Iterator[None]:
 
 def _size(settings: Config, dataset: Dataset, data: str, sizes: dict[str, Size]) -> Size:
     """Return a run's size; `data` identifies the data set, `sizes` holds those of earlier runs."""
-    reserve = base.load(settings.algorithm).reserve(settings)
+    reserve = algorithms.load(settings.algorithm).reserve(settings)
     sections = [section.model_dump() for section in (settings.partition, settings.unseen)]
     key = json.dumps([data, *sections, settings.clients, settings.seed, reserve])
     flat = config.flatten(config.to_tree(settings))
@@ -241,7 +240,7 @@ class _Stopwatch:
         settings = self._task.config
         train = settings.train.model_copy(update={"epochs": epochs})
         task = replace(self._task, config=settings.model_copy(update={"train": train}))
-        return base.load(settings.algorithm)(task)
+        return algorithms.load(settings.algorithm)(task)
 
     def _engine(self, method: Algorithm) -> Engine:
         normalise = Normalise((), (), len(self._task.shape), self._device)

@@ -15,6 +15,7 @@ from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.federation.effective import proposals
 from pfedmoe_mpi.federation.metrics import Row, best, selected_on
 from pfedmoe_mpi.log import LOGGER
+from pfedmoe_mpi.models.names import labels
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.algorithms.base import Task
@@ -34,7 +35,7 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
     """Return the plan's lines: what is shared, what is private, one line per rank, and the memory needed."""
     settings, task = federation.config, federation.task
     lines = [
-        f"{settings.algorithm} on {federation.dataset.name}: {task.clients} clients, "
+        f"{settings.method} on {federation.dataset.name}: {task.clients} clients, "
         f"cohort {settings.cohort_size}, {settings.rounds} rounds, "
         f"sample {_sample(task)}, {task.classes} classes, d = {task.dim}"
     ]
@@ -51,7 +52,7 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
     if accepted:
         lines.append(f"proposed by the data: {', '.join(accepted)}")
     lines += ["shared:  " + line for line in _describe(federation.state_layout)]
-    for number, name in enumerate(task.pool[: task.clients]):
+    for number, name in enumerate(labels(task.pool)[: task.clients]):
         clients = len(range(number, task.clients, len(task.pool)))
         private = _describe(federation.client_layouts[number])
         lines += [f"private: {line} ({name}, {clients} clients)" for line in private]
@@ -168,6 +169,7 @@ def _client_table(federation: Federation, row: Row) -> str:
     from rich.table import Table
 
     task, clients = federation.task, row["clients"]
+    architectures = labels(task.pool)
     binary = row["auc"]["mean"] is not None
     headings = [
         "client",
@@ -182,7 +184,8 @@ def _client_table(federation: Federation, row: Row) -> str:
     for heading in headings:
         table.add_column(heading, justify="right")
     for k in range(task.clients):
-        cells = [str(k), task.architecture(k), str(task.samples(k)), str(int((task.counts[k] > 0).sum()))]
+        classes = int((task.counts[k] > 0).sum())
+        cells = [str(k), architectures[k % len(architectures)], str(task.samples(k)), str(classes)]
         cells += [_percent(clients["accuracy"][k]), *([_three_digits(clients["auc"][k])] if binary else [])]
         table.add_row(*cells, _three_digits(clients["alpha"][k]))
     console = Console(width=100, no_color=True)

@@ -20,11 +20,13 @@ def evaluation_loop(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any
     Raises:
         UserError: on all ranks: the data are missing, or the checkpoint's models cannot take them.
     """
+    from pfedmoe_mpi.federation import own_code
     from pfedmoe_mpi.federation.build import build
     from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 
-    settings, _ = override_settings(loaded.config, overrides, ())
+    settings, _ = world.attempt(lambda: override_settings(loaded.config, overrides, ()), "settings")
     federation = build(world, settings)
+    own_code.check_unchanged(world, settings, federation.code, loaded)
     loaded_layouts = [loaded.state_layout, *map(loaded.layout, range(loaded.clients))]
     built_layouts = [federation.state_layout, *federation.client_layouts]
     if [layout.digest for layout in loaded_layouts] != [layout.digest for layout in built_layouts]:

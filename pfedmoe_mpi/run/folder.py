@@ -217,6 +217,21 @@ class RunFolder:
                 problem, "free space, or resume in another folder with --run.dir NEW"
             ) from error
 
+    def keep_code(self, texts: Mapping[str, str]) -> None:
+        """Write the user's own files into `code`.
+
+        Raises:
+            ConfigError: they cannot be written.
+        """
+        try:
+            for name, text in texts.items():
+                path = self.path / "code" / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                durable.write_text(path, text)
+        except OSError as error:
+            problem = f"the run folder {self.path} cannot be written: {error}"
+            raise ConfigError(problem, "free space, or resume with --run.dir NEW") from error
+
     def complete(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write what a run killed between its last checkpoint and its end did not write."""
         if self._metrics_rounds() != [row["round"] for row in history]:

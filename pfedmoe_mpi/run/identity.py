@@ -11,6 +11,7 @@ import torch
 
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import CheckpointError
+from pfedmoe_mpi.federation import own_code
 from pfedmoe_mpi.federation.federation import Federation, samples_text
 from pfedmoe_mpi.federation.round_sum import RoundSum
 from pfedmoe_mpi.mpi import comm
@@ -35,11 +36,12 @@ def run_identity(federation: Federation) -> dict[str, str]:
 
 
 def check_same_federation(world: Comm, federation: Federation, loaded: Checkpoint) -> None:
-    """Check that a federation has the checkpoint's data, partition and models; note what will change bits.
+    """Check that a federation has the checkpoint's code, data, partition and models; note what changes bits.
 
     Raises:
-        CheckpointError: on all ranks: the data, the partition or the models differ.
+        CheckpointError: on all ranks: the user's own code, the data, the partition or the models differ.
     """
+    own_code.check_unchanged(world, federation.config, federation.code, loaded)
     for name, digest in (("data", federation.data_digest), ("partition", federation.partition.digest())):
         before = loaded.identity[f"{name}_digest"]
         if digest != before:

@@ -70,7 +70,7 @@ def _new_folder(settings: Config) -> Path:
     path = Path(settings.run.dir or "runs").absolute()
     check_path("the run folder", str(path), ConfigError)  # the current folder's path is part of it
     if not settings.run.dir:
-        return default(settings.algorithm)
+        return default(settings.method)
     RunFolder.refuse_existing(path, settings.run.force)
     return path
 
@@ -139,6 +139,7 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
             if start.changes or not start.resuming:
                 _save_again(loop, start.loaded)
         world.from_root(lambda: folder.describe(config.to_toml(settings), start.history), "run folder")
+        world.from_root(lambda: folder.keep_code(federation.code), "run folder")
         facts = {**identity, "changes": start.changes, "warnings": list(start.warnings), **report_facts}
         _report_start(world, reporter, start.loaded, device_lines, facts)
         finished = loop.run()

@@ -21,7 +21,8 @@ from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 # A restart may not change these, in addition to what an evaluation may not: who trains, when, on which data.
 FIXED_IN_TRAINING = ("partition", "gate", "unseen", "join", "stream", "data.mean", "data.std")
-PER_START = ("run.dir", "run.force", "run.singleton")  # never taken from an earlier start
+# Never taken from an earlier start.
+PER_START = ("run.dir", "run.force", "run.singleton", "run.code", "run.changed_code")
 
 
 def restart(source: Path, overrides: Mapping[str, Any]) -> int:
@@ -43,7 +44,9 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
         with checkpoint.open_everywhere(world, found) if found else nullcontext() as loaded:
             before = loaded.config if loaded else _read_config(world, folder)
-            settings, changes = override_settings(before, overrides, FIXED_IN_TRAINING)
+            settings, changes = world.attempt(
+                lambda: override_settings(before, overrides, FIXED_IN_TRAINING), "settings"
+            )
             if loaded:
                 _check_progress(world, loaded, settings, changes)
             elif "rounds" in changes:
@@ -200,7 +203,7 @@ def override_settings(
 ) -> tuple[Config, dict[str, list[Any]]]:
     """Return an earlier configuration with overrides, and what they change: {name: [before, after]}.
 
-    Settings of a single start (run.dir, run.force, run.singleton) come from the overrides alone.
+    Settings of a single start (run.dir, run.force and others) come from the overrides alone.
 
     Args:
         fixed: sections and settings that may not change, in addition to those that define a federation.
@@ -209,11 +212,14 @@ def override_settings(
         ConfigError: an override changes a fixed setting.
     """
     defaults = {name: config.fields()[name].default for name in PER_START}
-    old = config.build({**config.flatten(before), **defaults})
+    earlier = {**config.flatten(before), **defaults}
+    if overrides.get("run.code"):
+        earlier = config.relocated(earlier, Path(overrides["run.code"]))
+    old = config.build(earlier)
     new = config.build({**config.flatten(config.to_tree(old)), **overrides})
     then, now = (config.flatten(config.to_tree(settings)) for settings in (old, new))
     names = [name for name in {**then, **now} if name not in PER_START and then.get(name) != now.get(name)]
-    fixed = ("algorithm", "clients", "seed", "model", old.algorithm, *fixed)
+    fixed = ("algorithm", "clients", "seed", "model", old.method, *fixed)
     refused = [
         f"{name}: {then.get(name)} → {now.get(name)}"
         for name in names

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from pfedmoe_mpi import arguments, cli, config
-from pfedmoe_mpi.algorithms import base
+from pfedmoe_mpi import algorithms, arguments, cli, config
 from pfedmoe_mpi.config import flags, methods
 from pfedmoe_mpi.errors import ConfigError
 
@@ -233,7 +232,7 @@ def test_algorithm_has_its_own_section() -> None:
 def test_options_read_from_source_equal_the_class_options(algorithm: str) -> None:
     """`--help` compiles only the options; the method's file defines them."""
     section = getattr(config.build({"algorithm": algorithm}), algorithm)
-    module = sys.modules[base.load(algorithm).__module__]
+    module = sys.modules[algorithms.load(algorithm).__module__]
     own = getattr(module, "Options", None)
     defined = {name: field.default for name, field in own.model_fields.items()} if own else {}
     assert section.model_dump() == defined

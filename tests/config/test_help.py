@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pfedmoe_mpi import arguments, cli, config
+from pfedmoe_mpi import algorithms, arguments, cli, config
 from pfedmoe_mpi.algorithms import base
 from pfedmoe_mpi.bench import measurements
 from pfedmoe_mpi.config import flags, methods
@@ -53,7 +53,7 @@ def test_top_level_help_lists_commands_and_methods() -> None:
     for name, command in arguments.COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(command.summary)}$", text, re.M)
     for name in methods.names():
-        document = sys.modules[base.load(name).__module__].__doc__ or ""
+        document = sys.modules[algorithms.load(name).__module__].__doc__ or ""
         assert re.search(rf"^  {name} +{re.escape(document.partition(chr(10))[0])}$", text, re.M)
     assert "--train.lr" not in text and max(map(len, text.split("methods,")[0].splitlines())) < 100
 

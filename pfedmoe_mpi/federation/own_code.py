@@ -1,0 +1,56 @@
+"""The user's own code in a run: the same on all ranks, and compared with what a checkpoint recorded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from hashlib import sha256
+
+from pfedmoe_mpi import algorithms, config, user_code
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.errors import CheckpointError
+from pfedmoe_mpi.mpi import alike
+from pfedmoe_mpi.mpi.comm import Comm
+
+
+def load(comm: Comm, settings: Config) -> dict[str, str]:
+    """Run the code that a configuration names, and the method's file; return the texts by name; collective.
+
+    Raises:
+        UserError: on all ranks: a file is missing, its code raised an exception, or the ranks' files differ.
+    """
+    texts = comm.attempt(lambda: _load(settings), "your own code")
+    if not texts:  # alike on all ranks, as they have the same settings
+        return texts
+    digests = {name: sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    of_ranks = comm.gather(digests, "your own code")
+    if any(other != of_ranks[0] for other in of_ranks):
+        raise alike.difference(of_ranks)
+    return texts
+
+
+def _load(settings: Config) -> dict[str, str]:
+    references = config.references(settings)
+    texts = user_code.sources(references)
+    for reference in references:
+        if user_code.split(reference)[1]:
+            user_code.load(reference)
+    algorithms.load(settings.algorithm)
+    return texts
+
+
+def check_unchanged(comm: Comm, settings: Config, now: Mapping[str, str], loaded: Checkpoint) -> None:
+    """Compare the user's own code with that of a checkpoint; with `run.changed_code` print the difference.
+
+    Raises:
+        CheckpointError: on all ranks: the code differs.
+    """
+    difference = user_code.difference(loaded.code, now)
+    if difference and not settings.run.changed_code:
+        raise CheckpointError(
+            f"your own code changed since the checkpoint:\n{difference}",
+            "--run.changed_code true continues with the changed code; the code of the run is in RUN_DIR/code",
+        )
+    if difference and comm.rank == 0:
+        print(f"note: your own code changed since the checkpoint:\n{difference}", file=sys.stderr, flush=True)
