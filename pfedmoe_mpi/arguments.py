@@ -216,6 +216,16 @@ COMMANDS = {
         settings=True,
         mpi=True,
     ),
+    "conformance": Command(
+        "Check on 4 ranks that methods, also those of your own, keep every promise to their users.",
+        (
+            argument("methods", nargs="*", metavar="METHOD|FILE.py", help="methods [default all]"),
+            argument("--check", default="", metavar="NAME,...", help="only these checks [default all]"),
+        ),
+        ("conformance ./ditto.py", "conformance fedavg fedprox --check ranks,restart"),
+        settings=True,
+        mpi=True,
+    ),
     "check": Command(
         "Check what this cluster can do: MPI, hosts, GPU, file system, signals.",
         (argument("folder", nargs="?", default=".", metavar="FOLDER", help="where runs will be written"),),

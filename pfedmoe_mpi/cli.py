@@ -203,6 +203,14 @@ def bench(given: Namespace) -> int:
     return command.run(given.words, settings, given.settings)
 
 
+def conformance(given: Namespace) -> int:
+    """Hold methods to the contract of `algorithms/base.py`."""
+    from pfedmoe_mpi.conformance import command
+
+    chosen = [name.strip() for name in given.check.split(",") if name.strip()]
+    return command.run(given.methods, chosen, given.settings)
+
+
 def check(given: Namespace) -> int:
     """Print what this cluster can do: MPI, file system, GPU, signals."""
     from pfedmoe_mpi.commands import check
@@ -253,6 +261,7 @@ FUNCTIONS: dict[str, Callable[[Namespace], int]] = {
     "translate": translate,
     "bench": bench,
     "check": check,
+    "conformance": conformance,
     "help": print_help,
     "completion": completion,
 }

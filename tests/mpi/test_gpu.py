@@ -54,10 +54,10 @@ def test_every_method_runs_on_a_gpu(tmp_path: Path, method: str) -> None:
 
 
 def test_idle_clients_are_in_pinned_memory() -> None:
-    from conformance import settings
+    from pfedmoe_mpi.conformance.checks import Case
     from pfedmoe_mpi.federation import build
     from pfedmoe_mpi.mpi import comm
 
-    built = build.build(comm.start(), settings("pfedmoe", train__device="cuda"))
+    built = build.build(comm.start(), Case("pfedmoe", {}).settings(train__device="cuda"))
     assert all(client.vector.is_pinned() for client in built.clients.values())
     assert all(split.x.is_cuda for client in built.clients.values() for split in client.splits.values())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.launcher import clean_environment, openmpi_folder
-from support.paths import TESTS, with_support
+from support.paths import with_support
 
 MARK = "PFEDMOE_TEST_JOB"
 
@@ -68,14 +68,9 @@ def job_processes(token: str) -> list[int]:
 
 
 def run_conformance(*arguments: str, timeout: float) -> tuple[int, str]:
-    """Run conformance.py on four ranks; kill the job after `timeout` seconds."""
-    command = [
-        str(Path(sys.executable).parent / "mpirun"),
-        "-n",
-        "4",
-        sys.executable,
-        str(TESTS / "conformance.py"),
-    ]
+    """Run the command `conformance` on four ranks; kill the job after `timeout` seconds."""
+    launcher = [str(Path(sys.executable).parent / "mpirun"), "-n", "4"]
+    command = [*launcher, sys.executable, "-m", "pfedmoe_mpi", "conformance"]
     job = subprocess.Popen(
         [*command, *arguments],
         stdout=subprocess.PIPE,

@@ -22,6 +22,7 @@ import torch
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Block
 from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.conformance.recorded_step import RecordedStep, contains_affine
 from pfedmoe_mpi.core.batches import Split, batches
 from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.turn import Turn
@@ -31,7 +32,6 @@ from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.federation.metrics import CLIENT_METRICS, RANK_METRICS
 from pfedmoe_mpi.federation.round_sum import IN, MEMBER_METRICS, MISSING, RoundSum
 from pfedmoe_mpi.mpi.comm import Comm
-from support.recorded_step import RecordedStep, contains_affine
 
 CALLS = ("sum", "broadcast", "gather", "from_root", "agree", "move", "wait", "local", "split")
 OUTSIDE = {"mpi4py", "h5py", "socket", "subprocess", "multiprocessing", "ctypes", "os", "tempfile", "pickle"}

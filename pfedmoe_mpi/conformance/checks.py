@@ -1,21 +1,17 @@
-"""The checks that every method must pass, run on sub-communicators of one job.
+"""The checks of the contract of `algorithms/base.py`, each on sub-communicators of one job of four ranks.
 
-    mpirun -n 4 python tests/conformance.py [METHOD ...] [--check NAME] [--set section.field=VALUE]
-
-Methods are discovered; no check has a line for a particular method. With --broken the deliberately wrong
-methods of `tests/broken/` are added. Each check prints one line per method: `pass`, or `FAIL` with the
-reason.
+No check has a line for a particular method. A check raises an AssertionError with a sentence.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,17 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from pfedmoe_mpi import algorithms, checkpoint, config
+from pfedmoe_mpi import checkpoint, config
 from pfedmoe_mpi.checkpoint import Checkpoint
-from pfedmoe_mpi.config import methods
+from pfedmoe_mpi.conformance.traffic import traffic_errors
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.federation import build, metrics
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.mpi.comm import Comm
-from support.traffic_check import traffic_errors
 
-SETTINGS: dict[str, Any] = {
+RANKS = 4
+SETTINGS: Mapping[str, Any] = {  # of a federation that runs for seconds
     "data.source": "synthetic",
     "data.samples": 160,
     "data.size": 8,
@@ -50,11 +45,17 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def settings(name: str, **changes: Any) -> config.Config:
-    """Return the configuration of a federation that runs for seconds; `__` in a name stands for the dot."""
-    return config.build(
-        {**SETTINGS, "algorithm": name, **{k.replace("__", "."): v for k, v in changes.items()}}
-    )
+@dataclass(frozen=True)
+class Case:
+    """A method, and settings of its federations that replace `SETTINGS`."""
+
+    algorithm: str
+    overrides: Mapping[str, Any]
+
+    def settings(self, **changes: Any) -> config.Config:
+        """Return the configuration with changes; `__` in a name stands for the dot."""
+        dotted = {name.replace("__", "."): value for name, value in changes.items()}
+        return config.build({**SETTINGS, **self.overrides, "algorithm": self.algorithm, **dotted})
 
 
 def run_federation(
@@ -109,56 +110,54 @@ def on_ranks(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
 # The checks
 
 
-def ranks(world: Comm, name: str) -> None:
+def ranks(world: Comm, case: Case) -> None:
     """Check that the result has the same bits on 1, 2 and 4 ranks."""
-    digests = [on_ranks(world, n, lambda part: run_digest(part, settings(name, rounds=2))) for n in (1, 2, 4)]
+    digests = [on_ranks(world, n, lambda part: run_digest(part, case.settings(rounds=2))) for n in (1, 2, 4)]
     assert len(set(digests)) == 1, f"the digests on 1, 2 and 4 ranks differ: {digests}"
 
 
-def idle(world: Comm, name: str) -> None:
+def idle(world: Comm, case: Case) -> None:
     """Check that ranks without clients do not change the result."""
-    chosen = settings(name, rounds=2, clients=2, participation=0.5, partition__alpha=100.0)
+    chosen = case.settings(rounds=2, clients=2, participation=0.5, partition__alpha=100.0)
     alone, with_idle_ranks = (on_ranks(world, n, lambda part: run_digest(part, chosen)) for n in (1, 4))
     assert alone == with_idle_ranks, "idle ranks changed the result"
 
 
-def restart(world: Comm, name: str) -> None:
+def restart(world: Comm, case: Case) -> None:
     """Check that two rounds, a restart on another number of ranks and two more rounds equal four rounds."""
     with ScratchFolder(world) as folder:
-        uninterrupted = on_ranks(world, 2, lambda part: run_digest(part, settings(name)))
-        on_ranks(world, 4, lambda part: run_federation(part, settings(name, rounds=2), folder).round)
+        uninterrupted = on_ranks(world, 2, lambda part: run_digest(part, case.settings()))
+        on_ranks(world, 4, lambda part: run_federation(part, case.settings(rounds=2), folder).round)
         source = folder / checkpoint.name(2, partial=False)
         for n in (1, 3):
-            restarted = on_ranks(world, n, lambda part: run_digest(part, settings(name), source))
+            restarted = on_ranks(world, n, lambda part: run_digest(part, case.settings(), source))
             assert restarted == uninterrupted, f"a restart on {n} ranks differs from an uninterrupted run"
 
 
-def midround(world: Comm, name: str) -> None:
+def midround(world: Comm, case: Case) -> None:
     """Check that a run stopped by a signal inside a round and restarted equals an uninterrupted run."""
-    uninterrupted = on_ranks(world, 1, lambda part: run_digest(part, settings(name)))
-    partial = 0
+    uninterrupted = on_ranks(world, 1, lambda part: run_digest(part, case.settings()))
+    stopped_inside = 0
     for polls in (3, 7, 11, 29):
-        if polls == 29 and partial:  # for methods that take many steps per turn
+        if polls == 29 and stopped_inside:  # for methods that take many steps per turn
             break
         with ScratchFolder(world) as folder:
             on_ranks(
                 world,
                 2,
-                lambda part, polls=polls, folder=folder: run_until_stopped(part, name, polls, folder),
+                partial(run_until_stopped, case=case, polls=polls, folder=folder),
             )
             source = checkpoint.newest_first(folder)[0]
             with Checkpoint(source) as loaded:
-                partial += 0 < len(loaded.finished) < 4
-            restarted = on_ranks(
-                world, 3, lambda part, source=source: run_digest(part, settings(name), source)
-            )
+                stopped_inside += 0 < len(loaded.finished) < 4
+            restarted = on_ranks(world, 3, partial(run_digest, chosen=case.settings(), source=source))
             assert restarted == uninterrupted, (
                 f"a restart from {source.name} differs from an uninterrupted run"
             )
-    assert partial, "no signal arrived in the middle of a round"
+    assert stopped_inside, "no signal arrived in the middle of a round"
 
 
-def run_until_stopped(world: Comm, name: str, polls: int, folder: Path) -> None:
+def run_until_stopped(world: Comm, case: Case, polls: int, folder: Path) -> None:
     """Run until rank 0 receives SIGUSR1 at its `polls`-th poll, counted from round 1 on."""
     world.catch_signals()
     remaining, poll = 0, world.poll
@@ -171,39 +170,37 @@ def run_until_stopped(world: Comm, name: str, polls: int, folder: Path) -> None:
         poll()
 
     world.poll = counting_poll  # type: ignore[method-assign]
-    loop = Loop(world, build.build(world, settings(name)), SilentObserver(), folder)
+    loop = Loop(world, build.build(world, case.settings()), SilentObserver(), folder)
     assert loop.begin()  # a stop before round 1 leaves no partial round: the work is repeated
     remaining = polls
     assert not loop.run(), "the signal did not stop the run"
 
 
-def moves(world: Comm, name: str) -> None:
+def moves(world: Comm, case: Case) -> None:
     """Check that the first round changes every shared tensor, including BatchNorm's running statistics."""
     for changes in ({}, {"model__pool": "shufflenet_v2_x0_5", "model__shared": "shufflenet_v2_x0_5"}):
         bigger = {"data__size": 32, "clients": 2, "data__samples": 60} if changes else {}
         chosen = {"rounds": 1, "participation": 1.0, **changes, **bigger}
-        before, after, layout = on_ranks(
-            world, 1, lambda part, chosen=chosen: state_change(part, name, chosen)
-        )
+        before, after, layout = on_ranks(world, 1, partial(state_change, case=case, changes=chosen))
         for entry in Layout.from_json(layout).entries:
             stretch = slice(entry.offset, entry.offset + entry.size)
             same = np.array_equal(before[stretch].view(np.uint32), after[stretch].view(np.uint32))
             assert not same, f"shared tensor {entry.name} did not change in the first round"
 
 
-def state_change(part: Comm, name: str, changes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
+def state_change(part: Comm, case: Case, changes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
     """Return the server's vector before and after a run, and its layout as JSON."""
-    loop = Loop(part, build.build(part, settings(name, **changes)), SilentObserver(), None)
+    loop = Loop(part, build.build(part, case.settings(**changes)), SilentObserver(), None)
     before = loop.state.numpy().copy()
     loop.run()
     return before, loop.state.numpy(), loop.federation.state_layout.to_json()
 
 
-def fixpoint(world: Comm, name: str) -> None:
+def fixpoint(world: Comm, case: Case) -> None:
     """Check that with vanishing steps the mean over a part of the clients equals the state they received."""
     tiny = dict.fromkeys(("train__lr", "train__lr_shared", "train__lr_gate"), 1e-7)
     chosen = {"participation": 0.4, "rounds": 2, **tiny}
-    before, after, layout = on_ranks(world, 2, lambda part: state_change(part, name, chosen))
+    before, after, layout = on_ranks(world, 2, lambda part: state_change(part, case, chosen))
     for entry in Layout.from_json(layout).entries:
         stretch = slice(entry.offset, entry.offset + entry.size)
         if entry.trained:
@@ -212,15 +209,15 @@ def fixpoint(world: Comm, name: str) -> None:
             )
 
 
-def layouts(world: Comm, name: str) -> None:
+def layouts(world: Comm, case: Case) -> None:
     """Check that module to vector to module keeps every tensor, JSON every layout, and vectors fit them."""
-    number = on_ranks(world, 1, lambda part: check_round_trips(part, name))
+    number = on_ranks(world, 1, lambda part: check_round_trips(part, case))
     assert number, "no layout was checked"
 
 
-def check_round_trips(part: Comm, name: str) -> int:
+def check_round_trips(part: Comm, case: Case) -> int:
     """Check the layouts of every client, and return how many clients there are."""
-    built = build.build(part, settings(name))
+    built = build.build(part, case.settings())
     method, bench = built.method, built.workbench
     for client in built.clients.values():
         for spec in (method.state(), client.spec):
@@ -233,12 +230,12 @@ def check_round_trips(part: Comm, name: str) -> int:
     return len(built.clients)
 
 
-def wire(world: Comm, name: str) -> None:
+def wire(world: Comm, case: Case) -> None:
     """Check on 2 and 3 ranks that only the declared payload, weights and metrics leave a client."""
     with ScratchFolder(world) as folder:
         for n, share, lost in ((2, 1.0, 0.0), (3, 0.8, 0.4)):
-            chosen = settings(name, rounds=2, participation=share, faults__dropout=lost)
-            on_ranks(world, n, lambda part, chosen=chosen: assert_declared_traffic(part, chosen, folder))
+            chosen = case.settings(rounds=2, participation=share, faults__dropout=lost)
+            on_ranks(world, n, partial(assert_declared_traffic, chosen=chosen, folder=folder))
 
 
 def assert_declared_traffic(part: Comm, chosen: config.Config, folder: Path) -> None:
@@ -264,47 +261,3 @@ class ScratchFolder:
         self._world.wait("scratch")
         if self._world.rank == 0:
             shutil.rmtree(self._folder)
-
-
-def run_check(world: Comm, check: Callable[[Comm, str], None], name: str) -> bool:
-    """Run one check, print its verdict and return True, on all ranks, if it passed."""
-    try:
-        check(world, name)
-        failure = ""
-    except AssertionError as error:
-        failure = str(error) or "an assertion without a message failed"
-    failures = [item for item in world.gather(failure, "verdict") if item]
-    if world.rank == 0:
-        print(f"{check.__name__} {name}: {'FAIL ' + failures[0] if failures else 'pass'}", flush=True)
-    return not failures
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Check that methods keep the contract of algorithms/base.py."
-    )
-    parser.add_argument("methods", nargs="*", help="default: all")
-    parser.add_argument("--check", action="append", choices=list(CHECKS), help="default: all")
-    parser.add_argument("--broken", action="store_true", help="make the methods of tests/broken available")
-    parser.add_argument("--set", action="append", default=[], help="section.field=VALUE, for all federations")
-    options = parser.parse_args()
-    SETTINGS.update(item.split("=", 1) for item in options.set)
-    if options.broken:
-        algorithms.__path__.append(str(Path(__file__).parent / "broken"))
-    torch.set_num_threads(1)
-    world = comm.start()
-    world.timeout = 20.0
-    try:
-        verdicts = [
-            run_check(world, CHECKS[check], name)
-            for name in options.methods or methods.names()
-            for check in options.check or CHECKS
-        ]
-    except BaseException as error:
-        world.fault(error)
-    world.finish()
-    return 0 if all(verdicts) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
