@@ -2,10 +2,11 @@
 
 A module imports only from its own line and the lines below it:
 
-    cli          the command line
-    commands, bench, reproduce, report, client_model
-                 the commands, and a client's model for a notebook
-    run          one training run: start, restart, run folder, exit code
+    cli, api     the command line; runs from Python
+    commands, bench, conformance, reproduce, report
+                 the commands
+    run, client_model
+                 one training run: start, restart, run folder, exit code; a client's model for a notebook
     federation   the rounds: cohort, training, sums, metrics, when to write a checkpoint
     algorithms   the methods, one file each; `base` is their contract
     checkpoint, data
@@ -26,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 from pfedmoe_mpi._version import __version__
 
 if TYPE_CHECKING:
+    from pfedmoe_mpi.api import restart, train
     from pfedmoe_mpi.client_model import ClientModel
     from pfedmoe_mpi.report.load import load_run
 
-__all__ = ["__version__", "load_client", "load_run"]
+__all__ = ["__version__", "load_client", "load_run", "restart", "train"]
 
 
 def load_client(
@@ -59,9 +61,13 @@ def load_client(
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load_run` on first use: `--help` needs neither numpy nor what else reports read."""
-    if name != "load_run":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pfedmoe_mpi.report.load import load_run
+    """Import a function on first use: `--help` needs neither numpy nor MPI."""
+    if name == "load_run":
+        from pfedmoe_mpi.report.load import load_run
 
-    return load_run
+        return load_run
+    if name in {"restart", "train"}:
+        from pfedmoe_mpi import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

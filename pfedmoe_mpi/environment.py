@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from pfedmoe_mpi._version import __version__
@@ -40,8 +41,9 @@ def launched_size(environment: Mapping[str, str]) -> int:
     return 1
 
 
+@cache
 def code_version() -> str:
-    """Return version, commit and dirty flag.
+    """Return version, commit and dirty flag, as at the first call.
 
     Call it before MPI starts: after that a process must not start a subprocess.
     """

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pfedmoe_mpi.errors import (
     EXIT_FAULT,
     EXIT_USER,
+    ConfigError,
     LaunchError,
     MessageError,
     RunError,
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.environment import SIGNALS, code_version, launched_rank, launched_size
 from pfedmoe_mpi.log import LOGGER
+
+T = TypeVar("T")
 
 
 def under_mpi(
@@ -66,6 +70,42 @@ def under_mpi(
         world.fault(error)
     world.finish()
     return result
+
+
+def call_under_mpi(work: Callable[[Comm, str], T], given: Mapping[str, Any]) -> T:
+    """Start MPI, or use it again, and return the result of `work(world, code version)`; for Python's callers.
+
+    Errors are raised and not printed, and the signal handlers are afterwards those of before.
+
+    Args:
+        given: as for `under_mpi`.
+
+    Raises:
+        UserError, RunError: of `work`, on all ranks.
+        ConfigError: this is not the main thread, which alone receives signals.
+    """
+    from pfedmoe_mpi.mpi import comm
+
+    if threading.current_thread() is not threading.main_thread():
+        problem = "a run was started in another thread than the main one"
+        raise ConfigError(problem, "use one process per run")
+    code = code_version() if launched_rank() == 0 else ""
+    world = comm.start()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    world.catch_signals()
+    try:
+        _check_start(world, given, None)
+        return work(world, code)
+    except (UserError, RunError, StoppedError):
+        raise
+    except BaseException as error:
+        if world.size > 1:  # the other ranks wait for this one
+            world.fault(error)
+        raise
+    finally:
+        world.finish()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def print_error(error: MessageError) -> None:

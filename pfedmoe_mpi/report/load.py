@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi.config.config import REFERENCES
 from pfedmoe_mpi.errors import UserError
@@ -16,6 +16,9 @@ from pfedmoe_mpi.models.names import labels
 from pfedmoe_mpi.names import check_text
 from pfedmoe_mpi.storage import untrusted_json
 from pfedmoe_mpi.user_code import label
+
+if TYPE_CHECKING:
+    from pfedmoe_mpi.client_model import ClientModel
 
 STARTS = ("start", "restart")
 DRIFT = ["drift.forgetting", "drift.recovery"]  # columns even of runs without a change of concept
@@ -76,6 +79,17 @@ class Run:
         """The row of the round that validation rows choose, the first of the best; None without such rows."""
         rows = [row for row in self.history if (row.get("accuracy_validation") or {}).get("mean") is not None]
         return max(rows, key=lambda row: (row["accuracy_validation"]["mean"], -row["round"]), default=None)
+
+    @property
+    def newest(self) -> Path:
+        """Its newest complete checkpoint."""
+        return max(self.path.glob("checkpoints/round-??????.h5"))
+
+    def model(self, client: int) -> ClientModel:
+        """Return a client's model after the last checkpoint, as `load_client` does."""
+        from pfedmoe_mpi import client_model  # imports torch, which reports do not need
+
+        return client_model.load(self.newest, client)
 
     @property
     def clients(self) -> int:

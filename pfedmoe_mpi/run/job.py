@@ -59,13 +59,13 @@ def run(settings: Config, dry: bool) -> int:
 
 def begin(world: Comm, settings: Config, code: str, end: float | None, dry: bool = False) -> int:
     """Train a new run; collective. `code`: the program's version; `end`: when Slurm ends the job (rank 0)."""
-    path = world.from_root(lambda: _new_folder(settings), "run folder")
+    path = world.from_root(lambda: new_folder(settings), "run folder")
     world.stop_at = environment.stop_time(settings.run.walltime, end)
     with RunFolder(path) as folder:
         return train(world, Start(settings, folder, code, dry))
 
 
-def _new_folder(settings: Config) -> Path:
+def new_folder(settings: Config) -> Path:
     """Return the path of the new run's folder, which is not created yet; raise ConfigError if it is taken."""
     path = Path(settings.run.dir or "runs").absolute()
     check_path("the run folder", str(path), ConfigError)  # the current folder's path is part of it
