@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,8 +9,11 @@ import torch
 from torch import Tensor
 
 from pfedmoe_mpi.errors import CheckpointError, ConfigError
+from pfedmoe_mpi.storage import untrusted_hdf5
+from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 HDF5 = (".h5", ".hdf5")
+_FREE, _RATIO = 64 << 20, 100  # an export may hold _FREE bytes plus _RATIO times its own length
 
 
 def read(path: Path, parts: Sequence[str]) -> dict[str, Tensor]:
@@ -40,9 +41,10 @@ def _from_hdf5(path: Path, parts: Sequence[str]) -> dict[str, Tensor]:
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             is_checkpoint = "server/state" in file
-            tensors = {} if is_checkpoint else _float_datasets(file)
-    except OSError as error:
-        raise ConfigError(f"{path} is not an HDF5 file: {error}", "check the path") from error
+            tensors = {} if is_checkpoint else _float_datasets(file, _FREE + _RATIO * path.stat().st_size)
+    except untrusted_hdf5.FROM_HDF5 as error:
+        problem = f"{path} is not an HDF5 file, or is damaged: {error}"
+        raise ConfigError(problem, "check the path, or copy the file again") from error
     if is_checkpoint:
         try:
             checkpoint.verify(path)
@@ -62,15 +64,23 @@ def _from_hdf5(path: Path, parts: Sequence[str]) -> dict[str, Tensor]:
     )
 
 
-def _float_datasets(file: object) -> dict[str, Tensor]:
-    """Return every float dataset by its path."""
+def _float_datasets(file: object, limit: int) -> dict[str, Tensor]:
+    """Return every float dataset by its path.
+
+    Raises:
+        UnusableError: one of them claims more than `limit` bytes, or a name is not UTF-8.
+    """
     import h5py
 
     assert isinstance(file, h5py.File)
     tensors: dict[str, Tensor] = {}
 
-    def visit(name: str, item: object) -> None:
+    def visit(name: str | bytes, item: object) -> None:
+        if not isinstance(name, str):
+            raise UnusableError(f"the name {name!a} is not UTF-8")
         if isinstance(item, h5py.Dataset) and item.dtype.kind == "f":
+            if item.nbytes > limit:
+                raise UnusableError(f"{name} claims {item.nbytes:,} bytes")
             tensors[name] = torch.tensor(item[()], dtype=torch.float32)
 
     file.visititems(visit)
@@ -81,16 +91,21 @@ def _from_torch(path: Path) -> dict[str, Tensor]:
     """Return the float tensors of a state_dict; `weights_only` keeps pickles from running code."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = "not a file of torch.save" if not zipfile.is_zipfile(path) else "it holds more than tensors"
-        problem = f"{path} cannot be read as weights ({reason}): {str(error).splitlines()[0]}"
+    except Exception as error:  # a damaged file may raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        problem = f"{path} cannot be read as weights, or holds more than tensors: {reason}"
         raise ConfigError(problem, "write it with torch.save(model.state_dict(), FILE)") from error
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(t, Tensor) for t in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(map(_is_plain, loaded.values())):
         raise ConfigError(
-            f"{path} is not a state_dict, that is, tensors by name",
+            f"{path} is not a state_dict, that is, dense tensors by name",
             "write it with torch.save(model.state_dict(), FILE)",
         )
     floats = {name: t for name, t in loaded.items() if t.is_floating_point()}
     return {str(name): t.detach().float().contiguous() for name, t in floats.items()}
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether a value is a tensor with its numbers in memory: neither sparse nor without storage."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta

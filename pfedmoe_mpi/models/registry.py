@@ -75,8 +75,9 @@ def check_model(
 ) -> None:
     """Check that `name` takes samples of `shape`.
 
-    It is built without memory on the meta device, and a training batch of two samples is passed through it.
-    A module of the user's own is built with memory: its constructor may compute with its tensors.
+    It is built without memory on the meta device. This package's constructors raise for a shape they cannot
+    take; a network of torchvision also has a training batch of two samples passed through it. A module of the
+    user's own is built with memory and tried by `user_model.check`.
 
     Raises:
         ConfigError: there is no such architecture, or it cannot take `shape`; the message has the least

@@ -1,1 +1,1 @@
-"""Durable writes, locks, and checks for untrusted HDF5 files."""
+"""Durable writes, locks, and checks for untrusted HDF5 and JSON files."""

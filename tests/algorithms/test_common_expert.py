@@ -108,6 +108,20 @@ def test_unusable_common_experts_are_refused(data: Path, common: Path, tmp_path:
     refused("head.bias is not finite", data, common=str(tmp_path / "nan.pt"))
 
 
+def test_damaged_common_experts_are_refused(data: Path, common: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.pt").touch()
+    refused("cannot be read as weights", data, common=str(tmp_path / "empty.pt"))
+    torch.save({"a": torch.eye(2).to_sparse()}, tmp_path / "sparse.pt")
+    refused("is not a state_dict", data, common=str(tmp_path / "sparse.pt"))
+    raw = common.read_bytes()
+    assert raw.count(b"SNOD") > 1, "the file lists its objects in symbol nodes"
+    (tmp_path / "damaged.h5").write_bytes(raw.replace(b"SNOD", b"XXXX"))
+    refused("is not an HDF5 file, or is damaged", data, common=str(tmp_path / "damaged.h5"))
+    with h5py.File(tmp_path / "large.h5", "w") as file:
+        file.create_dataset("model/fc1.weight", (1 << 44,), "f4", chunks=(1 << 20,))
+    refused("model/fc1.weight claims 70,368,744,177,664 bytes", data, common=str(tmp_path / "large.h5"))
+
+
 def test_too_small_pretraining_share_is_refused(data: Path) -> None:
     with pytest.raises(PartitionError, match="reserves 3 rows for the server"):
         build_loop(data, "fedjets", **{**SETTINGS, "fedjets.common_share": 0.01})

@@ -273,7 +273,6 @@ ALLOWED = {
     # A method's own class Options, out of the package's own source.
     ("config/methods.py", "exec"),
     ("config/methods.py", "compile"),
-    ("checkpoint/weights.py", "import pickle"),  # for the name of an exception
     ("checkpoint/weights.py", "torch.load of weights only"),
 }
 

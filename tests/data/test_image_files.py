@@ -197,11 +197,22 @@ def test_deep_grey_tiff_is_refused(root: Path, mode: str) -> None:
 def test_fewer_than_8_bits_are_scaled(root: Path) -> None:
     (root / "a" / "x.pgm").write_bytes(b"P5 10 8 15\n" + (INK // 16).tobytes())
     assert np.array_equal(all_rows(open_data("folder", root))[0, 0], INK // 16 * 17)
-    (root / "a" / "x.pgm").unlink()
     bits = Image.fromarray(INK > 99)
+    digits = b" ".join(b"%d" % bit for bit in (INK <= 99).ravel())  # in this format 1 is black
+    (root / "a" / "x.pgm").write_bytes(b"P1 10 8\n" + digits)
+    assert np.array_equal(all_rows(open_data("folder", root))[0, 0], np.where(INK > 99, 255, 0))
+    (root / "a" / "x.pgm").unlink()
     assert bits.mode == "1"
     data = read_saved(root, bits, "x.png")
     assert np.array_equal(all_rows(data)[0, 0], np.where(INK > 99, 255, 0))
+
+
+# damage
+
+
+def test_damage_that_pillow_does_not_expect_is_refused(root: Path) -> None:
+    (root / "a" / "x.ppm").write_bytes(b"PyP 10 8 255\n" + INK.tobytes())
+    data_error("x.ppm cannot be read as an image: AssertionError", "folder", root)
 
 
 # frames

@@ -49,9 +49,12 @@ def decode(file: str, size: int, colour: bool | None) -> Picture:
                 raise ColourError
             opaque, conversion = _opaque(image, file)
             return Picture(_pixels(opaque, size, colour=not grey if colour is None else colour), conversion)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (ColourError, DataError):
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        reason = str(error) or type(error).__name__
         raise DataError(
-            f"{file} cannot be read as an image: {error}", "replace or remove the file"
+            f"{file} cannot be read as an image: {reason}", "replace or remove the file"
         ) from error
 
 
@@ -61,7 +64,8 @@ def _check_depth(image: Any, file: str) -> None:
     for tile in image.tile:
         arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         deep = deep or any(isinstance(argument, str) and ";16" in argument for argument in arguments)
-        deep = deep or (tile[0].startswith("ppm") and arguments[1] > 255)
+        greatest = arguments[1] if tile[0].startswith("ppm") and len(arguments) > 1 else 1
+        deep = deep or greatest > 255
     if deep:
         raise DataError(
             f"{file} has more than 8 bits per channel",
