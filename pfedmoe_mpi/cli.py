@@ -96,7 +96,8 @@ def _run(name: str, words: list[str]) -> int:
         return EXIT_DONE
     if name in arguments.GROUPS:
         commands = [command for command in arguments.COMMANDS if command.startswith(f"{name} ")]
-        raise ConfigError(f"{name} is not a command alone; use {either(commands)}", f"{commands[0]} --help")
+        problem = f"{name} is not a command alone; use {either(commands)}"
+        raise ConfigError(problem, f"{arguments.PROGRAM} {commands[0]} --help")
     first = words[0] if words else "-"
     if name == "run" and not first.startswith("-") and "." not in first and not os.path.exists(first):
         others = set(arguments.COMMANDS) - {first}  # `run restart` is a wrong file, not a wrong command

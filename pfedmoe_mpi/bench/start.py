@@ -86,7 +86,7 @@ def _launcher(ranks: int) -> list[str]:
 
 def _seconds_until(command: Sequence[str], word: str, times: int) -> float:
     """Run a command to its end; return the seconds until its output has `word` for the `times`-th time."""
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         started = time.perf_counter()
         process = subprocess.Popen(

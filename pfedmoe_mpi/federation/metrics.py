@@ -165,7 +165,7 @@ def row(
         tested: test rows of each client.
         unseen: clients that have not trained: those that never do, and those that join later.
         share: the stream's share of the second concept; None without a stream.
-        bytes_once: bytes that a client receives once, before round 1.
+        bytes_once: bytes that a deployment sends a client once, before its first round.
         seconds: real time of the round.
         simulated: simulated time that the server waited for the cohort.
     """

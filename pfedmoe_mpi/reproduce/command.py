@@ -77,7 +77,7 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
 
         return _train_all(world, unfinished, out, train)
 
-    content = {"table": table.title, "base": table.base, "axes": table.axes}
+    content = {f"table.{name}": value for name, value in vars(table).items() if name != "path"}
     given = {"command": "reproduce", **vars(flags), **content, **settings}
     return session.under_mpi(work, given, runs[0].config.run.singleton)
 

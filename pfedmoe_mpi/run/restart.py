@@ -49,10 +49,10 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
             )
             if loaded:
                 _check_progress(world, loaded, settings, changes)
-            elif "rounds" in changes:
-                world.from_root(lambda: _check_trained(folder, settings.rounds), "rounds")
             world.stop_at = environment.stop_time(settings.run.walltime, end)
             target, resuming = world.from_root(lambda: _target(source, run_path, settings), "run folder")
+            if resuming and not loaded and "rounds" in changes:
+                world.from_root(lambda: _check_trained(folder, settings.rounds), "rounds")
             settings = config.build({**config.flatten(config.to_tree(settings)), "run.dir": str(target)})
             with folder if resuming else RunFolder(target) as target_folder:
                 start = job.Start(
@@ -114,7 +114,7 @@ def _check_trained(folder: RunFolder, rounds: int) -> None:
     if rounds < trained:
         raise ConfigError(
             f"rounds = {rounds}, but the run had trained {trained} rounds, which no checkpoint contains",
-            f"--rounds {trained} trains them again; for a shorter run, start a new one with --run.dir NEW",
+            f"--rounds {trained} trains them again; --run.dir NEW trains {rounds} in another folder",
         )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import pfedmoe_mpi
 from pfedmoe_mpi import config
 from pfedmoe_mpi.bench import bare_loop
+from pfedmoe_mpi.bench import start as bench_start
 from pfedmoe_mpi.bench.network import Sent, bytes_sent, crossed, per_round
 from pfedmoe_mpi.bench.timing import Line, side_by_side
 from pfedmoe_mpi.core.flat import flatten
@@ -173,6 +176,19 @@ def test_start_is_compared_with_importing_torch(tmp_path: Path) -> None:
     result = run_program(0, "bench", "start", "1", *SMALL, cwd=tmp_path, timeout=240)
     assert result.code == 0, result.err
     assert re.match(r"≤ 1.2 (met|missed)", row(result.out, "start of 1 ranks to round 1")[4])
+
+
+def test_started_ranks_import_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do so in any folder, and no module of the package hides one of another package."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    code = (
+        "import importlib.util, pfedmoe_mpi\n"
+        f"assert pfedmoe_mpi.__file__ == {pfedmoe_mpi.__file__!r}, pfedmoe_mpi.__file__\n"
+        "assert not importlib.util.find_spec('client_model')\n"
+        "print('imported', flush=True)"
+    )
+    assert bench_start._seconds_until([sys.executable, "-c", code], "imported", 1) > 0
 
 
 def test_both_sides_are_warmed_up_then_alternated() -> None:

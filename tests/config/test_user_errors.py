@@ -65,7 +65,7 @@ from support.launcher import Result, Session
         ),
         ("--json: expected true or false", ["evaluate", "a.h5", "--json", "perhaps"]),
         ("--scale: expected a number above 0 and at most 1", ["reproduce", "t.toml", "--scale", "0"]),
-        ("data prepare or data partition", ["data"]),
+        ("data prepare or data partition\n  remedy: pfedmoe-mpi data prepare --help$", ["data"]),
         ("data prepare or data partition", ["data", "prepear", "x.h5"]),
         ("data prepare needs OUT.h5", ["data", "prepare"]),
         ("no command reprot; did you mean 'report'", ["help", "reprot"]),

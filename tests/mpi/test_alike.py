@@ -45,6 +45,18 @@ def test_other_commands_on_one_rank_are_refused(run: Path, tmp_path: Path) -> No
         error_message(unlike(first, other, tmp_path), pattern)
 
 
+def test_other_table_on_one_rank_is_refused(tmp_path: Path) -> None:
+    """Its floor and the settings that it scales decide the rounds, as its base and its axes do."""
+    for floor in ("2", "3"):
+        (tmp_path / floor).mkdir()
+        text = f'floor = {floor}\nin_rounds = ["fedkd.ramp"]\n[base]\nrounds = 4\n'
+        (tmp_path / floor / "t.toml").write_text(text)
+    flags = ("--scale", "0.1", "--out", "out")
+    first, other = (("reproduce", f"{floor}/t.toml", *flags) for floor in ("2", "3"))
+    error_message(unlike(first, other, tmp_path), r"rank 1: table\.floor = 3, on rank 0 2\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_source_file_on_one_rank_is_refused(small_run: tuple[str, ...], tmp_path: Path) -> None:
     """Rank 1 runs a copy of the program in which one line of one file was changed."""
     copy, site, work = tmp_path / "copy", tmp_path / "site", tmp_path / "work"

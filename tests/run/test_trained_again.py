@@ -47,9 +47,12 @@ def test_damaged_rows_are_kept(run_command: Callable[..., Result], run: Path) ->
 
 
 def test_fewer_rounds_than_trained_are_refused_without_a_checkpoint(
-    assert_refused: Callable[..., str], run_command: Callable[..., Result], run: Path
+    assert_refused: Callable[..., str], run_command: Callable[..., Result], run: Path, tmp_path: Path
 ) -> None:
     remove_checkpoints(run, 1)
     message = assert_refused("rounds = 2, but the run had trained 3", "restart", run, "--rounds", "2")
-    assert "--rounds 3" in message
+    assert "--rounds 3 trains them again" in message and "--run.dir NEW" in message
+    run_command("restart", run, "--rounds", "2", "--run.dir", "NEW")
     run_command("restart", run, "--rounds", "3")
+    rows = reproducible_rows(run)
+    assert len(rows) == 3 and reproducible_rows(tmp_path / "NEW") == rows[:2]
