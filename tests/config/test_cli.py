@@ -79,7 +79,7 @@ def test_run_prints_plan_rounds_and_table(trained: Path) -> None:
         "memory: ",
     ):
         assert said in before, said
-    assert before.count("2 clients\n") == 2, "one line per rank with its clients"
+    assert before.count("2 client(s)\n") == 2, "one line per rank with its clients"
     assert "round 2/3" in after and "round 3/3" in after and "accuracy" not in after.split("round 2/3")[0]
     table = after.split("clients after round 3")[1]
     row = read_metrics(trained)[2]
