@@ -160,6 +160,7 @@ def partition(given: Namespace) -> int:
     from pfedmoe_mpi.commands import data
 
     print(data.write_partition(settings, Path(given.out)))
+    print(f"wrote {given.out}")
     return EXIT_DONE
 
 

@@ -65,7 +65,7 @@ def choose(comm: Comm, train: Train) -> Device:
         chosen = Device(torch.device("cuda", index), model, f"{host} GPU {index} of {visible} ({model})")
     else:
         model = processor()
-        shared = f"{CORES} cores for {local_size} ranks, {train.threads} thread(s)"
+        shared = f"{CORES} cores for {local_size} rank(s), {train.threads} thread(s)"
         chosen = Device(torch.device("cpu"), model, f"{host} {shared}")
     models = comm.gather(chosen.model if chosen else "no GPU", "devices")
     if "no GPU" in models:

@@ -88,7 +88,7 @@ def memory(federation: Federation, ranks: int) -> str:
     splits = (federation.partition.train, federation.partition.validation, federation.partition.test)
     data = sample * sum(len(rows) for split in splits for rows in split)
     return (
-        f"memory: clients' vectors {megabytes(vectors)} and data {data / 1e6:.1f} MB over {ranks} ranks; "
+        f"memory: clients' vectors {megabytes(vectors)} and data {data / 1e6:.1f} MB over {ranks} rank(s); "
         f"on each rank about {megabytes(bound)} of bound models, not counting torch and activations"
     )
 

@@ -92,7 +92,7 @@ def train(world: Comm, start: Start) -> int:
         check_same_federation(world, federation, start.loaded)
     else:
         world.from_root(federation.method.check, "the method's files")
-    device_lines = world.gather(f"{federation.device.line}, {len(federation.clients)} clients", "hosts")
+    device_lines = world.gather(f"{federation.device.line}, {len(federation.clients)} client(s)", "hosts")
     if world.rank == 0:
         print("\n".join(console.plan(federation, device_lines)), flush=True)
     if start.dry:
