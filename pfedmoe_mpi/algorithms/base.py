@@ -138,13 +138,13 @@ class Task:
         sizes = (self.classes, dim or self.dim, self.config.model.stem, self.vocabulary)
         build = partial(registry.build_model, name, self.shape, *sizes)
         kind = f"model {kind_of(name)} to {dim}" if dim else f"model {kind_of(name)}"
-        return Module(kind, build, weightless=not is_reference(name))
+        return Module(kind, build, not is_reference(name), name)
 
     def extractor(self, name: str) -> Module:
         """Return an architecture's extractor, (B, *shape) to (B, d)."""
         sizes = (self.dim, self.config.model.stem, self.vocabulary)
         build = partial(registry.build_extractor, name, self.shape, *sizes)
-        return Module(f"extractor {kind_of(name)}", build, weightless=not is_reference(name))
+        return Module(f"extractor {kind_of(name)}", build, not is_reference(name), name)
 
     def head(self) -> Module:
         """Return the linear head that fits every architecture, (B, d) to (B, classes)."""

@@ -1,14 +1,16 @@
-"""A user's weights on disk: checkpoints and exports of this program, and files of torch."""
+"""A user's weights on disk: checkpoints and exports of this program, safetensors, and files of torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from hashlib import file_digest
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pfedmoe_mpi.errors import CheckpointError, ConfigError
+from pfedmoe_mpi.models.pretrained import Weights
 from pfedmoe_mpi.storage import untrusted_hdf5
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
@@ -16,10 +18,10 @@ HDF5 = (".h5", ".hdf5")
 _FREE, _RATIO = 64 << 20, 100  # an export may hold _FREE bytes plus _RATIO times its own length
 
 
-def read(path: Path, parts: Sequence[str]) -> dict[str, Tensor]:
+def read(path: Path, parts: Sequence[str]) -> Mapping[str, Tensor]:
     """Return the float tensors of a file, by name.
 
-    A checkpoint is verified by its seal, and its server's parts are read. A file of torch is read whole.
+    A checkpoint is verified by its seal, and its server's parts are read. Other files are read whole.
 
     Args:
         parts: the parts of an HDF5 file to try in order; the first that exists is returned.
@@ -27,13 +29,46 @@ def read(path: Path, parts: Sequence[str]) -> dict[str, Tensor]:
     Raises:
         ConfigError: the file does not exist, cannot be read or has none of the parts.
     """
+    found = _read(path)
+    if "" in found:
+        return found[""]
+    for part in parts:
+        if part in found:
+            return found[part]
+    raise ConfigError(
+        f"{path} has no part {' or '.join(parts)}: it holds {', '.join(sorted(found)) or 'no weights'}",
+        "use a checkpoint of fedavg or fedjets, or `export` a client of another method",
+    )
+
+
+def read_all(path: Path) -> Weights:
+    """Return a file's float tensors by part and name, with its digest.
+
+    Raises:
+        ConfigError: the file does not exist, cannot be read or holds no weights.
+    """
+    parts = _read(path)
+    if not any(parts.values()):
+        raise ConfigError(f"{path} holds no weights", "use a state_dict, an export or a checkpoint")
+    try:
+        with path.open("rb") as file:
+            digest = file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", "check the file") from error
+    return Weights(path, digest, parts)
+
+
+def _read(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Return a file's float tensors by part and name; the only part of a file of others is ""."""
     if not path.is_file():
         raise ConfigError(f"there is no file {path}", "check the path; it is relative to the working folder")
-    return _from_hdf5(path, parts) if path.suffix in HDF5 else _from_torch(path)
+    if path.suffix in HDF5:
+        return _from_hdf5(path)
+    return {"": _from_safetensors(path) if path.suffix == ".safetensors" else _from_torch(path)}
 
 
-def _from_hdf5(path: Path, parts: Sequence[str]) -> dict[str, Tensor]:
-    """Return the tensors of the first of `parts` in a checkpoint or an export."""
+def _from_hdf5(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a checkpoint's server or of an export, by part and name."""
     import h5py
 
     from pfedmoe_mpi import checkpoint
@@ -53,15 +88,12 @@ def _from_hdf5(path: Path, parts: Sequence[str]) -> dict[str, Tensor]:
         with checkpoint.Checkpoint(path) as loaded:
             state = torch.from_numpy(loaded.state)
             tensors = {name: view.clone() for name, view in loaded.state_layout.views(state).items()}
-    for part in parts:
-        of_part = {k.removeprefix(f"{part}/"): t for k, t in tensors.items() if k.startswith(f"{part}/")}
-        if of_part:
-            return of_part
-    content = ", ".join(sorted({name.partition("/")[0] for name in tensors})) or "no weights"
-    raise ConfigError(
-        f"{path} has no part {' or '.join(parts)}: it holds {content}",
-        "use a checkpoint of fedavg or fedjets, or `export` a client of another method",
-    )
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        part, slash, inner = name.partition("/")
+        if slash and inner:  # a part without names below it is a plain tensor
+            parts.setdefault(part, {})[inner] = tensor
+    return parts
 
 
 def _float_datasets(file: object, limit: int) -> dict[str, Tensor]:
@@ -87,6 +119,21 @@ def _float_datasets(file: object, limit: int) -> dict[str, Tensor]:
     return tensors
 
 
+def _from_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the float tensors of a file of the package safetensors."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        problem = f"{path} needs the package safetensors, which is not installed"
+        raise ConfigError(problem, "pip install 'pfedmoe_mpi[safetensors]'") from error
+    try:
+        return _floats(load_file(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        problem = f"{path} is not a safetensors file, or is damaged: {error}"
+        raise ConfigError(problem, "check the path, or copy the file again") from error
+
+
 def _from_torch(path: Path) -> dict[str, Tensor]:
     """Return the float tensors of a state_dict; `weights_only` keeps pickles from running code."""
     try:
@@ -102,7 +149,11 @@ def _from_torch(path: Path) -> dict[str, Tensor]:
             f"{path} is not a state_dict, that is, dense tensors by name",
             "write it with torch.save(model.state_dict(), FILE)",
         )
-    floats = {name: t for name, t in loaded.items() if t.is_floating_point()}
+    return _floats(loaded)
+
+
+def _floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
     return {str(name): t.detach().float().contiguous() for name, t in floats.items()}
 
 

@@ -34,7 +34,8 @@ def digest(loaded: Checkpoint) -> str:
     the float's bits), data and partition digests, seed, model settings, and the method with its section.
     """
     state = sha256()
-    method, model = label(loaded.config["algorithm"]), loaded.config["model"]
+    method, settings = label(loaded.config["algorithm"]), loaded.config["model"]
+    model = {name: value for name, value in settings.items() if name != "weights"}  # a path
     model = {**model, "pool": list(map(kind_of, model["pool"])), "shared": kind_of(model["shared"])}
     facts = {
         "round": loaded.round,

@@ -9,7 +9,7 @@ here, before torch or MPI is imported. A method adds its own section by a class 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -44,6 +44,7 @@ from pfedmoe_mpi.names import check_path
 
 REFERENCES = ("algorithm", "model.pool", "model.shared", "gate.module", "fedjets.common_model")
 PATHS = ("data.path", "run.dir", "run.code", "fedjets.common")
+WEIGHTS = "model.weights"  # a path, or NAME=PATH for each architecture
 BOOKKEEPING = ("run.table", "run.cell", "run.scale", "run.altered")  # `reproduce` writes them; not flags
 
 
@@ -210,7 +211,16 @@ def located(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         value = settings.get(name)
         if isinstance(value, str) and value and value != "pretrain":
             absolute[name] = str(folder / Path(value).expanduser())
+    absolute = _with_items(absolute, (WEIGHTS,), partial(_located_weights, folder))
     return _with_references(absolute, partial(user_code.located, folder=folder))
+
+
+def _located_weights(folder: Path, item: str) -> str:
+    """Return FILE or NAME=FILE with absolute paths."""
+    before, equals, after = item.partition("=")
+    name, path = (before, after) if equals else ("", before)
+    name = user_code.located(name, folder) if user_code.is_reference(name) else name
+    return f"{name}{equals}{folder / Path(path).expanduser()}" if path else item
 
 
 def relocated(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -220,12 +230,23 @@ def relocated(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _with_references(settings: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     """Return the settings with a change of every reference to the user's own code."""
+
+    def of_reference(item: str) -> str:
+        return change(item) if user_code.is_reference(item) else item
+
+    return _with_items(settings, REFERENCES, of_reference)
+
+
+def _with_items(
+    settings: Mapping[str, Any], names: Sequence[str], change: Callable[[str], str]
+) -> dict[str, Any]:
+    """Return the settings with a change of every item of some of them, which are texts or lists of texts."""
     changed = dict(settings)
-    for name in REFERENCES:
+    for name in names:
         value = settings.get(name)
-        items = value.split(",") if isinstance(value, str) else value
+        items = value.split(",") if isinstance(value, str) and value else value
         if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
-            items = [change(item.strip()) if user_code.is_reference(item.strip()) else item for item in items]
+            items = [change(item.strip()) for item in items]
             changed[name] = ",".join(items) if isinstance(value, str) else items
     return changed
 
@@ -266,7 +287,7 @@ def build(settings: Mapping[str, Any]) -> Config:
         raise ConfigError("\n".join(map(_unknown, unknown)), "`pfedmoe-mpi run --help` lists every setting")
     for name, value in settings.items():
         _check_truth(name, value, every[name].annotation is bool)
-        if name in PATHS:
+        if name in (*PATHS, WEIGHTS):
             check_path(f"{name} =", str(value), ConfigError)
     tree: dict[str, Any] = {}
     for name, value in settings.items():

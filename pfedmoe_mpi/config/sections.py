@@ -27,6 +27,7 @@ def _items(value: Any) -> Any:
 
 Name = Annotated[str, BeforeValidator(_name)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_items)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_items)]
 Changes = Annotated[
     tuple[Annotated[Literal["flip", "erase", "crop"], BeforeValidator(_name)], ...], BeforeValidator(_items)
 ]
@@ -127,6 +128,9 @@ class ModelSettings(Section):
     stem: Annotated[Literal["small", "imagenet"], BeforeValidator(_name)] = "small"
     """First layers of torchvision's ResNets: `small` for 32-pixel images, `imagenet` as published.
     Default: 32-pixel images lose too much in ImageNet's first layers."""
+    weights: Texts = ()
+    """Files of weights in place of the initial draw: FILE for all architectures, or NAME=FILE,NAME=FILE.
+    Default: the papers draw them, except FedJETs."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelSettings:

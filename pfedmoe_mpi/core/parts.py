@@ -15,6 +15,8 @@ from torch import nn
 
 from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.core.flat import Bound, BoundTensor, Layout, flatten
+from pfedmoe_mpi.models import pretrained
+from pfedmoe_mpi.models.pretrained import Weights
 from pfedmoe_mpi.models.registry import Weightless
 
 
@@ -23,20 +25,29 @@ class Module:
     """A part that is a module, built by `build`; equal `kind` means equal architecture.
 
     `weightless`: the layout may be taken from a module built without memory, as all of this program's can be.
+    `architecture`: the name by which `model.weights` gives it a file; empty: it always draws its values.
     """
 
     kind: str
     build: Callable[[], nn.Module] = field(compare=False)
     weightless: bool = True
+    architecture: str = field(default="", compare=False)
 
-    def initial(self) -> torch.Tensor:
+    def initial(self, weights: Weights | None = None) -> torch.Tensor:
         """Return the vector of a newly initialised module; draws from torch's global generator."""
-        return flatten(self.build())
+        module = self.build()
+        if weights:
+            pretrained.fill(module, weights)
+        return flatten(module)
 
     def layout(self) -> Layout:
         """Return the layout of that vector; torch's global generator is not changed."""
+        return Layout.of(self.skeleton())
+
+    def skeleton(self) -> nn.Module:
+        """Return the module without memory if possible; torch's global generator is not changed."""
         with Weightless() if self.weightless else torch.random.fork_rng(devices=[]):
-            return Layout.of(self.build())
+            return self.build()
 
 
 @dataclass(frozen=True)
@@ -51,8 +62,8 @@ class Tensor:
         """Name of the shape."""
         return f"tensor{self.shape}"
 
-    def initial(self) -> torch.Tensor:
-        """Return the vector before round 1, all `fill`."""
+    def initial(self, weights: Weights | None = None) -> torch.Tensor:
+        """Return the vector before round 1, all `fill`: weights are of modules."""
         return torch.full((Layout.of_tensor(self.shape).size,), self.fill)
 
 
@@ -103,11 +114,15 @@ class Parts:
 
 
 class Workbench:
-    """The bound modules of a rank, and the layouts and initial vectors of specifications."""
+    """The bound modules of a rank, and the layouts and initial vectors of specifications.
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    `weights` are read by architecture, and replace the initial draw.
+    """
+
+    def __init__(self, seed: int, device: torch.device, weights: Mapping[str, Weights] | None = None) -> None:
         self.device = device
         self._seed = seed
+        self._weights = weights or {}
         self._bound: dict[tuple[str, str], Bound | BoundTensor] = {}
         self._layouts: dict[str, Layout] = {}
 
@@ -127,7 +142,8 @@ class Workbench:
         vectors = [torch.empty(0)]
         for name, part in spec.items():
             seeds.seed_global(self._seed, f"initial/{name}", 0, client)
-            vectors.append(part.initial())
+            weights = self._weights.get(part.architecture) if isinstance(part, Module) else None
+            vectors.append(part.initial(weights))
         return torch.cat(vectors)
 
     def parts(self, *vectors: tuple[Spec, torch.Tensor]) -> Parts:

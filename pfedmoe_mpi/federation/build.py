@@ -6,14 +6,14 @@ Every user error that needs the data is raised here, on all ranks and before any
 from __future__ import annotations
 
 from pfedmoe_mpi import algorithms
-from pfedmoe_mpi.checkpoint import weights
+from pfedmoe_mpi.checkpoint import Checkpoint, weights
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Normalise
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.parts import Workbench
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
-from pfedmoe_mpi.federation import own_code, placement
+from pfedmoe_mpi.federation import own_code, placement, pretrained
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config
 from pfedmoe_mpi.federation.federation import Federation, pin
@@ -23,8 +23,10 @@ from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.comm import Comm
 
 
-def build(comm: Comm, settings: Config, *, warn: bool = True) -> Federation:
+def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint | None = None) -> Federation:
     """Assemble a federation; collective. With `warn` rank 0 prints the data's warnings.
+
+    With a checkpoint, whose vectors replace the initial ones, no file of weights is read.
 
     Raises:
         UserError: on all ranks: a setting or the data cannot be used.
@@ -42,7 +44,8 @@ def build(comm: Comm, settings: Config, *, warn: bool = True) -> Federation:
     method.poll = comm.poll
     method.read_weights = weights.read
     specs = [method.client_state(k) for k in range(task.clients)]  # a ConfigError is raised on all ranks
-    workbench = Workbench(settings.seed, own_device.device)
+    begun_with = pretrained.load(comm, settings, (method.state(), *specs), loaded)
+    workbench = Workbench(settings.seed, own_device.device, begun_with.weights)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
     engine = Engine(
@@ -67,6 +70,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True) -> Federation:
         data_digest=data_digest(comm, clients),
         task=task,
         method=method,
+        pretrained=begun_with,
         workbench=workbench,
         engine=engine,
         device=own_device,

@@ -15,6 +15,7 @@ from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.parts import Parts, Workbench
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
+from pfedmoe_mpi.federation.pretrained import Pretrained
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.mpi.device import Device
 
@@ -34,6 +35,7 @@ class Federation:
     data_digest: str
     task: Task
     method: Algorithm
+    pretrained: Pretrained
     workbench: Workbench
     engine: Engine
     device: Device

@@ -56,6 +56,7 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
         clients = len(range(number, task.clients, len(task.pool)))
         private = _describe(federation.client_layouts[number])
         lines += [f"private: {line} ({name}, {clients} clients)" for line in private]
+    lines += federation.pretrained.lines
     lines += [f"rank {rank}: {line}" for rank, line in enumerate(device_lines)]
     return [*lines, memory(federation, len(device_lines))]
 

@@ -25,7 +25,7 @@ def evaluation_loop(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any
     from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 
     settings, _ = world.attempt(lambda: override_settings(loaded.config, overrides, ()), "settings")
-    federation = build(world, settings)
+    federation = build(world, settings, loaded=loaded)
     own_code.check_unchanged(world, settings, federation.code, loaded)
     loaded_layouts = [loaded.state_layout, *map(loaded.layout, range(loaded.clients))]
     built_layouts = [federation.state_layout, *federation.client_layouts]

@@ -21,8 +21,13 @@ CONDITIONS = ("torch", "device", "threads", "precision")  # a restart repeats bi
 
 
 def run_identity(federation: Federation) -> dict[str, str]:
-    """Return versions and conditions, for the checkpoint and events.jsonl."""
+    """Return versions and conditions, for the checkpoint and events.jsonl.
+
+    `weights`: SHA-256 of the files of model.weights, as JSON.
+    """
+    weights = federation.pretrained.identity
     return {
+        **({"weights": weights} if weights else {}),
         "samples": samples_text(federation),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

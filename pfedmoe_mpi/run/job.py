@@ -87,7 +87,7 @@ def train(world: Comm, start: Start) -> int:
 
     world.timeout = start.settings.run.timeout or TIMEOUT
     world.from_root(lambda: curves.check(start.settings), "packages")
-    federation = build(world, start.settings)
+    federation = build(world, start.settings, loaded=start.loaded)
     if start.loaded:
         check_same_federation(world, federation, start.loaded)
     else:
