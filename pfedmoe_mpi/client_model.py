@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from pfedmoe_mpi import algorithms, checkpoint, config, user_code
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
-from pfedmoe_mpi.checkpoint import Checkpoint, client_file
+from pfedmoe_mpi.checkpoint import Checkpoint, client_file, frozen
 from pfedmoe_mpi.checkpoint.client_file import ClientFile
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Normalise
 from pfedmoe_mpi.core.flat import Layout
-from pfedmoe_mpi.core.parts import Module, Workbench
+from pfedmoe_mpi.core.parts import Module, Spec, Workbench
 from pfedmoe_mpi.data.resize import resize
 from pfedmoe_mpi.errors import CheckpointError, DataError
 from pfedmoe_mpi.storage import untrusted_json
@@ -68,7 +68,9 @@ class ClientModel(nn.Module):
     def vector(self, name: str) -> Tensor:
         """Return the values of a part in one vector, as methods see it."""
         part = getattr(self, name)
-        return nn.utils.parameters_to_vector(part.parameters()) if isinstance(part, nn.Module) else part
+        if not isinstance(part, nn.Module):
+            return part
+        return nn.utils.parameters_to_vector(p for p in part.parameters() if p.requires_grad)
 
     def _logits(self, batches: Sequence[Tensor]) -> Tensor:
         device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
@@ -149,7 +151,11 @@ def _load_exported(exported: ClientFile, client: int | None, settings: Config) -
         problem = f"{path} holds only client {exported.client}, not client {client}"
         raise CheckpointError(problem, "call load_client(path) without a client number")
     facts = settings, exported.round, exported.client, exported.samples
-    return _Source(path, *facts, state=exported.vector, private=exported.vector).model()
+
+    def frozen_vector(name: str, kind: str, layout: Layout) -> np.ndarray:
+        return exported.vector(Layout.join({name: layout}))
+
+    return _Source(path, *facts, exported.vector, exported.vector, frozen_vector).model()
 
 
 def _load_from_checkpoint(
@@ -163,13 +169,18 @@ def _load_from_checkpoint(
         raise CheckpointError(f"{path} has no client {client}", f"use one of 0 to {last}")
     state = partial(_checked, path, loaded.state_layout, loaded.state)
     private = partial(_checked, path, loaded.layout(client), loaded.vector(client))
-    samples = loaded.identity.get("samples", "")
-    return _Source(path, settings, loaded.round, client, samples, state, private).model()
+    samples, digest = loaded.identity.get("samples", ""), loaded.identity.get("frozen", "")
+    stored = frozen.read(path, digest) if digest else frozen.NOTHING
+
+    def frozen_vector(name: str, kind: str, layout: Layout) -> np.ndarray:
+        return _checked(path, stored.layouts.get(kind, Layout(())), stored.vectors.get(kind), layout)
+
+    return _Source(path, settings, loaded.round, client, samples, state, private, frozen_vector).model()
 
 
-def _checked(path: Path, stored: Layout, vector: np.ndarray, expected: Layout) -> np.ndarray:
+def _checked(path: Path, stored: Layout, vector: np.ndarray | None, expected: Layout) -> np.ndarray:
     """Return the vector; raise CheckpointError if its stored layout is not the expected one."""
-    if stored.digest != expected.digest:
+    if vector is None or stored.digest != expected.digest:
         problem = f"the models in {path} do not have the layout of its configuration"
         raise CheckpointError(problem, "use another checkpoint")
     return vector
@@ -179,7 +190,8 @@ def _checked(path: Path, stored: Layout, vector: np.ndarray, expected: Layout) -
 class _Source:
     """The contents of a file for one client's model.
 
-    `state` and `private` map a layout to the server's and the client's vector of that layout.
+    `state` and `private` map a layout to the server's and the client's vector of that layout, and `frozen` a
+    part's name, kind and layout to its frozen vector.
     """
 
     path: Path
@@ -189,6 +201,7 @@ class _Source:
     samples: str  # JSON written by `samples_text`
     state: Callable[[Layout], np.ndarray]
     private: Callable[[Layout], np.ndarray]
+    frozen: Callable[[str, str, Layout], np.ndarray]
 
     def model(self) -> ClientModel:
         """Build the model and fill in its values."""
@@ -237,8 +250,8 @@ class _Source:
 
     def _fill(self, model: ClientModel, method: Algorithm) -> ClientModel:
         """Add the parts to the model, with the values of the file."""
-        bench = Workbench(method.task.config.seed, torch.device("cpu"))
         state, private = method.state(), method.client_state(self.client)
+        bench = self._bench(method.task.config.seed, {**state, **private})
         parts = bench.parts(
             (state, torch.from_numpy(self.state(bench.layout(state)))),
             (private, torch.from_numpy(self.private(bench.layout(private)))),
@@ -253,3 +266,12 @@ class _Source:
             else:
                 model.register_buffer(name, bound.clone())
         return model.eval()
+
+    def _bench(self, seed: int, spec: Spec) -> Workbench:
+        """Return a workbench that holds the frozen vectors of the file."""
+        layouts, vectors = Workbench(seed, torch.device("cpu")), {}
+        for name, part in spec.items():
+            layout = layouts.frozen_layout(part) if isinstance(part, Module) else Layout(())
+            if layout.size:
+                vectors[part.kind] = torch.from_numpy(self.frozen(name, part.kind, layout))
+        return Workbench(seed, torch.device("cpu"), frozen=vectors)

@@ -41,7 +41,7 @@ from pfedmoe_mpi.core.parts import Module, Parts, Spec
 from pfedmoe_mpi.core.parts import Tensor as TensorPart
 from pfedmoe_mpi.core.sgd import Phase
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.models import registry
+from pfedmoe_mpi.models import registry, trained
 from pfedmoe_mpi.models.gate import build_gate
 from pfedmoe_mpi.models.names import EMBEDDING, kind_of
 from pfedmoe_mpi.user_code import is_reference
@@ -133,18 +133,24 @@ class Task:
 
     # Parts
 
-    def model(self, name: str, dim: int = 0) -> Module:
-        """Return an architecture's extractor and head; `dim` replaces the length d of the representation."""
+    def model(self, name: str, dim: int = 0, whole: bool = False) -> Module:
+        """Return an extractor with its head; `dim` replaces d; `whole`: all of it is drawn and trained."""
         sizes = (self.classes, dim or self.dim, self.config.model.stem, self.vocabulary)
-        build = partial(registry.build_model, name, self.shape, *sizes)
+        make = partial(registry.build_model, name, self.shape, *sizes)
         kind = f"model {kind_of(name)} to {dim}" if dim else f"model {kind_of(name)}"
-        return Module(kind, build, not is_reference(name), name)
+        if whole and self.config.model.train != "all":
+            kind = f"whole {kind}"
+        return Module(kind, make, not is_reference(name)) if whole else self._selected(kind, make, name)
 
     def extractor(self, name: str) -> Module:
         """Return an architecture's extractor, (B, *shape) to (B, d)."""
         sizes = (self.dim, self.config.model.stem, self.vocabulary)
-        build = partial(registry.build_extractor, name, self.shape, *sizes)
-        return Module(f"extractor {kind_of(name)}", build, not is_reference(name), name)
+        make = partial(registry.build_extractor, name, self.shape, *sizes)
+        return self._selected(f"extractor {kind_of(name)}", make, name)
+
+    def _selected(self, kind: str, make: Callable[[], torch.nn.Module], name: str) -> Module:
+        build = partial(trained.build, make, self.config.model.train)
+        return Module(kind, build, not is_reference(name), name)
 
     def head(self) -> Module:
         """Return the linear head that fits every architecture, (B, d) to (B, classes)."""

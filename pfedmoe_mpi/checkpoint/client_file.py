@@ -15,8 +15,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from pfedmoe_mpi.checkpoint import frozen, tensors
 from pfedmoe_mpi.checkpoint.reader import Checkpoint, check_code
-from pfedmoe_mpi.core.flat import Entry, Layout
+from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.models.names import labels
 from pfedmoe_mpi.storage import durable, untrusted_hdf5, untrusted_json
@@ -30,10 +31,11 @@ _REMEDY = "`export CHECKPOINT.h5 --client K OUT.h5` writes one from a checkpoint
 
 
 def write(loaded: Checkpoint, client: int, out: Path) -> None:
-    """Write the server's and one client's tensors to an HDF5 file.
+    """Write the server's and one client's tensors to an HDF5 file, the frozen ones included.
 
     Raises:
-        CheckpointError: the client does not exist, or the output exists or cannot be written.
+        CheckpointError: the client does not exist, the frozen tensors are missing, or the output exists or
+            cannot be written.
     """
     if os.path.lexists(out):
         raise CheckpointError(f"the output {out} exists already", "choose another name")
@@ -58,13 +60,11 @@ def _fill(file: Any, loaded: Checkpoint, client: int) -> None:
         file.attrs["samples"] = loaded.identity["samples"]
     server, own = (loaded.state_layout, loaded.state), (loaded.layout(client), loaded.vector(client))
     for layout, vector in (server, own):
-        for entry in layout.entries:
-            file[_key(entry)] = vector[entry.offset : entry.offset + entry.size].reshape(entry.shape)
-
-
-def _key(entry: Entry) -> str:
-    """Return the path of a tensor's dataset."""
-    return entry.name.rstrip("/")  # a part that is a single tensor has no name below the part's
+        tensors.write(file, layout, vector)
+    if "frozen" in loaded.identity:
+        stored = frozen.read(loaded.path, loaded.identity["frozen"])
+        for part, kind in stored.of_client(client).items():
+            tensors.write(file, Layout.join({part: stored.layouts[kind]}), stored.vectors[kind])
 
 
 def is_client_file(path: Path) -> bool:
@@ -133,16 +133,6 @@ class ClientFile:
             CheckpointError: a tensor is missing, of another shape or not finite.
         """
         try:
-            return np.concatenate([np.empty(0, np.float32), *map(self._tensor, layout.entries)])
+            return tensors.read(self._file, layout)
         except untrusted_hdf5.FROM_HDF5 as error:
             raise self._unfit(error) from error
-
-    def _tensor(self, entry: Entry) -> np.ndarray:
-        """Return the numbers of one tensor, (entry.size,) float32."""
-        dataset = untrusted_hdf5.find_dataset(self._file, _key(entry))
-        if dataset is None or dataset.shape != entry.shape or dataset.dtype != np.float32:
-            raise UnusableError(f"{_key(entry)} is not float32 of shape {entry.shape}")
-        values = np.asarray(dataset[()])
-        if not np.isfinite(values).all():
-            raise UnusableError(f"{_key(entry)} is not finite")
-        return values.reshape(-1)

@@ -295,18 +295,29 @@ def _check_history(history: list[Any], rounds: int) -> None:
 
 
 def _layout(text: str, digest: str) -> Layout:
-    """Return the layout of a text, checked: its tensors lie one after the other, and `digest` is its own."""
-    rows: Any = untrusted_json.parse(text, f"layouts/{digest}")
+    """Return the layout of a text; raise UnusableError if `digest` is not its own."""
+    layout = parse_layout(text, f"layouts/{digest}")
+    if layout.digest != digest:
+        raise UnusableError(f"layouts/{digest} is not the layout of this digest")
+    return layout
+
+
+def parse_layout(text: str, what: str = "the layout") -> Layout:
+    """Return the layout of a text, checked: its tensors lie one after the other, and their names differ.
+
+    Raises:
+        UnusableError: it is not a layout.
+    """
+    rows: Any = untrusted_json.parse(text, what)
     row: Any
     entries: list[Entry] = []
     end = 0
     for row in rows if isinstance(rows, list) else (None,):
         fits = isinstance(row, list) and [type(item) for item in row] == [str, list, int, bool]
         if not fits or row[2] != end or not all(type(n) is int and n >= 0 for n in row[1]):
-            raise UnusableError(f"layouts/{digest} is not a layout")
+            raise UnusableError(f"{what} is not a layout")
         entries.append(Entry(row[0], tuple(row[1]), row[2], row[3]))
         end += entries[-1].size
-    layout = Layout(tuple(entries))
-    if len({entry.name for entry in entries}) != len(entries) or layout.digest != digest:
-        raise UnusableError(f"layouts/{digest} is not the layout of this digest")
-    return layout
+    if len({entry.name for entry in entries}) != len(entries):
+        raise UnusableError(f"{what} names a tensor twice")
+    return Layout(tuple(entries))

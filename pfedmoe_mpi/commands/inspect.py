@@ -14,6 +14,8 @@ from pfedmoe_mpi.federation import metrics
 from pfedmoe_mpi.models.names import kind_of
 from pfedmoe_mpi.user_code import label
 
+LATER = {"train": "all"}  # settings of the model that came later: at their default they are not in the digest
+
 
 def run(path: Path, *, digest_only: bool) -> int:
     """Print a description of a checkpoint, or only its digest, and return the exit code.
@@ -35,12 +37,16 @@ def digest(loaded: Checkpoint) -> str:
     """
     state = sha256()
     method, settings = label(loaded.config["algorithm"]), loaded.config["model"]
-    model = {name: value for name, value in settings.items() if name != "weights"}  # a path
-    model = {**model, "pool": list(map(kind_of, model["pool"])), "shared": kind_of(model["shared"])}
+    model = {name: value for name, value in settings.items() if LATER.get(name, ...) != value}
+    model.pop("weights", None)  # a path
+    model["pool"] = [kind_of(name) for name in model["pool"]]
+    if "shared" in model:
+        model["shared"] = kind_of(str(model["shared"]))
+    frozen = [identity["frozen"]] if "frozen" in (identity := loaded.identity) else []
     facts = {
         "round": loaded.round,
         "algorithm": [method, loaded.config.get(method), loaded.config["seed"], model],
-        "digests": [loaded.identity["data_digest"], loaded.identity["partition_digest"]],
+        "digests": [identity["data_digest"], identity["partition_digest"], *frozen],
         "layouts": [loaded.state_layout.digest, *(loaded.layout(k).digest for k in range(loaded.clients))],
         "history": [metrics.learning(row) for row in loaded.history],
     }

@@ -131,6 +131,9 @@ class ModelSettings(Section):
     weights: Texts = ()
     """Files of weights in place of the initial draw: FILE for all architectures, or NAME=FILE,NAME=FILE.
     Default: the papers draw them, except FedJETs."""
+    train: str = Field("all", min_length=1)
+    """What of an extractor is trained: all, head (its last layer), norm, or a pattern of its tensors' names.
+    Default: the papers train all; the rest is kept once for all clients."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelSettings:

@@ -3,6 +3,9 @@
 A `Layout` names the slices of a contiguous float32 vector: parameters first, float buffers last. A `Bound` is
 a module whose parameters and buffers are views into one vector, so that loading a client is a single copy.
 Moving or deep-copying a bound module would break its views: move first, bind last, then check the binding.
+
+Frozen tensors are in a second vector, which all modules of an architecture share: the parameters that require
+no gradient when the module is built, and the buffers of modules whose parameters are all frozen.
 """
 
 from __future__ import annotations
@@ -40,18 +43,18 @@ class Layout:
     entries: tuple[Entry, ...]
 
     @classmethod
-    def of(cls, module: nn.Module) -> Layout:
-        """Return the layout of a module: parameters, then persistent float buffers.
+    def of(cls, module: nn.Module, frozen: bool = False) -> Layout:
+        """Return the layout of a module's vector, or of its frozen one: parameters, then float buffers.
 
-        Tied weights appear once; integer buffers are not in the vector.
+        Tied weights appear once; integer buffers and those that are not persistent are in neither vector.
         """
         entries: list[Entry] = []
         offset = 0
-        for trained, tensors in ((True, dict(module.named_parameters())), (False, float_buffers(module))):
-            for name, tensor in tensors.items():
-                assert tensor.dtype == torch.float32, f"{name} is {tensor.dtype}; a vector holds float32"
-                entries.append(Entry(name, tuple(tensor.shape), offset, trained))
-                offset += tensor.numel()
+        for name, tensor in tensors(module, frozen).items():
+            assert tensor.dtype == torch.float32, f"{name} is {tensor.dtype}; a vector holds float32"
+            trained = isinstance(tensor, nn.Parameter) and not frozen
+            entries.append(Entry(name, tuple(tensor.shape), offset, trained))
+            offset += tensor.numel()
         return cls(tuple(entries))
 
     @classmethod
@@ -69,6 +72,14 @@ class Layout:
             entries += [replace(e, name=f"{part}/{e.name}", offset=e.offset + offset) for e in layout.entries]
             offset += layout.size
         return cls(tuple(entries))
+
+    def part(self, name: str) -> Layout:
+        """Return the layout of one part of a joined layout; empty if it has no values."""
+        start, before = self.parts.get(name, slice(0, 0)).start, f"{name}/"
+        inside = (entry for entry in self.entries if entry.name.startswith(before))
+        return Layout(
+            tuple(replace(e, name=e.name.removeprefix(before), offset=e.offset - start) for e in inside)
+        )
 
     @property
     def size(self) -> int:
@@ -122,53 +133,83 @@ def float_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in module.named_buffers() if name in persistent and t.is_floating_point()}
 
 
-def flatten(module: nn.Module) -> Tensor:
-    """Return the module's parameters and float buffers as a new CPU vector (layout.size,)."""
-    tensors = [*dict(module.named_parameters()).values(), *float_buffers(module).values()]
-    return torch.cat([t.detach().reshape(-1).cpu() for t in tensors]) if tensors else torch.empty(0)
+def frozen_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the outermost modules that have parameters, all of which require no gradient."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        return {"": module}
+    inner = {name: frozen_modules(child) for name, child in module.named_children()}
+    return {f"{name}.{path}".rstrip("."): m for name, found in inner.items() for path, m in found.items()}
+
+
+def tensors(module: nn.Module, frozen: bool = False) -> dict[str, Tensor]:
+    """Return the tensors of a module's vector, or of its frozen one, in order."""
+    inside = tuple(f"{path}." if path else "" for path in frozen_modules(module))
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad != frozen}
+    buffers = {name: t for name, t in float_buffers(module).items() if name.startswith(inside) == frozen}
+    return {**parameters, **buffers}
+
+
+def flatten(module: nn.Module, frozen: bool = False) -> Tensor:
+    """Return a module's vector, or its frozen one, as a new CPU vector (layout.size,)."""
+    values = [t.detach().reshape(-1).cpu() for t in tensors(module, frozen).values()]
+    return torch.cat(values) if values else torch.empty(0)
 
 
 class Bound:
-    """A module on its device whose parameters and float buffers are views into `vector` (layout.size,).
+    """A module on its device whose trained parameters and buffers are views into `vector` (layout.size,).
 
-    `trainable` are the parameters that required a gradient when the module was built.
+    Its frozen tensors are views into `frozen` (frozen_layout.size,).
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, frozen: Tensor | None = None) -> None:
+        """Bind a module.
+
+        Args:
+            frozen: the vector of the frozen tensors, on the device; None: a new one of the module's values.
+        """
         self.module = module.float().to(device)
-        self.trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.layout = Layout.of(self.module)
+        self.layout, self.frozen_layout = Layout.of(self.module), Layout.of(self.module, frozen=True)
         self.vector = flatten(self.module).to(device)
-        tensors = self._tensors()
-        for name, view in self.layout.views(self.vector).items():
-            tensors[name].data = view
-        outside = (t for name, t in self.module.named_buffers() if name not in tensors)
+        self.frozen = flatten(self.module, frozen=True).to(device) if frozen is None else frozen
+        self._always_evaluated = list(frozen_modules(self.module).values())
+        bound = {**tensors(self.module), **tensors(self.module, frozen=True)}
+        self.parameters = [t for name, t in tensors(self.module).items() if isinstance(t, nn.Parameter)]
+        for layout, vector in ((self.layout, self.vector), (self.frozen_layout, self.frozen)):
+            for name, view in layout.views(vector).items():
+                bound[name].data = view
+        outside = (t for name, t in self.module.named_buffers() if name not in bound)
         self._outside = [(t, t.clone()) for t in outside]
         self.check()
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Return the module's tensors that are in the vector, in the vector's order."""
-        return {**dict(self.module.named_parameters()), **float_buffers(self.module)}
+    def train(self, mode: bool) -> None:
+        """Set the module to training with gradients, or to evaluation without; what is frozen stays so.
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The module's parameters, in the order of the layout."""
-        return list(self.module.parameters())
+        A frozen BatchNorm keeps its statistics, and a dropout inside of a frozen module is off.
+        """
+        self.module.train(mode)
+        for module in self._always_evaluated:
+            module.eval()
+        for parameter in self.parameters:
+            parameter.requires_grad_(mode)
 
     def load(self, vector: Tensor) -> None:
-        """Copy a client's or the server's vector in; reset the buffers that are not in the vector."""
+        """Copy a client's or the server's vector in; reset the buffers that are in neither vector."""
         self.vector.copy_(vector, non_blocking=True)
         for buffer, initial in self._outside:
             buffer.copy_(initial)
 
     def check(self) -> None:
-        """Assert that the module has the tensors of the layout, each a view of its slice of the vector."""
-        tensors = self._tensors()
-        assert list(tensors) == [entry.name for entry in self.layout.entries], "the module's tensors changed"
-        for entry in self.layout.entries:
-            tensor, expected = tensors[entry.name], self.vector.data_ptr() + 4 * entry.offset
-            bound = tensor.shape == entry.shape and tensor.is_contiguous() and tensor.data_ptr() == expected
-            assert bound or not entry.size, f"{entry.name} is no longer a view of the vector"
+        """Assert that the module has the tensors of both layouts, each a view of its slice of the vector."""
+        now = {**dict(self.module.named_parameters()), **float_buffers(self.module)}
+        names = [entry.name for layout in (self.layout, self.frozen_layout) for entry in layout.entries]
+        assert sorted(now) == sorted(names), "the module's tensors changed"
+        for layout, vector in ((self.layout, self.vector), (self.frozen_layout, self.frozen)):
+            for entry in layout.entries:
+                tensor, expected = now[entry.name], vector.data_ptr() + 4 * entry.offset
+                bound = tensor.shape == entry.shape and tensor.is_contiguous()
+                is_view = bound and tensor.data_ptr() == expected
+                assert is_view or not entry.size, f"{entry.name} is no longer a view of the vector"
 
 
 class BoundTensor:

@@ -33,12 +33,12 @@ class Module:
     weightless: bool = True
     architecture: str = field(default="", compare=False)
 
-    def initial(self, weights: Weights | None = None) -> torch.Tensor:
-        """Return the vector of a newly initialised module; draws from torch's global generator."""
+    def initial(self, weights: Weights | None = None, frozen: bool = False) -> torch.Tensor:
+        """Return the vector of a new module, or its frozen one; draws from torch's global generator."""
         module = self.build()
         if weights:
             pretrained.fill(module, weights)
-        return flatten(module)
+        return flatten(module, frozen)
 
     def layout(self) -> Layout:
         """Return the layout of that vector; torch's global generator is not changed."""
@@ -103,9 +103,7 @@ class Parts:
         """Set the named parts to training with gradients, the others to evaluation without."""
         for name, part in self._bound.items():
             if isinstance(part, Bound):
-                part.module.train(name in names)
-                for parameter in part.trainable:
-                    parameter.requires_grad_(name in names)
+                part.train(name in names)
 
     def check(self) -> None:
         """Assert that every part is still bound to its vector."""
@@ -116,26 +114,50 @@ class Parts:
 class Workbench:
     """The bound modules of a rank, and the layouts and initial vectors of specifications.
 
-    `weights` are read by architecture, and replace the initial draw.
+    `weights` are read by architecture, and replace the initial draw. `frozen` are the frozen vectors by kind;
+    one that is not given is drawn, or taken from the weights.
     """
 
-    def __init__(self, seed: int, device: torch.device, weights: Mapping[str, Weights] | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        device: torch.device,
+        weights: Mapping[str, Weights] | None = None,
+        frozen: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self.device = device
         self._seed = seed
         self._weights = weights or {}
+        self._frozen = {kind: vector.to(device) for kind, vector in (frozen or {}).items()}
         self._bound: dict[tuple[str, str], Bound | BoundTensor] = {}
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[str, tuple[Layout, Layout]] = {}  # by kind: of the vector, of the frozen one
 
     def layout(self, spec: Spec) -> Layout:
         """Return the layout of the vector of `spec`; a kind is built once, on the meta device."""
         return Layout.join({name: self._layout(part) for name, part in spec.items()})
 
     def _layout(self, part: Module | Tensor) -> Layout:
-        if isinstance(part, Tensor):
-            return Layout.of_tensor(part.shape)
+        return Layout.of_tensor(part.shape) if isinstance(part, Tensor) else self._both_layouts(part)[0]
+
+    def _both_layouts(self, part: Module) -> tuple[Layout, Layout]:
         if part.kind not in self._layouts:
-            self._layouts[part.kind] = part.layout()
+            module = part.skeleton()
+            self._layouts[part.kind] = Layout.of(module), Layout.of(module, frozen=True)
         return self._layouts[part.kind]
+
+    def frozen_layout(self, part: Module) -> Layout:
+        """Return the layout of the part's frozen vector; a kind is built once, on the meta device."""
+        return self._both_layouts(part)[1]
+
+    def frozen(self, part: Module) -> torch.Tensor:
+        """Return the frozen vector (frozen_layout.size,) of all parts of this kind, on the device."""
+        if part.kind not in self._frozen:
+            vector = torch.empty(0)
+            if self.frozen_layout(part).size:
+                seeds.seed_global(self._seed, f"frozen/{part.kind}")
+                vector = part.initial(self._weights.get(part.architecture), frozen=True)
+            self._frozen[part.kind] = vector.to(self.device)
+        return self._frozen[part.kind]
 
     def initial(self, spec: Spec, client: int = seeds.SERVER) -> torch.Tensor:
         """Return the vector (layout.size,) before round 1, on the CPU; it depends on seed, part, client."""
@@ -163,9 +185,10 @@ class Workbench:
             if isinstance(part, Tensor):
                 self._bound[key] = BoundTensor(part.shape, self.device)
             else:
+                frozen = self.frozen(part)
                 # Buffers that are not in the vector may be drawn too.
                 seeds.seed_global(self._seed, f"bound/{name}/{part.kind}")
-                self._bound[key] = Bound(part.build(), self.device)
+                self._bound[key] = Bound(part.build(), self.device, frozen)
         return self._bound[key]
 
     def read(self, spec: Spec, parts: Parts, out: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ Every user error that needs the data is raised here, on all ranks and before any
 
 from __future__ import annotations
 
+import torch
+
 from pfedmoe_mpi import algorithms
 from pfedmoe_mpi.checkpoint import Checkpoint, weights
 from pfedmoe_mpi.config import Config
@@ -13,7 +15,7 @@ from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.parts import Workbench
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
-from pfedmoe_mpi.federation import own_code, placement, pretrained
+from pfedmoe_mpi.federation import frozen, own_code, placement, pretrained
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config
 from pfedmoe_mpi.federation.federation import Federation, pin
@@ -26,7 +28,8 @@ from pfedmoe_mpi.mpi.comm import Comm
 def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint | None = None) -> Federation:
     """Assemble a federation; collective. With `warn` rank 0 prints the data's warnings.
 
-    With a checkpoint, whose vectors replace the initial ones, no file of weights is read.
+    With a checkpoint, whose vectors replace the initial ones, no file of weights is read, and frozen tensors
+    are those of its run folder.
 
     Raises:
         UserError: on all ranks: a setting or the data cannot be used.
@@ -45,7 +48,9 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     method.read_weights = weights.read
     specs = [method.client_state(k) for k in range(task.clients)]  # a ConfigError is raised on all ranks
     begun_with = pretrained.load(comm, settings, (method.state(), *specs), loaded)
-    workbench = Workbench(settings.seed, own_device.device, begun_with.weights)
+    stored = frozen.stored(comm, loaded)
+    vectors = {kind: torch.from_numpy(vector) for kind, vector in stored.vectors.items()} if stored else {}
+    workbench = Workbench(settings.seed, own_device.device, begun_with.weights, vectors)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
     engine = Engine(
@@ -71,6 +76,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         task=task,
         method=method,
         pretrained=begun_with,
+        frozen=frozen.collect(workbench, method.state(), specs, stored),
         workbench=workbench,
         engine=engine,
         device=own_device,

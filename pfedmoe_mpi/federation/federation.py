@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
+from pfedmoe_mpi.checkpoint.frozen import Frozen
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.flat import Layout
@@ -36,6 +37,7 @@ class Federation:
     task: Task
     method: Algorithm
     pretrained: Pretrained
+    frozen: Frozen
     workbench: Workbench
     engine: Engine
     device: Device

@@ -14,7 +14,7 @@ from pfedmoe_mpi.data import Dataset, Partition, make_partition
 from pfedmoe_mpi.data.set_apart import choose_unseen, reserve_rows
 from pfedmoe_mpi.errors import PartitionError
 from pfedmoe_mpi.federation.costs import client_costs
-from pfedmoe_mpi.models import registry, user_model
+from pfedmoe_mpi.models import registry, trained, user_model
 from pfedmoe_mpi.models.gate import input_shape
 from pfedmoe_mpi.models.names import EMBEDDING
 
@@ -112,6 +112,7 @@ def check_models(task: Task) -> None:
     for name in dict.fromkeys([*task.pool, task.shared]):
         sizes = (task.classes, task.dim, task.config.model.stem, task.vocabulary)
         registry.check_model(name, task.shape, *sizes)
+        trained.check(task.extractor(name).skeleton, task.config.model.train, name)
     gate = task.config.gate
     if gate.module and gate.weights == "sample":
         shape = (EMBEDDING,) if task.vocabulary else task.shape

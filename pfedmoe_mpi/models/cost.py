@@ -34,4 +34,4 @@ def multiply_adds(module: nn.Module, shape: tuple[int, ...], tokens: bool = Fals
         module.eval()(torch.zeros(1, *shape, dtype=torch.int32 if tokens else torch.float32))
     for hook in hooks:
         hook.remove()
-    return total + 8 * sum(p.numel() for p in module.parameters()) / BATCH
+    return total + 8 * sum(p.numel() for p in module.parameters() if p.requires_grad) / BATCH

@@ -24,6 +24,7 @@ from pfedmoe_mpi.report.tables import Column, Table, amount, number, percent, wo
 OMITTED = (
     *("time", "event", "round", "host", "hosts", "pid"),
     *("samples", "data_digest", "partition_digest", "class_counts", "multiply_adds", "client_names"),
+    "numbers",
 )
 VERSIONS = (
     "code",
@@ -259,6 +260,13 @@ def _costs(run: Run) -> Table:
         "each mean is over the rounds that have a value",
         "MB: bytes that a deployment would send, summed over the members of the cohort",
     ]
+    sizes = run.started_with("numbers")
+    if sizes:
+        frozen = ", ".join(f"{kind} {size:,}" for kind, size in sizes["frozen"].items())
+        notes.append(
+            f"numbers in vectors: {sizes['server']:,} of the server, {sizes['client']:,} of a client; "
+            f"frozen, once on every rank: {frozen}"
+        )
     return Table("cost", "Time, bytes, memory", columns, rows, notes)
 
 

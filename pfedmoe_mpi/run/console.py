@@ -56,6 +56,7 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
         clients = len(range(number, task.clients, len(task.pool)))
         private = _describe(federation.client_layouts[number])
         lines += [f"private: {line} ({name}, {clients} clients)" for line in private]
+    lines += _describe_frozen(federation)
     lines += federation.pretrained.lines
     lines += [f"rank {rank}: {line}" for rank, line in enumerate(device_lines)]
     return [*lines, memory(federation, len(device_lines))]
@@ -78,11 +79,18 @@ def _describe(layout: Layout) -> list[str]:
     return lines or ["nothing"]
 
 
+def _describe_frozen(federation: Federation) -> list[str]:
+    """Return one line per kind of model with frozen tensors, which every rank holds once."""
+    sizes = {kind: layout.size for kind, layout in federation.frozen.layouts.items()}
+    return [f"frozen:  {kind}: {size:,} numbers, {megabytes(size)}" for kind, size in sizes.items()]
+
+
 def memory(federation: Federation, ranks: int) -> str:
     """Return a line on the job's memory: all clients' vectors and data, and a rank's bound models."""
     vectors = sum(layout.size for layout in federation.client_layouts)
     kinds = {layout.digest: layout.size for layout in federation.client_layouts}
     bound = 4 * (sum(kinds.values()) + federation.state_layout.size)  # weights, gradients, momenta, a copy
+    bound += sum(layout.size for layout in federation.frozen.layouts.values())
     sample = federation.dataset.dtype.itemsize
     for length in federation.task.shape:
         sample *= length

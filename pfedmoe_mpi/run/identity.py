@@ -23,11 +23,11 @@ CONDITIONS = ("torch", "device", "threads", "precision")  # a restart repeats bi
 def run_identity(federation: Federation) -> dict[str, str]:
     """Return versions and conditions, for the checkpoint and events.jsonl.
 
-    `weights`: SHA-256 of the files of model.weights, as JSON.
+    `weights`: SHA-256 of the files of model.weights, as JSON; `frozen`: digest of the frozen tensors.
     """
-    weights = federation.pretrained.identity
+    files = {"weights": federation.pretrained.identity, "frozen": federation.frozen.digest}
     return {
-        **({"weights": weights} if weights else {}),
+        **{name: value for name, value in files.items() if value},
         "samples": samples_text(federation),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -114,6 +114,7 @@ def _already_finished(world: Comm, start: Start, loaded: Checkpoint, rounds: int
 
 def _train_rounds(world: Comm, start: Start, federation: Federation, device_lines: Sequence[str]) -> int:
     """Open the run folder, train the rounds that are left, and report how the run ended."""
+    from pfedmoe_mpi.checkpoint import frozen
     from pfedmoe_mpi.federation.loop import Loop
     from pfedmoe_mpi.run.identity import run_identity
 
@@ -129,6 +130,7 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
             lambda: folder.create(settings.run.force, first, numbered), "run folder"
         )
     world.agree(lambda: folder.log_to_file(world.rank), "logs")
+    world.from_root(lambda: frozen.write(folder.path, federation.frozen), "frozen tensors")
     identity = {"code": start.code, **run_identity(federation)}
     reporter = _reporter(world, start, federation)
     loop = Loop(world, federation, reporter, folder.checkpoints)
@@ -165,8 +167,8 @@ def _reporter(world: Comm, start: Start, federation: Federation) -> Reporter:
 
 
 def _report_facts(federation: Federation) -> dict[str, Any]:
-    """Return what reports need: digests of data and partition, and by client the training samples by class,
-    multiply-adds and names.
+    """Return what reports need: digests of data and partition, how many numbers are trained and frozen if
+    any are, and by client the training samples by class, multiply-adds and names.
 
     What is by client is left out if there are too many numbers for a figure.
     """
@@ -177,6 +179,10 @@ def _report_facts(federation: Federation) -> dict[str, Any]:
         "data_digest": federation.data_digest,
         "partition_digest": federation.partition.digest(),
     }
+    frozen = {kind: layout.size for kind, layout in federation.frozen.layouts.items()}
+    if frozen:
+        largest = max(layout.size for layout in federation.client_layouts)
+        facts["numbers"] = {"server": federation.state_layout.size, "client": largest, "frozen": frozen}
     if counts.size > MOST_COUNTS:
         return facts
     facts |= {

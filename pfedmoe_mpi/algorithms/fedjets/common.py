@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +36,7 @@ class Common:
         else:
             sizes = (task.classes, task.dim, task.config.model.stem, task.vocabulary)
             registry.check_model(name, task.shape, *sizes)
-            self.part, self.width = replace(task.model(name), architecture=""), task.dim
+            self.part, self.width = task.model(name, whole=True), task.dim
 
     def from_file(self, read: ReadWeights) -> Tensor | None:
         """Return its vector as read from its file; None without a file.
