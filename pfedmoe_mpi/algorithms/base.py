@@ -149,7 +149,8 @@ class Task:
         return self._selected(f"extractor {kind_of(name)}", make, name)
 
     def _selected(self, kind: str, make: Callable[[], torch.nn.Module], name: str) -> Module:
-        build = partial(trained.build, make, self.config.model.train)
+        settings = self.config.model
+        build = partial(trained.build, make, settings.train, settings.lora_rank, settings.lora_alpha)
         return Module(kind, build, not is_reference(name), name)
 
     def head(self) -> Module:

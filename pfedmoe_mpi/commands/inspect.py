@@ -14,7 +14,8 @@ from pfedmoe_mpi.federation import metrics
 from pfedmoe_mpi.models.names import kind_of
 from pfedmoe_mpi.user_code import label
 
-LATER = {"train": "all"}  # settings of the model that came later: at their default they are not in the digest
+# Settings of the model that came later: at their default they are not in the digest.
+LATER = {"train": "all", "lora_rank": 4, "lora_alpha": 4.0}
 
 
 def run(path: Path, *, digest_only: bool) -> int:

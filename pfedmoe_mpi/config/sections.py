@@ -132,8 +132,14 @@ class ModelSettings(Section):
     """Files of weights in place of the initial draw: FILE for all architectures, or NAME=FILE,NAME=FILE.
     Default: the papers draw them, except FedJETs."""
     train: str = Field("all", min_length=1)
-    """What of an extractor is trained: all, head (its last layer), norm, or a pattern of its tensors' names.
+    """What of an extractor is trained: all, head (its last layer), norm, lora, or a pattern of its names.
     Default: the papers train all; the rest is kept once for all clients."""
+    lora_rank: int = Field(4, ge=1, le=4096)
+    """`lora`: rank r of the change of every linear layer.
+    Default: the paper's tables vary little between 1 and 8."""
+    lora_alpha: Positive = 4.0
+    """`lora`: the change is scaled by α / r.
+    Default: as the rank, as in the paper, so that the scale is 1."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelSettings:

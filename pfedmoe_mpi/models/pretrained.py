@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.models import lora
 
 EXTRACTOR, HEAD = "extractor.", "head."  # of `registry.Model`
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # torchvision's heads for training, which our networks lack
@@ -28,7 +29,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Match:
-    """For a module's tensors by name: those of the file, and the names of the last layers' that it lacks."""
+    """For a module's tensors by name: those of the file, and the names of the last layers' that it lacks.
+
+    Low-rank factors that the file lacks are in neither.
+    """
 
     tensors: Mapping[str, Tensor]
     drawn: Sequence[str]
@@ -57,9 +61,11 @@ def match(module: nn.Module, weights: Weights, label: str = "this architecture")
     """
     wanted, last = float_tensors(module), last_layers(module)
     known = module.state_dict().keys()
-    found = max(_readings(weights), key=lambda reading: _fitting(wanted, reading))
+    readings = (_parametrised(reading, wanted) for reading in _readings(weights))
+    found = max(readings, key=lambda reading: _fitting(wanted, reading))
     fitting = {name: t for name, t in found.items() if name in wanted and t.shape == wanted[name].shape}
-    other = [name for name in wanted if name not in fitting and not name.startswith(last)]
+    drawn = [name for name in wanted if name not in fitting and not lora.is_factor(name)]
+    other = [name for name in drawn if not name.startswith(last)]
     ignored = (HEAD, *AUXILIARY, *(EXTRACTOR + name for name in AUXILIARY))
     surplus = [name for name in found if name not in known and not name.startswith(ignored)]
     problems = {
@@ -79,7 +85,7 @@ def match(module: nn.Module, weights: Weights, label: str = "this architecture")
             remedy = "ResNets as published: --model.stem imagenet; else use weights of this architecture"
         problem = f"model.weights = {weights.path} does not fit {label}: {'; '.join(texts)}"
         raise ConfigError(problem, remedy)
-    return Match(fitting, [name for name in wanted if name not in fitting])
+    return Match(fitting, drawn)
 
 
 def float_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -114,6 +120,12 @@ def _readings(weights: Weights) -> Iterator[dict[str, Tensor]]:
         yield tensors
         yield {EXTRACTOR + name: tensor for name, tensor in tensors.items()}
         yield {name.removeprefix(EXTRACTOR): tensor for name, tensor in tensors.items()}
+
+
+def _parametrised(reading: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with those of low-rank layers under the names that these have in the module."""
+    names = {lora.plain(name): name for name in wanted if not lora.is_factor(name)}
+    return {name if name in wanted else names.get(name, name): t for name, t in reading.items()}
 
 
 def _fitting(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -79,7 +79,7 @@ def test_selections(name: str) -> None:
     def chosen(train: str) -> set[str]:
         make = partial(registry.build_model, name, shape, 4, 12 if not text else 64, "small", vocabulary)
         with registry.Weightless():
-            module = trained.build(make, train)
+            module = trained.build(make, train, 4, 4.0)
         return {key for key, parameter in module.named_parameters() if parameter.requires_grad}
 
     heads = {"head.weight", "head.bias"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,32 @@ def test_unusable_files(tmp_path: Path) -> None:
     for name, pattern in (("none.pt", "there is no file"), ("integers.pt", "holds no weights")):
         with pytest.raises(ConfigError, match=pattern):
             weights.read_all(tmp_path / name)
+
+
+def test_low_rank_changes_begin_at_the_weights_of_the_file(tmp_path: Path) -> None:
+    from pfedmoe_mpi.models import trained
+
+    def build(train: str) -> nn.Module:
+        make = partial(registry.build_extractor, "vit_b_32", (3, 32, 32), DIM, "small")
+        return trained.build(make, train, 2, 6.0).eval()
+
+    source = build("all")
+    file = saved(source.state_dict(), tmp_path / "vit.pt")
+    changed = build("lora")
+    assert not pretrained.match(changed, file).drawn
+    pretrained.fill(changed, file)
+    x = torch.randn(2, 3, 32, 32)
+    expected = source(x)
+    assert torch.equal(changed(x), expected), "B is zero"
+    layer = changed.encoder.layers[3]
+    for owner, name in ((layer.self_attention, "in_proj_weight"), (layer.mlp[0], "weight")):
+        factors = owner.parametrizations[name][0]
+        with torch.no_grad():
+            factors.b.fill_(0.01)
+        original = owner.parametrizations[name].original
+        torch.testing.assert_close(getattr(owner, name), original + 3.0 * factors.b @ factors.a)
+    assert not torch.allclose(changed(x), expected)
+    trained_numbers = sum(p.numel() for p in changed.parameters() if p.requires_grad)
+    # Of 12 blocks: in_proj, out_proj and two layers of the perceptron; and the last layer.
+    by_block = 2 * (768 + 2304) + 2 * (768 + 768) + 2 * 2 * (768 + 3072)
+    assert trained_numbers == 12 * by_block + 768 * DIM + DIM

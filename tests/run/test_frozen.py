@@ -128,6 +128,24 @@ def test_missing_or_damaged_frozen_tensors(folder: Path, tmp_path: Path, session
     assert load_client(tmp_path / "moved" / "round-000002.h5", 0).client == 0
 
 
+def test_low_rank_changes_of_a_transformer(tmp_path: Path, session: launcher.Session) -> None:
+    vit = ("--model.pool", f"{NETS}:TinyViT", "--model.train", "lora", "--model.lora_rank", "2")
+    run_to_end(1, *FLAGS, *vit, "--run.dir", "one", cwd=tmp_path)
+    run_to_end(3, *FLAGS, *vit, "--rounds", "1", "--run.dir", "three", cwd=tmp_path)
+    run_to_end(2, "restart", "three", "--rounds", "2", cwd=tmp_path)
+    assert checkpoint_digest(tmp_path / "three", 2) == checkpoint_digest(tmp_path / "one", 2)
+    from pfedmoe_mpi.checkpoint import Checkpoint
+
+    with Checkpoint(newest(tmp_path / "one")) as loaded:
+        names = [entry.name for entry in loaded.state_layout.entries]
+        assert "shared/blocks.layers.0.self_attn.parametrizations.in_proj_weight.0.b" in names
+        state = loaded.state_layout.views(torch.from_numpy(loaded.state))
+        assert all(bool(tensor.any()) for tensor in state.values()), "every B was trained"
+    assert load_client(newest(tmp_path / "one"), 1).client == 1
+    words = (*FLAGS, "--model.pool", f"{NETS}:small_resnet", "--model.train", "lora", "--run.dir", "no")
+    error_message(session(*words, cwd=tmp_path), "needs linear layers besides the last one, and ")
+
+
 def test_a_pattern_that_selects_nothing_is_refused(tmp_path: Path, session: launcher.Session) -> None:
     words = (*SMALL_RUN, "--model.train", "layer9.*", "--run.dir", "run")
     message = error_message(
