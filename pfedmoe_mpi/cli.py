@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pfedmoe_mpi import __version__, arguments, environment
+from pfedmoe_mpi import __version__, arguments, environment, parser
 from pfedmoe_mpi.config import methods
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_USER, ConfigError, LaunchError, UserError, either, nearest
 from pfedmoe_mpi.mpi import session
@@ -106,7 +106,7 @@ def _run(name: str, words: list[str]) -> int:
         raise ConfigError(problem, "`pfedmoe-mpi --help` lists the commands")
     if name == "translate" and words != ["--flags"]:  # whose words are another program's
         return translate(Namespace(words=[word for word in words if word != "--"], flags=False))
-    return FUNCTIONS[name](arguments.parser(name, words).read(words))
+    return FUNCTIONS[name](parser.parser(name, words).read(words))
 
 
 def run(given: Namespace) -> int:
@@ -232,7 +232,7 @@ def print_help(given: Namespace) -> int:
         hint = nearest(name, arguments.COMMANDS)
         raise ConfigError(f"there is no command {name}{hint}", "`pfedmoe-mpi --help` lists the commands")
     chosen = ["--algorithm", given.algorithm] if given.algorithm else []
-    print("\n\n".join(arguments.parser(command, chosen).format_help().rstrip() for command in names))
+    print("\n\n".join(parser.parser(command, chosen).format_help().rstrip() for command in names))
     return EXIT_DONE
 
 
@@ -243,7 +243,7 @@ def _listed(summaries: Mapping[str, str]) -> str:
 def completion(given: Namespace) -> int:
     """Print a shell's completion script."""
     try:
-        print(arguments.completion_script(given.shell))
+        print(parser.completion_script(given.shell))
     except ImportError as error:
         problem = "completion needs the package shtab, which is not installed"
         raise UserError(problem, "pip install 'pfedmoe_mpi[completion]'") from error

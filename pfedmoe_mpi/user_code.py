@@ -12,7 +12,6 @@ import importlib
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from difflib import unified_diff
 from functools import cache
 from hashlib import sha256
 from importlib.machinery import ModuleSpec
@@ -296,6 +295,8 @@ def _files(root: Path, name: str) -> list[Path]:
 
 def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Return the lines that changed between two records of `sources`, at most 40; empty if none did."""
+    from difflib import unified_diff  # only needed after a change
+
     lines: list[str] = []
     for name in sorted({*before, *now}):
         old, new = (texts.get(name, "").splitlines() for texts in (before, now))
