@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import warnings
 import zipfile
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import h5py
@@ -79,6 +81,23 @@ def test_refused_hdf5_file_is_closed(tmp_path: Path) -> None:
             open_data("hdf5", path)
         with h5py.File(path, "r+"):
             assert caught.value
+
+
+def test_hdf5_file_of_a_writer_names_the_remedy(tmp_path: Path) -> None:
+    """A file that is open elsewhere, as in a notebook, and one whose writer ended without closing it."""
+    path, left = write_h5(tmp_path / "a.h5", x=GOOD_X, y=GOOD_Y), tmp_path / "left.h5"
+    code = "import h5py, sys; file = h5py.File(sys.argv[1], 'r+'); print(flush=True); input()"
+    with Popen([sys.executable, "-c", code, str(path)], stdin=PIPE, stdout=PIPE) as writer:
+        assert writer.stdout
+        writer.stdout.readline()
+        message = data_error("cannot be opened as HDF5", "hdf5", path)
+        writer.communicate(b"\n")
+    assert "remedy: close it in the program that writes it" in message
+    with h5py.File(tmp_path / "new.h5", "w", libver="latest") as file:
+        file["x"], file["y"] = GOOD_X, GOOD_Y
+        file.flush()
+        left.write_bytes((tmp_path / "new.h5").read_bytes())
+    assert f"h5clear -s {left}" in data_error("cannot be opened as HDF5", "hdf5", left)
 
 
 def test_hdf5_shapes_are_accepted(tmp_path: Path) -> None:
