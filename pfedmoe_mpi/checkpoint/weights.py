@@ -36,13 +36,15 @@ def _from_hdf5(path: Path, parts: Sequence[str]) -> dict[str, Tensor]:
     import h5py
 
     from pfedmoe_mpi import checkpoint
+    from pfedmoe_mpi.storage import untrusted_hdf5
 
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             is_checkpoint = "server/state" in file
             tensors = {} if is_checkpoint else _float_datasets(file)
     except OSError as error:
-        raise ConfigError(f"{path} is not an HDF5 file: {error}", "check the path") from error
+        remedy = untrusted_hdf5.opening_remedy(error, path, "check the path")
+        raise ConfigError(f"{path} cannot be opened as HDF5: {error}", remedy) from error
     if is_checkpoint:
         try:
             checkpoint.verify(path)

@@ -88,7 +88,7 @@ def test_unusable_common_experts_are_refused(data: Path, common: Path, tmp_path:
     refused("there is no file", data, common=str(tmp_path / "x.h5"))
     refused("has no part common or model: it holds no weights", data, common=str(data))
     (tmp_path / "text.h5").write_text("nothing")
-    refused("is not an HDF5 file", data, common=str(tmp_path / "text.h5"))
+    refused("cannot be opened as HDF5", data, common=str(tmp_path / "text.h5"))
     (tmp_path / "text.pt").write_text("nothing")
     refused("cannot be read as weights", data, common=str(tmp_path / "text.pt"))
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")

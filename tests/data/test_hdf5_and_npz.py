@@ -14,10 +14,11 @@ import h5py
 import numpy as np
 import pytest
 
+from pfedmoe_mpi.checkpoint import weights
 from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.data.sources.safe_pickle import read_arrays
-from pfedmoe_mpi.errors import DataError
+from pfedmoe_mpi.errors import ConfigError, DataError
 from support.data_files import (
     GOOD_X,
     GOOD_Y,
@@ -91,6 +92,10 @@ def test_hdf5_file_of_a_writer_names_the_remedy(tmp_path: Path) -> None:
         assert writer.stdout
         writer.stdout.readline()
         message = data_error("cannot be opened as HDF5", "hdf5", path)
+        with pytest.raises(
+            ConfigError, match=r"cannot be opened as HDF5(.|\n)*remedy: close it in the program"
+        ):
+            weights.read(path, ["model"])
         writer.communicate(b"\n")
     assert "remedy: close it in the program that writes it" in message
     with h5py.File(tmp_path / "new.h5", "w", libver="latest") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import zlib
 from collections.abc import Iterator
@@ -27,7 +26,6 @@ _PACKED = {h5py.h5z.FILTER_DEFLATE: 1032, h5py.h5z.FILTER_LZF: 90}  # highest ra
 _NAMES = 1 << 16  # class names
 _COPY = "copy the file again, or write it again with `data prepare`"
 _INSIDE = "store x and y as plain arrays in the file itself"
-_STALE = "already open for write"  # in HDF5's message about a file that its writer has not closed
 _REPACK = "unpack it first: h5repack -f NONE FILE NEW_FILE"
 
 
@@ -113,7 +111,9 @@ def open_hdf5(path: Path, check: bool) -> SourceData:
                 f"data.path = {path} is a folder",
                 "set --data.path to the HDF5 file, or --data.source folder for a folder of images",
             ) from error
-        raise DataError(f"{path} cannot be opened as HDF5: {error}", _remedy(error, path)) from error
+        raise DataError(
+            f"{path} cannot be opened as HDF5: {error}", untrusted_hdf5.opening_remedy(error, path, _COPY)
+        ) from error
     try:
         return _load(file, path, check)
     except BaseException as error:
@@ -123,15 +123,6 @@ def open_hdf5(path: Path, check: bool) -> SourceData:
         if isinstance(error, untrusted_hdf5.FROM_HDF5):
             raise DataError(f"{path} cannot be read: {error}", _COPY) from error
         raise
-
-
-def _remedy(error: OSError, path: Path) -> str:
-    """Return the remedy for a file that HDF5 does not open."""
-    if error.errno in {errno.EAGAIN, errno.EACCES} and "lock" in str(error):
-        return "close it in the program that writes it, such as a notebook, and run the command again"
-    if _STALE in str(error):
-        return f"close it in the program that writes it; if that program has ended: h5clear -s {path}"
-    return _COPY
 
 
 def _load(file: Any, path: Path, check: bool) -> SourceData:
