@@ -262,8 +262,8 @@ FUNCTIONS: dict[str, Callable[[Namespace], int]] = {
     "report": report,
     "translate": translate,
     "bench": bench,
-    "check": check,
     "conformance": conformance,
+    "check": check,
     "help": print_help,
     "completion": completion,
 }

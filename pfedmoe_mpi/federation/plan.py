@@ -50,9 +50,15 @@ def draw_partition(settings: Config, dataset: Dataset) -> Partition:
     """Return the partition; a pure function of settings and labels.
 
     Raises:
-        PartitionError: no partition fits the settings; a client would get a single training row, which has no
-            variance for batch normalisation; or reserved rows would overlap clients' test rows.
+        PartitionError: no partition fits the settings; every row has a class of its own; a client would get a
+            single training row, which has no variance for batch normalisation; or reserved rows would overlap
+            clients' test rows.
     """
+    if dataset.classes == len(dataset) and not dataset.ordered:
+        raise PartitionError(
+            f"{dataset.name}: every row has a class of its own, and no class has rows to train and to test",
+            "label rows by their classes, not by row numbers; in a CSV file the label is the first column",
+        )
 
     def partition_of(rows: np.ndarray) -> Partition:
         return make_partition(
