@@ -34,8 +34,10 @@ def digest(loaded: Checkpoint) -> str:
     the float's bits), data and partition digests, seed, model settings, and the method with its section.
     """
     state = sha256()
-    method, model = label(loaded.config["algorithm"]), loaded.config["model"]
-    model = {**model, "pool": list(map(kind_of, model["pool"])), "shared": kind_of(model["shared"])}
+    method, model = label(loaded.config["algorithm"]), dict(loaded.config["model"])
+    model["pool"] = [kind_of(name) for name in model["pool"]]
+    if "shared" in model:
+        model["shared"] = kind_of(str(model["shared"]))
     facts = {
         "round": loaded.round,
         "algorithm": [method, loaded.config.get(method), loaded.config["seed"], model],
