@@ -37,6 +37,8 @@ def write(loaded: Checkpoint, client: int, out: Path) -> None:
     """
     if os.path.lexists(out):
         raise CheckpointError(f"the output {out} exists already", "choose another name")
+    if not out.parent.is_dir():
+        raise CheckpointError(f"there is no folder {out.parent}", "create it, or choose another name")
     if client >= loaded.clients:
         raise CheckpointError(f"there is no client {client}", f"clients are 0 to {loaded.clients - 1}")
     try:

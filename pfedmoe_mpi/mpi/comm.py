@@ -390,4 +390,4 @@ def library() -> str:
     """Return the name and version of the MPI library."""
     from mpi4py import MPI
 
-    return MPI.Get_library_version().splitlines()[0].strip(" \0")
+    return " ".join(MPI.Get_library_version().splitlines()[0].strip("\0").split())

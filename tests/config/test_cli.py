@@ -238,7 +238,7 @@ def test_inspect_prints_the_checkpoint(run_command: Callable[..., Result], train
     for said in (
         "pfedmoe, round 3 of 3",
         "data synthetic, partition dirichlet",
-        f"accuracy mean {mean}",
+        f"accuracy mean {100 * mean:.2f} %, worst ",
         "best on test: round ",
         "server: 139,100 numbers (shared 139,100)",
         "clients 0, 2: 157,628 numbers (model 144,110, gate 13,518)",
