@@ -262,8 +262,11 @@ class Run(Section):
     """Run folder; empty = runs/ALGORITHM-TIME.
     Default: no run overwrites another."""
     checkpoint_every: int = Field(10, ge=1)
-    """Write a checkpoint every this many rounds, and always after the last.
+    """Write a checkpoint every this many rounds, and always after the first and the last.
     Default: writing takes a tenth of a second, a round takes seconds."""
+    checkpoint_minutes: NotNegative = 5.0
+    """Write one, too, after a round that ends this many minutes after the last one; 0 = by rounds alone.
+    Default: a run that is killed loses minutes, however long its rounds are."""
     keep: int = Field(3, ge=1)
     """How many of the newest checkpoints to keep, beside best.h5.
     Default: two to fall back on."""

@@ -341,7 +341,7 @@ class TrafficCheck:
         overridden = type(self._method).server_update is not Algorithm.server_update
         for round in range(1, chosen.rounds + 1):
             expected += ["move", "move", "sum", *(["broadcast"] if overridden else []), "sum"]
-            if round % chosen.run.checkpoint_every == 0 or round == chosen.rounds:
+            if round in {1, chosen.rounds} or round % chosen.run.checkpoint_every == 0:
                 expected += ["from_root", "agree", "from_root"]
         if self._calls != expected:
             self._report(f"the calls between ranks are {self._calls}, not {expected}")
