@@ -49,6 +49,8 @@ class SilentObserver:
 
     def dropped(self, round: int, clients: Sequence[int]) -> None: ...
 
+    def check_folder(self) -> None: ...
+
     def written(self, path: Path, history: Sequence[Row], candidate: bool) -> None: ...
 
     def not_written(self, error: CheckpointError) -> None: ...
@@ -324,7 +326,7 @@ class Loop:
     # Checkpoints
 
     def save(self, last: bool = False, candidate: bool = True) -> None:
-        """Write a checkpoint of the complete rounds; collective. The arguments are those of `Saver.rounds`."""
+        """Write a checkpoint of the complete rounds; collective. The arguments are as for `Saver.rounds`."""
         self.saver.rounds(self.round, self.state.numpy(), self.history, last, candidate)
 
     def _save_stopped(self, total: RoundSum) -> None:

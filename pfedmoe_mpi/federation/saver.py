@@ -27,6 +27,9 @@ class Listener(Protocol):
     `candidate`: whether the checkpoint may become best.h5.
     """
 
+    def check_folder(self) -> None:
+        """Raise OSError on rank 0 if the folder of the checkpoints is another one now."""
+
     def written(self, path: Path, history: Sequence[Row], candidate: bool) -> None: ...
 
     def not_written(self, error: CheckpointError) -> None: ...
@@ -131,7 +134,8 @@ class Saver:
         clients = self._federation.clients.values()
         vectors = {client.id: client.vector.numpy() for client in clients}
         try:
-            checkpoint.write(self._comm, path, content, vectors, self._federation.home)
+            home, check = self._federation.home, self._listener.check_folder
+            checkpoint.write(self._comm, path, content, vectors, home, check)
         except CheckpointError as error:
             self._failed += 1
             self._listener.not_written(error)

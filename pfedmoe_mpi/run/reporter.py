@@ -55,6 +55,11 @@ class Reporter:
                 listed = ", ".join(map(str, clients))
                 print(f"round {round}: left out clients {listed}: their vectors are not finite", flush=True)
 
+    def check_folder(self) -> None:
+        """Raise OSError on rank 0 if the path of the run folder leads to another one now."""
+        if self.progress:
+            self.folder.check()
+
     def written(self, path: Path, history: Sequence[metrics.Row], candidate: bool) -> None:
         """Update best.h5 and remove the checkpoints that a new one replaces."""
         if self.progress:
