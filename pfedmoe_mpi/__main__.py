@@ -22,11 +22,19 @@ def main() -> None:
         signal.signal(signal.SIGINT, interrupt)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        from pfedmoe_mpi.storage import streams
+
+        output = streams.open_standard()
         from pfedmoe_mpi import cli
+        from pfedmoe_mpi.errors import EXIT_FAULT
 
         code = cli.main(sys.argv[1:])
+        sys.stdout.flush()
     except KeyboardInterrupt:
         end_interrupted()
+    if output.failure:
+        print(f"warning: standard output cannot be written: {output.failure.strerror}", file=sys.stderr)
+        code = code or EXIT_FAULT
     sys.exit(code)
 
 
