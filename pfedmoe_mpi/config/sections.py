@@ -117,7 +117,7 @@ class ModelSettings(Section):
     shared: Name = "auto"
     """Architecture of the shared model or extractor; auto = the smallest of the family (texts: fasttext).
     Default: cnn5, the paper's choice; mlp5 for features, fasttext for texts."""
-    dim: int = Field(0, ge=0)
+    dim: int = Field(0, ge=0, le=1_000_000_000)
     """Length d of a representation, the same everywhere; 0 = what the models define (CNN 500, text 64).
     Default: 500 by the papers' table; 50 for the MNIST family; 64 for texts, as wide as their embeddings."""
     stem: Annotated[Literal["small", "imagenet"], BeforeValidator(_name)] = "small"
