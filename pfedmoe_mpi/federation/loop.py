@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -35,6 +36,9 @@ class Observer(Listener, Protocol):
 
     def pretrained(self, line: str) -> None: ...
 
+    def client_trained(self, round: int, done: int, members: int) -> None:
+        """Receive how many of this rank's members of the round have trained."""
+
     def round_done(self, row: Row, history: Sequence[Row]) -> None: ...
 
     def dropped(self, round: int, clients: Sequence[int]) -> None: ...
@@ -44,6 +48,8 @@ class SilentObserver:
     """An observer that does nothing."""
 
     def pretrained(self, line: str) -> None: ...
+
+    def client_trained(self, round: int, done: int, members: int) -> None: ...
 
     def round_done(self, row: Row, history: Sequence[Row]) -> None: ...
 
@@ -195,6 +201,7 @@ class Loop:
             self.state,
             round,
             tested=self._is_evaluated(round),
+            trained=partial(self._observer.client_trained, round),
         )
         self._sum(total.buffer, f"sum of round {round}")
         self.steps += int((total.flags != MISSING).sum() - finished.sum())

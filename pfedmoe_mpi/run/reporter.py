@@ -35,6 +35,11 @@ class Reporter:
             self.event("pretrained", result=line)
             print(line, flush=True)
 
+    def client_trained(self, round: int, done: int, members: int) -> None:
+        """Show how far rank 0 is within the round."""
+        if self.progress:
+            self.progress.client_trained(round, done, members)
+
     def round_done(self, row: metrics.Row, history: Sequence[metrics.Row]) -> None:
         """Report a complete round."""
         if self.progress:
