@@ -60,8 +60,7 @@ class Comm:
         """Request a stop on SIGUSR1, SIGTERM and Ctrl-C; end the job on a later Ctrl-C.
 
         Signals that arrived while they were blocked are handled now. A Ctrl-C within a second of the first is
-        the same request: a finger that hit the key twice, or a launcher that passed on what the terminal had
-        sent to the ranks already.
+        the same request: a launcher may pass on what the terminal has sent to the ranks already.
         """
         interrupted = math.inf
 
