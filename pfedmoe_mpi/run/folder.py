@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,10 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    @property
+    @cached_property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        """Their folder, which may be a link to another disk; resolved once, as `path` is."""
+        return Path(os.path.realpath(self.path / "checkpoints"))
 
     @property
     def best(self) -> Path:

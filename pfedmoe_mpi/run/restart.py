@@ -174,7 +174,8 @@ def _candidates(source: Path, folder: RunFolder) -> tuple[bool, list[Path], Path
         return True, paths, folder.path
     source = source.absolute()
     run = RunFolder(source.parent.parent)
-    is_newest = checkpoint.newest_first(run.checkpoints)[:1] == [source] and run.config.is_file()
+    file = _resolved(source.parent) / source.name
+    is_newest = checkpoint.newest_first(run.checkpoints)[:1] == [file] and run.config.is_file()
     return False, [source], run.path if is_newest else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pfedmoe_mpi.storage.lock import ReplacedError
 from support.files import path_digest
 from support.launcher import (
     SMALL_RUN,
+    Result,
     checkpoint_digest,
     read_events,
     read_metrics,
@@ -47,6 +49,26 @@ def test_link_that_is_repointed_does_not_divert_a_run(run: Path, tmp_path: Path)
     assert path_digest(run) == before
     assert [row["round"] for row in read_metrics(own)] == [1, 2, 3, 4]
     assert read_events(own)[-1]["event"] == "finish" and checkpoint_digest(own, 4)
+
+
+def test_link_to_the_checkpoints_is_followed_once(
+    run_command: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
+    """Checkpoints on another disk: the newest is still the run's own, and another run's are not deleted."""
+    shutil.copytree(run, tmp_path / "other")
+    disk = (run / "checkpoints").rename(tmp_path / "disk")
+    (run / "checkpoints").symlink_to(disk)
+    run_command("restart", run / "checkpoints" / "round-000003.h5", "--rounds", "4")
+    assert checkpoint_digest(run, 4)
+    with RunFolder(run) as folder:
+        folder.lock()
+        written = folder.checkpoints / "round-000004.h5"
+        (run / "checkpoints").unlink()
+        (run / "checkpoints").symlink_to(tmp_path / "other" / "checkpoints")
+        before = path_digest(tmp_path / "other")
+        folder.keep_newest(1, written)
+    assert path_digest(tmp_path / "other") == before
+    assert [path.name for path in disk.glob("round-*")] == ["round-000004.h5"]
 
 
 def test_folder_that_is_replaced_is_left_alone(run: Path, tmp_path: Path) -> None:
