@@ -38,7 +38,7 @@ restart, evaluate, reproduce, bench and check work under mpirun and srun, too.""
 def main(words: Sequence[str]) -> int:
     """Run a command line and return the exit code.
 
-    Under a launcher only the first rank prints an error. A command without MPI accepts a closed pipe.
+    Under a launcher only the first rank prints an error.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -48,14 +48,7 @@ def main(words: Sequence[str]) -> int:
     try:
         if alone and environment.launched_rank() > 0:
             return EXIT_DONE  # the first rank does it
-        code = _run(name, rest)
-        print(end="", flush=True)  # nothing where stdout was closed from the start
-        return code
-    except BrokenPipeError:
-        if not alone:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
-        return EXIT_DONE
+        return _run(name, rest)
     except UserError as error:
         if alone or isinstance(error, LaunchError):
             session.print_error(error)

@@ -74,7 +74,7 @@ def is_client_file(path: Path) -> bool:
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             return h5py.h5a.exists(file.id, b"client")
-    except OSError:
+    except untrusted_hdf5.FROM_HDF5:
         return False
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pfedmoe_mpi.federation.federation import Federation
 
 
+SECONDS_BETWEEN_LINES = 60.0  # within a round, where there is no bar
 MOST_NAMES = 10  # names of the data's own clients in the plan
 SHOWN = {"accuracy": "accuracy", "cohort, before the sum": "accuracy_cohort", "unseen": "accuracy_unseen"}
 
@@ -94,23 +95,36 @@ def memory(federation: Federation, ranks: int) -> str:
 
 
 class Progress:
-    """A progress bar on a terminal, else one line per round; LOGGER gets the line in both cases."""
+    """A progress bar on a terminal, else one line per round; LOGGER gets the line in both cases.
+
+    Within a round the bar shows rank 0's clients; without a bar they get a line once a minute.
+    """
 
     def __init__(self, rounds: int, done: int, clients: int) -> None:
         self._rounds = rounds
         self._clients, self._accuracy = clients, ""  # clients of this rank; the last accuracy as text
         self._started, self._first = time.monotonic(), done
+        self._printed = self._started  # when the last line was
         self._bar: Any = None
         # Open MPI gives its ranks a terminal even when the job's output goes into a file.
         if sys.stdout.isatty() and "OMPI_COMM_WORLD_SIZE" not in os.environ:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                *(TextColumn("round"), MofNCompleteColumn(), BarColumn(16)),  # the line fits into 80 columns
+                *(TextColumn("round"), MofNCompleteColumn(), BarColumn(10)),  # the line fits into 80 columns
                 *(TextColumn("{task.description}"), TimeRemainingColumn()),
             )
             self._bar.start()
             self._task = self._bar.add_task(f"{clients} clients here", total=rounds, completed=done)
+
+    def client_trained(self, round: int, done: int, members: int) -> None:
+        """Show how many of rank 0's clients of a round have trained."""
+        text = f"rank 0: {done} of {members} clients"
+        if self._bar:
+            self._bar.update(self._task, description=f"{self._accuracy}{text}")
+        elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            print(f"round {round}/{self._rounds}  {text}", flush=True)
 
     def round_done(self, row: Row) -> None:
         """Show a complete round and the time left."""
@@ -122,6 +136,7 @@ class Progress:
         seconds = f"{row['seconds']['total']:.2f} s, {left} left"
         line = "  ".join([f"round {row['round']}/{self._rounds}", *measured, f"loss {loss}", seconds])
         LOGGER.info(line)
+        self._printed = time.monotonic()
         if self._bar:
             if measured:
                 self._accuracy = f"accuracy {_percent(means['accuracy'])}, "
