@@ -21,7 +21,7 @@ TEXTS = """[...document.querySelectorAll('figure svg')].map(svg => {
   return [svg.getAttribute('aria-label'), box(svg), [...svg.querySelectorAll('g[id*="-text_"]')].map(box)];
 })"""
 # Blocks that follow each other within the page or a section.
-BLOCKS = """[...document.querySelectorAll('body, section, details[open], figure')].flatMap(parent => {
+BLOCKS = """[...document.querySelectorAll('body, section, .folded, figure')].flatMap(parent => {
   const all = [...parent.children].map(e => [e.tagName, e.getBoundingClientRect()]);
   const boxes = all.filter(b => b[1].height);
   return boxes.slice(1).map((b, n) => [boxes[n][0], b[0], b[1].top - boxes[n][1].bottom]);
@@ -29,6 +29,9 @@ BLOCKS = """[...document.querySelectorAll('body, section, details[open], figure'
 WIDTHS = "[document.documentElement.scrollWidth, innerWidth]"
 CUT = """[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1)
   .map(e => e.querySelector('table, svg').id)"""
+FOLDED = """[...document.querySelectorAll('summary')].map(e => {
+  return [e.innerText, e.parentElement.nextElementSibling.querySelector('table').offsetHeight > 0];
+})"""
 COLORS = """(() => {
   const root = getComputedStyle(document.documentElement), found = {};
   for (const name of ['ink', 'paper', 'soft', 'grid', ...[...Array(7).keys()].map(n => 'series-' + n)])
@@ -147,6 +150,16 @@ def test_printed_page_is_white(browser: Browser, pages: dict[str, Path], tmp_pat
     browser.pdf(tmp_path / "page.pdf")
     written = (tmp_path / "page.pdf").read_bytes()
     assert written.startswith(b"%PDF-") and len(written) > 20_000
+
+
+def test_folded_tables_are_open_on_paper(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["one"], 1000)
+    folded = dict(browser.value(FOLDED))
+    assert len(folded) >= 3 and "Configuration" in folded and not any(folded.values())
+    browser.value("document.querySelector('details').open = true")
+    assert sum(open for _, open in browser.value(FOLDED)) == 1, "the heading opens its table"
+    browser.open(pages["one"], 1000, media="print")
+    assert dict(browser.value(FOLDED)) == dict.fromkeys(folded, True)
 
 
 def test_page_shows_the_measured_values(browser: Browser, pages: dict[str, Path]) -> None:
