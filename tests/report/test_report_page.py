@@ -16,7 +16,7 @@ from support.launcher import Session, read_metrics
 from support.report_runs import add_class_counts
 
 # Text of a figure as rectangles (left, top, right, bottom), with that of the figure, in CSS pixels.
-TEXTS = """[...document.querySelectorAll('figure svg')].map(svg => {
+TEXTS = """[...document.querySelectorAll('figure svg')].filter(svg => svg.clientWidth).map(svg => {
   const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
   return [svg.getAttribute('aria-label'), box(svg), [...svg.querySelectorAll('g[id*="-text_"]')].map(box)];
 })"""
@@ -29,6 +29,8 @@ BLOCKS = """[...document.querySelectorAll('body, section, .folded, figure')].fla
 WIDTHS = "[document.documentElement.scrollWidth, innerWidth]"
 CUT = """[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1)
   .map(e => e.querySelector('table, svg').id)"""
+TEXT_HEIGHT = """Math.min(...[...document.querySelectorAll('figure svg')].filter(svg => svg.clientWidth)
+  .map(svg => 7 * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width))"""  # of 7 points, in pixels
 FOLDED = """[...document.querySelectorAll('summary')].map(e => {
   return [e.innerText, e.parentElement.nextElementSibling.querySelector('table').offsetHeight > 0];
 })"""
@@ -105,7 +107,8 @@ def test_page_loads_nothing_and_nothing_overlaps(
     if width == 1600:
         assert browser.value(CUT) in ([], ["table-partition"]), "only the widest table scrolls"
     figures = browser.value(TEXTS)
-    assert len(figures) >= 5
+    assert len(figures) == browser.value("document.querySelectorAll('figure').length") >= 5
+    assert browser.value(TEXT_HEIGHT) > 8, "text that is readable without zooming"
     for label, frame, texts in figures:
         assert len(texts) > (2 if label.startswith("Representations") else 4), label
         check_texts(label, np.array(frame), np.array(texts))
