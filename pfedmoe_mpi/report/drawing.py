@@ -21,8 +21,8 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDTH = 6.4  # inches; two columns of a paper
 NARROW = 3.75  # inches; 360 CSS pixels, the text width of a phone
-LEGEND_CHARACTERS = 15  # in an inch of a legend
-LEGEND_SIGN = 6  # characters that the sign of a series takes
+LEGEND_CHARACTERS = 17  # in an inch of a legend
+LEGEND_SIGN = 9  # characters that the sign of a series takes, with its spaces
 COLOR_MAP = "cividis"  # the same for colour-blind readers; ordered in greyscale too
 
 
