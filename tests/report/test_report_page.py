@@ -74,7 +74,8 @@ def pages(
         add_class_counts(folder / run)
     found = {}
     for name in ("one", "several", "many"):
-        assert session("report", name, "--out", f"report-{name}", cwd=folder).code == 0
+        result = session("report", name, "--out", f"report-{name}", cwd=folder, timeout=240)
+        assert result.code == 0, result.err
         found[name] = folder / f"report-{name}" / "report.html"
     return found
 
