@@ -47,7 +47,7 @@ def make_plan(settings: Config, dataset: Dataset, host: memory.Host) -> Plan:
     fitted = dataset.fitted(partition) if dataset.fit else None
     task = make_task(settings, fitted or dataset, partition)
     check_models(task)
-    memory.check(task, base.load(settings.algorithm)(task), host)
+    memory.check(task, algorithms.load(settings.algorithm)(task), host)
     return Plan(partition, fitted, client_costs(task))
 
 
