@@ -166,9 +166,9 @@ def reproduce(given: Namespace) -> int:
 
     table = Path(given.table)
     if given.list:
-        runs = grid.expand(grid.read(table), given.settings, given.scale)
+        runs = grid.expand(grid.read(table), given.settings, given.scale, given.only, given.task)
         if environment.launched_rank() == 0:
-            print("\n".join(run.name for run in grid.select(runs, given.only, given.task)))
+            print("\n".join(run.name for run in runs))
         return EXIT_DONE
     from pfedmoe_mpi.reproduce import command
 

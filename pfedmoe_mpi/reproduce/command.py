@@ -52,7 +52,7 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
         UserError: the table or a setting is invalid; nothing was written.
     """
     table = grid.read(path)
-    runs = grid.select(grid.expand(table, settings, flags.scale), flags.only, flags.task)
+    runs = grid.expand(table, settings, flags.scale, flags.only, flags.task)
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
 
     def work(world: Comm, code: str) -> int:
