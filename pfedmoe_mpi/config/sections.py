@@ -264,9 +264,9 @@ class Run(Section):
     checkpoint_every: int = Field(10, ge=1)
     """Write a checkpoint every this many rounds, and always after the last.
     Default: writing takes a tenth of a second, a round takes seconds."""
-    keep: int = Field(3, ge=1)
+    keep: int = Field(2, ge=1)
     """How many of the newest checkpoints to keep, beside best.h5.
-    Default: two to fall back on."""
+    Default: one to fall back on; every one is as large as all clients' models."""
     force: bool = False
     """Rename a run folder of this name; nothing is ever deleted.
     Default: nothing is overwritten."""

@@ -84,7 +84,7 @@ class Table:
     def points(self, number: int) -> dict[str, Point]:
         """Return the point on each axis of run `number`, from 0 to `size` - 1."""
         chosen: dict[str, Point] = {}
-        for axis, points in reversed(self.axes.items()):
+        for axis, points in reversed([*self.axes.items()]):
             number, place = divmod(number, len(points))
             chosen[axis] = points[place]
         return {axis: chosen[axis] for axis in self.axes}
