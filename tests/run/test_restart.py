@@ -47,7 +47,7 @@ def test_restart_for_one_more_round_gives_the_same_bits(
     assert restart["changes"] == {"rounds": [3, 4], "run.keep": [2, 9]}
     assert end["event"] == "finish" and end["round"] == 4
     assert tomllib.loads((run / "config.toml").read_text())["rounds"] == 4
-    assert len(list((run / "checkpoints").glob("round*"))) == 3, "rounds 2 and 3, kept by the first run, and 4"
+    assert len(list((run / "checkpoints").glob("round*"))) == 3, "2 and 3, kept by the first run, and 4"
 
 
 def test_metrics_are_rewritten_from_the_checkpoint(run_command: Callable[..., Result], run: Path) -> None:
