@@ -198,7 +198,7 @@ def bench(given: Namespace) -> int:
     settings = config.build(given.settings)
     from pfedmoe_mpi.bench import command
 
-    return command.run(given.words, settings, given.settings)
+    return command.run(given.words, settings, given.settings, given.quick)
 
 
 def check(given: Namespace) -> int:
