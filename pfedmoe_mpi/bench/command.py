@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pfedmoe_mpi import config
+from pfedmoe_mpi import config, environment
 from pfedmoe_mpi.bench.measurements import ALWAYS, DEFAULTS, PARTS, QUICK, SEVERAL, Bench
+from pfedmoe_mpi.bench.progress import announce
 from pfedmoe_mpi.bench.timing import HEADING
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import EXIT_DONE, ConfigError, nearest
@@ -48,6 +49,8 @@ def run(words: list[str], settings: Config, flags: Mapping[str, Any], quick: boo
     def work(world: Comm, code: str) -> int:
         return _measure(Bench(world, settings, flags, quick), words, code)
 
+    if environment.launched_rank() == 0:
+        announce("starting: every rank imports torch, a few seconds on an idle machine")
     given = {"command": "bench", "parts": words, "--quick": quick, **flags}
     return session.under_mpi(work, given, settings.run.singleton)
 
