@@ -219,8 +219,8 @@ def _slurm(world: Comm) -> Iterator[Finding]:
         return
     yield Finding(
         True,
-        "Slurm: a run must get SIGUSR1 before the job's time limit. If the job script starts mpirun, "
-        "`#SBATCH --signal=B:USR1@120` signals the script, and a trap there must signal mpirun; if it starts "
-        "srun, `#SBATCH --signal=USR1@120` (without `B:`) signals the ranks",
+        "Slurm: it can send SIGUSR1 two minutes before a job's time limit. In a script that starts mpirun, "
+        "`#SBATCH --signal=B:USR1@120` signals the script, and a trap there must signal mpirun; in one that "
+        "starts srun, `#SBATCH --signal=USR1@120` (without `B:`) signals the ranks",
         "submit jobs/train.slurm or another script of jobs/, where this is done for both",
     )

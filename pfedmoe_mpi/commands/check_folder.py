@@ -23,9 +23,9 @@ OTHER_FOLDER = "use a writable folder with free space on a file system that all 
 def findings(world: Comm, folder: Path) -> Iterator[Finding]:
     """Yield the findings about `folder`, the same on every rank; collective."""
     folder = world.from_root(folder.absolute, "folder")
-    name, error = world.from_root(lambda: _make_folder(folder), "folder")
+    name, error, remedy = world.from_root(lambda: _make_folder(folder), "folder")
     if error:
-        yield Finding(False, f"folder: {folder} {error}", OTHER_FOLDER)
+        yield Finding(False, f"folder: {folder} {error}", remedy)
         return
     path = Path(name)
     try:
@@ -45,14 +45,17 @@ def findings(world: Comm, folder: Path) -> Iterator[Finding]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _make_folder(folder: Path) -> tuple[str, str]:
-    """Return (the name of a new folder in `folder`, ""), or ("", the error)."""
-    if not folder.is_dir():
-        return "", "is not a folder" if folder.exists() else "does not exist"
+def _make_folder(folder: Path) -> tuple[str, str, str]:
+    """Return (the name of a new folder in `folder`, "", ""), or ("", the error, its remedy)."""
     try:
-        return tempfile.mkdtemp(prefix=".pfedmoe-check-", dir=folder), ""
+        if folder.exists() and not folder.is_dir():
+            return "", "is not a folder", "name the folder where runs will be written: check FOLDER"
+        if not folder.is_dir():
+            remedy = f"mkdir -p {folder}, or name another: check FOLDER"
+            return "", "does not exist on the host of rank 0", remedy
+        return tempfile.mkdtemp(prefix=".pfedmoe-check-", dir=folder), "", ""
     except OSError as error:
-        return "", f"cannot be written to ({error.strerror})"
+        return "", f"cannot be written to ({error.strerror})", OTHER_FOLDER
 
 
 def _parallel_write(world: Comm, path: Path) -> Finding:

@@ -71,13 +71,9 @@ def test_slurm_advice_says_who_is_signalled(tmp_path: Path, with_slurm: bool) ->
     slurm = [line for line in lines if line.startswith("note Slurm: ")]
     assert len(slurm) == with_slurm
     if with_slurm:
-        assert (
-            "`#SBATCH --signal=B:USR1@120` signals the script, and a trap there must signal mpirun"
-            in slurm[0]
-        )
-        assert (
-            "`#SBATCH --signal=USR1@120` (without `B:`) signals the ranks; advice: submit jobs/" in slurm[0]
-        )
+        assert "starts mpirun, `#SBATCH --signal=B:USR1@120` signals the script, and a trap" in slurm[0]
+        assert "starts srun, `#SBATCH --signal=USR1@120` (without `B:`) signals the ranks" in slurm[0]
+        assert "; advice: submit jobs/train.slurm" in slurm[0]
 
 
 def failed(lines: list[str]) -> str:
@@ -91,6 +87,7 @@ def test_check_reports_a_missing_folder(tmp_path: Path, ranks: int) -> None:
     code, lines = check(ranks, tmp_path / "nowhere")
     assert code == 1
     assert f"folder: {tmp_path / 'nowhere'} does not exist" in failed(lines)
+    assert f"; remedy: mkdir -p {tmp_path / 'nowhere'}, or name another" in failed(lines)
     assert any("MPI sum" in line for line in lines), "the other findings are still printed"
 
 
