@@ -227,18 +227,20 @@ def _numbers(table: Table, only: str, task: str) -> Sequence[int]:
     """Return the numbers of the runs that `only` and `task` choose."""
     patterns = [pattern.strip() for pattern in only.split(",") if pattern.strip()]
     matching: Sequence[int] = range(table.size)
+    number = table.size  # which len() cannot return from 2**63 on
     if patterns:
-        _check_number(table, "compares names with --only for", table.size, MOST_NAMES, "--task 0")
+        _check_number(table, "compares names with --only for", number, MOST_NAMES, "--task 0")
         matching = list(_matching(table, patterns))
-    if not matching:
+        number = len(matching)
+    if not number:
         name = table.run_name(0)
         remedy = f"use a pattern of a name like {name}: --only '*{name[-6:]}'"
         raise TableError(f"--only = {only} matches no run of the table", remedy)
     if not task:
         choose = f"--only '{table.run_name(0)}' or --task 0"
-        _check_number(table, "builds", len(matching), MOST_RUNS, choose)
+        _check_number(table, "builds", number, MOST_RUNS, choose)
         return matching
-    last = len(matching) - 1
+    last = number - 1
     if not task.isdecimal() or len(task) > len(str(last)) or int(task) > last:
         raise TableError(f"--task = {task}: there is no such run", f"set --task from 0 to {last}")
     return matching[int(task) : int(task) + 1]

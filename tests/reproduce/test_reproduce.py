@@ -113,6 +113,9 @@ def test_huge_table_is_counted_and_not_expanded(table: Path, assert_refused: Cal
         assert "choose fewer with --only 'lr0.0001-" in said and "or --task 0" in said
     assert_refused(f"{many} compares names with --only", "reproduce", table, "--only", "*seed0")
     assert_refused("set --task from 0 to 8099999999", "reproduce", table, "--task", str(300**4))
+    more = "".join(f'"train.{name}" = {points}\n' for name in ("momentum", "weight_decay", "clip"))
+    table.write_text(f"{text}{more}'faults.dropout' = {points}\n", encoding="utf-8")
+    assert_refused(f"has {300**8:,} runs here", "reproduce", table, "--list")
 
 
 @pytest.mark.parametrize(
