@@ -204,8 +204,9 @@ COMMANDS = {
                 help="any of round, ranks, sum, idle, precision, write, network; or start [RANKS], alone and "
                 "without mpirun [default those that make sense on these ranks]",
             ),
+            switch("--quick", "take a minute: less data, fewer repetitions"),
         ),
-        ("bench round --train.batch 64", "bench start 16"),
+        ("bench --quick", "bench round --train.batch 64", "bench start 16"),
         settings=True,
         mpi=True,
     ),

@@ -163,9 +163,9 @@ def reproduce(given: Namespace) -> int:
 
     table = Path(given.table)
     if given.list:
-        runs = grid.expand(grid.read(table), given.settings, given.scale)
+        runs = grid.expand(grid.read(table), given.settings, given.scale, given.only, given.task)
         if environment.launched_rank() == 0:
-            print("\n".join(run.name for run in grid.select(runs, given.only, given.task)))
+            print("\n".join(run.name for run in runs))
         return EXIT_DONE
     from pfedmoe_mpi.reproduce import command
 
@@ -195,7 +195,7 @@ def bench(given: Namespace) -> int:
     settings = config.build(given.settings)
     from pfedmoe_mpi.bench import command
 
-    return command.run(given.words, settings, given.settings)
+    return command.run(given.words, settings, given.settings, given.quick)
 
 
 def conformance(given: Namespace) -> int:

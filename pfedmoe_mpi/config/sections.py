@@ -280,9 +280,9 @@ class Run(Section):
     checkpoint_minutes: NotNegative = 5.0
     """Write one, too, after a round that ends this many minutes after the last one; 0 = by rounds alone.
     Default: a run that is killed loses minutes, however long its rounds are."""
-    keep: int = Field(3, ge=1)
+    keep: int = Field(2, ge=1)
     """How many of the newest checkpoints to keep, beside best.h5.
-    Default: two to fall back on."""
+    Default: one to fall back on; every one is as large as all clients' models."""
     force: bool = False
     """Rename a run folder of this name; nothing is ever deleted.
     Default: nothing is overwritten."""

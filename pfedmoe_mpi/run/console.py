@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import config
 from pfedmoe_mpi.core.flat import Layout
+from pfedmoe_mpi.federation import disk
 from pfedmoe_mpi.federation.effective import proposals
 from pfedmoe_mpi.federation.metrics import Row, best, selected_on
 from pfedmoe_mpi.log import LOGGER
@@ -33,7 +34,7 @@ def megabytes(numbers: float) -> str:
 
 
 def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
-    """Return the plan's lines: what is shared, what is private, one line per rank, and the memory needed."""
+    """Return the plan's lines: what is shared, what is private, one line per rank, memory and disk."""
     settings, task = federation.config, federation.task
     lines = [
         f"{settings.method} on {federation.dataset.name}: {task.clients} clients, "
@@ -58,7 +59,8 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
         private = _describe(federation.client_layouts[number])
         lines += [f"private: {line} ({name}, {clients} clients)" for line in private]
     lines += [f"rank {rank}: {line}" for rank, line in enumerate(device_lines)]
-    return [*lines, memory(federation, len(device_lines))]
+    use = disk.of_federation(federation, len(device_lines))
+    return [*lines, memory(federation, len(device_lines)), use.line(settings.run.keep)]
 
 
 def _sample(task: Task) -> str:
