@@ -293,7 +293,7 @@ def _seconds(work: Callable[[], object], torch_device: torch.device) -> float:
 
 def _numbers(task: Task) -> tuple[int, list[int]]:
     """Return the numbers of the server's vector, and of a client's by architecture of the pool."""
-    method = base.load(task.config.algorithm)(task)
+    method = algorithms.load(task.config.algorithm)(task)
     workbench = Workbench(0, torch.device("cpu"))
     clients = [workbench.layout(method.client_state(k)).size for k in range(len(task.pool))]
     return workbench.layout(method.state()).size, clients
