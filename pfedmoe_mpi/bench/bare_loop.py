@@ -78,7 +78,7 @@ class BareLoop:
     def train(self, client: BareClient, round: int) -> float:
         """Run E epochs of SGD; return the mean training loss per sample of the last."""
         settings, engine = self._train, self._federation.engine
-        rate = learning_rate_factor(settings.schedule, round, self._federation.config.rounds)
+        rate = learning_rate_factor(settings, round, self._federation.config.rounds)
         for module in client.modules():
             module.train()
         rates = zip(client.modules(), (settings.lr_shared, settings.lr, settings.lr_gate), strict=True)

@@ -30,6 +30,7 @@ Changes = Annotated[
 Numbers = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], BeforeValidator(_items)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], BeforeValidator(_items)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
@@ -192,9 +193,18 @@ class Train(Section):
     epochs: int = Field(1, ge=1)
     """Local epochs E per round.
     Default: the smaller E of the paper."""
+    steps: int = Field(0, ge=0)
+    """Local updates per round in place of train.epochs, over as many epochs as they take; 0 = by epochs.
+    Default: the papers count epochs."""
     batch: int = Field(16, ge=2)
     """Batch size B.
     Default: a client has about 70 digits, five steps a round (papers: 64 to 512)."""
+    accumulate: int = Field(1, ge=1)
+    """Batches per update: their mean gradient is that of one large batch, apart from batch normalisation.
+    Default: an update for every batch; more batches save memory where B does not fit."""
+    optimiser: Annotated[Literal["sgd", "adam", "adamw"], BeforeValidator(_name)] = "sgd"
+    """Optimiser of the clients; its state starts at zero in every client step. Adam wants smaller rates.
+    Default: as in the papers; for adam and adamw try train.lr, lr_shared and lr_gate = 0.001."""
     lr: NotNegative = 0.05
     """Learning rate η_ω of the client's own model.
     Default: with 0.01, the papers' value for ten times the data, 40 rounds of five steps are too short."""
@@ -204,14 +214,31 @@ class Train(Section):
     lr_gate: NotNegative = 0.1
     """Learning rate η_φ of the gate (the paper's grid: 0.001, 0.01, 0.1, 1).
     Default: 0.01 was 4 points worse on the digits after 30 rounds."""
-    schedule: Annotated[Literal["constant", "cosine", "linear"], BeforeValidator(_name)] = "constant"
-    """How the learning rates fall over the rounds (cosine and linear end at 0).
+    warmup: int = Field(0, ge=0)
+    """Rounds W in which the learning rates rise linearly, r / (W + 1) in round r; train.schedule follows.
     Default: as in the papers."""
+    schedule: Annotated[
+        Literal["constant", "cosine", "linear", "step", "exponential"], BeforeValidator(_name)
+    ] = "constant"
+    """How the learning rates fall over the rounds (cosine and linear end at 0, step and exponential do not).
+    Default: as in the papers."""
+    gamma: float = Field(0.99, gt=0, le=1)
+    """`step` and `exponential`: factor on the learning rates, every train.step_size rounds or every round.
+    Default: HtFLlib's and PFLlib's."""
+    step_size: int = Field(10, ge=1)
+    """`step`: rounds between two falls.
+    Default: four stages in a default run."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """SGD momentum; starts at zero in every client step.
+    """`sgd`: momentum; starts at zero in every client step.
     Default: as in the authors' released code."""
+    betas: Betas = Field((0.9, 0.999), min_length=2, max_length=2)
+    """`adam`, `adamw`: β1, β2, decay of the means of the gradient and of its square.
+    Default: torch's."""
+    eps: Positive = 1e-8
+    """`adam`, `adamw`: ε, added to the root of the mean square.
+    Default: torch's."""
     weight_decay: NotNegative = 0.001
-    """L2 weight decay of parameters (never of buffers).
+    """Weight decay of parameters (never of buffers): L2 for sgd and adam, decoupled for adamw.
     Default: as in the authors' released code."""
     clip: NotNegative = 50.0
     """Largest joint norm of the gradient; 0 = no clipping.
@@ -228,6 +255,15 @@ class Train(Section):
     device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(_name)] = "auto"
     """auto takes a GPU where one is visible.
     Default: a GPU is faster where there is one."""
+
+    def updates(self, rows: int) -> int:
+        """Return the number of updates in an epoch over `rows` samples (see `core.batches.epoch`)."""
+        batches = max(1, rows // self.batch + (rows % self.batch > 1))
+        return -(-batches // self.accumulate)
+
+    def passes(self, rows: int) -> float:
+        """Return how many epochs over `rows` samples a client step takes: `epochs`, or what `steps` make."""
+        return self.steps / self.updates(rows) if self.steps else self.epochs
 
 
 class FaultSettings(Section):

@@ -90,7 +90,7 @@ def _check_progress(
             f"--rounds {loaded.round + settings.rounds} trains {settings.rounds} more",
         )
     schedule = settings.train.schedule
-    if world.rank == 0 and "rounds" in changes and schedule != "constant":
+    if world.rank == 0 and "rounds" in changes and schedule in {"cosine", "linear"}:
         before, now = changes["rounds"]
         text = (
             f"the {schedule} schedule now ends at round {now} instead of {before}, so the learning rate jumps"
