@@ -34,6 +34,7 @@ from pfedmoe_mpi.config.sections import (
     PartitionSettings,
     Run,
     Section,
+    Server,
     StreamSettings,
     Train,
     Unseen,
@@ -70,6 +71,7 @@ class Config(Section):
     stream: StreamSettings = StreamSettings()
     gate: Gate = Gate()
     train: Train = Train()
+    server: Server = Server()
     faults: FaultSettings = FaultSettings()
     eval: Eval = Eval()
     run: Run = Run()

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import names
 
 
@@ -264,6 +265,45 @@ class Train(Section):
     def passes(self, rows: int) -> float:
         """Return how many epochs over `rows` samples a client step takes: `epochs`, or what `steps` make."""
         return self.steps / self.updates(rows) if self.steps else self.epochs
+
+
+MOMENTS = {"none": 0, "momentum": 1, "adam": 2, "yogi": 2}  # vectors kept from round to round
+
+
+class Server(Section):
+    optimiser: Annotated[Literal["none", "momentum", "adam", "yogi"], BeforeValidator(_name)] = "none"
+    """How the server follows the mean of its clients' parameters: all the way, or by an optimiser.
+    Default: the mean itself, as in the papers of most methods."""
+    lr: NotNegative = 0.0
+    """Learning rate η of the server's optimiser; 0 chooses 1 for momentum and 0.01 for adam and yogi.
+    Default: 1 is the mean itself where momentum is 0; 0.01 is within the grid of Reddi et al."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """`momentum`: β, kept from round to round.
+    Default: as in Reddi et al."""
+    betas: Betas = Field((0.9, 0.99), min_length=2, max_length=2)
+    """`adam`, `yogi`: β1, β2, decay of the means of the update and of its square.
+    Default: as in Reddi et al."""
+    tau: Positive = 0.001
+    """`adam`, `yogi`: τ, degree of adaptivity; added to the root of the mean square, which begins as τ.
+    Default: as in Reddi et al."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Server:
+        unused = [name for name, f in type(self).model_fields.items() if getattr(self, name) != f.default]
+        if self.optimiser == "none" and unused:
+            problem = f"server.{unused[0]} has no effect with server.optimiser = none"
+            raise ConfigError(problem, "add --server.optimiser momentum, adam or yogi")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The learning rate η."""
+        return self.lr or (1.0 if self.optimiser == "momentum" else 0.01)
+
+    @property
+    def moments(self) -> int:
+        """Number of vectors that the optimiser keeps from round to round."""
+        return MOMENTS[self.optimiser]
 
 
 class FaultSettings(Section):

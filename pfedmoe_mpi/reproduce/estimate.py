@@ -42,7 +42,7 @@ CLIENTS = 20  # of the timed federation: enough for the anchors of ten experts
 # Settings on which the time of a mini-batch does not depend.
 IRRELEVANT = {
     *("seed", "rounds", "clients", "participation", "data", "partition", "unseen", "join", "stream"),
-    *("faults", "eval", "run"),
+    *("server", "faults", "eval", "run"),
 }
 
 

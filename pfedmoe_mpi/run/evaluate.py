@@ -23,7 +23,7 @@ def evaluation_loop(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any
     from pfedmoe_mpi.federation.build import build
     from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 
-    settings, _ = override_settings(loaded.config, overrides, ())
+    settings, _ = override_settings(loaded.config, overrides, ("server.optimiser",))
     federation = build(world, settings)
     loaded_layouts = [loaded.state_layout, *map(loaded.layout, range(loaded.clients))]
     built_layouts = [federation.state_layout, *federation.client_layouts]

@@ -20,7 +20,10 @@ from pfedmoe_mpi.run.folder import RunFolder, holds_anything
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 # A restart may not change these, in addition to what an evaluation may not: who trains, when, on which data.
-FIXED_IN_TRAINING = ("partition", "gate", "unseen", "join", "stream", "data.mean", "data.std")
+FIXED_IN_TRAINING = (
+    *("partition", "gate", "unseen", "join", "stream", "data.mean", "data.std"),
+    "server.optimiser",  # checkpoints hold what it keeps from round to round
+)
 PER_START = ("run.dir", "run.force", "run.singleton")  # never taken from an earlier start
 
 
