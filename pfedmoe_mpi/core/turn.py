@@ -97,7 +97,7 @@ class Turn:
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             seen = 0
             for group in self._epoch(phase.accumulate):
-                total += self._backward(group, loss, optimiser)
+                self._backward(group, loss, optimiser, total)
                 optimiser.step()
                 seen += sum(map(len, group))
                 steps += 1
@@ -115,19 +115,21 @@ class Turn:
         return steps
 
     def _backward(
-        self, group: Sequence[Batch], loss: Callable[[Batch], torch.Tensor] | None, optimiser: Optimiser
-    ) -> torch.Tensor:
-        """Compute the mean gradient of a group of batches; return the sum of the losses of its samples."""
+        self,
+        group: Sequence[Batch],
+        loss: Callable[[Batch], torch.Tensor] | None,
+        optimiser: Optimiser,
+        total: torch.Tensor,
+    ) -> None:
+        """Compute the mean gradient of a group of batches; add the losses of its samples to `total`."""
         optimiser.zero_grad()
         samples = sum(map(len, group))
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in group:
             self._engine.poll()
             with self._engine.autocast():
                 value = loss(batch) if loss else self._loss(self.parts, batch)
             (value * (len(batch) / samples) if len(group) > 1 else value).backward()
             total += value.detach().double() * len(batch)
-        return total
 
     def _epoch(self, accumulate: int) -> Iterator[tuple[Batch, ...]]:
         """Yield the batches of an epoch, `accumulate` at a time."""
