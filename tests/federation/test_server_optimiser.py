@@ -153,7 +153,7 @@ def test_restart_and_evaluation_keep_the_optimiser(
     assert_refused(refusal, "evaluate", newest, "--server.optimiser", "yogi")
 
 
-METHODS = ("fedavg", "fedjets", "pfedmoe")
+METHODS = ("fedavg", "fedjets")
 
 
 @pytest.mark.timeout(400)
