@@ -276,7 +276,7 @@ class Server(Section):
     Default: the mean itself, as in the papers of most methods."""
     lr: NotNegative = 0.0
     """Learning rate η of the server's optimiser; 0 chooses 1 for momentum and 0.01 for adam and yogi.
-    Default: 1 is the mean itself where momentum is 0; 0.01 is within the grid of Reddi et al."""
+    Default: 1 is the mean itself where momentum is 0; 0.1 let fedavg with yogi diverge on the digits."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """`momentum`: β, kept from round to round.
     Default: as in Reddi et al."""
