@@ -79,7 +79,7 @@ def test_estimates_count_the_samples_of_the_steps() -> None:
     def estimate(**train: int) -> tuple[float, float]:
         flat = {"rounds": 10, "clients": 2, **{f"train.{name}": number for name, number in train.items()}}
         run = Size([20, 97], [0, 0], 2, (4,), 2, "float32", 0, flat)
-        cost = _cost(run, [Pace(0.0, 0.0, 1.0, 0.0)], 1)
+        cost = _cost(run, [Pace(0.0, 0.0, 1.0, 0.0)], 0.0, 1)
         return cost.samples, cost.seconds
 
     assert estimate(epochs=2) == pytest.approx((10 * 2 * 117, 10 * 2 * 117))
