@@ -12,7 +12,6 @@ import importlib
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from difflib import unified_diff
 from functools import cache
 from hashlib import sha256
 from importlib.machinery import ModuleSpec
@@ -118,10 +117,10 @@ def path(reference: str) -> Path:
         spec = find_spec(source)
     except Exception as error:  # a module runs its package's own code
         problem = f"the module {source} cannot be imported: {type(error).__name__}: {error}"
-        raise ConfigError(problem, "check the name, or write PATH/FILE.py:NAME") from error
+        raise CodeError(problem, "check the name, or write PATH/FILE.py:NAME") from error
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         problem = f"there is no module {source} in Python's path"
-        raise ConfigError(problem, "install its package, or write PATH/FILE.py:NAME")
+        raise CodeError(problem, "install its package, or write PATH/FILE.py:NAME")
     return Path(spec.origin)
 
 
@@ -148,17 +147,17 @@ def check(reference: str) -> None:
     """
     source, name = split(reference)
     if source.endswith(".py") and not Path(source).is_file():
-        remedy = "check the path; for the files of a run: --run.code RUN_DIR/code"
-        raise ConfigError(f"there is no file {source}", remedy)
+        remedy = "check the path; for the files of a run: --run.code RUN_DIR/code, or code= in Python"
+        raise CodeError(f"there is no file {source}", remedy)
     if not source or (not name.isidentifier() and name):
         problem = f"'{reference}' is not a reference to code"
-        raise ConfigError(problem, "write PATH/FILE.py:NAME or MODULE:NAME")
+        raise CodeError(problem, "write PATH/FILE.py:NAME or MODULE:NAME")
     tree = parse(path(reference))
     names = _defined(tree)
     if name and name not in names and "*" not in names:
         listed = ", ".join(sorted(item for item in names if not item.startswith("_"))) or "nothing"
         problem = f"{path(reference)} does not define {name}"
-        raise ConfigError(problem, f"it defines {listed}")
+        raise CodeError(problem, f"it defines {listed}")
 
 
 def _defined(tree: ast.Module) -> set[str]:
@@ -253,7 +252,7 @@ def sources(references: Iterable[str]) -> dict[str, str]:
             name = each.relative_to(root).as_posix()
             if places.setdefault(name, each).resolve() != each.resolve():
                 problem = f"two files of your own are called {name}: {places[name]} and {each}"
-                raise ConfigError(problem, "rename one of them")
+                raise CodeError(problem, "rename one of them")
             texts[name] = each.read_text(encoding="utf-8", errors="replace")
     return dict(sorted(texts.items()))
 
@@ -296,6 +295,8 @@ def _files(root: Path, name: str) -> list[Path]:
 
 def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Return the lines that changed between two records of `sources`, at most 40; empty if none did."""
+    from difflib import unified_diff  # only needed after a change
+
     lines: list[str] = []
     for name in sorted({*before, *now}):
         old, new = (texts.get(name, "").splitlines() for texts in (before, now))

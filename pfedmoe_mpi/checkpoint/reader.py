@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from pfedmoe_mpi.checkpoint import seal
+from pfedmoe_mpi.config.sections import MOMENTS
 from pfedmoe_mpi.core.flat import Entry, Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi.comm import Comm
@@ -69,7 +70,8 @@ class Checkpoint:
             if isinstance(error, untrusted_hdf5.FROM_HDF5):
                 problem = str(error).encode(errors="backslashreplace").decode()
                 problem = f"{path} is not a checkpoint of this program: {problem}"
-                raise CheckpointError(problem, seal.REMEDY) from error
+                remedy = untrusted_hdf5.opening_remedy(error, path, seal.REMEDY)
+                raise CheckpointError(problem, remedy) from error
             raise
 
     def __enter__(self) -> Checkpoint:
@@ -112,6 +114,9 @@ class Checkpoint:
         for split in _SPLITS:
             used |= {f"partition/{split}", f"partition/{split}_offsets"}
             self._check_partition(split)
+        if _moments(self.config):
+            used.add("server/moments")
+            self._check_moments()
         self.partial: np.ndarray | None = None
         self.finished: list[int] = []
         if facts.get("partial") not in (True, False) or bool(facts["partial"]) != ("partial" in self._file):
@@ -177,6 +182,14 @@ class Checkpoint:
             raise UnusableError(f"{key} has {vector.shape[0]} numbers, but its layout has {size}")
         return digest
 
+    def _check_moments(self) -> None:
+        """Check the length of what the server's optimiser keeps."""
+        found, wanted = self._dataset("server/moments", _FLOAT).shape[0], _moments(self.config)
+        if found != wanted * self.state_layout.size:
+            raise UnusableError(
+                f"server/moments has {found} numbers, not {wanted} for each of the server's vector"
+            )
+
     def _check_partition(self, split: str) -> None:
         """Check that the offsets of a split divide its row numbers among the clients."""
         rows, offsets = self._numbers(f"partition/{split}"), self._numbers(f"partition/{split}_offsets")
@@ -201,6 +214,11 @@ class Checkpoint:
     def state(self) -> np.ndarray:
         """The server's vector, float32."""
         return np.asarray(self._file["server/state"][()])
+
+    @property
+    def moments(self) -> np.ndarray:
+        """The vectors that the server's optimiser keeps, one after the other, float32."""
+        return np.asarray(self._file["server/moments"][()] if _moments(self.config) else [], np.float32)
 
     @property
     def state_layout(self) -> Layout:
@@ -272,6 +290,15 @@ def check_code(code: Any) -> dict[str, str]:
     if not isinstance(code, dict) or not all(isinstance(text, str) for text in code.values()):
         raise UnusableError("code is not a text for each file")
     return code
+
+
+def _moments(config: Mapping[str, Any]) -> int:
+    """Return how many vectors the server's optimiser keeps; files of earlier versions have none."""
+    server = config.get("server", {})
+    name = server.get("optimiser", "none") if isinstance(server, Mapping) else None
+    if not isinstance(name, str) or name not in MOMENTS:
+        raise UnusableError("config has no usable server.optimiser")
+    return MOMENTS[name]
 
 
 def _check_identity(identity: Mapping[str, str]) -> None:

@@ -29,7 +29,9 @@ from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.storage import durable
+from pfedmoe_mpi.storage.lock import ReplacedError
 
+REPLACED = "move the folder back to this path"
 _PIECE = 1 << 24
 _NAME = re.compile(r"round-(\d+)(-partial)?\.h5")
 
@@ -52,6 +54,7 @@ class Content:
     partial: np.ndarray | None = None
     finished: Sequence[int] = ()  # the clients in the partial sum
     code: Mapping[str, str] = field(default_factory=dict)  # the user's own files, by name
+    moments: np.ndarray = field(default_factory=lambda: np.empty(0))  # kept by the server's optimiser
 
 
 def name(round: int, partial: bool) -> str:
@@ -67,26 +70,42 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def write(
-    comm: Comm, path: Path, content: Content, vectors: Mapping[int, np.ndarray], home: Sequence[int]
+    comm: Comm,
+    path: Path,
+    content: Content,
+    vectors: Mapping[int, np.ndarray],
+    home: Sequence[int],
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write one checkpoint; collective.
 
     Args:
         vectors: float32, of this rank's clients.
         home: the rank of every client.
+        check: called on rank 0 before it creates the file and before it publishes it; an OSError leaves the
+            folder as it is.
 
     Raises:
         CheckpointError: on all ranks, if any rank could not write; earlier checkpoints are untouched.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     own = [client for client in range(len(home)) if home[client] == comm.rank]
+
+    def lay_out() -> Table:
+        check()
+        return _lay_out(temporary, content)
+
+    def finish() -> None:
+        check()
+        _finish(temporary, path, table, digests)
+
     try:
-        table = comm.from_root(_guarded(lambda: _lay_out(temporary, content), path), "checkpoint layout")
+        table = comm.from_root(_guarded(lay_out, path), "checkpoint layout")
         hashes = comm.agree(
             _guarded(lambda: _write_clients(temporary, own, table, vectors), path), "checkpoint write"
         )
         digests = {key: digest for part in hashes if part for key, digest in part.items()}
-        comm.from_root(_guarded(lambda: _finish(temporary, path, table, digests), path), "checkpoint seal")
+        comm.from_root(_guarded(finish, path), "checkpoint seal")
     except CheckpointError:
         if comm.rank == 0:
             with suppress(OSError):
@@ -101,7 +120,7 @@ def _guarded(work: Callable[[], Any], path: Path) -> Callable[[], Any]:
         try:
             return work()
         except OSError as error:
-            remedy = "free space, or fix the file system"
+            remedy = REPLACED if isinstance(error, ReplacedError) else "free space, or fix the file system"
             raise CheckpointError(f"{path} cannot be written: {error}", remedy) from error
 
     return run
@@ -128,6 +147,8 @@ def _texts(content: Content) -> dict[str, bytes]:
 def _arrays(content: Content) -> dict[str, np.ndarray]:
     """Return the number datasets of rank 0, float32 and int64."""
     arrays: dict[str, np.ndarray] = {"server/state": np.asarray(content.state, "<f4")}
+    if len(content.moments):
+        arrays["server/moments"] = np.asarray(content.moments, "<f4")
     for split, rows in content.partition.items():
         arrays[f"partition/{split}"] = np.concatenate([np.empty(0, "<i8"), *rows]).astype("<i8")
         arrays[f"partition/{split}_offsets"] = np.cumsum([0, *map(len, rows)]).astype("<i8")

@@ -55,6 +55,7 @@ def digest(loaded: Checkpoint) -> str:
     state.update(loaded.state.tobytes())
     for client in range(loaded.clients):
         state.update(loaded.vector(client).tobytes())
+    state.update(loaded.moments.tobytes())
     if loaded.partial is not None:
         state.update(loaded.partial.tobytes())
     return state.hexdigest()
@@ -72,16 +73,18 @@ def _description(loaded: Checkpoint) -> str:
         lines.append(f"round {loaded.round + 1} in progress: clients {loaded.finished} are in its sum")
     if loaded.history:
         row = loaded.history[-1]
-        lines.append(f"accuracy mean {row['accuracy']['mean']}, worst {row['accuracy']['worst']}")
+        mean, worst = (_percent(row["accuracy"][key]) for key in ("mean", "worst"))
+        lines.append(f"accuracy mean {mean}, worst {worst}")
         top = metrics.best(loaded.history)
         kind = "validation" if metrics.selected_on(loaded.history) == "accuracy_validation" else "test"
         lines.append(f"best on {kind}: round {top['round'] if top else None}")
-    lines.append(f"server: {_sizes(loaded.state_layout)}")
+    lines.append(f"server: {_sizes(loaded.state_layout) or 'nothing shared'}")
     same_layout: dict[str, list[int]] = {}
     for client in range(loaded.clients):
         same_layout.setdefault(loaded.layout(client).digest, []).append(client)
     lines += [
-        f"clients {_listed(clients)}: {_sizes(loaded.layout(clients[0]))}" for clients in same_layout.values()
+        f"clients {_listed(clients)}: {_sizes(loaded.layout(clients[0])) or 'nothing private'}"
+        for clients in same_layout.values()
     ]
     lines += [f"{name}: {value}" for name, value in sorted(identity.items())]
     lines.append(f"digest: {digest(loaded)}")
@@ -89,9 +92,13 @@ def _description(loaded: Checkpoint) -> str:
 
 
 def _sizes(layout: Any) -> str:
-    """Return the length of a vector and of its parts."""
+    """Return the length of a vector and of its parts; empty if it has none."""
     parts = [f"{name} {size:,}" for name, size in layout.sizes.items()]
-    return f"{layout.size:,} numbers ({', '.join(parts)})" if parts else "nothing"
+    return f"{layout.size:,} numbers ({', '.join(parts)})" if parts else ""
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{100 * share:.2f} %"
 
 
 def _listed(clients: list[int]) -> str:

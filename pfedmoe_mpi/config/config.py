@@ -24,17 +24,18 @@ from pydantic import (
 
 from pfedmoe_mpi import user_code
 from pfedmoe_mpi.config import methods, neighbours
+from pfedmoe_mpi.config.model_settings import ModelSettings
 from pfedmoe_mpi.config.sections import (
     Data,
     Eval,
     FaultSettings,
     Gate,
     Join,
-    ModelSettings,
     Name,
     PartitionSettings,
     Run,
     Section,
+    Server,
     StreamSettings,
     Train,
     Unseen,
@@ -73,6 +74,7 @@ class Config(Section):
     stream: StreamSettings = StreamSettings()
     gate: Gate = Gate()
     train: Train = Train()
+    server: Server = Server()
     faults: FaultSettings = FaultSettings()
     eval: Eval = Eval()
     run: Run = Run()
@@ -88,7 +90,9 @@ class Config(Section):
                 f"{partition.classes}",
                 f"lower one or raise the other: --partition.classes {partition.classes_min}",
             )
-        if self.unseen_clients >= self.clients:
+        # Data may propose another number of clients; the effective configuration counts it as given.
+        known = "clients" in self.model_fields_set or data.source in {"digits", "synthetic"}
+        if known and self.unseen_clients >= self.clients:
             raise ConfigError(
                 f"unseen.clients = {self.unseen.clients:g} leaves no client to train, as clients = "
                 f"{self.clients}",

@@ -1,4 +1,4 @@
-"""The sections of the configuration: every setting with its type, range and default.
+"""The sections of the configuration but `model`: every setting with its type, range and default.
 
 The string below a setting is its help: a sentence, then `Default: ` with the reason for the default.
 """
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pfedmoe_mpi import user_code
+from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import names
 
 
@@ -25,7 +26,8 @@ def _items(value: Any) -> Any:
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
-Name = Annotated[str, BeforeValidator(_name)]
+AsName = BeforeValidator(_name)
+Name = Annotated[str, AsName]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_items)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_items)]
 Changes = Annotated[
@@ -34,6 +36,7 @@ Changes = Annotated[
 Numbers = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], BeforeValidator(_items)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], BeforeValidator(_items)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
@@ -113,41 +116,6 @@ class PartitionSettings(Section):
     Default: a partition that fails this often cannot be drawn."""
 
 
-class ModelSettings(Section):
-    pool: Names = Field(("auto",), min_length=1)
-    """Architectures, or classes of your own as FILE.py:NAME; client k takes number k mod length; auto =
-    different ones if the method allows.
-    Default: cnn1 to cnn5, client k takes number k mod 5 (the papers' different models), or a family like
-    it for features and texts; one architecture where the method needs equal models."""
-    shared: Name = "auto"
-    """Architecture of the shared model or extractor; auto = the smallest of the family (texts: fasttext).
-    Default: cnn5, the paper's choice; mlp5 for features, fasttext for texts."""
-    dim: int = Field(0, ge=0)
-    """Length d of a representation, the same everywhere; 0 = what the models define (CNN 500, text 64).
-    Default: 500 by the papers' table; 50 for the MNIST family; 64 for texts, as wide as their embeddings."""
-    stem: Annotated[Literal["small", "imagenet"], BeforeValidator(_name)] = "small"
-    """First layers of torchvision's ResNets: `small` for 32-pixel images, `imagenet` as published.
-    Default: 32-pixel images lose too much in ImageNet's first layers."""
-    weights: Texts = ()
-    """Files of weights in place of the initial draw: FILE for all architectures, or NAME=FILE,NAME=FILE.
-    Default: the papers draw them, except FedJETs."""
-    train: str = Field("all", min_length=1)
-    """What of an extractor is trained: all, head (its last layer), norm, lora, or a pattern of its names.
-    Default: the papers train all; the rest is kept once for all clients."""
-    lora_rank: int = Field(4, ge=1, le=4096)
-    """`lora`: rank r of the change of every linear layer.
-    Default: the paper's tables vary little between 1 and 8."""
-    lora_alpha: Positive = 4.0
-    """`lora`: the change is scaled by α / r.
-    Default: as the rank, as in the paper, so that the scale is 1."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelSettings:
-        named = [names.resolve_name(name) for name in (*self.pool, self.shared) if name != "auto"]
-        names.resolve_dim(named, self.dim)
-        return self
-
-
 class Gate(Section):
     hidden: int = Field(64, ge=1)
     """Width m of the gate's hidden layers, which the paper does not give.
@@ -218,9 +186,18 @@ class Train(Section):
     epochs: int = Field(1, ge=1)
     """Local epochs E per round.
     Default: the smaller E of the paper."""
+    steps: int = Field(0, ge=0)
+    """Local updates per round in place of train.epochs, over as many epochs as they take; 0 = by epochs.
+    Default: the papers count epochs."""
     batch: int = Field(16, ge=2)
     """Batch size B.
     Default: a client has about 70 digits, five steps a round (papers: 64 to 512)."""
+    accumulate: int = Field(1, ge=1)
+    """Batches per update: their mean gradient is that of one large batch, apart from batch normalisation.
+    Default: an update for every batch; more batches save memory where B does not fit."""
+    optimiser: Annotated[Literal["sgd", "adam", "adamw"], BeforeValidator(_name)] = "sgd"
+    """Optimiser of the clients; its state starts at zero in every client step. Adam wants smaller rates.
+    Default: as in the papers; for adam and adamw try train.lr, lr_shared and lr_gate = 0.001."""
     lr: NotNegative = 0.05
     """Learning rate η_ω of the client's own model.
     Default: with 0.01, the papers' value for ten times the data, 40 rounds of five steps are too short."""
@@ -230,14 +207,31 @@ class Train(Section):
     lr_gate: NotNegative = 0.1
     """Learning rate η_φ of the gate (the paper's grid: 0.001, 0.01, 0.1, 1).
     Default: 0.01 was 4 points worse on the digits after 30 rounds."""
-    schedule: Annotated[Literal["constant", "cosine", "linear"], BeforeValidator(_name)] = "constant"
-    """How the learning rates fall over the rounds (cosine and linear end at 0).
+    warmup: int = Field(0, ge=0)
+    """Rounds W in which the learning rates rise linearly, r / (W + 1) in round r; train.schedule follows.
     Default: as in the papers."""
+    schedule: Annotated[
+        Literal["constant", "cosine", "linear", "step", "exponential"], BeforeValidator(_name)
+    ] = "constant"
+    """How the learning rates fall over the rounds (cosine and linear end at 0, step and exponential do not).
+    Default: as in the papers."""
+    gamma: float = Field(0.99, gt=0, le=1)
+    """`step` and `exponential`: factor on the learning rates, every train.step_size rounds or every round.
+    Default: HtFLlib's and PFLlib's."""
+    step_size: int = Field(10, ge=1)
+    """`step`: rounds between two falls.
+    Default: four stages in a default run."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """SGD momentum; starts at zero in every client step.
+    """`sgd`: momentum; starts at zero in every client step.
     Default: as in the authors' released code."""
+    betas: Betas = Field((0.9, 0.999), min_length=2, max_length=2)
+    """`adam`, `adamw`: β1, β2, decay of the means of the gradient and of its square.
+    Default: torch's."""
+    eps: Positive = 1e-8
+    """`adam`, `adamw`: ε, added to the root of the mean square.
+    Default: torch's."""
     weight_decay: NotNegative = 0.001
-    """L2 weight decay of parameters (never of buffers).
+    """Weight decay of parameters (never of buffers): L2 for sgd and adam, decoupled for adamw.
     Default: as in the authors' released code."""
     clip: NotNegative = 50.0
     """Largest joint norm of the gradient; 0 = no clipping.
@@ -254,6 +248,54 @@ class Train(Section):
     device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(_name)] = "auto"
     """auto takes a GPU where one is visible.
     Default: a GPU is faster where there is one."""
+
+    def updates(self, rows: int) -> int:
+        """Return the number of updates in an epoch over `rows` samples (see `core.batches.epoch`)."""
+        batches = max(1, rows // self.batch + (rows % self.batch > 1))
+        return -(-batches // self.accumulate)
+
+    def passes(self, rows: int) -> float:
+        """Return how many epochs over `rows` samples a client step takes: `epochs`, or what `steps` make."""
+        return self.steps / self.updates(rows) if self.steps else self.epochs
+
+
+MOMENTS = {"none": 0, "momentum": 1, "adam": 2, "yogi": 2}  # vectors kept from round to round
+
+
+class Server(Section):
+    optimiser: Annotated[Literal["none", "momentum", "adam", "yogi"], BeforeValidator(_name)] = "none"
+    """How the server follows the mean of its clients' parameters: all the way, or by an optimiser.
+    Default: the mean itself, as in the papers of most methods."""
+    lr: NotNegative = 0.0
+    """Learning rate η of the server's optimiser; 0 chooses 1 for momentum and 0.01 for adam and yogi.
+    Default: 1 is the mean itself where momentum is 0; 0.1 let fedavg with yogi diverge on the digits."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """`momentum`: β, kept from round to round.
+    Default: as in Reddi et al."""
+    betas: Betas = Field((0.9, 0.99), min_length=2, max_length=2)
+    """`adam`, `yogi`: β1, β2, decay of the means of the update and of its square.
+    Default: as in Reddi et al."""
+    tau: Positive = 0.001
+    """`adam`, `yogi`: τ, degree of adaptivity; added to the root of the mean square, which begins as τ.
+    Default: as in Reddi et al."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Server:
+        unused = [name for name, f in type(self).model_fields.items() if getattr(self, name) != f.default]
+        if self.optimiser == "none" and unused:
+            problem = f"server.{unused[0]} has no effect with server.optimiser = none"
+            raise ConfigError(problem, "add --server.optimiser momentum, adam or yogi")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The learning rate η."""
+        return self.lr or (1.0 if self.optimiser == "momentum" else 0.01)
+
+    @property
+    def moments(self) -> int:
+        """Number of vectors that the optimiser keeps from round to round."""
+        return MOMENTS[self.optimiser]
 
 
 class FaultSettings(Section):
@@ -288,11 +330,14 @@ class Run(Section):
     """Run folder; empty = runs/ALGORITHM-TIME.
     Default: no run overwrites another."""
     checkpoint_every: int = Field(10, ge=1)
-    """Write a checkpoint every this many rounds, and always after the last.
+    """Write a checkpoint every this many rounds, and always after the first and the last.
     Default: writing takes a tenth of a second, a round takes seconds."""
-    keep: int = Field(3, ge=1)
+    checkpoint_minutes: NotNegative = 5.0
+    """Write one, too, after a round that ends this many minutes after the last one; 0 = by rounds alone.
+    Default: a run that is killed loses minutes, however long its rounds are."""
+    keep: int = Field(2, ge=1)
     """How many of the newest checkpoints to keep, beside best.h5.
-    Default: two to fall back on."""
+    Default: one to fall back on; every one is as large as all clients' models."""
     force: bool = False
     """Rename a run folder of this name; nothing is ever deleted.
     Default: nothing is overwritten."""

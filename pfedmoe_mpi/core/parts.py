@@ -6,7 +6,7 @@ one per client: a client is its vector, which is copied in before its turn and o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,13 @@ class Tensor:
 Spec = Mapping[str, Module | Tensor]
 
 
+def modules_by_kind(specs: Iterable[Spec]) -> dict[str, Module]:
+    """Return one module of each kind in these specifications, in the order of their kinds."""
+    parts = (part for spec in specs for part in spec.values())
+    by_kind = {part.kind: part for part in parts if isinstance(part, Module)}
+    return dict(sorted(by_kind.items()))
+
+
 class Parts:
     """The parts of a client's turn as attributes: `parts.shared` is a module, `parts.prototypes` a tensor."""
 
@@ -114,21 +121,14 @@ class Parts:
 class Workbench:
     """The bound modules of a rank, and the layouts and initial vectors of specifications.
 
-    `weights` are read by architecture, and replace the initial draw. `frozen` are the frozen vectors by kind;
-    one that is not given is drawn, or taken from the weights.
+    `weights` are read by architecture, and replace the initial draw.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        device: torch.device,
-        weights: Mapping[str, Weights] | None = None,
-        frozen: Mapping[str, torch.Tensor] | None = None,
-    ) -> None:
+    def __init__(self, seed: int, device: torch.device, weights: Mapping[str, Weights] | None = None) -> None:
         self.device = device
         self._seed = seed
         self._weights = weights or {}
-        self._frozen = {kind: vector.to(device) for kind, vector in (frozen or {}).items()}
+        self._frozen: dict[str, torch.Tensor] = {}  # by kind, on the device
         self._bound: dict[tuple[str, str], Bound | BoundTensor] = {}
         self._layouts: dict[str, tuple[Layout, Layout]] = {}  # by kind: of the vector, of the frozen one
 
@@ -150,7 +150,10 @@ class Workbench:
         return self._both_layouts(part)[1]
 
     def frozen(self, part: Module) -> torch.Tensor:
-        """Return the frozen vector (frozen_layout.size,) of all parts of this kind, on the device."""
+        """Return the frozen vector (frozen_layout.size,) of all parts of this kind, on the device.
+
+        One that was not set is drawn, or taken from the weights.
+        """
         if part.kind not in self._frozen:
             vector = torch.empty(0)
             if self.frozen_layout(part).size:
@@ -158,6 +161,10 @@ class Workbench:
                 vector = part.initial(self._weights.get(part.architecture), frozen=True)
             self._frozen[part.kind] = vector.to(self.device)
         return self._frozen[part.kind]
+
+    def set_frozen(self, kind: str, vector: torch.Tensor) -> None:
+        """Set the frozen vector of a kind, before the first part of this kind is bound."""
+        self._frozen[kind] = vector.to(self.device)
 
     def initial(self, spec: Spec, client: int = seeds.SERVER) -> torch.Tensor:
         """Return the vector (layout.size,) before round 1, on the CPU; it depends on seed, part, client."""

@@ -5,8 +5,6 @@ Every user error that needs the data is raised here, on all ranks and before any
 
 from __future__ import annotations
 
-import torch
-
 from pfedmoe_mpi import algorithms
 from pfedmoe_mpi.checkpoint import Checkpoint, weights
 from pfedmoe_mpi.config import Config
@@ -19,7 +17,9 @@ from pfedmoe_mpi.federation import frozen, own_code, placement, pretrained
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config
 from pfedmoe_mpi.federation.federation import Federation, pin
+from pfedmoe_mpi.federation.memory import Host
 from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
+from pfedmoe_mpi.federation.server_optimiser import check_method
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.comm import Comm
@@ -39,7 +39,8 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     threads = device.threads(comm, settings.train.threads)
     settings = effective_config(settings, dataset, threads)
     own_device = device.choose(comm, settings.train)
-    plan = comm.from_root(lambda: make_plan(settings, dataset), "plan", Plan.without_rows)
+    host = Host(comm.local()[1], comm.size, own_device.device.type == "cpu")
+    plan = comm.from_root(lambda: make_plan(settings, dataset, host), "plan", Plan.without_rows)
     partition, costs = plan.partition, plan.costs
     dataset = plan.fitted or dataset
     task = make_task(settings, dataset, partition)
@@ -48,9 +49,10 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     method.read_weights = weights.read
     specs = [method.client_state(k) for k in range(task.clients)]  # a ConfigError is raised on all ranks
     begun_with = pretrained.load(comm, settings, (method.state(), *specs), loaded)
-    stored = frozen.stored(comm, loaded)
-    vectors = {kind: torch.from_numpy(vector) for kind, vector in stored.vectors.items()} if stored else {}
-    workbench = Workbench(settings.seed, own_device.device, begun_with.weights, vectors)
+    workbench = Workbench(settings.seed, own_device.device, begun_with.weights)
+    frozen_tensors = frozen.load(comm, workbench, (method.state(), specs), loaded)
+    state_layout = workbench.layout(method.state())
+    check_method(settings, method, state_layout)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
     engine = Engine(
@@ -76,13 +78,13 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         task=task,
         method=method,
         pretrained=begun_with,
-        frozen=frozen.collect(workbench, method.state(), specs, stored),
+        frozen=frozen_tensors,
         workbench=workbench,
         engine=engine,
         device=own_device,
         home=home,
         costs=costs,
-        state_layout=workbench.layout(method.state()),
+        state_layout=state_layout,
         client_layouts=[workbench.layout(spec) for spec in specs],
         clients=clients,
         stream=make_stream(settings, dataset, partition),

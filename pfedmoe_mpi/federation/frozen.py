@@ -4,45 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from pfedmoe_mpi.checkpoint import Checkpoint, frozen
 from pfedmoe_mpi.checkpoint.frozen import Frozen
-from pfedmoe_mpi.core.parts import Module, Spec, Workbench
+from pfedmoe_mpi.core.parts import Spec, Workbench, modules_by_kind
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi.comm import Comm
 
 
-def stored(comm: Comm, loaded: Checkpoint | None) -> Frozen | None:
-    """Return the frozen tensors of a checkpoint, None if it has none; collective.
-
-    Raises:
-        CheckpointError: on all ranks: they are missing or damaged.
-    """
-    digest = loaded.identity.get("frozen") if loaded else None
-    if loaded is None or digest is None:
-        return None
-    return comm.attempt(lambda: frozen.read(loaded.path, digest), "frozen tensors")
-
-
-def collect(bench: Workbench, state: Spec, specs: Sequence[Spec], before: Frozen | None) -> Frozen:
-    """Return the frozen tensors of all parts.
+def load(
+    comm: Comm, bench: Workbench, specs: tuple[Spec, Sequence[Spec]], loaded: Checkpoint | None
+) -> Frozen:
+    """Return the frozen tensors of all parts; collective. With a checkpoint set those of its run folder.
 
     Args:
-        before: those of the checkpoint, which `bench` holds.
+        specs: of the server and of every client.
 
     Raises:
-        CheckpointError: the models have other frozen tensors than the checkpoint's.
+        CheckpointError: on all ranks: those of the checkpoint are missing, damaged or of other models.
     """
-    modules = {
-        part.kind: part for spec in (state, *specs) for part in spec.values() if isinstance(part, Module)
-    }
-    layouts = {
-        kind: layout for kind, part in sorted(modules.items()) if (layout := bench.frozen_layout(part)).size
-    }
-    if before and before.layouts != layouts:
-        problem = "the models have other frozen tensors than the checkpoint's"
-        raise CheckpointError(problem, "use the code of the run: --run.code RUN_DIR/code")
+    state, clients = specs
+    modules = modules_by_kind((state, *clients))
+    layouts = {kind: bench.frozen_layout(part) for kind, part in modules.items()}
+    layouts = {kind: layout for kind, layout in layouts.items() if layout.size}
+    digest = loaded.identity.get("frozen") if loaded else None
+    if loaded and digest:
+        stored = comm.attempt(lambda: frozen.read(loaded.path, digest), "frozen tensors")
+        if stored.layouts != layouts:
+            problem = f"the models have other frozen tensors than those of {loaded.path}"
+            raise CheckpointError(problem, "use the code of the run: --run.code RUN_DIR/code")
+        for kind, vector in stored.vectors.items():
+            bench.set_frozen(kind, torch.from_numpy(vector))
     vectors = {kind: bench.frozen(modules[kind]).cpu().numpy() for kind in layouts}
-    private = {name: [spec[name].kind for spec in specs] for name in (specs[0] if layouts else ())}
+    private = {name: [spec[name].kind for spec in clients] for name in (clients[0] if layouts else ())}
     return Frozen(
         layouts,
         vectors,

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -26,6 +27,7 @@ from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, MISSING, RoundSum
 from pfedmoe_mpi.federation.saver import Listener, Saver
+from pfedmoe_mpi.federation.server_optimiser import ServerOptimiser
 from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
 from pfedmoe_mpi.mpi.device import peak_rss_mib
 
@@ -34,6 +36,9 @@ class Observer(Listener, Protocol):
     """A receiver of a run's events, on every rank; that of rank 0 writes the run folder."""
 
     def pretrained(self, line: str) -> None: ...
+
+    def client_trained(self, round: int, done: int, members: int) -> None:
+        """Receive how many of this rank's members of the round have trained."""
 
     def round_done(self, row: Row, history: Sequence[Row]) -> None: ...
 
@@ -45,11 +50,15 @@ class SilentObserver:
 
     def pretrained(self, line: str) -> None: ...
 
+    def client_trained(self, round: int, done: int, members: int) -> None: ...
+
     def round_done(self, row: Row, history: Sequence[Row]) -> None: ...
 
     def dropped(self, round: int, clients: Sequence[int]) -> None: ...
 
-    def written(self, path: Path, history: Sequence[Row], partial: bool) -> None: ...
+    def check_folder(self) -> None: ...
+
+    def written(self, path: Path, history: Sequence[Row], candidate: bool) -> None: ...
 
     def not_written(self, error: CheckpointError) -> None: ...
 
@@ -65,7 +74,8 @@ class Loop:
         self.round = 0
         self.state = pin(federation.workbench.initial(federation.method.state()), federation.device.device)
         self.history: list[Row] = []
-        self.saver = Saver(comm, federation, checkpoints, observer)
+        self.server = ServerOptimiser(federation.config.server, federation.state_layout)
+        self.saver = Saver(comm, federation, checkpoints, observer, self.server)
         self.steps = 0  # client steps finished since this program started, on all ranks
         self._faults = Faults(federation.config.seed, federation.config.faults, federation.costs)
         self._observer = observer
@@ -87,6 +97,7 @@ class Loop:
         for client in self.federation.clients.values():
             client.vector.copy_(torch.from_numpy(loaded.vector(client.id)))
         self._partial = loaded.partial
+        self.server.load(torch.from_numpy(loaded.moments))
 
     def evaluation(self) -> Row:
         """Measure all clients with the server's state, without training; collective.
@@ -155,6 +166,7 @@ class Loop:
             self._save_stopped(total)
             return False
         self.state, self.round = state, round
+        self.server.commit()
         seconds = time.perf_counter() - started
         self._record(total, measured, seconds)
         self._keep_time(seconds)
@@ -194,6 +206,7 @@ class Loop:
             self.state,
             round,
             tested=self._is_evaluated(round),
+            trained=partial(self._observer.client_trained, round),
         )
         self._sum(total.buffer, f"sum of round {round}")
         self.steps += int((total.flags != MISSING).sum() - finished.sum())
@@ -247,8 +260,8 @@ class Loop:
     def _updated(self, total: RoundSum) -> torch.Tensor:
         """Return the server's next vector, unchanged if no client contributed.
 
-        A method's own `server_update` runs on rank 0 alone, and its result is broadcast; the default one
-        computes the same bits on every rank.
+        A method's own `server_update` runs on rank 0 alone, and its result is broadcast; the default one and
+        the server's optimiser compute the same bits on every rank.
 
         Raises:
             RunError: on all ranks: what the server trained is not finite.
@@ -260,9 +273,10 @@ class Loop:
         slices = self.federation.state_layout.parts
         overridden = type(method).server_update is not Algorithm.server_update
         if not overridden or self.comm.rank == 0:
-            by_name = {name: state[place] for name, place in slices.items()}
+            by_name, means = {name: state[place] for name, place in slices.items()}, total.means()
             try:
-                method.server_update(by_name, total.means(), self.round + 1)
+                method.server_update(by_name, means, self.round + 1)
+                self.server.update(self.state, state, means)
             except StoppedError:  # the evaluation stops too, and this state is never used
                 pass
             except NotFiniteError:
@@ -286,6 +300,8 @@ class Loop:
         started = time.perf_counter()
         result = evaluation.evaluate(self.comm, self.federation, state, round, due)
         self._seconds["evaluate"] = time.perf_counter() - started
+        if self.comm.rank == 0 and self.saver.overdue:
+            result.request_save()
         result.ranks[self.comm.rank] = [*self._seconds.values(), peak_rss_mib()]
         self._sum(result.buffer, purpose)
         return result
@@ -312,18 +328,19 @@ class Loop:
         self.history.append(row)
         reported = dict(row)  # with the seconds of writing the checkpoint that holds the row itself
         last = self.round == federation.config.rounds
-        if self.round % federation.config.run.checkpoint_every == 0 or last:
+        scheduled = self.round == 1 or self.round % federation.config.run.checkpoint_every == 0 or last
+        if scheduled or measured.saves:
             started = time.perf_counter()
-            self.save(last)
+            self.save(last, scheduled)
             write = time.perf_counter() - started
             reported["seconds"] = {**row["seconds"], "write": write, "total": seconds + write}
         self._observer.round_done(reported, self.history)
 
     # Checkpoints
 
-    def save(self, last: bool = False) -> None:
-        """Write a checkpoint of the complete rounds; collective. `last`: as for `Saver.rounds`."""
-        self.saver.rounds(self.round, self.state.numpy(), self.history, last)
+    def save(self, last: bool = False, candidate: bool = True) -> None:
+        """Write a checkpoint of the complete rounds; collective. The arguments are as for `Saver.rounds`."""
+        self.saver.rounds(self.round, self.state.numpy(), self.history, last, candidate)
 
     def _save_stopped(self, total: RoundSum) -> None:
         """Write a partial checkpoint of the round in progress, or a complete one if no member is done."""

@@ -1,7 +1,7 @@
 """Estimated cost of runs on this machine: every partition is drawn, a few batches of every kind are timed.
 
-Included are the clients' training and all evaluations; not included are sums, training on the server,
-checkpoints and a method's work before round 1.
+Included are the clients' training, all evaluations and the disk use; not included are the times of sums,
+training on the server, checkpoints and a method's work before round 1.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pfedmoe_mpi.data import Dataset
 from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.errors import StoppedError, UserError
 from pfedmoe_mpi.federation import effective, plan
+from pfedmoe_mpi.federation.disk import DiskUse, disk_use
 from pfedmoe_mpi.federation.evaluation import measure
 from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.comm import Comm
@@ -41,7 +42,7 @@ CLIENTS = 20  # of the timed federation: enough for the anchors of ten experts
 # Settings on which the time of a mini-batch does not depend.
 IRRELEVANT = {
     *("seed", "rounds", "clients", "participation", "data", "partition", "unseen", "join", "stream"),
-    *("faults", "eval", "run"),
+    *("server", "faults", "eval", "run"),
 }
 
 
@@ -74,20 +75,21 @@ class Size:
     def kind(self) -> str:
         """A key that is equal for runs whose mini-batches take the same time."""
         tree = {k: v for k, v in config.to_tree(self.config).items() if k not in IRRELEVANT}
-        tree["train"] = {k: v for k, v in tree["train"].items() if k != "epochs"}
+        tree["train"] = {k: v for k, v in tree["train"].items() if k not in {"epochs", "steps"}}
         return json.dumps([tree, self.shape, self.classes, self.dtype, self.vocabulary], sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Training samples of all rounds (each epoch counts), and seconds on the ranks of this job."""
+    """Training samples of all rounds (each epoch counts), seconds on the ranks of this job, and disk use."""
 
     samples: float
     seconds: float
+    disk: DiskUse
 
     def share(self, factor: float) -> Cost:
-        """Return this share of the cost."""
-        return Cost(factor * self.samples, factor * self.seconds)
+        """Return the cost of this share of the rounds; the run folder is as large as after all of them."""
+        return replace(self, samples=factor * self.samples, seconds=factor * self.seconds)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Pace:
     epoch: float
     test: float
 
-    def turn(self, samples: int, epochs: int) -> float:
+    def turn(self, samples: int, epochs: float) -> float:
         """Return the seconds of one turn."""
         return self.step + samples * (self.sample + epochs * self.epoch)
 
@@ -113,10 +115,15 @@ def costs(world: Comm, runs: Sequence[TableRun]) -> dict[str, Cost]:
     """
     sizes = world.from_root(lambda: dict(_sizes(runs)), "the runs' sizes")
     paces: dict[str, list[Pace]] = {}
+    numbers: dict[str, tuple[int, list[int]]] = {}
     for size in sizes.values():
         if size.kind not in paces:
             paces[size.kind] = _paces(world, size)
-    return {name: _cost(size, paces[size.kind], world.size) for name, size in sizes.items()}
+            numbers[size.kind] = _numbers(_task(size))
+    return {
+        name: _cost(size, paces[size.kind], _disk(size, *numbers[size.kind], world.size), world.size)
+        for name, size in sizes.items()
+    }
 
 
 # Sizes, on rank 0
@@ -238,7 +245,7 @@ class _Stopwatch:
 
     def _method(self, epochs: int) -> Algorithm:
         settings = self._task.config
-        train = settings.train.model_copy(update={"epochs": epochs})
+        train = settings.train.model_copy(update={"epochs": epochs, "steps": 0})
         task = replace(self._task, config=settings.model_copy(update={"train": train}))
         return algorithms.load(settings.algorithm)(task)
 
@@ -284,7 +291,21 @@ def _seconds(work: Callable[[], object], torch_device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _cost(size: Size, paces: Sequence[Pace], ranks: int) -> Cost:
+def _numbers(task: Task) -> tuple[int, list[int]]:
+    """Return the numbers of the server's vector, and of a client's by architecture of the pool."""
+    method = algorithms.load(task.config.algorithm)(task)
+    workbench = Workbench(0, torch.device("cpu"))
+    clients = [workbench.layout(method.client_state(k)).size for k in range(len(task.pool))]
+    return workbench.layout(method.state()).size, clients
+
+
+def _disk(size: Size, state: int, by_architecture: Sequence[int], ranks: int) -> DiskUse:
+    """Return the disk use of a run from `_numbers` of its kind."""
+    clients = [by_architecture[k % len(by_architecture)] for k in range(len(size.test))]
+    return disk_use(size.config, state, clients, sum(size.train) + sum(size.test), size.classes, ranks)
+
+
+def _cost(size: Size, paces: Sequence[Pace], disk: DiskUse, ranks: int) -> Cost:
     """Return a run's cost, from each client's expected share of the rounds.
 
     The ranks share the cohort's training, and the evaluation of the cohort and of all clients.
@@ -292,9 +313,10 @@ def _cost(size: Size, paces: Sequence[Pace], ranks: int) -> Cost:
     settings = size.config
     training = [k for k, n in enumerate(size.train) if n]
     members = min(size.members, len(training))
-    epochs, share = settings.train.epochs, members / len(training)
-    turns = sum(paces[k % len(paces)].turn(size.train[k], epochs) for k in training) * share
+    epochs, share = {k: settings.train.passes(size.train[k]) for k in training}, members / len(training)
+    turns = sum(paces[k % len(paces)].turn(size.train[k], epochs[k]) for k in training) * share
     tests = sum(n * paces[k % len(paces)].test for k, n in enumerate(size.test))
     measured = tests * (1 / min(ranks, len(size.test)) + share / min(ranks, members))
-    samples = settings.rounds * epochs * share * sum(size.train)
-    return Cost(samples, settings.rounds * (turns / min(ranks, members) + measured / settings.eval.every))
+    samples = settings.rounds * share * sum(epochs[k] * size.train[k] for k in training)
+    seconds = settings.rounds * (turns / min(ranks, members) + measured / settings.eval.every)
+    return Cost(samples, seconds, disk)

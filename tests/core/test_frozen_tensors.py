@@ -10,7 +10,7 @@ from torch import nn
 
 from pfedmoe_mpi.core.flat import Layout, flatten, frozen_modules
 from pfedmoe_mpi.core.parts import Module, Workbench
-from pfedmoe_mpi.core.sgd import SGD, Phase
+from pfedmoe_mpi.core.sgd import Optimiser, Phase
 from pfedmoe_mpi.models import registry, trained
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_frozen_tensors_are_one_copy_that_training_does_not_change() -> None:
     parts.train(["a"])
     inside, outside = parts.a[0], parts.a[1]
     assert outside.training and not any(module.training for module in inside.modules())
-    optimiser = SGD(parts, Phase({"a": 0.1}, 1, 0.9, 0.01, 50.0), 1.0)
+    optimiser = Optimiser(parts, Phase({"a": 0.1}, 1, 0.9, 0.01, 50.0), 1.0)
     start = parts.vector("a").clone()
     for _ in range(3):
         optimiser.zero_grad()
@@ -66,7 +66,8 @@ def test_frozen_tensors_are_one_copy_that_training_does_not_change() -> None:
 def test_given_values_replace_the_draw() -> None:
     part = Module("backbone", backbone)
     given = torch.arange(float(Layout.of(backbone(), frozen=True).size))
-    bench = Workbench(3, CPU, frozen={"backbone": given})
+    bench = Workbench(3, CPU)
+    bench.set_frozen("backbone", given)
     parts = bench.parts(({"a": part}, bench.initial({"a": part})))
     assert torch.equal(parts.a[0][0].weight.flatten(), given[:30])
 
