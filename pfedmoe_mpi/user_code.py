@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from pfedmoe_mpi.errors import ConfigError
 
 OURS = __name__.partition(".")[0]
+TIMM = "timm:"  # before the name of an architecture of the package timm, which is not a reference
 MOST_DIFFERENCES = 40  # lines of a printed difference
 Error = TypeVar("Error", bound="CodeError")
 
@@ -58,7 +59,7 @@ def last_line(error: BaseException, path: Path) -> int | None:
 
 def is_reference(text: str) -> bool:
     """Return whether a name is a reference to an object or a file, and not a name of this program."""
-    return ":" in text or text.endswith(".py")
+    return (":" in text or text.endswith(".py")) and not text.startswith(TIMM)
 
 
 @cache

@@ -43,8 +43,7 @@ from pfedmoe_mpi.core.sgd import Phase
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import registry, trained
 from pfedmoe_mpi.models.gate import build_gate
-from pfedmoe_mpi.models.names import EMBEDDING, kind_of
-from pfedmoe_mpi.user_code import is_reference
+from pfedmoe_mpi.models.names import EMBEDDING, is_own, kind_of
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.core.batches import Batch
@@ -140,7 +139,7 @@ class Task:
         kind = f"model {kind_of(name)} to {dim}" if dim else f"model {kind_of(name)}"
         if whole and self.config.model.train != "all":
             kind = f"whole {kind}"
-        return Module(kind, make, not is_reference(name)) if whole else self._selected(kind, make, name)
+        return Module(kind, make, is_own(name)) if whole else self._selected(kind, make, name)
 
     def extractor(self, name: str) -> Module:
         """Return an architecture's extractor, (B, *shape) to (B, d)."""
@@ -151,7 +150,7 @@ class Task:
     def _selected(self, kind: str, make: Callable[[], torch.nn.Module], name: str) -> Module:
         settings = self.config.model
         build = partial(trained.build, make, settings.train, settings.lora_rank, settings.lora_alpha)
-        return Module(kind, build, not is_reference(name), name)
+        return Module(kind, build, is_own(name), name)
 
     def head(self) -> Module:
         """Return the linear head that fits every architecture, (B, d) to (B, classes)."""

@@ -7,6 +7,7 @@ imported.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from pfedmoe_mpi import user_code
 from pfedmoe_mpi.errors import ConfigError, nearest
@@ -82,7 +83,8 @@ def resolve_name(name: str) -> str:
     Case, `-` for `_`, and additional or missing `_` are accepted if only one name matches.
 
     A reference to the user's own code, such as `./nets.py:TinyViT`, is checked and not changed; a name that
-    an installed package registers in the entry points `pfedmoe_mpi.models` becomes its reference.
+    an installed package registers in the entry points `pfedmoe_mpi.models` becomes its reference. Of
+    `timm:NAME` only the package is checked.
 
     Raises:
         ConfigError: there is no such architecture; the message has the nearest name.
@@ -94,6 +96,13 @@ def resolve_name(name: str) -> str:
         check_object(name)
         return name
     word = name.lower().replace("-", "_")
+    if word.startswith(user_code.TIMM):
+        if find_spec("timm") is None:
+            raise ConfigError(
+                f"model {name} needs the package timm, which is not installed",
+                "pip install 'pfedmoe_mpi[timm]'",
+            )
+        return word
     if word in names():
         return word
     matches = [candidate for candidate in names() if candidate.replace("_", "") == word.replace("_", "")]
@@ -102,7 +111,8 @@ def resolve_name(name: str) -> str:
     raise ConfigError(
         f"there is no model '{name}'{nearest(word, names())}",
         f"use cnn1 to cnn5, mnist1 to mnist5 or mlp1 to mlp5; for texts {', '.join((*TEXT, *LSTM))}; "
-        f"one of torchvision's {', '.join(TORCHVISION)}; or a class of your own as PATH/FILE.py:NAME",
+        f"one of torchvision's {', '.join(TORCHVISION)}; timm:NAME; or a class of your own as "
+        "PATH/FILE.py:NAME",
     )
 
 
@@ -129,15 +139,20 @@ def labels(architectures: Sequence[str]) -> tuple[str, ...]:
     short = {name: user_code.label(name) for name in dict.fromkeys(architectures)}
     taken = [*short.values(), *names()]
     return tuple(
-        kind_of(name) if user_code.is_reference(name) and taken.count(short[name]) > 1 else short[name]
+        kind_of(name) if not is_own(name) and taken.count(short[name]) > 1 else short[name]
         for name in architectures
     )
+
+
+def is_own(name: str) -> bool:
+    """Return whether this program has the architecture: it is neither the user's own code nor timm's."""
+    return not user_code.is_reference(name) and not name.startswith(user_code.TIMM)
 
 
 def native_dim(name: str) -> int | None:
     """Return the architecture's length d (500; MNIST family 50, text 64); None if it accepts any length."""
     name = resolve_name(name)
-    if name in TORCHVISION or user_code.is_reference(name):
+    if name in TORCHVISION or not is_own(name):
         return None
     if name in TEXT or name in LSTM:
         return TEXT_DIM

@@ -119,7 +119,8 @@ def _readings(weights: Weights) -> Iterator[dict[str, Tensor]]:
         tensors = dict(weights.parts[part])
         yield tensors
         yield {EXTRACTOR + name: tensor for name, tensor in tensors.items()}
-        yield {name.removeprefix(EXTRACTOR): tensor for name, tensor in tensors.items()}
+        inside = {k.removeprefix(EXTRACTOR): t for k, t in tensors.items() if k.startswith(EXTRACTOR)}
+        yield {k: t for k, t in tensors.items() if not k.startswith((EXTRACTOR, HEAD))} | inside
 
 
 def _parametrised(reading: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

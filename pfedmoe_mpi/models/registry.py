@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models.names import CNN, LSTM, MLP, MNIST, SIZED, TEXT, TORCHVISION, resolve_name
-from pfedmoe_mpi.user_code import is_reference
+from pfedmoe_mpi.user_code import TIMM, is_reference
 
 LARGEST_SIDE = 512  # limit of the search for a size that an architecture accepts, in pixels
 
@@ -46,6 +46,10 @@ def build_extractor(name: str, shape: tuple[int, ...], dim: int, stem: str, voca
         from pfedmoe_mpi.models import user_model
 
         return user_model.build(name, shape, dim, vocabulary)
+    if name.startswith(TIMM):
+        from pfedmoe_mpi.models import timm_model
+
+        return timm_model.build(name, shape, dim)
     if name in CNN or name in MNIST:
         from pfedmoe_mpi.models.cnn import ConvExtractor
 
@@ -77,7 +81,7 @@ def check_model(
 
     It is built without memory on the meta device. This package's constructors raise for a shape they cannot
     take; a network of torchvision also has a training batch of two samples passed through it. A module of the
-    user's own is built with memory and tried by `user_model.check`.
+    user's own is built with memory and tried by `user_model.check`, one of timm by `timm_model.check`.
 
     Raises:
         ConfigError: there is no such architecture, or it cannot take `shape`; the message has the least
@@ -88,6 +92,11 @@ def check_model(
         from pfedmoe_mpi.models import user_model
 
         user_model.check(name, shape, dim, vocabulary)
+        return
+    if name.startswith(TIMM) and not vocabulary:
+        from pfedmoe_mpi.models import timm_model
+
+        timm_model.check(name, shape, dim)
         return
     for_text = name in TEXT or name in LSTM
     if for_text != bool(vocabulary):
