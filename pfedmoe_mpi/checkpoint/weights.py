@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pfedmoe_mpi.checkpoint import Checkpoint
 
 from pfedmoe_mpi.errors import CheckpointError, ConfigError
 from pfedmoe_mpi.models.pretrained import Weights
@@ -88,12 +92,31 @@ def _from_hdf5(path: Path) -> dict[str, dict[str, Tensor]]:
         with checkpoint.Checkpoint(path) as loaded:
             state = torch.from_numpy(loaded.state)
             tensors = {name: view.clone() for name, view in loaded.state_layout.views(state).items()}
+            tensors |= _frozen_of_server(loaded)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         part, slash, inner = name.partition("/")
         if slash and inner:  # a part without names below it is a plain tensor
             parts.setdefault(part, {})[inner] = tensor
     return parts
+
+
+def _frozen_of_server(loaded: Checkpoint) -> dict[str, Tensor]:
+    """Return the frozen tensors of a checkpoint's server, from its run folder; none if it has none."""
+    from pfedmoe_mpi.checkpoint import frozen
+
+    if "frozen" not in loaded.identity:
+        return {}
+    try:
+        stored = frozen.read(loaded.path, loaded.identity["frozen"])
+    except CheckpointError as error:
+        raise ConfigError(error.problem, error.remedy) from error
+    tensors: dict[str, Tensor] = {}
+    for part, kind in stored.server.items():
+        if kind in stored.layouts:
+            views = stored.layouts[kind].views(torch.from_numpy(stored.vectors[kind]))
+            tensors |= {f"{part}/{name}": view for name, view in views.items()}
+    return tensors
 
 
 def _float_datasets(file: object, limit: int) -> dict[str, Tensor]:

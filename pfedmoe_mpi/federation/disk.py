@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.federation.federation import Federation
@@ -20,24 +20,27 @@ class DiskUse:
         checkpoint: bytes of one checkpoint; its last part, the history, grows with the rounds.
         files: the most checkpoints between two writes: the newest ones, and best.h5 if it is older.
         metrics: bytes of metrics.jsonl.
+        frozen: bytes of the frozen tensors.
     """
 
     checkpoint: int
     files: int
     metrics: int
+    frozen: int = 0
 
     @property
     def total(self) -> int:
         """Bytes at the end of the run; while a checkpoint is written, there is one more of them."""
-        return self.files * self.checkpoint + self.metrics
+        return self.files * self.checkpoint + self.metrics + self.frozen
 
     def line(self, keep: int) -> str:
         """Return the plan's line; `keep` is the setting run.keep."""
         kept = min(self.files, keep)
+        frozen = f", frozen tensors {in_units(self.frozen)}" if self.frozen else ""
         best = " and best.h5" if self.files > keep else ""
         return (
             f"disk: up to {in_units(self.total)}: {kept} checkpoint{'s' if kept > 1 else ''}{best} of "
-            f"{in_units(self.checkpoint)} each, metrics {in_units(self.metrics)}; "
+            f"{in_units(self.checkpoint)} each, metrics {in_units(self.metrics)}{frozen}; "
             f"one checkpoint more while it is written (run.keep = {keep})"
         )
 
@@ -64,7 +67,8 @@ def of_federation(federation: Federation, ranks: int) -> DiskUse:
     rows = sum(len(own) for split in splits for own in split)
     clients = [layout.size for layout in federation.client_layouts]
     classes = federation.task.classes
-    return disk_use(federation.config, federation.state_layout.size, clients, rows, classes, ranks)
+    use = disk_use(federation.config, federation.state_layout.size, clients, rows, classes, ranks)
+    return replace(use, frozen=4 * sum(layout.size for layout in federation.frozen.layouts.values()))
 
 
 def in_units(size: float) -> str:

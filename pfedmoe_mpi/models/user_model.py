@@ -5,7 +5,7 @@ maps (B, *shape) to (B, dim). If it has a parameter `vocabulary`, it takes texts
 `vocabulary` is the number of different ones. A gate's callable is `(shape, experts)`, and its output are the
 logits (B, experts).
 
-A parameter that does not require a gradient when the module is built is never trained.
+A parameter that does not require a gradient when the module is built is frozen; see `core/flat.py`.
 """
 
 from __future__ import annotations

@@ -104,6 +104,14 @@ def test_loaded_and_exported_clients_are_complete(
         logits = [model.predict(x) for model in models]
         assert torch.equal(*logits)
         assert float((logits[0].argmax(1) == y).double().mean()) == pytest.approx(accuracy)
+    # Both are complete as files of weights, too: the server's part of the checkpoint, and a client's.
+    for file, name, drawn in (
+        (newest(run), "TinyViT", ", but drawn: head.weight, head.bias"),
+        (tmp_path / "0.h5", "small_resnet", ""),
+    ):
+        words = (*SMALL_RUN, "--algorithm", "standalone", "--model.dim", "12", "--dry", "true")
+        pool = ("--model.pool", f"{NETS}:{name}", "--model.weights", str(file))
+        assert f"weights: model nets.{name} from {file}{drawn}\n" in session(*words, *pool, cwd=tmp_path).out
     with h5py.File(tmp_path / "0.h5") as file:
         assert "model nets.TinyViT" not in file and "extractor.0.weight" in file["model"]
 
