@@ -88,6 +88,7 @@ def test_run_prints_plan_rounds_and_table(trained: Path) -> None:
         assert f"{100 * row['clients']['accuracy'][client]:.2f} %" in line
         assert f" {row['clients']['samples'][client]} " in line
     assert "last  round 3" in table and "best measured  round" in table
+    assert "α shared" in table and "AUC" not in table
     assert "; chosen by accuracy on test rows\nbest.h5 holds round" in table
     assert ", chosen on test rows; " in table.splitlines()[-1]
     std = np.std(row["clients"]["accuracy"])
@@ -222,7 +223,10 @@ def test_best_checkpoint_is_chosen_on_validation_rows(
     accuracy = f"{100 * best['accuracy']['mean']:.2f} %"
     assert measured.startswith(f"best measured  round {best['round']}: accuracy mean {accuracy}")
     assert measured.endswith("; chosen by accuracy on validation rows")
-    assert f"best.h5 holds round {best['round']}, chosen on validation rows; " in said
+    assert (
+        f"best.h5 holds round {best['round']}, the best with a checkpoint, chosen on validation rows; "
+        in said
+    )
     report = run_command("report", "run", "--text").out
     assert f"accuracy, round {best['round']}, chosen on validation rows: {accuracy}" in report
     assert "validation rows choose best.h5" in report
