@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import unified_diff
 from functools import cache
 from hashlib import sha256
-from importlib.machinery import ModuleSpec
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.metadata import entry_points
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 from pfedmoe_mpi.errors import ConfigError
 
 OURS = __name__.partition(".")[0]
+NEVER_BESIDE = {OURS, *sys.stdlib_module_names}  # modules that a file beside cannot replace
 MOST_DIFFERENCES = 40  # lines of a printed difference
 Error = TypeVar("Error", bound="CodeError")
 
@@ -211,23 +213,83 @@ def load(reference: str, error_class: type[CodeError] = CodeError) -> Any:
 
 
 def _run_file(file: Path) -> ModuleType:
-    """Return the module of a file, from `sys.modules` if it ran before with the same text."""
-    content = sha256(str(file).encode() + b"\0" + file.read_bytes()).hexdigest()
-    name = f"{file.stem}_{content[:16]}"
+    """Return the module of a file, from `sys.modules` if it ran before with the same text.
+
+    The modules beside it that it imports are run again, too, if one of them changed.
+    """
+    folder = file.parent
+    closure = _closure(file, folder, "")
+    texts = b"".join(str(each).encode() + b"\0" + each.read_bytes() for each in closure)
+    name = f"{file.stem}_{sha256(texts).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
-    spec = spec_from_file_location(name, file)
+    beside = {_dotted(each, folder): each for each in closure}
+    if any(_is_other(sys.modules[each], place) for each, place in beside.items() if each in sys.modules):
+        for each in beside:
+            for dots in range(each.count(".") + 1):
+                sys.modules.pop(each.rsplit(".", dots)[0], None)
+    finders = [finder for finder in sys.meta_path if isinstance(finder, _Beside) and finder.folder == folder]
+    known = {each: place for finder in finders for each, place in finder.files.items()}
+    others = [finder for finder in sys.meta_path if finder not in finders]
+    sys.meta_path[:] = [_Beside(folder, {**known, **beside}), *others]
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # for what is imported by a computed name
+    spec = spec_from_file_location(name, file, loader=_Source(name, str(file)))
     assert isinstance(spec, ModuleSpec) and spec.loader
     module = module_from_spec(spec)
     sys.modules[name] = module  # before it runs: dataclasses look their module up
+    if _imports_itself(file, closure):
+        sys.modules[file.stem] = module  # a circular import gets this module, and not a second one
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[name]
+        for each in (name, *beside):
+            sys.modules.pop(each, None)
         raise
     return module
+
+
+def _is_other(module: ModuleType, file: Path) -> bool:
+    """Return whether a module was imported from another file, or from another text of this file."""
+    loader = getattr(module, "__loader__", None)
+    return not isinstance(loader, _Source) or (loader.path, loader.text) != (str(file), file.read_bytes())
+
+
+def _dotted(file: Path, folder: Path) -> str:
+    """Return the name by which a file below a folder is imported from this folder."""
+    parts = file.relative_to(folder).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+class _Source(SourceFileLoader):
+    """Compiles the file as it is now: Python's cache misses a change within a second to a text as long."""
+
+    text = b""  # of the file when it ran
+
+    def get_code(self, fullname: str) -> Any:
+        self.text = self.get_data(self.path)
+        return self.source_to_code(self.text, self.path)
+
+
+class _Beside(MetaPathFinder):
+    """Finds the modules beside a file before those of the same names elsewhere in Python's path."""
+
+    def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
+        self.folder = folder
+        self.files = files
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Return the module of this name; a folder without `__init__.py` is a package, too."""
+        file = self.files.get(name)
+        if file:
+            places = [str(file.parent)] if file.name == "__init__.py" else None
+            loader = _Source(name, str(file))
+            return spec_from_file_location(name, file, loader=loader, submodule_search_locations=places)
+        if not any(other.startswith(f"{name}.") for other in self.files):
+            return None
+        package = ModuleSpec(name, None, is_package=True)
+        package.submodule_search_locations = [str(self.folder.joinpath(*name.split(".")))]
+        return package
 
 
 # What a run records
@@ -239,7 +301,7 @@ def sources(references: Iterable[str]) -> dict[str, str]:
     Besides the files themselves these are the modules beside them, or of their package, that they import.
 
     Raises:
-        ConfigError: a file cannot be read, or two have one name.
+        ConfigError: a file cannot be read or is not UTF-8, or two have one name.
     """
     texts: dict[str, str] = {}
     places: dict[str, Path] = {}
@@ -254,7 +316,10 @@ def sources(references: Iterable[str]) -> dict[str, str]:
             if places.setdefault(name, each).resolve() != each.resolve():
                 problem = f"two files of your own are called {name}: {places[name]} and {each}"
                 raise ConfigError(problem, "rename one of them")
-            texts[name] = each.read_text(encoding="utf-8", errors="replace")
+            try:
+                texts[name] = each.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{each} is not text in UTF-8", "save it in UTF-8") from error
     return dict(sorted(texts.items()))
 
 
@@ -265,11 +330,29 @@ def _closure(file: Path, root: Path, package: str) -> list[Path]:
         each = waiting.pop()
         if each not in found:
             found.append(each)
-            for name in _imports(parse(each), each.parent.relative_to(root).parts):
+            for name in _imports_of(each, root):
                 top = name.partition(".")[0]
-                if top == package or (not package and top != OURS):
+                if top == package or (not package and top not in NEVER_BESIDE):
                     waiting += _files(root, name)
     return found
+
+
+def _imports_itself(file: Path, closure: Iterable[Path]) -> bool:
+    """Return whether a file is imported by one of the files that it consists of."""
+    return any(file.stem in _imports_of(each, file.parent) for each in closure)
+
+
+def _imports_of(file: Path, root: Path) -> tuple[str, ...]:
+    """Return the dotted names that a file below `root` may import."""
+    try:
+        return _imports_of_text(file.read_bytes(), file.parent.relative_to(root).parts)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return tuple(_imports(parse(file), ()))  # raises the error with its place
+
+
+@cache
+def _imports_of_text(text: bytes, folder: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(_imports(ast.parse(text), folder))
 
 
 def _imports(tree: ast.Module, folder: tuple[str, ...]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,9 @@ def test_sources_are_the_file_and_what_it_imports(tmp_path: Path) -> None:
     (tmp_path / "other" / "nets.py").write_text("")
     with pytest.raises(ConfigError, match=r"two files of your own are called nets\.py"):
         user_code.sources([f"{tmp_path}/nets.py:A", f"{tmp_path}/other/nets.py:A"])
+    (tmp_path / "latin.py").write_bytes("# coding: latin-1\na = 'é'\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.py is not text in UTF-8"):
+        user_code.sources([f"{tmp_path}/latin.py:a"])
     now = {**recorded, "layers.py": "import nets\nA = 2\n"}
     assert user_code.difference(recorded, recorded) == ""
     assert user_code.difference(recorded, now).splitlines()[-2:] == ["-A = 1", "+A = 2"]
@@ -217,3 +221,41 @@ def test_a_changed_file_runs_again(tmp_path: Path) -> None:
     assert user_code.load(f"{path}:value") is user_code.load(f"{path}:value")
     path.write_text("value = [2]\n")
     assert user_code.load(f"{path}:value") == [2]
+
+
+def test_modules_beside_a_file_run_as_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else in Python's path has their names, and although the folder changes between two loads."""
+    for name in ("elsewhere", "a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "blocks.py").write_text(f"place = '{name}'\n")
+        (tmp_path / name / "nets.py").write_text("from blocks import place\nimport queue, inner.deep\n")
+        (tmp_path / name / "queue.py").write_text("raise ValueError\n")
+        (tmp_path / name / "inner").mkdir()
+        (tmp_path / name / "inner" / "deep.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    for name in ("a", "b", "a"):
+        assert user_code.load(f"{tmp_path}/{name}/nets.py:place") == name
+        assert user_code.load(f"{tmp_path}/{name}/nets.py").inner.__path__ == [f"{tmp_path}/{name}/inner"]
+    for text in ("one", "two"):  # of one length, within a second
+        (tmp_path / "b" / "blocks.py").write_text(f"place = '{text}'\n")
+        assert user_code.load(f"{tmp_path}/b/nets.py:place") == text
+    assert list(user_code.sources([f"{tmp_path}/b/nets.py:place"])) == [
+        "blocks.py",
+        "inner/deep.py",
+        "nets.py",
+    ]
+
+
+def test_a_circular_import_gets_the_same_module(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text("from layers import Inner\nclass Outer(Inner): pass\n")
+    (tmp_path / "layers.py").write_text("import nets\nclass Inner: pass\ndef outer(): return nets.Outer\n")
+    outer = user_code.load(f"{tmp_path}/nets.py:Outer")
+    assert outer.__base__.__module__ == "layers"
+    assert sys.modules["layers"].outer() is outer
+
+
+def test_files_of_one_folder_share_the_modules_beside_them(tmp_path: Path) -> None:
+    for name in ("nets", "gates"):
+        (tmp_path / f"{name}.py").write_text("from common import Base\n")
+    (tmp_path / "common.py").write_text("class Base: pass\n")
+    assert user_code.load(f"{tmp_path}/nets.py:Base") is user_code.load(f"{tmp_path}/gates.py:Base")
