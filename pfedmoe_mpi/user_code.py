@@ -9,54 +9,18 @@ from __future__ import annotations
 
 import ast
 import importlib
-import sys
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import unified_diff
 from functools import cache
-from hashlib import sha256
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.metadata import entry_points
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
-from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi import user_modules
+from pfedmoe_mpi.errors import CodeError, ConfigError
 
-OURS = __name__.partition(".")[0]
-NEVER_BESIDE = {OURS, *sys.stdlib_module_names}  # modules that a file beside cannot replace
 MOST_DIFFERENCES = 40  # lines of a printed difference
-Error = TypeVar("Error", bound="CodeError")
-
-
-class CodeError(ConfigError):
-    """A file of code that cannot be used; the message names the file and the line."""
-
-    REMEDY = "correct this file"
-
-    # Not __init__: ranks send each other errors, and unpickling calls __init__ with the message alone.
-    @classmethod
-    def at(cls: type[Error], path: Path, line: int | None, reason: object) -> Error:
-        """Return the error about one line of a file, or about the whole file."""
-        place = f"{path}:{line}" if line else str(path)
-        first = str(reason).strip().partition("\n")[0].rstrip(":")
-        return cls(f"{place}: {first}", cls.REMEDY)
-
-    @classmethod
-    def of(cls: type[Error], path: Path, error: BaseException) -> Error:
-        """Return the error about an exception that code of this file raised, with the last line it passed."""
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return cls.at(path, last_line(error, path), reason)
-
-
-def last_line(error: BaseException, path: Path) -> int | None:
-    """Return the last line of a file that an error passed through."""
-    if isinstance(error, SyntaxError):
-        return error.lineno
-    frames = traceback.extract_tb(error.__traceback__)
-    return next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), None)
 
 
 def is_reference(text: str) -> bool:
@@ -127,21 +91,6 @@ def path(reference: str) -> Path:
     return Path(spec.origin)
 
 
-def parse(path: Path, error_class: type[CodeError] = CodeError) -> ast.Module:
-    """Return a file's parsed source.
-
-    Raises:
-        CodeError: of class `error_class`: the file cannot be read, or is not Python.
-    """
-    try:
-        return ast.parse(path.read_bytes(), str(path))
-    except SyntaxError as error:
-        raise error_class.at(path, error.lineno, error.msg) from error
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise error_class.at(path, None, reason) from error
-
-
 def check(reference: str) -> None:
     """Check that a reference's file exists and defines the object, without running it.
 
@@ -155,7 +104,7 @@ def check(reference: str) -> None:
     if not source or (not name.isidentifier() and name):
         problem = f"'{reference}' is not a reference to code"
         raise ConfigError(problem, "write PATH/FILE.py:NAME or MODULE:NAME")
-    tree = parse(path(reference))
+    tree = user_modules.parse(path(reference))
     names = _defined(tree)
     if name and name not in names and "*" not in names:
         listed = ", ".join(sorted(item for item in names if not item.startswith("_"))) or "nothing"
@@ -194,7 +143,7 @@ def _top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 def load(reference: str, error_class: type[CodeError] = CodeError) -> Any:
     """Return the object of a reference, or the module of a whole file; its code runs at most once.
 
-    A file may import modules beside it. A file that was changed since it ran runs again.
+    A file may import modules beside it.
 
     Raises:
         CodeError: of class `error_class`: the code raised an exception, or does not define the object.
@@ -202,7 +151,9 @@ def load(reference: str, error_class: type[CodeError] = CodeError) -> Any:
     source, name = split(reference)
     file = path(reference)
     try:
-        module = _run_file(file) if source.endswith(".py") else importlib.import_module(source)
+        module = user_modules.run(file) if source.endswith(".py") else importlib.import_module(source)
+    except CodeError:
+        raise
     except OSError as error:
         raise error_class.at(file, None, error.strerror or error) from error
     except (Exception, SystemExit) as error:
@@ -212,84 +163,12 @@ def load(reference: str, error_class: type[CodeError] = CodeError) -> Any:
     return getattr(module, name) if name else module
 
 
-def _run_file(file: Path) -> ModuleType:
-    """Return the module of a file, from `sys.modules` if it ran before with the same text.
-
-    The modules beside it that it imports are run again, too, if one of them changed.
-    """
-    folder = file.parent
-    closure = _closure(file, folder, "")
-    texts = b"".join(str(each).encode() + b"\0" + each.read_bytes() for each in closure)
-    name = f"{file.stem}_{sha256(texts).hexdigest()[:16]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    beside = {_dotted(each, folder): each for each in closure}
-    if any(_is_other(sys.modules[each], place) for each, place in beside.items() if each in sys.modules):
-        for each in beside:
-            for dots in range(each.count(".") + 1):
-                sys.modules.pop(each.rsplit(".", dots)[0], None)
-    finders = [finder for finder in sys.meta_path if isinstance(finder, _Beside) and finder.folder == folder]
-    known = {each: place for finder in finders for each, place in finder.files.items()}
-    others = [finder for finder in sys.meta_path if finder not in finders]
-    sys.meta_path[:] = [_Beside(folder, {**known, **beside}), *others]
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))  # for what is imported by a computed name
-    spec = spec_from_file_location(name, file, loader=_Source(name, str(file)))
-    assert isinstance(spec, ModuleSpec) and spec.loader
-    module = module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses look their module up
-    if _imports_itself(file, closure):
-        sys.modules[file.stem] = module  # a circular import gets this module, and not a second one
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        for each in (name, *beside):
-            sys.modules.pop(each, None)
-        raise
-    return module
-
-
-def _is_other(module: ModuleType, file: Path) -> bool:
-    """Return whether a module was imported from another file, or from another text of this file."""
-    loader = getattr(module, "__loader__", None)
-    return not isinstance(loader, _Source) or (loader.path, loader.text) != (str(file), file.read_bytes())
-
-
-def _dotted(file: Path, folder: Path) -> str:
-    """Return the name by which a file below a folder is imported from this folder."""
-    parts = file.relative_to(folder).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-class _Source(SourceFileLoader):
-    """Compiles the file as it is now: Python's cache misses a change within a second to a text as long."""
-
-    text = b""  # of the file when it ran
-
-    def get_code(self, fullname: str) -> Any:
-        self.text = self.get_data(self.path)
-        return self.source_to_code(self.text, self.path)
-
-
-class _Beside(MetaPathFinder):
-    """Finds the modules beside a file before those of the same names elsewhere in Python's path."""
-
-    def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
-        self.folder = folder
-        self.files = files
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Return the module of this name; a folder without `__init__.py` is a package, too."""
-        file = self.files.get(name)
-        if file:
-            places = [str(file.parent)] if file.name == "__init__.py" else None
-            loader = _Source(name, str(file))
-            return spec_from_file_location(name, file, loader=loader, submodule_search_locations=places)
-        if not any(other.startswith(f"{name}.") for other in self.files):
-            return None
-        package = ModuleSpec(name, None, is_package=True)
-        package.submodule_search_locations = [str(self.folder.joinpath(*name.split(".")))]
-        return package
+def forget_changed(references: Iterable[str]) -> None:
+    """Let files that changed since they ran run again when they are next loaded."""
+    for reference in references:
+        source, _ = split(reference)
+        if source.endswith(".py"):
+            user_modules.forget_changed(Path(source))
 
 
 # What a run records
@@ -311,7 +190,7 @@ def sources(references: Iterable[str]) -> dict[str, str]:
         depth = 0 if source.endswith(".py") else source.count(".") + (file.name == "__init__.py")
         root = file.parents[depth]
         package = "" if source.endswith(".py") else source.partition(".")[0]
-        for each in _closure(file, root, package):
+        for each in user_modules.closure(file, root, package):
             name = each.relative_to(root).as_posix()
             if places.setdefault(name, each).resolve() != each.resolve():
                 problem = f"two files of your own are called {name}: {places[name]} and {each}"
@@ -321,60 +200,6 @@ def sources(references: Iterable[str]) -> dict[str, str]:
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{each} is not text in UTF-8", "save it in UTF-8") from error
     return dict(sorted(texts.items()))
-
-
-def _closure(file: Path, root: Path, package: str) -> list[Path]:
-    """Return a file and the files below `root` that it imports, directly or not; only `package`'s if set."""
-    found, waiting = [], [file]
-    while waiting:
-        each = waiting.pop()
-        if each not in found:
-            found.append(each)
-            for name in _imports_of(each, root):
-                top = name.partition(".")[0]
-                if top == package or (not package and top not in NEVER_BESIDE):
-                    waiting += _files(root, name)
-    return found
-
-
-def _imports_itself(file: Path, closure: Iterable[Path]) -> bool:
-    """Return whether a file is imported by one of the files that it consists of."""
-    return any(file.stem in _imports_of(each, file.parent) for each in closure)
-
-
-def _imports_of(file: Path, root: Path) -> tuple[str, ...]:
-    """Return the dotted names that a file below `root` may import."""
-    try:
-        return _imports_of_text(file.read_bytes(), file.parent.relative_to(root).parts)
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return tuple(_imports(parse(file), ()))  # raises the error with its place
-
-
-@cache
-def _imports_of_text(text: bytes, folder: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(_imports(ast.parse(text), folder))
-
-
-def _imports(tree: ast.Module, folder: tuple[str, ...]) -> Iterator[str]:
-    """Yield the dotted names that a file in `folder`, as seen from its root, may import."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (item.name for item in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = folder[: len(folder) - node.level + 1] if node.level else ()
-            base = ".".join((*above, *filter(None, [node.module])))
-            yield base
-            yield from (f"{base}.{item.name}" if base else item.name for item in node.names)
-
-
-def _files(root: Path, name: str) -> list[Path]:
-    """Return the files of a dotted name and of its packages below `root`."""
-    parts = [part for part in name.split(".") if part]
-    candidates = []
-    for depth in range(1, len(parts) + 1):
-        stem = root.joinpath(*parts[:depth])
-        candidates += [stem.with_suffix(".py"), stem / "__init__.py"]
-    return [candidate for candidate in candidates if candidate.is_file()]
 
 
 def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:

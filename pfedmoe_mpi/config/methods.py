@@ -16,9 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pfedmoe_mpi import user_code
-from pfedmoe_mpi.errors import ConfigError, nearest
-from pfedmoe_mpi.user_code import CodeError
+from pfedmoe_mpi import user_code, user_modules
+from pfedmoe_mpi.errors import CodeError, ConfigError, last_line, nearest
 
 PACKAGE = "pfedmoe_mpi.algorithms"  # also the group of entry points
 CONTRACT = "base"  # the one file there that is not a method, beside those that begin with an underscore
@@ -105,7 +104,7 @@ def _source(algorithm: str) -> ast.Module:
     Raises:
         MethodError: the file cannot be read, or is not Python.
     """
-    return user_code.parse(path(algorithm), MethodError)
+    return user_modules.parse(path(algorithm), MethodError)
 
 
 def summary(algorithm: str) -> str:
@@ -132,7 +131,7 @@ def options(algorithm: str, section: type) -> Any:
             try:
                 return _compiled(node, file, section)
             except (Exception, SystemExit) as error:  # neither must end a command for another method
-                line = user_code.last_line(error, file) or node.lineno
+                line = last_line(error, file) or node.lineno
                 raise MethodError.at(file, line, f"class Options: {_reason(error)}") from error
     return type("Options", (section,), {"__module__": __name__})
 

@@ -33,6 +33,7 @@ def load(comm: Comm, settings: Config) -> dict[str, str]:
 def _load(settings: Config) -> dict[str, str]:
     references = config.references(settings)
     texts = user_code.sources(references)
+    user_code.forget_changed(references)
     for reference in references:
         if user_code.split(reference)[1]:
             user_code.load(reference)
