@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,28 +120,35 @@ def summary(algorithm: str) -> str:
 def options(algorithm: str, section: type) -> Any:
     """Return the method's class `Options`, an empty `section` if there is none.
 
-    It is compiled alone, and may use `Section`, `Field`, `Annotated` and `Literal`. The string below a field
-    is its help, as in `sections.py`.
+    It is compiled alone, and may use `Section`, `Field`, `Annotated` and `Literal`, and the options of a
+    method of this program if the file imports them: `from pfedmoe_mpi.algorithms.fedprox import Options`.
+    The string below a field is its help, as in `sections.py`.
 
     Raises:
         MethodError: the file or the class cannot be used.
     """
     file = path(algorithm)
+    imported: dict[str, Any] = {}
     for node in _source(algorithm).body:
+        if isinstance(node, ast.ImportFrom):
+            package, _, other = (node.module or "").rpartition(".")
+            for item in node.names if package == PACKAGE and other != algorithm else ():
+                if item.name == "Options":
+                    imported[item.asname or item.name] = options(other, section)
         if isinstance(node, ast.ClassDef) and node.name == "Options":
             try:
-                return _compiled(node, file, section)
+                return _compiled(node, file, section, imported)
             except (Exception, SystemExit) as error:  # neither must end a command for another method
                 line = last_line(error, file) or node.lineno
                 raise MethodError.at(file, line, f"class Options: {_reason(error)}") from error
-    return type("Options", (section,), {"__module__": __name__})
+    return imported.get("Options") or type("Options", (section,), {"__module__": __name__})
 
 
-def _compiled(node: ast.ClassDef, file: Path, section: type) -> Any:
+def _compiled(node: ast.ClassDef, file: Path, section: type, imported: Mapping[str, Any]) -> Any:
     from pydantic import Field
 
     scope: dict[str, Any] = {"Section": section, "Field": Field, "__name__": __name__}
-    scope |= {"Annotated": Annotated, "Literal": Literal}
+    scope |= {"Annotated": Annotated, "Literal": Literal, **imported}
     exec(compile(ast.Module([node], []), str(file), "exec"), scope)
     made = scope["Options"]
     if not issubclass(made, section):

@@ -18,6 +18,7 @@ from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_ever
 from pfedmoe_mpi.federation.effective import effective_config
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
+from pfedmoe_mpi.federation.pretraining import check_initial
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.comm import Comm
@@ -43,6 +44,9 @@ def build(comm: Comm, settings: Config, *, warn: bool = True) -> Federation:
     method.read_weights = weights.read
     specs = [method.client_state(k) for k in range(task.clients)]  # a ConfigError is raised on all ranks
     workbench = Workbench(settings.seed, own_device.device)
+    state_layout = workbench.layout(method.state())
+    client_layouts = [workbench.layout(spec) for spec in specs]
+    check_initial(method, state_layout, client_layouts)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
     engine = Engine(
@@ -72,8 +76,8 @@ def build(comm: Comm, settings: Config, *, warn: bool = True) -> Federation:
         device=own_device,
         home=home,
         costs=costs,
-        state_layout=workbench.layout(method.state()),
-        client_layouts=[workbench.layout(spec) for spec in specs],
+        state_layout=state_layout,
+        client_layouts=client_layouts,
         clients=clients,
         stream=make_stream(settings, dataset, partition),
         reserved=reserved(comm, dataset, partition, own_device.device) if method.pretrains else None,

@@ -11,6 +11,7 @@ A parameter that does not require a gradient when the module is built is never t
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -41,6 +42,12 @@ def build(reference: str, shape: tuple[int, ...], width: int, vocabulary: int = 
     if not callable(make):
         raise _refusal(reference, "is not a class or a function", "define `class NAME(nn.Module)`")
     options: dict[str, Any] = {"vocabulary": vocabulary} if vocabulary and _takes_vocabulary(make) else {}
+    try:
+        with suppress(ValueError):  # a function written in C has no signature
+            inspect.signature(make).bind(shape, width, **options)
+    except TypeError as error:
+        problem = f"cannot be called with (shape, dim): {error}"
+        raise _refusal(reference, problem, "write a function `def NAME(shape, dim)` that calls it") from error
     try:
         module = make(shape, width, **options)
     except (Exception, SystemExit) as error:
@@ -95,10 +102,9 @@ def check_settings(subject: str, threads: int) -> None:
 
 
 def _takes_vocabulary(make: Any) -> bool:
-    try:
+    with suppress(ValueError):  # a function written in C has no signature
         return "vocabulary" in inspect.signature(make).parameters
-    except ValueError:  # a function written in C
-        return False
+    return False
 
 
 def _refusal(reference: str, problem: str, remedy: str) -> ConfigError:

@@ -212,7 +212,7 @@ def test_functions_texts_and_things_that_are_no_models(tmp_path: Path) -> None:
     path.write_text(
         f"{HEAD}def build(shape, dim):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, dim))\n"
         "def text(shape, dim, vocabulary):\n    return nn.EmbeddingBag(vocabulary, dim)\n"
-        "number = 3\ndef nothing(shape, dim): pass\n"
+        "number = 3\ndef nothing(shape, dim): pass\ndef named(*, shape, dim): pass\n"
     )
     user_model.check(f"{path}:build", SHAPE, DIM)
     user_model.check(f"{path}:text", (5,), DIM, vocabulary=7)
@@ -220,6 +220,8 @@ def test_functions_texts_and_things_that_are_no_models(tmp_path: Path) -> None:
         user_model.check(f"{path}:build", (64,), DIM, vocabulary=7)
     with pytest.raises(ConfigError, match=r"number in .* is not a class or a function"):
         user_model.check(f"{path}:number", SHAPE, DIM)
+    with pytest.raises(ConfigError, match=r"cannot be called with \(shape, dim\): too many positional"):
+        user_model.check(f"{path}:named", SHAPE, DIM)
     with pytest.raises(ConfigError, match="returns NoneType, not a torch module"):
         user_model.check(f"{path}:nothing", SHAPE, DIM)
 

@@ -210,3 +210,41 @@ def test_method_files_that_cannot_be_used(
     words = (*SMALL_RUN, "--algorithm", f"./{name}", "--run.dir", "run")
     error_message(session(*words, cwd=tmp_path), pattern)
     assert not (tmp_path / "run").exists()
+
+
+INITIAL = """
+from pfedmoe_mpi.algorithms.fedprox import FedProx, Options
+
+class Mine(FedProx):
+    def client_state(self, client):
+        return {"own": self.task.model(self.task.pool[0]), "head": self.task.head()}
+    def initial(self, part, client):
+        return SOURCES.get(part, part)
+"""
+
+
+def test_initial_names_a_part_of_the_same_architecture(tmp_path: Path, session: launcher.Session) -> None:
+    """A method may also extend one of this program, and use its options."""
+    words = (
+        *SMALL_RUN,
+        "--model.pool",
+        "mlp5",
+        "--algorithm",
+        "./mine.py",
+        "--run.dir",
+        "run",
+        "--mine.mu",
+        "1.5",
+    )
+    for sources, problem in (
+        ({"own": "modle"}, "initial: 'own' begins as 'modle', but the parts are model, own, head"),
+        ({"own": None}, "initial: 'own' begins as None, but"),
+        ({"head": "model"}, "initial: 'head' begins as 'model', but they differ in architecture"),
+        ({"own": "own2"}, "initial: 'own' begins as 'own2', but"),
+    ):
+        (tmp_path / "mine.py").write_text(f"SOURCES = {sources}\n{INITIAL}")
+        error_message(session(*words, cwd=tmp_path), f"mine.py: {problem}")
+        assert not (tmp_path / "run").exists()
+    (tmp_path / "mine.py").write_text(f"SOURCES = {{'own': 'model'}}\n{INITIAL}")
+    assert session(*words, cwd=tmp_path).code == 0
+    assert "mu = 1.5" in (tmp_path / "run" / "config.toml").read_text()
