@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pfedmoe_mpi import __version__, arguments, environment
+from pfedmoe_mpi import __version__, arguments, environment, parser
 from pfedmoe_mpi.config import methods
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_USER, ConfigError, LaunchError, UserError, either, nearest
 from pfedmoe_mpi.mpi import session
@@ -38,7 +38,7 @@ restart, evaluate, reproduce, bench and check work under mpirun and srun, too.""
 def main(words: Sequence[str]) -> int:
     """Run a command line and return the exit code.
 
-    Under a launcher only the first rank prints an error. A command without MPI accepts a closed pipe.
+    Under a launcher only the first rank prints an error.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -48,14 +48,7 @@ def main(words: Sequence[str]) -> int:
     try:
         if alone and environment.launched_rank() > 0:
             return EXIT_DONE  # the first rank does it
-        code = _run(name, rest)
-        print(end="", flush=True)  # nothing where stdout was closed from the start
-        return code
-    except BrokenPipeError:
-        if not alone:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
-        return EXIT_DONE
+        return _run(name, rest)
     except UserError as error:
         if alone or isinstance(error, LaunchError):
             session.print_error(error)
@@ -106,7 +99,7 @@ def _run(name: str, words: list[str]) -> int:
         raise ConfigError(problem, "`pfedmoe-mpi --help` lists the commands")
     if name == "translate" and words != ["--flags"]:  # whose words are another program's
         return translate(Namespace(words=[word for word in words if word != "--"], flags=False))
-    return FUNCTIONS[name](arguments.parser(name, words).read(words))
+    return FUNCTIONS[name](parser.parser(name, words).read(words))
 
 
 def run(given: Namespace) -> int:
@@ -170,9 +163,9 @@ def reproduce(given: Namespace) -> int:
 
     table = Path(given.table)
     if given.list:
-        runs = grid.expand(grid.read(table), given.settings, given.scale)
+        runs = grid.expand(grid.read(table), given.settings, given.scale, given.only, given.task)
         if environment.launched_rank() == 0:
-            print("\n".join(run.name for run in grid.select(runs, given.only, given.task)))
+            print("\n".join(run.name for run in runs))
         return EXIT_DONE
     from pfedmoe_mpi.reproduce import command
 
@@ -202,7 +195,7 @@ def bench(given: Namespace) -> int:
     settings = config.build(given.settings)
     from pfedmoe_mpi.bench import command
 
-    return command.run(given.words, settings, given.settings)
+    return command.run(given.words, settings, given.settings, given.quick)
 
 
 def conformance(given: Namespace) -> int:
@@ -232,7 +225,7 @@ def print_help(given: Namespace) -> int:
         hint = nearest(name, arguments.COMMANDS)
         raise ConfigError(f"there is no command {name}{hint}", "`pfedmoe-mpi --help` lists the commands")
     chosen = ["--algorithm", given.algorithm] if given.algorithm else []
-    print("\n\n".join(arguments.parser(command, chosen).format_help().rstrip() for command in names))
+    print("\n\n".join(parser.parser(command, chosen).format_help().rstrip() for command in names))
     return EXIT_DONE
 
 
@@ -243,7 +236,7 @@ def _listed(summaries: Mapping[str, str]) -> str:
 def completion(given: Namespace) -> int:
     """Print a shell's completion script."""
     try:
-        print(arguments.completion_script(given.shell))
+        print(parser.completion_script(given.shell))
     except ImportError as error:
         problem = "completion needs the package shtab, which is not installed"
         raise UserError(problem, "pip install 'pfedmoe_mpi[completion]'") from error
@@ -262,8 +255,8 @@ FUNCTIONS: dict[str, Callable[[Namespace], int]] = {
     "report": report,
     "translate": translate,
     "bench": bench,
-    "check": check,
     "conformance": conformance,
+    "check": check,
     "help": print_help,
     "completion": completion,
 }

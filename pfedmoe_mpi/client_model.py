@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +22,13 @@ from pfedmoe_mpi.core.batches import Normalise
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.parts import Module, Workbench
 from pfedmoe_mpi.data.resize import resize
-from pfedmoe_mpi.errors import CheckpointError, DataError
+from pfedmoe_mpi.errors import CheckpointError, CodeError, ConfigError, DataError
 from pfedmoe_mpi.models import generators
+from pfedmoe_mpi.mpi.memory import shortage
 from pfedmoe_mpi.storage import untrusted_json
+
+MOST_SHOWN = 300  # characters of an error about a configuration
+MOST = 1 << 30  # classes, tokens of a vocabulary, or numbers in a sample
 
 
 class ClientModel(nn.Module):
@@ -130,11 +135,9 @@ def _configuration(source: ClientFile | Checkpoint, code: Path | None, changed_c
     """Return the configuration, whose own code is that of the run.
 
     Raises:
-        CheckpointError: the code changed.
-        ConfigError: its files are missing.
+        CheckpointError: the code changed or is missing, or the configuration cannot be used.
     """
-    flat = config.flatten(source.config)
-    settings = config.build(config.relocated(flat, code.absolute()) if code else flat)
+    settings = _build(source, code)
     references = config.references(settings)
     user_code.forget_changed(references)
     difference = user_code.difference(source.code, user_code.sources(references)) if references else ""
@@ -143,6 +146,17 @@ def _configuration(source: ClientFile | Checkpoint, code: Path | None, changed_c
         remedy = "pass code=FOLDER with the files of the run, such as RUN_DIR/code, or changed_code=True"
         raise CheckpointError(problem, remedy)
     return settings
+
+
+def _build(source: ClientFile | Checkpoint, code: Path | None) -> Config:
+    try:
+        flat = config.flatten(source.config)
+        return config.build(config.relocated(flat, code.absolute()) if code else flat)
+    except CodeError:
+        raise
+    except (ConfigError, RecursionError) as error:
+        problem = f"{source.path} has a configuration that cannot be used: {str(error)[:MOST_SHOWN]}"
+        raise CheckpointError(problem, "use the version of this program that wrote it") from error
 
 
 def _load_exported(exported: ClientFile, client: int | None, settings: Config) -> ClientModel:
@@ -207,8 +221,14 @@ class _Source:
         try:
             facts: dict[str, Any] = untrusted_json.parse(self.samples, "samples")
             numbers = {name: int(facts[name]) for name in ("classes", "vocabulary")}
-            return {**facts, **numbers, "shape": tuple(map(int, facts["shape"]))}
-        except (KeyError, ValueError, TypeError) as error:
+            shape = tuple(map(int, facts["shape"]))
+            if max(math.prod(shape), *numbers.values()) > MOST or min(*shape, *numbers.values()) < 0:
+                raise ValueError("sizes that no data have")
+            if facts["absent"] is not None:
+                never, late = map(frozenset, facts["absent"])
+                facts["absent"] = never, late
+            return {**facts, **numbers, "shape": shape}
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
             problem = f"{self.path} does not describe its samples; an older version may have written it"
             remedy = "continue its run with more rounds (restart RUN --rounds N) and load that checkpoint"
             raise CheckpointError(problem, remedy) from error
@@ -218,11 +238,10 @@ class _Source:
         if facts["absent"] is None:
             problem = f"{self.path} does not list the clients that never train: there are too many"
             raise CheckpointError(problem, f"measure all clients with: evaluate {self.path}")
-        never, late = map(frozenset, facts["absent"])
+        never, late = facts["absent"]
         model = settings.model
-        counts = np.zeros(
-            (settings.clients, facts["classes"]), np.int64
-        )  # no method needs them for a prediction
+        # No method needs counts for a prediction, so they take no memory.
+        counts = np.broadcast_to(np.int64(0), (settings.clients, facts["classes"]))
         task = Task(
             settings,
             facts["shape"],
@@ -241,9 +260,13 @@ class _Source:
         """Add the parts to the model, with the values of the file."""
         bench = Workbench(method.task.config.seed, torch.device("cpu"))
         state, private = method.state(), method.client_state(self.client)
+        layouts = bench.layout(state), bench.layout(private)
+        problem = shortage(3 * 4 * sum(layout.size for layout in layouts))  # vector, bound module, result
+        if problem:
+            raise CheckpointError(f"the models of {self.path} do not fit: {problem}", "use a host with more")
         parts = bench.parts(
-            (state, torch.from_numpy(self.state(bench.layout(state)))),
-            (private, torch.from_numpy(self.private(bench.layout(private)))),
+            (state, torch.from_numpy(self.state(layouts[0]))),
+            (private, torch.from_numpy(self.private(layouts[1]))),
         )
         for name, part in {**state, **private}.items():
             assert not hasattr(model, name), f"part '{name}' has the name of an attribute of torch modules"

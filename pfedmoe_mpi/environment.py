@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ def cores() -> int:
 
 CORES = cores()  # this module is imported before torch, whose OpenMP may shrink the mask
 STARTED = time.time()
+OPEN_FILES = 64  # of a rank, at most: MPI's, libraries that are being loaded, logs and a checkpoint
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # requests to stop
 
 
@@ -39,6 +41,16 @@ def launched_size(environment: Mapping[str, str]) -> int:
         if environment.get(name, "").isdigit():
             return int(environment[name])
     return 1
+
+
+def raise_file_limit() -> int:
+    """Return how many files this process may open, after raising the limit to OPEN_FILES where it may."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if limit != unlimited and limit < OPEN_FILES:
+        limit = OPEN_FILES if most == unlimited else min(most, OPEN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+    return OPEN_FILES if limit == unlimited else limit
 
 
 @cache

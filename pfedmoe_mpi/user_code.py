@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
-from difflib import unified_diff
 from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi import user_modules
-from pfedmoe_mpi.errors import CodeError, ConfigError
+from pfedmoe_mpi.errors import CodeError
 
 MOST_DIFFERENCES = 40  # lines of a printed difference
 
@@ -74,7 +73,7 @@ def path(reference: str) -> Path:
     """Return the reference's file.
 
     Raises:
-        ConfigError: it is not a file or an importable module.
+        CodeError: it is not a file or an importable module.
     """
     source, _ = split(reference)
     if source.endswith(".py"):
@@ -84,10 +83,10 @@ def path(reference: str) -> Path:
         spec = find_spec(source)
     except Exception as error:  # a module runs its package's own code
         problem = f"the module {source} cannot be imported: {type(error).__name__}: {error}"
-        raise ConfigError(problem, "check the name, or write PATH/FILE.py:NAME") from error
+        raise CodeError(problem, "check the name, or write PATH/FILE.py:NAME") from error
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         problem = f"there is no module {source} in Python's path"
-        raise ConfigError(problem, "install its package, or write PATH/FILE.py:NAME")
+        raise CodeError(problem, "install its package, or write PATH/FILE.py:NAME")
     return Path(spec.origin)
 
 
@@ -95,21 +94,21 @@ def check(reference: str) -> None:
     """Check that a reference's file exists and defines the object, without running it.
 
     Raises:
-        ConfigError: the file is missing, is not Python or does not define the object.
+        CodeError: the file is missing, is not Python or does not define the object.
     """
     source, name = split(reference)
     if source.endswith(".py") and not Path(source).is_file():
-        remedy = "check the path; for the files of a run: --run.code RUN_DIR/code"
-        raise ConfigError(f"there is no file {source}", remedy)
+        remedy = "check the path; for the files of a run: --run.code RUN_DIR/code, or code= in Python"
+        raise CodeError(f"there is no file {source}", remedy)
     if not source or (not name.isidentifier() and name):
         problem = f"'{reference}' is not a reference to code"
-        raise ConfigError(problem, "write PATH/FILE.py:NAME or MODULE:NAME")
+        raise CodeError(problem, "write PATH/FILE.py:NAME or MODULE:NAME")
     tree = user_modules.parse(path(reference))
     names = _defined(tree)
     if name and name not in names and "*" not in names:
         listed = ", ".join(sorted(item for item in names if not item.startswith("_"))) or "nothing"
         problem = f"{path(reference)} does not define {name}"
-        raise ConfigError(problem, f"it defines {listed}")
+        raise CodeError(problem, f"it defines {listed}")
 
 
 def _defined(tree: ast.Module) -> set[str]:
@@ -180,7 +179,7 @@ def sources(references: Iterable[str]) -> dict[str, str]:
     Besides the files themselves these are the modules beside them, or of their package, that they import.
 
     Raises:
-        ConfigError: a file cannot be read or is not UTF-8, or two have one name.
+        CodeError: a file cannot be read or is not UTF-8, or two have one name.
     """
     texts: dict[str, str] = {}
     places: dict[str, Path] = {}
@@ -194,16 +193,18 @@ def sources(references: Iterable[str]) -> dict[str, str]:
             name = each.relative_to(root).as_posix()
             if places.setdefault(name, each).resolve() != each.resolve():
                 problem = f"two files of your own are called {name}: {places[name]} and {each}"
-                raise ConfigError(problem, "rename one of them")
+                raise CodeError(problem, "rename one of them")
             try:
                 texts[name] = each.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise ConfigError(f"{each} is not text in UTF-8", "save it in UTF-8") from error
+                raise CodeError(f"{each} is not text in UTF-8", "save it in UTF-8") from error
     return dict(sorted(texts.items()))
 
 
 def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Return the lines that changed between two records of `sources`, at most 40; empty if none did."""
+    from difflib import unified_diff  # only needed after a change
+
     lines: list[str] = []
     for name in sorted({*before, *now}):
         old, new = (texts.get(name, "").splitlines() for texts in (before, now))

@@ -3,10 +3,12 @@
     mpirun -n 2 python -m pfedmoe_mpi bench [round] [ranks] [sum] [idle] [precision] [write]
     mpirun -f hostfile -n 2 python -m pfedmoe_mpi bench network
     python -m pfedmoe_mpi bench start [RANKS]
+    mpirun -n 2 python -m pfedmoe_mpi bench --quick
 
 Both sides of a ratio are warmed up, then measured alternately and in alternating order. A time is that of the
 slowest rank after a common start; times are medians, a ratio is the median over the pairs. Without flags the
-data are synthetic, of CIFAR-10's size: 60,000 images of 3×32×32 for 10 clients of 2 classes each.
+data are synthetic, of CIFAR-10's size: 60,000 images of 3×32×32 for 10 clients of 2 classes each. With
+`--quick` there are 6,000 images and fewer pairs: a first look, within about a minute on an idle machine.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pfedmoe_mpi import config
-from pfedmoe_mpi.bench.measurements import ALWAYS, DEFAULTS, PARTS, SEVERAL, Bench
+from pfedmoe_mpi import config, environment
+from pfedmoe_mpi.bench.measurements import ALWAYS, DEFAULTS, PARTS, QUICK, SEVERAL, Bench
+from pfedmoe_mpi.bench.progress import announce
 from pfedmoe_mpi.bench.timing import HEADING
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import EXIT_DONE, ConfigError, nearest
@@ -23,7 +26,7 @@ from pfedmoe_mpi.mpi import session
 from pfedmoe_mpi.mpi.comm import Comm
 
 
-def run(words: list[str], settings: Config, flags: Mapping[str, Any]) -> int:
+def run(words: list[str], settings: Config, flags: Mapping[str, Any], quick: bool = False) -> int:
     """Measure the parts named by `words` (default: those that make sense on these ranks); print the table.
 
     Raises:
@@ -32,21 +35,23 @@ def run(words: list[str], settings: Config, flags: Mapping[str, Any]) -> int:
     if "start" in words:
         from pfedmoe_mpi.bench import start
 
-        return start.run([word for word in words if word != "start"], flags)
+        return start.run([word for word in words if word != "start"], flags, quick)
     for word in words:
         if word not in PARTS:
             problem = f"'{word}' is not a part of bench{nearest(word, PARTS)}"
             raise ConfigError(problem, f"use one of {', '.join((*PARTS, 'start'))}")
-    defaults = {name: value for name, value in DEFAULTS.items() if name not in flags}
-    settings = config.build({**flags, **defaults, **ALWAYS})
+    defaults = {**DEFAULTS, **(QUICK if quick else {})}
+    settings = config.build({**defaults, **flags, **ALWAYS})
     if settings.algorithm != "pfedmoe" and {"round", "sum"} & set(words):
         problem = f"--algorithm = {settings.algorithm}: round and sum are measured for pfedmoe only"
         raise ConfigError(problem, "remove --algorithm, or measure other parts")
 
     def work(world: Comm, code: str) -> int:
-        return _measure(Bench(world, settings, flags), words, code)
+        return _measure(Bench(world, settings, flags, quick), words, code)
 
-    given = {"command": "bench", "parts": words, **flags}
+    if environment.launched_rank() == 0:
+        announce("starting: every rank imports torch, a few seconds on an idle machine")
+    given = {"command": "bench", "parts": words, "--quick": quick, **flags}
     return session.under_mpi(work, given, settings.run.singleton)
 
 

@@ -16,7 +16,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import config, environment
-from pfedmoe_mpi.bench.timing import REPEATS, Line, Pair, run_round, side_by_side
+from pfedmoe_mpi.bench.progress import Stage, announce, estimated_round
+from pfedmoe_mpi.bench.timing import QUICK_REPEATS, REPEATS, Line, Pair, run_round, side_by_side
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import ConfigError, StoppedError
 from pfedmoe_mpi.mpi import comm, device
@@ -34,6 +35,7 @@ DEFAULTS = {
     "partition.kind": "pathological",
     "train.batch": 128,
 }
+QUICK = {"data.samples": 6_000}
 # A few of many rounds are measured; other ranks may wait long for a rank that is measured alone.
 ALWAYS = {"rounds": 1_000_000, "run.timeout": 86_400.0}
 WIDE_BATCH = 512
@@ -43,10 +45,12 @@ SEVERAL = {"ranks", "idle"}  # parts that need at least two ranks
 class Bench:
     """The parts of `bench` as methods; every public method except `show` is collective."""
 
-    def __init__(self, world: Comm, settings: Config, flags: Mapping[str, Any]) -> None:
+    def __init__(self, world: Comm, settings: Config, flags: Mapping[str, Any], quick: bool) -> None:
         self.world = world
         self.settings = settings
         self._flags = flags
+        self._quick = quick
+        self._repeats = QUICK_REPEATS if quick else REPEATS
         world.timeout = settings.run.timeout
 
     def show(self, lines: Sequence[str]) -> None:
@@ -80,6 +84,7 @@ class Bench:
             f"{datetime.now().astimezone():%Y-%m-%d %H:%M %z}, pfedmoe_mpi {code}",
             f"torch {torch.__version__}, {comm.library()}",
             f"{device.processor()}{gpu}: {ranks} on {self.hosts} host(s), {environment.CORES} cores here",
+            *([f"quick: {self._repeats} pairs instead of {REPEATS}, little data"] if self._quick else []),
         ]
 
     # Parts
@@ -98,12 +103,15 @@ class Bench:
             split.append({name: max(rank[name] for rank in by_rank) for name in bare.seconds})
             return seconds
 
-        rounds = side_by_side(lambda: self._timed(lambda: run_round(loop)), reference)
+        expected = 2 * self._round_seconds(loop)
+        rounds = self._side_by_side(
+            "round", expected, lambda: self._timed(lambda: run_round(loop)), reference
+        )
         lines = [rounds.line(f"round of {self._name(loop)} vs bare loop", 1.10)]
         for name in ("train", "evaluate", "sum", "wait"):
-            ours = [row["seconds"][name] for row in loop.history[-REPEATS:]]
+            ours = [row["seconds"][name] for row in loop.history[-self._repeats :]]
             if name in bare.seconds:
-                pairs = [(a, b[name]) for a, b in zip(ours, split[-REPEATS:], strict=True)]
+                pairs = [(a, b[name]) for a, b in zip(ours, split[-self._repeats :], strict=True)]
                 lines.append(Pair.of(pairs).line(f"  its {name}, slowest rank"))
             else:
                 lines.append(Line(f"  its {name}, slowest rank", f"{median(ours):.4g} s"))
@@ -112,14 +120,17 @@ class Bench:
     def ranks(self) -> list[Line]:
         """Compare all ranks with one: the same federation on rank 0 alone while the others wait."""
         alone, loop = self._on_one_rank(self.settings), self.loop
-        pair = self._rounds(loop, alone)
+        pair = self._rounds("ranks", loop, alone)
         what = f"speed-up of a round on {self.world.size} ranks over 1"
         return [pair.faster(what, 1.8 if self.world.size == 2 else None)]
 
     def sum(self) -> list[Line]:
         """Compare conversion, reduction and mean of a round's payload, without waiting, with the round."""
         loop = self.loop
-        pair = side_by_side(lambda: self._sum_once(loop), lambda: self._timed(lambda: run_round(loop)))
+        expected = self._round_seconds(loop)
+        pair = self._side_by_side(
+            "sum", expected, lambda: self._sum_once(loop), lambda: self._timed(lambda: run_round(loop))
+        )
         return [pair.line("sum with conversion, as a share of the round", 0.01)]
 
     def _sum_once(self, loop: Loop) -> float:
@@ -145,15 +156,18 @@ class Bench:
     def idle(self) -> list[Line]:
         """Compare a round of one client on all ranks with one rank: the cost of idle ranks."""
         fixed = {**ALWAYS, "clients": 1, "partition.kind": "iid"}
-        settings = config.build({**DEFAULTS, "data.samples": 6_000, **self._flags, **fixed})
+        samples = 600 if self._quick else 6_000
+        settings = config.build({**DEFAULTS, "data.samples": samples, **self._flags, **fixed})
         alone, loop = self._on_one_rank(settings), self._build(self.world, settings)
-        pair = self._rounds(loop, alone)
+        pair = self._rounds("idle", loop, alone)
         return [pair.line(f"round of 1 client on {self.world.size} ranks vs 1 rank", 1.3)]
 
     def precision(self) -> list[Line]:
         """Compare bf16 with fp32: the training of all clients with batches of WIDE_BATCH."""
         loop = self.loop
-        pair = side_by_side(
+        pair = self._side_by_side(
+            "precision",
+            2 * self._round_seconds(loop),
             lambda: self._timed(lambda: self._epochs(loop, "bf16")),
             lambda: self._timed(lambda: self._epochs(loop, "fp32")),
         )
@@ -182,7 +196,7 @@ class Bench:
 
         with _Folder(self.world, Path(self.settings.run.dir or ".")) as folder:
             loop = Loop(self.world, self.loop.federation, SilentObserver(), folder)
-            loop.save()
+            seconds = self._timed(loop.save)
             path = folder / checkpoint.name(0, False)
             data = path.read_bytes() if self.world.rank == 0 else b""
 
@@ -190,7 +204,9 @@ class Bench:
                 if self.world.rank == 0:
                     _write_plainly(folder / "plain", data)
 
-            pair = side_by_side(lambda: self._timed(loop.save), lambda: self._timed(plain))
+            pair = self._side_by_side(
+                "write", 2 * seconds, lambda: self._timed(loop.save), lambda: self._timed(plain)
+            )
         size = len(data) / 1e6
         ours, reference = f"{size / pair.ours:.0f} MB/s", f"{size / pair.reference:.0f} MB/s"
         what = f"checkpoint of {size:.1f} MB vs plain write and fsync"
@@ -200,7 +216,9 @@ class Bench:
         """Measure what a round sends from host to host, and its time on this link."""
         from pfedmoe_mpi.bench import network
 
-        return network.measure(self.world, self.loop)
+        loop = self.loop
+        Stage("network", (1 + self._repeats) * self._round_seconds(loop), self.world.rank == 0)
+        return network.measure(self.world, loop, self._repeats)
 
     # Helpers of the parts
 
@@ -218,6 +236,9 @@ class Bench:
         from pfedmoe_mpi.federation.build import build
         from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 
+        if comm.rank == 0 == self.world.rank:
+            clients = "1 client" if settings.clients == 1 else f"{settings.clients} clients"
+            announce(f"building {clients} on {comm.size} rank{'s' if comm.size > 1 else ''}")
         loop = Loop(comm, build(comm, settings, warn=False), SilentObserver(), None)
         if not loop.begin():
             raise StoppedError
@@ -228,10 +249,27 @@ class Bench:
         part = self.world.split(0 if self.world.rank == 0 else -1)
         return self.world.attempt(lambda: self._build(part, settings) if part else None, "one rank")
 
-    def _rounds(self, loop: Loop, alone: Loop | None) -> Pair:
-        return side_by_side(
-            lambda: self._timed(lambda: run_round(loop)), lambda: self._timed(lambda: run_round(alone))
+    def _rounds(self, part: str, loop: Loop, alone: Loop | None) -> Pair:
+        expected = self._round_seconds(loop) + (self._round_seconds(alone) if alone else 0)
+        return self._side_by_side(
+            part,
+            expected,
+            lambda: self._timed(lambda: run_round(loop)),
+            lambda: self._timed(lambda: run_round(alone)),
         )
+
+    def _side_by_side(
+        self, part: str, expected: float, ours: Callable[[], float], reference: Callable[[], float]
+    ) -> Pair:
+        """Measure two times with the stage on stderr; `expected`: seconds of a pair, used on rank 0 alone."""
+        stage = Stage(part, (1 + self._repeats) * expected, self.world.rank == 0)
+        return side_by_side(ours, reference, self._repeats, stage.pair_done)
+
+    def _round_seconds(self, loop: Loop) -> float:
+        """Return the seconds of the last round, before the first an estimate; only rank 0 needs it."""
+        if self.world.rank:
+            return 0.0
+        return float(loop.history[-1]["seconds"]["total"]) if loop.history else estimated_round(loop)
 
     def _timed(self, work: Callable[[], object]) -> float:
         """Return the seconds of `work` on the slowest rank, from a common start until the GPUs are done."""

@@ -18,16 +18,17 @@ from typing import Any
 
 from pfedmoe_mpi import environment
 from pfedmoe_mpi.bench import timing
+from pfedmoe_mpi.bench.progress import Stage, announce
 from pfedmoe_mpi.errors import EXIT_DONE, ConfigError, LaunchError
 from pfedmoe_mpi.mpi import device
 
 RANKS = 16  # as in the README's first command
-REPEATS = 3
+REPEATS, QUICK_REPEATS = 3, 1
 LIMIT = 600.0  # seconds for one start
 IMPORT = "import torch; print('imported', flush=True)"
 
 
-def run(words: Sequence[str], flags: Mapping[str, Any]) -> int:
+def run(words: Sequence[str], flags: Mapping[str, Any], quick: bool = False) -> int:
     """Measure and print the table; `words` may contain the number of ranks.
 
     Raises:
@@ -60,7 +61,10 @@ def run(words: Sequence[str], flags: Mapping[str, Any]) -> int:
 
         print(f"{device.processor()}: {environment.CORES} cores, {time.strftime('%Y-%m-%d %H:%M %z')}")
         print(timing.HEADING, flush=True)
-        pair = timing.side_by_side(ours, reference, REPEATS)
+        repeats = QUICK_REPEATS if quick else REPEATS
+        announce(f"start: one start of {ranks} ranks importing torch, to see how long it takes")
+        stage = Stage("start", 2 * (1 + repeats) * reference())
+        pair = timing.side_by_side(ours, reference, repeats, stage.pair_done)
     print(pair.line(f"start of {ranks} ranks to round 1 vs importing torch", 1.2).text(), flush=True)
     return EXIT_DONE
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pfedmoe_mpi.federation.loop import Loop
 
 
-REPEATS = 5
+REPEATS, QUICK_REPEATS = 5, 3
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,19 @@ class Pair:
         return Line(what, f"{self.ours:.4g} s", f"{self.reference:.4g} s", 1 / self.ratio, aim, at_least=True)
 
 
-def side_by_side(ours: Callable[[], float], reference: Callable[[], float], repeats: int = REPEATS) -> Pair:
-    """Call two functions that return seconds: once to warm up, then alternately in alternating order."""
+def side_by_side(
+    ours: Callable[[], float],
+    reference: Callable[[], float],
+    repeats: int = REPEATS,
+    pair_done: Callable[[int, int], None] = lambda done, pairs: None,
+) -> Pair:
+    """Call two functions that return seconds: once to warm up, then alternately in alternating order.
+
+    `pair_done` is called after every pair with the number of pairs done and of all, the first one included.
+    """
     ours()
     reference()
+    pair_done(1, 1 + repeats)
     times: list[tuple[float, float]] = []
     for number in range(repeats):
         if number % 2:
@@ -78,6 +87,7 @@ def side_by_side(ours: Callable[[], float], reference: Callable[[], float], repe
             times.append((ours(), second))
         else:
             times.append((ours(), reference()))
+        pair_done(2 + number, 1 + repeats)
     return Pair.of(times)
 
 

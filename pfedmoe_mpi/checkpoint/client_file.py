@@ -37,6 +37,8 @@ def write(loaded: Checkpoint, client: int, out: Path) -> None:
     """
     if os.path.lexists(out):
         raise CheckpointError(f"the output {out} exists already", "choose another name")
+    if not out.parent.is_dir():
+        raise CheckpointError(f"there is no folder {out.parent}", "create it, or choose another name")
     if client >= loaded.clients:
         raise CheckpointError(f"there is no client {client}", f"clients are 0 to {loaded.clients - 1}")
     try:
@@ -72,7 +74,7 @@ def is_client_file(path: Path) -> bool:
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             return h5py.h5a.exists(file.id, b"client")
-    except OSError:
+    except untrusted_hdf5.FROM_HDF5:
         return False
 
 

@@ -69,7 +69,8 @@ class Checkpoint:
             if isinstance(error, untrusted_hdf5.FROM_HDF5):
                 problem = str(error).encode(errors="backslashreplace").decode()
                 problem = f"{path} is not a checkpoint of this program: {problem}"
-                raise CheckpointError(problem, seal.REMEDY) from error
+                remedy = untrusted_hdf5.opening_remedy(error, path, seal.REMEDY)
+                raise CheckpointError(problem, remedy) from error
             raise
 
     def __enter__(self) -> Checkpoint:

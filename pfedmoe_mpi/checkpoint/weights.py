@@ -43,8 +43,8 @@ def _from_hdf5(path: Path, parts: Sequence[str]) -> dict[str, Tensor]:
             is_checkpoint = "server/state" in file
             tensors = {} if is_checkpoint else _float_datasets(file, _FREE + _RATIO * path.stat().st_size)
     except untrusted_hdf5.FROM_HDF5 as error:
-        problem = f"{path} is not an HDF5 file, or is damaged: {error}"
-        raise ConfigError(problem, "check the path, or copy the file again") from error
+        remedy = untrusted_hdf5.opening_remedy(error, path, "check the path")
+        raise ConfigError(f"{path} cannot be opened as HDF5: {error}", remedy) from error
     if is_checkpoint:
         try:
             checkpoint.verify(path)

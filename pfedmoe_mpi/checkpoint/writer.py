@@ -29,7 +29,9 @@ from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.storage import durable
+from pfedmoe_mpi.storage.lock import ReplacedError
 
+REPLACED = "move the folder back to this path"
 _PIECE = 1 << 24
 _NAME = re.compile(r"round-(\d+)(-partial)?\.h5")
 
@@ -67,26 +69,42 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def write(
-    comm: Comm, path: Path, content: Content, vectors: Mapping[int, np.ndarray], home: Sequence[int]
+    comm: Comm,
+    path: Path,
+    content: Content,
+    vectors: Mapping[int, np.ndarray],
+    home: Sequence[int],
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write one checkpoint; collective.
 
     Args:
         vectors: float32, of this rank's clients.
         home: the rank of every client.
+        check: called on rank 0 before it creates the file and before it publishes it; an OSError leaves the
+            folder as it is.
 
     Raises:
         CheckpointError: on all ranks, if any rank could not write; earlier checkpoints are untouched.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     own = [client for client in range(len(home)) if home[client] == comm.rank]
+
+    def lay_out() -> Table:
+        check()
+        return _lay_out(temporary, content)
+
+    def finish() -> None:
+        check()
+        _finish(temporary, path, table, digests)
+
     try:
-        table = comm.from_root(_guarded(lambda: _lay_out(temporary, content), path), "checkpoint layout")
+        table = comm.from_root(_guarded(lay_out, path), "checkpoint layout")
         hashes = comm.agree(
             _guarded(lambda: _write_clients(temporary, own, table, vectors), path), "checkpoint write"
         )
         digests = {key: digest for part in hashes if part for key, digest in part.items()}
-        comm.from_root(_guarded(lambda: _finish(temporary, path, table, digests), path), "checkpoint seal")
+        comm.from_root(_guarded(finish, path), "checkpoint seal")
     except CheckpointError:
         if comm.rank == 0:
             with suppress(OSError):
@@ -101,7 +119,7 @@ def _guarded(work: Callable[[], Any], path: Path) -> Callable[[], Any]:
         try:
             return work()
         except OSError as error:
-            remedy = "free space, or fix the file system"
+            remedy = REPLACED if isinstance(error, ReplacedError) else "free space, or fix the file system"
             raise CheckpointError(f"{path} cannot be written: {error}", remedy) from error
 
     return run

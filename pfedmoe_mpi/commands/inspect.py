@@ -34,8 +34,10 @@ def digest(loaded: Checkpoint) -> str:
     the float's bits), data and partition digests, seed, model settings, and the method with its section.
     """
     state = sha256()
-    method, model = label(loaded.config["algorithm"]), loaded.config["model"]
-    model = {**model, "pool": list(map(kind_of, model["pool"])), "shared": kind_of(model["shared"])}
+    method, model = label(loaded.config["algorithm"]), dict(loaded.config["model"])
+    model["pool"] = [kind_of(name) for name in model["pool"]]
+    if "shared" in model:
+        model["shared"] = kind_of(str(model["shared"]))
     facts = {
         "round": loaded.round,
         "algorithm": [method, loaded.config.get(method), loaded.config["seed"], model],
@@ -64,16 +66,18 @@ def _description(loaded: Checkpoint) -> str:
         lines.append(f"round {loaded.round + 1} in progress: clients {loaded.finished} are in its sum")
     if loaded.history:
         row = loaded.history[-1]
-        lines.append(f"accuracy mean {row['accuracy']['mean']}, worst {row['accuracy']['worst']}")
+        mean, worst = (_percent(row["accuracy"][key]) for key in ("mean", "worst"))
+        lines.append(f"accuracy mean {mean}, worst {worst}")
         top = metrics.best(loaded.history)
         kind = "validation" if metrics.selected_on(loaded.history) == "accuracy_validation" else "test"
         lines.append(f"best on {kind}: round {top['round'] if top else None}")
-    lines.append(f"server: {_sizes(loaded.state_layout)}")
+    lines.append(f"server: {_sizes(loaded.state_layout) or 'nothing shared'}")
     same_layout: dict[str, list[int]] = {}
     for client in range(loaded.clients):
         same_layout.setdefault(loaded.layout(client).digest, []).append(client)
     lines += [
-        f"clients {_listed(clients)}: {_sizes(loaded.layout(clients[0]))}" for clients in same_layout.values()
+        f"clients {_listed(clients)}: {_sizes(loaded.layout(clients[0])) or 'nothing private'}"
+        for clients in same_layout.values()
     ]
     lines += [f"{name}: {value}" for name, value in sorted(identity.items())]
     lines.append(f"digest: {digest(loaded)}")
@@ -81,9 +85,13 @@ def _description(loaded: Checkpoint) -> str:
 
 
 def _sizes(layout: Any) -> str:
-    """Return the length of a vector and of its parts."""
+    """Return the length of a vector and of its parts; empty if it has none."""
     parts = [f"{name} {size:,}" for name, size in layout.sizes.items()]
-    return f"{layout.size:,} numbers ({', '.join(parts)})" if parts else "nothing"
+    return f"{layout.size:,} numbers ({', '.join(parts)})" if parts else ""
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{100 * share:.2f} %"
 
 
 def _listed(clients: list[int]) -> str:

@@ -121,7 +121,7 @@ class ModelSettings(Section):
     shared: Name = "auto"
     """Architecture of the shared model or extractor; auto = the smallest of the family (texts: fasttext).
     Default: cnn5, the paper's choice; mlp5 for features, fasttext for texts."""
-    dim: int = Field(0, ge=0)
+    dim: int = Field(0, ge=0, le=1_000_000_000)
     """Length d of a representation, the same everywhere; 0 = what the models define (CNN 500, text 64).
     Default: 500 by the papers' table; 50 for the MNIST family; 64 for texts, as wide as their embeddings."""
     stem: Annotated[Literal["small", "imagenet"], BeforeValidator(_name)] = "small"
@@ -275,11 +275,14 @@ class Run(Section):
     """Run folder; empty = runs/ALGORITHM-TIME.
     Default: no run overwrites another."""
     checkpoint_every: int = Field(10, ge=1)
-    """Write a checkpoint every this many rounds, and always after the last.
+    """Write a checkpoint every this many rounds, and always after the first and the last.
     Default: writing takes a tenth of a second, a round takes seconds."""
-    keep: int = Field(3, ge=1)
+    checkpoint_minutes: NotNegative = 5.0
+    """Write one, too, after a round that ends this many minutes after the last one; 0 = by rounds alone.
+    Default: a run that is killed loses minutes, however long its rounds are."""
+    keep: int = Field(2, ge=1)
     """How many of the newest checkpoints to keep, beside best.h5.
-    Default: two to fall back on."""
+    Default: one to fall back on; every one is as large as all clients' models."""
     force: bool = False
     """Rename a run folder of this name; nothing is ever deleted.
     Default: nothing is overwritten."""

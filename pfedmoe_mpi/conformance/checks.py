@@ -6,8 +6,10 @@ No check has a line for a particular method. A check raises an AssertionError wi
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pfedmoe_mpi import checkpoint, config
+from pfedmoe_mpi import algorithms, checkpoint, config
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.conformance.traffic import traffic_errors
 from pfedmoe_mpi.core.flat import Layout
@@ -108,6 +110,20 @@ def on_ranks(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
 
 
 # The checks
+
+
+def documented(world: Comm, case: Case) -> None:
+    """Check that the file's docstring says what the method is, where it is published and what is shared."""
+    text = sys.modules[algorithms.load(case.algorithm).__module__].__doc__ or ""
+    assert re.match(r"\S.*: .*\.\n\n", text), (
+        "its file's docstring does not begin with a line «NAME: WHAT IT DOES.»"
+    )
+    published = r"\b(19|20)\d\d\b|arXiv \d{4}\.\d{4,5}"
+    assert re.search(published, text), (
+        "its file's docstring names no publication, with its year or arXiv number"
+    )
+    shared = "its file's docstring has no paragraph «Shared: …» about what leaves a client"
+    assert re.search(r"^Shared: \S", text, re.MULTILINE), shared
 
 
 def ranks(world: Comm, case: Case) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # checks.py imports torch, which is imported only after the a
     from pfedmoe_mpi.conformance.checks import Case
     from pfedmoe_mpi.mpi.comm import Comm
 
-CHECKS = ("layouts", "moves", "fixpoint", "wire", "idle", "ranks", "restart", "midround")
+CHECKS = ("documented", "layouts", "moves", "fixpoint", "wire", "idle", "ranks", "restart", "midround")
 TIMEOUT = 20.0  # seconds after which a rank that misses a collective ends the job
 
 

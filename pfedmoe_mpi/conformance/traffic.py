@@ -262,8 +262,8 @@ class TrafficCheck:
         """Allow only the declared metrics of this rank's clients, measured again, and of this rank."""
         made, width = self._made, len(CLIENT_METRICS)
         clients, ranks = made.task.clients * width, self._comm.size * len(RANK_METRICS)
-        declared = 1 + clients + ranks + 2 * made.task.classes
-        if len(buffer) != declared or buffer[0]:
+        declared = 2 + clients + ranks + 2 * made.task.classes
+        if len(buffer) != declared or buffer[:2].any():
             return self._report(f"the evaluation sums {len(buffer)} numbers, declared are {declared}")
         expected = np.zeros((made.task.clients, width))
         gates = np.zeros((2, made.task.classes), np.int64)
@@ -277,12 +277,12 @@ class TrafficCheck:
             row = [test.correct, test.samples, test.loss, test.alpha, test.auc, held.correct, held.samples]
             expected[client.id] = [*row, *[0.0] * (width - len(row))]  # no stream, no concepts
             gates += self._gates(parts, client.splits["test"])
-        found = buffer[1 : 1 + clients].view(np.float64).reshape(expected.shape)
+        found = buffer[2 : 2 + clients].view(np.float64).reshape(expected.shape)
         if not np.array_equal(found, expected, equal_nan=True):
             self._report("the metrics of clients are not those measured")
-        if not np.array_equal(buffer[1 + clients + ranks :], gates.ravel()):
+        if not np.array_equal(buffer[2 + clients + ranks :], gates.ravel()):
             self._report("the gate weights by class are not those of this rank's clients")
-        own = buffer[1 + clients : 1 + clients + ranks].view(np.float64).reshape(-1, len(RANK_METRICS))
+        own = buffer[2 + clients : 2 + clients + ranks].view(np.float64).reshape(-1, len(RANK_METRICS))
         if np.delete(own, self._comm.rank, 0).any() or not (own >= 0).all():
             self._report("the metrics of ranks are more than seconds and memory of this one")
         cohort = self._method.cohort(self._loop.round + 1)
@@ -341,7 +341,7 @@ class TrafficCheck:
         overridden = type(self._method).server_update is not Algorithm.server_update
         for round in range(1, chosen.rounds + 1):
             expected += ["move", "move", "sum", *(["broadcast"] if overridden else []), "sum"]
-            if round % chosen.run.checkpoint_every == 0 or round == chosen.rounds:
+            if round in {1, chosen.rounds} or round % chosen.run.checkpoint_every == 0:
                 expected += ["from_root", "agree", "from_root"]
         if self._calls != expected:
             self._report(f"the calls between ranks are {self._calls}, not {expected}")

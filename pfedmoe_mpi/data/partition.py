@@ -201,7 +201,8 @@ def _check_parts(owner: np.ndarray, test: np.ndarray, clients: int) -> None:
         if not sizes.all():
             raise PartitionError(
                 f"client {sizes.argmin()} has no {name} rows in the data's official split",
-                f"give it {name} rows, or remove official_test from the data",
+                f"give it {name} rows, or let partition.test_fraction divide all rows: remove official_test "
+                "from the HDF5 file, or merge every test/K.npz into train/K.npz",
             )
 
 

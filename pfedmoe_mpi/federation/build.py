@@ -17,6 +17,7 @@ from pfedmoe_mpi.federation import own_code, placement
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config
 from pfedmoe_mpi.federation.federation import Federation, pin
+from pfedmoe_mpi.federation.memory import Host
 from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
 from pfedmoe_mpi.federation.pretraining import check_initial
 from pfedmoe_mpi.federation.stream import Stream
@@ -35,7 +36,8 @@ def build(comm: Comm, settings: Config, *, warn: bool = True) -> Federation:
     threads = device.threads(comm, settings.train.threads)
     settings = effective_config(settings, dataset, threads)
     own_device = device.choose(comm, settings.train)
-    plan = comm.from_root(lambda: make_plan(settings, dataset), "plan", Plan.without_rows)
+    host = Host(comm.local()[1], comm.size, own_device.device.type == "cpu")
+    plan = comm.from_root(lambda: make_plan(settings, dataset, host), "plan", Plan.without_rows)
     partition, costs = plan.partition, plan.costs
     dataset = plan.fitted or dataset
     task = make_task(settings, dataset, partition)

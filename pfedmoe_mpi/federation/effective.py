@@ -50,6 +50,31 @@ def apply_proposals(settings: Config, dataset: Dataset) -> Config:
     return config.changed(settings, changes) if changes else settings
 
 
+def _check_shares(settings: Config) -> None:
+    """Refuse a share of the clients that is no client, and a number of clients that is not whole.
+
+    Raises:
+        ConfigError: names the setting and the smallest share.
+    """
+    unseen, clients = settings.unseen.clients, settings.clients
+    if unseen > 1 and not unseen.is_integer():
+        raise ConfigError(
+            f"unseen.clients = {unseen:g}: expected a whole number of clients, or a share below 1",
+            f"--unseen.clients {round(unseen)}",
+        )
+    shares = (
+        ("unseen.clients", unseen, clients),
+        ("join.share", settings.join.share, clients - settings.unseen_clients),
+        ("faults.straggler", settings.faults.straggler, clients),
+    )
+    for name, share, total in shares:
+        if share and int(share * total + 0.5) == 0:
+            raise ConfigError(
+                f"{name} = {share:g} of {total} clients is less than half a client, and would have no effect",
+                f"set --{name} {1 / total:.3g} or more, or remove --{name}",
+            )
+
+
 def effective_config(settings: Config, dataset: Dataset, threads: int) -> Config:
     """Return the effective configuration: every `auto` replaced by its value for these data.
 
@@ -57,6 +82,7 @@ def effective_config(settings: Config, dataset: Dataset, threads: int) -> Config
         ConfigError: a setting does not fit the data or the method.
     """
     settings = apply_proposals(settings, dataset)
+    _check_shares(settings)
     kind = algorithms.load(settings.algorithm)
     if settings.unseen.private == "average" and not kind.averages_private:
         problem = f"unseen.private = average, but {settings.method} has no private parts to average"

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -35,6 +36,9 @@ class Observer(Listener, Protocol):
 
     def pretrained(self, line: str) -> None: ...
 
+    def client_trained(self, round: int, done: int, members: int) -> None:
+        """Receive how many of this rank's members of the round have trained."""
+
     def round_done(self, row: Row, history: Sequence[Row]) -> None: ...
 
     def dropped(self, round: int, clients: Sequence[int]) -> None: ...
@@ -45,11 +49,15 @@ class SilentObserver:
 
     def pretrained(self, line: str) -> None: ...
 
+    def client_trained(self, round: int, done: int, members: int) -> None: ...
+
     def round_done(self, row: Row, history: Sequence[Row]) -> None: ...
 
     def dropped(self, round: int, clients: Sequence[int]) -> None: ...
 
-    def written(self, path: Path, history: Sequence[Row], partial: bool) -> None: ...
+    def check_folder(self) -> None: ...
+
+    def written(self, path: Path, history: Sequence[Row], candidate: bool) -> None: ...
 
     def not_written(self, error: CheckpointError) -> None: ...
 
@@ -194,6 +202,7 @@ class Loop:
             self.state,
             round,
             tested=self._is_evaluated(round),
+            trained=partial(self._observer.client_trained, round),
         )
         self._sum(total.buffer, f"sum of round {round}")
         self.steps += int((total.flags != MISSING).sum() - finished.sum())
@@ -286,6 +295,8 @@ class Loop:
         started = time.perf_counter()
         result = evaluation.evaluate(self.comm, self.federation, state, round, due)
         self._seconds["evaluate"] = time.perf_counter() - started
+        if self.comm.rank == 0 and self.saver.overdue:
+            result.request_save()
         result.ranks[self.comm.rank] = [*self._seconds.values(), peak_rss_mib()]
         self._sum(result.buffer, purpose)
         return result
@@ -312,18 +323,19 @@ class Loop:
         self.history.append(row)
         reported = dict(row)  # with the seconds of writing the checkpoint that holds the row itself
         last = self.round == federation.config.rounds
-        if self.round % federation.config.run.checkpoint_every == 0 or last:
+        scheduled = self.round == 1 or self.round % federation.config.run.checkpoint_every == 0 or last
+        if scheduled or measured.saves:
             started = time.perf_counter()
-            self.save(last)
+            self.save(last, scheduled)
             write = time.perf_counter() - started
             reported["seconds"] = {**row["seconds"], "write": write, "total": seconds + write}
         self._observer.round_done(reported, self.history)
 
     # Checkpoints
 
-    def save(self, last: bool = False) -> None:
-        """Write a checkpoint of the complete rounds; collective. `last`: as for `Saver.rounds`."""
-        self.saver.rounds(self.round, self.state.numpy(), self.history, last)
+    def save(self, last: bool = False, candidate: bool = True) -> None:
+        """Write a checkpoint of the complete rounds; collective. The arguments are as for `Saver.rounds`."""
+        self.saver.rounds(self.round, self.state.numpy(), self.history, last, candidate)
 
     def _save_stopped(self, total: RoundSum) -> None:
         """Write a partial checkpoint of the round in progress, or a complete one if no member is done."""

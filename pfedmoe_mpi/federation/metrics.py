@@ -31,13 +31,13 @@ UNREPEATABLE = ("seconds", "seconds_ranks", "rss_mb", "mpi_bytes")  # differ bet
 class EvaluationSum:
     """The sum of an evaluation over all ranks, in one int64 buffer.
 
-    Position 0 counts the ranks that were asked to stop. Then comes a slot per client and per rank: one rank
-    writes float64 bits, the others leave zeros, so that the sum is a gather. The gate weights by class come
-    last and are added up as integers.
+    Position 0 counts the ranks that were asked to stop, position 1 those whose clock asks for a checkpoint.
+    Then comes a slot per client and per rank: one rank writes float64 bits, the others leave zeros, so that
+    the sum is a gather. The gate weights by class come last and are added up as integers.
     """
 
     def __init__(self, clients: int, ranks: int, classes: int) -> None:
-        self._split = 1 + clients * len(CLIENT_METRICS)
+        self._split = 2 + clients * len(CLIENT_METRICS)
         self._gates = self._split + ranks * len(RANK_METRICS)
         self.buffer = np.zeros(self._gates + 2 * classes, np.int64)
 
@@ -51,9 +51,18 @@ class EvaluationSum:
         self.buffer[0] = 1
 
     @property
+    def saves(self) -> bool:
+        """Whether a rank's clock asks for a checkpoint."""
+        return bool(self.buffer[1])
+
+    def request_save(self) -> None:
+        """Record that this rank's clock asks for a checkpoint."""
+        self.buffer[1] = 1
+
+    @property
     def clients(self) -> np.ndarray:
         """float64 (N, len(CLIENT_METRICS)); all zero where a client was not measured."""
-        return self.buffer[1 : self._split].view(np.float64).reshape(-1, len(CLIENT_METRICS))
+        return self.buffer[2 : self._split].view(np.float64).reshape(-1, len(CLIENT_METRICS))
 
     @property
     def ranks(self) -> np.ndarray:

@@ -13,6 +13,7 @@ from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.data import Dataset, Partition, make_partition
 from pfedmoe_mpi.data.set_apart import choose_unseen, reserve_rows
 from pfedmoe_mpi.errors import PartitionError
+from pfedmoe_mpi.federation import memory
 from pfedmoe_mpi.federation.costs import client_costs
 from pfedmoe_mpi.models import registry, user_model
 from pfedmoe_mpi.models.gate import input_shape
@@ -32,17 +33,21 @@ class Plan:
         return replace(self, fitted=self.fitted.without_rows()) if self.fitted else self
 
 
-def make_plan(settings: Config, dataset: Dataset) -> Plan:
+def make_plan(settings: Config, dataset: Dataset, host: memory.Host) -> Plan:
     """Draw the partition, fit the data to it, check the models and estimate each client's cost.
+
+    Args:
+        host: what rank 0's host has to hold.
 
     Raises:
         PartitionError: no partition fits the settings.
-        ConfigError: an architecture cannot take the data.
+        ConfigError: an architecture cannot take the data, or the models do not fit into memory.
     """
     partition = draw_partition(settings, dataset)
     fitted = dataset.fitted(partition) if dataset.fit else None
     task = make_task(settings, fitted or dataset, partition)
     check_models(task)
+    memory.check(task, algorithms.load(settings.algorithm)(task), host)
     return Plan(partition, fitted, client_costs(task))
 
 
@@ -50,9 +55,15 @@ def draw_partition(settings: Config, dataset: Dataset) -> Partition:
     """Return the partition; a pure function of settings and labels.
 
     Raises:
-        PartitionError: no partition fits the settings; a client would get a single training row, which has no
-            variance for batch normalisation; or reserved rows would overlap clients' test rows.
+        PartitionError: no partition fits the settings; every row has a class of its own; a client would get a
+            single training row, which has no variance for batch normalisation; or reserved rows would overlap
+            clients' test rows.
     """
+    if dataset.classes == len(dataset) and not dataset.ordered:
+        raise PartitionError(
+            f"{dataset.name}: every row has a class of its own, and no class has rows to train and to test",
+            "label rows by their classes, not by row numbers; in a CSV file the label is the first column",
+        )
 
     def partition_of(rows: np.ndarray) -> Partition:
         return make_partition(

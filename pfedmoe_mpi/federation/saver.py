@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -21,9 +22,15 @@ TRIES = 3  # checkpoints in a row that may fail before the run ends
 
 
 class Listener(Protocol):
-    """A receiver of a saver's events, on every rank."""
+    """A receiver of a saver's events, on every rank.
 
-    def written(self, path: Path, history: Sequence[Row], partial: bool) -> None: ...
+    `candidate`: whether the checkpoint may become best.h5.
+    """
+
+    def check_folder(self) -> None:
+        """Raise OSError on rank 0 if the folder of the checkpoints is another one now."""
+
+    def written(self, path: Path, history: Sequence[Row], candidate: bool) -> None: ...
 
     def not_written(self, error: CheckpointError) -> None: ...
 
@@ -38,20 +45,36 @@ class Saver:
         self._folder = folder
         self._listener = listener
         self._newest: Path | None = None
+        self._last_try = time.monotonic()
         self._failed = 0
 
-    def rounds(self, round: int, state: np.ndarray, history: Sequence[Row], last: bool = False) -> None:
+    @property
+    def overdue(self) -> bool:
+        """Whether the last checkpoint is `run.checkpoint_minutes` old, by this rank's clock."""
+        minutes = self._federation.config.run.checkpoint_minutes
+        return bool(minutes) and time.monotonic() - self._last_try >= 60 * minutes
+
+    def rounds(
+        self,
+        round: int,
+        state: np.ndarray,
+        history: Sequence[Row],
+        last: bool = False,
+        candidate: bool = True,
+    ) -> None:
         """Write a checkpoint of `round` complete rounds; collective.
 
         A write that fails is reported, and the next checkpoint is another try.
 
         Args:
             last: there is no next checkpoint.
+            candidate: it may become best.h5. A checkpoint by the clock may not, because which rounds have one
+                differs between runs with the same bits.
 
         Raises:
             RunError: on all ranks: the third failure in a row, or a failure of the last checkpoint.
         """
-        self._write(self._content(round, state, history), history, last)
+        self._write(self._content(round, state, history), history, last, candidate)
 
     def has(self, round: int) -> bool:
         """Return whether the newest checkpoint written is that of `round` complete rounds."""
@@ -72,7 +95,8 @@ class Saver:
         Raises:
             RunError: on all ranks: the checkpoint cannot be written.
         """
-        self._write(self._content(round, state, history, total, finished), history, last=True)
+        content = self._content(round, state, history, total, finished)
+        self._write(content, history, last=True, candidate=False)
 
     def _content(
         self,
@@ -103,14 +127,16 @@ class Saver:
             finished=finished,
         )
 
-    def _write(self, content: Content, history: Sequence[Row], last: bool) -> None:
+    def _write(self, content: Content, history: Sequence[Row], last: bool, candidate: bool) -> None:
         if self._folder is None:
             return
+        self._last_try = time.monotonic()
         path = self._folder / checkpoint.name(content.round, content.partial is not None)
         clients = self._federation.clients.values()
         vectors = {client.id: client.vector.numpy() for client in clients}
         try:
-            checkpoint.write(self._comm, path, content, vectors, self._federation.home)
+            home, check = self._federation.home, self._listener.check_folder
+            checkpoint.write(self._comm, path, content, vectors, home, check)
         except CheckpointError as error:
             self._failed += 1
             self._listener.not_written(error)
@@ -123,4 +149,4 @@ class Saver:
             return
         self._failed = 0
         self._newest = path
-        self._listener.written(path, history, content.partial is not None)
+        self._listener.written(path, history, candidate)

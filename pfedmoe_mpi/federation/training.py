@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -28,6 +28,7 @@ def train_cohort(
     state: torch.Tensor,
     round: int,
     tested: bool,
+    trained: Callable[[int, int], None] = lambda done, members: None,
 ) -> float:
     """Train this rank's share of a cohort into the round's sum; collective. Return the seconds of training.
 
@@ -37,12 +38,14 @@ def train_cohort(
         finished: for each member, whether an interrupted start of this round has trained it.
         state: the server's vector.
         tested: whether members measure their accuracy after training.
+        trained: called after each member of this rank's share with how many are done, and of how many.
     """
     members = zip(total.cohort, finished, strict=True)
     costs = {client: federation.costs[client] for (client, _), done in members if not done}
     trainer = placement.trainers(costs, federation.home, comm.size)
     clients = {**federation.clients, **lending.lend(comm, federation, trainer)}
     started = time.perf_counter()
+    done, share = 0, sum(rank == comm.rank for rank in trainer.values())
     try:
         for position, (client, role) in enumerate(total.cohort):
             if trainer.get(client) == comm.rank:
@@ -51,6 +54,8 @@ def train_cohort(
                     train_member(
                         federation, faults, total, position, clients[client], state, round, role, tested
                     )
+                done += 1
+                trained(done, share)
     except StoppedError:
         pass
     seconds = time.perf_counter() - started

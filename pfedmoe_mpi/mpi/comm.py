@@ -29,6 +29,7 @@ _STOP, _ARRIVED, _MOVE, _FAULT = 1, 2, 3, 4  # message tags
 _WALL_TIME = 0  # sent instead of a signal's number
 TIMEOUT = 600.0  # seconds to wait for the other ranks, unless `run.timeout` is set
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 0.0002, 0.01  # seconds
+_SAME_REQUEST = 1.0  # seconds in which a repeated Ctrl-C is not a second one
 
 
 class Comm:
@@ -56,15 +57,21 @@ class Comm:
     # Stops
 
     def catch_signals(self) -> None:
-        """Request a stop on SIGUSR1, SIGTERM and Ctrl-C; end the job on a second Ctrl-C.
+        """Request a stop on SIGUSR1, SIGTERM and Ctrl-C; end the job on a later Ctrl-C.
 
-        Signals that arrived while they were blocked are handled now.
+        Signals that arrived while they were blocked are handled now. A Ctrl-C within a second of the first is
+        the same request: a launcher may pass on what the terminal has sent to the ranks already.
         """
+        interrupted = math.inf
 
         def handler(number: int, frame: FrameType | None) -> None:
-            if self.signal_received == signal.SIGINT == number:
-                self.abort("second Ctrl-C: the job ends at once, without another checkpoint")
+            nonlocal interrupted
             self.signal_received = number
+            if number == signal.SIGINT:
+                if time.monotonic() > interrupted + _SAME_REQUEST:
+                    time.sleep(min(self.rank, 1))  # one message: by then rank 0 has ended the job
+                    self.abort("second Ctrl-C: the job ends at once, without another checkpoint")
+                interrupted = min(interrupted, time.monotonic())
 
         for number in SIGNALS:
             signal.signal(number, handler)
@@ -390,4 +397,4 @@ def library() -> str:
     """Return the name and version of the MPI library."""
     from mpi4py import MPI
 
-    return MPI.Get_library_version().splitlines()[0].strip(" \0")
+    return " ".join(MPI.Get_library_version().splitlines()[0].strip("\0").split())

@@ -22,7 +22,14 @@ from pfedmoe_mpi.errors import (
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.mpi.comm import Comm
-from pfedmoe_mpi.environment import SIGNALS, code_version, launched_rank, launched_size
+from pfedmoe_mpi.environment import (
+    OPEN_FILES,
+    SIGNALS,
+    code_version,
+    launched_rank,
+    launched_size,
+    raise_file_limit,
+)
 from pfedmoe_mpi.log import LOGGER
 
 T = TypeVar("T")
@@ -44,9 +51,18 @@ def under_mpi(
         given: the arguments and settings of the command, which must be equal on all ranks.
         singleton: accept a single rank where the launcher started several.
         earlier: this rank's error from before MPI was started; if any rank has one, no rank does the work.
+
+    Raises:
+        LaunchError: MPI cannot be started here.
     """
     from pfedmoe_mpi.mpi import comm
 
+    files = raise_file_limit()
+    if files < OPEN_FILES:
+        raise LaunchError(
+            f"ulimit -n = {files}, but a rank opens up to {OPEN_FILES} files",
+            "put `ulimit -n 1024` before mpirun, on every host",
+        )
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `catch_signals`
     code = code_version() if launched_rank() == 0 and not earlier else ""
     world = comm.start(singleton)

@@ -18,7 +18,7 @@ from pfedmoe_mpi.report.load import Run
 ENOUGH = 5  # common seeds for an interval and a verdict
 SHOWN = 10  # pairs of runs in a note
 CHOSEN_ON_VALIDATION = (
-    "accuracies are on test rows, in the last round unless named; validation rows choose best.h5"
+    "accuracies are on test rows, in the last round unless another is named; validation rows choose best.h5"
 )
 STD_OVER_CLIENTS = "std over clients: the population's (divided by n)"
 STD_OVER_SEEDS = "mean ± sample standard deviation (divided by n − 1) over seeds"

@@ -10,8 +10,8 @@ import numpy as np
 
 from pfedmoe_mpi.report import compare
 from pfedmoe_mpi.report.compare import Comparison, Group, Paired
-from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, Style, style
-from pfedmoe_mpi.report.run_figures import legend_above, per_cent, rounds_axis
+from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, Style, legend_above, style
+from pfedmoe_mpi.report.run_figures import per_cent, rounds_axis
 
 Pair = tuple[Group, Group, Paired]  # a method's group, the baseline's, and their difference
 

@@ -21,7 +21,7 @@ from pfedmoe_mpi.report.compare import (
     mean_std,
     values_of,
 )
-from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
+from pfedmoe_mpi.report.costs import operations, reached, separating_targets, traffic
 from pfedmoe_mpi.report.document import Report, Section
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.report.tables import SPREAD, Cell, Column, Table, number, percent, ranks, short, spread, word
@@ -42,7 +42,7 @@ def report(runs: Sequence[Run], baseline: str, target: float | None) -> Report:
         Section("Results", [results(comparison), accuracies(comparison)], curves),
         *paper_section.sections(runs),
         _differences(comparison, base),
-        Section("Target accuracy", targets(comparison, target)),
+        _target_section(comparison, target),
         Section("Cost", [cost(comparison)]),
         Section("Runs", [listed(comparison)]),
     ]
@@ -116,7 +116,7 @@ def accuracies(comparison: Comparison) -> Table:
             cells.append(spread(*mean_std(values), len(values)))
         rows.append(cells)
     notes = [f"in %, over the clients of each run ({STD_OVER_CLIENTS}); then {STD_OVER_SEEDS}"]
-    return Table("accuracies", "Accuracy by name", columns, rows, notes)
+    return Table("accuracies", "Accuracy in detail", columns, rows, notes)
 
 
 def _mean_of(run: Run, key: str) -> float | None:
@@ -202,8 +202,16 @@ def _client_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> 
     return Table("client_differences", f"Difference from {base} by client", columns, rows, notes)
 
 
-def targets(comparison: Comparison, target: float | None) -> list[Table]:
-    """Return rounds, bytes and operations until the mean over clients first reached the target."""
+def _target_section(comparison: Comparison, target: float | None) -> Section:
+    table = targets(comparison, target)
+    if table.rows:
+        return Section("Target accuracy", [table])
+    text = "No run reached a higher whole per cent than all runs in their first measured round: set --target."
+    return Section("Target accuracy", text=text)
+
+
+def targets(comparison: Comparison, target: float | None) -> Table:
+    """Return rounds, bytes and operations until the mean over clients first reached each target."""
     columns = [Column("method", words=True), Column("setting", words=True), Column("target, %")]
     columns += [
         Column("reached by"),
@@ -215,20 +223,17 @@ def targets(comparison: Comparison, target: float | None) -> list[Table]:
     for setting in comparison.settings:
         groups = [group for group in comparison.of(setting) if group.finished]
         finished = [run for group in groups for run in group.finished]
-        share = target if target is not None else reachable(finished)
-        rows += [_target_row(group, share) for group in groups] if share is not None else []
+        shares = [target] if target is not None else separating_targets(finished)
+        rows += [_target_row(group, share) for share in shares for group in groups]
     if all(row[-1].values[0] is None for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
-    meaning = (
-        "the target"
-        if target is not None
-        else "the highest whole per cent that every run of the setting reached"
-    )
-    notes = [
-        f"first round at which the mean over clients reaches {meaning}; {STD_OVER_SEEDS}",
+    notes = [f"first round in which the mean over clients reaches the target; {STD_OVER_SEEDS}"]
+    if target is None:
+        notes.append("left out: targets that every run of a setting reached in its first measured round")
+    notes += [
         "dash: not every seed reached it; MB: up and down, all clients; GFLOP: an estimate",
     ]
-    return [Table("target", "Rounds and bytes to a target accuracy", columns, rows, notes)]
+    return Table("target", "Rounds and bytes to a target accuracy", columns, rows, notes)
 
 
 def _target_row(group: Group, target: float) -> list[Cell]:
@@ -255,7 +260,7 @@ def plain_spread(values: Sequence[float]) -> Cell:
 
 def cost(comparison: Comparison) -> Table:
     """Return the mean cost of a round."""
-    titles = ("seconds per round", "MB per round", "GFLOP per round", "MiB, largest rank")
+    titles = ("seconds per round", "MB per round", "GFLOP per round", "memory, largest rank, MiB")
     columns = [
         Column("method", words=True),
         Column("setting", words=True),
@@ -306,4 +311,4 @@ def listed(comparison: Comparison) -> Table:
         for group in comparison.groups
         for run in group.runs
     ]
-    return Table("runs", "Every run", columns, rows)
+    return Table("runs", "All runs", columns, rows)

@@ -9,6 +9,8 @@ from pfedmoe_mpi.report.load import Run
 
 # Per multiply-add and sample: a multiplication and an addition, once forward and twice backward.
 OPERATIONS = 6
+MOST_TARGETS = 6  # accuracies of a table without --target
+STEPS = (1, 2, 5, 10, 20)  # per cent from one of them to the next
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,19 @@ def reached(run: Run, target: float) -> Reached | None:
     return None
 
 
-def reachable(runs: Sequence[Run]) -> float | None:
-    """Return the highest whole per cent that all runs reach, as a share; None if one was never measured."""
-    maxima = []
-    for run in runs:
-        means = [row["accuracy"]["mean"] for row in run.history if row["accuracy"]["mean"] is not None]
-        if not means:
-            return None
-        maxima.append(max(means))
-    nearest = round(100 * min(maxima))
-    return (nearest if nearest / 100 <= min(maxima) else nearest - 1) / 100
+def separating_targets(runs: Sequence[Run]) -> list[float]:
+    """Return at most MOST_TARGETS accuracies, shares in steps of whole per cent, that separate the runs.
+
+    None of them was reached by every run in its first measured round, and each was reached by some run.
+    """
+    measured = [
+        [row["accuracy"]["mean"] for row in run.history if row["accuracy"]["mean"] is not None]
+        for run in runs
+    ]
+    measured = [means for means in measured if means]
+    if not measured:
+        return []
+    lowest, highest = min(means[0] for means in measured), max(map(max, measured))
+    between = [number for number in range(1, 101) if lowest < number / 100 <= highest]
+    steps = ([number for number in between if number % step == 0] for step in STEPS)
+    return [number / 100 for number in next(kept for kept in steps if len(kept) <= MOST_TARGETS)]

@@ -1,5 +1,6 @@
-"""Figures with matplotlib: PNG and PDF for a paper, SVG whose colours follow the page.
+"""Figures with matplotlib: PNG and PDF for a paper, SVG for the page, whose colours follow the page.
 
+Every figure is drawn for two widths, that of a paper and that of a phone, where its panels are stacked.
 Series differ in line or marker too, never in colour alone.
 """
 
@@ -7,8 +8,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#c26f9b", "#b87f00", "#2f97d6", "#66
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDTH = 6.4  # inches; two columns of a paper
+NARROW = 3.75  # inches; 360 CSS pixels, the text width of a phone
+LEGEND_CHARACTERS = 17  # in an inch of a legend
+LEGEND_SIGN = 9  # characters that the sign of a series takes, with its spaces
 COLOR_MAP = "cividis"  # the same for colour-blind readers; ordered in greyscale too
 
 
@@ -69,13 +75,55 @@ def style(number: int, paint: Paint) -> Style:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with its caption; `draw(canvas, paint)` fills a matplotlib figure of `size` inches."""
+    """A figure with its caption; `draw(canvas, paint)` fills a matplotlib figure of `size` inches.
+
+    `panels` is the number of panels side by side, which a narrow figure stacks.
+    """
 
     name: str
     title: str
     caption: str
     draw: Callable[[Any, Paint], None]
     size: tuple[float, float] = (WIDTH, 3.2)
+    panels: int = 1
+
+    @property
+    def narrow(self) -> Figure:
+        """The figure for a phone; its name is one of its own, because ids are unique within a page."""
+        height = self.size[1] * (1 + 0.8 * (self.panels - 1))
+        return replace(self, name=f"{self.name}-narrow", size=(NARROW, height))
+
+
+def panels(canvas: Any, ratios: Sequence[float], **sharing: Any) -> list[Any]:
+    """Return panels side by side with these ratios of widths, stacked on a narrow canvas."""
+    if is_narrow(canvas):
+        grid = canvas.subplots(len(ratios), 1, squeeze=False, **sharing)
+    else:
+        grid = canvas.subplots(1, len(ratios), width_ratios=ratios, squeeze=False, **sharing)
+    return list(grid.flat)
+
+
+def is_narrow(canvas: Any) -> bool:
+    return bool(canvas.get_figwidth() < WIDTH)
+
+
+def legend_above(canvas: Any, axes: Any, columns: int = 3) -> None:
+    """Put a legend above the figure, where it covers no line: as many columns as fit, at most `columns`."""
+    handles, labels = axes.get_legend_handles_labels()
+    room = int(LEGEND_CHARACTERS * canvas.get_figwidth())
+    columns = next(n for n in range(columns, 0, -1) if n == 1 or _legend_width(labels, n) <= room)
+    wrapped = [textwrap.fill(label, room - LEGEND_SIGN) for label in labels]
+    canvas.legend(
+        handles, wrapped, loc="outside upper left", ncols=columns, handlelength=2.8, columnspacing=1.2
+    )
+
+
+def _legend_width(labels: Sequence[str], columns: int) -> int:
+    """Return the width in characters; matplotlib fills column by column, the first ones with one more."""
+    rows, longer = divmod(len(labels), columns)
+    ends = [number * rows + min(number, longer) for number in range(columns + 1)]
+    parts = [labels[start:end] for start, end in pairwise(ends) if end > start]
+    return sum(max(map(len, part)) + LEGEND_SIGN for part in parts)
 
 
 def _draw(figure: Figure, paint: Paint) -> Any:

@@ -8,9 +8,16 @@ import numpy as np
 
 from pfedmoe_mpi.report.compare import STD_OVER_CLIENTS, over_clients
 from pfedmoe_mpi.report.document import Section
-from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, style
+from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, legend_above, style
 from pfedmoe_mpi.report.load import Run
-from pfedmoe_mpi.report.run_figures import band, column, heat_map, legend_above, rounds_axis
+from pfedmoe_mpi.report.run_figures import (
+    band,
+    client_ticks,
+    column,
+    heat_map,
+    round_columns,
+    rounds_axis,
+)
 from pfedmoe_mpi.report.tables import Column, Table, number
 
 FEW = 12  # classes that are drawn as lines; more are drawn as a heat map
@@ -76,11 +83,12 @@ def client_figure(run: Run) -> Figure:
     """Plot α of the shared expert by client over rounds."""
 
     def draw(canvas: Any, paint: Paint) -> None:
-        above, below = canvas.subplots(2, 1, height_ratios=(2, 3))
+        above, below = canvas.subplots(2, 1, height_ratios=(2, 3), sharex=True)
         table = column(run, "alpha")
         rounds = np.array([row["round"] for row in run.history])
         measured = ~np.isnan(table).all(axis=1)
-        x, table = rounds[measured], table[measured]
+        rounds, table = rounds[measured], table[measured]
+        x = np.arange(len(rounds))  # the columns of the heat map
         look = style(0, paint)
         low, high = band(table)
         above.fill_between(
@@ -89,19 +97,18 @@ def client_figure(run: Run) -> Figure:
         above.plot(x, np.nanmean(table, axis=1), label="mean over clients", **look.line(len(x)))
         above.set_ylim(0, 1)
         above.set_ylabel("α of the shared expert")
-        rounds_axis(above)
         legend_above(canvas, above, 2)
         heat_map(canvas, below, table.T, "mean α", (0, 1))
+        client_ticks(canvas, below.yaxis, run.client_labels)
         below.set_ylabel("client")
-        below.set_xlabel("round")
-        ticks = np.unique(np.linspace(0, len(x) - 1, min(len(x), 8)).astype(int))
-        below.set_xticks(ticks, x[ticks])
+        round_columns(below, rounds.tolist())
 
     caption = (
         "Mean weight α of the shared expert over a client's test samples: 1 = shared expert only, "
-        "0 = local expert only. Above: mean and 10th to 90th percentile of the clients."
+        "0 = local expert only. Above: mean and 10th to 90th percentile of the clients; below: every client."
     )
-    return Figure("gates", "Gate weights by client", caption, draw, (WIDTH, 5.0))
+    height = 5.0 + min(2.0, 0.08 * max(0, run.clients - 16))
+    return Figure("gates", "Gate weights by client", caption, draw, (WIDTH, height))
 
 
 def class_figure(rounds: np.ndarray, table: np.ndarray) -> Figure:
@@ -119,9 +126,7 @@ def class_figure(rounds: np.ndarray, table: np.ndarray) -> Figure:
             legend_above(canvas, axes, 5)
             return
         heat_map(canvas, axes, table.T, "mean α", (float(np.nanmin(table)), float(np.nanmax(table))))
-        ticks = np.unique(np.linspace(0, len(rounds) - 1, min(len(rounds), 8)).astype(int))
-        axes.set_xticks(ticks, rounds[ticks])
-        axes.set_xlabel("round")
+        round_columns(axes, rounds.tolist())
         axes.set_ylabel("class")
 
     caption = (

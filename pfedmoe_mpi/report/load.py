@@ -102,6 +102,19 @@ class Run:
         data, partition = (self.started_with(f"{name}_digest") for name in ("data", "partition"))
         return None if data is None or partition is None else (str(data), str(partition))
 
+    @property
+    def client_names(self) -> tuple[str, ...]:
+        """The names that the data give their clients, such as hospitals; empty if these clients have none."""
+        names = self.started_with("client_names")
+        natural = self.config.get("partition.kind") == "natural"
+        known = natural and isinstance(names, list) and len(names) == self.clients
+        return tuple(map(str, names)) if known else ()
+
+    @property
+    def client_labels(self) -> tuple[str, ...]:
+        """The clients' names, else their numbers."""
+        return self.client_names or tuple(map(str, range(self.clients)))
+
     def architecture(self, client: int) -> str:
         """Return the name of a client's architecture."""
         pool = self.config["model.pool"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -12,6 +12,7 @@ import numpy as np
 ENOUGH = 100  # samples for t-SNE, whose perplexity is 30
 DIMENSIONS = 50  # principal components that t-SNE gets; van der Maaten and Hinton, JMLR 2008, section 4.2
 EXTREMES = 8  # samples with the highest and the lowest gate weights
+MOST_PLANES = 4  # clients whose own representations are drawn
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,8 @@ class ModelViews:
         alpha: (n,) weight of the shared expert, or None for a method without a gate.
         raw: (n, *shape) the samples before normalisation.
         representations: (n, d) by label.
+        private: the labels of representations that involve a client's own extractor. Two clients' vectors
+            then have no common coordinates, so they never share a plane.
         shared_rows: the number of rows of the shared test set.
         accuracy_shared: (N,) accuracy on the shared test set, NaN where unknown.
         accuracy_own: (N,) accuracy on the client's own test rows, NaN where unknown.
@@ -39,6 +42,7 @@ class ModelViews:
     alpha: np.ndarray | None
     raw: np.ndarray
     representations: Mapping[str, np.ndarray]
+    private: frozenset[str]
     shared_rows: int
     accuracy_shared: np.ndarray
     accuracy_own: np.ndarray
@@ -65,15 +69,54 @@ class ModelViews:
         return scaled[0] if len(scaled) == 1 else scaled.transpose(1, 2, 0)
 
     @property
-    def method(self) -> str:
-        """The embedding's method: t-SNE with at least ENOUGH samples and scikit-learn installed, else PCA."""
-        return "t-SNE" if len(self.labels) >= ENOUGH and find_spec("sklearn") else "PCA"
+    def shared(self) -> tuple[str, ...]:
+        """The labels of the representations that all clients' samples have in common."""
+        return tuple(name for name in self.representations if name not in self.private)
+
+    @property
+    def drawn_clients(self) -> tuple[int, ...]:
+        """The clients whose own representations are drawn: at most MOST_PLANES, with the most samples."""
+        numbers, counts = np.unique(self.clients, return_counts=True)
+        most = np.argsort(-counts, kind="stable")[:MOST_PLANES]
+        return tuple(sorted(int(number) for number in numbers[most]))
+
+    def rows_of(self, client: int) -> np.ndarray:
+        """Return the indices of a client's samples."""
+        return np.flatnonzero(self.clients == client)
 
     @cached_property
     def embeddings(self) -> dict[str, np.ndarray]:
-        """Each representation in the plane, (n, 2)."""
-        embed = self._embed_tsne if self.method == "t-SNE" else principal_components
-        return {name: embed(table.astype(float)) for name, table in self.representations.items()}
+        """Each shared representation in the plane, (n, 2)."""
+        embed = self._embedding(len(self.labels))
+        return {name: embed(self.representations[name].astype(float)) for name in self.shared}
+
+    @cached_property
+    def own_embeddings(self) -> dict[tuple[str, int], np.ndarray]:
+        """Each private representation of each drawn client's samples in a plane of its own, by both."""
+        embed = self._embedding(self._fewest)
+        return {
+            (name, client): embed(self.representations[name][self.rows_of(client)].astype(float))
+            for name in self.representations
+            if name in self.private
+            for client in self.drawn_clients
+        }
+
+    @property
+    def method(self) -> str:
+        """The method of `embeddings`: t-SNE with ENOUGH samples and scikit-learn installed, else PCA."""
+        return _method(len(self.labels))
+
+    @property
+    def own_method(self) -> str:
+        """The method of `own_embeddings`, the same for all of them."""
+        return _method(self._fewest)
+
+    @property
+    def _fewest(self) -> int:
+        return min(len(self.rows_of(client)) for client in self.drawn_clients)
+
+    def _embedding(self, samples: int) -> Callable[[np.ndarray], np.ndarray]:
+        return self._embed_tsne if _method(samples) == "t-SNE" else principal_components
 
     def _embed_tsne(self, table: np.ndarray) -> np.ndarray:
         from sklearn.manifold import TSNE
@@ -81,6 +124,10 @@ class ModelViews:
         tsne = TSNE(perplexity=30, init="pca", random_state=self.seed)
         reduced = principal_components(table, min(DIMENSIONS, *table.shape))
         return np.asarray(tsne.fit_transform(reduced), float)
+
+
+def _method(samples: int) -> str:
+    return "t-SNE" if samples >= ENOUGH and find_spec("sklearn") else "PCA"
 
 
 def principal_components(table: np.ndarray, number: int = 2) -> np.ndarray:

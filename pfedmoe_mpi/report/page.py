@@ -21,7 +21,10 @@ def html(report: Report) -> str:
     environment: Any = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    drawings = {figure.name: Markup(drawing.svg(figure)) for figure in report.figures}
+    drawings = {
+        figure.name: (Markup(drawing.svg(figure)), Markup(drawing.svg(figure.narrow)))
+        for figure in report.figures
+    }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return str(
         template.render(report=report, drawings=drawings, series=drawing.SERIES, most_cells=MOST_CELLS)

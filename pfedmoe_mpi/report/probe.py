@@ -87,6 +87,9 @@ def _views(loop: Loop, accuracy_own: Sequence[float | None]) -> ModelViews:
     if not views:
         raise ProbeError("no client with test samples has trained yet", "report again after a later round")
     gated = all(view.alpha is not None for view in views)
+    names = _drawn_names(views)
+    labels = _labels(names, gated)
+    own = federation.clients[views[0].client].spec
     return ModelViews(
         round=loop.round,
         samples=sum(len(rows) for rows in federation.partition.test),
@@ -94,7 +97,11 @@ def _views(loop: Loop, accuracy_own: Sequence[float | None]) -> ModelViews:
         labels=np.concatenate([view.labels for view in views]),
         alpha=np.concatenate([view.alpha for view in views if view.alpha is not None]) if gated else None,
         raw=np.concatenate([view.raw for view in views]),
-        representations=_representations(views, gated),
+        representations={
+            label: np.concatenate([view.representations[name] for view in views])
+            for name, label in labels.items()
+        },
+        private=frozenset(label for name, label in labels.items() if _is_private(name, views[0], own)),
         shared_rows=len(rows),
         accuracy_shared=accuracy_shared,
         accuracy_own=np.array(accuracy_own or [None] * clients, float),
@@ -198,14 +205,15 @@ def _recorded(method: Algorithm, client: Client, parts: Parts) -> Iterator[dict[
             handle.remove()
 
 
-def _representations(views: Sequence[ClientView], gated: bool) -> dict[str, np.ndarray]:
-    """Return the representations of all clients, (n, d) by label; of more than three, first and last two."""
+def _drawn_names(views: Sequence[ClientView]) -> list[str]:
+    """Return the parts whose representations are drawn; of more than three, the first and the last two."""
     names = [name for name in views[0].representations if all(_is_finite(view, name) for view in views)]
-    names = names if len(names) <= MOST_REPRESENTATIONS else [*names[:1], *names[-2:]]
-    return {
-        label: np.concatenate([view.representations[name] for view in views])
-        for name, label in _labels(names, gated).items()
-    }
+    return names if len(names) <= MOST_REPRESENTATIONS else [*names[:1], *names[-2:]]
+
+
+def _is_private(name: str, view: ClientView, own: Mapping[str, Any]) -> bool:
+    """Return whether a representation involves a part of the client's `own`; a head's input involves all."""
+    return name in own if name else any(part in own for part in view.representations)
 
 
 def _is_finite(view: ClientView, name: str) -> bool:

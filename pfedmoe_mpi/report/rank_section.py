@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint
+from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, legend_above, panels
 from pfedmoe_mpi.report.load import Run
-from pfedmoe_mpi.report.run_figures import heat_map, legend_above, whole_numbers
+from pfedmoe_mpi.report.run_figures import heat_map, round_columns, whole_numbers
 
 HATCHES = ("", "////", "....", "xxxx")  # distinguish phases without colour
 
@@ -38,33 +38,30 @@ def _figure(tables: dict[str, np.ndarray], rounds: list[int]) -> Figure:
     ranks = len(tables["train"])
 
     def draw(canvas: Any, paint: Paint) -> None:
-        above, below = canvas.subplots(2, 1, height_ratios=(3, 2))
-        bottom = np.zeros(ranks)
+        left, right = panels(canvas, (3, 2), sharey=True)
+        start = np.zeros(ranks)
         for number, (name, table) in enumerate(tables.items()):
             means = np.nanmean(table, axis=1)
             bar_style: dict[str, Any] = {
                 "facecolor": paint.series[number],
                 "hatch": HATCHES[number % len(HATCHES)],
             }
-            bar_style |= {"edgecolor": paint.ink, "linewidth": 0.5, "label": name, "width": 0.8}
-            above.bar(np.arange(ranks), means, bottom=bottom, **bar_style)
-            bottom += means
-        whole_numbers(above.xaxis)
-        above.grid(axis="x", visible=False)
-        above.set_xlabel("rank")
-        above.set_ylabel("mean seconds per round")
-        legend_above(canvas, above, 4)
+            bar_style |= {"edgecolor": paint.ink, "linewidth": 0.5, "label": name, "height": 0.8}
+            left.barh(np.arange(ranks), means, left=start, **bar_style)
+            start += means
+        left.grid(axis="y", visible=False)
+        left.set_xlabel("mean seconds per round")
+        legend_above(canvas, left, 4)
         training = tables["train"]
-        heat_map(canvas, below, training, "training, s", (0.0, max(1e-9, float(np.nanmax(training)))))
-        ticks = np.unique(np.linspace(0, len(rounds) - 1, min(len(rounds), 8)).astype(int))
-        below.set_xticks(ticks, [rounds[tick] for tick in ticks])
-        whole_numbers(below.yaxis)
-        below.set_xlabel("round")
-        below.set_ylabel("rank")
+        heat_map(canvas, right, training, "training, s", (0.0, max(1e-9, float(np.nanmax(training)))))
+        round_columns(right, rounds, 5)
+        for axes in (left, right):
+            whole_numbers(axes.yaxis)
+        left.set_ylabel("rank")
 
     caption = (
-        "Above: mean seconds per round on each rank, by phase; wait: for the other ranks, before the sum. "
-        "Below: seconds of training on each rank in each round."
+        "Mean seconds per round on each rank, by phase; wait: for the other ranks, before the sum. Colours: "
+        "seconds of training on each rank in each round."
     )
-    height = 4.2 + min(1.8, 0.05 * ranks)
-    return Figure("ranks", "Time by rank", caption, draw, (WIDTH, height))
+    height = 2.2 + min(3.0, 0.08 * ranks)
+    return Figure("ranks", "Time by rank", caption, draw, (WIDTH, height), panels=2)

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.report.costs import traffic
-from pfedmoe_mpi.report.drawing import COLOR_MAP, WIDTH, Figure, Paint, style
+from pfedmoe_mpi.report.drawing import COLOR_MAP, WIDTH, Figure, Paint, legend_above, panels, style
 from pfedmoe_mpi.report.load import Run
 
 BAND = (10, 90)  # percentiles of the clients
 FEW_CELLS = 300  # of a heat map that shows its numbers
+LABEL_SIZE = 7  # points; of clients' names
+LONGEST_LABEL = 14  # characters of a client's name in a figure
 
 
 def column(run: Run, name: str) -> np.ndarray:
@@ -42,9 +44,40 @@ def whole_numbers(axis: Any, most: int = 8) -> None:
 
 
 def rounds_axis(axes: Any) -> None:
-    """Label the x axis as rounds."""
+    """Label the x axis as rounds; of stacked panels, the last one."""
     whole_numbers(axes.xaxis)
+    if axes.get_subplotspec().is_last_row():
+        axes.set_xlabel("round")
+
+
+def round_columns(axes: Any, rounds: Sequence[int], most: int = 8) -> None:
+    """Label the columns of a heat map, one per round: the multiples of the smallest step that fits."""
+    numbers = np.array(rounds)
+    steps = (factor * 10**power for power in range(9) for factor in (1, 2, 5))
+    ticks = next(at for step in steps if len(at := np.flatnonzero(numbers % step == 0)) <= most)
+    if len(ticks) < 2:
+        ticks = np.unique([0, len(numbers) - 1])
+    axes.set_xticks(ticks, numbers[ticks])
     axes.set_xlabel("round")
+
+
+def short_name(name: str) -> str:
+    """Return a client's name for a figure, shortened if it is long."""
+    return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
+
+
+def client_ticks(canvas: Any, axis: Any, labels: Sequence[str]) -> bool:
+    """Name the clients along an axis, at 0, 1, …; return whether there was room for all names."""
+    place = axis.axes.get_position()
+    along_x = axis.axis_name == "x"
+    inches = place.width * canvas.get_figwidth() if along_x else place.height * canvas.get_figheight()
+    slot = 0.85 * 72 * inches / max(1, len(labels))
+    if slot < 1.2 * LABEL_SIZE:
+        return False
+    names = list(map(short_name, labels))
+    turned = along_x and max(map(len, names), default=0) * 0.65 * LABEL_SIZE + 3 > slot
+    axis.set_ticks(range(len(names)), names, fontsize=LABEL_SIZE, rotation=90 if turned else 0)
+    return True
 
 
 def band(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -53,19 +86,11 @@ def band(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-def legend_above(canvas: Any, axes: Any, columns: int = 3) -> None:
-    """Put a legend above the figure, where it covers no line."""
-    handles, labels = axes.get_legend_handles_labels()
-    canvas.legend(
-        handles, labels, loc="outside upper left", ncols=columns, handlelength=2.8, columnspacing=1.2
-    )
-
-
 def convergence(run: Run) -> Figure:
     """Plot the accuracy of all clients after the sum, of the cohort before it, and the training loss."""
 
     def draw(canvas: Any, paint: Paint) -> None:
-        left, right = canvas.subplots(1, 2, width_ratios=(3, 2))
+        left, right = panels(canvas, (3, 2), sharex=True)
         rounds = [row["round"] for row in run.history]
         table = column(run, "accuracy")
         measured_rounds = ~np.isnan(table).all(axis=1)
@@ -91,20 +116,20 @@ def convergence(run: Run) -> Figure:
             rounds_axis(axes)
 
     caption = (
-        "Left: accuracy with the new shared state, mean over all clients, 10th to 90th percentile and worst "
-        "client; accuracy of the round's cohort before the sum. Right: the training loss."
+        "Test accuracy with the new shared state: mean over all clients, 10th to 90th percentile, and worst "
+        "client; before the sum: mean over the round's cohort. Training loss: mean over the cohort."
     )
-    return Figure("convergence", "Convergence", caption, draw, (WIDTH, 3.4))
+    return Figure("convergence", "Convergence", caption, draw, (WIDTH, 3.4), panels=2)
 
 
 def clients(run: Run) -> Figure:
     """Plot the accuracy of the clients that have trained, last measured round, sorted and by architecture."""
 
     def draw(canvas: Any, paint: Paint) -> None:
-        left, right = canvas.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+        left, right = panels(canvas, (3, 2), sharey=True)
         accuracy = per_cent(column(run, "accuracy")[run.history.index(run.last)])
-        order = [k for k in np.argsort(accuracy) if not np.isnan(accuracy[k])]
-        position = {client: number for number, client in enumerate(order, 1)}
+        order = [int(k) for k in np.argsort(accuracy) if not np.isnan(accuracy[k])]
+        position = {client: number for number, client in enumerate(order)}
         names = list(dict.fromkeys(run.architecture(k) for k in range(run.clients)))
         for number, name in enumerate(names):
             members = [k for k in order if run.architecture(k) == name]
@@ -115,8 +140,7 @@ def clients(run: Run) -> Figure:
                 right.hlines(
                     accuracy[members].mean(), number - 0.3, number + 0.3, color=paint.ink, linewidth=2
                 )
-        left.set_xticks([])  # ranks in the order, easily mistaken for the clients' numbers
-        left.set_xlabel("clients, sorted")
+        sorted_clients(canvas, left, [run.client_labels[k] for k in order], "accuracy")
         left.set_ylabel("test accuracy, %")
         legend_above(canvas, left, 5)
         right.set_xticks(range(len(names)), names, rotation=45 if sum(map(len, names)) > 24 else 0)
@@ -125,8 +149,16 @@ def clients(run: Run) -> Figure:
         right.grid(axis="x", visible=False)
 
     when = f"after round {run.last['round']}"
-    caption = f"Test accuracy {when} of every client that has trained, sorted and by architecture."
-    return Figure("clients", "Accuracy by client", caption, draw, (WIDTH, 3.2))
+    caption = f"Test accuracy {when} of every client that has trained: sorted, and by architecture. "
+    caption += "The table of clients below lists all of them."
+    return Figure("clients", "Accuracy by client", caption, draw, (WIDTH, 3.2), panels=2)
+
+
+def sorted_clients(canvas: Any, axes: Any, labels: Sequence[str], by: str) -> None:
+    """Name sorted clients below an x axis; without room for the names, no ticks, which would be ranks."""
+    if not client_ticks(canvas, axes.xaxis, labels):
+        axes.set_xticks([])
+    axes.set_xlabel(f"clients, sorted by {by}")
 
 
 def heat_map(canvas: Any, axes: Any, table: np.ndarray, label: str, limits: tuple[float, float]) -> Any:
@@ -141,16 +173,18 @@ def heat_map(canvas: Any, axes: Any, table: np.ndarray, label: str, limits: tupl
     return image
 
 
-def partition(counts: np.ndarray) -> Figure:
-    """Draw training samples, (N, classes), with classes down and clients across."""
+def partition(counts: np.ndarray, labels: Sequence[str]) -> Figure:
+    """Draw training samples, (N, classes), with classes down and clients across, N labels."""
 
     def draw(canvas: Any, paint: Paint) -> None:
         axes = canvas.subplots()
         table = np.where(counts.T > 0, counts.T, np.nan).astype(float)
         image = heat_map(canvas, axes, table, "training samples", (0, max(1, counts.max())))
+        client_ticks(canvas, axes.xaxis, labels)
         axes.set_xlabel("client")
         axes.set_ylabel("class")
-        if counts.size <= FEW_CELLS:
+        cell = 0.7 * 72 * canvas.get_figwidth() / len(counts)  # points
+        if counts.size <= FEW_CELLS and 4 * len(str(counts.max())) < cell:
             for (label, client), value in np.ndenumerate(table):
                 if not np.isnan(value):
                     dark = image.norm(value) < 0.55
@@ -202,7 +236,7 @@ def burden(run: Run) -> Figure:
     """Plot the bytes sent so far, and the memory."""
 
     def draw(canvas: Any, paint: Paint) -> None:
-        left, right = canvas.subplots(1, 2)
+        left, right = panels(canvas, (1, 1), sharex=True)
         rounds = [row["round"] for row in run.history]
         by_round = traffic(run)
         parts: list[tuple[str, Callable[[Any], float]]] = [
@@ -225,7 +259,7 @@ def burden(run: Run) -> Figure:
             rounds_axis(axes)
 
     caption = (
-        "Left: megabytes that a deployment would have sent so far, summed over the cohort; once: sent when a "
-        "client first joins a cohort. Right: memory of the rank that uses most."
+        "Megabytes that a deployment would have sent so far, summed over the cohort; once: sent when a "
+        "client first joins a cohort. Memory of the rank that uses most."
     )
-    return Figure("burden", "Bytes and memory", caption, draw, (WIDTH, 2.8))
+    return Figure("burden", "Bytes and memory", caption, draw, (WIDTH, 2.8), panels=2)

@@ -10,33 +10,37 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoe_mpi.report import gate_section, model_section, paper_section, rank_section, run_figures
+from pfedmoe_mpi.report import (
+    gate_section,
+    model_section,
+    paper_section,
+    rank_section,
+    run_figures,
+    settings_section,
+)
 from pfedmoe_mpi.report.compare import CHOSEN_ON_VALIDATION, STD_OVER_CLIENTS, mean_std, over_clients
-from pfedmoe_mpi.report.costs import operations, reachable, reached, traffic
+from pfedmoe_mpi.report.costs import operations, reached, separating_targets, traffic
 from pfedmoe_mpi.report.document import Report, Section
 from pfedmoe_mpi.report.drawing import Figure
 from pfedmoe_mpi.report.labels import value_text
 from pfedmoe_mpi.report.load import STARTS, Run
 from pfedmoe_mpi.report.model_views import ModelViews
-from pfedmoe_mpi.report.tables import Column, Table, amount, number, percent, word
+from pfedmoe_mpi.report.settings_section import VERSIONS
+from pfedmoe_mpi.report.tables import (
+    Column,
+    Table,
+    amount,
+    client_cells,
+    client_columns,
+    number,
+    percent,
+    word,
+)
 
 # Fields left out of the details in the table of events: its own columns, and what other tables show.
 OMITTED = (
     *("time", "event", "round", "host", "hosts", "pid"),
     *("samples", "data_digest", "partition_digest", "class_counts", "multiply_adds", "client_names"),
-)
-VERSIONS = (
-    "code",
-    "python",
-    "torch",
-    "numpy",
-    "h5py",
-    "mpi",
-    "device",
-    "threads",
-    "precision",
-    "ranks",
-    "job",
 )
 # Why a client was left out of a sum, by the row's list that names it.
 LEFT_OUT = (("dropped", "not finite"), ("lost", "lost before the sum"), ("late", "after the deadline"))
@@ -46,19 +50,19 @@ def report(run: Run, target: float | None, models: ModelViews | str = "") -> Rep
     """Return the report on one run.
 
     Args:
-        target: accuracy of the target table, in (0, 1]; None for every ten per cent.
+        target: accuracy of the target table, in (0, 1]; None for those of `separating_targets`.
         models: the evaluated models, or the sentence that says why they were not evaluated.
     """
     views = models if isinstance(models, ModelViews) else None
     state = "finished" if run.finished else f"unfinished: {run.done} of {run.planned} rounds"
     sections = [
-        Section("The run", [*_settings(run), _versions(run)]),
+        settings_section.section(run),
         *paper_section.sections([run]),
         _data(run),
         Section("Convergence", [_target(run, target)], [run_figures.convergence(run)]),
         Section("Clients", [_architectures(run), _clients(run, views)], [run_figures.clients(run)]),
         gate_section.section(run),
-        model_section.section(views) if views else Section("Models", text=str(models)),
+        model_section.section(views, run.client_names) if views else Section("Models", text=str(models)),
         Section("Cost", [_costs(run), *_ranks(run)], _cost_figures(run)),
         Section("Events", [_events(run), *_left_out(run)]),
     ]
@@ -89,7 +93,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("worst client", percent(accuracy["worst"]).text + " %"),
         ("training and evaluation", duration(seconds)),
         ("uploaded by all clients", size(sum(sent.up for sent in traffic(run)))),
-        ("memory, largest rank", f"{max(row['rss_mb'] or 0 for row in run.history):.0f} MiB"),
+        ("memory of the largest rank", f"{max(row['rss_mb'] or 0 for row in run.history):.0f} MiB"),
     ]
     if run.chosen:
         name = f"accuracy, round {run.chosen['round']}, chosen on validation rows"
@@ -104,30 +108,6 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return facts
 
 
-def _settings(run: Run) -> list[Table]:
-    """Return the table of the settings that differ from their defaults, and that of all settings."""
-    from pfedmoe_mpi import config
-
-    defaults = {name: value_text(field.default) for name, field in config.fields().items()}
-    rows = [[word(name), word(value_text(value))] for name, value in run.config.items()]
-    changed = [[*row, word(defaults.get(row[0].text, "–"))] for row in rows]
-    changed = [row for row in changed if row[1].text != row[2].text and row[0].text != "run.dir"]
-    titles = [Column(title, words=True) for title in ("setting", "value", "default")]
-    return [
-        Table("changed", "Settings that differ from the default", titles, changed),
-        Table("settings", "Configuration", titles[:2], rows, open=False),
-    ]
-
-
-def _versions(run: Run) -> Table:
-    """Return the versions and the machine of the first start."""
-    starts = [event for event in run.events if event["event"] in STARTS]
-    first = starts[0] if starts else {}
-    rows = [[word(name), word(value_text(first[name]))] for name in VERSIONS if first.get(name) is not None]
-    columns = [Column("what", words=True), Column("at the first start", words=True)]
-    return Table("versions", "Versions and machine", columns, rows)
-
-
 def _data(run: Run) -> Section:
     counts = run.started_with("class_counts")
     if not counts:
@@ -135,26 +115,28 @@ def _data(run: Run) -> Section:
     table = np.array(counts)
     classes = (table > 0).sum(axis=1)
     columns = [
-        Column("client"),
+        *client_columns(run.client_names),
         Column("samples"),
         Column("classes"),
         *(Column(f"class {c}") for c in range(table.shape[1])),
     ]
     rows = [
-        [number(k), number(int(table[k].sum())), number(int(classes[k])), *(number(int(n)) for n in table[k])]
+        [
+            *client_cells(k, run.client_names),
+            *(number(int(n)) for n in (table[k].sum(), classes[k], *table[k])),
+        ]
         for k in range(len(table))
     ]
     partition = Table("partition", "Training samples by client and class", columns, rows, open=False)
-    return Section("Data", [partition], [run_figures.partition(table)])
+    return Section("Data", [partition], [run_figures.partition(table, run.client_labels)])
 
 
 def _target(run: Run, target: float | None) -> Table:
-    """Return when the mean accuracy first reached `target`, or every ten per cent if it is None."""
-    top = reachable([run]) or 0.0
-    targets = [target] if target is not None else [t / 100 for t in range(10, int(100 * top) + 1, 10)]
+    """Return when the mean accuracy first reached `target`, or each of `separating_targets` if it is None."""
+    shares = [target] if target is not None else separating_targets([run])
     columns = [Column("target, %"), Column("round"), Column("MB sent"), Column("GFLOP")]
     rows = []
-    for share in targets:
+    for share in shares:
         first = reached(run, share)
         rows.append(
             [
@@ -166,7 +148,7 @@ def _target(run: Run, target: float | None) -> Table:
         )
     if operations(run) is None:
         columns, rows = columns[:3], [row[:3] for row in rows]
-    notes = ["first round at which the mean over clients reaches the target; MB: up and down, all clients"]
+    notes = ["first round in which the mean over clients reaches the target; MB: up and down, all clients"]
     return Table("target", "Rounds and bytes to a target accuracy", columns, rows, notes)
 
 
@@ -185,7 +167,8 @@ def _architectures(run: Run) -> Table:
     rows = []
     for name, values in by_name.items():
         mean, std = over_clients(values)
-        shares = [percent(v) for v in (mean, std, min(values, default=None), max(values, default=None))]
+        ends = (min(values, default=None), max(values, default=None))
+        shares = [percent(v) for v in (mean, std if len(values) > 1 else None, *ends)]
         rows.append([word(name), number(len(values)), *shares])
     title = f"Accuracy by architecture, round {run.last['round']}"
     return Table("architectures", title, columns, rows, [STD_OVER_CLIENTS])
@@ -201,21 +184,22 @@ def _clients(run: Run, views: ModelViews | None) -> Table:
     absent = run.absent_clients(run.last["round"])
     accuracy = metrics["accuracy"]
     order = sorted(range(run.clients), key=lambda k: (k in absent, accuracy[k] is None, accuracy[k], k))
-    titles = ("client", "samples", "classes", "accuracy, %", "before the sum, %", "loss", "α shared")
-    columns = [Column(titles[0]), Column("architecture", words=True), *map(Column, titles[1:])]
+    titles = ("samples", "classes", "accuracy, %", "before the sum, %", "loss", "α shared")
+    columns = [
+        *client_columns(run.client_names),
+        Column("architecture", words=True),
+        *map(Column, titles),
+    ]
     rows = [
         [
-            *(number(k), word(run.architecture(k)), number(metrics["samples"][k])),
+            *client_cells(k, run.client_names),
+            *(word(run.architecture(k)), number(metrics["samples"][k])),
             number(int((np.array(counts[k]) > 0).sum()) if counts else None),
             *(percent(accuracy[k]), percent(metrics.get("accuracy_before", accuracy)[k])),
             *(number(metrics["loss"][k], "{:.4f}"), number(metrics["alpha"][k], "{:.3f}")),
         ]
         for k in order
     ]
-    names = run.started_with("client_names") or []
-    if len(names) == run.clients:
-        columns.insert(1, Column("name", words=True))
-        rows = [[row[0], word(names[k]), *row[1:]] for row, k in zip(rows, order, strict=True)]
     auc = metrics.get("auc", [])
     if any(value is not None for value in auc):
         columns.append(Column("AUC, %"))
@@ -225,7 +209,7 @@ def _clients(run: Run, views: ModelViews | None) -> Table:
         rows = [
             [*row, model_section.share(views.accuracy_shared[k])] for row, k in zip(rows, order, strict=True)
         ]
-    untrained = ", ".join(map(str, sorted(absent)))
+    untrained = ", ".join(run.client_labels[k] for k in sorted(absent))
     notes = [f"not trained yet, excluded from every mean over clients: {untrained}"] if absent else []
     notes += [model_section.shared_note(views)] if views else []
     title = f"Clients after round {run.last['round']}, worst first"
@@ -247,7 +231,7 @@ def _costs(run: Run) -> Table:
     memory = [row["rss_mb"] for row in run.history if row["rss_mb"] is not None]
     rows.append(
         [
-            word("MiB, largest rank"),
+            word("memory of the largest rank, MiB"),
             number(None),
             number(mean_std(memory)[0]),
             number(max(memory, default=None)),
@@ -257,7 +241,8 @@ def _costs(run: Run) -> Table:
     notes = [
         "seconds: maximum over ranks, so the parts may add up to more than the total",
         "each mean is over the rounds that have a value",
-        "MB: bytes that a deployment would send, summed over the members of the cohort",
+        "MB: bytes that a deployment would send, summed over the members of the cohort; once: in a client's "
+        "first cohort",
     ]
     return Table("cost", "Time, bytes, memory", columns, rows, notes)
 
@@ -321,8 +306,11 @@ def _left_out(run: Run) -> list[Table]:
     rows = []
     for key, reason in LEFT_OUT:
         times = Counter(client for row in run.history for client in row.get(key, []))
-        rows += [[word(reason), number(client), number(count)] for client, count in sorted(times.items())]
-    columns = [Column("why", words=True), Column("client"), Column("rounds")]
+        rows += [
+            [word(reason), *client_cells(client, run.client_names), number(count)]
+            for client, count in sorted(times.items())
+        ]
+    columns = [Column("why", words=True), *client_columns(run.client_names), Column("rounds")]
     return [Table("left_out", "Clients left out of a sum", columns, rows)] if rows else []
 
 

@@ -103,6 +103,16 @@ def spread(mean: float | None, std: float | None, count: int, mark: str = "") ->
 SPREAD = ("mean", "std", "seeds")
 
 
+def client_columns(names: Sequence[str]) -> list[Column]:
+    """Return the columns that say which client a row is about: its number, and its name if it has one."""
+    return [Column("client"), *([Column("name", words=True)] if names else [])]
+
+
+def client_cells(client: int, names: Sequence[str]) -> list[Cell]:
+    """Return the cells of `client_columns`."""
+    return [number(client), *([word(names[client])] if names else [])]
+
+
 def ranks(values: Sequence[float | None]) -> list[str]:
     """Return BEST for the highest value, SECOND for the next; ties share a mark, a single value has none."""
     levels = sorted({value for value in values if value is not None}, reverse=True)

@@ -8,11 +8,12 @@ others from their checkpoints.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import checkpoint, config, environment
 from pfedmoe_mpi.config import Config
@@ -24,6 +25,9 @@ from pfedmoe_mpi.reproduce import grid
 from pfedmoe_mpi.reproduce.grid import Table, TableRun
 from pfedmoe_mpi.run import job, restart
 from pfedmoe_mpi.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from pfedmoe_mpi.federation.disk import DiskUse
 
 # Settings that may differ from those of a run's earlier start: paths and speed.
 CHANGEABLE = tuple(name for name in grid.HARMLESS if name != "rounds")
@@ -52,7 +56,7 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
         UserError: the table or a setting is invalid; nothing was written.
     """
     table = grid.read(path)
-    runs = grid.select(grid.expand(table, settings, flags.scale), flags.only, flags.task)
+    runs = grid.expand(table, settings, flags.scale, flags.only, flags.task)
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
 
     def work(world: Comm, code: str) -> int:
@@ -64,7 +68,7 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
         unfinished = [run for run in runs if rounds[run.name]]
         _print(world, _heading(table, runs, unfinished, out))
         try:
-            _print(world, _plan(world, unfinished, rounds))
+            _print(world, _plan(world, unfinished, rounds, out))
         except StoppedError:  # raised on all ranks; nothing is lost
             _print(world, ["stopped before the first run; run the same command again to resume"])
             return EXIT_STOPPED
@@ -158,12 +162,13 @@ def _heading(table: Table, runs: Sequence[TableRun], unfinished: Sequence[TableR
     return lines
 
 
-def _plan(world: Comm, unfinished: Sequence[TableRun], rounds: Mapping[str, int]) -> list[str]:
+def _plan(world: Comm, unfinished: Sequence[TableRun], rounds: Mapping[str, int], out: Path) -> list[str]:
     """Return the estimated cost of the remaining rounds: a line per group of runs that differ in their seed,
-    and the total.
+    and the totals.
     """
     if not unfinished:
         return []
+    from pfedmoe_mpi.federation.disk import in_units
     from pfedmoe_mpi.reproduce import estimate
 
     whole_runs = estimate.costs(world, unfinished)
@@ -172,13 +177,15 @@ def _plan(world: Comm, unfinished: Sequence[TableRun], rounds: Mapping[str, int]
     for run in unfinished:
         groups.setdefault(run.group, []).append(run)
     width = max(map(len, groups))
-    lines = [f"{'run':{width}}  runs  rounds  samples trained     hours"]
+    lines = [f"{'run':{width}}  runs  rounds  samples trained     hours      disk"]
     for group, members in groups.items():
         samples = sum(costs[run.name].samples for run in members)
         hours = sum(costs[run.name].seconds for run in members) / 3600
         planned = members[0].config.rounds
+        space = in_units(sum(costs[run.name].disk.total for run in members))
         lines.append(
             f"{group:{width}}  {len(members):4}  {planned:6}  {samples:15,.0f}  {_format_hours(hours):>8}"
+            f"  {space:>8}"
         )
     total = sum(rounds[run.name] for run in unfinished)
     samples = sum(cost.samples for cost in costs.values())
@@ -188,7 +195,22 @@ def _plan(world: Comm, unfinished: Sequence[TableRun], rounds: Mapping[str, int]
         f"left to do: {len(unfinished)} runs, {total:,} rounds, {samples:,.0f} training samples, "
         f"about {_format_hours(hours)} hours of clients' training and evaluation on {ranks}"
     )
-    return lines
+    return [*lines, _disk_line([cost.disk for cost in costs.values()], out)]
+
+
+def _disk_line(uses: Sequence[DiskUse], out: Path) -> str:
+    """Return a line on the disk space of all unfinished runs, beside the free space of the folder `out`."""
+    from pfedmoe_mpi.federation.disk import in_units
+
+    needed = sum(use.total for use in uses)
+    line = f"disk: up to {in_units(needed)} when all are finished"
+    try:
+        existing = next(folder for folder in (out, *out.parents) if folder.exists())
+        free = shutil.disk_usage(existing).free
+    except OSError:
+        return line
+    few = "; this is not enough: --run.keep 1 keeps fewer checkpoints, --out FOLDER takes another disk"
+    return f"{line}, {in_units(free)} free in {existing}" + (few if needed > free else "")
 
 
 def _format_hours(hours: float) -> str:

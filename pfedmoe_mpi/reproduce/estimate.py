@@ -1,7 +1,7 @@
 """Estimated cost of runs on this machine: every partition is drawn, a few batches of every kind are timed.
 
-Included are the clients' training and all evaluations; not included are sums, training on the server,
-checkpoints and a method's work before round 1.
+Included are the clients' training, all evaluations and the disk use; not included are the times of sums,
+training on the server, checkpoints and a method's work before round 1.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pfedmoe_mpi.data import Dataset
 from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.errors import StoppedError, UserError
 from pfedmoe_mpi.federation import effective, plan
+from pfedmoe_mpi.federation.disk import DiskUse, disk_use
 from pfedmoe_mpi.federation.evaluation import measure
 from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.comm import Comm
@@ -80,14 +81,15 @@ class Size:
 
 @dataclass(frozen=True)
 class Cost:
-    """Training samples of all rounds (each epoch counts), and seconds on the ranks of this job."""
+    """Training samples of all rounds (each epoch counts), seconds on the ranks of this job, and disk use."""
 
     samples: float
     seconds: float
+    disk: DiskUse
 
     def share(self, factor: float) -> Cost:
-        """Return this share of the cost."""
-        return Cost(factor * self.samples, factor * self.seconds)
+        """Return the cost of this share of the rounds; the run folder is as large as after all of them."""
+        return replace(self, samples=factor * self.samples, seconds=factor * self.seconds)
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,15 @@ def costs(world: Comm, runs: Sequence[TableRun]) -> dict[str, Cost]:
     """
     sizes = world.from_root(lambda: dict(_sizes(runs)), "the runs' sizes")
     paces: dict[str, list[Pace]] = {}
+    numbers: dict[str, tuple[int, list[int]]] = {}
     for size in sizes.values():
         if size.kind not in paces:
             paces[size.kind] = _paces(world, size)
-    return {name: _cost(size, paces[size.kind], world.size) for name, size in sizes.items()}
+            numbers[size.kind] = _numbers(_task(size))
+    return {
+        name: _cost(size, paces[size.kind], _disk(size, *numbers[size.kind], world.size), world.size)
+        for name, size in sizes.items()
+    }
 
 
 # Sizes, on rank 0
@@ -284,7 +291,21 @@ def _seconds(work: Callable[[], object], torch_device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _cost(size: Size, paces: Sequence[Pace], ranks: int) -> Cost:
+def _numbers(task: Task) -> tuple[int, list[int]]:
+    """Return the numbers of the server's vector, and of a client's by architecture of the pool."""
+    method = algorithms.load(task.config.algorithm)(task)
+    workbench = Workbench(0, torch.device("cpu"))
+    clients = [workbench.layout(method.client_state(k)).size for k in range(len(task.pool))]
+    return workbench.layout(method.state()).size, clients
+
+
+def _disk(size: Size, state: int, by_architecture: Sequence[int], ranks: int) -> DiskUse:
+    """Return the disk use of a run from `_numbers` of its kind."""
+    clients = [by_architecture[k % len(by_architecture)] for k in range(len(size.test))]
+    return disk_use(size.config, state, clients, sum(size.train) + sum(size.test), size.classes, ranks)
+
+
+def _cost(size: Size, paces: Sequence[Pace], disk: DiskUse, ranks: int) -> Cost:
     """Return a run's cost, from each client's expected share of the rounds.
 
     The ranks share the cohort's training, and the evaluation of the cohort and of all clients.
@@ -297,4 +318,5 @@ def _cost(size: Size, paces: Sequence[Pace], ranks: int) -> Cost:
     tests = sum(n * paces[k % len(paces)].test for k, n in enumerate(size.test))
     measured = tests * (1 / min(ranks, len(size.test)) + share / min(ranks, members))
     samples = settings.rounds * epochs * share * sum(size.train)
-    return Cost(samples, settings.rounds * (turns / min(ranks, members) + measured / settings.eval.every))
+    seconds = settings.rounds * (turns / min(ranks, members) + measured / settings.eval.every)
+    return Cost(samples, seconds, disk)

@@ -29,10 +29,9 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,8 @@ from pfedmoe_mpi.errors import ConfigError, UserError, nearest
 
 KEYS = ("title", "floor", "in_rounds", "base", "axis")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+]*")
+MOST_RUNS = 10_000  # at once: each is checked as a configuration, in about 3 ms
+MOST_NAMES = 1_000_000  # compared with the patterns of --only
 # Settings that may differ from the table without altering its runs; `run.scale` records a change of `rounds`.
 HARMLESS = ("rounds", "data.path", "run.", "train.threads", "train.device", "eval.batch")
 RESERVED = ("run.dir", "run.table", "run.cell", "run.scale", "run.altered")  # set by `reproduce`
@@ -74,6 +75,23 @@ class Table:
     def name(self) -> str:
         """The file's name without its suffix."""
         return self.path.stem
+
+    @property
+    def size(self) -> int:
+        """The number of runs."""
+        return math.prod(map(len, self.axes.values()))
+
+    def points(self, number: int) -> dict[str, Point]:
+        """Return the point on each axis of run `number`, from 0 to `size` - 1."""
+        chosen: dict[str, Point] = {}
+        for axis, points in reversed([*self.axes.items()]):
+            number, place = divmod(number, len(points))
+            chosen[axis] = points[place]
+        return {axis: chosen[axis] for axis in self.axes}
+
+    def run_name(self, number: int) -> str:
+        """Return the name of run `number`; labels contain no `-`, so no two runs have the same name."""
+        return "-".join(point.label for point in self.points(number).values()) or self.name
 
 
 @dataclass(frozen=True)
@@ -161,6 +179,11 @@ def _points(path: Path, axis: str, value: Any) -> list[Point]:
         if not LABEL.fullmatch(point.label):
             remedy = "labels name folders, so use letters, digits, . _ and +: [axis.NAME.LABEL]"
             raise _error(path, f"has a label '{point.label}' on the axis {axis}", remedy)
+    labels = [point.label for point in points]
+    if len(set(labels)) < len(labels):
+        twice = next(label for place, label in enumerate(labels) if label in labels[:place])
+        problem = f"has two points with the label {twice} on the axis {axis}"
+        raise _error(path, problem, "give every point of an axis another label: [axis.NAME.LABEL]")
     return points
 
 
@@ -171,31 +194,71 @@ def _label(setting: str, value: Any) -> str:
     return f"{setting.rpartition('.')[2]}{str(value).lower()}"
 
 
-def expand(table: Table, overrides: Mapping[str, Any], scale: float = 1.0) -> list[TableRun]:
-    """Return every run of a table, in order, each checked as a configuration.
+def expand(
+    table: Table, overrides: Mapping[str, Any], scale: float = 1.0, only: str = "", task: str = ""
+) -> list[TableRun]:
+    """Return the chosen runs of a table, in order, each checked as a configuration; no other run is built.
 
     Args:
         overrides: settings of all runs that replace those of the table; not settings of an axis.
         scale: factor of the rounds, in (0, 1]; the result is at least the table's floor.
+        only: comma-separated shell patterns of names; empty for all runs.
+        task: number of a single run of these, from 0; empty for all.
 
     Raises:
-        TableError: a run is not a valid configuration, or two runs have the same name or configuration.
+        TableError: there is no such run, a run is not a valid configuration, two runs have the same
+            configuration, or there are too many runs to build.
     """
     _check_overrides(table, overrides, scale)
     runs: list[TableRun] = []
-    earlier: dict[str, str] = {}  # name or configuration: the name of the run
-    for points in product(*table.axes.values()):
-        run = _run(table, dict(zip(table.axes, points, strict=True)), overrides, scale)
+    earlier: dict[str, str] = {}  # configuration: the name of the run
+    for number in _numbers(table, only, task):
+        run = _run(table, table.points(number), overrides, scale)
         tree = {**config.flatten(config.to_tree(run.config)), "run.cell": ""}
-        for kind, key in (("name", run.name), ("configuration", repr(sorted(tree.items())))):
-            if key in earlier:
-                problem = f"has two runs with the same {kind}: {earlier[key]} and {run.name}"
-                raise _error(
-                    table.path, problem, "give every point of its axes another label and other settings"
-                )
-            earlier[key] = run.name
+        first = earlier.setdefault(repr(sorted(tree.items())), run.name)
+        if first != run.name:
+            problem = f"has two runs with the same configuration: {first} and {run.name}"
+            raise _error(table.path, problem, "give every point of its axes other settings")
         runs.append(run)
     return runs
+
+
+def _numbers(table: Table, only: str, task: str) -> Sequence[int]:
+    """Return the numbers of the runs that `only` and `task` choose."""
+    patterns = [pattern.strip() for pattern in only.split(",") if pattern.strip()]
+    matching: Sequence[int] = range(table.size)
+    number = table.size  # which len() cannot return from 2**63 on
+    if patterns:
+        _check_number(table, "compares names with --only for", number, MOST_NAMES, "--task 0")
+        matching = list(_matching(table, patterns))
+        number = len(matching)
+    if not number:
+        name = table.run_name(0)
+        remedy = f"use a pattern of a name like {name}: --only '*{name[-6:]}'"
+        raise TableError(f"--only = {only} matches no run of the table", remedy)
+    if not task:
+        choose = f"--only '{table.run_name(0)}' or --task 0"
+        _check_number(table, "builds", number, MOST_RUNS, choose)
+        return matching
+    last = number - 1
+    if not task.isdecimal() or len(task) > len(str(last)) or int(task) > last:
+        raise TableError(f"--task = {task}: there is no such run", f"set --task from 0 to {last}")
+    return matching[int(task) : int(task) + 1]
+
+
+def _check_number(table: Table, does: str, number: int, most: int, choose: str) -> None:
+    """Raise TableError if there are more runs than `most`."""
+    if number > most:
+        problem = f"has {number:,} runs here, and reproduce {does} at most {most:,}"
+        raise _error(table.path, problem, f"choose fewer with {choose}, or give its axes fewer points")
+
+
+def _matching(table: Table, patterns: Sequence[str]) -> Iterator[int]:
+    """Yield the numbers of the runs whose names match a pattern."""
+    for number in range(table.size):
+        name = table.run_name(number)
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            yield number
 
 
 def _check_overrides(table: Table, overrides: Mapping[str, Any], scale: float) -> None:
@@ -248,25 +311,3 @@ def _cell(points: Mapping[str, Point], algorithm: str) -> str:
     column = [point.label for axis, point in points.items() if axis not in {"seed", "algorithm"}]
     row = points["algorithm"].label if "algorithm" in points else algorithm
     return f"{'-'.join(column)}/{row}"
-
-
-def select(runs: Sequence[TableRun], only: str, task: str) -> list[TableRun]:
-    """Return the runs whose names match `only` (comma-separated shell patterns), or number `task` of them.
-
-    Raises:
-        TableError: no name matches, or there is no run number `task`.
-    """
-    patterns = [pattern.strip() for pattern in only.split(",") if pattern.strip()]
-    matching = [run for run in runs if not patterns or any(fnmatchcase(run.name, p) for p in patterns)]
-    if not matching:
-        problem = f"--only = {only} matches no run of the table"
-        raise TableError(
-            problem, f"use a pattern of a name like {runs[0].name}: --only '*{runs[0].name[-6:]}'"
-        )
-    if not task:
-        return matching
-    if not task.isdecimal() or int(task) >= len(matching):
-        raise TableError(
-            f"--task = {task}: there is no such run", f"set --task from 0 to {len(matching) - 1}"
-        )
-    return [matching[int(task)]]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import config
 from pfedmoe_mpi.core.flat import Layout
+from pfedmoe_mpi.federation import disk
 from pfedmoe_mpi.federation.effective import proposals
 from pfedmoe_mpi.federation.metrics import Row, best, selected_on
 from pfedmoe_mpi.log import LOGGER
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pfedmoe_mpi.federation.federation import Federation
 
 
+SECONDS_BETWEEN_LINES = 60.0  # within a round, where there is no bar
 MOST_NAMES = 10  # names of the data's own clients in the plan
 SHOWN = {"accuracy": "accuracy", "cohort, before the sum": "accuracy_cohort", "unseen": "accuracy_unseen"}
 
@@ -32,7 +34,7 @@ def megabytes(numbers: float) -> str:
 
 
 def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
-    """Return the plan's lines: what is shared, what is private, one line per rank, and the memory needed."""
+    """Return the plan's lines: what is shared, what is private, one line per rank, memory and disk."""
     settings, task = federation.config, federation.task
     lines = [
         f"{settings.method} on {federation.dataset.name}: {task.clients} clients, "
@@ -57,7 +59,8 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
         private = _describe(federation.client_layouts[number])
         lines += [f"private: {line} ({name}, {clients} clients)" for line in private]
     lines += [f"rank {rank}: {line}" for rank, line in enumerate(device_lines)]
-    return [*lines, memory(federation, len(device_lines))]
+    use = disk.of_federation(federation, len(device_lines))
+    return [*lines, memory(federation, len(device_lines)), use.line(settings.run.keep)]
 
 
 def _sample(task: Task) -> str:
@@ -94,23 +97,36 @@ def memory(federation: Federation, ranks: int) -> str:
 
 
 class Progress:
-    """A progress bar on a terminal, else one line per round; LOGGER gets the line in both cases."""
+    """A progress bar on a terminal, else one line per round; LOGGER gets the line in both cases.
+
+    Within a round the bar shows rank 0's clients; without a bar they get a line once a minute.
+    """
 
     def __init__(self, rounds: int, done: int, clients: int) -> None:
         self._rounds = rounds
         self._clients, self._accuracy = clients, ""  # clients of this rank; the last accuracy as text
         self._started, self._first = time.monotonic(), done
+        self._printed = self._started  # when the last line was
         self._bar: Any = None
         # Open MPI gives its ranks a terminal even when the job's output goes into a file.
         if sys.stdout.isatty() and "OMPI_COMM_WORLD_SIZE" not in os.environ:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                *(TextColumn("round"), MofNCompleteColumn(), BarColumn(16)),  # the line fits into 80 columns
+                *(TextColumn("round"), MofNCompleteColumn(), BarColumn(10)),  # the line fits into 80 columns
                 *(TextColumn("{task.description}"), TimeRemainingColumn()),
             )
             self._bar.start()
             self._task = self._bar.add_task(f"{clients} clients here", total=rounds, completed=done)
+
+    def client_trained(self, round: int, done: int, members: int) -> None:
+        """Show how many of rank 0's clients of a round have trained."""
+        text = f"rank 0: {done} of {members} clients"
+        if self._bar:
+            self._bar.update(self._task, description=f"{self._accuracy}{text}")
+        elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            print(f"round {round}/{self._rounds}  {text}", flush=True)
 
     def round_done(self, row: Row) -> None:
         """Show a complete round and the time left."""
@@ -122,6 +138,7 @@ class Progress:
         seconds = f"{row['seconds']['total']:.2f} s, {left} left"
         line = "  ".join([f"round {row['round']}/{self._rounds}", *measured, f"loss {loss}", seconds])
         LOGGER.info(line)
+        self._printed = time.monotonic()
         if self._bar:
             if measured:
                 self._accuracy = f"accuracy {_percent(means['accuracy'])}, "

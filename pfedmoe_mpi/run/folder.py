@@ -2,7 +2,7 @@
 
 Rank 0 writes everything except the other ranks' logs, and holds the folder's lock while it writes. An
 existing folder is refused or, with `run.force`, renamed. Only checkpoints beyond `run.keep` are ever deleted.
-A folder with `config.toml` or a checkpoint can be restarted; without both it counts as empty.
+Before every write and deletion, `RunFolder.check` asks whether the path still leads to the locked folder.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
-from fnmatch import fnmatch
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,39 +25,21 @@ from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import CheckpointError, ConfigError
 from pfedmoe_mpi.federation import metrics
 from pfedmoe_mpi.log import LOGGER
-from pfedmoe_mpi.run import curves
+from pfedmoe_mpi.run import place
+from pfedmoe_mpi.run.place import holds_anything, make_first_free, numbered, refuse_existing
 from pfedmoe_mpi.storage import durable, untrusted_json
 from pfedmoe_mpi.storage.lock import Lock
-
-
-def default(algorithm: str) -> Path:
-    """Return runs/ALGORITHM-TIME, to be created with a number appended if it exists."""
-    return Path("runs").absolute() / f"{algorithm}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _numbered(base: Path, joint: str) -> Iterator[Path]:
-    """Yield `base`, base-2, base-3, …"""
-    yield base
-    for number in count(2):
-        yield base.with_name(f"{base.name}{joint}{number}")
-
 
 # Seconds to wait for the holder of a lock to disappear: the last rank of a killed job on this host, or the
 # lease that a file server grants to a crashed host.
 PATIENCE_HERE, PATIENCE_ELSEWHERE = 10.0, 120.0
-
-# A run leaves one of these, however early it ends.
-TRACES = ("config.toml", "checkpoints", "events.jsonl", "log")
-# What a start leaves in subfolders that ended before the folder held a run; each start may use such a folder.
-LEFT_BY_START = {"log": "rank-*.txt", "checkpoints": ".*", curves.FOLDER: "*"}
-UNFINISHED = ".config.toml.tmp"  # the configuration, before it is renamed
 
 
 class RunFolder:
     """The files of a run, by their meaning. As a context manager it releases its lock at the end."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = Path(os.path.realpath(path))  # resolved once: a link may be repointed during the run
         self._lock: Lock | None = None
 
     def __enter__(self) -> RunFolder:
@@ -74,9 +56,10 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    @property
+    @cached_property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        """Their folder, which may be a link to another disk; resolved once, as `path` is."""
+        return Path(os.path.realpath(self.path / "checkpoints"))
 
     @property
     def best(self) -> Path:
@@ -85,27 +68,7 @@ class RunFolder:
     @property
     def resumable(self) -> bool:
         """Whether the folder holds a run: its configuration, or a checkpoint, which contains that."""
-        return self.config.is_file() or bool(checkpoint.newest_first(self.checkpoints))
-
-    @staticmethod
-    def refuse_existing(path: Path, force: bool) -> None:
-        """Raise ConfigError if the folder holds anything and may not be renamed."""
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"{path} is a file, not a run folder", "choose another --run.dir")
-        if not holds_anything(path):
-            return
-        if not any((path / name).exists() for name in TRACES):
-            raise ConfigError(
-                f"the folder {path} is not empty and not a run folder", "choose another --run.dir"
-            )
-        if force:
-            return
-        others = "--run.force true renames it, --run.dir NEW uses another one"
-        if RunFolder(path).resumable:
-            problem = f"the run folder {path} exists already"
-            raise ConfigError(problem, f"`restart {path}` resumes it, {others}")
-        problem = f"the run folder {path} exists already, but has neither checkpoints nor config.toml"
-        raise ConfigError(problem, others)
+        return place.resumable(self.path)
 
     def create(self, force: bool, config_toml: str, numbered: bool = False) -> Path:
         """Create and lock a run folder without any rounds; return its path.
@@ -124,12 +87,12 @@ class RunFolder:
         """
         try:
             if numbered:
-                self.path = _make_first_free(self.path)
+                self.path = make_first_free(self.path)
             with self._renamed(force):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock()
-            self.refuse_existing(self.path, force=False)  # the previous holder may have filled it
-            for unfinished in self.path.glob(UNFINISHED):
+            refuse_existing(self.path, force=False)  # the previous holder may have filled it
+            for unfinished in self.path.glob(place.UNFINISHED):
                 unfinished.unlink()
             self.make_subfolders()
             if config_toml:
@@ -142,13 +105,13 @@ class RunFolder:
     @contextmanager
     def _renamed(self, force: bool) -> Iterator[None]:
         """Rename an earlier run folder, and hold its lock until the block has locked the new one."""
-        self.refuse_existing(self.path, force)
+        refuse_existing(self.path, force)
         if not holds_anything(self.path):
             yield
             return
         with RunFolder(self.path) as earlier:
             earlier.lock(patience=0.0)  # refuse to rename the folder of a running job
-            free = _numbered(self.path.with_name(self.path.name + ".old"), ".")
+            free = numbered(self.path.with_name(self.path.name + ".old"), ".")
             renamed = self.path.rename(next(path for path in free if not path.exists()))
             print(f"the earlier run folder is now {renamed}", flush=True)
             yield
@@ -199,6 +162,15 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
+    def check(self) -> None:
+        """Check that the path leads to the folder that this run has locked, if it has.
+
+        Raises:
+            OSError: it leads to another folder, or to none.
+        """
+        if self._lock:
+            self._lock.check()
+
     def describe(self, config_toml: str, history: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics.jsonl and config.toml when a run starts or resumes.
 
@@ -208,6 +180,7 @@ class RunFolder:
             ConfigError: they cannot be written.
         """
         try:
+            self.check()
             self._keep_rows_after(len(history))
             self.rewrite_metrics(history)
             durable.write_text(self.config, config_toml)
@@ -280,6 +253,7 @@ class RunFolder:
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append a line to events.jsonl, after ending the half line that a killed run may have left."""
+        self.check()
         line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "event": kind, **facts}
         with open(self.path / "events.jsonl", "a+b") as file:
             file.seek(max(0, file.tell() - 1))
@@ -318,11 +292,13 @@ class RunFolder:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one round to metrics.jsonl."""
+        self.check()
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(metrics.dumps(row) + "\n")
 
     def rewrite_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Replace metrics.jsonl by the rounds of a checkpoint, in one step."""
+        self.check()
         durable.write_text(self.metrics, "".join(metrics.dumps(row) + "\n" for row in history))
 
     def keep_newest(self, number: int, written: Path) -> None:
@@ -331,6 +307,7 @@ class RunFolder:
         A file whose name is newer than `written`, because it is damaged or its round is trained again, gets
         the suffix .unused.
         """
+        self.check()
         paths = checkpoint.newest_first(self.checkpoints)
         # `written` is missing if the whole folder was removed meanwhile.
         at = paths.index(written) if written in paths else 0
@@ -344,6 +321,7 @@ class RunFolder:
 
     def mark_best(self, written: Path) -> None:
         """Make best.h5 another name of a checkpoint just written."""
+        self.check()
         temporary = self.checkpoints / ".best.tmp"
         temporary.unlink(missing_ok=True)
         try:
@@ -385,30 +363,3 @@ class _LogFile(logging.FileHandler):
     """A log file that ignores write errors: a full disk must not fill the terminal with tracebacks."""
 
     def handleError(self, record: logging.LogRecord) -> None: ...
-
-
-def holds_anything(folder: Path) -> bool:
-    """Return whether a folder holds anything except what a start may leave that ended early."""
-    try:
-        return folder.is_dir() and not all(map(_left_by_start, folder.iterdir()))
-    except OSError as error:
-        problem = f"{folder} cannot be listed: {error.strerror}"
-        raise ConfigError(problem, "choose another --run.dir") from error
-
-
-def _left_by_start(path: Path) -> bool:
-    """Return whether a start that ended before the folder held a run may have left this file or folder."""
-    if path.is_dir():
-        pattern = LEFT_BY_START.get(path.name, "")
-        return bool(pattern) and all(fnmatch(child.name, pattern) for child in path.iterdir())
-    return path.name == ".lock" or fnmatch(path.name, UNFINISHED)
-
-
-def _make_first_free(base: Path) -> Path:
-    """Create the first of BASE, BASE-2, … that does not exist; of runs that start together, each gets one."""
-    base.parent.mkdir(parents=True, exist_ok=True)
-    for path in _numbered(base, "-"):
-        with suppress(FileExistsError):
-            path.mkdir()
-            break
-    return path

@@ -18,7 +18,8 @@ from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
 from pfedmoe_mpi.mpi.session import under_mpi
 from pfedmoe_mpi.names import check_path
 from pfedmoe_mpi.run import console, curves
-from pfedmoe_mpi.run.folder import RunFolder, default
+from pfedmoe_mpi.run.folder import RunFolder
+from pfedmoe_mpi.run.place import default, refuse_existing
 from pfedmoe_mpi.run.reporter import Reporter
 
 if TYPE_CHECKING:  # these import torch, which is imported only after the arguments were checked
@@ -71,7 +72,7 @@ def new_folder(settings: Config) -> Path:
     check_path("the run folder", str(path), ConfigError)  # the current folder's path is part of it
     if not settings.run.dir:
         return default(settings.method)
-    RunFolder.refuse_existing(path, settings.run.force)
+    refuse_existing(path, settings.run.force)
     return path
 
 

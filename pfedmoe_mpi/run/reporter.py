@@ -35,6 +35,11 @@ class Reporter:
             self.event("pretrained", result=line)
             print(line, flush=True)
 
+    def client_trained(self, round: int, done: int, members: int) -> None:
+        """Show how far rank 0 is within the round."""
+        if self.progress:
+            self.progress.client_trained(round, done, members)
+
     def round_done(self, row: metrics.Row, history: Sequence[metrics.Row]) -> None:
         """Report a complete round."""
         if self.progress:
@@ -55,10 +60,15 @@ class Reporter:
                 listed = ", ".join(map(str, clients))
                 print(f"round {round}: left out clients {listed}: their vectors are not finite", flush=True)
 
-    def written(self, path: Path, history: Sequence[metrics.Row], partial: bool) -> None:
+    def check_folder(self) -> None:
+        """Raise OSError on rank 0 if the path of the run folder leads to another one now."""
+        if self.progress:
+            self.folder.check()
+
+    def written(self, path: Path, history: Sequence[metrics.Row], candidate: bool) -> None:
         """Update best.h5 and remove the checkpoints that a new one replaces."""
         if self.progress:
-            self._attempt("checkpoints", lambda: self._tidy(path, history, partial))
+            self._attempt("checkpoints", lambda: self._tidy(path, history, candidate))
 
     def not_written(self, error: CheckpointError) -> None:
         """Report a checkpoint that could not be written."""
@@ -78,8 +88,8 @@ class Reporter:
             if part:
                 part.close()
 
-    def _tidy(self, path: Path, history: Sequence[metrics.Row], partial: bool) -> None:
-        if not partial and history:
+    def _tidy(self, path: Path, history: Sequence[metrics.Row], candidate: bool) -> None:
+        if candidate and history:
             newest, marked = history[-1]["round"], self.folder.best_round()
             top = metrics.best(history, [newest, marked] if marked else [newest])
             if top and top["round"] == newest:  # even if marked == newest: best.h5 may be damaged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -16,7 +17,8 @@ from pfedmoe_mpi.errors import CheckpointError, ConfigError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
 from pfedmoe_mpi.run import job
-from pfedmoe_mpi.run.folder import RunFolder, holds_anything
+from pfedmoe_mpi.run.folder import RunFolder
+from pfedmoe_mpi.run.place import holds_anything, refuse_existing
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 # A restart may not change these, in addition to what an evaluation may not: who trains, when, on which data.
@@ -119,15 +121,25 @@ def _check_trained(folder: RunFolder, rounds: int) -> None:
 
 
 def _located(source: Path) -> tuple[Path, Path]:
-    """Return the absolute source, and the run folder: the source itself, or that of this checkpoint."""
+    """Return the absolute source, and the run folder: the source itself, or that of this checkpoint.
+
+    Links to folders are resolved, because one may be repointed during the run.
+    """
     source = source.absolute()
-    return source, source if source.is_dir() else source.parent.parent
+    if source.is_dir():
+        return _resolved(source), _resolved(source)
+    folder = _resolved(source.parent.parent)
+    return folder / source.parent.name / source.name, folder
+
+
+def _resolved(folder: str | Path) -> Path:
+    return Path(os.path.realpath(folder))
 
 
 def _stays(source: Path, folder: RunFolder, overrides: Mapping[str, Any]) -> bool:
     """Return whether the restart will write into the run folder of its source."""
     new = overrides.get("run.dir")
-    return folder.resumable and source.exists() and (not new or Path(new).absolute() == folder.path)
+    return folder.resumable and source.exists() and (not new or _resolved(new) == folder.path)
 
 
 def choose(world: Comm, source: Path) -> tuple[Path | None, Path | None, list[str]]:
@@ -165,7 +177,8 @@ def _candidates(source: Path, folder: RunFolder) -> tuple[bool, list[Path], Path
         return True, paths, folder.path
     source = source.absolute()
     run = RunFolder(source.parent.parent)
-    is_newest = checkpoint.newest_first(run.checkpoints)[:1] == [source] and run.config.is_file()
+    file = _resolved(source.parent) / source.name
+    is_newest = checkpoint.newest_first(run.checkpoints)[:1] == [file] and run.config.is_file()
     return False, [source], run.path if is_newest else None
 
 
@@ -187,14 +200,14 @@ def _target(source: Path, run_path: Path | None, settings: Config) -> tuple[Path
         CheckpointError: only the newest checkpoint may be resumed in the folder of its run.
         ConfigError: the folder exists and may not be renamed.
     """
-    new = Path(settings.run.dir).absolute() if settings.run.dir else run_path
+    new = _resolved(settings.run.dir) if settings.run.dir else run_path
     if new is None or (run_path is None and new == source.absolute().parent.parent):
         raise CheckpointError(
             f"{source} is not the newest checkpoint of a run folder",
             "--run.dir NEW resumes from it in another folder",
         )
     if new != run_path:
-        RunFolder.refuse_existing(new, settings.run.force)
+        refuse_existing(new, settings.run.force)
     return new, new == run_path
 
 

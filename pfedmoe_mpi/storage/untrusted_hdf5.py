@@ -6,6 +6,7 @@ bytes can claim terabytes. Only datasets that are stored in the file itself, beh
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -18,7 +19,18 @@ from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 FROM_HDF5 = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, UnicodeError)
 _HEAP, _OBJECT = struct.Struct("<Q"), struct.Struct("<H6xQ")  # length; number and length
+_STALE = "already open for write"  # in HDF5's message about a file that its writer has not closed
 _SEARCH_LIMIT = 2 << 30  # bytes of a file that are searched for heaps
+
+
+def opening_remedy(error: BaseException, path: Path, otherwise: str) -> str:
+    """Return the remedy for a file that HDF5 does not open: a writer holds or has left it, or `otherwise`."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in {errno.EAGAIN, errno.EACCES} and "lock" in str(error):
+        return "close it in the program that writes it, such as a notebook, and run the command again"
+    if _STALE in str(error):
+        return f"close it in the program that writes it; if that program has ended: h5clear -s {path}"
+    return otherwise
 
 
 def find_dataset(file: Any, key: str) -> Any:

@@ -88,7 +88,7 @@ def test_unusable_common_experts_are_refused(data: Path, common: Path, tmp_path:
     refused("there is no file", data, common=str(tmp_path / "x.h5"))
     refused("has no part common or model: it holds no weights", data, common=str(data))
     (tmp_path / "text.h5").write_text("nothing")
-    refused("is not an HDF5 file", data, common=str(tmp_path / "text.h5"))
+    refused("cannot be opened as HDF5", data, common=str(tmp_path / "text.h5"))
     (tmp_path / "text.pt").write_text("nothing")
     refused("cannot be read as weights", data, common=str(tmp_path / "text.pt"))
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
@@ -116,7 +116,7 @@ def test_damaged_common_experts_are_refused(data: Path, common: Path, tmp_path: 
     raw = common.read_bytes()
     assert raw.count(b"SNOD") > 1, "the file lists its objects in symbol nodes"
     (tmp_path / "damaged.h5").write_bytes(raw.replace(b"SNOD", b"XXXX"))
-    refused("is not an HDF5 file, or is damaged", data, common=str(tmp_path / "damaged.h5"))
+    refused("cannot be opened as HDF5", data, common=str(tmp_path / "damaged.h5"))
     with h5py.File(tmp_path / "large.h5", "w") as file:
         file.create_dataset("model/fc1.weight", (1 << 44,), "f4", chunks=(1 << 20,))
     refused("model/fc1.weight claims 70,368,744,177,664 bytes", data, common=str(tmp_path / "large.h5"))

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from pfedmoe_mpi.config import methods
+from pfedmoe_mpi.conformance.command import CHECKS
 from support.mpi_job import run_conformance
 from support.paths import TESTS
 
@@ -23,9 +24,7 @@ def verdicts() -> dict[tuple[str, str], str]:
 
 
 @pytest.mark.parametrize("method", methods.names())
-@pytest.mark.parametrize(
-    "check", ["layouts", "moves", "fixpoint", "wire", "idle", "ranks", "restart", "midround"]
-)
+@pytest.mark.parametrize("check", CHECKS)
 def test_method_passes_the_conformance_check(
     verdicts: dict[tuple[str, str], str], check: str, method: str
 ) -> None:

@@ -11,14 +11,15 @@ import torch
 
 import pfedmoe_mpi
 from pfedmoe_mpi import config
-from pfedmoe_mpi.bench import bare_loop
+from pfedmoe_mpi.bench import bare_loop, command
 from pfedmoe_mpi.bench import start as bench_start
 from pfedmoe_mpi.bench.network import Sent, bytes_sent, crossed, per_round
+from pfedmoe_mpi.bench.progress import Stage, estimated_round, in_words
 from pfedmoe_mpi.bench.timing import Line, side_by_side
 from pfedmoe_mpi.core.flat import flatten
 from pfedmoe_mpi.federation import build
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from support.launcher import run_program
+from support.launcher import Result, run_program
 from support.small_federation import shared_comm
 
 SMALL = (
@@ -33,14 +34,42 @@ def row(output: str, start: str) -> list[str]:
     return re.split(r"\s{2,}", line.strip())
 
 
+PARTS = ("round", "ranks", "sum", "idle", "precision", "write", "network")
+
+
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> str:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Result:
     folder = tmp_path_factory.mktemp("bench")
-    parts = ("round", "ranks", "sum", "idle", "precision", "write", "network")
-    result = run_program(2, "bench", *parts, *SMALL, cwd=folder, timeout=240)
+    result = run_program(2, "bench", *PARTS, *SMALL, cwd=folder, timeout=240)
     assert result.code == 0, result.err
     assert not list(folder.iterdir()), "bench left something behind"
-    return result.out
+    return result
+
+
+@pytest.fixture(scope="module")
+def table(measured: Result) -> str:
+    return measured.out
+
+
+def test_every_stage_is_announced_with_its_expected_duration(measured: Result) -> None:
+    lines = [line for line in measured.err.splitlines() if "left" not in line]
+    stages = [line.partition(": about ")[0] for line in lines if ": about " in line]
+    assert stages == list(PARTS)
+    assert lines[0].startswith("starting: ") and lines[1] == "building 4 clients on 2 ranks"
+    assert all(re.search(r"about \d+ (s|min)$", line) for line in lines if ": about " in line)
+
+
+def test_stage_prints_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 8.0, 20.0, 22.0, 1000.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    stage = Stage("round", 45.4)
+    assert capsys.readouterr().err == "round: about 45 s\n", "before the first pair"
+    for done in (1, 2, 3, 4):
+        stage.pair_done(done, 4)
+    assert capsys.readouterr().err == "round: 2 of 4 pairs measured, about 20 s left\n"
+    assert (in_words(0.1), in_words(119), in_words(200)) == ("1 s", "119 s", "3 min")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +137,15 @@ def test_all_reduce_sends_at_least_its_share_from_every_host() -> None:
     assert [line.ratio for line in crossed([Sent("a", "eth0", 5)], 3_000_000)] == [None]
 
 
+def test_quick_measures_little_data_few_times(tmp_path: Path) -> None:
+    result = run_program(0, "bench", "round", "--quick", *SMALL[2:], cwd=tmp_path, timeout=240)
+    assert result.code == 0, result.err
+    assert "\nquick: 3 pairs instead of 5, little data\n" in result.out
+    assert row(result.out, "round of synthetic, N = 4")
+    settings = {**command.DEFAULTS, **command.QUICK}
+    assert settings["data.samples"] == command.DEFAULTS["data.samples"] / 10
+
+
 def test_table_heading_names_machine_versions_and_date(table: str) -> None:
     lines = table.splitlines()
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d", lines[0])
@@ -145,6 +183,7 @@ def test_bare_loop_leaves_the_federation_unchanged() -> None:
     vectors = [loop.state, *(client.vector for client in loop.federation.clients.values())]
     before = [vector.clone() for vector in vectors]
     bare_loop.BareLoop(loop.federation, loop.state).run_round(1)
+    assert estimated_round(loop) > 0
     assert all(torch.equal(a, b) for a, b in zip(vectors, before, strict=True))
 
 
@@ -173,8 +212,9 @@ def test_impossible_benchmarks_are_refused(
 
 
 def test_start_is_compared_with_importing_torch(tmp_path: Path) -> None:
-    result = run_program(0, "bench", "start", "1", *SMALL, cwd=tmp_path, timeout=240)
+    result = run_program(0, "bench", "start", "1", "--quick", *SMALL, cwd=tmp_path, timeout=240)
     assert result.code == 0, result.err
+    assert re.search(r"^start: one start of 1 ranks .*\nstart: about \d+ (s|min)$", result.err, re.MULTILINE)
     assert re.match(r"≤ 1.2 (met|missed)", row(result.out, "start of 1 ranks to round 1")[4])
 
 
@@ -199,7 +239,11 @@ def test_both_sides_are_warmed_up_then_alternated() -> None:
         return seconds.pop(0)
 
     ours, reference = [9.0, 1.0, 2.0, 6.0], [9.0, 1.0, 1.0, 2.0]
-    pair = side_by_side(lambda: side("a", ours), lambda: side("b", reference), repeats=3)
+    pairs: list[tuple[int, int]] = []
+    pair = side_by_side(
+        lambda: side("a", ours), lambda: side("b", reference), 3, lambda done, all: pairs.append((done, all))
+    )
+    assert pairs == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert "".join(order) == "ab" + "ab" + "ba" + "ab"
     assert (pair.ours, pair.reference, pair.ratio) == (2.0, 1.0, 2.0)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pfedmoe_mpi import arguments, cli
+from pfedmoe_mpi import arguments, cli, parser
 from pfedmoe_mpi.config import flags
 from support import launcher
 
@@ -78,7 +78,7 @@ def test_values(script: Path) -> None:
 
 @pytest.mark.parametrize("shell", ["zsh", "tcsh"])
 def test_other_shells(shell: str, script: Path) -> None:
-    text = arguments.completion_script(shell)
+    text = parser.completion_script(shell)
     assert "train.lr_shared" in text and "translate" in text
 
 

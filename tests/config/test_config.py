@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pfedmoe_mpi import algorithms, arguments, cli, config
+from pfedmoe_mpi import algorithms, cli, config, parser
 from pfedmoe_mpi.config import flags, methods
 from pfedmoe_mpi.errors import ConfigError
 
@@ -19,7 +19,7 @@ FIELDS = config.fields()
 
 def parsed(*words: str) -> config.Config:
     """Return the configuration that `run` would use."""
-    return cli.configured(arguments.parser("run").read(words))
+    return cli.configured(parser.parser("run").read(words))
 
 
 def refused(pattern: str, **settings: Any) -> str:

@@ -163,5 +163,9 @@ def test_settings_named_exist(page: Path) -> None:
 
 
 def test_every_command_has_a_usage_line() -> None:
-    usage = re.findall(r"^    python -m pfedmoe_mpi \[?(\w+)", text(PACKAGE / "commands" / "README.md"), re.M)
+    usage = re.findall(
+        r"^    (?:mpirun -n 4 )?python -m pfedmoe_mpi \[?(\w+)",
+        text(PACKAGE / "commands" / "README.md"),
+        re.M,
+    )
     assert set(usage) == COMMANDS

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from pfedmoe_mpi import arguments, cli, config
+from pfedmoe_mpi import cli, config, parser
 from pfedmoe_mpi.config import flags
 from pfedmoe_mpi.errors import ConfigError
 
 
 def read(line: str) -> dict[str, Any]:
     """Return what a command line of `run` gives, without what it leaves at its default."""
-    given = vars(arguments.parser("run").read(line.split()))
+    given = vars(parser.parser("run").read(line.split()))
     extra = {name: given[name] for name in ("config", "dry") if given[name]}
     return {**given["settings"], **extra}
 
@@ -52,7 +52,7 @@ def test_grammar(line: str, result: dict[str, Any]) -> None:
 
 def test_values_may_be_empty_or_hold_spaces() -> None:
     words = ["--data.name", "", "--data.source", "a b", "--model.shared=c d"]
-    given = arguments.parser("run").read(words).settings
+    given = parser.parser("run").read(words).settings
     assert given == {"data.name": "", "data.source": "a b", "model.shared": "c d"}
 
 
@@ -79,7 +79,7 @@ def test_no_flag_is_abbreviated(line: str) -> None:
     ],
 )
 def test_arguments_of_commands(name: str, line: str, expected: dict[str, Any]) -> None:
-    given = vars(arguments.parser(name).read(line.split()))
+    given = vars(parser.parser(name).read(line.split()))
     assert {key: given[key] for key in expected} == expected
 
 
@@ -103,7 +103,7 @@ def test_flags_may_precede_the_command_of_a_group(line: str, name: str, rest: st
 
 
 def test_paths_count_from_the_current_folder() -> None:
-    given = arguments.parser("restart").read(["runs/x", "--data.path", "d.h5"])
+    given = parser.parser("restart").read(["runs/x", "--data.path", "d.h5"])
     assert given.settings == {"data.path": str(Path.cwd() / "d.h5")} and given.source == "runs/x"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pfedmoe_mpi import algorithms, arguments, cli, config
+from pfedmoe_mpi import algorithms, arguments, cli, config, parser
 from pfedmoe_mpi.algorithms import base
 from pfedmoe_mpi.bench import measurements
 from pfedmoe_mpi.config import flags, methods
@@ -113,14 +113,14 @@ def test_command_shows_its_arguments_and_two_examples(name: str) -> None:
 def test_examples_are_accepted(name: str, example: str) -> None:
     words = example.partition(" > ")[0].replace("'", "").split()[len(name.split()) :]
     if name != "translate":
-        arguments.parser(name).read(words)
+        parser.parser(name).read(words)
 
 
 @pytest.mark.parametrize("words", ["restart --help", "restart runs/x -h", "help restart"])
 def test_help_of_a_command_is_one(words: str, tmp_path: Path) -> None:
     result = launcher.run_program(0, *words.split(), cwd=tmp_path)
     assert (result.code, result.err) == (0, "")
-    assert result.out == arguments.parser("restart").format_help() and "restart runs/NAME" in result.out
+    assert result.out == parser.parser("restart").format_help() and "restart runs/NAME" in result.out
 
 
 def test_help_of_a_group_shows_its_commands() -> None:
@@ -133,7 +133,7 @@ def test_every_command_has_a_function() -> None:
 
 
 def test_bench_names_its_parts() -> None:
-    text = " ".join(arguments.parser("bench").format_help().split())
+    text = " ".join(parser.parser("bench").format_help().split())
     assert ", ".join(measurements.PARTS) in text
 
 

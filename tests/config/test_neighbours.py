@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pfedmoe_mpi import arguments, config
+from pfedmoe_mpi import config, parser
 from pfedmoe_mpi.config import flags, neighbours
 from pfedmoe_mpi.errors import ConfigError
 
@@ -18,7 +18,7 @@ THEIRS = [
 
 def refusal(flag: str) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
-        arguments.parser("run").read([flag, "3"])
+        parser.parser("run").read([flag, "3"])
     return caught.value
 
 

@@ -304,7 +304,7 @@ def test_npz_clients_of_different_shapes_are_refused(
 def test_unwritable_output_is_refused(assert_refused: Callable[..., str], run: Path, tmp_path: Path) -> None:
     source = run / "checkpoints" / "round-000003.h5"
     assert_refused("exists already", "export", source, "--client", "1", source)
-    assert_refused("cannot be written", "export", source, "--client", "1", tmp_path / "no" / "out.h5")
+    assert_refused("there is no folder", "export", source, "--client", "1", tmp_path / "no" / "out.h5")
     assert_refused("exists and is not overwritten", "data", "prepare", source)
     assert_refused("no folder", "data", "partition", tmp_path / "no" / "out.h5")
 

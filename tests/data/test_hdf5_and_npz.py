@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import warnings
 import zipfile
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
+from pfedmoe_mpi.checkpoint import weights
 from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.data.sources.safe_pickle import read_arrays
-from pfedmoe_mpi.errors import DataError
+from pfedmoe_mpi.errors import ConfigError, DataError
 from support.data_files import (
     GOOD_X,
     GOOD_Y,
@@ -79,6 +82,27 @@ def test_refused_hdf5_file_is_closed(tmp_path: Path) -> None:
             open_data("hdf5", path)
         with h5py.File(path, "r+"):
             assert caught.value
+
+
+def test_hdf5_file_of_a_writer_names_the_remedy(tmp_path: Path) -> None:
+    """A file that is open elsewhere, as in a notebook, and one whose writer ended without closing it."""
+    path, left = write_h5(tmp_path / "a.h5", x=GOOD_X, y=GOOD_Y), tmp_path / "left.h5"
+    code = "import h5py, sys; file = h5py.File(sys.argv[1], 'r+'); print(flush=True); input()"
+    with Popen([sys.executable, "-c", code, str(path)], stdin=PIPE, stdout=PIPE) as writer:
+        assert writer.stdout
+        writer.stdout.readline()
+        message = data_error("cannot be opened as HDF5", "hdf5", path)
+        with pytest.raises(
+            ConfigError, match=r"cannot be opened as HDF5(.|\n)*remedy: close it in the program"
+        ):
+            weights.read(path, ["model"])
+        writer.communicate(b"\n")
+    assert "remedy: close it in the program that writes it" in message
+    with h5py.File(tmp_path / "new.h5", "w", libver="latest") as file:
+        file["x"], file["y"] = GOOD_X, GOOD_Y
+        file.flush()
+        left.write_bytes((tmp_path / "new.h5").read_bytes())
+    assert f"h5clear -s {left}" in data_error("cannot be opened as HDF5", "hdf5", left)
 
 
 def test_hdf5_shapes_are_accepted(tmp_path: Path) -> None:

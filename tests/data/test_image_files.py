@@ -135,6 +135,31 @@ def test_cmyk_is_converted_and_announced(root: Path, name: str) -> None:
 # more than 8 bits
 
 
+@pytest.mark.parametrize("orientation", range(1, 10))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
+def test_images_are_upright(root: Path, name: str, orientation: int) -> None:
+    """A camera's EXIF orientation is applied, as every viewer does; 9 is no orientation."""
+    upright = np.kron(np.array([[0, 255], [80, 160]], np.uint8), np.ones((8, 8), np.uint8))
+    stored = {2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T}
+    stored |= {6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1)}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(random_images(1, 16, 16, seed=2)[0]).save(root / "b" / "grey.png")
+    image = Image.fromarray(np.dstack([stored.get(orientation, upright)] * 3))
+    data = read_saved(
+        root, image, name, exif=exif, **({"quality": 100} if name[-3:] in {"jpg", "ebp"} else {})
+    )
+    assert abs(all_rows(data)[0, 0].astype(int) - upright).max() < 30
+    said = "images are turned upright as their EXIF orientation says: 1 of 2, for example"
+    if not name.endswith("tif"):  # Pillow turns it
+        assert [text.startswith(said) for text in data.warnings] == [True] * (2 <= orientation <= 8)
+
+
+def test_damaged_exif_is_ignored(root: Path) -> None:
+    data = read_saved(root, Image.fromarray(COLOURS), "a.png", exif=b"Exif\0\0no header")
+    assert np.array_equal(all_rows(data)[0], COLOURS.transpose(2, 0, 1)) and not data.warnings
+
+
 def deep_png(kind: int, channels: int) -> bytes:
     """Return a PNG file of 10 × 8 pixels with 16 bits per channel."""
 

@@ -144,7 +144,7 @@ def test_folder_of_mixed_sizes_needs_a_size(tmp_path: Path) -> None:
 def test_unusable_image_folder_is_refused(tmp_path: Path) -> None:
     data_error("no class folders", "folder", tmp_path)
     root = write_image_folder(tmp_path, {"a": 2, "b": 0})
-    data_error("b holds no image", "folder", root)
+    data_error("b holds no image(.|\n)*or remove .*b", "folder", root)
     (root / "b" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     data_error("bad.png cannot be read as an image", "folder", root)
     Image.fromarray(random_images(1, 8, 10)[0].astype(np.uint16)).save(root / "b" / "bad.png")

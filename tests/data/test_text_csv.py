@@ -257,6 +257,29 @@ def test_bad_text_file_is_reported_with_its_line(tmp_path: Path, content: str | 
     data_error(pattern, "text", tmp_path / "t.csv")
 
 
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
+def test_other_separators_than_commas_are_named(tmp_path: Path, mark: str, name: str) -> None:
+    """Also where the texts have commas, so that there are columns; all labels with such a mark are labels."""
+    for text in ("red", "red, green"):
+        rows = [f"{label}{mark}{text} {number}\n" for number, label in enumerate("1122")]
+        (tmp_path / "t.csv").write_text("".join(rows), encoding="utf-8")
+        data_error(f"columns are separated by {name}, and commas are", "text", tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text(f"a{mark}b,x\nc,x\nc,y\na{mark}b,y\n", encoding="utf-8")
+    assert open_data("text", tmp_path / "t.csv").class_names == (f"a{mark}b", "c")
+
+
+def test_column_of_row_numbers_is_refused(assert_refused: Callable[..., str], tmp_path: Path) -> None:
+    """It is what pandas writes before the label, with a header that begins with a comma."""
+    rows = "".join(f"{number},{number % 2},text\n" for number in range(40))
+    flags = ("--data.source", "text", "--data.path", "t.csv", "--clients", "2")
+    (tmp_path / "t.csv").write_text(",label,text\n" + rows, encoding="utf-8")
+    assert "a column of row numbers" in assert_refused("no label in line 1", *flags)
+    (tmp_path / "t.csv").write_text(rows, encoding="utf-8")
+    assert_refused("t: every row has a class of its own", *flags)
+    h5 = write_h5(tmp_path / "d.h5", x=random_images(40, 1, 4, 4), y=np.arange(40))
+    assert_refused("every row has a class of", "--data.source", "hdf5", "--data.path", h5, "--clients", "2")
+
+
 def test_rows_without_a_label_are_refused_with_their_lines(
     assert_refused: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -325,5 +348,8 @@ def test_labels_must_fit_their_names(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("one\ntwo\nthree\n")
     data_error("line 3: unknown label '4'(.|\n)*one, two, three", "text", tmp_path / "t.csv")
     (tmp_path / "t.csv").write_text("1,a\n2,b\n")
-    data_error("has 3 class names but rows of 2", "text", tmp_path / "t.csv")
+    message = data_error("no row has the class 'three' of .*classes.txt", "text", tmp_path / "t.csv")
+    assert "label all rows by names" in message
+    (tmp_path / "t.csv").write_text("1,a\n3,b\n")
+    data_error("no row has the class 'two'", "text", tmp_path / "t.csv")
     data_error("cannot be read", "text", tmp_path)

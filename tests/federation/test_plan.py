@@ -12,6 +12,7 @@ from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.dataset import MemoryRows
 from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.federation.effective import effective_config
+from pfedmoe_mpi.federation.memory import Host
 from pfedmoe_mpi.federation.plan import Plan, make_plan
 
 
@@ -23,7 +24,7 @@ def digits() -> Dataset:
 
 def plan(dataset: Dataset) -> Plan:
     settings = effective_config(config.build({"clients": 4, "model.pool": "mlp5"}), dataset, 1)
-    return make_plan(settings, dataset)
+    return make_plan(settings, dataset, Host())
 
 
 def test_plan_without_a_fit_repeats_no_data(digits: Dataset) -> None:

@@ -17,6 +17,7 @@ from pfedmoe_mpi.reproduce import grid
 from support import launcher
 from support.paths import JOBS
 
+README = (JOBS / "README.md").read_text(encoding="utf-8")
 QUICK = ("--model.pool", "mlp5", "--model.shared", "mlp5", "--clients", "4")
 SLURM = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "8", "SLURM_ARRAY_JOB_ID": "17"}
 
@@ -211,7 +212,40 @@ def test_example_configurations_are_valid(path: Path) -> None:
     config.build(config.read_toml(path))
 
 
-def test_scripts_need_only_account_and_partition() -> None:
-    for script in JOBS.glob("*.slurm"):
-        lines = [line for line in script.read_text().splitlines() if "CHANGE_ME" in line]
-        assert lines == ["#SBATCH --account=CHANGE_ME", "#SBATCH --partition=CHANGE_ME"], script
+SCRIPTS = sorted(JOBS.glob("*.slurm"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_need_no_editing(script: Path) -> None:
+    """Account and partition are options of sbatch; what else a site may need is there as a comment."""
+    text = script.read_text(encoding="utf-8")
+    assert "#     sbatch -A ACCOUNT -p PARTITION" in text and f" jobs/{script.name} " in text
+    options = [line.partition("=")[0] for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --mem-per-cpu" in options and len(options) == len(set(options))
+    assert not {"#SBATCH --account", "#SBATCH --partition"} & set(options)
+    assert "\n# module load " in text and '/bin/activate"\n' in text
+    assert f"sbatch -A ACCOUNT -p PARTITION jobs/{script.name} jobs/" in README or script.stem == "table"
+
+
+def test_table_jobs_are_throttled_and_speak_of_disk() -> None:
+    text = (JOBS / "table.slurm").read_text(encoding="utf-8")
+    assert "--array=0-269%20 jobs/table.slurm" in text and "#SBATCH --array=0-8%20\n" in text
+    assert "--array=0-269%20 jobs/table.slurm" in README
+    assert "# Disk: " in text and "\n## Disk\n" in README
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_run_in_a_container(tmp_path: Path, script: Path) -> None:
+    """A program `apptainer` that runs the command on the host takes the place of the real one."""
+    (tmp_path / "apptainer").write_text(
+        '#!/bin/sh\necho "$*" >> "$LOG"\nshift 2\nexec "$@"\n', encoding="utf-8"
+    )
+    (tmp_path / "apptainer").chmod(0o755)
+    (tmp_path / "my.toml").write_text(TABLE, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {"CONTAINER": "image.sif", "SLURM_ARRAY_TASK_ID": "0", "PATH": path, "LOG": str(tmp_path / "log")}
+    said = printed_command(tmp_path, script.name, env)
+    assert said.code == 0, said.err
+    assert "apptainer exec image.sif python -m pfedmoe_mpi " in said.out, "what $launch starts"
+    inside = (tmp_path / "log").read_text(encoding="utf-8") if script.stem == "table" else ""
+    assert inside.startswith("exec image.sif python -m pfedmoe_mpi reproduce") == (script.stem == "table")

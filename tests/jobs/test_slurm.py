@@ -227,12 +227,13 @@ def test_table_script_runs_one_run_per_task(cluster: Cluster, work: Path) -> Non
         '[base]\nrounds = 1\nclients = 2\nmodel.pool = ["mlp5"]\nmodel.shared = "mlp5"\n'
         '[axis]\nalgorithm = ["standalone", "pfedmoe"]\nseed = [0, 1]\n'
     )
-    options = [TWO, "--array=1,2"]
+    options = [TWO, "--array=1,2%1"]
     job = cluster.submit(JOBS / "table.slurm", "table.toml", *MODEL[4:], cwd=work, options=options)
     for task, name in ((1, "standalone-seed1"), (2, "pfedmoe-seed0")):
         facts = cluster.over(f"{job}_{task}")
         said = Path(facts["StdOut"]).read_text(encoding="utf-8")
         assert facts["ExitCode"] == "0:0", said
+        assert (facts["MinMemoryCPU"], facts["ArrayTaskThrottle"]) == ("2G", "1")
         assert json.loads(said.splitlines()[-1])["event"] == "finish"
         settings = tomllib.loads((work / "runs" / f"table-{job}" / name / "config.toml").read_text())
         assert settings["run"]["cell"] == f"/{name.partition('-')[0]}"

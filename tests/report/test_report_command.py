@@ -44,16 +44,17 @@ def both(two: Path, tmp_path: Path) -> Path:
 def test_report_is_one_page_with_figures_and_tables(run_command: Callable[..., Result], both: Path) -> None:
     said = run_command("report", both / "pfedmoe").out
     folder = both / "pfedmoe" / "report"
-    assert said == f"wrote {folder / 'report.html'}, 11 figures and 13 tables\n"
+    assert said == f"wrote {folder / 'report.html'}, 12 figures and 13 tables\n"
     figures = {"partition", "convergence", "clients", "gates", "gates_class", "seconds", "burden"}
     figures |= {"generalisation", "alpha_samples", "representations_class", "representations_client"}
+    figures.add("representations_own")
     for name in figures:
         assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n")
         assert (folder / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF-")
     assert {path.stem for path in (folder / "figures").iterdir()} == figures
     assert {path.suffix for path in (folder / "tables").iterdir()} == {".csv", ".tex"}
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert text.count("<svg") == len(figures) and "<script" not in text
+    assert text.count("<svg") == 2 * len(figures) and "<script" not in text
     outside = set(re.findall(r'(?:src|href)="([^"#][^"]*)"', text)) - {"data:,"}
     assert all(address.startswith("data:image/png;base64,") for address in outside), outside
 
@@ -64,7 +65,7 @@ def test_report_works_without_gate_and_class_counts(run_command: Callable[..., R
     (both / "standalone" / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run_command("report", both / "standalone", "--out", "out")
     names = {path.stem for path in (both.parent / "out" / "figures").iterdir()}
-    seen = {"generalisation", "representations_class", "representations_client"}
+    seen = {"generalisation", "representations_own"}
     assert names == {"convergence", "clients", "seconds", "burden", *seen}
     assert "did not record the classes of its clients" in (both.parent / "out" / "report.html").read_text()
     assert list(read_table(both.parent / "out", "target")[0]) == ["target", "round", "MB sent"]

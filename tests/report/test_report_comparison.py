@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
 import numpy as np
 import pytest
 
@@ -24,12 +23,7 @@ from pfedmoe_mpi.report import (
     tables,
 )
 from pfedmoe_mpi.report.load import Run, load_run
-
-
-def like(run: Run, path: str, **changes: Any) -> Run:
-    """Return the same run under other settings; `__` stands for the dot."""
-    config = {**run.config, **{name.replace("__", "."): value for name, value in changes.items()}}
-    return Run(Path(path), config, run.history, run.events)
+from support.report_runs import like
 
 
 def test_varying_settings_name_the_variants(trained: Path) -> None:
@@ -125,13 +119,35 @@ def test_numbers_are_short_and_units_fit() -> None:
     assert [run_report.size(count) for count in (0, 999, 999.7, 999_600)] == ["0 B", "999 B", "1 kB", "1 MB"]
 
 
-@pytest.mark.parametrize("top", [0.29, 0.57, 0.6999999999999999, 0.7, 1.0])
-def test_default_target_is_reached(trained: Path, top: float) -> None:
+@pytest.mark.parametrize(
+    ("curves", "expected"),
+    [
+        ([[0.05, 0.29]], [0.1, 0.15, 0.2, 0.25]),
+        ([[0.54, 0.57]], [0.55, 0.56, 0.57]),
+        ([[0.2, 0.6999999999999999]], [0.3, 0.4, 0.5, 0.6]),
+        ([[0.6, 0.7], [0.65, 0.4]], [0.62, 0.64, 0.66, 0.68, 0.7]),
+        ([[0.9, 0.91], [0.1, 0.1]], [0.2, 0.4, 0.6, 0.8]),
+        ([[0.7, 0.7, 0.6]], []),
+        ([[None, 0.7, 0.72]], [0.71, 0.72]),
+        ([[None]], []),
+    ],
+)
+def test_default_targets_begin_above_the_first_round(
+    trained: Path, curves: list[list[float | None]], expected: list[float]
+) -> None:
     run = load_run(trained)
-    row = {**run.history[-1], "accuracy": {**run.history[-1]["accuracy"], "mean": top}}
-    changed = Run(run.path, run.config, [row], run.events)
-    target = costs.reachable([changed])
-    assert target is not None and costs.reached(changed, target) and not costs.reached(changed, target + 0.01)
+    row = run.history[-1]
+    found = []
+    for means in curves:
+        rows = [
+            {**row, "round": number, "accuracy": {**row["accuracy"], "mean": mean}}
+            for number, mean in enumerate(means, 1)
+        ]
+        found.append(Run(run.path, run.config, rows, run.events))
+    listed = costs.separating_targets(found)
+    assert listed == expected
+    for share in listed:
+        assert any(costs.reached(one, share) for one in found)
 
 
 def test_just_started_seed_does_not_shorten_the_curve(trained: Path) -> None:
@@ -244,30 +260,6 @@ def test_accuracy_of_the_round_chosen_on_validation_rows_is_shown(trained: Path)
     (table,) = [table for table in several.tables if table.name == "accuracies"]
     assert table.columns[-1].title == "round chosen on validation"
     assert [row[-1].text for row in table.rows] == ["25.00", "–"]
-
-
-def test_restart_event_lists_changed_settings(trained: Path) -> None:
-    run = load_run(trained)
-    start = run.events[0]
-    again = Run(
-        run.path, run.config, run.history, [start, {**start, "event": "restart", "ranks": 4, "torch": "9"}]
-    )
-    (found,) = [table for table in run_report.report(again, None).tables if table.name == "events"]
-    assert [row[3].text for row in found.rows] == ["", "ranks: 4; torch: 9"]
-
-
-def test_axes_of_counts_have_whole_numbers(trained: Path) -> None:
-    axes = matplotlib.figure.Figure().subplots()
-    axes.plot([1], [1])
-    run_figures.whole_numbers(axes.xaxis)
-    assert [tick for tick in axes.get_xticks() if 0.9 < tick < 1.1] == [1]
-
-
-def test_evaluation_time_is_shown_where_measured(trained: Path) -> None:
-    canvas = matplotlib.figure.Figure()
-    run_figures.seconds(load_run(trained)).draw(canvas, drawing.PAPER)
-    (line,) = [line for line in canvas.axes[0].lines if line.get_label() == "evaluate"]
-    assert list(line.get_xdata()) == [2, 3], "measured every second round, and in the last"
 
 
 def test_equal_looking_values_are_marked_alike(trained: Path) -> None:

@@ -6,11 +6,12 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import h5py
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from pfedmoe_mpi import config
 from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.models import registry
 from pfedmoe_mpi.models.gate import build_gate
-from pfedmoe_mpi.report import probe
+from pfedmoe_mpi.report import drawing, model_section, probe
 from pfedmoe_mpi.report.load import load_run
 from pfedmoe_mpi.report.model_views import ModelViews, principal_components
 from support.files import flip_bit
@@ -172,12 +173,23 @@ def test_representations_equal_plain_torch(
     assert looked.method == "PCA" and list(looked.representations) == ["r_G", "r_F", "r"]
     assert looked.labels.tolist() == [y for one in reference_clients for y in one.y]
     assert looked.clients.tolist() == [k for k, one in enumerate(reference_clients) for _ in one.y]
+    assert looked.private == {"r_F", "r"} and list(looked.embeddings) == ["r_G"]
     for name, values in looked.representations.items():
         expected = np.concatenate([one.representations(one.x)[name] for one in reference_clients])
         assert np.allclose(values, expected, atol=1e-5)
-        flat = expected - expected.mean(axis=0)
-        variances = np.linalg.eigvalsh(flat.T @ flat)[::-1][:2]
-        assert np.allclose((looked.embeddings[name] ** 2).sum(axis=0), variances, rtol=1e-3)
+        if name == "r_G":
+            assert np.allclose((looked.embeddings[name] ** 2).sum(axis=0), variances(expected), rtol=1e-3)
+    assert len(looked.own_embeddings) == 2 * len(reference_clients)
+    for (name, client), points in looked.own_embeddings.items():
+        one = reference_clients[client]
+        expected = variances(one.representations(one.x)[name])
+        assert np.allclose((points**2).sum(axis=0), expected, rtol=1e-3), "one client alone"
+
+
+def variances(table: np.ndarray) -> np.ndarray:
+    """Return the two largest variances along an axis, times the number of rows."""
+    flat = table - table.mean(axis=0)
+    return np.asarray(np.linalg.eigvalsh(flat.T @ flat)[::-1][:2])
 
 
 def test_pictures_show_the_samples(
@@ -196,6 +208,7 @@ def test_projection_keeps_neighbours() -> None:
     labels = np.repeat(np.arange(4), 40)
     far = drawn.normal(size=(4, 60))[labels] * 9 + drawn.normal(size=(160, 60))
     few = {"clients": labels, "labels": labels, "alpha": None, "raw": far, "shared_rows": 1}
+    few["private"] = frozenset()
     nothing = {"accuracy_shared": np.empty(0), "accuracy_own": np.empty(0), "round": 1, "samples": 160}
     seen = ModelViews(**few, **nothing, representations={"r": far}, seed=1)
     assert seen.method == "t-SNE" and not seen.images
@@ -231,7 +244,8 @@ def test_method_without_gate_has_no_gate_tables(
     assert all(row["alpha_class"] is None for row in read_metrics(tmp_path / "run"))
     assert session("report", "run", "--out", "out", cwd=tmp_path).code == 0
     names = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
-    assert {"generalisation", "representations_class", "representations_client"} <= names
+    assert {"generalisation", "representations_own"} <= names
+    assert not {"representations_class", "representations_client"} & names, "no part is shared"
     assert not {"gates", "gates_class", "alpha_samples", "ranks"} & names
     column = [row["shared test"] for row in read_table(tmp_path / "out", "clients")]
     assert column.count("") == 1, "who never trained has no answer"
@@ -253,7 +267,28 @@ def test_features_are_listed_instead_of_drawn(
     names = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
     assert "alpha_samples" not in names and len(read_table(tmp_path / "out", "alpha_samples")) == 16
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "t-SNE of r_G, r_F, r;" in page
+    assert "r_G (output of the shared extractor), of the test samples by class, in the plane by t-SNE" in page
+    assert "Each client has a plane of its own" in page
+
+
+def test_shared_extractor_has_one_plane(session: Session, small_run: tuple[str, ...], tmp_path: Path) -> None:
+    flags = ("--algorithm", "fedavg", "--model.pool", "mlp5", "--run.dir", "run")
+    assert session(*small_run, *flags, cwd=tmp_path).code == 0
+    assert session("report", "run", "--out", "out", cwd=tmp_path).code == 0
+    names = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
+    assert {"representations_class", "representations_client"} <= names and "representations_own" not in names
+
+
+def test_legend_names_the_largest_clients_and_the_others(looked: ModelViews) -> None:
+    many = replace(looked, clients=np.arange(len(looked.labels)) % 12)
+    for views, expected in ((looked, [f"client {k}" for k in range(4)]), (many, 10)):
+        canvas = matplotlib.figure.Figure(figsize=(drawing.WIDTH, 3))
+        model_section.plane(views, "client", ()).draw(canvas, drawing.PAPER)
+        said = [text.get_text() for text in canvas.legends[0].get_texts()]
+        assert said == expected or (len(said) == 11 and said[-1] == "others" and expected == 10)
+        looks = {(line.get_color(), line.get_marker()) for line in canvas.axes[0].lines}
+        assert len(looks) == len(said), "every client has a sign of its own"
+        assert len({line.get_marker() for line in canvas.axes[0].lines}) >= min(len(said), 8)
 
 
 def test_missing_models_are_reported_in_one_sentence(

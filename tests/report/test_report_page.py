@@ -16,12 +16,12 @@ from support.launcher import Session, read_metrics
 from support.report_runs import add_class_counts
 
 # Text of a figure as rectangles (left, top, right, bottom), with that of the figure, in CSS pixels.
-TEXTS = """[...document.querySelectorAll('figure svg')].map(svg => {
+TEXTS = """[...document.querySelectorAll('figure svg')].filter(svg => svg.clientWidth).map(svg => {
   const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
   return [svg.getAttribute('aria-label'), box(svg), [...svg.querySelectorAll('g[id*="-text_"]')].map(box)];
 })"""
 # Blocks that follow each other within the page or a section.
-BLOCKS = """[...document.querySelectorAll('body, section, details[open], figure')].flatMap(parent => {
+BLOCKS = """[...document.querySelectorAll('body, section, .folded, figure')].flatMap(parent => {
   const all = [...parent.children].map(e => [e.tagName, e.getBoundingClientRect()]);
   const boxes = all.filter(b => b[1].height);
   return boxes.slice(1).map((b, n) => [boxes[n][0], b[0], b[1].top - boxes[n][1].bottom]);
@@ -29,6 +29,11 @@ BLOCKS = """[...document.querySelectorAll('body, section, details[open], figure'
 WIDTHS = "[document.documentElement.scrollWidth, innerWidth]"
 CUT = """[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1)
   .map(e => e.querySelector('table, svg').id)"""
+TEXT_HEIGHT = """Math.min(...[...document.querySelectorAll('figure svg')].filter(svg => svg.clientWidth)
+  .map(svg => 7 * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width))"""  # of 7 points, in pixels
+FOLDED = """[...document.querySelectorAll('summary')].map(e => {
+  return [e.innerText, e.parentElement.nextElementSibling.querySelector('table').offsetHeight > 0];
+})"""
 COLORS = """(() => {
   const root = getComputedStyle(document.documentElement), found = {};
   for (const name of ['ink', 'paper', 'soft', 'grid', ...[...Array(7).keys()].map(n => 'series-' + n)])
@@ -69,7 +74,8 @@ def pages(
         add_class_counts(folder / run)
     found = {}
     for name in ("one", "several", "many"):
-        assert session("report", name, "--out", f"report-{name}", cwd=folder).code == 0
+        result = session("report", name, "--out", f"report-{name}", cwd=folder, timeout=240)
+        assert result.code == 0, result.err
         found[name] = folder / f"report-{name}" / "report.html"
     return found
 
@@ -102,7 +108,8 @@ def test_page_loads_nothing_and_nothing_overlaps(
     if width == 1600:
         assert browser.value(CUT) in ([], ["table-partition"]), "only the widest table scrolls"
     figures = browser.value(TEXTS)
-    assert len(figures) >= 5
+    assert len(figures) == browser.value("document.querySelectorAll('figure').length") >= 5
+    assert browser.value(TEXT_HEIGHT) > 8, "text that is readable without zooming"
     for label, frame, texts in figures:
         assert len(texts) > (2 if label.startswith("Representations") else 4), label
         check_texts(label, np.array(frame), np.array(texts))
@@ -147,6 +154,16 @@ def test_printed_page_is_white(browser: Browser, pages: dict[str, Path], tmp_pat
     browser.pdf(tmp_path / "page.pdf")
     written = (tmp_path / "page.pdf").read_bytes()
     assert written.startswith(b"%PDF-") and len(written) > 20_000
+
+
+def test_folded_tables_are_open_on_paper(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["one"], 1000)
+    folded = dict(browser.value(FOLDED))
+    assert len(folded) >= 3 and "Configuration" in folded and not any(folded.values())
+    browser.value("document.querySelector('details').open = true")
+    assert sum(open for _, open in browser.value(FOLDED)) == 1, "the heading opens its table"
+    browser.open(pages["one"], 1000, media="print")
+    assert dict(browser.value(FOLDED)) == dict.fromkeys(folded, True)
 
 
 def test_page_shows_the_measured_values(browser: Browser, pages: dict[str, Path]) -> None:

@@ -82,14 +82,40 @@ def test_scale_shrinks_rounds_down_to_the_minimum(table: Path) -> None:
 
 
 def test_only_and_task_select_runs(table: Path) -> None:
-    runs = grid.expand(grid.read(table), {})
-    assert [run.name for run in grid.select(runs, "n8-*0, *alone-seed1", "")] == [
+    def names(only: str, task: str = "") -> list[str]:
+        return [run.name for run in grid.expand(grid.read(table), {}, only=only, task=task)]
+
+    assert names("n8-*0, *alone-seed1") == [
         *("n4-standalone-seed1", "n8-pfedmoe-seed0", "n8-standalone-seed0", "n8-standalone-seed1")
     ]
-    assert [run.name for run in grid.select(runs, "n8-*", "2")] == ["n8-standalone-seed0"]
-    for only, task in (("n9-*", ""), ("", "8"), ("n8-*", "4"), ("", "x")):
+    assert names("n8-*", "2") == ["n8-standalone-seed0"]
+    assert [names("", str(task)) for task in range(8)] == [[name] for name in names("")]
+    for only, task in (("n9-*", ""), ("", "8"), ("n8-*", "4"), ("", "x"), ("", "9" * 5000)):
         with pytest.raises(ConfigError):
-            grid.select(runs, only, task)
+            names(only, task)
+
+
+def test_huge_table_is_counted_and_not_expanded(table: Path, assert_refused: Callable[..., str]) -> None:
+    """Four axes of 300 points: one run is built at once, all are refused at once."""
+    points = f"{[round(0.0001 * k, 4) for k in range(1, 301)]}"
+    axes = "".join(f'"train.{name}" = {points}\n' for name in ("lr", "lr_shared", "lr_gate"))
+    text = f"{TABLE.partition('[axis.')[0]}[axis]\n{axes}seed = {list(range(300))}\n"
+    table.write_text(text, encoding="utf-8")
+    read = grid.read(table)
+    assert read.size == 300**4
+    for task, name in ((0, "lr0.0001-lr_shared0.0001-lr_gate0.0001-seed0"), (300**4 - 1, "")):
+        (run,) = grid.expand(read, {}, task=str(task))
+        assert run.name == (name or "lr0.03-lr_shared0.03-lr_gate0.03-seed299")
+    assert run.config.train.lr_shared == 0.03 and run.config.seed == 299
+    many = "has 8,100,000,000 runs here, and reproduce"
+    for flags in (("--list", "true"), ("--dry", "true"), ()):
+        said = assert_refused(f"{many} builds at most 10,000", "reproduce", table, *flags)
+        assert "choose fewer with --only 'lr0.0001-" in said and "or --task 0" in said
+    assert_refused(f"{many} compares names with --only", "reproduce", table, "--only", "*seed0")
+    assert_refused("set --task from 0 to 8099999999", "reproduce", table, "--task", str(300**4))
+    more = "".join(f'"train.{name}" = {points}\n' for name in ("momentum", "weight_decay", "clip"))
+    table.write_text(f"{text}{more}'faults.dropout' = {points}\n", encoding="utf-8")
+    assert_refused(f"has {300**8:,} runs here", "reproduce", table, "--list")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +131,7 @@ def test_only_and_task_select_runs(table: Path) -> None:
         (("seed = [0, 1]", "seed = []"), "axis seed without points"),
         (("seed = [0, 1]", "train.lr = [1, 2]"), r'axis train without points(.|\n)*"train.lr" = \[1, 2\]'),
         (("seed = [0, 1]", '"model.pool" = [["mlp5"]]'), r"axis model.pool(.|\n)*\[axis.NAME.LABEL\]"),
-        (("seed = [0, 1]", "seed = [0, 0]"), "two runs with the same name"),
+        (("seed = [0, 1]", "seed = [0, 0]"), "two points with the label seed0 on the axis seed"),
         (("clients = 8\nparticipation = 0.5", "clients = 4"), "two runs with the same configuration"),
         (("[axis.clients.n4]", "[axis.clients.'../n4']"), r"label '\.\./n4'"),
         (("train.device", "run.dir"), "sets run.dir"),
@@ -187,7 +213,7 @@ def test_fixed_turn_cost_does_not_grow_with_samples(
     large = large.replace("data.samples = 200\n", "").replace("rounds = 10", "rounds = 10\nclients = 4")
     table.write_text(f"{large}[axis]\n{one}", encoding="utf-8")
     lines = run_command("reproduce", table, "--dry", "true").out.splitlines()
-    few, many = (float(line.split()[-1]) for line in lines if line.startswith("samples"))
+    few, many = (float(line.split()[4]) for line in lines if line.startswith("samples"))
     assert few < many < 32 * few, "of 40 times the samples"
 
 

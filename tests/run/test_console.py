@@ -11,7 +11,22 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from pfedmoe_mpi.run import console
 from support import launcher
+
+
+def test_long_rounds_without_a_terminal_get_a_line_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 30.0, 61.0, 62.0, 100.0, 125.0, 126.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    progress = console.Progress(rounds=9, done=2, clients=5)
+    for done in range(1, 5):
+        progress.client_trained(3, done, 5)
+    lines = ["round 3/9  rank 0: 2 of 5 clients", "round 3/9  rank 0: 4 of 5 clients"]
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def on_a_terminal(*arguments: str, cwd: Path, timeout: float = 120) -> str:
@@ -45,12 +60,15 @@ def on_a_terminal(*arguments: str, cwd: Path, timeout: float = 120) -> str:
 
 
 def test_bar_shows_rounds_accuracy_clients_and_time_left(tmp_path: Path, small_run: tuple[str, ...]) -> None:
-    written = on_a_terminal(
-        *small_run, "--rounds", "12", "--eval.every", "11", "--run.dir", "run", cwd=tmp_path
-    )
+    long = ("--rounds", "12", "--eval.every", "11", "--train.epochs", "10", "--run.dir", "run")
+    written = on_a_terminal(*small_run, *long, cwd=tmp_path)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written)
     bars = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("round ")]
     assert re.search(r"12/12 .* accuracy \d+\.\d\d %, 4 clients here +\d:\d\d:\d\d", bars[-1]), bars[-1]
+    within = [
+        bar for bar in bars if re.search(r"11/12 .* accuracy \d+\.\d\d %, rank 0: \d of 4 clients", bar)
+    ]
+    assert within, "nothing moves within a round"
     assert all(len(bar.rstrip()) <= 80 and "…" not in bar for bar in bars)
     logged = (tmp_path / "run" / "log" / "rank-0000.txt").read_text()
     lines = re.findall(r"round \d+/12 .*", logged)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.run import folder
+from pfedmoe_mpi.run import place
 from pfedmoe_mpi.run.folder import RunFolder
 from pfedmoe_mpi.storage.lock import Lock
 from support.launcher import (
@@ -120,7 +120,7 @@ def test_rest_of_a_run_is_neither_resumed_nor_overwritten(
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both choose the same name before either has created it."""
     monkeypatch.chdir(tmp_path)
-    names = [folder.default("pfedmoe")] * 3
+    names = [place.default("pfedmoe")] * 3
     made = []
     for name in names:
         with RunFolder(name) as new:
@@ -131,7 +131,7 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch
 
 def test_run_folder_that_was_taken_meanwhile_is_numbered(session: Session, tmp_path: Path) -> None:
     """The second run starts while the name is free; its clock stands still."""
-    frozen = "import datetime as d; import pfedmoe_mpi.run.folder as f; "
+    frozen = "import datetime as d; import pfedmoe_mpi.run.place as f; "
     frozen += "f.datetime = type('Clock', (), {'now': staticmethod(lambda: d.datetime(2026, 1, 2))}); "
     frozen += "import sys; from pfedmoe_mpi.cli import main; sys.exit(main(sys.argv[1:]))"
     jobs = [

@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from pfedmoe_mpi.report.load import Run
 from support.launcher import SMALL_RUN, Session, read_events
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -58,6 +59,12 @@ def class_counts(run: Path) -> np.ndarray:
         rows, offsets = file["partition/train"][()], file["partition/train_offsets"][()]
     parts = [labels[rows[a:b]] for a, b in pairwise(offsets)]
     return np.array([np.bincount(part, minlength=10) for part in parts])
+
+
+def like(run: Run, path: str, **changes: Any) -> Run:
+    """Return the same run under other settings; `__` stands for the dot."""
+    config = {**run.config, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return Run(Path(path), config, run.history, run.events)
 
 
 def read_table(report: Path, name: str) -> list[dict[str, str]]:

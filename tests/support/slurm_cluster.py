@@ -49,7 +49,7 @@ TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=100000,batch_sched_delay=0
 SlurmdParameters=config_overrides
 JobAcctGatherType=jobacct_gather/none
@@ -60,8 +60,8 @@ OverTimeLimit=0
 MinJobAge=600
 FirstJobId={first}
 GresTypes=gpu
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=32 Gres=gpu:4
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=32 Gres=gpu:4
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=32 RealMemory=64000 Gres=gpu:4
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=32 RealMemory=64000 Gres=gpu:4
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -179,8 +179,8 @@ class Cluster:
         env: dict[str, str] | None = None,
         mpi: str = "mpich",
     ) -> str:
-        """Submit `sbatch OPTIONS SCRIPT ARGUMENTS` and return the job's number."""
-        command = ["sbatch", "--parsable", "--account=", "--partition=main", *options, *map(str, arguments)]
+        """Submit `sbatch -A X -p Y OPTIONS SCRIPT ARGUMENTS` and return the job's number."""
+        command = ["sbatch", "--parsable", "-A", "any", "-p", "main", *options, *map(str, arguments)]
         result = subprocess.run(
             command,
             cwd=cwd,

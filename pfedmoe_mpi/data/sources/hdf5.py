@@ -111,7 +111,9 @@ def open_hdf5(path: Path, check: bool) -> SourceData:
                 f"data.path = {path} is a folder",
                 "set --data.path to the HDF5 file, or --data.source folder for a folder of images",
             ) from error
-        raise DataError(f"{path} cannot be opened as HDF5: {error}", _COPY) from error
+        raise DataError(
+            f"{path} cannot be opened as HDF5: {error}", untrusted_hdf5.opening_remedy(error, path, _COPY)
+        ) from error
     try:
         return _load(file, path, check)
     except BaseException as error:

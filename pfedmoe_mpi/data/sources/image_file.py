@@ -1,4 +1,4 @@
-"""One image file as uint8 pixels: transparency is put on white, and what 8 bits cannot hold is refused."""
+"""One image file as uint8 pixels: upright, on white, and refused if 8 bits cannot hold it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import numpy as np
 from pfedmoe_mpi.errors import DataError
 
 TRANSPARENT = "transparent images are put on white"
+TURNED = "images are turned upright as their EXIF orientation says"
 CMYK = "CMYK images are converted to RGB without their colour profile"
 _GREY = {"1", "L", "LA", "La"}
 _WHITE = (255, 255)
+_ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 
 
 class ColourError(Exception):
@@ -47,8 +49,10 @@ def decode(file: str, size: int, colour: bool | None) -> Picture:
             grey = image.mode in _GREY
             if colour is False and not grey:
                 raise ColourError
-            opaque, conversion = _opaque(image, file)
-            return Picture(_pixels(opaque, size, colour=not grey if colour is None else colour), conversion)
+            upright, turned = _upright(image)
+            opaque, conversion = _opaque(upright, file)
+            pixels = _pixels(opaque, size, colour=not grey if colour is None else colour)
+            return Picture(pixels, "; ".join(filter(None, (turned, conversion))))
     except (ColourError, DataError):
         raise
     except Exception as error:  # a damaged file may raise anything
@@ -82,6 +86,21 @@ def _check_frames(image: Any, file: str) -> None:
             f"keep the first one, `magick '{file}[0]' NEW.png`, or write each to a file of its own, "
             f"`magick {file} NEW-%d.png`",
         )
+
+
+def _upright(image: Any) -> tuple[Any, str]:
+    """Return the image as a viewer shows it, and the conversion that this is.
+
+    A camera stores what its sensor saw, and notes in EXIF how it was held.
+    """
+    from PIL import ImageOps
+
+    image.load()  # Pillow turns TIFF images here, and removes their orientation
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    except Exception:  # damaged EXIF may raise anything, and the pixels do not need it
+        return image, ""
+    return (ImageOps.exif_transpose(image), TURNED) if turned else (image, "")
 
 
 def _opaque(image: Any, file: str) -> tuple[Any, str]:

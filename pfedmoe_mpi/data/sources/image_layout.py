@@ -68,7 +68,8 @@ def read_layout(root: Path) -> Layout:
         if _class_names(part) != names:
             differing = sorted(set(names) ^ set(_class_names(part)))
             raise DataError(
-                f"{parts[0]} and {part} differ in class {differing[0]}", "give both the same class folders"
+                f"{parts[0]} and {part} differ in class {differing[0]}",
+                "give both the same class folders: add images of this class, or remove it from both",
             )
         for label, name in enumerate(names):
             inside = sorted(_files(part / name))
@@ -76,7 +77,9 @@ def read_layout(root: Path) -> Layout:
             skipped += [file for file in inside if file.lower().endswith(_OTHER_ENDINGS)]
             if not images:
                 raise DataError(
-                    f"{part / name} holds no image", f"remove it, or add images ({', '.join(ENDINGS)})"
+                    f"{part / name} holds no image",
+                    f"add images ({', '.join(ENDINGS)}), or remove "
+                    f"{' and '.join(str(each / name) for each in parts)}",
                 )
             files += images
             labels += [label] * len(images)

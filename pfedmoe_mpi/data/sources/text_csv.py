@@ -19,6 +19,8 @@ _NAMES = "classes.txt"
 _SHOWN = 10  # lines or labels in a message
 _LONGEST = 1 << 24  # characters of a row
 _DIGITS = 20  # a label with so many digits is a name
+_OTHER_MARKS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}  # that separate columns elsewhere
+_FIRST = "the first column must be the label; remove a header line and a column of row numbers"
 
 
 def load_text(path: Path, settings: Data) -> SourceData:
@@ -73,6 +75,7 @@ def _records(path: Path) -> Iterator[tuple[int, str, str]]:
     try:
         for record in reader:
             if len(record) == 1:
+                _check_separator(path, record)
                 raise DataError(
                     f"{path}, line {line}: one column, expected a label and a text",
                     'give rows such as "3","Title","Text"',
@@ -93,16 +96,20 @@ def _classes(
     """Return the class of every label, and the class names.
 
     Raises:
-        DataError: no rows, or a row whose label is missing or unknown; names the lines.
+        DataError: no rows, a row whose label is missing or unknown, with its line, other separators than
+            commas, or a class of `classes.txt` without a row.
     """
     if not labels:
         raise DataError(f"{path} is empty", "add rows, or remove the file")
+    _check_separator(path, labels)
     empty = [str(line) for line, label in zip(lines, labels, strict=True) if not label]
     if empty:
         more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
         raise DataError(
             f"{path}: no label in line {', '.join(empty[:_SHOWN])}{more}",
-            "write a label into the first column of these rows, or remove the rows",
+            "write a label into the first column of these rows, or remove the rows"
+            if empty != ["1"]
+            else _FIRST,
         )
     named = path.with_name(_NAMES)
     classes, names = _given_classes(named) if named.exists() else _occurring_classes(path, labels)
@@ -113,7 +120,23 @@ def _classes(
                 f"the first column must be one of {', '.join(names[:_SHOWN])}, or its number from 1; "
                 "remove a header line",
             )
+    absent = sorted({*range(len(names))} - {classes[label] for label in labels})
+    if absent:
+        raise DataError(
+            f"{path}: no row has the class '{names[absent[0]]}' of {named}",
+            "add rows of it, or label all rows by names and remove this name from the list",
+        )
     return classes, names
+
+
+def _check_separator(path: Path, labels: Sequence[str]) -> None:
+    """Refuse a file whose columns are separated by another mark than commas: all labels then contain it."""
+    for mark, name in _OTHER_MARKS.items():
+        if all(mark in label for label in labels):
+            raise DataError(
+                f"{path}: the columns are separated by {name}, and commas are expected",
+                "save it as CSV with commas, and with quotes around texts",
+            )
 
 
 def _given_classes(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -139,7 +162,7 @@ def _occurring_classes(path: Path, labels: Sequence[str]) -> tuple[dict[str, int
     if not numeric and labels.count(labels[0]) == 1:
         raise DataError(
             f"{path}: no other row has the first row's label '{labels[0]}'",
-            "remove a header line, or give the class more rows",
+            f"{_FIRST}, or give the class more rows",
         )
     same_kind = {label for label in labels if _is_number(label) == numeric}
     names = tuple(sorted(sorted(same_kind), key=int) if numeric else sorted(same_kind))

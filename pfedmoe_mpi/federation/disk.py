@@ -1,0 +1,76 @@
+"""The disk space of a run folder, estimated before round 1 from the sizes of vectors and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.federation.federation import Federation
+
+# Bytes of a line of metrics.jsonl: of the line itself, per client, and per class or rank.
+LINE, BY_CLIENT, BY_CLASS_OR_RANK = 1_300, 120, 60
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """What a run leaves at its end.
+
+    Attributes:
+        checkpoint: bytes of one checkpoint; its last part, the history, grows with the rounds.
+        files: the most checkpoints between two writes: the newest ones, and best.h5 if it is older.
+        metrics: bytes of metrics.jsonl.
+    """
+
+    checkpoint: int
+    files: int
+    metrics: int
+
+    @property
+    def total(self) -> int:
+        """Bytes at the end of the run; while a checkpoint is written, there is one more of them."""
+        return self.files * self.checkpoint + self.metrics
+
+    def line(self, keep: int) -> str:
+        """Return the plan's line; `keep` is the setting run.keep."""
+        kept = min(self.files, keep)
+        best = " and best.h5" if self.files > keep else ""
+        return (
+            f"disk: up to {in_units(self.total)}: {kept} checkpoint{'s' if kept > 1 else ''}{best} of "
+            f"{in_units(self.checkpoint)} each, metrics {in_units(self.metrics)}; "
+            f"one checkpoint more while it is written (run.keep = {keep})"
+        )
+
+
+def disk_use(
+    settings: Config, state: int, clients: Sequence[int], rows: int, classes: int, ranks: int
+) -> DiskUse:
+    """Return the disk use of a run.
+
+    Args:
+        state: numbers of the server's vector.
+        clients: numbers of each client's vector.
+        rows: rows of the data in the partition.
+    """
+    line = LINE + BY_CLIENT * len(clients) + BY_CLASS_OR_RANK * (classes + ranks)
+    metrics = settings.rounds * line
+    checkpoint = 4 * (state + sum(clients)) + 8 * rows + metrics
+    return DiskUse(checkpoint, min(settings.run.keep + 1, settings.rounds), metrics)
+
+
+def of_federation(federation: Federation, ranks: int) -> DiskUse:
+    """Return the disk use of a federation's run."""
+    splits = (federation.partition.train, federation.partition.validation, federation.partition.test)
+    rows = sum(len(own) for split in splits for own in split)
+    clients = [layout.size for layout in federation.client_layouts]
+    classes = federation.task.classes
+    return disk_use(federation.config, federation.state_layout.size, clients, rows, classes, ranks)
+
+
+def in_units(size: float) -> str:
+    """Return bytes as text with three digits, in kB, MB, GB or TB."""
+    for unit, divisor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= 0.9995 * divisor:
+            number = size / divisor
+            return f"{number:.3g} {unit}" if number < 999.5 else f"{number:,.0f} {unit}"
+    return f"{size / 1e3:.3g} kB"

@@ -1,0 +1,97 @@
+"""The section of one run's page about its settings, versions and machine."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+from pfedmoe_mpi.config import methods
+from pfedmoe_mpi.errors import UserError
+from pfedmoe_mpi.models import names as model_names
+from pfedmoe_mpi.report.document import Section
+from pfedmoe_mpi.report.labels import value_text
+from pfedmoe_mpi.report.load import STARTS, Run
+from pfedmoe_mpi.report.tables import Column, Table, word
+from pfedmoe_mpi.storage import untrusted_json
+
+VERSIONS = (
+    "code",
+    "python",
+    "torch",
+    "numpy",
+    "h5py",
+    "mpi",
+    "device",
+    "threads",
+    "precision",
+    "ranks",
+    "job",
+)
+
+
+def section(run: Run) -> Section:
+    """Return the settings that differ from the default, all settings, and the versions of the first start."""
+    return Section("The run", [*_settings(run), _versions(run)])
+
+
+def _settings(run: Run) -> list[Table]:
+    from pfedmoe_mpi import config
+
+    defaults = {name: value_text(field.default) for name, field in config.fields().items()}
+    automatic = {name: value_text(value) for name, value in automatic_models(run).items()}
+    rows = [[word(name), word(value_text(value))] for name, value in run.config.items()]
+    changed = [
+        [*row, word(defaults.get(row[0].text, "–"))]
+        for row in rows
+        if row[0].text != "run.dir"
+        and row[1].text not in (defaults.get(row[0].text, "–"), automatic.get(row[0].text))
+    ]
+    titles = [Column(title, words=True) for title in ("setting", "value", "default")]
+    notes = ["set by the user or by the data; models that auto would choose are not listed"]
+    return [
+        Table("changed", "Settings that differ from the default", titles, changed, notes),
+        Table("settings", "Configuration", titles[:2], rows, open=False),
+    ]
+
+
+def automatic_models(run: Run) -> Mapping[str, Any]:
+    """Return what `auto`, or 0 for model.dim, stands for in this run, as `federation.effective` resolves it.
+
+    Empty in a run that did not record the shape of its samples.
+    """
+    try:
+        samples = untrusted_json.parse(run.started_with("samples"), "samples")
+        shape, tokens = tuple(map(int, samples["shape"])), bool(samples["vocabulary"])
+        pool = tuple(map(str, run.config["model.pool"]))
+        shared = str(run.config["model.shared"])
+        dim = model_names.resolve_dim([*pool, shared], 0)
+    except (UserError, KeyError, TypeError, ValueError):  # an earlier version, or models that are gone
+        return {}
+    different = model_names.auto_pool(shape, tokens, shared)
+    automatic = (shared,) if _needs_equal_models(run.algorithm) else different
+    given = () if pool == automatic else pool
+    return {
+        "model.pool": automatic,
+        "model.shared": model_names.auto_shared(shape, given, tokens),
+        "model.dim": dim,
+    }
+
+
+def _needs_equal_models(algorithm: str) -> bool:
+    """Return whether the method's source sets `homogeneous = True`; importing the method needs torch."""
+    try:
+        tree = ast.parse(methods.path(algorithm).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return any(
+        isinstance(node, ast.Assign) and ast.unparse(node) == "homogeneous = True" for node in ast.walk(tree)
+    )
+
+
+def _versions(run: Run) -> Table:
+    starts = [event for event in run.events if event["event"] in STARTS]
+    first = starts[0] if starts else {}
+    rows = [[word(name), word(value_text(first[name]))] for name in VERSIONS if first.get(name) is not None]
+    columns = [Column("what", words=True), Column("at the first start", words=True)]
+    return Table("versions", "Versions and machine", columns, rows)
