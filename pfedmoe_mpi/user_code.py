@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ def is_reference(text: str) -> bool:
 
 @cache
 def installed(group: str) -> dict[str, str]:
-    """Return the references that installed packages register as entry points of a group, by name."""
-    points = entry_points(group=group)
-    return {point.name: point.value if ":" in point.value else f"{point.value}:" for point in points}
+    """Return the references that installed packages register as entry points of a group, by name.
+
+    The names are in lower case, with `_` for `-`, like all names of this program.
+    """
+    points = sorted(entry_points(group=group), key=lambda point: point.value)
+    return {point.name.lower().replace("-", "_"): f"{point.module}:{point.attr or ''}" for point in points}
 
 
 def split(reference: str) -> tuple[str, str]:
@@ -78,16 +82,27 @@ def path(reference: str) -> Path:
     source, _ = split(reference)
     if source.endswith(".py"):
         return Path(source)
-    spec = None
-    try:
-        spec = find_spec(source)
-    except Exception as error:  # a module runs its package's own code
-        problem = f"the module {source} cannot be imported: {type(error).__name__}: {error}"
-        raise CodeError(problem, "check the name, or write PATH/FILE.py:NAME") from error
+    spec = _find_spec(source)
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         problem = f"there is no module {source} in Python's path"
         raise CodeError(problem, "install its package, or write PATH/FILE.py:NAME")
     return Path(spec.origin)
+
+
+def _find_spec(module: str) -> ModuleSpec | None:
+    """Return where a module is; unlike Python's function this one does not run the packages around it."""
+    spec, place = None, None
+    parts = module.split(".")
+    for number in range(1, len(parts) + 1):
+        if number > 1 and place is None:
+            return None
+        name = ".".join(parts[:number])
+        found = (finder.find_spec(name, place) for finder in sys.meta_path)
+        spec = next((each for each in found if each), None)
+        if spec is None:
+            return None
+        place = spec.submodule_search_locations
+    return spec
 
 
 def check(reference: str) -> None:
