@@ -21,6 +21,7 @@ from pfedmoe_mpi import user_modules
 from pfedmoe_mpi.errors import CodeError
 
 MOST_DIFFERENCES = 40  # lines of a printed difference
+LONGEST_LINE = 200  # characters of such a line
 
 
 def is_reference(text: str) -> bool:
@@ -194,7 +195,7 @@ def sources(references: Iterable[str]) -> dict[str, str]:
     Besides the files themselves these are the modules beside them, or of their package, that they import.
 
     Raises:
-        CodeError: a file cannot be read or is not UTF-8, or two have one name.
+        CodeError: a file cannot be read or is not UTF-8, its name has control characters, or two have one name.
     """
     texts: dict[str, str] = {}
     places: dict[str, Path] = {}
@@ -206,6 +207,8 @@ def sources(references: Iterable[str]) -> dict[str, str]:
         package = "" if source.endswith(".py") else source.partition(".")[0]
         for each in user_modules.closure(file, root, package):
             name = each.relative_to(root).as_posix()
+            if not name.isprintable():
+                raise CodeError(f"the name of the file {each!a} cannot be printed", "rename it")
             if places.setdefault(name, each).resolve() != each.resolve():
                 problem = f"two files of your own are called {name}: {places[name]} and {each}"
                 raise CodeError(problem, "rename one of them")
@@ -226,4 +229,14 @@ def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
         lines += unified_diff(old, new, f"{name} (recorded)", f"{name} (now)", lineterm="", n=1)
     if len(lines) > MOST_DIFFERENCES:
         lines = [*lines[:MOST_DIFFERENCES], f"… and {len(lines) - MOST_DIFFERENCES} more lines"]
-    return "\n".join(lines)
+    return "\n".join(map(_printable, lines))
+
+
+def _printable(line: str) -> str:
+    """Return a line of a file for a terminal, at most 200 characters, without control characters."""
+    shown = line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 1]}…"
+    escaped = (
+        each if each.isprintable() or each == "\t" else each.encode("unicode_escape").decode()
+        for each in shown
+    )
+    return "".join(escaped)

@@ -276,9 +276,17 @@ def test_sources_are_the_file_and_what_it_imports(tmp_path: Path) -> None:
     (tmp_path / "latin.py").write_bytes("# coding: latin-1\na = 'é'\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"latin\.py is not text in UTF-8"):
         user_code.sources([f"{tmp_path}/latin.py:a"])
+    for name in ("a\x1b.py", "b\udcff.py"):
+        (tmp_path / name).write_text("a = 1\n")
+        with pytest.raises(ConfigError, match="cannot be printed") as caught:
+            user_code.sources([f"{tmp_path}/{name}:a"])
+        assert caught.value.problem.isascii() and caught.value.problem.isprintable()
     now = {**recorded, "layers.py": "import nets\nA = 2\n"}
     assert user_code.difference(recorded, recorded) == ""
     assert user_code.difference(recorded, now).splitlines()[-2:] == ["-A = 1", "+A = 2"]
+    hostile = user_code.difference({"x.py": "\x1b[2J" + "a" * 10**6}, {})
+    assert hostile.isascii() is False and "\x1b" not in hostile and r"-\x1b[2Jaaa" in hostile
+    assert max(map(len, hostile.splitlines())) < 300
     assert "more lines" in user_code.difference({}, {"x.py": "a\n" * 100})
 
 
