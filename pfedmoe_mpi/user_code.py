@@ -195,7 +195,7 @@ def sources(references: Iterable[str]) -> dict[str, str]:
     Besides the files themselves these are the modules beside them, or of their package, that they import.
 
     Raises:
-        CodeError: a file cannot be read or is not UTF-8, its name has control characters, or two have one name.
+        CodeError: a file cannot be read or is not UTF-8, its name cannot be printed, or two have one name.
     """
     texts: dict[str, str] = {}
     places: dict[str, Path] = {}

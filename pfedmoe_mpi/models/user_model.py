@@ -22,6 +22,7 @@ from pfedmoe_mpi import user_code
 from pfedmoe_mpi.errors import CodeError, ConfigError
 from pfedmoe_mpi.models import generators
 
+COMPILED = "OptimizedModule"  # the class that torch.compile returns; importing it takes a second
 COUNTER = "num_batches_tracked"  # of BatchNorm, which momentum makes useless
 
 
@@ -119,6 +120,12 @@ def _check_tensors(reference: str, module: nn.Module, other: nn.Module) -> None:
         )
     except TypeError as error:  # a dataclass that compares its fields
         raise _refusal(reference, f"is not a usable module: {error}", "write @dataclass(eq=False)") from error
+    if any(
+        isinstance(each, torch.jit.ScriptModule) or type(each).__name__ == COMPILED
+        for each in module.modules()
+    ):
+        remedy = "return the module without torch.jit and torch.compile"
+        raise _refusal(reference, "is compiled, so that its operations cannot be counted", remedy)
     for name, tensor in tensors.items():
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             problem = f"creates {name} only in its first forward pass"

@@ -124,6 +124,11 @@ BODIES = {
         "return self.f(x.flatten(1)).squeeze()",
         r"\(1, 1, 8, 8\) to shape \(6,\) in evaluation, expected \(1, 6\)",
     ),
+    "scripted": (
+        "self.f = torch.jit.script(nn.Linear(64, dim))",
+        "return self.f(x.flatten(1))",
+        "is compiled",
+    ),
     "threads": (
         "torch.set_num_threads(7)\n        self.f = nn.Linear(64, dim)",
         "return self.f(x.flatten(1))",

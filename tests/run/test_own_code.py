@@ -201,6 +201,12 @@ def test_method_file_in_a_configuration(folder: Path, tmp_path: Path, session: l
         ),
         ("new.py", "x = 1\n", "a method's file defines one subclass of Algorithm, this one none"),
         ("new.py", "def f(:\n", r"new\.py:1: "),
+        (
+            "new.py",
+            "import torch\nfrom pfedmoe_mpi.algorithms.base import Algorithm\n"
+            "torch.set_default_dtype(torch.float64)\nclass A(Algorithm): pass\n",
+            r"code in new\.py calls torch\.set_default_dtype\(torch\.float64\)",
+        ),
     ],
 )
 def test_method_files_that_cannot_be_used(
