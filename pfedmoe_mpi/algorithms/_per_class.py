@@ -11,7 +11,7 @@ from pfedmoe_mpi.algorithms.base import Mean, Phase
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
 from pfedmoe_mpi.core.flat import Bound
 from pfedmoe_mpi.core.parts import Module, Parts
-from pfedmoe_mpi.core.sgd import SGD
+from pfedmoe_mpi.core.sgd import Optimiser
 from pfedmoe_mpi.core.turn import Turn
 
 
@@ -72,7 +72,7 @@ def train_on_server(
     """
     bound = Bound(part.build(), torch.device("cpu"))
     bound.load(vector)
-    optimiser = SGD(Parts({"server": bound}), phase, rate)
+    optimiser = Optimiser(Parts({"server": bound}), phase, rate)
     module = bound.module.train()
     vectors, labels = rows
     for _ in range(phase.epochs):

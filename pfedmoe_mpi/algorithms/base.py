@@ -10,7 +10,7 @@ or the command line. Every hook except `predict` has a default; together the def
     initial        on one rank, per private part           a private part begins with values of its own
     payload        on every rank, once a round             every part of the state, weighted by n_k
     cohort         on every rank, once a round             K clients, drawn without replacement
-    client_step    on one rank, once per member            SGD over `phases`, then send the state's parts
+    client_step    on one rank, once per member            train `phases`, then send the state's parts
       phases       in `client_step`                        all modules together for E epochs
       loss         in `client_step`, per batch             cross-entropy of `predict`
     server_update  on rank 0, once a round                 copy the means into the state, on every rank
@@ -294,23 +294,15 @@ class Algorithm:
         momentum: float | None = None,
         plain: Collection[str] = (),
     ) -> Phase:
-        """Return a phase of the configured SGD.
+        """Return a phase of the configured optimiser.
 
         Args:
             lr: learning rate of each part that is trained; the others are frozen.
-            epochs: default `train.epochs`.
-            momentum: default `train.momentum`.
-            plain: parts trained without momentum and weight decay.
+            epochs: default `train.epochs`, or as many as `train.steps` take.
+            momentum: default `train.momentum`, and β1 of `train.betas` for adam and adamw.
+            plain: parts trained by SGD without momentum and weight decay, whatever the optimiser.
         """
-        train = self.task.config.train
-        return Phase(
-            lr,
-            train.epochs if epochs is None else epochs,
-            train.momentum if momentum is None else momentum,
-            train.weight_decay,
-            train.clip,
-            frozenset(plain),
-        )
+        return Phase.configured(self.task.config.train, lr, epochs, momentum, plain)
 
     def loss(self, parts: Parts, batch: Batch) -> Tensor:
         """Return the scalar loss of a batch. Default: cross-entropy of `predict`."""

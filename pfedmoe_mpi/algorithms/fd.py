@@ -26,11 +26,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from pfedmoe_mpi.algorithms.base import Algorithm, Block, Mean, Phase, Spec, TensorPart
+from pfedmoe_mpi.algorithms.base import Algorithm, Block, Mean, Phase, Spec, Task, TensorPart
 from pfedmoe_mpi.config.sections import Section
 from pfedmoe_mpi.core.batches import Batch
 from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.turn import Turn
+from pfedmoe_mpi.errors import ConfigError
 
 
 class Options(Section):
@@ -40,6 +41,17 @@ class Options(Section):
 
 
 class FD(Algorithm):
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        steps = task.config.train.steps
+        epoch = max(task.config.train.updates(task.samples(client)) for client in task.training)
+        if 0 < steps < epoch:
+            raise ConfigError(
+                f"train.steps = {steps}, but fd sends a client's mean output of every class it holds, and an "
+                f"epoch of its largest client has {epoch} updates",
+                f"use --train.steps {epoch}, or --train.steps 0 to train by epochs",
+            )
+
     def state(self) -> Spec:
         """Return F̄ (classes, classes), NaN if undefined, and the rounds that say which contributions it has.
 

@@ -7,8 +7,8 @@ clients).
 
 Shared: the whole model, including BatchNorm's running statistics, one float32 vector per client and round.
 
-Departure: local steps are the configured SGD, with momentum starting at zero in every client step; the
-paper's SGD is plain.
+Departure: local steps are those of the configured optimiser, by default SGD with momentum, which starts at
+zero in every client step; the paper's SGD is plain.
 """
 
 from __future__ import annotations

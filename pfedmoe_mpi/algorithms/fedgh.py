@@ -84,7 +84,7 @@ class FedGH(Algorithm):
             self.task.head(),
             state["head"],
             Phase({"server": lr}, options.epochs, 0.0, 0.0, config.train.clip),
-            learning_rate_factor(config.train.schedule, round, config.rounds),
+            learning_rate_factor(config.train, round, config.rounds),
             collect_rows(means["means"]),
             options.batch,
             seeds.torch_generator(config.seed, "server", round),

@@ -140,7 +140,7 @@ class FedTGP(Algorithm):
             self._generator(),
             state["generator"],
             Phase({"server": train.lr}, self.options.epochs, 0.0, 0.0, train.clip),
-            learning_rate_factor(train.schedule, round, config.rounds),
+            learning_rate_factor(train, round, config.rounds),
             (rows, labels),
             train.batch,
             seeds.torch_generator(config.seed, "server", round),

@@ -8,7 +8,8 @@ train.
 
 Shared: Δy (the model with its buffers) and Δc (its parameters), two float32 vectors per client and round.
 
-Departures: there is no momentum, because option II does not describe it. The correction enters as the linear
+Departures: there is no momentum, because option II does not describe it; for the same reason other optimisers
+than SGD are refused. The correction enters as the linear
 term ⟨c − c_i, y⟩ of the loss, whose gradient it is; the joint norm is clipped with it. Weight decay is part
 of g. BatchNorm's running statistics have no control: their mean difference is added like that of the
 parameters.
@@ -43,6 +44,12 @@ class Scaffold(Algorithm):
         if not task.config.train.lr_shared:
             problem = "train.lr_shared = 0, but scaffold divides by it; a positive number is expected"
             raise ConfigError(problem, "use --train.lr_shared 0.05")
+        if task.config.train.optimiser != "sgd":
+            raise ConfigError(
+                f"train.optimiser = {task.config.train.optimiser}, but scaffold computes mean gradients from "
+                "how far a client step moves, which is right for SGD only",
+                "use --train.optimiser sgd, or choose another --algorithm",
+            )
         self._model = task.model(task.pool[0])
         self._parameters = self._model.layout().parameters
 

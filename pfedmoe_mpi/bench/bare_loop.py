@@ -20,6 +20,7 @@ from pfedmoe_mpi.core.batches import Split
 from pfedmoe_mpi.core.flat import Layout, float_buffers
 from pfedmoe_mpi.core.parts import Module, Spec
 from pfedmoe_mpi.core.sgd import learning_rate_factor
+from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.models.registry import Model
 
@@ -53,6 +54,9 @@ class BareLoop:
     def __init__(self, federation: Federation, state: Tensor) -> None:
         self._federation = federation
         self._train = federation.config.train
+        if self._train.steps or self._train.accumulate > 1:
+            problem = "the plain loop trains whole epochs, with an update for every batch"
+            raise ConfigError(problem, "remove --train.steps and --train.accumulate")
         self.seconds = {"train": 0.0, "evaluate": 0.0}  # of the last round
         self.clients = [
             BareClient(
@@ -76,18 +80,16 @@ class BareLoop:
         self.seconds = {"train": trained - started, "evaluate": time.perf_counter() - trained}
 
     def train(self, client: BareClient, round: int) -> float:
-        """Run E epochs of SGD; return the mean training loss per sample of the last."""
+        """Run E epochs of the configured optimiser; return the mean training loss per sample of the last."""
         settings, engine = self._train, self._federation.engine
-        rate = learning_rate_factor(settings.schedule, round, self._federation.config.rounds)
+        rate = learning_rate_factor(settings, round, self._federation.config.rounds)
         for module in client.modules():
             module.train()
         rates = zip(client.modules(), (settings.lr_shared, settings.lr, settings.lr_gate), strict=True)
         groups: list[dict[str, Any]] = [
             {"params": [*module.parameters()], "lr": lr * rate} for module, lr in rates
         ]
-        optimiser = torch.optim.SGD(
-            groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
-        )
+        optimiser = self._optimiser(groups)
         parameters = [parameter for group in groups for parameter in group["params"]]
         generator = seeds.torch_generator(engine.seed, "batches", round, client.id)
         split = client.splits["train"]
@@ -104,6 +106,16 @@ class BareLoop:
                 optimiser.step()
                 total += loss.detach() * len(batch)
         return float(total) / len(split)
+
+    def _optimiser(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return torch's own optimiser with the configured settings."""
+        settings = self._train
+        decay = settings.weight_decay
+        if settings.optimiser == "sgd":
+            return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=decay, fused=True)
+        kind = torch.optim.AdamW if settings.optimiser == "adamw" else torch.optim.Adam
+        betas = (settings.betas[0], settings.betas[1])
+        return kind(groups, betas=betas, eps=settings.eps, weight_decay=decay, fused=True)
 
     @torch.no_grad()
     def accuracy(self, client: BareClient) -> float:

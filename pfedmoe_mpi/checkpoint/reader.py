@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from pfedmoe_mpi.checkpoint import seal
+from pfedmoe_mpi.config.sections import MOMENTS
 from pfedmoe_mpi.core.flat import Entry, Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi.comm import Comm
@@ -113,6 +114,9 @@ class Checkpoint:
         for split in _SPLITS:
             used |= {f"partition/{split}", f"partition/{split}_offsets"}
             self._check_partition(split)
+        if _moments(self.config):
+            used.add("server/moments")
+            self._check_moments()
         self.partial: np.ndarray | None = None
         self.finished: list[int] = []
         if facts.get("partial") not in (True, False) or bool(facts["partial"]) != ("partial" in self._file):
@@ -178,6 +182,14 @@ class Checkpoint:
             raise UnusableError(f"{key} has {vector.shape[0]} numbers, but its layout has {size}")
         return digest
 
+    def _check_moments(self) -> None:
+        """Check the length of what the server's optimiser keeps."""
+        found, wanted = self._dataset("server/moments", _FLOAT).shape[0], _moments(self.config)
+        if found != wanted * self.state_layout.size:
+            raise UnusableError(
+                f"server/moments has {found} numbers, not {wanted} for each of the server's vector"
+            )
+
     def _check_partition(self, split: str) -> None:
         """Check that the offsets of a split divide its row numbers among the clients."""
         rows, offsets = self._numbers(f"partition/{split}"), self._numbers(f"partition/{split}_offsets")
@@ -202,6 +214,11 @@ class Checkpoint:
     def state(self) -> np.ndarray:
         """The server's vector, float32."""
         return np.asarray(self._file["server/state"][()])
+
+    @property
+    def moments(self) -> np.ndarray:
+        """The vectors that the server's optimiser keeps, one after the other, float32."""
+        return np.asarray(self._file["server/moments"][()] if _moments(self.config) else [], np.float32)
 
     @property
     def state_layout(self) -> Layout:
@@ -281,6 +298,15 @@ def check_code(code: Any) -> dict[str, str]:
         if outside or path.suffix != ".py" or not name.isprintable():
             raise UnusableError(f"code has a file of the name {name[:80]!a}")
     return code
+
+
+def _moments(config: Mapping[str, Any]) -> int:
+    """Return how many vectors the server's optimiser keeps; files of earlier versions have none."""
+    server = config.get("server", {})
+    name = server.get("optimiser", "none") if isinstance(server, Mapping) else None
+    if not isinstance(name, str) or name not in MOMENTS:
+        raise UnusableError("config has no usable server.optimiser")
+    return MOMENTS[name]
 
 
 def _check_identity(identity: Mapping[str, str]) -> None:

@@ -54,6 +54,7 @@ class Content:
     partial: np.ndarray | None = None
     finished: Sequence[int] = ()  # the clients in the partial sum
     code: Mapping[str, str] = field(default_factory=dict)  # the user's own files, by name
+    moments: np.ndarray = field(default_factory=lambda: np.empty(0))  # kept by the server's optimiser
 
 
 def name(round: int, partial: bool) -> str:
@@ -146,6 +147,8 @@ def _texts(content: Content) -> dict[str, bytes]:
 def _arrays(content: Content) -> dict[str, np.ndarray]:
     """Return the number datasets of rank 0, float32 and int64."""
     arrays: dict[str, np.ndarray] = {"server/state": np.asarray(content.state, "<f4")}
+    if len(content.moments):
+        arrays["server/moments"] = np.asarray(content.moments, "<f4")
     for split, rows in content.partition.items():
         arrays[f"partition/{split}"] = np.concatenate([np.empty(0, "<i8"), *rows]).astype("<i8")
         arrays[f"partition/{split}_offsets"] = np.cumsum([0, *map(len, rows)]).astype("<i8")

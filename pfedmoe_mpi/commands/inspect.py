@@ -49,6 +49,7 @@ def digest(loaded: Checkpoint) -> str:
     state.update(loaded.state.tobytes())
     for client in range(loaded.clients):
         state.update(loaded.vector(client).tobytes())
+    state.update(loaded.moments.tobytes())
     if loaded.partial is not None:
         state.update(loaded.partial.tobytes())
     return state.hexdigest()

@@ -48,6 +48,8 @@ DEFAULTS_OF_METHODS = {
     "fedprox": {"fedprox.mu": "0"},
     "fedrep": {"fedrep.head_epochs": "1"},
 }
+DECAY = "their learning rate falls after the rounds in which a client trains, here after every round"
+UNUSED_DECAY = "HtFLlib's clients do not use it; to repeat its runs, leave out --train.schedule"
 SUMMED_KL = "KL is summed over the classes here; theirs is the mean over them"
 DIFFERENCES = {  # in the methods themselves, without a setting
     "fml": (SUMMED_KL,),
@@ -156,7 +158,7 @@ def translate(words: Sequence[str]) -> Translation:
         _data(made, "MNIST")
     if "model_family" not in given and not htfllib:
         _models(made, "CNN")
-    _follow(made, given, "0.01" if htfllib else "0.005")
+    _follow(made, given, htfllib)
     made.notes += DIFFERENCES.get(method, ())
     made.notes += [
         "the split is not that of their data scripts: theirs draws the clients' shares of each class, so "
@@ -170,19 +172,23 @@ def translate(words: Sequence[str]) -> Translation:
     return made
 
 
-def _follow(made: Translation, given: Mapping[str, str], mentee: str) -> None:
+def _follow(made: Translation, given: Mapping[str, str], htfllib: bool) -> None:
     """Set what theirs takes from other flags and ours has as settings.
 
     Their shared model is the first of the family, and their new clients come on top of `num_clients`.
     """
     settings, method = made.settings, made.settings["algorithm"]
     if method == "fedkd":  # whose shared model never learns at -lr
-        settings["train.lr_shared"] = given.get("mentee_learning_rate", mentee)
+        settings["train.lr_shared"] = given.get("mentee_learning_rate", "0.01" if htfllib else "0.005")
         settings["fedkd.ramp"] = settings["rounds"]
     if method == "fedgh":
         settings["fedgh.batch"] = settings["train.batch"]
     if method in {"fml", "fedkd", "fedmrl"} and "model.pool" in settings:
         settings["model.shared"] = settings["model.pool"].partition(",")[0]
+    if "learning_rate_decay" in given:
+        settings["train.schedule"] = "exponential"
+        notes = (DECAY, *((UNUSED_DECAY,) if htfllib else ()))
+        made.notes += [f"-ld {given['learning_rate_decay']}: {note}" for note in notes]
     if given.get("num_new_clients", "").isdecimal() and settings["clients"].isdecimal():
         settings["clients"] = str(int(settings["clients"]) + int(given["num_new_clients"]))
 

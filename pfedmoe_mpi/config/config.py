@@ -35,6 +35,7 @@ from pfedmoe_mpi.config.sections import (
     PartitionSettings,
     Run,
     Section,
+    Server,
     StreamSettings,
     Train,
     Unseen,
@@ -74,6 +75,7 @@ class Config(Section):
     stream: StreamSettings = StreamSettings()
     gate: Gate = Gate()
     train: Train = Train()
+    server: Server = Server()
     faults: FaultSettings = FaultSettings()
     eval: Eval = Eval()
     run: Run = Run()

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pfedmoe_mpi import user_code
+from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import names
 
 
@@ -33,6 +34,7 @@ Changes = Annotated[
 Numbers = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], BeforeValidator(_items)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], BeforeValidator(_items)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
@@ -205,9 +207,18 @@ class Train(Section):
     epochs: int = Field(1, ge=1)
     """Local epochs E per round.
     Default: the smaller E of the paper."""
+    steps: int = Field(0, ge=0)
+    """Local updates per round in place of train.epochs, over as many epochs as they take; 0 = by epochs.
+    Default: the papers count epochs."""
     batch: int = Field(16, ge=2)
     """Batch size B.
     Default: a client has about 70 digits, five steps a round (papers: 64 to 512)."""
+    accumulate: int = Field(1, ge=1)
+    """Batches per update: their mean gradient is that of one large batch, apart from batch normalisation.
+    Default: an update for every batch; more batches save memory where B does not fit."""
+    optimiser: Annotated[Literal["sgd", "adam", "adamw"], BeforeValidator(_name)] = "sgd"
+    """Optimiser of the clients; its state starts at zero in every client step. Adam wants smaller rates.
+    Default: as in the papers; for adam and adamw try train.lr, lr_shared and lr_gate = 0.001."""
     lr: NotNegative = 0.05
     """Learning rate η_ω of the client's own model.
     Default: with 0.01, the papers' value for ten times the data, 40 rounds of five steps are too short."""
@@ -217,14 +228,31 @@ class Train(Section):
     lr_gate: NotNegative = 0.1
     """Learning rate η_φ of the gate (the paper's grid: 0.001, 0.01, 0.1, 1).
     Default: 0.01 was 4 points worse on the digits after 30 rounds."""
-    schedule: Annotated[Literal["constant", "cosine", "linear"], BeforeValidator(_name)] = "constant"
-    """How the learning rates fall over the rounds (cosine and linear end at 0).
+    warmup: int = Field(0, ge=0)
+    """Rounds W in which the learning rates rise linearly, r / (W + 1) in round r; train.schedule follows.
     Default: as in the papers."""
+    schedule: Annotated[
+        Literal["constant", "cosine", "linear", "step", "exponential"], BeforeValidator(_name)
+    ] = "constant"
+    """How the learning rates fall over the rounds (cosine and linear end at 0, step and exponential do not).
+    Default: as in the papers."""
+    gamma: float = Field(0.99, gt=0, le=1)
+    """`step` and `exponential`: factor on the learning rates, every train.step_size rounds or every round.
+    Default: HtFLlib's and PFLlib's."""
+    step_size: int = Field(10, ge=1)
+    """`step`: rounds between two falls.
+    Default: four stages in a default run."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """SGD momentum; starts at zero in every client step.
+    """`sgd`: momentum; starts at zero in every client step.
     Default: as in the authors' released code."""
+    betas: Betas = Field((0.9, 0.999), min_length=2, max_length=2)
+    """`adam`, `adamw`: β1, β2, decay of the means of the gradient and of its square.
+    Default: torch's."""
+    eps: Positive = 1e-8
+    """`adam`, `adamw`: ε, added to the root of the mean square.
+    Default: torch's."""
     weight_decay: NotNegative = 0.001
-    """L2 weight decay of parameters (never of buffers).
+    """Weight decay of parameters (never of buffers): L2 for sgd and adam, decoupled for adamw.
     Default: as in the authors' released code."""
     clip: NotNegative = 50.0
     """Largest joint norm of the gradient; 0 = no clipping.
@@ -241,6 +269,54 @@ class Train(Section):
     device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(_name)] = "auto"
     """auto takes a GPU where one is visible.
     Default: a GPU is faster where there is one."""
+
+    def updates(self, rows: int) -> int:
+        """Return the number of updates in an epoch over `rows` samples (see `core.batches.epoch`)."""
+        batches = max(1, rows // self.batch + (rows % self.batch > 1))
+        return -(-batches // self.accumulate)
+
+    def passes(self, rows: int) -> float:
+        """Return how many epochs over `rows` samples a client step takes: `epochs`, or what `steps` make."""
+        return self.steps / self.updates(rows) if self.steps else self.epochs
+
+
+MOMENTS = {"none": 0, "momentum": 1, "adam": 2, "yogi": 2}  # vectors kept from round to round
+
+
+class Server(Section):
+    optimiser: Annotated[Literal["none", "momentum", "adam", "yogi"], BeforeValidator(_name)] = "none"
+    """How the server follows the mean of its clients' parameters: all the way, or by an optimiser.
+    Default: the mean itself, as in the papers of most methods."""
+    lr: NotNegative = 0.0
+    """Learning rate η of the server's optimiser; 0 chooses 1 for momentum and 0.01 for adam and yogi.
+    Default: 1 is the mean itself where momentum is 0; 0.1 let fedavg with yogi diverge on the digits."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """`momentum`: β, kept from round to round.
+    Default: as in Reddi et al."""
+    betas: Betas = Field((0.9, 0.99), min_length=2, max_length=2)
+    """`adam`, `yogi`: β1, β2, decay of the means of the update and of its square.
+    Default: as in Reddi et al."""
+    tau: Positive = 0.001
+    """`adam`, `yogi`: τ, degree of adaptivity; added to the root of the mean square, which begins as τ.
+    Default: as in Reddi et al."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Server:
+        unused = [name for name, f in type(self).model_fields.items() if getattr(self, name) != f.default]
+        if self.optimiser == "none" and unused:
+            problem = f"server.{unused[0]} has no effect with server.optimiser = none"
+            raise ConfigError(problem, "add --server.optimiser momentum, adam or yogi")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The learning rate η."""
+        return self.lr or (1.0 if self.optimiser == "momentum" else 0.01)
+
+    @property
+    def moments(self) -> int:
+        """Number of vectors that the optimiser keeps from round to round."""
+        return MOMENTS[self.optimiser]
 
 
 class FaultSettings(Section):

@@ -22,8 +22,9 @@ class RecordedStep:
         self.vector = torch.empty(0)
 
     def record_sgd(self, sgd: Callable[..., int], phase: Any, loss: Any = None, **others: Any) -> int:
-        """Run `Turn.sgd` and record every batch's loss."""
+        """Run `Turn.sgd` and record every batch's loss, in place of those of an earlier phase."""
         own, parts = self.turn._loss, self.turn.parts
+        self.losses = []
 
         def recorded_loss(batch: Any) -> torch.Tensor:
             value: torch.Tensor = loss(batch) if loss else own(parts, batch)
@@ -33,17 +34,16 @@ class RecordedStep:
         return sgd(phase, recorded_loss, **others)
 
     def loss(self) -> float:
-        """Return the mean loss per sample of the last epoch; NaN without training."""
-        left, last = self.samples, 0
-        while left > 0 and last < len(self.losses):
-            last += 1
-            left -= self.losses[-last][1]
-        if left or not self.losses:
-            return float("nan")
-        total = 0.0
-        for loss, size in self.losses[len(self.losses) - last :]:
-            total += loss * size
-        return total / self.samples
+        """Return the mean loss per sample of the last epoch, if it is incomplete with that before it."""
+        epochs = [[0.0, 0]]  # sum and samples
+        for loss, size in self.losses:
+            if epochs[-1][1] == self.samples:
+                epochs.append([0.0, 0])
+            epochs[-1][0] += loss * size
+            epochs[-1][1] += size
+        counted = epochs[-1:] if epochs[-1][1] == self.samples else epochs[-2:]
+        samples = sum(number for _, number in counted)
+        return sum(total for total, _ in counted) / samples if samples else float("nan")
 
 
 def contains_affine(haystack: np.ndarray, needle: np.ndarray) -> bool:

@@ -31,6 +31,7 @@ from pfedmoe_mpi.federation.evaluation import measure
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.federation.metrics import CLIENT_METRICS, RANK_METRICS
 from pfedmoe_mpi.federation.round_sum import IN, MEMBER_METRICS, MISSING, RoundSum
+from pfedmoe_mpi.federation.server_optimiser import ServerOptimiser
 from pfedmoe_mpi.mpi.comm import Comm
 
 CALLS = ("sum", "broadcast", "gather", "from_root", "agree", "move", "wait", "local", "split")
@@ -70,6 +71,7 @@ class TrafficCheck:
         self._depth = self._inside = 0
         self._turns: dict[int, RecordedStep] = {}
         self._before: set[int] = set()  # who trained in earlier rounds
+        self._server = ServerOptimiser(self._made.config.server, self._made.state_layout)
         self._state = loop.state  # after this round's sum, as the fresh method computes it
         self._sums = self._moves = 0
         self._check_source()
@@ -246,7 +248,10 @@ class TrafficCheck:
             parts = self._made.state_layout.parts
             stretches = {name: self._state[place] for name, place in parts.items()}
             try:
-                self._fresh.server_update(stretches, total.means(), self._loop.round + 1)
+                means = total.means()
+                self._fresh.server_update(stretches, means, self._loop.round + 1)
+                self._server.update(self._loop.state, self._state, means)
+                self._server.commit()
             except Exception as error:
                 self._report(f"the server's update needs more than the state before and the sum: {error!r}")
 

@@ -1,22 +1,32 @@
-"""SGD in torch's update order, the phases of a client step, and the learning-rate schedule."""
+"""The optimisers of a client step, its phases, and the learning-rate schedule.
+
+The optimisers of torch.optim are not used: they import torch's compiler when constructed, which takes every
+rank as long as importing torch. Their fused kernels are called instead.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from pfedmoe_mpi.core.parts import Parts
 
+if TYPE_CHECKING:
+    from pfedmoe_mpi.config.sections import Train
+
 
 @dataclass(frozen=True)
 class Phase:
-    """SGD over some parts, with a learning rate by part name. Other parts are frozen, in evaluation mode.
+    """Training of some parts, with a learning rate by part name. Other parts are frozen, in evaluation mode.
 
-    The parts in `plain` are trained without momentum and weight decay.
+    The parts in `plain` are trained by SGD without momentum and weight decay, whatever the optimiser. If
+    `steps` is positive, the phase ends after as many updates, whatever `epochs` is. An update has the mean
+    gradient of `accumulate` batches. `betas` and `eps` are those of adam and adamw.
     """
 
     lr: Mapping[str, float]
@@ -25,32 +35,75 @@ class Phase:
     weight_decay: float
     clip: float
     plain: frozenset[str] = frozenset()
+    optimiser: str = "sgd"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    steps: int = 0
+    accumulate: int = 1
+
+    @classmethod
+    def configured(
+        cls,
+        train: Train,
+        lr: Mapping[str, float],
+        epochs: int | None = None,
+        momentum: float | None = None,
+        plain: Collection[str] = (),
+    ) -> Phase:
+        """Return a phase of the settings `train`; the arguments are those of `Algorithm.phase`."""
+        return cls(
+            lr,
+            epochs=train.epochs if epochs is None else epochs,
+            momentum=train.momentum if momentum is None else momentum,
+            weight_decay=train.weight_decay,
+            clip=train.clip,
+            plain=frozenset(plain),
+            optimiser=train.optimiser,
+            betas=(train.betas[0] if momentum is None else momentum, train.betas[1]),
+            eps=train.eps,
+            steps=train.steps if epochs is None else 0,
+            accumulate=train.accumulate,
+        )
 
 
-def learning_rate_factor(schedule: str, round: int, rounds: int) -> float:
-    """Return the factor on learning rates in a round: 1 up to round 1, then falling to 0 after the last."""
-    done = max(0, round - 1) / rounds
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1 - done if schedule == "linear" else 1.0
+def learning_rate_factor(train: Train, round: int, rounds: int) -> float:
+    """Return the factor on learning rates in a round, 1 before round 1.
+
+    In round r of a warm-up of W rounds it is r / (W + 1). In the T − W rounds after that, `train.schedule`
+    begins at 1, and n rounds later cosine is (1 + cos(π n / (T − W))) / 2, linear 1 − n / (T − W), step
+    γ^⌊n / step_size⌋, and exponential γ^n.
+    """
+    if 1 <= round <= train.warmup:
+        return round / (train.warmup + 1)
+    done = max(0, round - 1 - train.warmup)
+    if train.schedule == "step":
+        return float(train.gamma ** (done // train.step_size))
+    if train.schedule == "exponential":
+        return float(train.gamma**done)
+    share = done / max(1, rounds - train.warmup)
+    if train.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * share))
+    return 1 - share if train.schedule == "linear" else 1.0
 
 
-class SGD:
-    """SGD with momentum and weight decay, in torch's update order, over parts with different learning rates.
+class Optimiser:
+    """The optimiser of a phase: a fused update of each part with its learning rate; its state starts at zero.
 
-    v ← m·v + g + λ·w, w ← w − η·v, in one fused pass over each part's parameters. The optimisers of
-    torch.optim are not used: they import torch's compiler when constructed, which takes every rank as long as
-    importing torch.
+    The update order is torch's. Parameters without a gradient are not changed.
     """
 
     def __init__(self, parts: Parts, phase: Phase, factor: float) -> None:
-        self._phase = phase
-        self._groups = [
-            (parts.parameters(name), lr * factor, name not in phase.plain) for name, lr in phase.lr.items()
-        ]
-        self._momenta = [[torch.zeros_like(p) for p in group] for group, _, _ in self._groups]
-        self._all = [p for group, _, _ in self._groups for p in group]
-        self._first = True
+        self._clip = phase.clip
+        self._updates: list[_SGD | _Adam] = []
+        for name, lr in phase.lr.items():
+            parameters = parts.parameters(name)
+            if name in phase.plain:
+                self._updates.append(_SGD(parameters, lr * factor, 0.0, 0.0))
+            elif phase.optimiser == "sgd":
+                self._updates.append(_SGD(parameters, lr * factor, phase.momentum, phase.weight_decay))
+            else:
+                self._updates.append(_Adam(parameters, lr * factor, phase))
+        self._all = [p for name in phase.lr for p in parts.parameters(name)]
         self.norms = torch.zeros((), dtype=torch.float64)  # sum of the gradient norms: finite if all are
 
     def zero_grad(self) -> None:
@@ -60,25 +113,78 @@ class SGD:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Do one update; parameters without a gradient are not changed."""
-        if self._phase.clip:
-            norm = nn.utils.clip_grad_norm_(self._all, self._phase.clip)
+        """Clip the joint norm of the gradients, and do one update."""
+        if self._clip:
+            norm = nn.utils.clip_grad_norm_(self._all, self._clip)
             self.norms = self.norms.to(norm.device) + norm
-        for (group, lr, full), momenta in zip(self._groups, self._momenta, strict=True):
-            momentum = self._phase.momentum if full else 0.0
-            updates = [(p, p.grad, v) for p, v in zip(group, momenta, strict=True) if p.grad is not None]
-            if updates:
-                parameters, gradients, velocities = (list(column) for column in zip(*updates, strict=True))
-                torch._fused_sgd_(
-                    parameters,
-                    gradients,
-                    velocities if momentum else [],
-                    weight_decay=self._phase.weight_decay if full else 0.0,
-                    momentum=momentum,
-                    lr=lr,
-                    dampening=0.0,
-                    nesterov=False,
-                    maximize=False,
-                    is_first_step=self._first,
-                )
+        for update in self._updates:
+            update.step()
+
+
+class _SGD:
+    """SGD with momentum m and L2 weight decay λ: v ← m·v + g + λ·w, w ← w − η·v."""
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], lr: float, momentum: float, weight_decay: float
+    ) -> None:
+        self._lr, self._momentum, self._weight_decay = lr, momentum, weight_decay
+        self._state = [(p, torch.zeros_like(p)) for p in parameters]
+        self._first = True
+
+    def step(self) -> None:
+        """Do one update."""
+        updates = [(p, p.grad, v) for p, v in self._state if p.grad is not None]
+        if updates:
+            parameters, gradients, velocities = (list(column) for column in zip(*updates, strict=True))
+            torch._fused_sgd_(
+                parameters,
+                gradients,
+                velocities if self._momentum else [],
+                weight_decay=self._weight_decay,
+                momentum=self._momentum,
+                lr=self._lr,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=self._first,
+            )
         self._first = False
+
+
+class _Adam:
+    """Adam (Kingma, Ba: ICLR 2015) with L2 weight decay, or AdamW (Loshchilov, Hutter: ICLR 2019).
+
+    m ← β1·m + (1 − β1)·g, v ← β2·v + (1 − β2)·g², w ← w − η·m̂ / (√v̂ + ε) in update t, with m̂ = m / (1 − β1^t)
+    and v̂ = v / (1 − β2^t). adam adds λ·w to g; adamw first sets w ← (1 − η·λ)·w.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, phase: Phase) -> None:
+        self._lr, self._phase = lr, phase
+        self._state = [
+            (p, torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device))
+            for p in parameters
+        ]
+
+    def step(self) -> None:
+        """Do one update."""
+        updates = [(p, p.grad, *state) for p, *state in self._state if p.grad is not None]
+        if not updates:
+            return
+        parameters, gradients, means, squares, counts = (list(c) for c in zip(*updates, strict=True))
+        torch._foreach_add_(counts, 1.0)
+        kernel = torch._fused_adamw_ if self._phase.optimiser == "adamw" else torch._fused_adam_
+        kernel(
+            parameters,
+            gradients,
+            means,
+            squares,
+            [],
+            counts,
+            lr=self._lr,
+            beta1=self._phase.betas[0],
+            beta2=self._phase.betas[1],
+            weight_decay=self._phase.weight_decay,
+            eps=self._phase.eps,
+            amsgrad=False,
+            maximize=False,
+        )

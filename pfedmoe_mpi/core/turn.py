@@ -1,15 +1,17 @@
-"""A client's turn: one client step of one round, SGD over its parts.
+"""A client's turn: one client step of one round, training over its parts.
 
-These rules decide results: momentum starts at zero in every client step and is never kept; data are shuffled
-every epoch; the smaller last batch is trained; `clip` is the joint norm of all parameters that the step
-trains; weight decay and momentum never apply to buffers; evaluation uses running statistics.
+These rules decide results: momentum and Adam's moments start at zero in every client step and are never kept;
+data are shuffled every epoch; the smaller last batch is trained; the gradients of accumulated batches are
+weighted by their samples, and a group of them ends with the epoch; `clip` is the joint norm of all parameters
+that the step trains; weight decay and momentum never apply to buffers; evaluation uses running statistics.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +21,7 @@ from pfedmoe_mpi.core.batches import Batch, Normalise
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
 from pfedmoe_mpi.core.parts import Parts
-from pfedmoe_mpi.core.sgd import SGD, Phase, learning_rate_factor
+from pfedmoe_mpi.core.sgd import Optimiser, Phase, learning_rate_factor
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.config.sections import Train
@@ -55,8 +57,9 @@ class Turn:
         self.role = role
         self.parts = parts
         self.device = engine.device
-        self.rate = learning_rate_factor(engine.train.schedule, round, engine.rounds)
-        self.loss = float("nan")  # mean training loss per sample in the last epoch
+        self.rate = learning_rate_factor(engine.train, round, engine.rounds)
+        # Mean training loss per sample in the last epoch; an incomplete one counts with the one before it.
+        self.loss = float("nan")
         # Bytes that a deployment would send to and from this client. A method sets them if it does not send
         # the whole state and payload, for example because it compresses or sends only some experts.
         self.bytes_down: int | None = None
@@ -74,36 +77,33 @@ class Turn:
         loss: Callable[[Batch], torch.Tensor] | None = None,
         enough: Callable[[int], bool] | None = None,
     ) -> int:
-        """Train the phase's parts in place; return the number of SGD steps.
+        """Train the phase's parts in place; return the number of updates.
 
         Args:
-            loss: maps a batch to a scalar; default: the method's loss.
-            enough: called after every step with the number of steps so far; True ends the training.
+            loss: maps a batch to a scalar, the mean over its samples; default: the method's loss.
+            enough: called after every update with the number of updates so far; True ends the training.
 
         Raises:
             NotFiniteError: a loss or the norm of a gradient was not finite. Clipping scales a gradient of
                 infinite norm to zero, so a check of the vectors alone would miss it.
         """
         self.parts.train(phase.lr.keys())
-        optimiser = SGD(self.parts, phase, self.rate)
-        steps, ended = 0, False
-        for _ in range(phase.epochs):
+        optimiser = Optimiser(self.parts, phase, self.rate)
+        steps, ended, before = 0, False, (0.0, 0)
+        for _ in count() if phase.steps else range(phase.epochs):
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             seen = 0
-            for batch in self._epoch():
-                self._engine.poll()
-                optimiser.zero_grad()
-                with self._engine.autocast():
-                    value = loss(batch) if loss else self._loss(self.parts, batch)
-                value.backward()
+            for group in self._epoch(phase.accumulate):
+                self._backward(group, loss, optimiser, total)
                 optimiser.step()
-                total += value.detach().double() * len(batch)
-                seen += len(batch)
+                seen += sum(map(len, group))
                 steps += 1
-                ended = enough is not None and enough(steps)
+                ended = steps == phase.steps or (enough is not None and enough(steps))
                 if ended:
                     break
-            self.loss = float(total) / seen
+            whole = seen == len(self._split)
+            before = (float(total), seen) if whole else (before[0] + float(total), before[1] + seen)
+            self.loss = before[0] / before[1]
             if not math.isfinite(self.loss + float(optimiser.norms)):
                 raise NotFiniteError("its loss or its gradient is not finite")
             if ended:
@@ -111,11 +111,31 @@ class Turn:
         optimiser.zero_grad()
         return steps
 
-    def _epoch(self) -> Iterator[Batch]:
+    def _backward(
+        self,
+        group: Sequence[Batch],
+        loss: Callable[[Batch], torch.Tensor] | None,
+        optimiser: Optimiser,
+        total: torch.Tensor,
+    ) -> None:
+        """Compute the mean gradient of a group of batches; add the losses of its samples to `total`."""
+        optimiser.zero_grad()
+        samples = sum(map(len, group))
+        for batch in group:
+            self._engine.poll()
+            with self._engine.autocast():
+                value = loss(batch) if loss else self._loss(self.parts, batch)
+            (value * (len(batch) / samples) if len(group) > 1 else value).backward()
+            total += value.detach().double() * len(batch)
+
+    def _epoch(self, accumulate: int) -> Iterator[tuple[Batch, ...]]:
+        """Yield the batches of an epoch, `accumulate` at a time."""
         engine = self._engine
-        return batches.epoch(
+        epoch = batches.epoch(
             self._split, engine.train.batch, engine.normalise, engine.train.augment, self._generator
         )
+        while group := tuple(islice(epoch, accumulate)):
+            yield group
 
     @property
     def samples(self) -> int:

@@ -20,6 +20,7 @@ from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.memory import Host
 from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
 from pfedmoe_mpi.federation.pretraining import check_initial
+from pfedmoe_mpi.federation.server_optimiser import check_method
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.comm import Comm
@@ -49,6 +50,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True) -> Federation:
     state_layout = workbench.layout(method.state())
     client_layouts = [workbench.layout(spec) for spec in specs]
     check_initial(method, state_layout, client_layouts)
+    check_method(settings, method, state_layout)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
     engine = Engine(

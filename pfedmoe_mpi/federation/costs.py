@@ -7,13 +7,17 @@ from pfedmoe_mpi.models.cost import multiply_adds
 
 
 def client_costs(task: Task) -> list[float]:
-    """Return the relative cost of training each client for one epoch.
+    """Return the relative cost of training each client: for one epoch, or for `train.steps`.
 
-    It is the number of its samples times the multiply-adds of its own and of the shared extractor.
+    It is the number of its samples, each as often as it is trained, times the multiply-adds of its own and of
+    the shared extractor.
     """
+    train = task.config.train
     by_name = {name: _cost(task, name) for name in {*task.pool, task.shared}}
     shared = by_name[task.shared]
-    return [task.samples(k) * (by_name[task.architecture(k)] + shared) for k in range(task.clients)]
+    rows = [task.samples(k) for k in range(task.clients)]
+    trained = [n * train.passes(n) if train.steps else n for n in rows]
+    return [n * (by_name[task.architecture(k)] + shared) for k, n in enumerate(trained)]
 
 
 def _cost(task: Task, name: str) -> float:

@@ -27,6 +27,7 @@ from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, MISSING, RoundSum
 from pfedmoe_mpi.federation.saver import Listener, Saver
+from pfedmoe_mpi.federation.server_optimiser import ServerOptimiser
 from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
 from pfedmoe_mpi.mpi.device import peak_rss_mib
 
@@ -73,7 +74,8 @@ class Loop:
         self.round = 0
         self.state = pin(federation.workbench.initial(federation.method.state()), federation.device.device)
         self.history: list[Row] = []
-        self.saver = Saver(comm, federation, checkpoints, observer)
+        self.server = ServerOptimiser(federation.config.server, federation.state_layout)
+        self.saver = Saver(comm, federation, checkpoints, observer, self.server)
         self.steps = 0  # client steps finished since this program started, on all ranks
         self._faults = Faults(federation.config.seed, federation.config.faults, federation.costs)
         self._observer = observer
@@ -95,6 +97,7 @@ class Loop:
         for client in self.federation.clients.values():
             client.vector.copy_(torch.from_numpy(loaded.vector(client.id)))
         self._partial = loaded.partial
+        self.server.load(torch.from_numpy(loaded.moments))
 
     def evaluation(self) -> Row:
         """Measure all clients with the server's state, without training; collective.
@@ -163,6 +166,7 @@ class Loop:
             self._save_stopped(total)
             return False
         self.state, self.round = state, round
+        self.server.commit()
         seconds = time.perf_counter() - started
         self._record(total, measured, seconds)
         self._keep_time(seconds)
@@ -256,8 +260,8 @@ class Loop:
     def _updated(self, total: RoundSum) -> torch.Tensor:
         """Return the server's next vector, unchanged if no client contributed.
 
-        A method's own `server_update` runs on rank 0 alone, and its result is broadcast; the default one
-        computes the same bits on every rank.
+        A method's own `server_update` runs on rank 0 alone, and its result is broadcast; the default one and
+        the server's optimiser compute the same bits on every rank.
 
         Raises:
             RunError: on all ranks: what the server trained is not finite.
@@ -269,9 +273,10 @@ class Loop:
         slices = self.federation.state_layout.parts
         overridden = type(method).server_update is not Algorithm.server_update
         if not overridden or self.comm.rank == 0:
-            by_name = {name: state[place] for name, place in slices.items()}
+            by_name, means = {name: state[place] for name, place in slices.items()}, total.means()
             try:
-                method.server_update(by_name, total.means(), self.round + 1)
+                method.server_update(by_name, means, self.round + 1)
+                self.server.update(self.state, state, means)
             except StoppedError:  # the evaluation stops too, and this state is never used
                 pass
             except NotFiniteError:

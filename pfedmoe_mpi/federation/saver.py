@@ -16,6 +16,7 @@ from pfedmoe_mpi.errors import CheckpointError, RunError
 from pfedmoe_mpi.federation import metrics
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.metrics import Row
+from pfedmoe_mpi.federation.server_optimiser import ServerOptimiser
 from pfedmoe_mpi.mpi.comm import Comm
 
 TRIES = 3  # checkpoints in a row that may fail before the run ends
@@ -38,12 +39,20 @@ class Listener(Protocol):
 class Saver:
     """A writer of a federation's checkpoints into `folder`; without a folder it writes nothing."""
 
-    def __init__(self, comm: Comm, federation: Federation, folder: Path | None, listener: Listener) -> None:
+    def __init__(
+        self,
+        comm: Comm,
+        federation: Federation,
+        folder: Path | None,
+        listener: Listener,
+        server: ServerOptimiser,
+    ) -> None:
         self.identity: Mapping[str, str] = {}  # conditions of the run: versions, device, threads
         self._comm = comm
         self._federation = federation
         self._folder = folder
         self._listener = listener
+        self._server = server
         self._newest: Path | None = None
         self._last_try = time.monotonic()
         self._failed = 0
@@ -125,6 +134,7 @@ class Saver:
             },
             partial=total,
             finished=finished,
+            moments=self._server.moments.numpy().ravel(),
         )
 
     def _write(self, content: Content, history: Sequence[Row], last: bool, candidate: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pfedmoe_mpi.config.sections import Train
 from pfedmoe_mpi.report.load import Run
 
 # Per multiply-add and sample: a multiplication and an addition, once forward and twice backward.
@@ -49,9 +50,14 @@ def operations(run: Run) -> list[float] | None:
     per_sample = run.started_with("multiply_adds")
     if not per_sample or len(per_sample) != run.clients:
         return None
-    epochs = run.config.get("train.epochs", 1)
+    names = ("epochs", "steps", "batch", "accumulate")
+    train = Train(**{name: run.config[f"train.{name}"] for name in names if f"train.{name}" in run.config})
+
+    def of_client(client: int, rows: int) -> float:
+        return float(per_sample[client] * rows * train.passes(rows))
+
     return [
-        OPERATIONS * epochs * sum(per_sample[k] * row["clients"]["samples"][k] for k in row["cohort"])
+        OPERATIONS * sum(of_client(k, row["clients"]["samples"][k]) for k in row["cohort"])
         for row in run.history
     ]
 

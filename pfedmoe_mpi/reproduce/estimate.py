@@ -42,7 +42,7 @@ CLIENTS = 20  # of the timed federation: enough for the anchors of ten experts
 # Settings on which the time of a mini-batch does not depend.
 IRRELEVANT = {
     *("seed", "rounds", "clients", "participation", "data", "partition", "unseen", "join", "stream"),
-    *("faults", "eval", "run"),
+    *("server", "faults", "eval", "run"),
 }
 
 
@@ -75,7 +75,7 @@ class Size:
     def kind(self) -> str:
         """A key that is equal for runs whose mini-batches take the same time."""
         tree = {k: v for k, v in config.to_tree(self.config).items() if k not in IRRELEVANT}
-        tree["train"] = {k: v for k, v in tree["train"].items() if k != "epochs"}
+        tree["train"] = {k: v for k, v in tree["train"].items() if k not in {"epochs", "steps"}}
         return json.dumps([tree, self.shape, self.classes, self.dtype, self.vocabulary], sort_keys=True)
 
 
@@ -101,7 +101,7 @@ class Pace:
     epoch: float
     test: float
 
-    def turn(self, samples: int, epochs: int) -> float:
+    def turn(self, samples: int, epochs: float) -> float:
         """Return the seconds of one turn."""
         return self.step + samples * (self.sample + epochs * self.epoch)
 
@@ -245,7 +245,7 @@ class _Stopwatch:
 
     def _method(self, epochs: int) -> Algorithm:
         settings = self._task.config
-        train = settings.train.model_copy(update={"epochs": epochs})
+        train = settings.train.model_copy(update={"epochs": epochs, "steps": 0})
         task = replace(self._task, config=settings.model_copy(update={"train": train}))
         return algorithms.load(settings.algorithm)(task)
 
@@ -313,10 +313,10 @@ def _cost(size: Size, paces: Sequence[Pace], disk: DiskUse, ranks: int) -> Cost:
     settings = size.config
     training = [k for k, n in enumerate(size.train) if n]
     members = min(size.members, len(training))
-    epochs, share = settings.train.epochs, members / len(training)
-    turns = sum(paces[k % len(paces)].turn(size.train[k], epochs) for k in training) * share
+    epochs, share = {k: settings.train.passes(size.train[k]) for k in training}, members / len(training)
+    turns = sum(paces[k % len(paces)].turn(size.train[k], epochs[k]) for k in training) * share
     tests = sum(n * paces[k % len(paces)].test for k, n in enumerate(size.test))
     measured = tests * (1 / min(ranks, len(size.test)) + share / min(ranks, members))
-    samples = settings.rounds * epochs * share * sum(size.train)
+    samples = settings.rounds * share * sum(epochs[k] * size.train[k] for k in training)
     seconds = settings.rounds * (turns / min(ranks, members) + measured / settings.eval.every)
     return Cost(samples, seconds, disk)

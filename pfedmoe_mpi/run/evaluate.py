@@ -24,7 +24,9 @@ def evaluation_loop(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any
     from pfedmoe_mpi.federation.build import build
     from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 
-    settings, _ = world.attempt(lambda: override_settings(loaded.config, overrides, ()), "settings")
+    settings, _ = world.attempt(
+        lambda: override_settings(loaded.config, overrides, ("server.optimiser",)), "settings"
+    )
     federation = build(world, settings)
     own_code.check_unchanged(world, settings, federation.code, loaded)
     loaded_layouts = [loaded.state_layout, *map(loaded.layout, range(loaded.clients))]

@@ -22,7 +22,10 @@ from pfedmoe_mpi.run.place import holds_anything, refuse_existing
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 # A restart may not change these, in addition to what an evaluation may not: who trains, when, on which data.
-FIXED_IN_TRAINING = ("partition", "gate", "unseen", "join", "stream", "data.mean", "data.std")
+FIXED_IN_TRAINING = (
+    *("partition", "gate", "unseen", "join", "stream", "data.mean", "data.std"),
+    "server.optimiser",  # checkpoints hold what it keeps from round to round
+)
 # Never taken from an earlier start.
 PER_START = ("run.dir", "run.force", "run.singleton", "run.code", "run.changed_code")
 
@@ -95,7 +98,7 @@ def _check_progress(
             f"--rounds {loaded.round + settings.rounds} trains {settings.rounds} more",
         )
     schedule = settings.train.schedule
-    if world.rank == 0 and "rounds" in changes and schedule != "constant":
+    if world.rank == 0 and "rounds" in changes and schedule in {"cosine", "linear"}:
         before, now = changes["rounds"]
         text = (
             f"the {schedule} schedule now ends at round {now} instead of {before}, so the learning rate jumps"

@@ -77,6 +77,8 @@ def test_written_content_is_read_back(tmp_path: Path, whole: Content) -> None:
         )
         assert loaded.identity == whole.identity
         assert bits(loaded.state) == bits(whole.state) and loaded.state.dtype == np.float32
+        assert bits(loaded.moments) == bits(whole.moments) and loaded.moments.dtype == np.float32
+        assert len(loaded.moments) == (1400 if whole.partial is not None else 0)
         assert loaded.state_layout == whole.state_layout
         assert loaded.clients == clients
         for client in range(clients):
@@ -111,7 +113,7 @@ def test_seal_table_gives_the_offset_of_every_client(sealed: tuple[Path, Content
         for name, (offset, size) in sealed_ranges.items():
             stored = opened[name]
             assert raw[offset : offset + size] == stored[()].tobytes().ljust(size, b"\0"), name
-        assert {"config", "history", "server/state", "partition/train", "partial/sum"} <= {*sealed_ranges}
+        assert {"config", "history", "server/state", "server/moments", "partial/sum"} <= {*sealed_ranges}
 
 
 @pytest.mark.skipif(not shutil.which("h5dump"), reason="h5dump is not installed")

@@ -104,7 +104,7 @@ def grouped(key: str) -> Edit:
     return edit
 
 
-STATE, OFFSETS = "server/state", "partition/train_offsets"
+STATE, MOMENTS, OFFSETS = "server/state", "server/moments", "partition/train_offsets"
 ZEROS = np.zeros(700, "<f4")
 ROWS = [sample_row(1), sample_row(2), sample_row(3)]
 CHECKPOINTS: dict[str, tuple[str, Edit]] = {
@@ -156,6 +156,13 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
         "its seal names unknown datasets: 'server/x'",
         lambda f: f.create_dataset("server/x", data=ZEROS),
     ),
+    "moments of float64": ("server/moments is float64", replaced(MOMENTS, data=np.zeros(1400))),
+    "moments short": ("server/moments has 1399 numbers", replaced(MOMENTS, data=np.zeros(1399, "<f4"))),
+    "no moments": ("it has no server/moments", lambda file: file["server"].pop("moments")),
+    "one moment": ("server/moments has 1400", configured(server={"optimiser": "momentum"})),
+    "moments unsaid": ("seal names unknown datasets: 'server/moments'", configured(server={})),
+    "optimiser": ("no usable server.optimiser", configured(server={"optimiser": ["yogi"]})),
+    "server": ("no usable server.optimiser", configured(server=[1])),
     "no round": ("round is not a natural", lambda file: file.attrs.pop("round")),
     "negative round": ("round is not a natural", attributed("round", -1)),
     "half a round": ("round is not a natural", attributed("round", 2.5)),

@@ -84,10 +84,10 @@ def test_derived_htfllib_settings_are_translated() -> None:
 
 def test_pfllib_command_is_translated() -> None:
     made, notes = settings(
-        "python main.py --dataset=FashionMNIST --model ResNet18 --algorithm FedProx -mu 0.01 -ld 1"
+        "python main.py --dataset=FashionMNIST --model ResNet18 --algorithm FedProx -mu 0.01 -dlg 1"
     )
     assert (made.algorithm, made.data.name, made.model.pool) == ("fedprox", "FashionMNIST", ("resnet18",))
-    assert made.options.mu == 0.01 and "-ld 1: no counterpart" in notes  # type: ignore[attr-defined]
+    assert made.options.mu == 0.01 and "-dlg 1: no counterpart" in notes  # type: ignore[attr-defined]
     made, notes = settings("main.py -data TinyImagenet -m MLR -algo SCAFFOLD -tau 0.5 -K 5 --itk 9 -ften 2")
     assert made.data.path.endswith("TinyImagenet.h5") and "-m MLR: no counterpart" in notes
     for said in ("-tau 0.5: no counterpart in scaffold", "-K 5", "-itk 9", "-ften 2: no counterpart"):
@@ -95,6 +95,16 @@ def test_pfllib_command_is_translated() -> None:
     made, notes = settings("main.py -data AGNews -m LSTM -algo FedAvg -vs 32000 -ml 200")
     assert (made.data.source, made.data.vocabulary, made.data.length) == ("text", 32000, 200)
     assert made.model.pool == ("lstm",)
+
+
+def test_learning_rate_decay_is_the_exponential_schedule() -> None:
+    made, notes = settings("main.py -algo FedAvg -m CNN -ld True")
+    assert (made.train.schedule, made.train.gamma) == ("exponential", 0.99), "their default"
+    assert "here after every round" in " ".join(notes.replace("#", "").split()) and "HtFLlib's" not in notes
+    made, notes = settings("main.py -algo FedProto -m HtFE-img-2 -ld 1 -ldg 0.9")
+    assert (made.train.schedule, made.train.gamma) == ("exponential", 0.9)
+    assert "HtFLlib's clients do not use it" in notes
+    assert settings("main.py -algo FedAvg -m CNN -ldg 0.9")[0].train.schedule == "constant"
 
 
 def test_split_is_said_to_be_another_one() -> None:

@@ -48,7 +48,7 @@ def test_every_general_setting_has_a_reason() -> None:
 @pytest.mark.parametrize("name", flags.settings())
 def test_every_default_is_accepted_as_a_flag(name: str) -> None:
     default = FIELDS[name].default
-    text = ",".join(default) if isinstance(default, tuple) else str(default)
+    text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     assert config.flatten(parsed(f"--{name}={text}").model_dump())[name] == default
 
 
@@ -157,6 +157,12 @@ def test_all_wrong_settings_are_reported_at_once() -> None:
         *[(name, value) for name in ("train.clip", "train.weight_decay") for value in (-1, "inf")],
         *[("train.momentum", value) for value in (1, -0.1, "nan")],
         *[("train.threads", value) for value in (0, -1, "all", 10**12)],
+        *[("train.betas", value) for value in ("0.9", "0.9,1", "-0.1,0.9", "0.9,0.99,0.999", "nan,0.9")],
+        *[("train.gamma", value) for value in (0, 1.1, "nan")],
+        *[(f"train.{name}", value) for name in ("eps", "step_size", "accumulate") for value in (0, -1)],
+        *[(f"train.{name}", -1) for name in ("warmup", "steps")],
+        *[("train.optimiser", value) for value in ("rmsprop", "")],
+        *[(f"server.{name}", value) for name in ("lr", "tau", "momentum") for value in (-1, "inf")],
         *[("partition.alpha", value) for value in (0, "inf", "nan")],
         *[("partition.test_fraction", value) for value in (0, 1, "nan")],
         *[("partition.validation", value) for value in (1, -0.1)],

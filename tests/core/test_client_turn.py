@@ -1,8 +1,8 @@
-"""A client's turn: the optimiser against torch's, what a step may change, and abandoned steps."""
+"""A client's turn: what a step may change, its loss, and abandoned steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,173 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pfedmoe_mpi.algorithms.base import Algorithm
-from pfedmoe_mpi.config.sections import FaultSettings, Train
+from pfedmoe_mpi.config.sections import FaultSettings
 from pfedmoe_mpi.core import seeds
-from pfedmoe_mpi.core.batches import Batch, Normalise, Split
-from pfedmoe_mpi.core.client import Client
-from pfedmoe_mpi.core.parts import Module, Parts, Spec, Workbench
-from pfedmoe_mpi.core.parts import Tensor as TensorPart
-from pfedmoe_mpi.core.sgd import SGD, Phase, learning_rate_factor
-from pfedmoe_mpi.core.turn import Engine, Turn
+from pfedmoe_mpi.core.batches import Batch, Split
+from pfedmoe_mpi.core.parts import Parts, Workbench
+from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import StoppedError
 from pfedmoe_mpi.federation.evaluation import measure
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, MISSING, RoundSum
 from pfedmoe_mpi.federation.training import train_member
 from pfedmoe_mpi.mpi.comm import Comm
-
-CPU = torch.device("cpu")
-
-
-def body() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 5))
-
-
-class Two(Algorithm):
-    """A shared and a private part, one after the other."""
-
-    def __init__(self, *phases: Phase) -> None:
-        self._phases = list(phases)
-
-    def state(self) -> Spec:
-        return {"shared": Module("body", body)}
-
-    def client_state(self, client: int) -> Spec:
-        return {
-            "own": Module("head", lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3))),
-            "count": TensorPart((2,)),
-        }
-
-    def phases(self, role: str) -> list[Phase]:
-        return self._phases
-
-    def predict(self, parts: Parts, x: Tensor) -> Tensor:
-        logits: Tensor = parts.own(parts.shared(x))
-        return logits
-
-
-def phase(
-    lr: Mapping[str, float], epochs: int = 1, momentum: float = 0.9, decay: float = 0.0, clip: float = 0.0
-) -> Phase:
-    return Phase(lr, epochs, momentum, decay, clip)
-
-
-BOTH = {"shared": 0.1, "own": 0.03}
-SPLIT = Split(torch.randn((25, 6), generator=torch.Generator().manual_seed(1)), torch.arange(25) % 3)
-
-
-class Player:
-    """One client, its vectors, and turns of it."""
-
-    def __init__(
-        self, *phases: Phase, poll: Callable[[], None] = lambda: None, rounds: int = 10, **train: Any
-    ) -> None:
-        self.method = Two(*phases)
-        self.bench = Workbench(4, CPU)
-        settings = Train(batch=6, **train)
-        self.engine = Engine(CPU, Normalise((), (), 1, CPU), settings, 7, 4, rounds, poll)
-        self.state = self.bench.initial(self.method.state())
-        spec = self.method.client_state(0)
-        self.client = Client(
-            0, spec, self.bench.initial(spec, 0), dict.fromkeys(("train", "test", "validation"), SPLIT)
-        )
-
-    def turn(self, round: int = 1) -> Turn:
-        parts = self.bench.parts((self.method.state(), self.state), (self.client.spec, self.client.vector))
-        return Turn(self.engine, self.method.loss, self.client, parts, round, "client")
-
-    def step(self, round: int = 1) -> tuple[Turn, Tensor, Tensor]:
-        """Return (turn, shared vector, private vector) after a client step."""
-        turn = self.turn(round)
-        self.method.client_step(turn)
-        turn.parts.check()
-        private = self.bench.read(self.client.spec, turn.parts, torch.empty_like(self.client.vector))
-        return turn, turn.parts.vector("shared").clone(), private
-
-
-# The optimiser
-
-
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        phase(BOTH),
-        phase(BOTH, momentum=0.0),
-        phase(BOTH, decay=0.05),
-        phase(BOTH, momentum=0.0, decay=0.05),
-        phase(BOTH, clip=0.1),
-        phase(BOTH, momentum=0.5, decay=0.01, clip=0.5),
-        phase({"own": 0.2}, decay=0.1, clip=0.2),
-        phase({"shared": 0.0, "own": 0.1}),
-    ],
-    ids=["momentum", "plain", "decay", "plain decay", "clip", "everything", "one part", "no rate"],
-)
-def test_sgd_equals_torch_sgd(chosen: Phase) -> None:
-    torch.manual_seed(0)
-    player = Player(chosen)
-    parts = player.turn().parts
-    mine = SGD(parts, chosen, 0.5)
-    modules = {"shared": body(), "own": nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3))}
-    for name, module in modules.items():
-        module.load_state_dict(parts.modules()[name].state_dict())
-        for each in (module, parts.modules()[name]):
-            each.train()
-            each.requires_grad_(name in chosen.lr)
-    groups = [{"params": list(modules[name].parameters()), "lr": lr * 0.5} for name, lr in chosen.lr.items()]
-    theirs = torch.optim.SGD(groups, momentum=chosen.momentum, weight_decay=chosen.weight_decay)
-    for step in range(5):
-        x, y = SPLIT.x[5 * step : 5 * step + 5], SPLIT.y[5 * step : 5 * step + 5]
-        torch.manual_seed(step)
-        mine.zero_grad()
-        nn.functional.cross_entropy(parts.own(parts.shared(x)), y).backward()
-        mine.step()
-        torch.manual_seed(step)
-        theirs.zero_grad()
-        nn.functional.cross_entropy(modules["own"](modules["shared"](x)), y).backward()
-        if chosen.clip:
-            trained = [p for name in chosen.lr for p in modules[name].parameters()]
-            norm = nn.utils.clip_grad_norm_(trained, chosen.clip)
-            assert float(norm) > chosen.clip, "the joint norm is what is clipped"
-        theirs.step()
-        for name, module in modules.items():
-            for (key, got), want in zip(
-                parts.modules()[name].state_dict().items(), module.state_dict().values(), strict=True
-            ):
-                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=f"step {step}: {name}.{key}")
-    parts.check()
-
-
-def test_parameter_without_gradient_stays_unchanged() -> None:
-    chosen = phase({"own": 0.1}, decay=0.1)
-    parts = Player(chosen).turn().parts
-    optimiser, before = SGD(parts, chosen, 1.0), parts.vector("own").clone()
-    optimiser.step()
-    assert torch.equal(parts.vector("own"), before)
-    weight = parts.own[1].weight
-    weight.grad = torch.ones_like(weight)
-    old = weight.detach().clone()
-    optimiser.step()
-    torch.testing.assert_close(weight.detach(), old - 0.1 * (1 + 0.1 * old))
-
-
-def test_learning_rate_schedules_have_their_values() -> None:
-    assert [learning_rate_factor("constant", r, 4) for r in (1, 2, 4)] == [1, 1, 1]
-    assert [learning_rate_factor("linear", r, 4) for r in (1, 2, 3, 4)] == [1, 0.75, 0.5, 0.25]
-    cosine = [learning_rate_factor("cosine", r, 4) for r in (1, 2, 3, 4)]
-    assert cosine == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-6)
-    late = Player(phase(BOTH), schedule="linear", rounds=4).turn(3)
-    assert late.rate == 0.5
-
-
-def test_schedule_scales_the_steps() -> None:
-    moved = []
-    for schedule in ("constant", "linear"):
-        player = Player(phase(BOTH, momentum=0.0), schedule=schedule, rounds=1000)
-        _, shared, _ = player.step(1000)
-        moved.append(float((shared - player.state)[:56].norm()))
-    assert moved[1] < 0.01 * moved[0]
-
+from support.one_client import BOTH, CPU, SPLIT, Player, Two, phase
 
 # What a step touches
 

@@ -32,13 +32,14 @@ def sample_content(
 ) -> Content:
     """Return content for a checkpoint; client k's vector has sizes[k mod length] numbers."""
     draw = np.random.default_rng(clients)
+    server = {"server": {"optimiser": "yogi"}} if partial else {}  # earlier versions have no such section
     layouts = [Layout.join({"model": Layout.of_tensor((sizes[k % len(sizes)],))}) for k in range(clients)]
     split = [draw.integers(0, 1000, k % 4) for k in range(clients)]
     return Content(
         config={
             **{"algorithm": "pfedmoe", "seed": 0, "clients": clients, "rounds": 9, "name": "bärbel"},
             **{"model": {"pool": ["cnn1", "cnn2"]}, "train": {"lr": 0.1}},
-            **{"data": {"source": "digits"}, "partition": {"kind": "iid"}},
+            **{"data": {"source": "digits"}, "partition": {"kind": "iid"}, **server},
         },
         round=3,
         state=draw.standard_normal(state).astype(np.float32),
@@ -52,6 +53,7 @@ def sample_content(
         },
         partial=draw.integers(-(2**62), 2**62, 333) if partial else None,
         finished=[1, 4] if partial else [],
+        moments=draw.standard_normal(2 * state if partial else 0).astype(np.float32),
     )
 
 

@@ -1,4 +1,4 @@
-"""Jobs of this package's scripts, and of conformance.py, under mpirun."""
+"""Jobs of this package's scripts, and of the command `conformance`, under mpirun."""
 
 from __future__ import annotations
 

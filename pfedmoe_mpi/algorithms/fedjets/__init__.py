@@ -23,12 +23,12 @@ Our readings where the paper is silent: means are weighted by samples; weights a
 experts (`renormalise`); an anchor's gate loss has weight 1 (`anchor_loss`); a training client answers with
 the mixture of the K experts that the gate selects over the samples to be answered.
 
-Departures: the gate is trained by plain SGD (no momentum, no weight decay) with `train.lr_gate` (the paper:
-0.001). The paper's anchors are given disjoint labels. Here anchors are the clients of the partition that
-overlap least, by their label counts, which they must reveal, or by k-means on their mean embeddings, which
-reveals no label (`anchors`); counts or embeddings leave each client once. The common expert is trained on
-rows that no client has, until its accuracy on a fifth of them reaches `common_target`, or it is read from a
-file.
+Departures: whatever `train.optimiser`, the gate is trained by plain SGD (no momentum, no weight decay) with
+`train.lr_gate` (the paper: 0.001). The paper's anchors are given disjoint labels. Here anchors are the
+clients of the partition that overlap least, by their label counts, which they must reveal, or by k-means on
+their mean embeddings, which reveals no label (`anchors`); counts or embeddings leave each client once. The
+common expert is trained on rows that no client has, until its accuracy on a fifth of them reaches
+`common_target`, or it is read from a file.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ class FedJETs(Algorithm):
         return values
 
     def _phase(self, names: Sequence[str]) -> Phase:
-        """Return a phase with the configured SGD for experts and plain SGD for the gate."""
+        """Return a phase with the configured optimiser for experts and plain SGD for the gate."""
         train = self.task.config.train
         rates = {name: train.lr_gate if name == "gate" else train.lr_shared for name in names}
         return self.phase(rates, plain={"gate"})
