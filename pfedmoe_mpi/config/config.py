@@ -41,9 +41,11 @@ from pfedmoe_mpi.config.sections import (
     Unseen,
 )
 from pfedmoe_mpi.errors import ConfigError, did_you_mean
+from pfedmoe_mpi.models import names
 from pfedmoe_mpi.names import check_path
 
 REFERENCES = ("algorithm", "model.pool", "model.shared", "gate.module", "fedjets.common_model")
+LISTS = ("model.pool",)  # those of several names; a comma in a folder's name separates none of them
 PATHS = ("data.path", "run.dir", "run.code", "fedjets.common")
 BOOKKEEPING = ("run.table", "run.cell", "run.scale", "run.altered")  # `reproduce` writes them; not flags
 
@@ -227,10 +229,11 @@ def _with_references(settings: Mapping[str, Any], change: Callable[[str], str]) 
     changed = dict(settings)
     for name in REFERENCES:
         value = settings.get(name)
-        items = value.split(",") if isinstance(value, str) else value
+        single = isinstance(value, str) and name not in LISTS
+        items = [value] if single else value.split(",") if isinstance(value, str) else value
         if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
             items = [change(item.strip()) if user_code.is_reference(item.strip()) else item for item in items]
-            changed[name] = ",".join(items) if isinstance(value, str) else items
+            changed[name] = items[0] if single else items
     return changed
 
 
@@ -238,9 +241,9 @@ def references(settings: Config) -> list[str]:
     """Return the references to code from outside of this program in a configuration."""
     flat = flatten(to_tree(settings))
     values = [flat.get(name) for name in REFERENCES[1:]]
-    names = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
-    chosen = [methods.reference(settings.algorithm), *filter(None, names)]
-    return list(dict.fromkeys(name for name in chosen if user_code.is_reference(name)))
+    chosen = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
+    code = [methods.reference(settings.algorithm), *map(names.reference, filter(None, chosen))]
+    return list(dict.fromkeys(filter(None, code)))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.core.flat import Bound, BoundTensor, Layout, flatten
+from pfedmoe_mpi.models import generators
 from pfedmoe_mpi.models.registry import Weightless
 
 
@@ -30,12 +31,12 @@ class Module:
     weightless: bool = True
 
     def initial(self) -> torch.Tensor:
-        """Return the vector of a newly initialised module; draws from torch's global generator."""
+        """Return the vector of a newly initialised module; draws from the global generators."""
         return flatten(self.build())
 
     def layout(self) -> Layout:
-        """Return the layout of that vector; torch's global generator is not changed."""
-        with Weightless() if self.weightless else torch.random.fork_rng(devices=[]):
+        """Return the layout of that vector; the global generators are not changed."""
+        with Weightless() if self.weightless else generators.kept():
             return Layout.of(self.build())
 
 

@@ -19,6 +19,7 @@ from pfedmoe_mpi.federation.effective import effective_config
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.memory import Host
 from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
+from pfedmoe_mpi.federation.pretraining import check_initial
 from pfedmoe_mpi.federation.server_optimiser import check_method
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.mpi import device
@@ -47,6 +48,8 @@ def build(comm: Comm, settings: Config, *, warn: bool = True) -> Federation:
     specs = [method.client_state(k) for k in range(task.clients)]  # a ConfigError is raised on all ranks
     workbench = Workbench(settings.seed, own_device.device)
     state_layout = workbench.layout(method.state())
+    client_layouts = [workbench.layout(spec) for spec in specs]
+    check_initial(method, state_layout, client_layouts)
     check_method(settings, method, state_layout)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
@@ -78,7 +81,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True) -> Federation:
         home=home,
         costs=costs,
         state_layout=state_layout,
-        client_layouts=[workbench.layout(spec) for spec in specs],
+        client_layouts=client_layouts,
         clients=clients,
         stream=make_stream(settings, dataset, partition),
         reserved=reserved(comm, dataset, partition, own_device.device) if method.pretrains else None,
