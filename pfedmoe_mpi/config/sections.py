@@ -82,7 +82,17 @@ class Data(Section):
 
 class PartitionSettings(Section):
     kind: Annotated[
-        Literal["iid", "pathological", "dirichlet", "classes", "natural"], BeforeValidator(_name)
+        Literal[
+            "iid",
+            "pathological",
+            "dirichlet",
+            "dirichlet_class",
+            "quantity",
+            "shards",
+            "classes",
+            "natural",
+        ],
+        BeforeValidator(_name),
     ] = "dirichlet"
     """How samples are divided among clients; data that name their clients propose natural.
     Default: every client sees most classes, in different proportions."""
@@ -93,8 +103,16 @@ class PartitionSettings(Section):
     """`classes`: the fewest classes a client may draw.
     Default: clients of one class are the hardest case."""
     alpha: Positive = 1.0
-    """`dirichlet`: concentration γ of the class proportions; the smaller, the more clients differ.
+    """Concentration of the Dirichlet draws: of each client's classes (`dirichlet`), of each class's clients
+    (`dirichlet_class`), of the clients' sizes (`quantity`); the smaller, the more clients differ.
     Default: clients differ, and none is left with one class."""
+    balance: bool = True
+    """`dirichlet_class`: a client that has its equal share of all samples gets none of the classes that
+    follow; false: sizes differ more, as in FL-bench.
+    Default: as in PFLlib, HtFLlib and NIID-Bench."""
+    shards: int = Field(2, ge=1)
+    """`shards`: how many pieces of the samples sorted by class a client gets.
+    Default: as McMahan et al. (2017)."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of a client's samples held out as its test set.
     Default: the papers' 8 : 2."""

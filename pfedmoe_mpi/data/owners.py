@@ -21,16 +21,18 @@ def draw_owners(
 ) -> tuple[np.ndarray, np.random.Generator]:
     """Return the owner of every row, and the generator for further draws; `shape` is (N, classes)."""
     clients, classes = shape
+    if settings.kind == "quantity":  # only numbers of rows are drawn: all rows are as of one class
+        labels, classes = np.zeros_like(labels), 1
     masks = [np.ones(len(labels), bool)] if official is None else [~official, official]
     pools = [np.flatnonzero(mask) for mask in masks]
     sizes = np.stack([np.bincount(labels[rows], minlength=classes) for rows in pools])
     reason = ""
     for attempt in range(settings.tries):
         generator = numpy_generator(seed, "partition", attempt)
-        if settings.kind == "iid":
-            return _assign_evenly(pools, settings, clients, generator), generator
-        shares = draw_shares(settings, classes, clients, generator)
-        whole = settings.kind != "dirichlet"
+        if settings.kind in {"iid", "shards"}:
+            return _assign_evenly(pools, labels, settings, clients, generator), generator
+        shares = draw_shares(settings, sizes.sum(axis=0), clients, generator)
+        whole = settings.kind in {"pathological", "classes"}
         counts = np.stack([apportion(size, shares, whole) for size in sizes])
         reason = _misfit(settings, counts, shares, whole)
         if not reason:
@@ -47,8 +49,12 @@ def _remedy(settings: PartitionSettings, clients: int) -> str:
         f"lower --clients (now {clients})",
         f"lower --partition.min_samples (now {settings.min_samples})",
     ]
-    if settings.kind == "dirichlet":
+    if settings.kind in {"dirichlet", "dirichlet_class", "quantity"}:
         steps.insert(0, f"raise --partition.alpha (now {settings.alpha:g})")
+        if settings.kind != "dirichlet":  # where sizes differ widely, one draw in hundreds fits
+            steps.insert(0, f"raise --partition.tries (now {settings.tries})")
+    elif settings.kind == "shards":
+        steps.insert(1, f"lower --partition.shards (now {settings.shards})")
     elif settings.kind != "iid":
         steps.insert(1, f"change --partition.classes (now {settings.classes})")
     if settings.pool == "official":
@@ -96,19 +102,34 @@ def _assign(
 
 
 def _assign_evenly(
-    pools: list[np.ndarray], settings: PartitionSettings, clients: int, generator: np.random.Generator
+    pools: list[np.ndarray],
+    labels: np.ndarray,
+    settings: PartitionSettings,
+    clients: int,
+    generator: np.random.Generator,
 ) -> np.ndarray:
-    """Return the owner of every row: each pool is shuffled and cut into equal parts."""
-    fewest = [len(pool) // clients for pool in pools]
-    if not all(fewest) or sum(fewest) < settings.min_samples:
-        raise PartitionError(
-            f"clients = {clients} would get {' + '.join(map(str, fewest))} rows each (training + test), but "
-            f"partition.min_samples = {settings.min_samples} and every part needs a row",
-            _remedy(settings, clients),
-        )
+    """Return the owner of every row: each pool is shuffled and cut into equal parts.
+
+    `iid` has a part per client. `shards` sorts the shuffled pool by label, and gives every client the drawn
+    number of parts; they are the same places of both pools.
+    """
+    holders = np.arange(clients)
+    if settings.kind == "shards":
+        holders = generator.permutation(np.repeat(holders, settings.shards))
     owner = np.full(sum(map(len, pools)), NO_CLIENT, np.int64)
     for pool in pools:
-        owner[generator.permutation(pool)] = np.arange(len(pool)) * clients // len(pool)
+        rows = generator.permutation(pool)
+        if settings.kind == "shards":
+            rows = rows[np.argsort(labels[rows], kind="stable")]
+        owner[rows] = holders[np.arange(len(pool)) * len(holders) // len(pool)]
+    sizes = np.stack([np.bincount(owner[pool], minlength=clients) for pool in pools])
+    if not sizes.all() or sizes.sum(axis=0).min() < settings.min_samples:
+        smallest = sizes[:, np.lexsort((sizes.sum(axis=0), sizes.min(axis=0) > 0))[0]]
+        raise PartitionError(
+            f"clients = {clients}: a client would get {' + '.join(map(str, smallest))} rows (training + "
+            f"test), but partition.min_samples = {settings.min_samples} and every part needs a row",
+            _remedy(settings, clients),
+        )
     return owner
 
 

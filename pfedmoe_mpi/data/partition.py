@@ -93,8 +93,18 @@ def make_partition(
       U(0.4, 0.6) and normalised (pFedMoE, arXiv 2402.01350, as in its authors' released code). Which client
       gets which classes is drawn.
     - `dirichlet`: every client draws its class proportions from Dirichlet(alpha), and each class is divided
-      in proportion to the clients' draws (same paper, practical non-IID). Clients then have similar sizes at
-      any alpha, which is not so if every class draws its shares over the clients.
+      in proportion to the clients' draws (same paper, practical non-IID). Clients have similar sizes at any
+      alpha.
+    - `dirichlet_class`: every class draws its proportions over the clients from Dirichlet(alpha) (Yurochkin
+      et al., ICML 2019, arXiv 1905.12022), so that clients differ in size, too. Draws are repeated until
+      every client has `min_samples`. With `balance`, classes are divided in their order, and a client that
+      has n / N of the n rows gets none of the next ones, as in PFLlib and in NIID-Bench (Li et al., ICDE
+      2022, arXiv 2102.02079); without it as in FL-bench. Departure: these round the cuts down, which gives
+      the last client a row of nearly every class; here they are rounded to the nearest row.
+    - `quantity`: sizes are drawn from Dirichlet(alpha), and the rows of each client at random (NIID-Bench,
+      quantity skew).
+    - `shards`: the rows are sorted by class and cut into N · `shards` equal pieces, and every client gets
+      `shards` of them at random (McMahan et al., AISTATS 2017, arXiv 1602.05629, section 3).
     - `classes`: every client draws its number of classes from classes_min..classes; the rest is as in
       `pathological`.
     - `natural`: `client` (n,) is the owner of every row.
@@ -156,6 +166,12 @@ def _reject_impossible(
         raise PartitionError(
             f"partition.classes = {settings.classes}, but the data have {classes} classes",
             f"set --partition.classes {classes} or less",
+        )
+    if settings.kind == "shards" and clients * settings.shards > rows:
+        raise PartitionError(
+            f"clients = {clients} with partition.shards = {settings.shards} need {clients * settings.shards} "
+            f"rows, but the data have {rows}",
+            f"set --partition.shards {max(rows // clients, 1)} or less, or lower --clients",
         )
     least = settings.min_samples
     if clients * least > rows:

@@ -13,6 +13,8 @@ from pfedmoe_mpi.models import names as model_names
 # The kinds of partition that these settings belong to.
 KINDS = {
     "partition.alpha": "dirichlet",
+    "partition.balance": "dirichlet_class",
+    "partition.shards": "shards",
     "partition.classes": "pathological",
     "partition.classes_min": "classes",
 }
