@@ -113,6 +113,10 @@ class PartitionSettings(Section):
     shards: int = Field(2, ge=1)
     """`shards`: how many pieces of the samples sorted by class a client gets.
     Default: as McMahan et al. (2017)."""
+    noise: float = Field(0.0, ge=0, le=1000)
+    """Feature skew, with any kind: Gaussian noise of std σ · k / N on the samples of client k of N, as in
+    NIID-Bench; of images in units of their range 0 to 1, of features in units of their std.
+    Default: clients differ in labels only."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of a client's samples held out as its test set.
     Default: the papers' 8 : 2."""
