@@ -9,6 +9,7 @@ import pytest
 
 from pfedmoe_mpi.config.sections import PartitionSettings
 from pfedmoe_mpi.data import Partition, make_partition
+from pfedmoe_mpi.data.shares import draw_shares
 from pfedmoe_mpi.errors import PartitionError
 
 CLASS, FREE = {"kind": "dirichlet_class", "alpha": 0.3}, {"balance": False}
@@ -109,6 +110,15 @@ def test_no_row_is_lost_at_small_alpha(balance: bool) -> None:
     labels = np.arange(900) % 3
     values = {"kind": "dirichlet_class", "alpha": 1e-4, "balance": balance, "tries": 5000, "min_samples": 2}
     assert table(split(values, labels, 3), labels).sum() == 900
+
+
+def test_shares_are_proportions_whoever_is_full() -> None:
+    """At small alpha all clients that are not full may have 0; reserved rows may empty a class."""
+    settings = PartitionSettings(kind="dirichlet_class", alpha=1e-4)
+    for sizes, clients in (([300, 300, 300], 3), ([5, 0], 1)):
+        for seed in range(20):
+            shares = draw_shares(settings, np.array(sizes), clients, np.random.default_rng(seed))
+            assert np.allclose(shares.sum(axis=1), 1) and (shares >= 0).all()
 
 
 def test_quantity_has_drawn_sizes_and_all_classes() -> None:
