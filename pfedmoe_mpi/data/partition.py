@@ -167,12 +167,6 @@ def _reject_impossible(
             f"partition.classes = {settings.classes}, but the data have {classes} classes",
             f"set --partition.classes {classes} or less",
         )
-    if settings.kind == "shards" and clients * settings.shards > rows:
-        raise PartitionError(
-            f"clients = {clients} with partition.shards = {settings.shards} need {clients * settings.shards} "
-            f"rows, but the data have {rows}",
-            f"set --partition.shards {max(rows // clients, 1)} or less, or lower --clients",
-        )
     least = settings.min_samples
     if clients * least > rows:
         raise PartitionError(
@@ -180,6 +174,12 @@ def _reject_impossible(
             f"but the data have {rows}",
             f"set --clients {rows // least} or less"
             + (f", or --partition.min_samples {rows // clients}" if rows >= 2 * clients else ""),
+        )
+    if settings.kind == "shards" and clients * settings.shards > rows:
+        raise PartitionError(
+            f"clients = {clients} with partition.shards = {settings.shards} need {clients * settings.shards} "
+            f"rows, but the data have {rows}",
+            f"set --partition.shards {rows // clients} or less, or lower --clients",
         )
 
 
