@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pfedmoe_mpi.config.sections import PartitionSettings
+from pfedmoe_mpi.config.partition_settings import PartitionSettings
 from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.data.shares import apportion, draw_shares
 from pfedmoe_mpi.errors import PartitionError

@@ -13,7 +13,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from pfedmoe_mpi.config.sections import PartitionSettings
+from pfedmoe_mpi.config.partition_settings import PartitionSettings
 from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.data.held_out import hold_out, hold_out_last
 from pfedmoe_mpi.data.owners import NO_CLIENT, draw_owners, per_client

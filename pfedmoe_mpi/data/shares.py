@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pfedmoe_mpi.config.sections import PartitionSettings
+from pfedmoe_mpi.config.partition_settings import PartitionSettings
 
 
 def draw_shares(

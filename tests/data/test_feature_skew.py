@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pfedmoe_mpi import checkpoint
-from pfedmoe_mpi.config.sections import Data, PartitionSettings
+from pfedmoe_mpi.config.partition_settings import PartitionSettings
+from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data import Dataset, Partition, make_partition
 from pfedmoe_mpi.data.dataset import MemoryRows, SourceData, build_dataset
 from pfedmoe_mpi.data.noise import with_noise
