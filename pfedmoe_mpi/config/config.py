@@ -1,9 +1,9 @@
 """The configuration: typed, validated, read from TOML and overridden by flags.
 
-A `Config` is immutable and complete: every field, here and in `sections.py`, has a range and a default; the
-string below it is its help, with the reason for the default. Whatever can be checked without data is checked
-here, before torch or MPI is imported. A method adds its own section by a class `Options` in its file, which
-`methods.py` reads.
+A `Config` is immutable and complete: every field, here and in the sections beside it, has a range and a
+default; the string below it is its help, with the reason for the default. Whatever can be checked without
+data is checked here, before torch or MPI is imported. A method adds its own section by a class `Options` in
+its file, which `methods.py` reads.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pydantic import (
 
 from pfedmoe_mpi import user_code
 from pfedmoe_mpi.config import methods, neighbours
+from pfedmoe_mpi.config.partition_settings import PartitionSettings
 from pfedmoe_mpi.config.sections import (
     Data,
     Eval,
@@ -32,7 +33,6 @@ from pfedmoe_mpi.config.sections import (
     Join,
     ModelSettings,
     Name,
-    PartitionSettings,
     Run,
     Section,
     Server,

@@ -26,6 +26,7 @@ def _items(value: Any) -> Any:
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
+LowerCase = BeforeValidator(_name)
 Name = Annotated[str, BeforeValidator(_name)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_items)]
 Changes = Annotated[
@@ -80,38 +81,6 @@ class Data(Section):
     classes: int = Field(10, ge=2)
     """`synthetic`: how many classes to draw.
     Default: as CIFAR-10."""
-
-
-class PartitionSettings(Section):
-    kind: Annotated[
-        Literal["iid", "pathological", "dirichlet", "classes", "natural"], BeforeValidator(_name)
-    ] = "dirichlet"
-    """How samples are divided among clients; data that name their clients propose natural.
-    Default: every client sees most classes, in different proportions."""
-    classes: int = Field(2, ge=1)
-    """`pathological`: classes per client; `classes`: the most a client may draw.
-    Default: the papers' pathological CIFAR-10."""
-    classes_min: int = Field(1, ge=1)
-    """`classes`: the fewest classes a client may draw.
-    Default: clients of one class are the hardest case."""
-    alpha: Positive = 1.0
-    """`dirichlet`: concentration γ of the class proportions; the smaller, the more clients differ.
-    Default: clients differ, and none is left with one class."""
-    test_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of a client's samples held out as its test set.
-    Default: the papers' 8 : 2."""
-    validation: float = Field(0.0, ge=0, lt=1)
-    """Share of a client's training samples held out to choose `best.h5`.
-    Default: the papers hold none out."""
-    min_samples: int = Field(10, ge=2)
-    """The fewest samples a client may have.
-    Default: with fewer, accuracy on the test share means little."""
-    pool: Annotated[Literal["all", "official"], BeforeValidator(_name)] = "all"
-    """`all` divides training and test images together; `official` keeps the data's own test images as test.
-    Default: the papers divide 8 : 2 within each client."""
-    tries: int = Field(100, ge=1, le=100_000)
-    """Draws before giving up on `min_samples`.
-    Default: a partition that fails this often cannot be drawn."""
 
 
 class ModelSettings(Section):

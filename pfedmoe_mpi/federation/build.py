@@ -13,6 +13,7 @@ from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.parts import Workbench
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
+from pfedmoe_mpi.data.noise import with_noise
 from pfedmoe_mpi.federation import own_code, placement
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config
@@ -40,7 +41,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True) -> Federation:
     host = Host(comm.local()[1], comm.size, own_device.device.type == "cpu")
     plan = comm.from_root(lambda: make_plan(settings, dataset, host), "plan", Plan.without_rows)
     partition, costs = plan.partition, plan.costs
-    dataset = plan.fitted or dataset
+    dataset = with_noise(plan.fitted or dataset, partition, settings.partition.noise, settings.seed)
     task = make_task(settings, dataset, partition)
     method = algorithms.load(settings.algorithm)(task)
     method.poll = comm.poll
