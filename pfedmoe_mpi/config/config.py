@@ -230,9 +230,11 @@ def _with_references(settings: Mapping[str, Any], change: Callable[[str], str]) 
     for name in REFERENCES:
         value = settings.get(name)
         single = isinstance(value, str) and name not in LISTS
-        items = [value] if single else value.split(",") if isinstance(value, str) else value
+        items = [value] if single else value
+        if isinstance(items, str):
+            items = [item.strip() for item in items.split(",") if item.strip()]
         if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
-            items = [change(item.strip()) if user_code.is_reference(item.strip()) else item for item in items]
+            items = [change(item) if user_code.is_reference(item) else item for item in items]
             changed[name] = items[0] if single else items
     return changed
 
