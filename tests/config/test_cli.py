@@ -18,14 +18,7 @@ from pfedmoe_mpi import __version__, config
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import methods
 from support.files import path_digest
-from support.launcher import (
-    Result,
-    Session,
-    clean_environment,
-    read_events,
-    read_metrics,
-    run_program,
-)
+from support.launcher import Result, Session, clean_environment, read_events, read_metrics, run_program
 from support.paths import ROOT
 
 
@@ -43,17 +36,8 @@ def of_each(
 ) -> Path:
     """A run of one round of every method with half of the clients; read only."""
     folder = tmp_path_factory.mktemp(request.param)
-    flags = (
-        "--algorithm",
-        request.param,
-        "--model.pool",
-        "mlp5",
-        "--participation",
-        "0.5",
-        "--run.dir",
-        "run",
-    )
-    result = session(*small_run, *flags, cwd=folder)
+    flags = ("--algorithm", request.param, "--model.pool", "mlp5", "--participation", "0.5")
+    result = session(*small_run, *flags, "--run.dir", "run", cwd=folder)
     assert result.code == 0, result.err
     return folder / "run"
 
