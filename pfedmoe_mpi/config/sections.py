@@ -28,7 +28,7 @@ def _items(value: Any) -> Any:
 Name = Annotated[str, BeforeValidator(_name)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_items)]
 Source = Literal[
-    "digits", "torchvision", "folder", "hdf5", "npz", "table", "heart", "text", "words", "synthetic"
+    "digits", "torchvision", "folder", "hdf5", "npz", "leaf", "table", "heart", "text", "words", "synthetic"
 ]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_items)]
 Changes = Annotated[

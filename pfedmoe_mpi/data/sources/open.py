@@ -15,6 +15,7 @@ from pfedmoe_mpi.data.sources.builtin import draw_synthetic, load_digits
 from pfedmoe_mpi.data.sources.folder import load_folder
 from pfedmoe_mpi.data.sources.hdf5 import open_hdf5
 from pfedmoe_mpi.data.sources.heart import load_heart
+from pfedmoe_mpi.data.sources.leaf import load_leaf
 from pfedmoe_mpi.data.sources.next_word import load_words
 from pfedmoe_mpi.data.sources.npz import load_npz
 from pfedmoe_mpi.data.sources.table import load_table
@@ -59,6 +60,7 @@ def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) 
         "hdf5": lambda: open_hdf5(user_path(settings), check),
         "npz": lambda: load_npz(user_path(settings)),
         "table": lambda: load_table(user_path(settings), settings),
+        "leaf": lambda: load_leaf(user_path(settings), settings),
         "heart": lambda: load_heart(user_path(settings)),
         "text": lambda: load_text(user_path(settings), settings),
         "words": lambda: load_words(user_path(settings), settings),
