@@ -27,9 +27,8 @@ def _items(value: Any) -> Any:
 
 Name = Annotated[str, BeforeValidator(_name)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_items)]
-Source = Literal[
-    "digits", "torchvision", "folder", "hdf5", "npz", "leaf", "table", "heart", "text", "words", "synthetic"
-]
+Files = Literal["torchvision", "folder", "hdf5", "npz", "leaf", "tff", "table", "heart", "text", "words"]
+Source = Literal["digits", Files, "synthetic"]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_items)]
 Changes = Annotated[
     tuple[Annotated[Literal["flip", "erase", "crop"], BeforeValidator(_name)], ...], BeforeValidator(_items)

@@ -82,7 +82,7 @@ def load_leaf(root: Path, settings: Data) -> SourceData:
         where=f"LEAF folder {root}",
         store=MemoryRows(samples.x),
         labels=labels,
-        class_names=_character_names(names) if samples.x.shape[1:] == (1, *_FEMNIST) else names,
+        class_names=character_names(names) if samples.x.shape[1:] == (1, *_FEMNIST) else names,
         client=clients.client,
         client_names=clients.names,
         official_test=official,
@@ -237,7 +237,7 @@ def _read_pictures(root: Path, names: Sequence[str], settings: Data) -> _Samples
     return _Samples(x, coloured=x.shape[1] == 3, warnings=tuple(describe_conversions(files, conversions)))
 
 
-def _character_names(names: Sequence[str]) -> tuple[str, ...]:
+def character_names(names: Sequence[str]) -> tuple[str, ...]:
     """Return FEMNIST's characters for its labels 0 to 61; other labels stay as they are."""
     known = {str(place): character for place, character in enumerate(_CHARACTERS)}
     return tuple(known.get(name, name) for name in names)

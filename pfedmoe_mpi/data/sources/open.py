@@ -20,6 +20,7 @@ from pfedmoe_mpi.data.sources.next_word import load_words
 from pfedmoe_mpi.data.sources.npz import load_npz
 from pfedmoe_mpi.data.sources.table import load_table
 from pfedmoe_mpi.data.sources.text_csv import load_text
+from pfedmoe_mpi.data.sources.tff import load_tff
 from pfedmoe_mpi.data.sources.torchvision_sets import load_torchvision
 from pfedmoe_mpi.errors import DataError
 
@@ -59,6 +60,7 @@ def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) 
         "folder": lambda: load_folder(user_path(settings), settings.size),
         "hdf5": lambda: open_hdf5(user_path(settings), check),
         "npz": lambda: load_npz(user_path(settings)),
+        "tff": lambda: load_tff(user_path(settings)),
         "table": lambda: load_table(user_path(settings), settings),
         "leaf": lambda: load_leaf(user_path(settings), settings),
         "heart": lambda: load_heart(user_path(settings)),
