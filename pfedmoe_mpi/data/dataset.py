@@ -143,7 +143,8 @@ class Dataset:
     If `fit` is set, samples may hold NaN until `fitted` is called. `vocabulary` is the number of possible
     tokens, 0 if samples are not tokens. `ordered` means that each row overlaps the rows after it: parts are
     then cut from the end and not drawn at random. `left_out` names what of the data is not read, and why.
-    `warnings` say what a user should know of the data although they can be used.
+    `summary` are lines on what the source took the data to be, before a fit. `warnings` say what a user
+    should know of the data although they can be used.
     """
 
     name: str
@@ -163,6 +164,7 @@ class Dataset:
     vocabulary: int = 0
     ordered: bool = False
     left_out: tuple[str, ...] = ()
+    summary: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.dataset import Dataset, SourceData, build_dataset, user_path
@@ -22,6 +23,7 @@ from pfedmoe_mpi.data.sources.table import load_table
 from pfedmoe_mpi.data.sources.text_csv import load_text
 from pfedmoe_mpi.data.sources.tff import load_tff
 from pfedmoe_mpi.data.sources.torchvision_sets import load_torchvision
+from pfedmoe_mpi.data.summary import summarise
 from pfedmoe_mpi.errors import DataError
 
 
@@ -31,8 +33,8 @@ def open_dataset(
     """Open the data set of `settings`.
 
     Only the synthetic source uses `seed` and `clients`. `download` lets torchvision fetch missing files;
-    ranks never set it. `check=False` skips the search of a whole HDF5 file for NaN, which one rank does for
-    all; rows are checked again when they are read.
+    ranks never set it. `check=False` skips the search of a whole HDF5 file for NaN and the summary, which one
+    rank does for all; rows are checked again when they are read.
 
     Raises:
         DataError: the data are missing, unreadable, empty, or have unusable shapes, labels or values, or
@@ -40,10 +42,16 @@ def open_dataset(
     """
     source = _load(settings, seed, clients, download, check)
     try:
-        return build_dataset(source, settings)
+        data = build_dataset(source, settings)
+        return replace(data, summary=summarise(data, source.where)) if check else data
     except BaseException:
         source.store.close()
         raise
+
+
+def print_summary(dataset: Dataset) -> None:
+    """Print what the source took the data to be, beside the output of a command; only one rank calls it."""
+    print("\n".join(dataset.summary), file=sys.stderr, flush=True)
 
 
 def print_warnings(dataset: Dataset) -> None:
