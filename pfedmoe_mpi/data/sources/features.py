@@ -5,7 +5,7 @@ A number is one column. Codes have no order: an attribute of codes is one column
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,17 +15,24 @@ from pfedmoe_mpi.data.partition import Partition
 from pfedmoe_mpi.errors import DataError
 
 
-def to_columns(attributes: Iterable[tuple[np.ndarray, Sequence[float]]]) -> np.ndarray:
+def to_columns(attributes: Sequence[tuple[np.ndarray, Sequence[float]]]) -> np.ndarray:
     """Return attributes as columns (n, columns) float32, NaN where a value is missing.
 
     Args:
         attributes: the values (n,) of each, and its codes, which are empty for a number.
     """
-    columns = []
+    total = sum(max(1, len(codes)) for _, codes in attributes)
+    x = np.empty((len(attributes[0][0]), total), np.float32)
+    column = 0
     for values, codes in attributes:
-        indicators = [np.where(np.isnan(values), np.nan, values == code) for code in codes]
-        columns += indicators or [values]
-    return np.stack(columns, 1, dtype=np.float32, casting="same_kind")
+        missing = np.isnan(values)
+        for code in codes:
+            x[:, column] = np.where(missing, np.nan, values == code)
+            column += 1
+        if not codes:
+            x[:, column] = values
+            column += 1
+    return x
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def load_heart(root: Path) -> SourceData:
     return SourceData(
         name="heart disease",
         where=f"heart disease in {root}",
-        store=MemoryRows(to_columns(zip(table[:, :-1].T, ATTRIBUTES.values(), strict=True))),
+        store=MemoryRows(to_columns([*zip(table[:, :-1].T, ATTRIBUTES.values(), strict=True)])),
         labels=(table[:, -1] > 0).astype(np.int64),
         class_names=("healthy", "sick"),
         client=np.repeat(np.arange(len(files)), [len(rows) for rows in tables]),

@@ -82,6 +82,7 @@ def _rows(path: Path, file: Any) -> Iterator[tuple[int, Sequence[Any]]]:
     number = 1
     try:
         for batch in file.iter_batches(_BATCH):
+            batch.validate(full=True)  # a damaged file may number words that its dictionary lacks
             for row in zip(*map(_values, batch.columns), strict=True):
                 yield number, row
                 number += 1

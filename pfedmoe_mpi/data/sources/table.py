@@ -168,4 +168,4 @@ def _columns(path: Path, attributes: dict[str, tuple[np.ndarray, range]], rows: 
             f"'{widest}' has {len(attributes[widest][1])} of at most {CODES} codes",
             f"leave it out: --data.ignore '{widest}'",
         )
-    return to_columns(attributes.values())
+    return to_columns([*attributes.values()])
