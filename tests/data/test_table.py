@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -190,6 +191,17 @@ def test_bad_table_is_reported_with_its_line(
     raw = content.encode() if isinstance(content, str) else content
     (tmp_path / "t.csv").write_bytes(raw)
     data_error(pattern, "table", tmp_path / "t.csv", **given)
+
+
+def test_columns_without_a_table_are_refused(table: Path) -> None:
+    data_error("data.label names columns of a table, but data.source = text", "text", table, label="outcome")
+    data_error("data.path = .* is a folder", "table", table.parent, label="outcome")
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    data_error(r"needs pyarrow(.|\n)*pfedmoe_mpi\[tables\]", "table", tmp_path / "t.parquet", label="y")
 
 
 def test_columns_of_too_many_codes_are_refused_before_memory_is_taken(

@@ -38,7 +38,7 @@ def open_dataset(
 
     Raises:
         DataError: the data are missing, unreadable, empty, or have unusable shapes, labels or values, or
-            `data.path` is set for a source that reads no file.
+            `data.path` or columns are set for a source without them.
     """
     source = _load(settings, seed, clients, download, check)
     try:
@@ -80,4 +80,10 @@ def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) 
             f"data.source = {settings.source} reads no file, but data.path = {settings.path}",
             f"set --data.source to the file's format: {', '.join(list(readers)[2:])}",
         )
+    for name in ("label", "client", "categorical", "ignore"):
+        if getattr(settings, name) and settings.source != "table":
+            raise DataError(
+                f"data.{name} names columns of a table, but data.source = {settings.source}",
+                f"set --data.source table, or remove --data.{name}",
+            )
     return readers[settings.source]()
