@@ -29,6 +29,9 @@ def _items(value: Any) -> Any:
 LowerCase = BeforeValidator(_name)
 Name = Annotated[str, BeforeValidator(_name)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_items)]
+Files = Literal["torchvision", "folder", "hdf5", "npz", "leaf", "tff", "table", "heart", "text", "words"]
+Source = Literal["digits", Files, "synthetic"]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_items)]
 Changes = Annotated[
     tuple[Annotated[Literal["flip", "erase", "crop"], BeforeValidator(_name)], ...], BeforeValidator(_items)
 ]
@@ -48,11 +51,8 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    source: Annotated[
-        Literal["digits", "torchvision", "folder", "hdf5", "npz", "heart", "text", "words", "synthetic"],
-        BeforeValidator(_name),
-    ] = "digits"
-    """Where samples come from; digits needs no file; heart, hdf5, npz, text and words propose settings.
+    source: Annotated[Source, BeforeValidator(_name)] = "digits"
+    """Where samples come from; digits needs no file; files that name their clients propose settings.
     Default: needs no download."""
     path: str = ""
     """File or folder of the source (torchvision: the root that holds the downloaded data).
@@ -60,6 +60,18 @@ class Data(Section):
     name: str = "CIFAR10"
     """Which torchvision data set: MNIST, FashionMNIST, EMNIST, SVHN, CIFAR10 or CIFAR100.
     Default: the data set of both papers."""
+    label: str = ""
+    """`table`: the name of the column that holds the label; classes are its values in sorted order.
+    Default: only you know which column it is."""
+    client: str = ""
+    """`table`: the name of the column that holds the client; with it, natural is the proposed partition.
+    Default: a table need not name clients."""
+    categorical: Texts = ()
+    """`table`: columns of numbers that are codes without an order; each code becomes a column of 0 and 1.
+    Default: numbers have an order; columns of texts are codes without being listed."""
+    ignore: Texts = ()
+    """`table`: columns that are not features, such as identifiers or what is known only after the label.
+    Default: every other column is a feature."""
     size: int = Field(0, ge=0, le=1024)
     """Bring images to this many pixels a side; 0 leaves them as they are (digits: 32).
     Default: images as they are."""

@@ -40,7 +40,8 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
     lines = [
         f"{settings.method} on {federation.dataset.name}: {task.clients} clients, "
         f"cohort {settings.cohort_size}, {settings.rounds} rounds, "
-        f"sample {_sample(task)}, {task.classes} classes, d = {task.dim}"
+        f"sample {_sample(task)}, {task.classes} classes, d = {task.dim}",
+        *federation.dataset.summary,
     ]
     if task.unseen:
         listed, why = ", ".join(map(str, sorted(task.unseen))), federation.method.no_answer_reason
