@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoe_mpi.config.sections import PartitionSettings
+from pfedmoe_mpi.config.partition_settings import PartitionSettings
 from pfedmoe_mpi.data.sources.numbering import renumber
 from pfedmoe_mpi.errors import DataError
 
