@@ -44,7 +44,10 @@ from pfedmoe_mpi.errors import ConfigError, did_you_mean
 from pfedmoe_mpi.models import names
 from pfedmoe_mpi.names import check_path
 
-REFERENCES = ("algorithm", "model.pool", "model.shared", "gate.module", "fedjets.common_model")
+REFERENCES = (
+    *("algorithm", "data.source", "model.pool", "model.shared"),
+    *("gate.module", "fedjets.common_model"),
+)
 LISTS = ("model.pool",)  # those of several names; a comma in a folder's name separates none of them
 PATHS = ("data.path", "run.dir", "run.code", "fedjets.common")
 BOOKKEEPING = ("run.table", "run.cell", "run.scale", "run.altered")  # `reproduce` writes them; not flags
@@ -99,7 +102,8 @@ class Config(Section):
                 f"{self.clients}",
                 "lower --unseen.clients or raise --clients",
             )
-        if data.source not in {"digits", "synthetic"} and not data.path:
+        own = user_code.is_reference(data.source)
+        if data.source not in {"digits", "synthetic"} and not data.path and not own:
             raise ConfigError(
                 f"data.source = {data.source} reads a file or folder, and data.path is empty",
                 "--data.path PATH",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pfedmoe_mpi import user_code
 from pfedmoe_mpi.errors import ConfigError
@@ -26,7 +26,23 @@ def _items(value: Any) -> Any:
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
+def _source(value: Any) -> Any:
+    """Return a source's name; that of an installed package becomes a reference to its function."""
+    value = _name(value)
+    return user_code.installed(SOURCES).get(value, value) if isinstance(value, str) else value
+
+
+def _own_source(value: str) -> str:
+    """Return the reference to a function; raise ValueError for any other text."""
+    if not user_code.is_reference(value):
+        raise ValueError("a function of your own as FILE.py:NAME")
+    names.check_object(value)
+    return value
+
+
 LowerCase = BeforeValidator(_name)
+SOURCES = "pfedmoe_mpi.sources"  # a group of entry points
+OwnSource = Annotated[str, AfterValidator(_own_source)]
 Name = Annotated[str, BeforeValidator(_name)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_items)]
 Files = Literal["torchvision", "folder", "hdf5", "npz", "leaf", "tff", "table", "heart", "text", "words"]
@@ -51,8 +67,8 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    source: Annotated[Source, BeforeValidator(_name)] = "digits"
-    """Where samples come from; digits needs no file; files that name their clients propose settings.
+    source: Annotated[Source | OwnSource, BeforeValidator(_source)] = "digits"
+    """Where samples come from, or FILE.py:NAME, a function of your own; digits needs no file.
     Default: needs no download."""
     path: str = ""
     """File or folder of the source (torchvision: the root that holds the downloaded data).

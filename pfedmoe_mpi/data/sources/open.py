@@ -19,12 +19,14 @@ from pfedmoe_mpi.data.sources.heart import load_heart
 from pfedmoe_mpi.data.sources.leaf import load_leaf
 from pfedmoe_mpi.data.sources.next_word import load_words
 from pfedmoe_mpi.data.sources.npz import load_npz
+from pfedmoe_mpi.data.sources.own_code import load_own
 from pfedmoe_mpi.data.sources.table import load_table
 from pfedmoe_mpi.data.sources.text_csv import load_text
 from pfedmoe_mpi.data.sources.tff import load_tff
 from pfedmoe_mpi.data.sources.torchvision_sets import load_torchvision
 from pfedmoe_mpi.data.summary import summarise
 from pfedmoe_mpi.errors import DataError
+from pfedmoe_mpi.user_code import is_reference
 
 
 def open_dataset(
@@ -75,6 +77,8 @@ def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) 
         "text": lambda: load_text(user_path(settings), settings),
         "words": lambda: load_words(user_path(settings), settings),
     }
+    if is_reference(settings.source):
+        return load_own(settings.source, settings.path)
     if settings.path and settings.source in {"digits", "synthetic"}:
         raise DataError(
             f"data.source = {settings.source} reads no file, but data.path = {settings.path}",
