@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from pfedmoe_mpi import user_code
-from pfedmoe_mpi.config import methods, neighbours
+from pfedmoe_mpi.config import methods, neighbours, sections
 from pfedmoe_mpi.config.partition_settings import PartitionSettings
 from pfedmoe_mpi.config.sections import (
     Data,
@@ -196,8 +196,10 @@ def _fields(model: type[BaseModel], prefix: str) -> dict[str, Any]:
 
 
 def choices(field: Any) -> tuple[str, ...]:
-    """Return the words that a Literal field accepts, else nothing."""
-    return tuple(map(str, get_args(field.annotation))) if get_origin(field.annotation) is Literal else ()
+    """Return the words that a field accepts, beside references if it takes these, else nothing."""
+    kinds = get_args(field.annotation) if sections.OwnSource in get_args(field.annotation) else ()
+    words = next((kind for kind in (field.annotation, *kinds) if get_origin(kind) is Literal), None)
+    return tuple(map(str, get_args(words)))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
