@@ -22,10 +22,10 @@ from pfedmoe_mpi.core.batches import Normalise
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.parts import Module, Workbench
 from pfedmoe_mpi.data.resize import resize
-from pfedmoe_mpi.errors import CheckpointError, ConfigError, DataError
+from pfedmoe_mpi.errors import CheckpointError, CodeError, ConfigError, DataError
+from pfedmoe_mpi.models import generators
 from pfedmoe_mpi.mpi.memory import shortage
 from pfedmoe_mpi.storage import untrusted_json
-from pfedmoe_mpi.user_code import CodeError
 
 MOST_SHOWN = 300  # characters of an error about a configuration
 MOST = 1 << 30  # classes, tokens of a vocabulary, or numbers in a sample
@@ -141,6 +141,7 @@ def _configuration(source: ClientFile | Checkpoint, code: Path | None, changed_c
     """
     settings = _build(source, code)
     references = config.references(settings)
+    user_code.forget_changed(references)
     difference = user_code.difference(source.code, user_code.sources(references)) if references else ""
     if difference and not changed_code:
         problem = f"the code of {source.path}'s models changed since the run:\n{difference}"
@@ -226,7 +227,7 @@ class _Source:
         if unseen and method.no_answer_reason:
             problem = f"no prediction for client {self.client}: {method.no_answer_reason}"
             raise CheckpointError(problem, "use a client that has trained")
-        with torch.random.fork_rng(devices=[]):  # building modules draws random numbers
+        with generators.kept():  # building modules draws random numbers
             return self._fill(ClientModel(method, self.client, facts, unseen), method)
 
     def _facts(self) -> dict[str, Any]:

@@ -6,12 +6,17 @@ and ends the program with exit code 2; nothing was written. A `RunError` ends a 
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 EXIT_DONE = 0
 EXIT_FAULT = 1
 EXIT_USER = 2
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: stopped with a checkpoint, submit again
+
+Error = TypeVar("Error", bound="CodeError")
 
 
 class MessageError(Exception):
@@ -33,6 +38,34 @@ class RunError(MessageError):
 
 class ConfigError(UserError):
     """A setting that is unknown, of the wrong type, out of range, or contradicts another."""
+
+
+class CodeError(ConfigError):
+    """A file of code that cannot be used; the message names the file and the line."""
+
+    REMEDY = "correct this file"
+
+    # Not __init__: ranks send each other errors, and unpickling calls __init__ with the message alone.
+    @classmethod
+    def at(cls: type[Error], path: Path, line: int | None, reason: object) -> Error:
+        """Return the error about one line of a file, or about the whole file."""
+        place = f"{path}:{line}" if line else str(path)
+        first = str(reason).strip().partition("\n")[0].rstrip(":")
+        return cls(f"{place}: {first}", cls.REMEDY)
+
+    @classmethod
+    def of(cls: type[Error], path: Path, error: BaseException) -> Error:
+        """Return the error about an exception that code of this file raised, with the last line it passed."""
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return cls.at(path, last_line(error, path), reason)
+
+
+def last_line(error: BaseException, path: Path) -> int | None:
+    """Return the last line of a file that an error passed through."""
+    if isinstance(error, SyntaxError):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), None)
 
 
 class DataError(UserError):

@@ -10,51 +10,19 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from hashlib import sha256
 from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
-from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi import user_modules
+from pfedmoe_mpi.errors import CodeError
 
-OURS = __name__.partition(".")[0]
 TIMM = "timm:"  # before the name of an architecture of the package timm, which is not a reference
 MOST_DIFFERENCES = 40  # lines of a printed difference
-Error = TypeVar("Error", bound="CodeError")
-
-
-class CodeError(ConfigError):
-    """A file of code that cannot be used; the message names the file and the line."""
-
-    REMEDY = "correct this file"
-
-    # Not __init__: ranks send each other errors, and unpickling calls __init__ with the message alone.
-    @classmethod
-    def at(cls: type[Error], path: Path, line: int | None, reason: object) -> Error:
-        """Return the error about one line of a file, or about the whole file."""
-        place = f"{path}:{line}" if line else str(path)
-        first = str(reason).strip().partition("\n")[0].rstrip(":")
-        return cls(f"{place}: {first}", cls.REMEDY)
-
-    @classmethod
-    def of(cls: type[Error], path: Path, error: BaseException) -> Error:
-        """Return the error about an exception that code of this file raised, with the last line it passed."""
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return cls.at(path, last_line(error, path), reason)
-
-
-def last_line(error: BaseException, path: Path) -> int | None:
-    """Return the last line of a file that an error passed through."""
-    if isinstance(error, SyntaxError):
-        return error.lineno
-    frames = traceback.extract_tb(error.__traceback__)
-    return next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), None)
+LONGEST_LINE = 200  # characters of such a line
 
 
 def is_reference(text: str) -> bool:
@@ -64,9 +32,12 @@ def is_reference(text: str) -> bool:
 
 @cache
 def installed(group: str) -> dict[str, str]:
-    """Return the references that installed packages register as entry points of a group, by name."""
-    points = entry_points(group=group)
-    return {point.name: point.value if ":" in point.value else f"{point.value}:" for point in points}
+    """Return the references that installed packages register as entry points of a group, by name.
+
+    The names are in lower case, with `_` for `-`, like all names of this program.
+    """
+    points = sorted(entry_points(group=group), key=lambda point: point.value)
+    return {point.name.lower().replace("-", "_"): f"{point.module}:{point.attr or ''}" for point in points}
 
 
 def split(reference: str) -> tuple[str, str]:
@@ -108,43 +79,39 @@ def path(reference: str) -> Path:
     """Return the reference's file.
 
     Raises:
-        ConfigError: it is not a file or an importable module.
+        CodeError: it is not a file or an importable module.
     """
     source, _ = split(reference)
     if source.endswith(".py"):
         return Path(source)
-    spec = None
-    try:
-        spec = find_spec(source)
-    except Exception as error:  # a module runs its package's own code
-        problem = f"the module {source} cannot be imported: {type(error).__name__}: {error}"
-        raise CodeError(problem, "check the name, or write PATH/FILE.py:NAME") from error
+    spec = _find_spec(source)
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         problem = f"there is no module {source} in Python's path"
         raise CodeError(problem, "install its package, or write PATH/FILE.py:NAME")
     return Path(spec.origin)
 
 
-def parse(path: Path, error_class: type[CodeError] = CodeError) -> ast.Module:
-    """Return a file's parsed source.
-
-    Raises:
-        CodeError: of class `error_class`: the file cannot be read, or is not Python.
-    """
-    try:
-        return ast.parse(path.read_bytes(), str(path))
-    except SyntaxError as error:
-        raise error_class.at(path, error.lineno, error.msg) from error
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise error_class.at(path, None, reason) from error
+def _find_spec(module: str) -> ModuleSpec | None:
+    """Return where a module is; unlike Python's function this one does not run the packages around it."""
+    spec, place = None, None
+    parts = module.split(".")
+    for number in range(1, len(parts) + 1):
+        if number > 1 and place is None:
+            return None
+        name = ".".join(parts[:number])
+        found = (finder.find_spec(name, place) for finder in sys.meta_path)
+        spec = next((each for each in found if each), None)
+        if spec is None:
+            return None
+        place = spec.submodule_search_locations
+    return spec
 
 
 def check(reference: str) -> None:
     """Check that a reference's file exists and defines the object, without running it.
 
     Raises:
-        ConfigError: the file is missing, is not Python or does not define the object.
+        CodeError: the file is missing, is not Python or does not define the object.
     """
     source, name = split(reference)
     if source.endswith(".py") and not Path(source).is_file():
@@ -153,7 +120,7 @@ def check(reference: str) -> None:
     if not source or (not name.isidentifier() and name):
         problem = f"'{reference}' is not a reference to code"
         raise CodeError(problem, "write PATH/FILE.py:NAME or MODULE:NAME")
-    tree = parse(path(reference))
+    tree = user_modules.parse(path(reference))
     names = _defined(tree)
     if name and name not in names and "*" not in names:
         listed = ", ".join(sorted(item for item in names if not item.startswith("_"))) or "nothing"
@@ -192,7 +159,7 @@ def _top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 def load(reference: str, error_class: type[CodeError] = CodeError) -> Any:
     """Return the object of a reference, or the module of a whole file; its code runs at most once.
 
-    A file may import modules beside it. A file that was changed since it ran runs again.
+    A file may import modules beside it.
 
     Raises:
         CodeError: of class `error_class`: the code raised an exception, or does not define the object.
@@ -200,7 +167,9 @@ def load(reference: str, error_class: type[CodeError] = CodeError) -> Any:
     source, name = split(reference)
     file = path(reference)
     try:
-        module = _run_file(file) if source.endswith(".py") else importlib.import_module(source)
+        module = user_modules.run(file) if source.endswith(".py") else importlib.import_module(source)
+    except CodeError:
+        raise
     except OSError as error:
         raise error_class.at(file, None, error.strerror or error) from error
     except (Exception, SystemExit) as error:
@@ -210,24 +179,12 @@ def load(reference: str, error_class: type[CodeError] = CodeError) -> Any:
     return getattr(module, name) if name else module
 
 
-def _run_file(file: Path) -> ModuleType:
-    """Return the module of a file, from `sys.modules` if it ran before with the same text."""
-    content = sha256(str(file).encode() + b"\0" + file.read_bytes()).hexdigest()
-    name = f"{file.stem}_{content[:16]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
-    spec = spec_from_file_location(name, file)
-    assert isinstance(spec, ModuleSpec) and spec.loader
-    module = module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+def forget_changed(references: Iterable[str]) -> None:
+    """Let files that changed since they ran run again when they are next loaded."""
+    for reference in references:
+        source, _ = split(reference)
+        if source.endswith(".py"):
+            user_modules.forget_changed(Path(source))
 
 
 # What a run records
@@ -239,7 +196,7 @@ def sources(references: Iterable[str]) -> dict[str, str]:
     Besides the files themselves these are the modules beside them, or of their package, that they import.
 
     Raises:
-        ConfigError: a file cannot be read, or two have one name.
+        CodeError: a file cannot be read or is not UTF-8, its name cannot be printed, or two have one name.
     """
     texts: dict[str, str] = {}
     places: dict[str, Path] = {}
@@ -249,49 +206,18 @@ def sources(references: Iterable[str]) -> dict[str, str]:
         depth = 0 if source.endswith(".py") else source.count(".") + (file.name == "__init__.py")
         root = file.parents[depth]
         package = "" if source.endswith(".py") else source.partition(".")[0]
-        for each in _closure(file, root, package):
+        for each in user_modules.closure(file, root, package):
             name = each.relative_to(root).as_posix()
+            if not name.isprintable():
+                raise CodeError(f"the name of the file {each!a} cannot be printed", "rename it")
             if places.setdefault(name, each).resolve() != each.resolve():
                 problem = f"two files of your own are called {name}: {places[name]} and {each}"
                 raise CodeError(problem, "rename one of them")
-            texts[name] = each.read_text(encoding="utf-8", errors="replace")
+            try:
+                texts[name] = each.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise CodeError(f"{each} is not text in UTF-8", "save it in UTF-8") from error
     return dict(sorted(texts.items()))
-
-
-def _closure(file: Path, root: Path, package: str) -> list[Path]:
-    """Return a file and the files below `root` that it imports, directly or not; only `package`'s if set."""
-    found, waiting = [], [file]
-    while waiting:
-        each = waiting.pop()
-        if each not in found:
-            found.append(each)
-            for name in _imports(parse(each), each.parent.relative_to(root).parts):
-                top = name.partition(".")[0]
-                if top == package or (not package and top != OURS):
-                    waiting += _files(root, name)
-    return found
-
-
-def _imports(tree: ast.Module, folder: tuple[str, ...]) -> Iterator[str]:
-    """Yield the dotted names that a file in `folder`, as seen from its root, may import."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (item.name for item in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = folder[: len(folder) - node.level + 1] if node.level else ()
-            base = ".".join((*above, *filter(None, [node.module])))
-            yield base
-            yield from (f"{base}.{item.name}" if base else item.name for item in node.names)
-
-
-def _files(root: Path, name: str) -> list[Path]:
-    """Return the files of a dotted name and of its packages below `root`."""
-    parts = [part for part in name.split(".") if part]
-    candidates = []
-    for depth in range(1, len(parts) + 1):
-        stem = root.joinpath(*parts[:depth])
-        candidates += [stem.with_suffix(".py"), stem / "__init__.py"]
-    return [candidate for candidate in candidates if candidate.is_file()]
 
 
 def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
@@ -304,4 +230,14 @@ def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
         lines += unified_diff(old, new, f"{name} (recorded)", f"{name} (now)", lineterm="", n=1)
     if len(lines) > MOST_DIFFERENCES:
         lines = [*lines[:MOST_DIFFERENCES], f"… and {len(lines) - MOST_DIFFERENCES} more lines"]
-    return "\n".join(lines)
+    return "\n".join(map(_printable, lines))
+
+
+def _printable(line: str) -> str:
+    """Return a line of a file for a terminal, at most 200 characters, without control characters."""
+    shown = line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 1]}…"
+    escaped = (
+        each if each.isprintable() or each == "\t" else each.encode("unicode_escape").decode()
+        for each in shown
+    )
+    return "".join(escaped)

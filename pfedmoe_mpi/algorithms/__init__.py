@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from pfedmoe_mpi import user_code
@@ -35,9 +36,11 @@ def load(algorithm: str) -> type[Algorithm]:
         raise
     except (Exception, SystemExit) as error:
         raise MethodError.of(file, error) from error
+    if isinstance(module, type) and issubclass(module, Algorithm):
+        return module  # an entry point names the class
     found = [
         item
-        for item in vars(module).values()
+        for item in (vars(module).values() if isinstance(module, ModuleType) else ())
         if isinstance(item, type) and issubclass(item, Algorithm) and item.__module__ == module.__name__
     ]
     if len(found) != 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import h5py
@@ -286,9 +286,17 @@ def _check_config(config: Any) -> None:
 
 
 def check_code(code: Any) -> dict[str, str]:
-    """Return the user's own files by name; raise UnusableError if that is not what `code` is."""
+    """Return the user's own files by name; raise UnusableError if that is not what `code` is.
+
+    A name is a path of a Python file below the run folder's `code`.
+    """
     if not isinstance(code, dict) or not all(isinstance(text, str) for text in code.values()):
         raise UnusableError("code is not a text for each file")
+    for name in code:
+        path = PurePosixPath(name)
+        outside = path.is_absolute() or ".." in path.parts or str(path) != name
+        if outside or path.suffix != ".py" or not name.isprintable():
+            raise UnusableError(f"code has a file of the name {name[:80]!a}")
     return code
 
 

@@ -12,7 +12,7 @@ from pfedmoe_mpi.data.dataset import Dataset
 from pfedmoe_mpi.data.partition import Partition
 from pfedmoe_mpi.data.partition_file import write_rows
 from pfedmoe_mpi.data.sources.hdf5 import write_hdf5
-from pfedmoe_mpi.data.sources.open import open_dataset, print_warnings
+from pfedmoe_mpi.data.sources.open import open_dataset, print_summary, print_warnings
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.storage import durable
 
@@ -34,6 +34,7 @@ def prepare(config: Config, out: Path) -> str:
     """
     _refuse_existing(out)
     with open_dataset(config.data, config.seed, clients=config.clients, download=True) as data:
+        print_summary(data)
         print_warnings(data)
         if data.fit:
             raise DataError(
@@ -68,6 +69,7 @@ def write_partition(config: Config, out: Path) -> str:
 
     _refuse_existing(out)
     with open_dataset(config.data, config.seed, clients=config.clients) as data:
+        print_summary(data)
         print_warnings(data)
         config = apply_proposals(config, data)
         partition = draw_partition(config, data)

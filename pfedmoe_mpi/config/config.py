@@ -1,9 +1,9 @@
 """The configuration: typed, validated, read from TOML and overridden by flags.
 
-A `Config` is immutable and complete: every field, here and in `sections.py`, has a range and a default; the
-string below it is its help, with the reason for the default. Whatever can be checked without data is checked
-here, before torch or MPI is imported. A method adds its own section by a class `Options` in its file, which
-`methods.py` reads.
+A `Config` is immutable and complete: every field, here and in the sections beside it, has a range and a
+default; the string below it is its help, with the reason for the default. Whatever can be checked without
+data is checked here, before torch or MPI is imported. A method adds its own section by a class `Options` in
+its file, which `methods.py` reads.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from pydantic import (
 )
 
 from pfedmoe_mpi import user_code
-from pfedmoe_mpi.config import methods, neighbours
+from pfedmoe_mpi.config import methods, neighbours, sections
 from pfedmoe_mpi.config.model_settings import ModelSettings
+from pfedmoe_mpi.config.partition_settings import PartitionSettings
 from pfedmoe_mpi.config.sections import (
     Data,
     Eval,
@@ -32,7 +33,6 @@ from pfedmoe_mpi.config.sections import (
     Gate,
     Join,
     Name,
-    PartitionSettings,
     Run,
     Section,
     Server,
@@ -41,9 +41,17 @@ from pfedmoe_mpi.config.sections import (
     Unseen,
 )
 from pfedmoe_mpi.errors import ConfigError, did_you_mean
+from pfedmoe_mpi.models import names
 from pfedmoe_mpi.names import check_path
 
-REFERENCES = ("algorithm", "model.pool", "model.shared", "gate.module", "fedjets.common_model")
+REFERENCES = (
+    *("algorithm", "data.source", "model.pool", "model.shared"),
+    *("gate.module", "fedjets.common_model"),
+)
+LISTS = (
+    "model.pool",
+    "model.weights",
+)  # those of several names; a comma in a folder's name separates none of them
 PATHS = ("data.path", "run.dir", "run.code", "fedjets.common")
 WEIGHTS = "model.weights"  # a path, or NAME=PATH for each architecture
 BOOKKEEPING = ("run.table", "run.cell", "run.scale", "run.altered")  # `reproduce` writes them; not flags
@@ -98,7 +106,8 @@ class Config(Section):
                 f"{self.clients}",
                 "lower --unseen.clients or raise --clients",
             )
-        if data.source not in {"digits", "synthetic"} and not data.path:
+        own = user_code.is_reference(data.source)
+        if data.source not in {"digits", "synthetic"} and not data.path and not own:
             raise ConfigError(
                 f"data.source = {data.source} reads a file or folder, and data.path is empty",
                 "--data.path PATH",
@@ -191,8 +200,10 @@ def _fields(model: type[BaseModel], prefix: str) -> dict[str, Any]:
 
 
 def choices(field: Any) -> tuple[str, ...]:
-    """Return the words that a Literal field accepts, else nothing."""
-    return tuple(map(str, get_args(field.annotation))) if get_origin(field.annotation) is Literal else ()
+    """Return the words that a field accepts, beside references if it takes these, else nothing."""
+    kinds = get_args(field.annotation) if sections.OwnSource in get_args(field.annotation) else ()
+    words = next((kind for kind in (field.annotation, *kinds) if get_origin(kind) is Literal), None)
+    return tuple(map(str, get_args(words)))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -248,10 +259,13 @@ def _with_items(
     changed = dict(settings)
     for name in names:
         value = settings.get(name)
-        items = value.split(",") if isinstance(value, str) and value else value
+        single = isinstance(value, str) and name not in LISTS
+        items = [value] if single else value
+        if isinstance(items, str):
+            items = [item.strip() for item in items.split(",") if item.strip()]
         if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
-            items = [change(item.strip()) for item in items]
-            changed[name] = ",".join(items) if isinstance(value, str) else items
+            items = [change(item) for item in items]
+            changed[name] = items[0] if single else items
     return changed
 
 
@@ -259,9 +273,9 @@ def references(settings: Config) -> list[str]:
     """Return the references to code from outside of this program in a configuration."""
     flat = flatten(to_tree(settings))
     values = [flat.get(name) for name in REFERENCES[1:]]
-    names = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
-    chosen = [methods.reference(settings.algorithm), *filter(None, names)]
-    return list(dict.fromkeys(name for name in chosen if user_code.is_reference(name)))
+    chosen = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
+    code = [methods.reference(settings.algorithm), *map(names.reference, filter(None, chosen))]
+    return list(dict.fromkeys(filter(None, code)))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

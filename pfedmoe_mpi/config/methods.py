@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import ast
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pfedmoe_mpi import user_code
-from pfedmoe_mpi.errors import ConfigError, nearest
-from pfedmoe_mpi.user_code import CodeError
+from pfedmoe_mpi import user_code, user_modules
+from pfedmoe_mpi.errors import CodeError, ConfigError, last_line, nearest
 
 PACKAGE = "pfedmoe_mpi.algorithms"  # also the group of entry points
 CONTRACT = "base"  # the one file there that is not a method, beside those that begin with an underscore
@@ -105,7 +105,7 @@ def _source(algorithm: str) -> ast.Module:
     Raises:
         MethodError: the file cannot be read, or is not Python.
     """
-    return user_code.parse(path(algorithm), MethodError)
+    return user_modules.parse(path(algorithm), MethodError)
 
 
 def summary(algorithm: str) -> str:
@@ -120,28 +120,35 @@ def summary(algorithm: str) -> str:
 def options(algorithm: str, section: type) -> Any:
     """Return the method's class `Options`, an empty `section` if there is none.
 
-    It is compiled alone, and may use `Section`, `Field`, `Annotated` and `Literal`. The string below a field
-    is its help, as in `sections.py`.
+    It is compiled alone, and may use `Section`, `Field`, `Annotated` and `Literal`, and the options of a
+    method of this program if the file imports them: `from pfedmoe_mpi.algorithms.fedprox import Options`.
+    The string below a field is its help, as in `sections.py`.
 
     Raises:
         MethodError: the file or the class cannot be used.
     """
     file = path(algorithm)
+    imported: dict[str, Any] = {}
     for node in _source(algorithm).body:
+        if isinstance(node, ast.ImportFrom):
+            package, _, other = (node.module or "").rpartition(".")
+            for item in node.names if package == PACKAGE and other != algorithm else ():
+                if item.name == "Options":
+                    imported[item.asname or item.name] = options(other, section)
         if isinstance(node, ast.ClassDef) and node.name == "Options":
             try:
-                return _compiled(node, file, section)
+                return _compiled(node, file, section, imported)
             except (Exception, SystemExit) as error:  # neither must end a command for another method
-                line = user_code.last_line(error, file) or node.lineno
+                line = last_line(error, file) or node.lineno
                 raise MethodError.at(file, line, f"class Options: {_reason(error)}") from error
-    return type("Options", (section,), {"__module__": __name__})
+    return imported.get("Options") or type("Options", (section,), {"__module__": __name__})
 
 
-def _compiled(node: ast.ClassDef, file: Path, section: type) -> Any:
+def _compiled(node: ast.ClassDef, file: Path, section: type, imported: Mapping[str, Any]) -> Any:
     from pydantic import Field
 
     scope: dict[str, Any] = {"Section": section, "Field": Field, "__name__": __name__}
-    scope |= {"Annotated": Annotated, "Literal": Literal}
+    scope |= {"Annotated": Annotated, "Literal": Literal, **imported}
     exec(compile(ast.Module([node], []), str(file), "exec"), scope)
     made = scope["Options"]
     if not issubclass(made, section):

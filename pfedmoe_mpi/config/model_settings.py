@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pfedmoe_mpi.config.sections import AsName, Name, Names, Positive, Section, Texts
+from pfedmoe_mpi.config.sections import LowerCase, Name, Names, Positive, Section, Texts
 from pfedmoe_mpi.models import names
 
 
@@ -22,7 +22,7 @@ class ModelSettings(Section):
     dim: int = Field(0, ge=0, le=1_000_000_000)
     """Length d of a representation, the same everywhere; 0 = what the models define (CNN 500, text 64).
     Default: 500 by the papers' table; 50 for the MNIST family; 64 for texts, as wide as their embeddings."""
-    stem: Annotated[Literal["small", "imagenet"], AsName] = "small"
+    stem: Annotated[Literal["small", "imagenet"], LowerCase] = "small"
     """First layers of torchvision's ResNets: `small` for 32-pixel images, `imagenet` as published.
     Default: 32-pixel images lose too much in ImageNet's first layers."""
     weights: Texts = ()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pfedmoe_mpi import user_code
 from pfedmoe_mpi.errors import ConfigError
@@ -26,9 +26,27 @@ def _items(value: Any) -> Any:
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
-AsName = BeforeValidator(_name)
-Name = Annotated[str, AsName]
+def _source(value: Any) -> Any:
+    """Return a source's name; that of an installed package becomes a reference to its function."""
+    value = _name(value)
+    return user_code.installed(SOURCES).get(value, value) if isinstance(value, str) else value
+
+
+def _own_source(value: str) -> str:
+    """Return the reference to a function; raise ValueError for any other text."""
+    if not user_code.is_reference(value):
+        raise ValueError("a function of your own as FILE.py:NAME")
+    names.check_object(value)
+    return value
+
+
+LowerCase = BeforeValidator(_name)
+SOURCES = "pfedmoe_mpi.sources"  # a group of entry points
+OwnSource = Annotated[str, AfterValidator(_own_source)]
+Name = Annotated[str, BeforeValidator(_name)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_items)]
+Files = Literal["torchvision", "folder", "hdf5", "npz", "leaf", "tff", "table", "heart", "text", "words"]
+Source = Literal["digits", Files, "synthetic"]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_items)]
 Changes = Annotated[
     tuple[Annotated[Literal["flip", "erase", "crop"], BeforeValidator(_name)], ...], BeforeValidator(_items)
@@ -49,11 +67,8 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    source: Annotated[
-        Literal["digits", "torchvision", "folder", "hdf5", "npz", "heart", "text", "words", "synthetic"],
-        BeforeValidator(_name),
-    ] = "digits"
-    """Where samples come from; digits needs no file; heart, hdf5, npz, text and words propose settings.
+    source: Annotated[Source | OwnSource, BeforeValidator(_source)] = "digits"
+    """Where samples come from, or FILE.py:NAME, a function of your own; digits needs no file.
     Default: needs no download."""
     path: str = ""
     """File or folder of the source (torchvision: the root that holds the downloaded data).
@@ -61,6 +76,18 @@ class Data(Section):
     name: str = "CIFAR10"
     """Which torchvision data set: MNIST, FashionMNIST, EMNIST, SVHN, CIFAR10 or CIFAR100.
     Default: the data set of both papers."""
+    label: str = ""
+    """`table`: the name of the column that holds the label; classes are its values in sorted order.
+    Default: only you know which column it is."""
+    client: str = ""
+    """`table`: the name of the column that holds the client; with it, natural is the proposed partition.
+    Default: a table need not name clients."""
+    categorical: Texts = ()
+    """`table`: columns of numbers that are codes without an order; each code becomes a column of 0 and 1.
+    Default: numbers have an order; columns of texts are codes without being listed."""
+    ignore: Texts = ()
+    """`table`: columns that are not features, such as identifiers or what is known only after the label.
+    Default: every other column is a feature."""
     size: int = Field(0, ge=0, le=1024)
     """Bring images to this many pixels a side; 0 leaves them as they are (digits: 32).
     Default: images as they are."""
@@ -82,38 +109,6 @@ class Data(Section):
     classes: int = Field(10, ge=2)
     """`synthetic`: how many classes to draw.
     Default: as CIFAR-10."""
-
-
-class PartitionSettings(Section):
-    kind: Annotated[
-        Literal["iid", "pathological", "dirichlet", "classes", "natural"], BeforeValidator(_name)
-    ] = "dirichlet"
-    """How samples are divided among clients; data that name their clients propose natural.
-    Default: every client sees most classes, in different proportions."""
-    classes: int = Field(2, ge=1)
-    """`pathological`: classes per client; `classes`: the most a client may draw.
-    Default: the papers' pathological CIFAR-10."""
-    classes_min: int = Field(1, ge=1)
-    """`classes`: the fewest classes a client may draw.
-    Default: clients of one class are the hardest case."""
-    alpha: Positive = 1.0
-    """`dirichlet`: concentration γ of the class proportions; the smaller, the more clients differ.
-    Default: clients differ, and none is left with one class."""
-    test_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of a client's samples held out as its test set.
-    Default: the papers' 8 : 2."""
-    validation: float = Field(0.0, ge=0, lt=1)
-    """Share of a client's training samples held out to choose `best.h5`.
-    Default: the papers hold none out."""
-    min_samples: int = Field(10, ge=2)
-    """The fewest samples a client may have.
-    Default: with fewer, accuracy on the test share means little."""
-    pool: Annotated[Literal["all", "official"], BeforeValidator(_name)] = "all"
-    """`all` divides training and test images together; `official` keeps the data's own test images as test.
-    Default: the papers divide 8 : 2 within each client."""
-    tries: int = Field(100, ge=1, le=100_000)
-    """Draws before giving up on `min_samples`.
-    Default: a partition that fails this often cannot be drawn."""
 
 
 class Gate(Section):

@@ -15,7 +15,7 @@ from torch import nn
 
 from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.core.flat import Bound, BoundTensor, Layout, flatten
-from pfedmoe_mpi.models import pretrained
+from pfedmoe_mpi.models import generators, pretrained
 from pfedmoe_mpi.models.pretrained import Weights
 from pfedmoe_mpi.models.registry import Weightless
 
@@ -34,19 +34,19 @@ class Module:
     architecture: str = field(default="", compare=False)
 
     def initial(self, weights: Weights | None = None, frozen: bool = False) -> torch.Tensor:
-        """Return the vector of a new module, or its frozen one; draws from torch's global generator."""
+        """Return the vector of a new module, or its frozen one; draws from the global generators."""
         module = self.build()
         if weights:
             pretrained.fill(module, weights)
         return flatten(module, frozen)
 
     def layout(self) -> Layout:
-        """Return the layout of that vector; torch's global generator is not changed."""
+        """Return the layout of that vector; the global generators are not changed."""
         return Layout.of(self.skeleton())
 
     def skeleton(self) -> nn.Module:
-        """Return the module without memory if possible; torch's global generator is not changed."""
-        with Weightless() if self.weightless else torch.random.fork_rng(devices=[]):
+        """Return the module without memory if possible; the global generators are not changed."""
+        with Weightless() if self.weightless else generators.kept():
             return self.build()
 
 

@@ -40,13 +40,7 @@ def torch_generator(seed: int, purpose: str, round: int = 0, client: int = SERVE
 
 
 def seed_global(seed: int, purpose: str, round: int = 0, client: int = SERVER) -> None:
-    """Seed torch's global generators from the address, for initialisation and dropout.
+    """Seed the global generators from the address, for initialisation and dropout."""
+    from pfedmoe_mpi.models import generators  # imports torch
 
-    `torch.manual_seed` would also queue a seed, with a stack trace, for a CUDA that is not in use: 2 ms each.
-    """
-    import torch
-
-    number = address(seed, purpose, round, client)
-    torch.default_generator.manual_seed(number)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(number)
+    generators.seed(address(seed, purpose, round, client))

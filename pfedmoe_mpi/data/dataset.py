@@ -124,6 +124,7 @@ class SourceData:
     proposals: Mapping[str, Any] = field(default_factory=dict)
     fit: Fit | None = None
     ordered: bool = False
+    left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -141,8 +142,9 @@ class Dataset:
     (`federation.effective.proposals` adds what follows from them).
     If `fit` is set, samples may hold NaN until `fitted` is called. `vocabulary` is the number of possible
     tokens, 0 if samples are not tokens. `ordered` means that each row overlaps the rows after it: parts are
-    then cut from the end and not drawn at random. `warnings` say what a user should know of the data although
-    they can be used.
+    then cut from the end and not drawn at random. `left_out` names what of the data is not read, and why.
+    `summary` are lines on what the source took the data to be, before a fit. `warnings` say what a user
+    should know of the data although they can be used.
     """
 
     name: str
@@ -161,6 +163,8 @@ class Dataset:
     fit: Fit | None = None
     vocabulary: int = 0
     ordered: bool = False
+    left_out: tuple[str, ...] = ()
+    summary: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -238,6 +242,7 @@ def build_dataset(source: SourceData, settings: Data) -> Dataset:
         proposals=source.proposals,
         fit=source.fit,
         ordered=source.ordered,
+        left_out=source.left_out,
         warnings=(*source.warnings, *name_warnings(named, source.where)),
     )
 

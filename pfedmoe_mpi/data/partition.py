@@ -13,12 +13,11 @@ from hashlib import sha256
 
 import numpy as np
 
-from pfedmoe_mpi.config.sections import PartitionSettings
+from pfedmoe_mpi.config.partition_settings import PartitionSettings
 from pfedmoe_mpi.core.seeds import numpy_generator
-from pfedmoe_mpi.data.shares import apportion, draw_shares
+from pfedmoe_mpi.data.held_out import hold_out, hold_out_last
+from pfedmoe_mpi.data.owners import NO_CLIENT, draw_owners, per_client
 from pfedmoe_mpi.errors import PartitionError
-
-NO_CLIENT = -1  # owner of a row that no client gets
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +93,18 @@ def make_partition(
       U(0.4, 0.6) and normalised (pFedMoE, arXiv 2402.01350, as in its authors' released code). Which client
       gets which classes is drawn.
     - `dirichlet`: every client draws its class proportions from Dirichlet(alpha), and each class is divided
-      in proportion to the clients' draws (same paper, practical non-IID). Clients then have similar sizes at
-      any alpha, which is not so if every class draws its shares over the clients.
+      in proportion to the clients' draws (same paper, practical non-IID). Clients have similar sizes at any
+      alpha.
+    - `dirichlet_class`: every class draws its proportions over the clients from Dirichlet(alpha) (Yurochkin
+      et al., ICML 2019, arXiv 1905.12022), so that clients differ in size, too. Draws are repeated until
+      every client has `min_samples`. With `balance`, classes are divided in their order, and a client that
+      has n / N of the n rows gets none of the next ones, as in PFLlib and in NIID-Bench (Li et al., ICDE
+      2022, arXiv 2102.02079); without it as in FL-bench. Departure: these round the cuts down, which gives
+      the last client a row of nearly every class; here they are rounded to the nearest row.
+    - `quantity`: sizes are drawn from Dirichlet(alpha), and the rows of each client at random (NIID-Bench,
+      quantity skew).
+    - `shards`: the rows are sorted by class and cut into N · `shards` equal pieces, and every client gets
+      `shards` of them at random (McMahan et al., AISTATS 2017, arXiv 1602.05629, section 3).
     - `classes`: every client draws its number of classes from classes_min..classes; the rest is as in
       `pathological`.
     - `natural`: `client` (n,) is the owner of every row.
@@ -124,23 +133,23 @@ def make_partition(
         owner, generator = _natural_owners(settings, client, clients, seed)
     else:
         _reject_impossible(settings, len(labels), classes, clients, official)
-        owner, generator = _draw(settings, labels, (clients, classes), seed, official)
+        owner, generator = draw_owners(settings, labels, (clients, classes), seed, official)
     if official is None:
-        test = _hold_out(owner, labels, settings.test_fraction, (clients, classes), generator)
+        test = hold_out(owner, labels, settings.test_fraction, (clients, classes), generator)
     else:
         test = official
         _check_parts(owner, test, clients)
     rest = np.where(test, NO_CLIENT, owner)
     if settings.validation and ordered:
-        validation = _hold_out_last(rest, settings.validation, clients)
+        validation = hold_out_last(rest, settings.validation, clients)
     elif settings.validation:
-        validation = _hold_out(rest, labels, settings.validation, (clients, classes), generator)
+        validation = hold_out(rest, labels, settings.validation, (clients, classes), generator)
     else:
         validation = np.zeros(len(labels), bool)
     return Partition(
-        train=_per_client(np.where(validation, NO_CLIENT, rest), clients),
-        validation=_per_client(np.where(validation, owner, NO_CLIENT), clients),
-        test=_per_client(np.where(test, owner, NO_CLIENT), clients),
+        train=per_client(np.where(validation, NO_CLIENT, rest), clients),
+        validation=per_client(np.where(validation, owner, NO_CLIENT), clients),
+        test=per_client(np.where(test, owner, NO_CLIENT), clients),
     )
 
 
@@ -165,6 +174,12 @@ def _reject_impossible(
             f"but the data have {rows}",
             f"set --clients {rows // least} or less"
             + (f", or --partition.min_samples {rows // clients}" if rows >= 2 * clients else ""),
+        )
+    if settings.kind == "shards" and clients * settings.shards > rows:
+        raise PartitionError(
+            f"clients = {clients} with partition.shards = {settings.shards} need {clients * settings.shards} "
+            f"rows, but the data have {rows}",
+            f"set --partition.shards {rows // clients} or less, or lower --clients",
         )
 
 
@@ -204,155 +219,3 @@ def _check_parts(owner: np.ndarray, test: np.ndarray, clients: int) -> None:
                 f"give it {name} rows, or let partition.test_fraction divide all rows: remove official_test "
                 "from the HDF5 file, or merge every test/K.npz into train/K.npz",
             )
-
-
-def _draw(
-    settings: PartitionSettings,
-    labels: np.ndarray,
-    shape: tuple[int, int],
-    seed: int,
-    official: np.ndarray | None,
-) -> tuple[np.ndarray, np.random.Generator]:
-    """Return the owner of every row, and the generator for further draws; `shape` is (N, classes)."""
-    clients, classes = shape
-    masks = [np.ones(len(labels), bool)] if official is None else [~official, official]
-    pools = [np.flatnonzero(mask) for mask in masks]
-    sizes = np.stack([np.bincount(labels[rows], minlength=classes) for rows in pools])
-    reason = ""
-    for attempt in range(settings.tries):
-        generator = numpy_generator(seed, "partition", attempt)
-        if settings.kind == "iid":
-            return _assign_evenly(pools, settings, clients, generator), generator
-        shares = draw_shares(settings, classes, clients, generator)
-        whole = settings.kind != "dirichlet"
-        counts = np.stack([apportion(size, shares, whole) for size in sizes])
-        reason = _misfit(settings, counts, shares, whole)
-        if not reason:
-            return _assign(pools, labels, counts, generator), generator
-    raise PartitionError(
-        f"none of partition.tries = {settings.tries} draws satisfied the settings; in the last, {reason}",
-        _remedy(settings, clients),
-    )
-
-
-def _remedy(settings: PartitionSettings, clients: int) -> str:
-    """Return the changes of settings that make a draw more likely to fit."""
-    steps = [
-        f"lower --clients (now {clients})",
-        f"lower --partition.min_samples (now {settings.min_samples})",
-    ]
-    if settings.kind == "dirichlet":
-        steps.insert(0, f"raise --partition.alpha (now {settings.alpha:g})")
-    elif settings.kind != "iid":
-        steps.insert(1, f"change --partition.classes (now {settings.classes})")
-    if settings.pool == "official":
-        steps.append("set --partition.pool all")
-    return ", ".join(steps[:-1]) + f" or {steps[-1]}"
-
-
-def _misfit(settings: PartitionSettings, counts: np.ndarray, shares: np.ndarray, whole: bool) -> str:
-    """Return why `counts` (pools, classes, N) do not fit, or ""; with two pools the first is for training."""
-    short = (shares > 0) & (counts[0] == 0)
-    if whole and short.any():
-        label = int(short.any(axis=1).argmax())
-        return f"class {label} has {counts[0, label].sum()} rows for {(shares[label] > 0).sum()} clients"
-    total = counts.sum(axis=(0, 1))
-    if total.min() < settings.min_samples:
-        return (
-            f"client {total.argmin()} has {total.min()} rows, fewer than partition.min_samples = "
-            f"{settings.min_samples}"
-        )
-    per_pool = counts.sum(axis=1)
-    if len(per_pool) == 2 and not per_pool.all():
-        pool, client = np.argwhere(per_pool == 0)[0]
-        return f"client {client} has no {('training', 'test')[pool]} rows"
-    return ""
-
-
-def _assign(
-    pools: list[np.ndarray], labels: np.ndarray, counts: np.ndarray, generator: np.random.Generator
-) -> np.ndarray:
-    """Return the owner of every row: each class of each pool is shuffled and cut by `counts`.
-
-    Args:
-        counts: (pools, classes, N).
-    """
-    owner = np.full(len(labels), NO_CLIENT, np.int64)
-    clients = np.arange(counts.shape[2])
-    for rows, table in zip(pools, counts, strict=True):
-        shuffled = generator.permutation(rows)
-        by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-        ends = np.cumsum(np.bincount(labels[rows], minlength=len(table)))
-        for count, end in zip(table, ends, strict=True):
-            owners = np.repeat(clients, count)
-            owner[by_class[end - len(owners) : end]] = owners
-    return owner
-
-
-def _assign_evenly(
-    pools: list[np.ndarray], settings: PartitionSettings, clients: int, generator: np.random.Generator
-) -> np.ndarray:
-    """Return the owner of every row: each pool is shuffled and cut into equal parts."""
-    fewest = [len(pool) // clients for pool in pools]
-    if not all(fewest) or sum(fewest) < settings.min_samples:
-        raise PartitionError(
-            f"clients = {clients} would get {' + '.join(map(str, fewest))} rows each (training + test), but "
-            f"partition.min_samples = {settings.min_samples} and every part needs a row",
-            _remedy(settings, clients),
-        )
-    owner = np.full(sum(map(len, pools)), NO_CLIENT, np.int64)
-    for pool in pools:
-        owner[generator.permutation(pool)] = np.arange(len(pool)) * clients // len(pool)
-    return owner
-
-
-def _hold_out(
-    owner: np.ndarray,
-    labels: np.ndarray,
-    share: float,
-    shape: tuple[int, int],
-    generator: np.random.Generator,
-) -> np.ndarray:
-    """Return a mask (n,) of the rows to hold out: `share` of every owner's class; `shape` is (N, classes)."""
-    rows = generator.permutation(np.flatnonzero(owner != NO_CLIENT))
-    group = owner[rows] * shape[1] + labels[rows]
-    count = np.bincount(group, minlength=shape[0] * shape[1])
-    take = _stratify(count.reshape(shape), share, generator).ravel()
-    order = np.argsort(group, kind="stable")
-    place = np.arange(len(rows)) - (np.cumsum(count) - count)[group[order]]
-    mask = np.zeros(len(owner), bool)
-    mask[rows[order][place < take[group[order]]]] = True
-    return mask
-
-
-def _hold_out_last(owner: np.ndarray, share: float, clients: int) -> np.ndarray:
-    """Return a mask (n,) of the last rows of each owner: `share` of them, at least one, never all."""
-    mask = np.zeros(len(owner), bool)
-    for rows in _per_client(owner, clients):
-        mask[rows[len(rows) - np.clip(int(share * len(rows) + 0.5), 1, len(rows) - 1) :]] = True
-    return mask
-
-
-def _stratify(count: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
-    """Return how many rows of `count` (N, classes) to hold out.
-
-    It is `share` of each client's rows, at least one, never all.
-    The rows that rounding down leaves go to the largest remainders. Ties are drawn, because otherwise the low
-    classes would have all the test rows of small clients. A class gives its only row last.
-    """
-    total = count.sum(axis=1)
-    target = np.clip(np.rint(total * share), 1, np.maximum(total - 1, 0)).astype(np.int64)
-    exact = count * share
-    base = np.minimum(np.floor(exact).astype(np.int64), np.maximum(count - 1, 0))
-    order = (base + 1 >= count) * 2.0 - (exact - base) + 1e-6 * generator.random(count.shape)
-    order[count == 0] = np.inf
-    rank = order.argsort(axis=1).argsort(axis=1)
-    return base + (rank < (target - base.sum(axis=1))[:, None])
-
-
-def _per_client(owner: np.ndarray, clients: int) -> tuple[np.ndarray, ...]:
-    """Return the rows of every client, ascending."""
-    rows = np.flatnonzero(owner != NO_CLIENT)
-    by_client = rows[np.argsort(owner[rows], kind="stable")]
-    ends = np.cumsum(np.bincount(owner[rows], minlength=clients))
-    return tuple(np.split(by_client, ends[:-1]))

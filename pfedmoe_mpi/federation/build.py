@@ -13,12 +13,14 @@ from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.parts import Workbench
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
+from pfedmoe_mpi.data.noise import with_noise
 from pfedmoe_mpi.federation import frozen, own_code, placement, pretrained
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.memory import Host
 from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
+from pfedmoe_mpi.federation.pretraining import check_initial
 from pfedmoe_mpi.federation.server_optimiser import check_method
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.mpi import device
@@ -42,7 +44,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     host = Host(comm.local()[1], comm.size, own_device.device.type == "cpu")
     plan = comm.from_root(lambda: make_plan(settings, dataset, host), "plan", Plan.without_rows)
     partition, costs = plan.partition, plan.costs
-    dataset = plan.fitted or dataset
+    dataset = with_noise(plan.fitted or dataset, partition, settings.partition.noise, settings.seed)
     task = make_task(settings, dataset, partition)
     method = algorithms.load(settings.algorithm)(task)
     method.poll = comm.poll
@@ -52,6 +54,8 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     workbench = Workbench(settings.seed, own_device.device, begun_with.weights)
     frozen_tensors = frozen.load(comm, workbench, (method.state(), specs), loaded)
     state_layout = workbench.layout(method.state())
+    client_layouts = [workbench.layout(spec) for spec in specs]
+    check_initial(method, state_layout, client_layouts)
     check_method(settings, method, state_layout)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
@@ -85,7 +89,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         home=home,
         costs=costs,
         state_layout=state_layout,
-        client_layouts=[workbench.layout(spec) for spec in specs],
+        client_layouts=client_layouts,
         clients=clients,
         stream=make_stream(settings, dataset, partition),
         reserved=reserved(comm, dataset, partition, own_device.device) if method.pretrains else None,

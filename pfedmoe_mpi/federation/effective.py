@@ -13,6 +13,8 @@ from pfedmoe_mpi.models import names as model_names
 # The kinds of partition that these settings belong to.
 KINDS = {
     "partition.alpha": "dirichlet",
+    "partition.balance": "dirichlet_class",
+    "partition.shards": "shards",
     "partition.classes": "pathological",
     "partition.classes_min": "classes",
 }
@@ -91,6 +93,9 @@ def effective_config(settings: Config, dataset: Dataset, threads: int) -> Config
         augment = ",".join(settings.train.augment)
         problem = f"train.augment = {augment} needs images; the samples have shape {dataset.shape}"
         raise ConfigError(problem, "remove --train.augment")
+    if settings.partition.noise and dataset.tokens:
+        problem = f"partition.noise = {settings.partition.noise:g} needs images or features, not texts"
+        raise ConfigError(problem, "remove --partition.noise")
     model = settings.model
     pool: tuple[str, ...] = tuple(model_names.resolve_name(name) for name in model.pool if name != "auto")
     shared = (

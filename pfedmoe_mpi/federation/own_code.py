@@ -6,10 +6,13 @@ import sys
 from collections.abc import Mapping
 from hashlib import sha256
 
+import torch
+
 from pfedmoe_mpi import algorithms, config, user_code
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import CheckpointError
+from pfedmoe_mpi.models import user_model
 from pfedmoe_mpi.mpi import alike
 from pfedmoe_mpi.mpi.comm import Comm
 
@@ -33,10 +36,14 @@ def load(comm: Comm, settings: Config) -> dict[str, str]:
 def _load(settings: Config) -> dict[str, str]:
     references = config.references(settings)
     texts = user_code.sources(references)
+    user_code.forget_changed(references)
+    threads = torch.get_num_threads()
     for reference in references:
         if user_code.split(reference)[1]:
             user_code.load(reference)
     algorithms.load(settings.algorithm)
+    if texts:
+        user_model.check_settings(f"code in {', '.join(texts)}", threads)
     return texts
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import torch
 
+from pfedmoe_mpi.algorithms.base import Algorithm
+from pfedmoe_mpi.config import methods
+from pfedmoe_mpi.config.methods import MethodError
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
+from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import ConfigError, StoppedError
 from pfedmoe_mpi.federation.evaluation import inputs
@@ -105,13 +109,39 @@ def begin_private_parts(federation: Federation, state: torch.Tensor) -> None:
         slices = federation.client_layouts[client.id].parts
         for name, place in slices.items():
             source = method.initial(name, client.id)
-            if source == name:
-                continue
-            if source in server:
-                values = state[server[source]]
+            if source != name:
+                values = state[server[source]] if source in server else client.vector[slices[source]]
+                client.vector[place].copy_(values)
+
+
+def check_initial(method: Algorithm, state: Layout, clients: Sequence[Layout]) -> None:
+    """Check that `initial` names for every private part a part of the same architecture.
+
+    Raises:
+        MethodError: it does not.
+    """
+    if type(method).initial is Algorithm.initial:
+        return
+    for client, layout in enumerate(clients):
+        own = _tensors(layout)
+        parts = {**_tensors(state), **own}
+        for name in own:
+            source = method.initial(name, client)
+            if source not in parts:
+                reason = f"initial: '{name}' begins as {source!r}, but the parts are {', '.join(parts)}"
+            elif parts[source] != parts[name]:
+                reason = f"initial: '{name}' begins as '{source}', but they differ in architecture"
+            elif source in own and method.initial(source, client) != source:
+                reason = f"initial: '{name}' begins as '{source}', which begins as another part"
             else:
-                assert source in slices, f"initial: there is no part '{source}' for '{name}' to begin with"
-                values = client.vector[slices[source]]
-            target = client.vector[place]
-            assert len(values) == len(target), f"initial: '{name}' and '{source}' differ in architecture"
-            target.copy_(values)
+                continue
+            raise MethodError.at(methods.path(method.task.config.algorithm), None, reason)
+
+
+def _tensors(layout: Layout) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Return the names and shapes of the tensors of each part of a joined layout."""
+    tensors: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for entry in layout.entries:
+        part, _, name = entry.name.partition("/")
+        tensors.setdefault(part, []).append((name, entry.shape))
+    return tensors

@@ -77,6 +77,14 @@ def names() -> tuple[str, ...]:
     return (*CNN, *MNIST, *MLP, *TEXT, *LSTM, *TORCHVISION)
 
 
+def reference(name: str) -> str:
+    """Return a reference to the user's or an installed package's code; empty for one of this program's."""
+    word = name.lower().replace("-", "_")
+    if user_code.is_reference(name) or word in names():
+        return name if user_code.is_reference(name) else ""
+    return user_code.installed(ENTRY_POINTS).get(word, "")
+
+
 def resolve_name(name: str) -> str:
     """Return the exact name of an architecture.
 
@@ -89,12 +97,10 @@ def resolve_name(name: str) -> str:
     Raises:
         ConfigError: there is no such architecture; the message has the nearest name.
     """
-    registered = user_code.installed(ENTRY_POINTS)
-    if name in registered and name not in names():
-        name = registered[name]
-    if user_code.is_reference(name):
-        check_object(name)
-        return name
+    other = reference(name)
+    if other:
+        check_object(other)
+        return other
     word = name.lower().replace("-", "_")
     if word.startswith(user_code.TIMM):
         if find_spec("timm") is None:
@@ -109,7 +115,7 @@ def resolve_name(name: str) -> str:
     if len(matches) == 1:
         return matches[0]
     raise ConfigError(
-        f"there is no model '{name}'{nearest(word, names())}",
+        f"there is no model '{name}'{nearest(word, (*names(), *user_code.installed(ENTRY_POINTS)))}",
         f"use cnn1 to cnn5, mnist1 to mnist5 or mlp1 to mlp5; for texts {', '.join((*TEXT, *LSTM))}; "
         f"one of torchvision's {', '.join(TORCHVISION)}; timm:NAME; or a class of your own as "
         "PATH/FILE.py:NAME",

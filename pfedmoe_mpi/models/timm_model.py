@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pfedmoe_mpi.errors import ConfigError, nearest
+from pfedmoe_mpi.models import generators
 from pfedmoe_mpi.user_code import TIMM
 
 
@@ -43,7 +44,7 @@ def check(name: str, shape: tuple[int, ...], dim: int) -> None:
     Raises:
         ConfigError: it does not.
     """
-    with torch.random.fork_rng(devices=[]):
+    with generators.kept():
         try:
             output = build(name, shape, dim).train()(torch.randn(2, *shape))
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:

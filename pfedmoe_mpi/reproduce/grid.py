@@ -18,10 +18,10 @@
     seed = [0, 1, 2]
 
 The runs are the product of the axes in the order of the file; the last axis varies fastest. Their names are
-their labels, `n50-pfedmoe-seed0` (a string is its own label; other values follow the last part of the
-setting's name). Relative paths are relative to the file's folder. Settings that the table leaves out may be
-proposed by the data source, as in any run, except the number of rounds, which is the table's. Needs neither
-torch nor MPI.
+their labels, `n50-pfedmoe-seed0` (a string is its own label, of the user's own code its short name; other
+values follow the last part of the setting's name). Relative paths are relative to the file's folder.
+Settings that the table leaves out may be proposed by the data source, as in any run, except the number of
+rounds, which is the table's. Needs neither torch nor MPI.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi import config
+from pfedmoe_mpi import config, user_code
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import ConfigError, UserError, nearest
 
@@ -126,15 +126,16 @@ def read(path: Path) -> Table:
         raise _error(
             path, f"has floor = {floor!r}", "set the least number of rounds with --scale: floor = 20"
         )
-    integers = [name for name, field in config.fields().items() if field.annotation is int]
+    known = _known(path, tree)
+    integers = [name for name, field in known.items() if field.annotation is int]
     if not isinstance(in_rounds, list) or not set(map(str, in_rounds)) <= set(integers):
         remedy = 'list settings whose unit is rounds: in_rounds = ["fedkd.ramp"]'
         raise _error(path, f"has in_rounds = {in_rounds!r}", remedy)
     for name in ("base", "axis"):
         if not isinstance(tree.get(name, {}), dict):
             raise _error(path, f"has {name} = {tree[name]!r}", f"write it as a section: [{name}]")
-    base = _settings(path, "base", tree.get("base", {}))
-    axes = {name: _points(path, name, points) for name, points in tree.get("axis", {}).items()}
+    base = _settings(path, "base", tree.get("base", {}), known)
+    axes = {name: _points(path, name, points, known) for name, points in tree.get("axis", {}).items()}
     return Table(path, str(title), floor, tuple(in_rounds), base, axes)
 
 
@@ -142,7 +143,17 @@ def _error(path: Path, problem: str, remedy: str) -> TableError:
     return TableError(f"the table {path} {problem}", remedy)
 
 
-def _settings(path: Path, where: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+def _known(path: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every setting by its dotted name, with those of the methods' files that the table names."""
+    known = config.fields()
+    for name, value in config.flatten(tree).items():
+        if name.rpartition(".")[2] == "algorithm":
+            for algorithm in value if isinstance(value, list) else [value]:
+                known |= config.fields(user_code.located(str(algorithm), path.resolve().parent))
+    return known
+
+
+def _settings(path: Path, where: str, tree: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """Return a section's settings by dotted name, with paths relative to the table's folder.
 
     Raises:
@@ -152,8 +163,8 @@ def _settings(path: Path, where: str, tree: Mapping[str, Any]) -> dict[str, Any]
     for name in settings:
         if name in RESERVED:
             raise _error(path, f"sets {name} in [{where}]", f"remove {name}: reproduce sets it for every run")
-        if name not in config.fields():
-            hint = nearest(name, config.fields())
+        if name not in known:
+            hint = nearest(name, known)
             raise _error(
                 path,
                 f"sets an unknown {name} in [{where}]{hint}",
@@ -162,15 +173,16 @@ def _settings(path: Path, where: str, tree: Mapping[str, Any]) -> dict[str, Any]
     return config.located(settings, path.resolve().parent)
 
 
-def _points(path: Path, axis: str, value: Any) -> list[Point]:
+def _points(path: Path, axis: str, value: Any, known: Mapping[str, Any]) -> list[Point]:
     """Return the points of an axis, from sections by label or from a list of values of one setting."""
     if isinstance(value, dict) and value and all(isinstance(tree, dict) for tree in value.values()):
         points = [
-            Point(label, _settings(path, f"axis.{axis}.{label}", tree)) for label, tree in value.items()
+            Point(label, _settings(path, f"axis.{axis}.{label}", tree, known))
+            for label, tree in value.items()
         ]
     elif isinstance(value, list) and value:
         setting = axis.replace("-", "_")
-        points = [Point(_label(setting, v), _settings(path, "axis", {setting: v})) for v in value]
+        points = [Point(_label(setting, v), _settings(path, "axis", {setting: v}, known)) for v in value]
     else:
         dotted = f'"{axis}.{next(iter(value))}"' if isinstance(value, dict) and value else axis
         remedy = f"write {dotted} = [1, 2] below [axis], or sections [axis.{axis}.LABEL]"
@@ -190,7 +202,7 @@ def _points(path: Path, axis: str, value: Any) -> list[Point]:
 def _label(setting: str, value: Any) -> str:
     """Return the label of a value in a list."""
     if isinstance(value, str):
-        return value
+        return user_code.label(value) if user_code.is_reference(value) else value
     return f"{setting.rpartition('.')[2]}{str(value).lower()}"
 
 
@@ -281,6 +293,8 @@ def _run(table: Table, points: Mapping[str, Point], overrides: Mapping[str, Any]
     settings = dict(table.base)
     for point in points.values():
         settings |= point.settings
+    known = config.fields(str(settings.get("algorithm", "")))
+    settings = {name: value for name, value in settings.items() if name in known}  # no other file's
     name = "-".join(point.label for point in points.values()) or table.name
     try:
         planned = config.build(settings).rounds
@@ -293,12 +307,12 @@ def _run(table: Table, points: Mapping[str, Point], overrides: Mapping[str, Any]
         rounds = min(rounds, max(table.floor, math.ceil(scale * rounds)))
     unscaled = config.flatten(requested.model_dump())
     for name_in_rounds in table.in_rounds if rounds != planned else ():
-        if name_in_rounds not in overrides:
+        if name_in_rounds not in overrides and name_in_rounds in unscaled:
             settings[name_in_rounds] = max(1, round(unscaled[name_in_rounds] * rounds / planned))
     settings |= {
         "rounds": rounds,
         "run.table": table.name,
-        "run.cell": _cell(points, requested.algorithm),
+        "run.cell": _cell(points, requested.method),
         "run.scale": rounds / planned,
         "run.altered": [n for n in overrides if not n.startswith(HARMLESS)],
     }

@@ -6,8 +6,9 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from itertools import count, groupby
 from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import config
@@ -39,7 +40,8 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
     lines = [
         f"{settings.method} on {federation.dataset.name}: {task.clients} clients, "
         f"cohort {settings.cohort_size}, {settings.rounds} rounds, "
-        f"sample {_sample(task)}, {task.classes} classes, d = {task.dim}"
+        f"sample {_sample(task)}, {task.classes} classes, d = {task.dim}",
+        *federation.dataset.summary,
     ]
     if task.unseen:
         listed, why = ", ".join(map(str, sorted(task.unseen))), federation.method.no_answer_reason
@@ -60,9 +62,20 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
         lines += [f"private: {line} ({name}, {clients} clients)" for line in private]
     lines += _describe_frozen(federation)
     lines += federation.pretrained.lines
-    lines += [f"rank {rank}: {line}" for rank, line in enumerate(device_lines)]
+    lines += _rank_lines(device_lines)
     use = disk.of_federation(federation, len(device_lines))
     return [*lines, memory(federation, len(device_lines)), use.line(settings.run.keep)]
+
+
+def _rank_lines(device_lines: Sequence[str]) -> Iterator[str]:
+    """Yield a line per rank, and one for three or more equal neighbours."""
+    ranks = count()
+    for line, equal in groupby(device_lines):
+        group = [next(ranks) for _ in equal]
+        if len(group) > 2:
+            yield f"ranks {group[0]} to {group[-1]}, each: {line}"
+        else:
+            yield from (f"rank {rank}: {line}" for rank in group)
 
 
 def _sample(task: Task) -> str:
@@ -196,24 +209,16 @@ def _client_table(federation: Federation, row: Row) -> str:
 
     task, clients = federation.task, row["clients"]
     architectures = labels(task.pool)
-    binary = row["auc"]["mean"] is not None
-    headings = [
-        "client",
-        "architecture",
-        "samples",
-        "classes",
-        "accuracy",
-        *(["AUC"] if binary else []),
-        "α shared",
-    ]
+    columns = {"AUC": clients["auc"], "α shared": clients["alpha"]}
+    columns = {name: values for name, values in columns.items() if any(v is not None for v in values)}
     table = Table(title=f"clients after round {row['round']}")
-    for heading in headings:
+    for heading in ("client", "architecture", "samples", "classes", "accuracy", *columns):
         table.add_column(heading, justify="right")
     for k in range(task.clients):
         classes = int((task.counts[k] > 0).sum())
         cells = [str(k), architectures[k % len(architectures)], str(task.samples(k)), str(classes)]
-        cells += [_percent(clients["accuracy"][k]), *([_three_digits(clients["auc"][k])] if binary else [])]
-        table.add_row(*cells, _three_digits(clients["alpha"][k]))
+        cells += [_percent(clients["accuracy"][k])]
+        table.add_row(*cells, *(_three_digits(values[k]) for values in columns.values()))
     console = Console(width=100, no_color=True)
     with console.capture() as capture:
         console.print(table)

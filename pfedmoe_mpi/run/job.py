@@ -104,9 +104,16 @@ def train(world: Comm, start: Start) -> int:
 
 
 def _already_finished(world: Comm, start: Start, loaded: Checkpoint, rounds: int) -> int:
-    """Complete the run folder of a finished run and print how to train further; return the exit code."""
-    if start.resuming and not start.changes:
-        world.from_root(lambda: start.folder.complete(loaded.history), "run folder")
+    """Complete the run folder of a finished run and print how to train further; return the exit code.
+
+    Raises:
+        ConfigError: on all ranks: settings changed, or another folder was named, and no round would use it.
+    """
+    if start.changes or not start.resuming:
+        given = ", ".join(start.changes) or "--run.dir"
+        problem = f"the run is finished: {loaded.round} of {rounds} rounds are done, so {given} has no effect"
+        raise ConfigError(problem, f"add --rounds {2 * loaded.round} to train as many again")
+    world.from_root(lambda: start.folder.complete(loaded.history), "run folder")
     if world.rank == 0:
         more = f"--rounds {2 * loaded.round} trains as many again"
         print(f"the run is finished: {loaded.round} of {rounds} rounds are done; {more}")
@@ -215,7 +222,8 @@ def _report_start(
     kind = "restart" if loaded else "start"
     reporter.event(kind, ranks=world.size, hosts=list(device_lines), **process, **source, **facts)
     if world.rank == 0:
-        print(f"run folder {reporter.folder.path}", flush=True)
+        resumed = f", resumes after round {loaded.round} from {loaded.path.name}" if loaded else ""
+        print(f"run folder {reporter.folder.path}{resumed}", flush=True)
 
 
 def _report_finish(world: Comm, reporter: Reporter, federation: Federation, loop: Loop) -> None:
@@ -225,7 +233,8 @@ def _report_finish(world: Comm, reporter: Reporter, federation: Federation, loop
     if world.rank == 0:
         best = folder.best_round()
         chosen_on = console.selecting_rows(loop.history)
-        best_text = f"best.h5 holds round {best}, chosen on {chosen_on}; " if best else ""
+        of_those = f"the best with a checkpoint, chosen on {chosen_on}"
+        best_text = f"best.h5 holds round {best}, {of_those}; " if best else ""
         text = f"{console.table(federation, loop.history)}\n{best_text}`report {folder.path}` draws the run"
         LOGGER.info("\n%s", text)
         print(text, flush=True)

@@ -61,6 +61,10 @@ def configured(**changes: Any) -> Edit:
     return texted("config", json.dumps({**sample_content().config, **changes}))
 
 
+def coded(code: str) -> Edit:
+    return lambda file: _put(file, "code", np.array(code.encode()))
+
+
 def lived(*rows: Any) -> Edit:
     return texted("history", "\n".join(json.dumps(item) for item in rows))
 
@@ -122,6 +126,14 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
         "not stored in one piece",
         replaced(STATE, (1 << 44,), "<f4", chunks=(1 << 20,), compression="gzip"),
     ),
+    "code: no JSON": ("code is not", coded("{")),
+    "code: list": ("code is not a text for each file", coded('["a.py"]')),
+    "code: numbers": ("code is not a text for each file", coded('{"a.py": 1}')),
+    "code: above": (r"code has a file of the name '\.\./a\.py'", coded('{"../a.py": ""}')),
+    "code: absolute": ("code has a file of the name '/tmp/a.py'", coded('{"/tmp/a.py": ""}')),
+    "code: dots": (r"code has a file of the name 'b/\./a\.py'", coded('{"b/./a.py": ""}')),
+    "code: no Python": ("code has a file of the name '.bashrc'", coded('{".bashrc": ""}')),
+    "code: controls": (r"code has a file of the name '.x1b\[2J\.py'", coded('{"\\u001b[2J.py": ""}')),
     "packed": ("not stored in one piece", replaced(STATE, data=ZEROS, compression="gzip")),
     "float64": ("server/state is float64", replaced(STATE, data=ZEROS.astype("f8"))),
     "integers": ("server/state is int32", replaced(STATE, data=ZEROS.astype("i4"))),

@@ -18,14 +18,7 @@ from pfedmoe_mpi import __version__, config
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import methods
 from support.files import path_digest
-from support.launcher import (
-    Result,
-    Session,
-    clean_environment,
-    read_events,
-    read_metrics,
-    run_program,
-)
+from support.launcher import Result, Session, clean_environment, read_events, read_metrics, run_program
 from support.paths import ROOT
 
 
@@ -43,17 +36,8 @@ def of_each(
 ) -> Path:
     """A run of one round of every method with half of the clients; read only."""
     folder = tmp_path_factory.mktemp(request.param)
-    flags = (
-        "--algorithm",
-        request.param,
-        "--model.pool",
-        "mlp5",
-        "--participation",
-        "0.5",
-        "--run.dir",
-        "run",
-    )
-    result = session(*small_run, *flags, cwd=folder)
+    flags = ("--algorithm", request.param, "--model.pool", "mlp5", "--participation", "0.5")
+    result = session(*small_run, *flags, "--run.dir", "run", cwd=folder)
     assert result.code == 0, result.err
     return folder / "run"
 
@@ -88,6 +72,7 @@ def test_run_prints_plan_rounds_and_table(trained: Path) -> None:
         assert f"{100 * row['clients']['accuracy'][client]:.2f} %" in line
         assert f" {row['clients']['samples'][client]} " in line
     assert "last  round 3" in table and "best measured  round" in table
+    assert "α shared" in table and "AUC" not in table
     assert "; chosen by accuracy on test rows\nbest.h5 holds round" in table
     assert ", chosen on test rows; " in table.splitlines()[-1]
     std = np.std(row["clients"]["accuracy"])
@@ -222,7 +207,10 @@ def test_best_checkpoint_is_chosen_on_validation_rows(
     accuracy = f"{100 * best['accuracy']['mean']:.2f} %"
     assert measured.startswith(f"best measured  round {best['round']}: accuracy mean {accuracy}")
     assert measured.endswith("; chosen by accuracy on validation rows")
-    assert f"best.h5 holds round {best['round']}, chosen on validation rows; " in said
+    assert (
+        f"best.h5 holds round {best['round']}, the best with a checkpoint, chosen on validation rows; "
+        in said
+    )
     report = run_command("report", "run", "--text").out
     assert f"accuracy, round {best['round']}, chosen on validation rows: {accuracy}" in report
     assert "validation rows choose best.h5" in report

@@ -98,7 +98,8 @@ def default(value: Any) -> str:
 
 def test_data_sources_are_those_of_the_setting() -> None:
     listed = names(PACKAGE / "data" / "README.md", "`--data.source`")
-    assert sorted(listed) == sorted(config.choices(config.fields()["data.source"]))
+    choices = config.choices(config.fields()["data.source"])
+    assert sorted(listed) == sorted([*choices, "FILE.py:NAME"])
 
 
 # Links

@@ -136,7 +136,7 @@ def test_plan_names_the_hospitals(run_command: Callable[..., Result], hospitals:
     assert "0 alpha, 1 beta, 2 gamma" in said
     assert "proposed by the data: partition.kind = natural, clients = 3, train.lr = 0.005" in said
     dealt = run_command(*FLAGS, "--data.path", hospitals, "--dry", "true", "--partition.kind", "iid").out
-    assert "alpha" not in dealt, "which then are nobody's"
+    assert "0 alpha" not in dealt, "no client is a hospital"
 
 
 def test_wrong_number_of_clients_is_refused(assert_refused: Callable[..., str], hospitals: Path) -> None:

@@ -79,6 +79,8 @@ def test_parameters_of_another_partition_are_refused(
         ("alpha", "0.1", "dirichlet"),
         ("classes", "1", "pathological"),
         ("classes_min", "1", "classes"),
+        ("balance", "false", "dirichlet_class"),
+        ("shards", "3", "shards"),
     ):
         pattern = f"partition.{name} has no effect(.|\n)*set --partition.kind {kind}"
         assert_refused(pattern, *flags, f"--partition.{name}", value)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pfedmoe_mpi.config.sections import PartitionSettings
+from pfedmoe_mpi.config.partition_settings import PartitionSettings
 from pfedmoe_mpi.data import Partition, make_partition
 from pfedmoe_mpi.errors import PartitionError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.reproduce import grid
 from support import launcher
 from support.files import path_digest
+from support.paths import ROOT
 from support.text_files import HOSPITALS, write_hospitals, write_news, write_stories
 
 TABLE = """\
@@ -49,6 +51,25 @@ def table(tmp_path: Path) -> Path:
 
 
 # The file
+
+
+def test_methods_and_models_from_files(tmp_path: Path) -> None:
+    """Their settings stand in the table, and their short names in the runs' names and cells."""
+    shutil.copytree(ROOT / "tests" / "strangers", tmp_path / "code")
+    (tmp_path / "own.toml").write_text(
+        'in_rounds = ["fedkd.ramp"]\n[base]\nditto.weight = 0.25\n[axis]\n'
+        'algorithm = ["./code/ditto.py", "fedavg"]\n"model.pool" = ["code/nets.py:TinyViT", "cnn5"]\n'
+        "[axis.rate.low]\ntrain.lr = 0.01\n"
+    )
+    runs = grid.expand(grid.read(tmp_path / "own.toml"), {})
+    assert [run.name for run in runs] == [
+        f"{method}-{model}-low" for method in ("ditto", "fedavg") for model in ("TinyViT", "cnn5")
+    ]
+    assert runs[0].config.options.weight == 0.25 and runs[0].config.run.cell == "TinyViT-low/ditto"
+    assert runs[0].config.algorithm == str(tmp_path / "code" / "ditto.py")
+    (tmp_path / "own.toml").write_text('[axis]\nalgorithm = ["./code/ditto.py"]\n"ditto.wight" = [1]\n')
+    with pytest.raises(ConfigError, match=r"unknown ditto\.wight in \[axis\]; did you mean 'ditto\.weight'"):
+        grid.read(tmp_path / "own.toml")
 
 
 def test_runs_are_the_product_of_the_axes_in_order(table: Path) -> None:

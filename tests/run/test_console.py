@@ -29,6 +29,21 @@ def test_long_rounds_without_a_terminal_get_a_line_a_minute(
     assert capsys.readouterr().out.splitlines() == lines
 
 
+def test_equal_ranks_share_a_line() -> None:
+    device_lines = [
+        "a, 2 clients",
+        "a, 1 clients",
+        "a, 1 clients",
+        "b, 1 clients",
+        "b, 1 clients",
+        "b, 1 clients",
+    ]
+    assert list(console._rank_lines(device_lines)) == [
+        *("rank 0: a, 2 clients", "rank 1: a, 1 clients", "rank 2: a, 1 clients"),
+        "ranks 3 to 5, each: b, 1 clients",
+    ]
+
+
 def on_a_terminal(*arguments: str, cwd: Path, timeout: float = 120) -> str:
     """Return what the program without a launcher writes to a terminal."""
     ours, theirs = pty.openpty()

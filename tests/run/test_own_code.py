@@ -201,6 +201,12 @@ def test_method_file_in_a_configuration(folder: Path, tmp_path: Path, session: l
         ),
         ("new.py", "x = 1\n", "a method's file defines one subclass of Algorithm, this one none"),
         ("new.py", "def f(:\n", r"new\.py:1: "),
+        (
+            "new.py",
+            "import torch\nfrom pfedmoe_mpi.algorithms.base import Algorithm\n"
+            "torch.set_default_dtype(torch.float64)\nclass A(Algorithm): pass\n",
+            r"code in new\.py calls torch\.set_default_dtype\(torch\.float64\)",
+        ),
     ],
 )
 def test_method_files_that_cannot_be_used(
@@ -210,3 +216,80 @@ def test_method_files_that_cannot_be_used(
     words = (*SMALL_RUN, "--algorithm", f"./{name}", "--run.dir", "run")
     error_message(session(*words, cwd=tmp_path), pattern)
     assert not (tmp_path / "run").exists()
+
+
+INITIAL = """
+from pfedmoe_mpi.algorithms.fedprox import FedProx, Options
+
+class Mine(FedProx):
+    def client_state(self, client):
+        return {"own": self.task.model(self.task.pool[0]), "head": self.task.head()}
+    def initial(self, part, client):
+        return SOURCES.get(part, part)
+"""
+
+
+def test_initial_names_a_part_of_the_same_architecture(tmp_path: Path, session: launcher.Session) -> None:
+    """A method may also extend one of this program, and use its options."""
+    words = (
+        *SMALL_RUN,
+        "--model.pool",
+        "mlp5",
+        "--algorithm",
+        "./mine.py",
+        "--run.dir",
+        "run",
+        "--mine.mu",
+        "1.5",
+    )
+    for sources, problem in (
+        ({"own": "modle"}, "initial: 'own' begins as 'modle', but the parts are model, own, head"),
+        ({"own": None}, "initial: 'own' begins as None, but"),
+        ({"head": "model"}, "initial: 'head' begins as 'model', but they differ in architecture"),
+        ({"own": "own2"}, "initial: 'own' begins as 'own2', but"),
+    ):
+        (tmp_path / "mine.py").write_text(f"SOURCES = {sources}\n{INITIAL}")
+        error_message(session(*words, cwd=tmp_path), f"mine.py: {problem}")
+        assert not (tmp_path / "run").exists()
+    (tmp_path / "mine.py").write_text(f"SOURCES = {{'own': 'model'}}\n{INITIAL}")
+    assert session(*words, cwd=tmp_path).code == 0
+    assert "mu = 1.5" in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_installed_packages_register_methods_and_models(tmp_path: Path) -> None:
+    """By module or class, in names of any case; only the chosen one is imported."""
+    package, facts = tmp_path / "strangers", tmp_path / "strangers-1.dist-info"
+    shutil.copytree(STRANGERS, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "__init__.py").write_text("print('imported')\n")
+    (package / "nets.py").write_text((package / "nets.py").read_text().replace("from blocks", "from .blocks"))
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: strangers\nVersion: 1\n")
+    (facts / "entry_points.txt").write_text(
+        "[pfedmoe_mpi.algorithms]\nOur-Ditto = strangers.ditto\nditto_class = strangers.ditto:Ditto\n"
+        "gone = strangers.gone\n[pfedmoe_mpi.models]\nTinyNet = strangers.nets:TinyViT\n"
+    )
+    environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    listed = launcher.run_program(0, "run", "--help", cwd=tmp_path, env=environment)
+    assert listed.code == 0 and "imported" not in listed.out and "--our_ditto.weight" in listed.out
+    digests = []
+    for ranks in (1, 3):
+        run = f"ranks-{ranks}"
+        words = (*SMALL_RUN, "--algorithm", "Ditto-class", "--model.pool", "TinyNet", "--run.dir", run)
+        result = launcher.run_program(ranks, *words, cwd=tmp_path, env=environment)
+        assert result.code == 0, result.err
+        digests.append(launcher.checkpoint_digest(tmp_path / run, 1))
+        assert (tmp_path / run / "code" / "strangers" / "blocks.py").is_file()
+    assert digests[0] == digests[1]
+    (package / "blocks.py").write_text((package / "blocks.py").read_text() + "\nEXTRA = 1\n")
+    again = launcher.run_program(0, "restart", "ranks-1", "--rounds", "2", cwd=tmp_path, env=environment)
+    assert "+EXTRA = 1" in error_message(again, "your own code changed since the checkpoint")
+
+
+def test_folders_with_commas_colons_and_spaces(tmp_path: Path, session: launcher.Session) -> None:
+    folder = tmp_path / "a, b:ü"
+    shutil.copytree(STRANGERS, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    words = ("--algorithm", "./ditto.py", "--model.pool", "./nets.py:TinyViT", "--model.shared", "mlp5")
+    assert session(*SMALL_RUN[:8], *words, "--rounds", "1", "--run.dir", "run", cwd=folder).code == 0
+    result = session("restart", str(folder / "run"), "--rounds", "2", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert load_client(folder / "run" / "checkpoints" / "best.h5", 0).client == 0

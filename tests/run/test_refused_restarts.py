@@ -214,6 +214,14 @@ def test_restart_of_a_finished_run_changes_nothing(session: Session, run: Path, 
         result = session("restart", str(source), cwd=tmp_path)
         assert (result.code, result.err) == (0, "") and "the run is finished: 3 of 3 rounds" in result.out
     assert path_digest(run) == before
+    newest = str(run / "checkpoints" / "round-000003.h5")
+    for words, named in (
+        ([str(run), "--train.lr", "0.01"], "train.lr"),
+        ([newest, "--run.dir", "new"], "--run.dir"),
+    ):
+        message = error_message(session("restart", *words, cwd=tmp_path), f"so {named} has no effect")
+        assert "--rounds 6" in message
+    assert path_digest(run) == before and not (tmp_path / "new").exists()
 
 
 def test_evaluate_refuses_data_the_models_cannot_take(

@@ -114,6 +114,8 @@ def test_run_killed_after_its_last_checkpoint_is_finished(
         lines = (run / name).read_text().splitlines(keepends=True)
         (run / name).write_text("".join(lines[:-1]))
     assert "the run is finished: 3 of 3" in run_command("restart", run).out
+    resumed = run_command("restart", run, "--rounds", "4", "--run.dir", "more").out
+    assert "more, resumes after round 3 from round-000003.h5\n" in resumed
     assert reproducible_rows(run) == kept and read_events(run)[-1]["event"] == "finish"
     before = path_digest(run)
     run_command("restart", run)

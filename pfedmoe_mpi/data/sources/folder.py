@@ -31,7 +31,7 @@ def load_folder(root: Path, size: int) -> SourceData:
             sizes without `size`.
     """
     layout = read_layout(root)
-    x, conversions = _read(layout.files, size)
+    x, conversions = read_images(layout.files, size)
     coloured = x.shape[1] == 3
     return SourceData(
         name=root.resolve().name,
@@ -44,13 +44,13 @@ def load_folder(root: Path, size: int) -> SourceData:
         std=IMAGENET_STD if coloured else (),
         warnings=(
             *layout.warnings,
-            *_describe_conversions(layout.files, conversions),
+            *describe_conversions(layout.files, conversions),
             *_describe_copies(layout, x),
         ),
     )
 
 
-def _read(files: Sequence[str], size: int) -> tuple[np.ndarray, list[str]]:
+def read_images(files: Sequence[str], size: int) -> tuple[np.ndarray, list[str]]:
     """Return all images, (n, 1, H, W) if they are all grey, else (n, 3, H, W), and how each is converted."""
     first = decode(files[0], size, colour=None).pixels
     try:
@@ -90,7 +90,7 @@ def _read_all(files: Sequence[str], size: int, first: np.ndarray) -> tuple[np.nd
     return x, conversions
 
 
-def _describe_conversions(files: Sequence[str], conversions: Sequence[str]) -> list[str]:
+def describe_conversions(files: Sequence[str], conversions: Sequence[str]) -> list[str]:
     """Return a warning per kind of conversion, with the number of files and the first one."""
     return [
         f"{kind}: {number} of {len(files)}, for example {files[conversions.index(kind)]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,19 @@ import h5py
 import numpy as np
 
 from pfedmoe_mpi.data.dataset import Dataset, SourceData, check_clients, check_finite, sample_shape
+from pfedmoe_mpi.data.sources.hdf5_table import check_chunks, find_table
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.storage import untrusted_hdf5
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 _SPAN = 16 << 20  # bytes read at once
 _BLOCK = 64 << 10  # bytes of a block if the file has no chunks: reading so short a gap is faster than a seek
-_FREE, _RATIO = 64 << 20, 100  # a file may unpack to _FREE bytes plus _RATIO times its own length
 _CHUNK = 64 << 10  # bytes of a chunk that is written: ranks read scattered rows, and always whole chunks
 _COPIED = 16 << 20  # bytes written at once
-_UNPACKED = 256 << 20  # bytes; a chunk that could unpack to more is first unpacked piece by piece
-_PACKED = {h5py.h5z.FILTER_DEFLATE: 1032, h5py.h5z.FILTER_LZF: 90}  # highest ratio of each compression
 _NAMES = 1 << 16  # class names
 _COPY = "copy the file again, or write it again with `data prepare`"
+_LAYOUT = "store samples as x and labels as y, optionally client and official_test"
 _INSIDE = "store x and y as plain arrays in the file itself"
-_REPACK = "unpack it first: h5repack -f NONE FILE NEW_FILE"
 
 
 class FileRows:
@@ -128,14 +125,17 @@ def open_hdf5(path: Path, check: bool) -> SourceData:
 def _load(file: Any, path: Path, check: bool) -> SourceData:
     if check:
         untrusted_hdf5.check_heaps(file, path)
-    x = _table(file, "x", path)
+    if file.id.links.exists(b"examples") and not file.id.links.exists(b"x"):
+        problem = f"{path} has no dataset 'x', but 'examples', as files of TensorFlow Federated"
+        raise DataError(problem, "--data.source tff")
+    x = find_table(file, "x", path, _LAYOUT)
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise DataError(f"x of {path} is {x.dtype}", "store uint8 (0 to 255) or float32")
     store = FileRows(file, x, str(path))
     rows = len(x)
     labels = _column(file, "y", rows, path)
     if check:
-        _check_chunks(x, f"x of {path}")
+        check_chunks(x, f"x of {path}")
         store.check()
     client, official = (_optional(file, name, rows, path) for name in ("client", "official_test"))
     if client is not None:
@@ -154,84 +154,9 @@ def _load(file: Any, path: Path, check: bool) -> SourceData:
     )
 
 
-def _table(file: Any, name: str, path: Path) -> Any:
-    """Return a dataset stored in the file itself that unpacks to a plausible size.
-
-    Raises:
-        DataError: no such dataset, a size that the file's length cannot justify, or unsupported filters.
-    """
-    table = untrusted_hdf5.find_dataset(file, name)
-    if table is None:
-        names = ", ".join(ascii(key).strip("'") for key, _ in zip(file, range(8), strict=False))
-        raise DataError(
-            f"{path} has no dataset '{name}'; it has {names or 'nothing'}",
-            "store samples as x and labels as y, optionally client and official_test",
-        )
-    limit = _FREE + _RATIO * path.stat().st_size
-    unpacked = max(math.prod(shape) for shape in (table.shape, table.chunks or ()))
-    if unpacked * table.dtype.itemsize > limit:
-        raise DataError(
-            f"{name} of {path} claims {unpacked * table.dtype.itemsize:,} bytes in shape {table.shape}, "
-            f"more than {_RATIO} times the file and {_FREE >> 20} MiB",
-            _REPACK,
-        )
-    _check_filters(table, name, path)
-    return table
-
-
-def _filters(table: Any) -> list[int]:
-    """Return the codes of the HDF5 filters of a dataset."""
-    plan = table.id.get_create_plist()
-    return [plan.get_filter(number)[0] for number in range(plan.get_nfilters())]
-
-
-def _check_filters(table: Any, name: str, path: Path) -> None:
-    """Allow one compression, gzip or lzf: with other filters the file decides how much memory they take."""
-    allowed = {*_PACKED, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
-    used = _filters(table)
-    if not {*used} <= allowed or len({*used}) < len(used) or {*used} >= {*_PACKED}:
-        raise DataError(
-            f"{name} of {path} uses HDF5 filters {used}; gzip, lzf, shuffle and fletcher32 are supported",
-            _REPACK,
-        )
-
-
-def _check_chunks(table: Any, where: str) -> None:
-    """Refuse chunks that unpack to more than their declared size, before HDF5 allocates the memory."""
-    packed = {*_filters(table)} & {*_PACKED}
-    if not packed:
-        return
-    length = math.prod(table.chunks) * table.dtype.itemsize + 4  # plus 4: a checksum may be packed with it
-    suspects: list[tuple[int, ...]] = []
-
-    def add_suspect(chunk: Any) -> None:
-        if chunk.size * _PACKED[min(packed)] > max(_UNPACKED, length):
-            suspects.append(chunk.chunk_offset)
-
-    table.id.chunk_iter(add_suspect)
-    for offset in suspects:
-        skipped, raw = table.id.read_direct_chunk(offset)
-        if packed == {h5py.h5z.FILTER_LZF} or (not skipped and _unpacked_length(raw, length) > length):
-            raise DataError(
-                f"{where}: the chunk at {offset} could unpack to more than its declared size", _REPACK
-            )
-
-
-def _unpacked_length(raw: bytes, most: int) -> int:
-    """Return the unpacked length of these gzip bytes; stop counting a little above `most`."""
-    unpacker, count = zlib.decompressobj(), 0
-    try:
-        while raw and not unpacker.eof and count <= most:
-            count += len(unpacker.decompress(raw, 1 << 20))
-            raw = unpacker.unconsumed_tail
-    except zlib.error as error:
-        raise UnusableError(f"a chunk cannot be unpacked: {error}") from error
-    return count
-
-
 def _column(file: Any, name: str, rows: int, path: Path) -> np.ndarray:
     """Return one value per sample; check shape and type before reading."""
-    table = _table(file, name, path)
+    table = find_table(file, name, path, _LAYOUT)
     if table.shape != (rows,):
         raise DataError(
             f"x of {path} has {rows} rows, but {name} has shape {table.shape}",
@@ -239,7 +164,7 @@ def _column(file: Any, name: str, rows: int, path: Path) -> np.ndarray:
         )
     if table.dtype.kind not in "biuf":
         raise DataError(f"{name} of {path} is {table.dtype}", f"give one integer per sample, ({rows},)")
-    _check_chunks(table, f"{name} of {path}")
+    check_chunks(table, f"{name} of {path}")
     column: np.ndarray = table[()]
     return column
 
@@ -259,7 +184,7 @@ def _marks(marks: np.ndarray, path: Path) -> np.ndarray:
 
 def _names(file: Any, path: Path) -> tuple[str, ...]:
     """Return the class names, reading one at a time, because all may point to the same long text."""
-    table = _table(file, "class_names", path)
+    table = find_table(file, "class_names", path, _LAYOUT)
     remedy = "give one text per class, (classes,)"
     if h5py.check_string_dtype(table.dtype) is None or len(table.shape) != 1 or len(table) > _NAMES:
         problem = f"class_names of {path} cannot be read: {table.dtype} of shape {table.shape}"

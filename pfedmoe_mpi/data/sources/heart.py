@@ -14,13 +14,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from pfedmoe_mpi.data.dataset import Dataset, MemoryRows, SourceData
-from pfedmoe_mpi.data.partition import Partition
+from pfedmoe_mpi.data.dataset import MemoryRows, SourceData
+from pfedmoe_mpi.data.sources.features import Standardise, to_columns
 from pfedmoe_mpi.data.sources.text_file import read_lines
 from pfedmoe_mpi.errors import DataError
 
@@ -70,13 +69,13 @@ def load_heart(root: Path) -> SourceData:
     return SourceData(
         name="heart disease",
         where=f"heart disease in {root}",
-        store=MemoryRows(_columns(table[:, :-1])),
+        store=MemoryRows(to_columns([*zip(table[:, :-1].T, ATTRIBUTES.values(), strict=True)])),
         labels=(table[:, -1] > 0).astype(np.int64),
         class_names=("healthy", "sick"),
         client=np.repeat(np.arange(len(files)), [len(rows) for rows in tables]),
         client_names=hospitals,
         proposals={"partition.kind": "natural", "clients": len(files), **TRAINING},
-        fit=standardise,
+        fit=Standardise(tuple(map(len, ATTRIBUTES.values())), learn=False),
     )
 
 
@@ -131,48 +130,3 @@ def _number(name: str, value: str, where: str) -> float:
             f"give one of {listed}; `?` or nothing for a missing value",
         )
     return number
-
-
-def _columns(table: np.ndarray) -> np.ndarray:
-    """Return attributes (n, 13) as columns (n, 22) float32: one per number, one of 0 and 1 per code."""
-    columns = []
-    for values, codes in zip(table.T, ATTRIBUTES.values(), strict=True):
-        indicators = [np.where(np.isnan(values), np.nan, values == code) for code in codes]
-        columns += indicators or [values]
-    return np.stack(columns, 1).astype(np.float32)
-
-
-def standardise(data: Dataset, partition: Partition) -> Dataset:
-    """Return the data with missing values filled and every column standardised, per client.
-
-    A missing number becomes the median, a missing code the most frequent one. Median, code, mean and standard
-    deviation are those of the client's own training rows. A column that is missing or constant in all of them
-    is 0.
-    """
-    raw = data.rows(np.arange(len(data))).astype(np.float64)
-    x = np.zeros_like(raw)
-    for train, rows in partition.trainers():
-        filled = np.where(np.isnan(raw), _typical_values(raw[train]), raw)
-        mean, std = filled[train].mean(axis=0), filled[train].std(axis=0)
-        varying = std > 0  # False for NaN: missing in all training rows
-        x[np.ix_(rows, varying)] = (filled[rows][:, varying] - mean[varying]) / std[varying]
-    assert np.isfinite(x).all(), "a missing value is left"
-    return replace(data, store=MemoryRows(x.astype(np.float32)))
-
-
-def _typical_values(rows: np.ndarray) -> np.ndarray:
-    """Return the value that replaces a missing one, per column (22,).
-
-    It is the median, or 1 for the most frequent code and 0 for the others; NaN if all rows lack the value.
-    """
-    typical = np.full(rows.shape[1], np.nan)
-    start = 0
-    for codes in ATTRIBUTES.values():
-        columns = slice(start, start + max(1, len(codes)))
-        present = rows[~np.isnan(rows[:, start]), columns]
-        if len(present) and codes:
-            typical[columns] = np.arange(len(codes)) == present.sum(axis=0).argmax()
-        elif len(present):
-            typical[columns] = np.median(present)
-        start = columns.stop
-    return typical

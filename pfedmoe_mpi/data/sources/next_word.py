@@ -51,7 +51,7 @@ def load_words(root: Path, settings: Data) -> SourceData:
         labels=labels.astype(np.int64),
         class_names=tuple(words[number - 1] for number in following),
         client=np.repeat(np.arange(len(files)), [len(of_file) for of_file in windows]),
-        official_test=np.concatenate([_test_mask(len(of_file)) for of_file in windows]),
+        official_test=np.concatenate([last_fifth(len(of_file)) for of_file in windows]),
         client_names=tuple(path.stem for path in files),
         proposals={
             "partition.kind": "natural",
@@ -75,7 +75,7 @@ def _windows(path: Path, text: np.ndarray, length: int) -> np.ndarray:
     return sliding_window_view(text, length + 1)
 
 
-def _test_mask(rows: int) -> np.ndarray:
+def last_fifth(rows: int) -> np.ndarray:
     """Return a mask (rows,) of the last fifth, at least one row."""
     return np.arange(rows) >= rows - max(1, int(TEST * rows + 0.5))
 

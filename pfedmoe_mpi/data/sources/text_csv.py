@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,15 +10,16 @@ import numpy as np
 
 from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.dataset import MemoryRows, SourceData
-from pfedmoe_mpi.data.sources.text_file import read_lines, read_text
+from pfedmoe_mpi.data.sources.csv_rows import read_rows
+from pfedmoe_mpi.data.sources.text_file import read_text
 from pfedmoe_mpi.data.sources.tokens import Vocabulary, number_words, pad, split_words, unspaced
 from pfedmoe_mpi.errors import DataError
 
 _NAMES = "classes.txt"
 _SHOWN = 10  # lines or labels in a message
-_LONGEST = 1 << 24  # characters of a row
 _DIGITS = 20  # a label with so many digits is a name
 _OTHER_MARKS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}  # that separate columns elsewhere
+_TOO_LONG = "close a quote that is left open, or shorten the text: its first data.length words count"
 _FIRST = "the first column must be the label; remove a header line and a column of row numbers"
 
 
@@ -57,37 +57,14 @@ def load_text(path: Path, settings: Data) -> SourceData:
 
 def _records(path: Path) -> Iterator[tuple[int, str, str]]:
     """Yield (first line, label, text) of every row; only one row at a time is in memory."""
-    line, length = 1, 0  # where the row begins, and its characters so far
-
-    def lines() -> Iterator[str]:
-        nonlocal length
-        for part in read_lines(path, _LONGEST):
-            length += len(part)
-            if length > _LONGEST:
-                raise DataError(
-                    f"{path}, line {line}: this row has more than {_LONGEST:,} characters",
-                    "close a quote that is left open, or shorten the text: its first data.length words count",
-                )
-            yield part
-
-    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))
-    reader = csv.reader(lines(), strict=True)
-    try:
-        for record in reader:
-            if len(record) == 1:
-                _check_separator(path, record)
-                raise DataError(
-                    f"{path}, line {line}: one column, expected a label and a text",
-                    'give rows such as "3","Title","Text"',
-                )
-            if record:
-                yield line, record[0].strip(), " ".join(record[1:])
-            line, length = reader.line_num + 1, 0
-    except csv.Error as error:
-        raise DataError(
-            f"{path}, line {line} is not CSV: {error}",
-            'quote a text that holds commas or line breaks, and double the quotes inside it: ""',
-        ) from error
+    for line, record in read_rows(path, ",", _TOO_LONG):
+        if len(record) == 1:
+            _check_separator(path, record)
+            raise DataError(
+                f"{path}, line {line}: one column, expected a label and a text",
+                'give rows such as "3","Title","Text"',
+            )
+        yield line, record[0].strip(), " ".join(record[1:])
 
 
 def _classes(

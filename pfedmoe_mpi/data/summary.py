@@ -1,0 +1,63 @@
+"""What a data set was taken to be, in lines for its user: the one place that says it for every source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from pfedmoe_mpi.data.dataset import Dataset
+
+_NAMES = 10  # of classes or clients
+_LONGEST = 40  # characters of a name
+_ROWS, _ROWS_OF_FILE = 1000, 64  # that are read for the range of values; each of a file may cost a chunk
+
+
+def summarise(data: Dataset, where: str) -> tuple[str, ...]:
+    """Return lines on samples, classes, clients, official test part, and what is left out and why.
+
+    Args:
+        data: as its source read it, before a fit.
+    """
+    return tuple(f"data: {line}" for line in _lines(data, where))
+
+
+def _lines(data: Dataset, where: str) -> Iterator[str]:
+    shape = "×".join(map(str, data.shape))
+    yield f"{where}: {len(data):,} samples of {shape} {_values(data)}"
+    counts = np.bincount(data.labels, minlength=data.classes).tolist()
+    classes = [f"{name} ({count:,})" for name, count in zip(_plain(data.class_names), counts, strict=False)]
+    yield f"{data.classes:,} classes (samples): {_listed(classes, data.classes)}"
+    if data.client is not None:
+        clients = int(data.client.max()) + 1
+        names = f": {_listed(_plain(data.client_names), clients)}" if data.client_names else " without names"
+        yield f"{clients:,} clients of their own{names}"
+    if data.official_test is not None:
+        yield f"{int(data.official_test.sum()):,} samples are the official test part"
+    for what in data.left_out:
+        yield f"left out: {what}"
+
+
+def _values(data: Dataset) -> str:
+    """Return what the values are, and between which numbers, from as many rows as are quickly read."""
+    if data.tokens:
+        return "tokens"
+    read = min(len(data), _ROWS_OF_FILE if data.distributed else _ROWS)
+    x = data.rows(np.linspace(0, len(data) - 1, read).astype(np.int64))
+    present = x[~np.isnan(x)] if x.dtype.kind == "f" else x.ravel()
+    kind = "bytes" if x.dtype == np.uint8 else "numbers"
+    if not len(present):
+        return f"{kind}, all missing"
+    among = f" in {read:,} of them" if read < len(data) else ""
+    missing = f", {1 - len(present) / x.size:.1%} missing" if len(present) < x.size else ""
+    return f"{kind} from {present.min():g} to {present.max():g}{missing}{among}"
+
+
+def _plain(names: Sequence[str]) -> list[str]:
+    """Return the names that are shown, as a terminal can print them."""
+    shown = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…" for name in names[:_NAMES]]
+    return [name if name.isprintable() and name.strip() else ascii(name) for name in shown]
+
+
+def _listed(names: Sequence[str], total: int) -> str:
+    return ", ".join(names) + (", …" if total > len(names) else "")
