@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pfedmoe_mpi.algorithms import base
+from pfedmoe_mpi import algorithms
 from pfedmoe_mpi.algorithms.base import Algorithm, Inputs
 from pfedmoe_mpi.core.parts import Parts, Spec
 from pfedmoe_mpi.core.turn import Turn
@@ -133,7 +133,7 @@ class Two(Algorithm):
 
 def with_two(monkeypatch: pytest.MonkeyPatch) -> federation.Federation:
     monkeypatch.setattr(Two, "reserve", classmethod(lambda cls, config: 0.2))
-    monkeypatch.setattr(base, "load", lambda name: Two)
+    monkeypatch.setattr(algorithms, "load", lambda name: Two)
     return build_federation(algorithm="fedavg")
 
 
