@@ -33,7 +33,7 @@ def tiny_vit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield nets.TinyViT
     for name in ("nets", "blocks"):
-        del sys.modules[name]
+        sys.modules.pop(name, None)
 
 
 def start_script(text: str, folder: Path, ranks: int = 0) -> subprocess.Popen[str]:
