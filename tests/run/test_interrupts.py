@@ -67,14 +67,17 @@ def test_later_interrupt_ends_a_job_that_stands_still(tmp_path: Path) -> None:
 @pytest.mark.parametrize("library", ["numpy", "libtorch_cpu"])
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_interrupt_during_imports_is_silent(tmp_path: Path, library: str, ranks: int) -> None:
-    with running_job(ranks, *LONG, cwd=tmp_path) as job:
-        wait_for_library(job.pid, library, ranks)
-        for pid in rank_processes(job.pid).values() if ranks else [job.pid]:
-            os.kill(pid, signal.SIGINT)
-        result = wait_for_end(job, 60)
+    for attempt in range(5):
+        with running_job(ranks, *LONG, "--run.dir", f"run{attempt}", cwd=tmp_path) as job:
+            wait_for_library(job.pid, library, ranks)
+            for pid in rank_processes(job.pid).values() if ranks else [job.pid]:
+                os.kill(pid, signal.SIGINT)
+            result = wait_for_end(job, 60)
+        if "stopped by SIGINT" not in result.out + result.err:
+            break  # on a busy machine the signal may come only after the imports
     assert result.code in ({130} if ranks else {-signal.SIGINT}), result.out + result.err
     assert (result.out, result.err) == ("", "")
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / f"run{attempt}").exists()
 
 
 def wait_for_library(mpirun: int, library: str, ranks: int) -> None:
