@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from support.files import path_digest  # noqa: E402
 from support.launcher import SMALL_RUN  # noqa: E402
 
 LONG_FOLDERS = ("run", "jobs")
+
+# A shell's background job ignores Ctrl-C, and so would the programs that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
