@@ -51,7 +51,9 @@ def run(words: Sequence[str], flags: Mapping[str, Any], quick: bool = False) -> 
             nonlocal number
             number += 1
             settings = [
-                f"--{name}={value}" for name, value in flags.items() if name not in {"rounds", "run.dir"}
+                f"--{name}={','.join(value) if isinstance(value, list) else value}"
+                for name, value in flags.items()
+                if name not in {"rounds", "run.dir"}
             ]
             fixed = ["--rounds=1", f"--run.dir={folder}/{number}"]
             return _seconds_until([*command, "-m", "pfedmoe_mpi", *settings, *fixed], "run folder ", 1)

@@ -214,7 +214,7 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     ),
     "layout with a gap": ("is not a layout", laid_out('[["model/", [1], 1, false]]')),
     "layout below zero": ("is not a layout", laid_out('[["model/", [-1, -1], 0, false]]')),
-    "layout with twins": ("not the layout", laid_out('[["a/", [1], 0, true], ["a/", [0], 1, true]]')),
+    "layout with twins": ("names a tensor twice", laid_out('[["a/", [1], 0, true], ["a/", [0], 1, true]]')),
     "layout of another name": ("is not the layout of", laid_out(" []")),
     "layout elsewhere": (
         "does not name a layout",
