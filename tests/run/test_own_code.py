@@ -256,7 +256,7 @@ def test_initial_names_a_part_of_the_same_architecture(tmp_path: Path, session: 
     assert "mu = 1.5" in (tmp_path / "run" / "config.toml").read_text()
 
 
-def test_installed_packages_register_methods_and_models(tmp_path: Path) -> None:
+def test_installed_packages_register_methods_models_and_data(tmp_path: Path) -> None:
     """By module or class, in names of any case; only the chosen one is imported."""
     package, facts = tmp_path / "strangers", tmp_path / "strangers-1.dist-info"
     shutil.copytree(STRANGERS, package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -267,6 +267,11 @@ def test_installed_packages_register_methods_and_models(tmp_path: Path) -> None:
     (facts / "entry_points.txt").write_text(
         "[pfedmoe_mpi.algorithms]\nOur-Ditto = strangers.ditto\nditto_class = strangers.ditto:Ditto\n"
         "gone = strangers.gone\n[pfedmoe_mpi.models]\nTinyNet = strangers.nets:TinyViT\n"
+        "[pfedmoe_mpi.sources]\nRow-Means = strangers.rows:load\n"
+    )
+    (package / "rows.py").write_text(
+        "import numpy as np\n\n\ndef load():\n    y = np.arange(200) % 5\n"
+        "    return np.full((200, 3, 8, 8), 9.0) * y[:, None, None, None], y\n"
     )
     environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
     listed = launcher.run_program(0, "run", "--help", cwd=tmp_path, env=environment)
@@ -275,10 +280,12 @@ def test_installed_packages_register_methods_and_models(tmp_path: Path) -> None:
     for ranks in (1, 3):
         run = f"ranks-{ranks}"
         words = (*SMALL_RUN, "--algorithm", "Ditto-class", "--model.pool", "TinyNet", "--run.dir", run)
+        words = (*words, "--data.source", "Row-Means")
         result = launcher.run_program(ranks, *words, cwd=tmp_path, env=environment)
         assert result.code == 0, result.err
         digests.append(launcher.checkpoint_digest(tmp_path / run, 1))
         assert (tmp_path / run / "code" / "strangers" / "blocks.py").is_file()
+        assert " on load: " in result.out, "the data are those of the package"
     assert digests[0] == digests[1]
     (package / "blocks.py").write_text((package / "blocks.py").read_text() + "\nEXTRA = 1\n")
     again = launcher.run_program(0, "restart", "ranks-1", "--rounds", "2", cwd=tmp_path, env=environment)
