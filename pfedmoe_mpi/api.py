@@ -24,6 +24,8 @@ from pfedmoe_mpi.run import job
 from pfedmoe_mpi.run import restart as restarting
 from pfedmoe_mpi.run.folder import RunFolder
 
+Prepared = tuple[Mapping[str, Any], Callable[[Comm, str], Path]]
+
 
 def train(file: str | os.PathLike[str] | None = None, /, **settings: Any) -> Run:
     """Train a new run and return it; collective.
@@ -37,18 +39,22 @@ def train(file: str | os.PathLike[str] | None = None, /, **settings: Any) -> Run
         UserError: on all ranks: a setting or the data cannot be used; nothing was written.
         RunError: on all ranks: the run cannot continue; what it wrote stays.
     """
-    base = config.read_toml(Path(file)) if file else {}
-    chosen = config.build({**base, **_flat(settings)})
-    end = environment.slurm_end() if environment.launched_rank() == 0 else None
 
-    def work(world: Comm, code: str) -> Path:
-        path = world.from_root(lambda: job.new_folder(chosen), "run folder")
-        world.stop_at = environment.stop_time(chosen.run.walltime, end)
-        with RunFolder(path) as folder:
-            job.train(world, job.Start(chosen, folder, code))
-            return folder.path
+    def prepare() -> Prepared:
+        base = config.read_toml(Path(file)) if file else {}
+        chosen = config.build({**base, **_flat(settings)})
+        end = environment.slurm_end() if environment.launched_rank() == 0 else None
 
-    return _run(work, {"command": "train", **config.flatten(config.to_tree(chosen))})
+        def work(world: Comm, code: str) -> Path:
+            path = world.from_root(lambda: job.new_folder(chosen), "run folder")
+            world.stop_at = environment.stop_time(chosen.run.walltime, end)
+            with RunFolder(path) as folder:
+                job.train(world, job.Start(chosen, folder, code))
+                return folder.path
+
+        return {"command": "train", **config.flatten(config.to_tree(chosen))}, work
+
+    return load_run(call_under_mpi(prepare))
 
 
 def restart(source: str | os.PathLike[str], **settings: Any) -> Run:
@@ -61,19 +67,19 @@ def restart(source: str | os.PathLike[str], **settings: Any) -> Run:
     Raises:
         UserError, RunError: as in `train`.
     """
-    changes = _flat(settings)
-    end = environment.slurm_end() if environment.launched_rank() == 0 else None
 
-    def work(world: Comm, code: str) -> Path:
-        restarting.resume(world, Path(source), changes, code, end)
-        path = Path(source).absolute()
-        return Path(changes.get("run.dir") or (path if path.is_dir() else path.parent.parent))
+    def prepare() -> Prepared:
+        changes = _flat(settings)
+        end = environment.slurm_end() if environment.launched_rank() == 0 else None
 
-    return _run(work, {"command": "restart", **changes})
+        def work(world: Comm, code: str) -> Path:
+            restarting.resume(world, Path(source), changes, code, end)
+            path = Path(source).absolute()
+            return Path(changes.get("run.dir") or (path if path.is_dir() else path.parent.parent))
 
+        return {"command": "restart", **changes}, work
 
-def _run(work: Callable[[Comm, str], Path], given: Mapping[str, Any]) -> Run:
-    return load_run(call_under_mpi(work, given))
+    return load_run(call_under_mpi(prepare))
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

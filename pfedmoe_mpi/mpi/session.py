@@ -88,16 +88,16 @@ def under_mpi(
     return result
 
 
-def call_under_mpi(work: Callable[[Comm, str], T], given: Mapping[str, Any]) -> T:
+def call_under_mpi(prepare: Callable[[], tuple[Mapping[str, Any], Callable[[Comm, str], T]]]) -> T:
     """Start MPI, or use it again, and return the result of `work(world, code version)`; for Python's callers.
 
     Errors are raised and not printed, and the signal handlers are afterwards those of before.
 
     Args:
-        given: as for `under_mpi`.
+        prepare: returns `given`, as for `under_mpi`, and `work`; not collective.
 
     Raises:
-        UserError, RunError: of `work`, on all ranks.
+        UserError, RunError: of `prepare` on any rank, or of `work`: on all ranks.
         ConfigError: this is not the main thread, which alone receives signals.
     """
     from pfedmoe_mpi.mpi import comm
@@ -106,11 +106,17 @@ def call_under_mpi(work: Callable[[Comm, str], T], given: Mapping[str, Any]) -> 
         problem = "a run was started in another thread than the main one"
         raise ConfigError(problem, "use one process per run")
     code = code_version() if launched_rank() == 0 else ""
+    earlier: UserError | None = None
+    given: Mapping[str, Any] = {}
+    try:
+        given, work = prepare()
+    except UserError as error:
+        earlier = error  # the other ranks wait for this one
     world = comm.start()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     world.catch_signals()
     try:
-        _check_start(world, given, None)
+        _check_start(world, given, earlier)
         return work(world, code)
     except (UserError, RunError, StoppedError):
         raise

@@ -94,12 +94,15 @@ def test_script_under_mpirun(tmp_path: Path) -> None:
     given = {name.replace(".", "__"): value for name, value in SMALL.items()}
     script = (
         "from pfedmoe_mpi import train\nfrom pfedmoe_mpi.errors import UserError\n"
-        "try:\n    train(clients=0)\nexcept UserError:\n    pass\n"
+        "import os\nclients = 4 * (os.environ['PMI_RANK'] == '0')\n"  # wrong on one rank alone
+        "try:\n    train(clients=clients)\n"
+        "except UserError as error:\n    print('refused', 'clients' in str(error))\n"
         f"for seed in range(2):\n    run = train(**{given!r}, seed=seed, run__dir=f'run{{seed}}')\n"
         "    print('rounds', run.done, run.seed)\n"
     )
     result = launcher.wait_for_end(start_script(script, tmp_path, ranks=2), 120)
     assert result.code == 0, result.err
+    assert result.out.count("refused True") == 2, "one rank's error is raised on both"
     assert result.out.count("rounds 1 0") == result.out.count("rounds 1 1") == 2
     for seed in range(2):
         run_to_end(1, *SMALL_RUN, "--seed", str(seed), "--run.dir", f"same{seed}", cwd=tmp_path)
