@@ -71,15 +71,14 @@ class MemoryRows:
 
 
 @dataclass(frozen=True, eq=False)
-class ResizedRows:
-    """Images of another store, resized to size × size pixels when they are read."""
+class ChangedRows:
+    """Samples of another store that `read`, which a subclass defines, changes."""
 
     store: RowStore
-    size: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.store.shape[0], self.size, self.size)
+        return self.store.shape
 
     @property
     def dtype(self) -> np.dtype:
@@ -89,11 +88,22 @@ class ResizedRows:
     def distributed(self) -> bool:
         return self.store.distributed
 
-    def read(self, index: np.ndarray) -> np.ndarray:
-        return resize(self.store.read(index), self.size)
-
     def close(self) -> None:
         self.store.close()
+
+
+@dataclass(frozen=True, eq=False)
+class ResizedRows(ChangedRows):
+    """Images of another store, resized to size × size pixels when they are read."""
+
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.store.shape[0], self.size, self.size)
+
+    def read(self, index: np.ndarray) -> np.ndarray:
+        return resize(self.store.read(index), self.size)
 
 
 class Fit(Protocol):

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pfedmoe_mpi.core.seeds import numpy_generator
-from pfedmoe_mpi.data.dataset import Dataset, RowStore
+from pfedmoe_mpi.data.dataset import ChangedRows, Dataset
 from pfedmoe_mpi.data.owners import NO_CLIENT
 from pfedmoe_mpi.data.partition import Partition
 
 
 @dataclass(frozen=True, eq=False)
-class NoisyRows:
+class NoisyRows(ChangedRows):
     """Samples of another store with noise added when they are read.
 
     `level` (N + 1, *…) is the std of each client's noise in the samples' own numbers; the last is for rows
@@ -22,22 +22,9 @@ class NoisyRows:
     more memory: uint8 is rounded and limited to 0..255.
     """
 
-    store: RowStore
     owner: np.ndarray = field(repr=False)
     level: np.ndarray = field(repr=False)
     seed: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.store.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.store.dtype
-
-    @property
-    def distributed(self) -> bool:
-        return self.store.distributed
 
     def read(self, index: np.ndarray) -> np.ndarray:
         x = self.store.read(index)
@@ -48,9 +35,6 @@ class NoisyRows:
                 noisy = sample + level * generator.standard_normal(self.shape, np.float32)
                 sample[...] = np.clip(np.rint(noisy), 0, 255) if self.dtype == np.uint8 else noisy
         return x
-
-    def close(self) -> None:
-        self.store.close()
 
 
 def with_noise(dataset: Dataset, partition: Partition, sigma: float, seed: int) -> Dataset:
