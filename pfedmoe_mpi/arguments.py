@@ -115,6 +115,11 @@ COMMANDS = {
         ),
         ("export best.h5 client7.h5 --client 7", "export runs/NAME/checkpoints/best.h5 OUT.h5 --client 0"),
     ),
+    "pack": Command(
+        "Write a checkpoint that relies on other files as one complete file.",
+        (CHECKPOINT, OUT),
+        ("pack runs/NAME/checkpoints/round-000040.h5 OUT.h5",),
+    ),
     "data prepare": Command(
         "Write any source's data as one HDF5 file; may download torchvision's.",
         (CONFIG, OUT),

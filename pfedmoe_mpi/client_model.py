@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pfedmoe_mpi import algorithms, checkpoint, config, user_code
-from pfedmoe_mpi.algorithms.base import Algorithm, Task
+from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.checkpoint import Checkpoint, client_file, frozen
 from pfedmoe_mpi.checkpoint.client_file import ClientFile
 from pfedmoe_mpi.config import Config
@@ -22,13 +21,10 @@ from pfedmoe_mpi.core.batches import Normalise
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.parts import Module, Workbench
 from pfedmoe_mpi.data.resize import resize
-from pfedmoe_mpi.errors import CheckpointError, CodeError, ConfigError, DataError
+from pfedmoe_mpi.errors import CheckpointError, DataError
+from pfedmoe_mpi.federation.rebuilt import configuration, method_of, sample_facts, vectors
 from pfedmoe_mpi.models import generators
 from pfedmoe_mpi.mpi.memory import shortage
-from pfedmoe_mpi.storage import untrusted_json
-
-MOST_SHOWN = 300  # characters of an error about a configuration
-MOST = 1 << 30  # classes, tokens of a vocabulary, or numbers in a sample
 
 
 class ClientModel(nn.Module):
@@ -125,40 +121,12 @@ def load(
     """
     if client_file.is_client_file(path):
         with ClientFile(path) as exported:
-            settings = _configuration(exported, code, changed_code)
+            settings = configuration(exported, code, changed_code)
             return _load_exported(exported, client, settings)
     checkpoint.verify(path)
     with Checkpoint(path) as loaded:
-        settings = _configuration(loaded, code, changed_code)
+        settings = configuration(loaded, code, changed_code)
         return _load_from_checkpoint(loaded, path, client, settings)
-
-
-def _configuration(source: ClientFile | Checkpoint, code: Path | None, changed_code: bool) -> Config:
-    """Return the configuration, whose own code is that of the run.
-
-    Raises:
-        CheckpointError: the code changed or is missing, or the configuration cannot be used.
-    """
-    settings = _build(source, code)
-    references = config.references(settings)
-    user_code.forget_changed(references)
-    difference = user_code.difference(source.code, user_code.sources(references)) if references else ""
-    if difference and not changed_code:
-        problem = f"the code of {source.path}'s models changed since the run:\n{difference}"
-        remedy = "pass code=FOLDER with the files of the run, such as RUN_DIR/code, or changed_code=True"
-        raise CheckpointError(problem, remedy)
-    return settings
-
-
-def _build(source: ClientFile | Checkpoint, code: Path | None) -> Config:
-    try:
-        flat = config.flatten(source.config)
-        return config.build(config.relocated(flat, code.absolute()) if code else flat)
-    except CodeError:
-        raise
-    except (ConfigError, RecursionError) as error:
-        problem = f"{source.path} has a configuration that cannot be used: {str(error)[:MOST_SHOWN]}"
-        raise CheckpointError(problem, "use the version of this program that wrote it") from error
 
 
 def _load_exported(exported: ClientFile, client: int | None, settings: Config) -> ClientModel:
@@ -184,7 +152,7 @@ def _load_from_checkpoint(
     if not 0 <= client <= last:
         raise CheckpointError(f"{path} has no client {client}", f"use one of 0 to {last}")
     state = partial(_checked, path, loaded.state_layout, loaded.state)
-    private = partial(_checked, path, loaded.layout(client), loaded.vector(client))
+    private = partial(_checked, path, loaded.layout(client), vectors(loaded)(client))
     samples, digest = loaded.identity.get("samples", ""), loaded.identity.get("frozen", "")
     stored = frozen.read(path, digest) if digest else frozen.NOTHING
 
@@ -221,53 +189,17 @@ class _Source:
 
     def model(self) -> ClientModel:
         """Build the model and fill in its values."""
-        facts = self._facts()
-        method = self._method(facts)
+        facts = sample_facts(self.path, self.samples)
+        if facts["absent"] is None:
+            problem = f"{self.path} does not list the clients that never train: there are too many"
+            raise CheckpointError(problem, f"measure all clients with: evaluate {self.path}")
+        method = method_of(self.config, facts)
         unseen = self.client in method.task.absent_clients(self.round)
         if unseen and method.no_answer_reason:
             problem = f"no prediction for client {self.client}: {method.no_answer_reason}"
             raise CheckpointError(problem, "use a client that has trained")
         with generators.kept():  # building modules draws random numbers
             return self._fill(ClientModel(method, self.client, facts, unseen), method)
-
-    def _facts(self) -> dict[str, Any]:
-        try:
-            facts: dict[str, Any] = untrusted_json.parse(self.samples, "samples")
-            numbers = {name: int(facts[name]) for name in ("classes", "vocabulary")}
-            shape = tuple(map(int, facts["shape"]))
-            if max(math.prod(shape), *numbers.values()) > MOST or min(*shape, *numbers.values()) < 0:
-                raise ValueError("sizes that no data have")
-            if facts["absent"] is not None:
-                never, late = map(frozenset, facts["absent"])
-                facts["absent"] = never, late
-            return {**facts, **numbers, "shape": shape}
-        except (KeyError, ValueError, TypeError, OverflowError) as error:
-            problem = f"{self.path} does not describe its samples; an older version may have written it"
-            remedy = "continue its run with more rounds (restart RUN --rounds N) and load that checkpoint"
-            raise CheckpointError(problem, remedy) from error
-
-    def _method(self, facts: Mapping[str, Any]) -> Algorithm:
-        settings = self.config
-        if facts["absent"] is None:
-            problem = f"{self.path} does not list the clients that never train: there are too many"
-            raise CheckpointError(problem, f"measure all clients with: evaluate {self.path}")
-        never, late = facts["absent"]
-        model = settings.model
-        # No method needs counts for a prediction, so they take no memory.
-        counts = np.broadcast_to(np.int64(0), (settings.clients, facts["classes"]))
-        task = Task(
-            settings,
-            facts["shape"],
-            facts["classes"],
-            counts,
-            model.pool,
-            model.shared,
-            model.dim,
-            never,
-            late,
-            facts["vocabulary"],
-        )
-        return algorithms.load(settings.algorithm)(task)
 
     def _fill(self, model: ClientModel, method: Algorithm) -> ClientModel:
         """Add the parts to the model, with the values of the file."""

@@ -20,7 +20,8 @@ from typing import Any
 
 from pfedmoe_mpi.errors import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
+EARLIER = (2,)  # formats that can be read, too: in 2 every client has a vector
 ALIGN = 4096
 REMEDY = "use another checkpoint of the run; `restart RUN_DIR` resumes from the newest good one"
 STRUCTURE = "HDF5's own structure"
@@ -177,7 +178,7 @@ def read(file: Any, path: Path) -> Seal:
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
         raise CheckpointError(f"{path} is not a finished checkpoint of this program", REMEDY)
     version = _VERSION.unpack_from(header)[1]
-    if version != FORMAT:
+    if version not in (FORMAT, *EARLIER):
         problem = f"{path} has format version {version}, this program reads {FORMAT}"
         raise CheckpointError(problem, "use the version of this program that wrote it")
     _, _, count, names_length, expected = _HEADER.unpack(header)

@@ -333,6 +333,12 @@ class Run(Section):
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints to keep, beside best.h5.
     Default: one to fall back on; every one is as large as all clients' models."""
+    memory: NotNegative | Literal["auto"] = "auto"
+    """Memory of each rank for its clients' vectors, in GB; the rest of them goes to run.scratch.
+    Default: auto = half of a rank's share of what the job may still use on its host."""
+    scratch: str = ""
+    """Folder of a node's own disk for the vectors beyond run.memory; empty = the run folder.
+    Default: the run folder has to have space for all clients' vectors anyway."""
     force: bool = False
     """Rename a run folder of this name; nothing is ever deleted.
     Default: nothing is overwritten."""

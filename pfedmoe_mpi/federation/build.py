@@ -5,26 +5,38 @@ Every user error that needs the data is raised here, on all ranks and before any
 
 from __future__ import annotations
 
+import os
+import platform
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
 from pfedmoe_mpi import algorithms
 from pfedmoe_mpi.checkpoint import Checkpoint, weights
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Normalise
-from pfedmoe_mpi.core.client import Client
-from pfedmoe_mpi.core.parts import Workbench
+from pfedmoe_mpi.core.beginning import Beginning
+from pfedmoe_mpi.core.parts import Module, Spec, Tensor, Workbench
+from pfedmoe_mpi.core.staging import Staging
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.noise import with_noise
+from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import frozen, own_code, placement, pretrained
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config
-from pfedmoe_mpi.federation.federation import Federation, pin
+from pfedmoe_mpi.federation.federation import Clients, Federation
 from pfedmoe_mpi.federation.memory import Host
 from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
 from pfedmoe_mpi.federation.pretraining import check_initial
 from pfedmoe_mpi.federation.server_optimiser import check_method
+from pfedmoe_mpi.federation.store import Store
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.mpi.memory import available
+
+SHARE = 0.5  # of the free memory, for clients' vectors; torch, activations and buffers take the rest
 
 
 def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint | None = None) -> Federation:
@@ -49,12 +61,13 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     method = algorithms.load(settings.algorithm)(task)
     method.poll = comm.poll
     method.read_weights = weights.read
-    specs = [method.client_state(k) for k in range(task.clients)]  # a ConfigError is raised on all ranks
+    specs = shared_specs(method.client_state(k) for k in range(task.clients))  # ConfigErrors are collective
     begun_with = pretrained.load(comm, settings, (method.state(), *specs), loaded)
     workbench = Workbench(settings.seed, own_device.device, begun_with.weights)
     frozen_tensors = frozen.load(comm, workbench, (method.state(), specs), loaded)
     state_layout = workbench.layout(method.state())
-    client_layouts = [workbench.layout(spec) for spec in specs]
+    layouts = {id(spec): workbench.layout(spec) for spec in {id(spec): spec for spec in specs}.values()}
+    client_layouts = [layouts[id(spec)] for spec in specs]
     check_initial(method, state_layout, client_layouts)
     check_method(settings, method, state_layout)
     home = placement.homes(costs, comm.size)
@@ -69,16 +82,15 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         comm.poll,
     )
     shards = distribute(comm, dataset, partition, home, own_device.device)
-    clients = {
-        k: Client(k, specs[k], pin(workbench.initial(specs[k], k), own_device.device), shards[k])
-        for k in shards
-    }
+    beginning = Beginning(workbench, specs.__getitem__, method.initial)
+    store = Store(beginning.vector, *memory_and_folder(comm, settings))
+    largest = max(layout.size for layout in layouts.values())
     return Federation(
         config=settings,
         code=code,
         dataset=dataset,
         partition=partition,
-        data_digest=data_digest(comm, clients),
+        data_digest=data_digest(comm, shards),
         task=task,
         method=method,
         pretrained=begun_with,
@@ -89,11 +101,45 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         home=home,
         costs=costs,
         state_layout=state_layout,
+        specs=specs,
         client_layouts=client_layouts,
-        clients=clients,
+        clients=Clients(shards, specs, store),
+        beginning=beginning,
+        store=store,
+        staging=Staging(own_device.device, largest),
         stream=make_stream(settings, dataset, partition),
         reserved=reserved(comm, dataset, partition, own_device.device) if method.pretrains else None,
     )
+
+
+def shared_specs(specs: Iterable[Spec]) -> list[Spec]:
+    """Return the specifications of all clients; equal ones are one object."""
+    known: dict[tuple[object, ...], Spec] = {}
+    return [known.setdefault(tuple(map(_key, spec.items())), spec) for spec in specs]
+
+
+def _key(item: tuple[str, Module | Tensor]) -> tuple[str, ...]:
+    name, part = item
+    return (name, part.kind, part.architecture) if isinstance(part, Module) else (name, repr(part))
+
+
+def memory_and_folder(comm: Comm, settings: Config) -> tuple[float, Path]:
+    """Return a rank's bytes for its clients' vectors, and the folder for the others; collective.
+
+    Raises:
+        ConfigError: on all ranks: run.scratch is not a folder, or cannot be written.
+    """
+    budget, scratch = settings.run.memory, settings.run.scratch
+    ranks = comm.local()[1]
+    folder = Path(scratch or tempfile.gettempdir()).absolute()
+
+    def check() -> None:
+        if scratch and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            problem = f"run.scratch = {scratch} is not a folder that can be written on {platform.node()}"
+            raise ConfigError(problem, f"mkdir -p {scratch} on every host, or name another folder")
+
+    comm.attempt(check, "run.scratch")
+    return SHARE * available(ranks) / ranks if budget == "auto" else 1e9 * budget, folder
 
 
 def make_stream(settings: Config, dataset: Dataset, partition: Partition) -> Stream | None:

@@ -102,12 +102,12 @@ def _rows(partition: Partition, clients: Sequence[int]) -> list[np.ndarray]:
     return [getattr(partition, split)[client] for client in clients for split in SPLITS]
 
 
-def data_digest(comm: Comm, clients: Mapping[int, Client]) -> str:
+def data_digest(comm: Comm, shards: Mapping[int, Mapping[str, Split]]) -> str:
     """Return SHA-256 over every client's samples and labels as used, in client order; collective."""
     digests = {}
-    for k, client in clients.items():
+    for k, splits in shards.items():
         state = sha256()
-        for split in client.splits.values():
+        for split in splits.values():
             for tensor in (split.x, split.y):
                 state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
                 state.update(tensor.cpu().numpy().tobytes())

@@ -51,7 +51,7 @@ def evaluate(
     task = federation.task
     result = EvaluationSum(task.clients, comm.size, task.classes)
     try:
-        for client in federation.clients.values() if due else ():
+        for client in federation.clients.in_store_order() if due else ():
             comm.poll()
             with comm.located(f"evaluation of client {client.id}, round {round}"):
                 result.clients[client.id] = _client_metrics(federation, client, state, round, result.gates)

@@ -75,6 +75,8 @@ class Loop:
         self.state = pin(federation.workbench.initial(federation.method.state()), federation.device.device)
         self.history: list[Row] = []
         self.server = ServerOptimiser(federation.config.server, federation.state_layout)
+        if checkpoints and not federation.config.run.scratch:
+            federation.store.folder = checkpoints.parent
         self.saver = Saver(comm, federation, checkpoints, observer, self.server)
         self.steps = 0  # client steps finished since this program started, on all ranks
         self._faults = Faults(federation.config.seed, federation.config.faults, federation.costs)
@@ -90,14 +92,23 @@ class Loop:
         return self.federation.method
 
     def resume(self, loaded: checkpoint.Checkpoint) -> None:
-        """Continue from a verified checkpoint of this federation; every rank reads its own clients."""
+        """Continue from a verified checkpoint of this federation; collective. A rank reads its clients.
+
+        Raises:
+            RunError: on all ranks: the vectors do not fit into memory and the scratch folder of one.
+        """
         self.round, self.history = loaded.round, list(loaded.history)
         self._pretrained = True
         self.state.copy_(torch.from_numpy(loaded.state))
-        for client in self.federation.clients.values():
-            client.vector.copy_(torch.from_numpy(loaded.vector(client.id)))
+        first = torch.from_numpy(loaded.first_state)
+        pretraining.begin_private_parts(self.federation, first if len(first) else self.state)
+        for client in self.federation.clients:
+            if loaded.has_trained(client):
+                self.federation.store.put(client, torch.from_numpy(loaded.vector(client)))
+        self.saver.resume(loaded)
         self._partial = loaded.partial
         self.server.load(torch.from_numpy(loaded.moments))
+        self._check_store()
 
     def evaluation(self) -> Row:
         """Measure all clients with the server's state, without training; collective.
@@ -134,7 +145,11 @@ class Loop:
                     return False
                 self._pretrained = True
                 self._observer.pretrained(line)
-                pretraining.begin_private_parts(self.federation, self.state)
+                begun = pretraining.begin_private_parts(self.federation, self.state)
+                self.saver.began(self.state)
+                self.saver.trained(begun)
+                if begun:
+                    self._check_store()
             if not self._prepared:
                 self._prepared = pretraining.prepare(self.comm, self.federation, self.state)
             if self._prepared:
@@ -158,6 +173,7 @@ class Loop:
         total = self._train(round)
         if total.stopped:
             self._save_stopped(total)
+            self._check_store()
             return False
         self._check_divergence(total)
         state = self._updated(total)
@@ -210,7 +226,25 @@ class Loop:
         )
         self._sum(total.buffer, f"sum of round {round}")
         self.steps += int((total.flags != MISSING).sum() - finished.sum())
+        before = {client for (client, _), done in zip(total.cohort, finished, strict=True) if done}
+        self.saver.trained(client for client in total.clients(IN, LOST, LATE) if client not in before)
         return total
+
+    def _check_store(self) -> None:
+        """Check that the vectors beyond the memory budget found a place; collective.
+
+        Raises:
+            RunError: on all ranks: they did not on one of them.
+        """
+        store = self.federation.store
+        problems = self.comm.gather(store.problem, "scratch folders")
+        if any(problems):
+            rank, problem = next(found for found in enumerate(problems) if found[1])
+            raise RunError(
+                f"rank {rank} cannot write clients' vectors to the scratch folder: {problem}",
+                "free space there; then `restart RUN_DIR`, with --run.scratch FOLDER for another folder, or "
+                "with a larger --run.memory, resumes the run",
+            )
 
     def _task(self, round: int) -> Task:
         """Return the task with the samples that count in a round."""

@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
 from itertools import count
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi import checkpoint
-from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.checkpoint import Checkpoint, pack
 from pfedmoe_mpi.errors import CheckpointError, ConfigError
 from pfedmoe_mpi.federation import metrics
 from pfedmoe_mpi.log import LOGGER
@@ -304,6 +304,8 @@ class RunFolder:
     def keep_newest(self, number: int, written: Path) -> None:
         """Remove all but the `number` newest complete checkpoints, and partial ones older than the newest.
 
+        Files on which the kept ones or best.h5 rely are kept, too.
+
         A file whose name is newer than `written`, because it is damaged or its round is trained again, gets
         the suffix .unused.
         """
@@ -316,8 +318,12 @@ class RunFolder:
         paths = paths[at:]
         complete = [path for path in paths if "partial" not in path.stem]
         older = paths[paths.index(complete[0]) :] if complete else []
-        for path in [*complete[number:], *(p for p in older if "partial" in p.stem)]:
-            path.unlink(missing_ok=True)
+        superseded = [*complete[number:], *(path for path in older if "partial" in path.stem)]
+        kept = [self.best, *(path for path in paths if path not in superseded)]
+        needed = {name for path in kept for name in checkpoint.files_needed(path)}
+        for path in superseded:
+            if path.name not in needed:
+                path.unlink(missing_ok=True)
 
     def mark_best(self, written: Path) -> None:
         """Make best.h5 another name of a checkpoint just written."""
@@ -329,6 +335,16 @@ class RunFolder:
         except OSError:  # a file system without hard links
             shutil.copyfile(written, temporary)
         durable.publish(temporary, self.best)
+
+    def complete_best(self) -> None:
+        """Make best.h5 complete by itself, so that it can be taken out of the folder.
+
+        Raises:
+            OSError: it cannot be written; it still relies on other files.
+        """
+        self.check()
+        with suppress(CheckpointError):  # there is none, or it is damaged
+            pack.replace(self.best)
 
     def best_round(self) -> int | None:
         """Return the round of best.h5, None if it is missing or unreadable."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -160,6 +161,8 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
         reporter.close()
     if not finished:
         return _report_stop(world, reporter, loop)
+    world.timeout = settings.run.timeout or math.inf  # rank 0 may have to copy all clients' vectors
+    world.from_root(reporter.complete_best, "best.h5")
     _report_finish(world, reporter, federation, loop)
     return EXIT_DONE
 

@@ -25,7 +25,7 @@ def single_rank() -> Comm:
 
 def write_alone(path: Path, whole: Content) -> Path:
     home, mine = distribute(single_rank(), whole)
-    checkpoint.write(single_rank(), path, whole, mine, home)
+    checkpoint.write(single_rank(), path, whole, mine.__getitem__, home)
     return path
 
 
