@@ -92,6 +92,19 @@ COMMANDS = {
         settings=True,
         mpi=True,
     ),
+    "fork": Command(
+        "Branch a run off one of its rounds, under settings that a restart refuses.",
+        (
+            argument("source", metavar="RUN_DIR", help="the folder of the run"),
+            argument("--at", required=True, type=number, metavar="ROUND", help="a round with a checkpoint"),
+        ),
+        (
+            "fork runs/a --at 200 --gate.weights equal --run.dir runs/b",
+            "fork runs/a --at 50 --algorithm fedprox",
+        ),
+        settings=True,
+        mpi=True,
+    ),
     "evaluate": Command(
         "Measure every client of a checkpoint.",
         (CHECKPOINT, switch("--json", "print JSON instead of a table")),

@@ -32,7 +32,7 @@ methods, chosen by --algorithm:
 
 `pfedmoe-mpi COMMAND --help` prints a command's arguments with examples, `pfedmoe-mpi run --help` also every
 setting with its range, its default and the reason for it. `python -m pfedmoe_mpi` is the same program. run,
-restart, evaluate, reproduce, bench and check work under mpirun and srun, too."""
+restart, fork, evaluate, reproduce, bench and check work under mpirun and srun, too."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -115,6 +115,13 @@ def restart(given: Namespace) -> int:
     from pfedmoe_mpi.run import restart
 
     return restart.restart(Path(given.source), given.settings)
+
+
+def fork(given: Namespace) -> int:
+    """Branch a run off one of its rounds."""
+    from pfedmoe_mpi.run import fork
+
+    return fork.fork(Path(given.source), given.at, given.settings)
 
 
 def evaluate(given: Namespace) -> int:
@@ -246,6 +253,7 @@ def completion(given: Namespace) -> int:
 FUNCTIONS: dict[str, Callable[[Namespace], int]] = {
     "run": run,
     "restart": restart,
+    "fork": fork,
     "evaluate": evaluate,
     "inspect": inspect,
     "export": export,
