@@ -112,6 +112,17 @@ COMMANDS = {
         settings=True,
         mpi=True,
     ),
+    "verify": Command(
+        "Replay rounds of a run from its checkpoints, compare every bit, and print a card.",
+        (
+            argument(
+                "source", metavar="RUN_DIR", help="the folder of the run; --rounds N replays N rounds, not 3"
+            ),
+        ),
+        ("verify runs/NAME", "verify runs/NAME --rounds 10 --data.path OTHER/cifar10.h5 > card.md"),
+        settings=True,
+        mpi=True,
+    ),
     "inspect": Command(
         "Print what a checkpoint contains, or its digest.",
         (CHECKPOINT, argument("--digest", action="store_true", help="print the digest alone")),
