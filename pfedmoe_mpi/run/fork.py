@@ -86,7 +86,8 @@ def _checkpoint_of(folder: RunFolder, at: int) -> Path:
     if best == at:
         return folder.best
     names = [each.stem for each in checkpoint.newest_first(folder.checkpoints)]
-    rounds = {int(name.split("-")[1]) for name in names if "partial" not in name} | ({best} - {None})
+    rounds = {int(name.split("-")[1]) for name in names if "partial" not in name}
+    rounds |= {best} if best is not None else set()
     listed = ", ".join(map(str, sorted(rounds))) or "none"
     raise CheckpointError(
         f"{folder.path} has no checkpoint of round {at}; it has these rounds: {listed}",
