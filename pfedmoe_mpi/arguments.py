@@ -191,7 +191,12 @@ COMMANDS = {
     "report": Command(
         "Report on one run, or compare several: a page, figures and tables.",
         (
-            argument("folders", nargs="+", metavar="RUN_DIR", help="run folders, or folders of run folders"),
+            argument(
+                "folders",
+                nargs="+",
+                metavar="RUN_DIR",
+                help="run folders, folders of them, and result files of PFLlib and HtFLlib",
+            ),
             argument(
                 "--out",
                 default="",

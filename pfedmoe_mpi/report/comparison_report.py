@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from pfedmoe_mpi.report import compare, comparison_figures, fork_section, paper_section
+from pfedmoe_mpi.report import compare, comparison_figures, fork_section, paper_section, peer_section
 from pfedmoe_mpi.report.compare import (
     CHOSEN_ON_VALIDATION,
     ENOUGH,
@@ -38,10 +38,13 @@ from pfedmoe_mpi.report.tables import (
     spread,
     word,
 )
+from pfedmoe_mpi.storage.peer_results import PeerResult
 
 
-def report(runs: Sequence[Run], baseline: str, target: float | None) -> Report:
-    """Return the report on several runs.
+def report(
+    runs: Sequence[Run], baseline: str, target: float | None, peers: Sequence[PeerResult] = ()
+) -> Report:
+    """Return the report on several runs, with the results of other programs.
 
     Raises:
         CompareError: see `compare.compare` and `Comparison.baseline`.
@@ -54,6 +57,7 @@ def report(runs: Sequence[Run], baseline: str, target: float | None) -> Report:
     sections = [
         Section("Results", [results(comparison), accuracies(comparison)], curves),
         *paper_section.sections(runs),
+        *peer_section.sections(comparison, peers),
         _differences(comparison, base),
         *fork_section.sections(runs),
         _target_section(comparison, target),
