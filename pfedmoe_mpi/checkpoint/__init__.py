@@ -3,7 +3,7 @@
 from pfedmoe_mpi.checkpoint.places import Places, files_needed, is_name
 from pfedmoe_mpi.checkpoint.reader import Checkpoint, open_everywhere, verify
 from pfedmoe_mpi.checkpoint.seal import FORMAT
-from pfedmoe_mpi.checkpoint.writer import Content, name, newest_first, write
+from pfedmoe_mpi.checkpoint.writer import Content, name, newest_first, restart_points, write
 
 __all__ = [
     "FORMAT",
@@ -15,6 +15,7 @@ __all__ = [
     "name",
     "newest_first",
     "open_everywhere",
+    "restart_points",
     "verify",
     "write",
 ]

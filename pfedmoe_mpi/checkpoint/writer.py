@@ -23,7 +23,7 @@ import numpy as np
 
 from pfedmoe_mpi.checkpoint import seal
 from pfedmoe_mpi.checkpoint.memory_file import SparseFile
-from pfedmoe_mpi.checkpoint.places import FILES, NAME, ROWS, Places
+from pfedmoe_mpi.checkpoint.places import FILES, NAME, ROWS, Places, files_needed
 from pfedmoe_mpi.checkpoint.seal import FORMAT, Table
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
@@ -87,6 +87,12 @@ def newest_first(folder: Path) -> list[Path]:
     matches = ((NAME.fullmatch(path.name), path) for path in folder.glob("round-*.h5"))
     by_age = [((int(match[1]), not match[2]), path) for match, path in matches if match]
     return [path for _, path in sorted(by_age, reverse=True)]
+
+
+def restart_points(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder without those that are there only because others rely on them."""
+    names = {path.name: path for path in newest_first(folder)}
+    return [path for path in names.values() if files_needed(path) <= names.keys()]
 
 
 def write(

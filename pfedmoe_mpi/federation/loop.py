@@ -111,13 +111,14 @@ class Loop:
         self._check_store()
 
     def branch(self, loaded: checkpoint.Checkpoint) -> None:
-        """Continue a fork from the complete rounds of a run's checkpoint, in which parts may be missing.
+        """Continue a fork from a run's complete rounds, in which parts may be missing; collective.
 
         What the server's optimiser keeps begins anew.
         """
         self.round, self.history = loaded.round, list(loaded.history)
         self._pretrained = True
-        branch.begin(self.federation, self.state, loaded)
+        self.saver.trained(branch.begin(self.federation, self.state, loaded))
+        self._check_store()
 
     def evaluation(self) -> Row:
         """Measure all clients with the server's state, without training; collective.

@@ -44,6 +44,10 @@ class Store:
         self._ahead: dict[int, Future[Tensor]] = {}  # vectors that are being read from the file
         self._reader: ThreadPoolExecutor | None = None
 
+    def holds(self, client: int) -> bool:
+        """Return whether `put` was called for a client; the others' vectors are drawn."""
+        return client in self._trained or client in self._file
+
     def get(self, client: int) -> Tensor:
         """Return a client's vector; only `put` may change it."""
         if client in self._trained:
