@@ -7,6 +7,7 @@ bytes there. Files are named by those who hold the bytes, so that a checkpoint r
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -95,9 +96,10 @@ def read_vector(path: Path, places: Places, row: Any) -> bytes:
     """
     name = places.files[row["file"]]
     try:
-        with open(file_of(path, name), "rb") as file:
-            file.seek(int(row["offset"]))
-            data = file.read(int(row["length"]))
+        with open(file_of(path, name), "rb", opener=seal.without_waiting) as file:
+            offset, length = int(row["offset"]), int(row["length"])
+            file.seek(offset)
+            data = file.read(length) if offset + length <= os.fstat(file.fileno()).st_size else b""
     except OSError as error:
         problem = f"{path} relies on {name} in its folder, which cannot be read: {error.strerror}"
         raise CheckpointError(problem, _REMEDY.format(path=path)) from error

@@ -137,6 +137,11 @@ def check(path: Path, rank: int = 0, ranks: int = 1) -> None:
             raise CheckpointError(f"{path} is damaged: {STRUCTURE} has changed", REMEDY)
 
 
+def without_waiting(path: str, flags: int) -> int:
+    """Open a file for `open`, and do not wait if it is a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 class plain:
     """A checkpoint open for plain reads; errors of the system become a CheckpointError."""
 
@@ -144,8 +149,8 @@ class plain:
         self._path = path
 
     def __enter__(self) -> Any:
-        try:  # O_NONBLOCK: do not wait if it is a pipe
-            self._file = open(self._path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))
+        try:
+            self._file = open(self._path, "rb", opener=without_waiting)
         except OSError as error:
             raise self._checkpoint_error(error) from error
         return self._file

@@ -53,7 +53,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     threads = device.threads(comm, settings.train.threads)
     settings = effective_config(settings, dataset, threads)
     own_device = device.choose(comm, settings.train)
-    host = Host(comm.local()[1], comm.size, own_device.device.type == "cpu")
+    host = Host(comm.local()[1], own_device.device.type == "cpu")
     plan = comm.from_root(lambda: make_plan(settings, dataset, host), "plan", Plan.without_rows)
     partition, costs = plan.partition, plan.costs
     dataset = with_noise(plan.fitted or dataset, partition, settings.partition.noise, settings.seed)

@@ -57,7 +57,8 @@ def disk_use(
     """
     line = LINE + BY_CLIENT * len(clients) + BY_CLASS_OR_RANK * (classes + ranks)
     metrics = settings.rounds * line
-    checkpoint = 4 * (state + sum(clients)) + 8 * rows + metrics
+    trained = min(1.0, settings.rounds * settings.cohort_size / len(clients))  # checkpoints hold no others
+    checkpoint = 4 * (state + round(trained * sum(clients))) + 8 * rows + metrics
     return DiskUse(checkpoint, min(settings.run.keep + 1, settings.rounds), metrics)
 
 
