@@ -19,9 +19,10 @@ import torch
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
+from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
 from pfedmoe_mpi.errors import CheckpointError, RunError, StoppedError
-from pfedmoe_mpi.federation import evaluation, metrics, pretraining, training
+from pfedmoe_mpi.federation import evaluation, metrics, pretraining, selection, training
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
@@ -61,6 +62,11 @@ class SilentObserver:
     def written(self, path: Path, history: Sequence[Row], candidate: bool) -> None: ...
 
     def not_written(self, error: CheckpointError) -> None: ...
+
+
+def is_finished(settings: Config, history: Sequence[Row]) -> bool:
+    """Return whether all rounds are done, or none was better on validation for `run.patience` rounds."""
+    return len(history) >= settings.rounds or selection.exhausted(history, settings.run.patience)
 
 
 class Loop:
@@ -114,13 +120,17 @@ class Loop:
 
     def run(self) -> bool:
         """Train the remaining rounds; return False if stopped."""
-        settings = self.federation.config
         if not self.begin():
             return False
-        while self.round < settings.rounds:
+        while not self.finished:
             if not self.run_round():
                 return False
         return True
+
+    @property
+    def finished(self) -> bool:
+        """Whether no round is left to train."""
+        return is_finished(self.federation.config, self.history)
 
     def begin(self) -> bool:
         """Do once what the method needs before round 1; return False if stopped.
@@ -327,8 +337,9 @@ class Loop:
         row["drift"] = metrics.drift([*self.history, row])
         self.history.append(row)
         reported = dict(row)  # with the seconds of writing the checkpoint that holds the row itself
-        last = self.round == federation.config.rounds
+        last = self.finished
         scheduled = self.round == 1 or self.round % federation.config.run.checkpoint_every == 0 or last
+        scheduled = scheduled or selection.improved(self.history)
         if scheduled or measured.saves:
             started = time.perf_counter()
             self.save(last, scheduled)

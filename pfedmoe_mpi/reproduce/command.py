@@ -29,8 +29,6 @@ from pfedmoe_mpi.run.folder import RunFolder
 if TYPE_CHECKING:
     from pfedmoe_mpi.federation.disk import DiskUse
 
-# Settings that may differ from those of a run's earlier start: paths and speed.
-CHANGEABLE = tuple(name for name in grid.HARMLESS if name != "rounds")
 AUTO = {
     "model.pool": ["auto"],
     "model.shared": "auto",
@@ -74,7 +72,7 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
             return EXIT_STOPPED
         if flags.dry:
             return EXIT_DONE
-        changes = {name: value for name, value in settings.items() if name.startswith(grid.HARMLESS)}
+        changes = {name: value for name, value in settings.items() if grid.is_harmless(name)}
 
         def train(run: TableRun) -> int:
             return _train_run(world, run, out / run.name, changes, code, end)
@@ -123,7 +121,7 @@ def _differences(earlier: Mapping[str, Any], settings: Config) -> list[str]:
         if name in earlier
         and earlier[name] != _resolved(name, value)
         and value != AUTO.get(name)
-        and not name.startswith(CHANGEABLE)
+        and (name == "rounds" or not grid.is_harmless(name))
     ]
 
 

@@ -45,6 +45,7 @@ MOST_RUNS = 10_000  # at once: each is checked as a configuration, in about 3 ms
 MOST_NAMES = 1_000_000  # compared with the patterns of --only
 # Settings that may differ from the table without altering its runs; `run.scale` records a change of `rounds`.
 HARMLESS = ("rounds", "data.path", "run.", "train.threads", "train.device", "eval.batch")
+HARMFUL = "run.patience"  # not one of them
 RESERVED = ("run.dir", "run.table", "run.cell", "run.scale", "run.altered")  # set by `reproduce`
 
 
@@ -102,6 +103,11 @@ class TableRun:
     group: str
     config: Config
     planned: int
+
+
+def is_harmless(name: str) -> bool:
+    """Return whether a setting may differ from the table without altering its runs."""
+    return name.startswith(HARMLESS) and name != HARMFUL
 
 
 def read(path: Path) -> Table:
@@ -314,7 +320,7 @@ def _run(table: Table, points: Mapping[str, Point], overrides: Mapping[str, Any]
         "run.table": table.name,
         "run.cell": _cell(points, requested.method),
         "run.scale": rounds / planned,
-        "run.altered": [n for n in overrides if not n.startswith(HARMLESS)],
+        "run.altered": [n for n in overrides if not is_harmless(n)],
     }
     group = "-".join(point.label for axis, point in points.items() if axis != "seed") or table.name
     return TableRun(name, group, config.build(settings), planned)
