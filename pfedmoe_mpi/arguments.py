@@ -182,6 +182,13 @@ COMMANDS = {
                 metavar="NUMBER",
                 help="accuracy whose first round and cost are reported, > 0 and ≤ 1",
             ),
+            argument(
+                "--select",
+                default="",
+                choices=("validation", "test", "last"),
+                help="the round reported: best on validation rows, best on test rows (too high), or the last "
+                "[default validation if all runs have such rows, else last]",
+            ),
             switch("--models", "examine the models of a single run, which needs torch", default=True),
         ),
         ("report runs/NAME", "report runs/a runs/b --baseline fedavg --target 0.9 --text"),

@@ -177,7 +177,9 @@ def report(given: Namespace) -> int:
     """Write tables, figures and a page about runs; only `--models true` needs torch."""
     from pfedmoe_mpi.report import command
 
-    return command.run(given.folders, given.out, given.text, given.baseline, given.target, given.models)
+    return command.run(
+        given.folders, given.out, given.text, given.baseline, given.target, given.models, given.select
+    )
 
 
 def translate(given: Namespace) -> int:

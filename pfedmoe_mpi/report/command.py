@@ -28,8 +28,15 @@ class ReportError(UserError):
     """A report that cannot be written with these flags."""
 
 
-def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str, models: bool) -> int:
-    """Report on one run, or on several side by side; `models`: evaluate the models of a single run too.
+def run(
+    folders: Sequence[str], out: str, text: bool, baseline: str, target: str, models: bool, select: str = ""
+) -> int:
+    """Report on one run, or on several side by side.
+
+    Args:
+        models: evaluate the models of a single run too.
+        select: the round whose accuracies are reported, one of `load.SELECT`; default: the best on validation
+            rows if all runs have some, else the last.
 
     Raises:
         UserError: a folder is not a run folder, the runs cannot be compared, `out` holds something else, or
@@ -37,6 +44,7 @@ def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str
     """
     target_share = _share(target)
     runs, notes = load_runs([Path(folder) for folder in folders])
+    runs = [replace(run, select=_selection(runs, select)) for run in runs]
     if len(runs) == 1 and baseline:
         raise CompareError(
             f"--baseline = {baseline} needs at least two runs to compare, not one",
@@ -83,6 +91,19 @@ def _model_views(run: Run) -> ModelViews | str:
         return probe.view_models(run)
     except UserError as error:
         return f"The models were not evaluated: {error.problem}."
+
+
+def _selection(runs: Sequence[Run], select: str) -> str:
+    """Return which round is reported: that of `select`, else by what all runs have.
+
+    Raises:
+        ReportError: validation rows are to choose, and a run has none.
+    """
+    without = next((run for run in runs if not run.chosen), None)
+    if select == "validation" and without:
+        problem = f"--select = validation, but {without.path} has no accuracy on validation rows"
+        raise ReportError(problem, "report the last round of all runs: --select last")
+    return select or ("last" if without else "validation")
 
 
 def _share(target: str) -> float | None:

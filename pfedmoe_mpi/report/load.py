@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi.config.config import REFERENCES
 from pfedmoe_mpi.errors import UserError
+from pfedmoe_mpi.federation.selection import TEST, VALIDATION, best, exhausted
 from pfedmoe_mpi.models.names import labels
 from pfedmoe_mpi.names import check_text
 from pfedmoe_mpi.storage import untrusted_json
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pfedmoe_mpi.client_model import ClientModel
 
 STARTS = ("start", "restart")
+SELECT = ("validation", "test", "last")  # the best round on validation rows, the best on test rows, the last
 DRIFT = ["drift.forgetting", "drift.recovery"]  # columns even of runs without a change of concept
 
 
@@ -37,13 +39,14 @@ class Run:
     """The contents of a run folder.
 
     `config` has dotted names; `history` holds the rows of metrics.jsonl unchanged, `events` those of
-    events.jsonl.
+    events.jsonl. `select`: the round whose accuracies are reported, one of SELECT.
     """
 
     path: Path
     config: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
+    select: str = "last"
 
     @property
     def algorithm(self) -> str:
@@ -65,7 +68,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.done >= self.planned
+        return self.done >= self.planned or self.ended_early
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether `run.patience` ended it before the planned rounds."""
+        return self.done < self.planned and exhausted(self.history, int(self.config.get("run.patience", 0)))
 
     @property
     def last(self) -> Mapping[str, Any]:
@@ -77,8 +85,14 @@ class Run:
     @property
     def chosen(self) -> Mapping[str, Any] | None:
         """The row of the round that validation rows choose, the first of the best; None without such rows."""
-        rows = [row for row in self.history if (row.get("accuracy_validation") or {}).get("mean") is not None]
-        return max(rows, key=lambda row: (row["accuracy_validation"]["mean"], -row["round"]), default=None)
+        return best(self.history, on=VALIDATION)
+
+    @property
+    def selected(self) -> Mapping[str, Any]:
+        """The row whose accuracies are reported, by `select`."""
+        if self.select == "last":
+            return self.last
+        return best(self.history, on=VALIDATION if self.select == "validation" else TEST) or self.last
 
     @property
     def newest(self) -> Path:
