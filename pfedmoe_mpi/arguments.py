@@ -59,6 +59,13 @@ def number(text: str) -> int:
     return int(text)
 
 
+def several(text: str) -> int:
+    """Read a whole number above 0."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, not '{text}'")
+    return int(text)
+
+
 def argument(*names: str, **options: Any) -> Argument:
     """Return a positional argument or a flag."""
     return Argument(names, options)
@@ -131,7 +138,7 @@ COMMANDS = {
         settings=True,
     ),
     "reproduce": Command(
-        "Train the runs of a table that are not finished, one after the other.",
+        "Train the runs of a table that are not finished.",
         (
             argument("table", metavar="TABLE.toml", help="a table; jobs/tables/ has those of the papers"),
             argument(
@@ -153,6 +160,13 @@ COMMANDS = {
                 default="",
                 metavar="K",
                 help="only number K of the chosen runs, from 0: for job arrays [default all]",
+            ),
+            argument(
+                "--together",
+                type=several,
+                default=1,
+                metavar="K",
+                help="train K runs at once, each on a part of the ranks [default 1]",
             ),
             switch("--dry", "print what the runs cost and exit"),
             switch("--list", "print the runs' names and exit"),

@@ -158,7 +158,7 @@ def partition(given: Namespace) -> int:
 
 
 def reproduce(given: Namespace) -> int:
-    """Run the runs of a paper's table one after the other, except those that are finished."""
+    """Train the runs of a table, except those that are finished."""
     from pfedmoe_mpi.reproduce import grid
 
     table = Path(given.table)
@@ -169,7 +169,7 @@ def reproduce(given: Namespace) -> int:
         return EXIT_DONE
     from pfedmoe_mpi.reproduce import command
 
-    flags = command.ReproduceFlags(given.out, given.scale, given.only, given.task, given.dry)
+    flags = command.ReproduceFlags(given.out, given.scale, given.only, given.task, given.dry, given.together)
     return command.run(table, given.settings, flags)
 
 

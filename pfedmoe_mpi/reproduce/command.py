@@ -1,33 +1,34 @@
-"""The command `reproduce`: train the runs of a table one after the other, each in its own run folder.
+"""The command `reproduce`: train the runs of a table, each in its own run folder.
 
-All runs share one MPI session. A run depends on its configuration alone, whatever the process did before, so
-no launcher has to start between two runs, there is one process to signal, and `mpirun -n K` means the same
-as for a single run. A fault ends the whole job. The same command then skips finished runs and resumes the
-others from their checkpoints.
+All runs share one MPI session. A run depends on its configuration alone, whatever the process did before and
+on however many ranks it is trained, so no launcher has to start between two runs, there is one process to
+signal, and `mpirun -n K` means the same as for a single run. A fault ends the whole job. The same command
+then skips finished runs and resumes the others from their checkpoints.
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import checkpoint, config, environment
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, ConfigError, RunError, StoppedError
+from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, StoppedError
 from pfedmoe_mpi.models.names import resolve_name
 from pfedmoe_mpi.mpi import session
 from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
 from pfedmoe_mpi.reproduce import grid
 from pfedmoe_mpi.reproduce.grid import Table, TableRun
+from pfedmoe_mpi.reproduce.play import Outcome, check_together, play, shares
 from pfedmoe_mpi.run import job, restart
 from pfedmoe_mpi.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.federation.disk import DiskUse
+    from pfedmoe_mpi.reproduce.estimate import Cost
 
 AUTO = {
     "model.pool": ["auto"],
@@ -45,6 +46,7 @@ class ReproduceFlags:
     only: str = ""
     task: str = ""
     dry: bool = False
+    together: int = 1
 
 
 def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
@@ -58,15 +60,19 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
 
     def work(world: Comm, code: str) -> int:
+        check_together(flags.together, world)
         out = world.from_root(lambda: Path(flags.out or f"runs/{table.name}").absolute(), "folder")
+        version = world.from_root(lambda: code, "code version")  # the first rank of every part records it
         world.stop_at = environment.stop_time(runs[0].config.run.walltime, end)
         rounds = world.from_root(
             lambda: {run.name: _rounds_left(out / run.name, run) for run in runs}, "runs"
         )
         unfinished = [run for run in runs if rounds[run.name]]
         _print(world, _heading(table, runs, unfinished, out))
+        parts = max(1, min(flags.together, len(unfinished)))
         try:
-            _print(world, _plan(world, unfinished, rounds, out))
+            costs = _costs(world, unfinished, rounds, parts)
+            _print(world, _plan(world, unfinished, rounds, costs, parts, out))
         except StoppedError:  # raised on all ranks; nothing is lost
             _print(world, ["stopped before the first run; run the same command again to resume"])
             return EXIT_STOPPED
@@ -74,10 +80,11 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
             return EXIT_DONE
         changes = {name: value for name, value in settings.items() if grid.is_harmless(name)}
 
-        def train(run: TableRun) -> int:
-            return _train_run(world, run, out / run.name, changes, code, end)
+        def train(comm: Comm, run: TableRun) -> int:
+            return _train_run(comm, run, out / run.name, changes, version, end)
 
-        return _train_all(world, unfinished, out, train)
+        outcome = play(world, unfinished, {name: cost.seconds for name, cost in costs.items()}, parts, train)
+        return _finish(world, outcome, unfinished, out)
 
     content = {f"table.{name}": value for name, value in vars(table).items() if name != "path"}
     given = {"command": "reproduce", **vars(flags), **content, **settings}
@@ -160,17 +167,31 @@ def _heading(table: Table, runs: Sequence[TableRun], unfinished: Sequence[TableR
     return lines
 
 
-def _plan(world: Comm, unfinished: Sequence[TableRun], rounds: Mapping[str, int], out: Path) -> list[str]:
+def _costs(
+    world: Comm, unfinished: Sequence[TableRun], rounds: Mapping[str, int], parts: int
+) -> dict[str, Cost]:
+    """Return the estimated cost of each run's remaining rounds, on one of `parts` parts of the ranks."""
+    from pfedmoe_mpi.reproduce import estimate
+
+    whole_runs = estimate.costs(world, unfinished, world.size // parts) if unfinished else {}
+    return {run.name: whole_runs[run.name].share(rounds[run.name] / run.config.rounds) for run in unfinished}
+
+
+def _plan(
+    world: Comm,
+    unfinished: Sequence[TableRun],
+    rounds: Mapping[str, int],
+    costs: Mapping[str, Cost],
+    parts: int,
+    out: Path,
+) -> list[str]:
     """Return the estimated cost of the remaining rounds: a line per group of runs that differ in their seed,
     and the totals.
     """
     if not unfinished:
         return []
     from pfedmoe_mpi.federation.disk import in_units
-    from pfedmoe_mpi.reproduce import estimate
 
-    whole_runs = estimate.costs(world, unfinished)
-    costs = {run.name: whole_runs[run.name].share(rounds[run.name] / run.config.rounds) for run in unfinished}
     groups: dict[str, list[TableRun]] = {}
     for run in unfinished:
         groups.setdefault(run.group, []).append(run)
@@ -187,8 +208,10 @@ def _plan(world: Comm, unfinished: Sequence[TableRun], rounds: Mapping[str, int]
         )
     total = sum(rounds[run.name] for run in unfinished)
     samples = sum(cost.samples for cost in costs.values())
-    hours = sum(cost.seconds for cost in costs.values()) / 3600
+    seconds = {name: cost.seconds for name, cost in costs.items()}
+    hours = max(sum(seconds[name] for name in part) for part in shares(seconds, parts)) / 3600
     ranks = f"{world.size} rank{'s' if world.size > 1 else ''} of this machine"
+    ranks += f", {parts} runs at once" if parts > 1 else ""
     lines.append(
         f"left to do: {len(unfinished)} runs, {total:,} rounds, {samples:,.0f} training samples, "
         f"about {_format_hours(hours)} hours of clients' training and evaluation on {ranks}"
@@ -219,33 +242,13 @@ def _format_hours(hours: float) -> str:
 # The runs
 
 
-def _train_all(
-    world: Comm, unfinished: Sequence[TableRun], out: Path, train: Callable[[TableRun], int]
-) -> int:
-    """Train runs in order; a run that fails is reported, and the others are trained all the same."""
-    failed: list[str] = []
-    for number, run in enumerate(unfinished, 1):
-        if any(world.gather(world.stop_requested(), "stop")):
-            _print(world, [f"stopped before run {run.name}; run the same command again to resume"])
-            return EXIT_STOPPED
-        _print(world, ["", f"run {number} of {len(unfinished)}: {run.name}"])
-        try:
-            result = train(run)
-        except RunError as error:
-            if any(world.gather(world.stop_requested(), "stop")):
-                raise
-            failed.append(run.name)
-            if world.rank == 0:
-                print(f"error: {run.name}: {error}", file=sys.stderr, flush=True)
-            continue
-        if result != EXIT_DONE:
-            _print(world, ["run the same command again to resume"])
-            return result
-    finished = (
-        f"{len(unfinished) - len(failed)} runs finished; compare all in the folder: pfedmoe-mpi report {out}"
-    )
-    _print(world, ["", finished, *(f"failed: {name}" for name in failed)])
-    return EXIT_FAULT if failed else EXIT_DONE
+def _finish(world: Comm, outcome: Outcome, runs: Sequence[TableRun], out: Path) -> int:
+    """Print how the runs ended, unless they were stopped; return the exit code."""
+    if not outcome.stopped:
+        finished = f"{len(runs) - len(outcome.failed)} runs finished"
+        compare = f"compare all in the folder: pfedmoe-mpi report {out}"
+        _print(world, ["", f"{finished}; {compare}", *(f"failed: {name}" for name in outcome.failed)])
+    return outcome.code
 
 
 def _train_run(

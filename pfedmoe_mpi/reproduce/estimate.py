@@ -106,8 +106,8 @@ class Pace:
         return self.step + samples * (self.sample + epochs * self.epoch)
 
 
-def costs(world: Comm, runs: Sequence[TableRun]) -> dict[str, Cost]:
-    """Return the cost of each run by its name; collective.
+def costs(world: Comm, runs: Sequence[TableRun], ranks: int) -> dict[str, Cost]:
+    """Return the cost of each run on `ranks` ranks by its name; collective.
 
     Raises:
         UserError: on all ranks: the data, the partition or the models of a run are invalid.
@@ -121,7 +121,7 @@ def costs(world: Comm, runs: Sequence[TableRun]) -> dict[str, Cost]:
             paces[size.kind] = _paces(world, size)
             numbers[size.kind] = _numbers(_task(size))
     return {
-        name: _cost(size, paces[size.kind], _disk(size, *numbers[size.kind], world.size), world.size)
+        name: _cost(size, paces[size.kind], _disk(size, *numbers[size.kind], ranks), ranks)
         for name, size in sizes.items()
     }
 
