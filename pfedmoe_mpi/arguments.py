@@ -162,6 +162,12 @@ COMMANDS = {
                 help="only number K of the chosen runs, from 0: for job arrays [default all]",
             ),
             argument(
+                "--select",
+                default="",
+                choices=("validation",),
+                help="choose settings on validation rows, then train the chosen ones with fresh seeds",
+            ),
+            argument(
                 "--together",
                 type=several,
                 default=1,

@@ -169,7 +169,9 @@ def reproduce(given: Namespace) -> int:
         return EXIT_DONE
     from pfedmoe_mpi.reproduce import command
 
-    flags = command.ReproduceFlags(given.out, given.scale, given.only, given.task, given.dry, given.together)
+    flags = command.ReproduceFlags(
+        given.out, given.scale, given.only, given.task, given.dry, given.together, given.select
+    )
     return command.run(table, given.settings, flags)
 
 

@@ -21,7 +21,7 @@ from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
-from pfedmoe_mpi.errors import CheckpointError, RunError, StoppedError
+from pfedmoe_mpi.errors import CheckpointError, DivergedError, StoppedError
 from pfedmoe_mpi.federation import evaluation, metrics, pretraining, selection, training
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation, pin
@@ -265,7 +265,7 @@ class Loop:
     def _end_diverged(self, total: RoundSum, what: str, remedy: str) -> NoReturn:
         """End the run on all ranks, with a checkpoint of the members that this round has trained."""
         self._save_stopped(total)
-        raise RunError(f"round {self.round + 1}: {what} is not finite", remedy)
+        raise DivergedError(f"round {self.round + 1}: {what} is not finite", remedy)
 
     def _updated(self, total: RoundSum) -> torch.Tensor:
         """Return the server's next vector, unchanged if no client contributed.

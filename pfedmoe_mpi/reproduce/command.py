@@ -20,9 +20,9 @@ from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, StoppedErro
 from pfedmoe_mpi.models.names import resolve_name
 from pfedmoe_mpi.mpi import session
 from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
-from pfedmoe_mpi.reproduce import grid
-from pfedmoe_mpi.reproduce.grid import Table, TableRun
-from pfedmoe_mpi.reproduce.play import Outcome, check_together, play, shares
+from pfedmoe_mpi.reproduce import grid, play, selection
+from pfedmoe_mpi.reproduce.grid import Table, TableError, TableRun
+from pfedmoe_mpi.reproduce.play import Outcome
 from pfedmoe_mpi.run import job, restart
 from pfedmoe_mpi.run.folder import RunFolder
 
@@ -47,6 +47,7 @@ class ReproduceFlags:
     task: str = ""
     dry: bool = False
     together: int = 1
+    select: str = ""
 
 
 def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
@@ -57,38 +58,104 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
     """
     table = grid.read(path)
     runs = grid.expand(table, settings, flags.scale, flags.only, flags.task)
+    rules = _rules(table, runs, flags) if flags.select else None
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
 
     def work(world: Comm, code: str) -> int:
-        check_together(flags.together, world)
+        play.check_together(flags.together, world)
         out = world.from_root(lambda: Path(flags.out or f"runs/{table.name}").absolute(), "folder")
         version = world.from_root(lambda: code, "code version")  # the first rank of every part records it
         world.stop_at = environment.stop_time(runs[0].config.run.walltime, end)
+        stage = Stage(world, flags, settings, version, end)
+        if not rules:
+            return stage.play(table, runs, out)
+        ended = stage.play(table, runs, out / selection.GRID, choosing=True)
+        if ended != EXIT_DONE or flags.dry:
+            return ended
+        _print(world, world.from_root(lambda: selection.write(table, runs, rules, out), "the choice"))
+        selected = world.from_root(lambda: grid.read(out / selection.FILE), "the chosen settings")
+        chosen = grid.expand(selected, settings, flags.scale)
+        return stage.play(selected, chosen, out / selection.FRESH, compared=out)
+
+    content = {f"table.{name}": value for name, value in vars(table).items() if name != "path"}
+    given = {"command": "reproduce", **vars(flags), **content, **settings}
+    return session.under_mpi(work, given, runs[0].config.run.singleton)
+
+
+def _rules(table: Table, runs: Sequence[TableRun], flags: ReproduceFlags) -> selection.Criteria:
+    """Return what is chosen among the runs.
+
+    Raises:
+        TableError: only some of the runs are asked for, or nothing can be chosen among them.
+    """
+    if flags.only or flags.task:
+        name, value = ("only", flags.only) if flags.only else ("task", flags.task)
+        raise TableError(
+            f"--{name} = {value} leaves out candidates, and --select compares all of them",
+            f"remove --{name}; single runs without --select: --out {flags.out or f'runs/{table.name}'}/grid",
+        )
+    return selection.criteria(table, runs)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What playing a table takes besides its runs; `code`: the program's version, `end`: Slurm's (rank 0)."""
+
+    world: Comm
+    flags: ReproduceFlags
+    settings: Mapping[str, Any]
+    code: str
+    end: float | None
+
+    def play(
+        self,
+        table: Table,
+        runs: Sequence[TableRun],
+        out: Path,
+        choosing: bool = False,
+        compared: Path | None = None,
+    ) -> int:
+        """Print the estimated cost of the unfinished runs, and train them; collective. Return the exit code.
+
+        Args:
+            choosing: runs that diverge are candidates that lose, not failures.
+            compared: the folder for `report`; default: `out`.
+
+        Raises:
+            UserError: on all ranks: a folder contains other runs, or the data cannot be used.
+        """
+        world = self.world
         rounds = world.from_root(
-            lambda: {run.name: _rounds_left(out / run.name, run) for run in runs}, "runs"
+            lambda: {run.name: _rounds_left(out / run.name, run, choosing) for run in runs}, "runs"
         )
         unfinished = [run for run in runs if rounds[run.name]]
         _print(world, _heading(table, runs, unfinished, out))
-        parts = max(1, min(flags.together, len(unfinished)))
+        parts = max(1, min(self.flags.together, len(unfinished)))
         try:
             costs = _costs(world, unfinished, rounds, parts)
             _print(world, _plan(world, unfinished, rounds, costs, parts, out))
         except StoppedError:  # raised on all ranks; nothing is lost
             _print(world, ["stopped before the first run; run the same command again to resume"])
             return EXIT_STOPPED
-        if flags.dry:
+        if self.flags.dry:
             return EXIT_DONE
-        changes = {name: value for name, value in settings.items() if grid.is_harmless(name)}
+        changes = {name: value for name, value in self.settings.items() if grid.is_harmless(name)}
 
         def train(comm: Comm, run: TableRun) -> int:
-            return _train_run(comm, run, out / run.name, changes, version, end)
+            return _train_run(comm, run, out / run.name, changes, self.code, self.end)
 
-        outcome = play(world, unfinished, {name: cost.seconds for name, cost in costs.items()}, parts, train)
-        return _finish(world, outcome, unfinished, out)
+        seconds = {name: cost.seconds for name, cost in costs.items()}
+        outcome = play.play(world, unfinished, seconds, parts, train)
+        if choosing and not outcome.stopped:
+            outcome = world.from_root(lambda: _without_diverged(outcome, out), "runs that diverged")
+            return outcome.code
+        return _finish(world, outcome, unfinished, compared or out)
 
-    content = {f"table.{name}": value for name, value in vars(table).items() if name != "path"}
-    given = {"command": "reproduce", **vars(flags), **content, **settings}
-    return session.under_mpi(work, given, runs[0].config.run.singleton)
+
+def _without_diverged(outcome: Outcome, out: Path) -> Outcome:
+    """Return the outcome without the failures of runs that diverged."""
+    failed = {n: c for n, c in outcome.failed.items() if not selection.diverged(RunFolder(out / n))}
+    return Outcome(failed, outcome.stopped)
 
 
 def _print(world: Comm, lines: Sequence[str]) -> None:
@@ -97,8 +164,10 @@ def _print(world: Comm, lines: Sequence[str]) -> None:
         print("\n".join(lines), flush=True)
 
 
-def _rounds_left(folder: Path, run: TableRun) -> int:
+def _rounds_left(folder: Path, run: TableRun, choosing: bool) -> int:
     """Return the rounds that a run has left according to its folder: 0 if it is finished, else at least 1.
+
+    While settings are being chosen, a run that diverged counts as finished: it would diverge again.
 
     Raises:
         ConfigError: the folder contains a run with other settings.
@@ -113,7 +182,7 @@ def _rounds_left(folder: Path, run: TableRun) -> int:
     if differences:
         problem = f"{folder} contains a run with other settings: {'; '.join(differences)}"
         raise ConfigError(problem, "name another folder with --out, or repeat the flags of the first start")
-    if run_folder.finished:
+    if run_folder.finished or (choosing and selection.diverged(run_folder)):
         return 0
     newest = checkpoint.newest_first(run_folder.checkpoints)[:1]
     done = max((int(path.stem.split("-")[1]) - ("partial" in path.stem) for path in newest), default=0)
@@ -209,7 +278,7 @@ def _plan(
     total = sum(rounds[run.name] for run in unfinished)
     samples = sum(cost.samples for cost in costs.values())
     seconds = {name: cost.seconds for name, cost in costs.items()}
-    hours = max(sum(seconds[name] for name in part) for part in shares(seconds, parts)) / 3600
+    hours = max(sum(seconds[name] for name in part) for part in play.shares(seconds, parts)) / 3600
     ranks = f"{world.size} rank{'s' if world.size > 1 else ''} of this machine"
     ranks += f", {parts} runs at once" if parts > 1 else ""
     lines.append(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pfedmoe_mpi import checkpoint, config, environment
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RunError
+from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DivergedError, RunError
 from pfedmoe_mpi.log import LOGGER
 from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
 from pfedmoe_mpi.mpi.session import under_mpi
@@ -183,7 +183,8 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
         _report_start(world, reporter, start.loaded, device_lines, facts)
         finished = loop.run()
     except RunError as error:
-        reporter.event("error", round=loop.round, error=error.problem)
+        diverged = isinstance(error, DivergedError)
+        reporter.event("error", round=loop.round, error=error.problem, diverged=diverged)
         raise
     finally:
         reporter.close()
