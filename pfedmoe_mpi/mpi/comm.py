@@ -154,10 +154,8 @@ class Comm:
                 "check the hosts and the network, then resume with: restart RUN; "
                 f"if the network is only slow, add {longer}",
             )
-        missing = sorted(set(range(self.size)) - arrived) if self.rank == 0 else [0]
-        ranks = (
-            f"rank{'s' if len(missing) > 1 else ''} {', '.join(str(self.names[rank]) for rank in missing)}"
-        )
+        late = set(range(self.size)) - arrived if self.rank == 0 else {0}
+        ranks = f"rank{'s' if len(late) > 1 else ''} {', '.join(str(self.names[n]) for n in sorted(late))}"
         self.abort(
             f"{ranks} did not reach '{purpose}' within {self.timeout:g} s (run.timeout)",
             f"look for an earlier error of {ranks} and check the hosts, then resume with: restart RUN; "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pfedmoe_mpi import environment
 from pfedmoe_mpi.errors import EXIT_DONE, UserError
-from pfedmoe_mpi.report import comparison_report, drawing, page, run_report, terminal
+from pfedmoe_mpi.report import comparison_report, drawing, page, run_report, selection_section, terminal
 from pfedmoe_mpi.report.compare import CompareError
 from pfedmoe_mpi.report.document import Report
 from pfedmoe_mpi.report.load import Run, load_runs
@@ -50,7 +50,8 @@ def run(
     if len(files) == len(folders):
         problem = f"{files[0]} is a result of another program, and no run of this one is named"
         raise ReportError(problem, f"name a run to show beside it: report runs/NAME {files[0]}")
-    runs, notes = load_runs([Path(folder) for folder in folders if Path(folder) not in files])
+    paths = [Path(folder) for folder in folders if Path(folder) not in files]
+    runs, notes = load_runs(paths)
     runs = [replace(run, select=_selection(runs, select)) for run in runs]
     if len(runs) == 1 and baseline:
         raise CompareError(
@@ -59,7 +60,8 @@ def run(
         )
     if text:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-        print(terminal.text(_report(runs, peers, baseline, target_share, notes), width))
+        report = selection_section.with_choices(_report(runs, peers, baseline, target_share, notes), paths)
+        print(terminal.text(report, width))
         return EXIT_DONE
     missing = [name for name in REQUIRED if not find_spec(name)]
     if missing:
@@ -68,6 +70,7 @@ def run(
     folder = Path(out or (runs[0].path / "report" if len(runs) == 1 and not peers else "report"))
     _check_folder(folder)
     report = _report(runs, peers, baseline, target_share, notes, models)
+    report = selection_section.with_choices(report, paths)
     for note in report.notes:
         print(f"note: {note}")
     _write(report, folder)

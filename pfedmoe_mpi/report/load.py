@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STARTS = ("start", "restart")
 SELECT = ("validation", "test", "last")  # the best round on validation rows, the best on test rows, the last
+CHOICE, CHOSEN_RUNS = "selected.toml", "fresh"  # of `reproduce --select`: its choice, the runs chosen so
 DRIFT = ["drift.forgetting", "drift.recovery"]  # columns even of runs without a change of concept
 
 
@@ -240,9 +241,10 @@ def load_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 
 def _below(path: Path) -> list[Path]:
-    """Return the run folders in a folder that is not one itself."""
+    """Return the run folders in a folder that is not one itself; after a choice, those of its result."""
     if (path / "config.toml").exists() or not path.is_dir():
         return []
+    path = path / CHOSEN_RUNS if (path / CHOICE).is_file() else path
     return [toml.parent for toml in sorted(path.glob("*/config.toml"))]
 
 

@@ -17,9 +17,10 @@
     algorithm = ["pfedmoe", "fedavg"] # short for points that set the setting of that name
     seed = [0, 1, 2]
 
-The runs are the product of the axes in the order of the file; the last axis varies fastest. Their names are
-their labels, `n50-pfedmoe-seed0` (a string is its own label, of the user's own code its short name; other
-values follow the last part of the setting's name). Relative paths are relative to the file's folder.
+The runs are the product of the axes in the order of the file, those of a section (`train.lr`, `train.batch`)
+one after the other; the last axis varies fastest. Their names are their labels, `n50-pfedmoe-seed0` (a string
+is its own label, of a path its last part, of the user's own code its short name; other values follow the last
+part of the setting's name). Relative paths are relative to the file's folder.
 Settings that the table leaves out may be proposed by the data source, as in any run, except the number of
 rounds, which is the table's. Needs neither torch nor MPI.
 """

@@ -83,6 +83,21 @@ def test_runs_are_the_product_of_the_axes_in_order(table: Path) -> None:
     assert [run.group for run in runs[-2:]] == ["n8-standalone"] * 2
 
 
+def test_axis_takes_what_base_takes(tmp_path: Path) -> None:
+    """Sections, lists, small numbers, and paths; labels name folders."""
+    (tmp_path / "own.toml").write_text(
+        '[axis]\ntrain.lr = [1e-5, 0.5]\nmodel.pool = [["mlp5", "mlp4"], ["mlp5"]]\n'
+        'data.path = ["../a/b.h5"]\n'
+        "train.betas = [[0.5, 0.9]]\ntrain.augment = [[], ['flip']]\nrun.tensorboard = [true]\n"
+    )
+    runs = grid.expand(grid.read(tmp_path / "own.toml"), {})
+    first, last = runs[0], runs[-1]
+    assert first.name == "lr0.00001-betas0.5+0.9-augmentnone-mlp5+mlp4-b.h5-tensorboardtrue"
+    assert last.name == "lr0.5-betas0.5+0.9-flip-mlp5-b.h5-tensorboardtrue"
+    assert (first.config.train.lr, first.config.model.pool) == (1e-5, ("mlp5", "mlp4"))
+    assert first.config.data.path == str(tmp_path / ".." / "a" / "b.h5")
+
+
 def test_scale_shrinks_rounds_down_to_the_minimum(table: Path) -> None:
     table.write_text(
         TABLE.replace('"standalone"]', '"fedkd"]').replace("rounds = 10", "rounds = 100"), encoding="utf-8"
@@ -150,8 +165,12 @@ def test_huge_table_is_counted_and_not_expanded(table: Path, assert_refused: Cal
         (('"fedkd.ramp"', '"fedkd.rump"'), "in_rounds"),
         (('"fedkd.ramp"', '"data.path"'), "in_rounds"),
         (("seed = [0, 1]", "seed = []"), "axis seed without points"),
-        (("seed = [0, 1]", "train.lr = [1, 2]"), r'axis train without points(.|\n)*"train.lr" = \[1, 2\]'),
-        (("seed = [0, 1]", '"model.pool" = [["mlp5"]]'), r"axis model.pool(.|\n)*\[axis.NAME.LABEL\]"),
+        (("seed = [0, 1]", "train.lr = 0.1"), r'axis train without points(.|\n)*"train.lr" = \[1, 2\]'),
+        (("seed = [0, 1]", 'train.lr = [1]\n"train.lr" = [2]'), r"the axis train.lr twice"),
+        (
+            ("seed = [0, 1]", "train.lr = [-1]"),
+            r"label 'lr-1' on the axis train.lr(.|\n)*\[axis.NAME.LABEL\]",
+        ),
         (("seed = [0, 1]", "seed = [0, 0]"), "two points with the label seed0 on the axis seed"),
         (("clients = 8\nparticipation = 0.5", "clients = 4"), "two runs with the same configuration"),
         (("[axis.clients.n4]", "[axis.clients.'../n4']"), r"label '\.\./n4'"),
