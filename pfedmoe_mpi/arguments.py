@@ -59,6 +59,17 @@ def number(text: str) -> int:
     return int(text)
 
 
+def width(text: str) -> float:
+    """Read a width in points, above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"expected a number of points above 0, not '{text}'")
+    return value
+
+
 def several(text: str) -> int:
     """Read a whole number above 0."""
     if not text.isdecimal() or not int(text):
@@ -197,6 +208,26 @@ COMMANDS = {
                 default=1,
                 metavar="K",
                 help="train K runs at once, each on a part of the ranks [default 1]",
+            ),
+            argument(
+                "--until",
+                type=width,
+                default=0.0,
+                metavar="POINTS",
+                help="add seeds until the 95 %% interval of every difference from --baseline is narrower",
+            ),
+            argument(
+                "--most",
+                type=several,
+                default=20,
+                metavar="SEEDS",
+                help="--until: train no more seeds than these, and print how many it would take [default 20]",
+            ),
+            argument(
+                "--baseline",
+                default="",
+                metavar="NAME",
+                help="--until: method to compare the others with [default standalone]",
             ),
             switch("--dry", "print what the runs cost and exit"),
             switch("--list", "print the runs' names and exit"),

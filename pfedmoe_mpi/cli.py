@@ -186,12 +186,14 @@ def reproduce(given: Namespace) -> int:
         if environment.launched_rank() == 0:
             print("\n".join(run.name for run in runs))
         return EXIT_DONE
+    from pfedmoe_mpi.report import precision
     from pfedmoe_mpi.reproduce import command
 
     flags = command.ReproduceFlags(
-        given.out, given.scale, given.only, given.task, given.dry, given.together, given.select
+        *(given.out, given.scale, given.only, given.task, given.dry, given.together),
+        *(given.select, given.until, given.most, given.baseline),
     )
-    return command.run(table, given.settings, flags)
+    return command.run(table, given.settings, flags, precision.precision)
 
 
 def report(given: Namespace) -> int:

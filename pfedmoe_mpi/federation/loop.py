@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class SilentObserver:
     def not_written(self, error: CheckpointError) -> None: ...
 
 
-def is_finished(settings: Config, history: Sequence[Row]) -> bool:
+def is_finished(settings: Config, history: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether all rounds are done, or none was better on validation for `run.patience` rounds."""
     return len(history) >= settings.rounds or selection.exhausted(history, settings.run.patience)
 

@@ -15,7 +15,7 @@ from pfedmoe_mpi.errors import EXIT_DONE, UserError
 from pfedmoe_mpi.report import comparison_report, drawing, page, run_report, selection_section, terminal
 from pfedmoe_mpi.report.compare import CompareError
 from pfedmoe_mpi.report.document import Report
-from pfedmoe_mpi.report.load import Run, load_runs
+from pfedmoe_mpi.report.load import Run, load_runs, selection
 from pfedmoe_mpi.report.model_views import ModelViews
 from pfedmoe_mpi.report.tables import to_csv, to_latex
 from pfedmoe_mpi.storage import peer_results
@@ -118,7 +118,7 @@ def _selection(runs: Sequence[Run], select: str) -> str:
     if select == "validation" and without:
         problem = f"--select = validation, but {without.path} has no accuracy on validation rows"
         raise ReportError(problem, "report the last round of all runs: --select last")
-    return select or ("last" if without else "validation")
+    return select or selection(runs)
 
 
 def _share(target: str) -> float | None:

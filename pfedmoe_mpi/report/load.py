@@ -213,6 +213,11 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     return Run(folder, settings, history, events)
 
 
+def selection(runs: Sequence[Run]) -> str:
+    """Return which round is reported by default: the best on validation rows if all runs have such rows."""
+    return "validation" if all(run.chosen for run in runs) else "last"
+
+
 def load_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """Read several runs, and return notes on those left out; a folder of run folders means all of them.
 

@@ -20,7 +20,7 @@ from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, StoppedErro
 from pfedmoe_mpi.models.names import resolve_name
 from pfedmoe_mpi.mpi import session
 from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
-from pfedmoe_mpi.reproduce import grid, play, selection
+from pfedmoe_mpi.reproduce import grid, play, seeds, selection
 from pfedmoe_mpi.reproduce.grid import Table, TableError, TableRun
 from pfedmoe_mpi.reproduce.play import Outcome
 from pfedmoe_mpi.run import job, restart
@@ -48,10 +48,16 @@ class ReproduceFlags:
     dry: bool = False
     together: int = 1
     select: str = ""
+    until: float = 0.0
+    most: int = 20
+    baseline: str = ""
 
 
-def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
+def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags, judge: seeds.Judge) -> int:
     """Print the estimated cost of a table's runs, then train them.
+
+    Args:
+        judge: says how well the seeds of finished runs determine differences, for `flags.until`.
 
     Raises:
         UserError: the table or a setting is invalid; nothing was written.
@@ -59,6 +65,8 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
     table = grid.read(path)
     runs = grid.expand(table, settings, flags.scale, flags.only, flags.task)
     rules = _rules(table, runs, flags) if flags.select else None
+    if flags.until:
+        seeds.check(table, runs, flags)
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
 
     def work(world: Comm, code: str) -> int:
@@ -68,12 +76,18 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
         world.stop_at = environment.stop_time(runs[0].config.run.walltime, end)
         stage = Stage(world, flags, settings, version, end)
         if not rules:
-            return stage.play(table, runs, out)
+            return (
+                seeds.play(stage, table, out, flags.only, judge)
+                if flags.until
+                else stage.play(table, runs, out)
+            )
         ended = stage.play(table, runs, out / selection.GRID, choosing=True)
         if ended != EXIT_DONE or flags.dry:
             return ended
         _print(world, world.from_root(lambda: selection.write(table, runs, rules, out), "the choice"))
         selected = world.from_root(lambda: grid.read(out / selection.FILE), "the chosen settings")
+        if flags.until:
+            return seeds.play(stage, selected, out / selection.FRESH, "", judge)
         chosen = grid.expand(selected, settings, flags.scale)
         return stage.play(selected, chosen, out / selection.FRESH, compared=out)
 
@@ -148,7 +162,8 @@ class Stage:
         outcome = play.play(world, unfinished, seconds, parts, train)
         if choosing and not outcome.stopped:
             outcome = world.from_root(lambda: _without_diverged(outcome, out), "runs that diverged")
-            return outcome.code
+            if not outcome.failed:
+                return EXIT_DONE
         return _finish(world, outcome, unfinished, compared or out)
 
 
