@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pfedmoe_mpi.data.sources.official_parts import role
 from pfedmoe_mpi.errors import DataError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -20,16 +21,7 @@ _SYSTEM = {
     *("__macosx", "system volume information", "$recycle.bin", "lost+found", "__pycache__"),
     *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),  # of network storage
 }
-_ROLES = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-}
-_WORD = "|".join(sorted(_ROLES, key=len, reverse=True))
+_WORD = "train(?:ing)?|test(?:ing)?|val(?:id(?:ation)?)?"
 _PART = re.compile(rf"({_WORD})[ _-]?(?:set|data|images)?")
 _RESEMBLES_PART = re.compile(rf"(?<![a-z])(?:{_WORD})(?:set|data|images)?(?![a-z])")
 
@@ -106,10 +98,10 @@ def _parts(root: Path) -> tuple[list[Path], list[str]]:
         return [root], _unfamiliar(root, folders)
     by_role: dict[str, str] = {}
     for name, word in roles.items():
-        other = by_role.setdefault(_ROLES[word], name)
+        other = by_role.setdefault(role(word), name)
         if other != name:
             raise DataError(
-                f"{root} holds two {_ROLES[word]} parts, {other} and {name}", "merge them, or move one away"
+                f"{root} holds two {role(word)} parts, {other} and {name}", "merge them, or move one away"
             )
     if "train" not in by_role:
         raise DataError(
