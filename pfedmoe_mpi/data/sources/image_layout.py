@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pfedmoe_mpi.data.sources.numbering import sort_names
 from pfedmoe_mpi.data.sources.official_parts import role
 from pfedmoe_mpi.errors import DataError
 
@@ -154,8 +155,8 @@ def _unfamiliar(root: Path, folders: Sequence[str]) -> list[str]:
 
 
 def _class_names(part: Path) -> tuple[str, ...]:
-    """Return the names of the class folders, sorted."""
-    names = _subfolders(part)
+    """Return the names of the class folders, sorted as numbers if all of them are numbers."""
+    names = tuple(sort_names(_subfolders(part)))
     if not names:
         raise DataError(
             f"{part} has no class folders",

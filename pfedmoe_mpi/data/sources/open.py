@@ -70,7 +70,7 @@ def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) 
         "folder": lambda: load_folder(user_path(settings), settings.size),
         "hdf5": lambda: open_hdf5(user_path(settings), check),
         "npz": lambda: load_npz(user_path(settings)),
-        "tff": lambda: load_tff(user_path(settings)),
+        "tff": lambda: load_tff(user_path(settings), settings),
         "table": lambda: load_table(user_path(settings), settings),
         "hf": lambda: load_table(user_path(settings), settings),
         "leaf": lambda: load_leaf(user_path(settings), settings),

@@ -183,8 +183,8 @@ def _samples(path: Path, settings: Data, table: _Rows) -> _Samples:
         else:
             attributes[name] = column.attribute()
     x = _columns(path, attributes, len(table.labels), left_out)
-    fit = Standardise(tuple(len(codes) for _, codes in attributes.values()), learn=True)
-    return _Samples(x, {"fit": fit}, left_out)
+    standardise = Standardise(tuple(len(codes) for _, codes in attributes.values()), learn=True)
+    return _Samples(x, {"fit": standardise}, left_out)
 
 
 def _check_classes(path: Path, label: str, names: Sequence[str]) -> None:

@@ -53,10 +53,10 @@ def _is_mark(character: str) -> bool:
     return category(character) in {"Mn", "Mc"} and not name(character, "").startswith("VARIATION SELECTOR")
 
 
-def unspaced(words: Sequence[str], where: str) -> tuple[str, ...]:
-    """Return a warning if words are letters of a script without spaces between words."""
+def unspaced(words: Sequence[str], where: str, settings: Data) -> tuple[str, ...]:
+    """Return a warning if `words`, not characters, are letters of a script without spaces between words."""
     letter = next((word for word in words if re.match(f"[{_UNSPACED}]", word)), None)
-    if letter is None:
+    if letter is None or settings.tokens == "char":
         return ()
     return (
         f"{where}: every character of a script without spaces between words (Chinese, Japanese, Thai, Lao, "
@@ -82,8 +82,8 @@ def read_texts(
 ) -> tuple[np.ndarray, Vocabulary, tuple[str, ...]]:
     """Return the numbers of the first `data.length` tokens of every text (n, length), fit and warnings."""
     rows, words = number_words(islice(split(text, settings.tokens), settings.length) for text in texts)
-    warnings = unspaced(words, where) if settings.tokens != "char" else ()
-    return pad(rows, settings.length), Vocabulary(len(words), settings.vocabulary), warnings
+    fit = Vocabulary(len(words), settings.vocabulary)
+    return pad(rows, settings.length), fit, unspaced(words, where, settings)
 
 
 def split(text: str, tokens: str) -> Iterator[str]:
