@@ -14,14 +14,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.dataset import MemoryRows, SourceData
 from pfedmoe_mpi.data.sources.client_parts import Block, join_blocks
+from pfedmoe_mpi.data.sources.hdf5_columns import read_texts
 from pfedmoe_mpi.data.sources.hdf5_table import check_chunks, find_table
 from pfedmoe_mpi.data.sources.next_word import last_fifth, next_tokens
 from pfedmoe_mpi.data.sources.tokens import number_words, split, unspaced
 from pfedmoe_mpi.errors import DataError
-from pfedmoe_mpi.storage import untrusted_hdf5
 
 TEXTS = {"snippets": "char", "tokens": "word"}  # how `data.tokens` = auto divides each
-_CLAIM = "copy the file again, or write it again"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class TextClient:
 
 
 def read_text(file: Any, key: str, path: Path, layout: str, most: int) -> str:
-    """Return the texts at `key`, one at a time, because all may point to the same long text.
+    """Return the texts at `key`, each on a line of its own.
 
     Raises:
         DataError: not texts, or more than `most` characters.
@@ -44,13 +43,7 @@ def read_text(file: Any, key: str, path: Path, layout: str, most: int) -> str:
     if h5py.check_string_dtype(table.dtype) is None or len(table.shape) != 1:
         raise DataError(f"{key} of {path} is {table.dtype} of shape {table.shape}, not texts", layout)
     check_chunks(table, f"{key} of {path}")
-    texts: list[str] = []
-    for number in range(len(table)):
-        texts.append(untrusted_hdf5.check_utf8(table.asstr()[number], key))
-        most -= len(texts[-1]) + 1
-        if most < 0:
-            raise DataError(f"{path} claims to unpack to far more than its length", _CLAIM)
-    return "\n".join(texts)
+    return "\n".join(read_texts(table, f"{key} of {path}", path, most))
 
 
 def load_texts(
