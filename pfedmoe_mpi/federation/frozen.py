@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
+from pfedmoe_mpi.algorithms.base import Task
 from pfedmoe_mpi.checkpoint import Checkpoint, frozen
 from pfedmoe_mpi.checkpoint.frozen import Frozen
+from pfedmoe_mpi.core import tail
 from pfedmoe_mpi.core.parts import Spec, Workbench, modules_by_kind
+from pfedmoe_mpi.core.tail import Tail
 from pfedmoe_mpi.errors import CheckpointError
+from pfedmoe_mpi.models import generators
 from pfedmoe_mpi.mpi.comm import Comm
 
 
@@ -44,6 +48,29 @@ def load(
         {name: part.kind for name, part in state.items() if part.kind in layouts},
         {name: _period(kinds) for name, kinds in private.items() if set(kinds) & layouts.keys()},
     )
+
+
+def find_tails(
+    comm: Comm, task: Task, specs: tuple[Spec, Sequence[Spec]], layouts: Collection[str]
+) -> dict[str, Tail]:
+    """Return the tails of models and extractors whose frozen outputs are kept, by kind; collective.
+
+    Args:
+        specs: of the server and of every client.
+        layouts: the kinds that have frozen tensors.
+    """
+    if not layouts or not task.config.model.keep_outputs:
+        return {}
+
+    def tails() -> dict[str, Tail]:
+        modules = modules_by_kind((specs[0], *specs[1])).items()
+        parts = {kind: part for kind, part in modules if kind in layouts and part.architecture}
+        with generators.kept():
+            built = {kind: part.build() for kind, part in parts.items()}
+        tried = {kind: tail.find(module, task.shape, task.vocabulary) for kind, module in built.items()}
+        return {kind: found for kind, found in tried.items() if found}
+
+    return comm.from_root(tails, "frozen layers")
 
 
 def _period(kinds: list[str]) -> list[str]:
