@@ -60,7 +60,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     check_method(settings, method, state_layout)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
-    tails = frozen.find_tails(comm, task, (method.state(), specs), frozen_tensors.layouts)
+    tails = comm.from_root(lambda: frozen.find_tails(task, (method.state(), *specs)), "frozen layers")
     workbench.kept = Kept(tails, normalise, settings.eval.batch, comm.poll)
     engine = Engine(
         own_device.device,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -10,6 +10,7 @@ from pfedmoe_mpi.algorithms.base import Task
 from pfedmoe_mpi.checkpoint import Checkpoint, frozen
 from pfedmoe_mpi.checkpoint.frozen import Frozen
 from pfedmoe_mpi.core import tail
+from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.parts import Spec, Workbench, modules_by_kind
 from pfedmoe_mpi.core.tail import Tail
 from pfedmoe_mpi.errors import CheckpointError
@@ -50,27 +51,16 @@ def load(
     )
 
 
-def find_tails(
-    comm: Comm, task: Task, specs: tuple[Spec, Sequence[Spec]], layouts: Collection[str]
-) -> dict[str, Tail]:
-    """Return the tails of models and extractors whose frozen outputs are kept, by kind; collective.
-
-    Args:
-        specs: of the server and of every client.
-        layouts: the kinds that have frozen tensors.
-    """
-    if not layouts or not task.config.model.keep_outputs:
+def find_tails(task: Task, specs: Iterable[Spec]) -> dict[str, Tail]:
+    """Return the tails of models and extractors whose frozen outputs are kept, by kind."""
+    if not task.config.model.keep_outputs:
         return {}
-
-    def tails() -> dict[str, Tail]:
-        modules = modules_by_kind((specs[0], *specs[1])).items()
-        parts = {kind: part for kind, part in modules if kind in layouts and part.architecture}
-        with generators.kept():
-            built = {kind: part.build() for kind, part in parts.items()}
-        tried = {kind: tail.find(module, task.shape, task.vocabulary) for kind, module in built.items()}
-        return {kind: found for kind, found in tried.items() if found}
-
-    return comm.from_root(tails, "frozen layers")
+    with generators.kept():
+        parts = {kind: part for kind, part in modules_by_kind(specs).items() if part.architecture}
+        frozen_parts = {kind: part for kind, part in parts.items() if Layout.of(part.skeleton(), True).size}
+        built = {kind: part.build() for kind, part in frozen_parts.items()}
+    tried = {kind: tail.find(module, task.shape, task.vocabulary) for kind, module in built.items()}
+    return {kind: found for kind, found in tried.items() if found}
 
 
 def _period(kinds: list[str]) -> list[str]:
