@@ -303,7 +303,7 @@ def _seconds(work: Callable[[], object], torch_device: torch.device) -> float:
 
 
 def _numbers(task: Task) -> tuple[int, list[int], int]:
-    """Return the numbers of the server's vector, of a client's by architecture of the pool, and frozen ones."""
+    """Return the numbers of the server's vector, of each architecture's clients, and of frozen tensors."""
     method = algorithms.load(task.config.algorithm)(task)
     workbench = Workbench(0, torch.device("cpu"))
     specs = [method.client_state(k) for k in range(len(task.pool))]
