@@ -103,8 +103,14 @@ def _describe(layout: Layout) -> list[str]:
 
 def _describe_frozen(federation: Federation) -> list[str]:
     """Return one line per kind of model with frozen tensors, which every rank holds once."""
-    sizes = {kind: layout.size for kind, layout in federation.frozen.layouts.items()}
-    return [f"frozen:  {kind}: {size:,} numbers, {megabytes(size)}" for kind, size in sizes.items()]
+    lines = []
+    for kind, layout in federation.frozen.layouts.items():
+        lines.append(f"frozen:  {kind}: {layout.size:,} numbers, {megabytes(layout.size)}")
+        if found := federation.engine.kept.tails.get(kind) if federation.engine.kept else None:
+            augment = federation.config.train.augment and len(federation.task.shape) == 3
+            when = "per client for evaluations (train.augment)" if augment else "per client"
+            lines[-1] += f"; outputs, {found.size:,} numbers a sample, computed once {when}"
+    return lines
 
 
 def memory(federation: Federation, ranks: int) -> str:
