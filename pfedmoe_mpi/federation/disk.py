@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.federation.federation import Federation
 
-# Bytes of a line of metrics.jsonl: of the line itself, per client, and per class or rank.
-LINE, BY_CLIENT, BY_CLASS_OR_RANK = 1_300, 120, 60
+LINE, BY_CLASS_OR_RANK = 1_300, 60  # bytes of a line of metrics.jsonl, and of it by class and rank
+BY_CLIENT = 32  # bytes of the numbers of a measured client: accuracy, loss, gate weight, before the sum
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class DiskUse:
     Attributes:
         checkpoint: bytes of one checkpoint; its last part, the history, grows with the rounds.
         files: the most checkpoints between two writes: the newest ones, and best.h5 if it is older.
-        metrics: bytes of metrics.jsonl.
+        metrics: bytes of metrics.jsonl and of the clients' numbers by round.
         frozen: bytes of the frozen tensors.
     """
 
@@ -55,8 +55,9 @@ def disk_use(
         clients: numbers of each client's vector.
         rows: rows of the data in the partition.
     """
-    line = LINE + BY_CLIENT * len(clients) + BY_CLASS_OR_RANK * (classes + ranks)
-    metrics = settings.rounds * line
+    line = LINE + BY_CLASS_OR_RANK * (classes + ranks)
+    measured = -(-settings.rounds // settings.eval.every)
+    metrics = settings.rounds * line + measured * BY_CLIENT * len(clients)
     checkpoint = 4 * (state + sum(clients)) + 8 * rows + metrics
     return DiskUse(checkpoint, min(settings.run.keep + 1, settings.rounds), metrics)
 

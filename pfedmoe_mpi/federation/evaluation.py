@@ -49,12 +49,15 @@ def evaluate(
     No client is measured unless `due`. A stop leaves the remaining clients out and is requested in the sum.
     """
     task = federation.task
-    result = EvaluationSum(task.clients, comm.size, task.classes)
+    measured = np.arange(task.clients if due else 0)
+    place = {client: number for number, client in enumerate(measured.tolist())}
+    result = EvaluationSum(task.clients, comm.size, task.classes, measured)
     try:
-        for client in federation.clients.values() if due else ():
+        for client in (client for client in federation.clients.values() if client.id in place):
             comm.poll()
             with comm.located(f"evaluation of client {client.id}, round {round}"):
-                result.clients[client.id] = _client_metrics(federation, client, state, round, result.gates)
+                values = _client_metrics(federation, client, state, round, result.gates)
+                result.clients[place[client.id]] = values
     except StoppedError:
         pass
     if comm.stop_requested():

@@ -77,6 +77,7 @@ class Loop:
         self.server = ServerOptimiser(federation.config.server, federation.state_layout)
         self.saver = Saver(comm, federation, checkpoints, observer, self.server)
         self.steps = 0  # client steps finished since this program started, on all ranks
+        self._tested = np.array([len(rows) for rows in federation.partition.test])
         self._faults = Faults(federation.config.seed, federation.config.faults, federation.costs)
         self._observer = observer
         self._partial: np.ndarray | None = None  # the sum of an interrupted round
@@ -91,7 +92,8 @@ class Loop:
 
     def resume(self, loaded: checkpoint.Checkpoint) -> None:
         """Continue from a verified checkpoint of this federation; every rank reads its own clients."""
-        self.round, self.history = loaded.round, list(loaded.history)
+        self.round = loaded.round
+        self.history = [metrics.kept(row, self.comm.rank) for row in loaded.history]
         self._pretrained = True
         self.state.copy_(torch.from_numpy(loaded.state))
         for client in self.federation.clients.values():
@@ -310,14 +312,12 @@ class Loop:
         """Add the round's row to the history, save a checkpoint when one is due, and report the round."""
         federation = self.federation
         task = self._task(self.round)
-        samples = [task.samples(k) for k in range(task.clients)]
-        tested = [len(rows) for rows in federation.partition.test]
         row = metrics.row(
             self.round,
             total,
             measured,
-            samples,
-            tested,
+            task.counts.sum(axis=1),
+            self._tested,
             unseen=task.absent_clients(self.round),
             share=federation.stream.share(self.round) if federation.stream else None,
             bytes_once=self._method.bytes_once,
@@ -325,6 +325,7 @@ class Loop:
             simulated=self._faults.waited(client for client, _ in total.cohort),
         )
         row["drift"] = metrics.drift([*self.history, row])
+        row = metrics.kept(row, self.comm.rank)
         self.history.append(row)
         reported = dict(row)  # with the seconds of writing the checkpoint that holds the row itself
         last = self.round == federation.config.rounds

@@ -8,18 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pfedmoe_mpi.config.config import REFERENCES
 from pfedmoe_mpi.errors import UserError
 from pfedmoe_mpi.models.names import labels
 from pfedmoe_mpi.names import check_text
-from pfedmoe_mpi.storage import untrusted_json
+from pfedmoe_mpi.storage import measured, untrusted_json
+from pfedmoe_mpi.storage.columns import ClientColumns
 from pfedmoe_mpi.user_code import label
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.client_model import ClientModel
 
+T = TypeVar("T")
 STARTS = ("start", "restart")
 DRIFT = ["drift.forgetting", "drift.recovery"]  # columns even of runs without a change of concept
 
@@ -36,8 +38,8 @@ class NoRoundError(RunFolderError):
 class Run:
     """The contents of a run folder.
 
-    `config` has dotted names; `history` holds the rows of metrics.jsonl unchanged, `events` those of
-    events.jsonl.
+    `config` has dotted names; `history` holds the rows of metrics.jsonl, and as `clients` their numbers by
+    client; `events` holds the rows of events.jsonl.
     """
 
     path: Path
@@ -94,7 +96,8 @@ class Run:
     @property
     def clients(self) -> int:
         """The number of clients N."""
-        return len(self.last["clients"]["accuracy"])
+        columns = self.last["clients"]
+        return columns.clients if isinstance(columns, ClientColumns) else len(columns["accuracy"])
 
     @property
     def digests(self) -> tuple[str, str] | None:
@@ -146,7 +149,7 @@ class Run:
         """One flat dict per round and client: `accuracy`, `loss`, `alpha`, `auc`, …"""
         rows = []
         for row in self.history:
-            metrics = row["clients"]
+            metrics = dict(row["clients"])
             for client in range(len(metrics["accuracy"])):
                 values = {name: column[client] for name, column in metrics.items() if column}
                 keys = {"round": row["round"], "client": client, "architecture": self.architecture(client)}
@@ -266,16 +269,34 @@ def _history(path: Path) -> list[dict[str, Any]]:
     rows = _read(untrusted_json.read_lines, path, remedy) if path.exists() else []
     for number, row in enumerate(rows, 1):
         if number == len(rows) and row is None:
-            return rows[:-1]
+            rows = rows[:-1]
+            break
         if not _is_row(row) or (number > 1 and row["round"] <= rows[number - 2]["round"]):
             problem = f"line {number} of {path} is not the row of a round"
             raise RunFolderError(problem, remedy)
-    return rows
+    return _with_columns(rows, path.parent / measured.FOLDER, remedy)
+
+
+def _with_columns(rows: list[dict[str, Any]], folder: Path, remedy: str) -> list[dict[str, Any]]:
+    """Return the rows with their clients' numbers; rows of an earlier version hold them themselves.
+
+    Raises:
+        RunFolderError: the numbers are missing or damaged.
+    """
+    rounds = [row["round"] for row in rows if "clients" not in row]
+    found = _read(lambda path: measured.read(path, rounds), folder, remedy) if rounds else {}
+    joined = [{**row, "clients": row.get("clients", found.get(row["round"]))} for row in rows]
+    for row in joined:
+        known = row["clients"] is not None
+        measured_clients = known and any(value is not None for value in row["clients"]["accuracy"])
+        if not known or (row["accuracy"]["mean"] is not None and not measured_clients):
+            raise RunFolderError(f"{folder} lacks the clients' numbers of round {row['round']}", remedy)
+    return joined
 
 
 def _is_row(row: Any) -> bool:
     try:
-        columns = row["clients"]
+        columns = row.get("clients") or dict.fromkeys(("accuracy", "loss", "alpha", "samples"), ())
         return (
             isinstance(row["round"], int)
             and isinstance(row["cohort"], list)
@@ -289,8 +310,8 @@ def _is_row(row: Any) -> bool:
         return False
 
 
-def _read(reader: Callable[[Path], list[Any]], path: Path, remedy: str) -> list[Any]:
-    """Return the lines of a file of JSON.
+def _read(reader: Callable[[Path], T], path: Path, remedy: str) -> T:
+    """Return what `reader` reads of a file or folder.
 
     Raises:
         RunFolderError: the file cannot be read, or is damaged in a way that no killed run leaves it.
