@@ -107,7 +107,8 @@ class Loop:
         Raises:
             StoppedError: on all ranks: a stop was asked for.
         """
-        measured = self._evaluate(self.round, self.state, "evaluation")
+        everyone = np.arange(self.federation.task.clients)
+        measured = self._evaluate(self.round, self.state, "evaluation", everyone)
         if measured.stopped:
             raise StoppedError
         return metrics.evaluation_metrics(measured, self.federation.task.absent_clients(self.round))
@@ -163,7 +164,8 @@ class Loop:
             return False
         self._check_divergence(total)
         state = self._updated(total)
-        measured = self._evaluate(round, state, f"evaluation of round {round}", self._is_evaluated(round))
+        drawn = evaluation.drawn_clients(self.federation.config, round, [k for k, _ in total.cohort])
+        measured = self._evaluate(round, state, f"evaluation of round {round}", drawn)
         if measured.stopped:
             self._save_stopped(total)
             return False
@@ -186,11 +188,6 @@ class Loop:
         self._seconds["wait"] += waited
         self._seconds["sum"] += time.perf_counter() - started - waited
 
-    def _is_evaluated(self, round: int) -> bool:
-        """Return whether clients are measured in a round: every `eval.every` rounds, and in the last."""
-        settings = self.federation.config
-        return round % settings.eval.every == 0 or round == settings.rounds
-
     # Training
 
     def _train(self, round: int) -> RoundSum:
@@ -207,7 +204,7 @@ class Loop:
             finished.tolist(),
             self.state,
             round,
-            tested=self._is_evaluated(round),
+            tested=len(evaluation.drawn_clients(federation.config, round, ())) > 0,
             trained=partial(self._observer.client_trained, round),
         )
         self._sum(total.buffer, f"sum of round {round}")
@@ -294,13 +291,12 @@ class Loop:
                 )
         return state
 
-    def _evaluate(self, round: int, state: torch.Tensor, purpose: str, due: bool = True) -> EvaluationSum:
-        """Return the evaluation of all ranks, with each rank's seconds of the round so far.
-
-        No client is measured unless `due`.
-        """
+    def _evaluate(
+        self, round: int, state: torch.Tensor, purpose: str, clients: np.ndarray
+    ) -> EvaluationSum:
+        """Return the evaluation of these clients by all ranks, with each rank's seconds of the round so far."""
         started = time.perf_counter()
-        result = evaluation.evaluate(self.comm, self.federation, state, round, due)
+        result = evaluation.evaluate(self.comm, self.federation, state, round, clients)
         self._seconds["evaluate"] = time.perf_counter() - started
         if self.comm.rank == 0 and self.saver.overdue:
             result.request_save()
