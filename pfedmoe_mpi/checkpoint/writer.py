@@ -26,6 +26,7 @@ from pfedmoe_mpi.checkpoint import measured, seal
 from pfedmoe_mpi.checkpoint.memory_file import SparseFile
 from pfedmoe_mpi.checkpoint.seal import FORMAT, Table
 from pfedmoe_mpi.core.flat import Layout
+from pfedmoe_mpi.core.rows import Rows
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.storage import durable
@@ -152,8 +153,9 @@ def _arrays(content: Content) -> dict[str, np.ndarray]:
     if len(content.moments):
         arrays["server/moments"] = np.asarray(content.moments, "<f4")
     for split, rows in content.partition.items():
-        arrays[f"partition/{split}"] = np.concatenate([np.empty(0, "<i8"), *rows]).astype("<i8")
-        arrays[f"partition/{split}_offsets"] = np.cumsum([0, *map(len, rows)]).astype("<i8")
+        joined = Rows.of(rows)
+        arrays[f"partition/{split}"] = joined.flat.astype("<i8")
+        arrays[f"partition/{split}_offsets"] = joined.offsets.astype("<i8")
     if content.partial is not None:
         arrays["partial/sum"] = content.partial.astype("<i8", copy=False)
         arrays["partial/finished"] = np.array(content.finished, "<i8")

@@ -65,7 +65,7 @@ def disk_use(
 def of_federation(federation: Federation, ranks: int) -> DiskUse:
     """Return the disk use of a federation's run."""
     splits = (federation.partition.train, federation.partition.validation, federation.partition.test)
-    rows = sum(len(own) for split in splits for own in split)
+    rows = sum(len(split.flat) for split in splits)
     clients = [layout.size for layout in federation.client_layouts]
     classes = federation.task.classes
     use = disk_use(federation.config, federation.state_layout.size, clients, rows, classes, ranks)

@@ -77,7 +77,8 @@ class Loop:
         self.server = ServerOptimiser(federation.config.server, federation.state_layout)
         self.saver = Saver(comm, federation, checkpoints, observer, self.server)
         self.steps = 0  # client steps finished since this program started, on all ranks
-        self._tested = np.array([len(rows) for rows in federation.partition.test])
+        self._samples = federation.task.counts.sum(axis=1)
+        self._tested = federation.partition.test.sizes
         self._faults = Faults(federation.config.seed, federation.config.faults, federation.costs)
         self._observer = observer
         self._partial: np.ndarray | None = None  # the sum of an interrupted round
@@ -300,10 +301,8 @@ class Loop:
                 )
         return state
 
-    def _evaluate(
-        self, round: int, state: torch.Tensor, purpose: str, clients: np.ndarray
-    ) -> EvaluationSum:
-        """Return the evaluation of these clients by all ranks, with each rank's seconds of the round so far."""
+    def _evaluate(self, round: int, state: torch.Tensor, purpose: str, clients: np.ndarray) -> EvaluationSum:
+        """Return the evaluation of these clients by all ranks, with every rank's seconds in the round."""
         started = time.perf_counter()
         result = evaluation.evaluate(self.comm, self.federation, state, round, clients)
         self._seconds["evaluate"] = time.perf_counter() - started
@@ -321,7 +320,7 @@ class Loop:
             self.round,
             total,
             measured,
-            task.counts.sum(axis=1),
+            task.counts.sum(axis=1) if federation.stream else self._samples,
             self._tested,
             unseen=task.absent_clients(self.round),
             share=federation.stream.share(self.round) if federation.stream else None,

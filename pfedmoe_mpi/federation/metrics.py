@@ -201,7 +201,7 @@ def row(
     after = evaluation_metrics(evaluation, unseen)
     columns = {name: after["clients"].column(name) for name in after["clients"]}
     columns["accuracy_before"] = Column.of(before, cohort)
-    columns["samples"] = Column(None, samples.astype(np.int64))
+    columns["samples"] = Column(None, samples.astype(np.int64, copy=False))
     return {
         "round": round,
         "cohort": [client for client, _ in total.cohort],

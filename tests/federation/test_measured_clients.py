@@ -46,4 +46,5 @@ def test_means_are_over_the_measured_clients(run_command: Callable[..., Result],
     [("0.01", "less than half a client"), ("2.5", "whole number"), ("40", "there are 4 clients")],
 )
 def test_impossible_parts_are_refused(assert_refused: Callable[..., str], given: str, said: str) -> None:
-    assert "--eval.clients" in assert_refused(said, "--clients", "4", "--dry", "true", "--eval.clients", given)
+    flags = ("--clients", "4", "--dry", "true", "--eval.clients", given)
+    assert "--eval.clients" in assert_refused(said, *flags)
