@@ -35,7 +35,9 @@ def reserve_rows(
             f"raise the share to {MIN_RESERVED / rows:.3g} or more, or use a larger data set",
         )
     reserved = numpy_generator(seed, "reserve").permutation(rows)[:number]
-    rest = np.setdiff1d(np.arange(rows), reserved)
+    kept = np.ones(rows, bool)
+    kept[reserved] = False
+    rest = np.flatnonzero(kept)
     partition = partition_rest(rest)
     train, validation, test = (
         Rows(rest[part.flat], part.offsets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -71,8 +72,10 @@ class Shards(Mapping[int, dict[str, Split]]):
     def __getitem__(self, client: int) -> dict[str, Split]:
         first = self._place[client] * len(SPLITS)
         ends = self._ends[first : first + len(SPLITS) + 1].tolist()
-        stretches = zip(SPLITS, ends, ends[1:], strict=False)
-        return {split: Split(self._x[start:end], self._y[start:end]) for split, start, end in stretches}
+        return {
+            split: Split(self._x[start:end], self._y[start:end])
+            for split, (start, end) in zip(SPLITS, pairwise(ends), strict=True)
+        }
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._place)
@@ -82,6 +85,22 @@ class Shards(Mapping[int, dict[str, Split]]):
 
     def __contains__(self, client: object) -> bool:
         return client in self._place
+
+    def digests(self) -> np.ndarray:
+        """Return SHA-256 over each client's samples and labels as used, (clients, 32) bytes."""
+        names = tuple(str(tensor.dtype) for tensor in (self._x, self._y))
+        x, y = self._x.cpu().numpy(), self._y.cpu().numpy()
+        digests = np.empty((len(self), 32), np.uint8)
+        ends = self._ends.tolist()
+        for number in range(len(self)):
+            state = sha256()
+            first = number * len(SPLITS)
+            for start, end in pairwise(ends[first : first + len(SPLITS) + 1]):
+                for name, array in zip(names, (x[start:end], y[start:end]), strict=True):
+                    state.update(f"{name}{array.shape}".encode())
+                    state.update(array.data if end > start else b"")
+            digests[number] = np.frombuffer(state.digest(), np.uint8)
+        return digests
 
 
 def distribute(
@@ -132,16 +151,8 @@ def _rows(partition: Partition, clients: np.ndarray) -> np.ndarray:
     return np.concatenate([part.flat for part in parts])[places]
 
 
-def data_digest(comm: Comm, shards: Mapping[int, Mapping[str, Split]]) -> str:
+def data_digest(comm: Comm, shards: Shards) -> str:
     """Return SHA-256 over every client's samples and labels as used, in client order; collective."""
-    digests = np.empty((len(shards), sha256().digest_size), np.uint8)
-    for number, client in enumerate(shards):
-        state = sha256()
-        for split in shards[client].values():
-            for tensor in (split.x, split.y):
-                state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-                state.update(tensor.cpu().numpy().tobytes())
-        digests[number] = np.frombuffer(state.digest(), np.uint8)
-    parts = comm.gather((np.array([*shards], np.int64), digests), "data digest")
+    parts = comm.gather((np.array([*shards], np.int64), shards.digests()), "data digest")
     order = np.argsort(np.concatenate([clients for clients, _ in parts]))
     return sha256(np.concatenate([own for _, own in parts])[order].tobytes()).hexdigest()
