@@ -296,7 +296,8 @@ def _with_columns(rows: list[dict[str, Any]], folder: Path, remedy: str) -> list
 
 def _is_row(row: Any) -> bool:
     try:
-        columns = row.get("clients") or dict.fromkeys(("accuracy", "loss", "alpha", "samples"), ())
+        names = ("accuracy", "loss", "alpha", "samples")
+        columns = row["clients"] if "clients" in row else dict.fromkeys(names, ())
         return (
             isinstance(row["round"], int)
             and isinstance(row["cohort"], list)
@@ -304,7 +305,7 @@ def _is_row(row: Any) -> bool:
             and all(isinstance(row[name], float | None) for name in ("train_loss", "rss_mb"))
             and isinstance(row["seconds"]["total"], float | None)
             and isinstance(row["bytes"], dict)
-            and len({len(columns[name]) for name in ("accuracy", "loss", "alpha", "samples")}) == 1
+            and len({len(columns[name]) for name in names}) == 1
         )
     except (KeyError, TypeError):
         return False
