@@ -329,6 +329,12 @@ class Eval(Section):
     every: int = Field(1, ge=1)
     """Measure every this many rounds, and always in the last.
     Default: curves without gaps."""
+    clients: NotNegative = 0.0
+    """Clients measured in such a round, drawn anew, besides the cohort: below 1 a share of N; 0 = all.
+    Default: means are over all clients, as in pFedMoE's paper."""
+    last: Annotated[Literal["all", "drawn"], BeforeValidator(_name)] = "all"
+    """Clients measured in the last round: all, or drawn as in the others.
+    Default: the result of a run is over all clients."""
     batch: int = Field(512, ge=1)
     """Batch size of evaluations.
     Default: fills a core or a GPU without much memory."""

@@ -331,7 +331,8 @@ def _cost(size: Size, paces: Sequence[Pace], disk: DiskUse, ranks: int) -> Cost:
     epochs, share = {k: settings.train.passes(size.train[k]) for k in training}, members / len(training)
     turns = sum(paces[k % len(paces)].turn(size.train[k], epochs[k]) for k in training) * share
     tests = sum(n * paces[k % len(paces)].test for k, n in enumerate(size.test))
-    measured = tests * (1 / min(ranks, len(size.test)) + share / min(ranks, members))
+    drawn = min(1.0, settings.drawn_clients / len(size.test))
+    measured = tests * (drawn / min(ranks, len(size.test)) + share / min(ranks, members))
     samples = settings.rounds * share * sum(epochs[k] * size.train[k] for k in training)
     seconds = settings.rounds * (turns / min(ranks, members) + measured / settings.eval.every)
     return Cost(samples, seconds, disk)

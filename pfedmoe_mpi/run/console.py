@@ -116,14 +116,15 @@ def _describe_frozen(federation: Federation) -> list[str]:
 def memory(federation: Federation, ranks: int) -> str:
     """Return a line on the job's memory: all clients' vectors and data, and a rank's bound models."""
     vectors = sum(layout.size for layout in federation.client_layouts)
-    kinds = {layout.digest: layout.size for layout in federation.client_layouts}
+    different = {id(layout): layout for layout in federation.client_layouts}.values()
+    kinds = {layout.digest: layout.size for layout in different}
     bound = 4 * (sum(kinds.values()) + federation.state_layout.size)  # weights, gradients, momenta, a copy
     bound += sum(layout.size for layout in federation.frozen.layouts.values())
     sample = federation.dataset.dtype.itemsize
     for length in federation.task.shape:
         sample *= length
     splits = (federation.partition.train, federation.partition.validation, federation.partition.test)
-    data = sample * sum(len(rows) for split in splits for rows in split)
+    data = sample * sum(len(split.flat) for split in splits)
     return (
         f"memory: clients' vectors {megabytes(vectors)} and data {data / 1e6:.1f} MB over {ranks} rank(s); "
         f"on each rank about {megabytes(bound)} of bound models, not counting torch and activations"
