@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pfedmoe_mpi.checkpoint import places, seal
+from pfedmoe_mpi.checkpoint import measured, places, seal
 from pfedmoe_mpi.checkpoint.client_vectors import ClientVectors
 from pfedmoe_mpi.checkpoint.sealed_file import ATTRIBUTE, FLOAT
 from pfedmoe_mpi.config.sections import MOMENTS
@@ -21,9 +21,11 @@ from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.storage import untrusted_hdf5, untrusted_json
+from pfedmoe_mpi.storage.columns import Packed
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
-_ROOT = {"config", "code", "history", "layouts", "server", "partition", "clients", "elsewhere", "partial"}
+_ROOT = {"config", "code", "history", "measured", "layouts", "server", "partition", "clients", "partial"}
+_ROOT |= {"elsewhere"}
 SPLITS = ("train", "validation", "test")
 
 
@@ -37,7 +39,8 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> None:
     seal.check(path, rank, ranks)
     places.check(path, rank, ranks)
     if rank == 0:
-        Checkpoint(path).close()
+        with Checkpoint(path) as loaded:
+            loaded.check_measured()
 
 
 def open_everywhere(comm: Comm, path: Path) -> Checkpoint:
@@ -101,6 +104,11 @@ class Checkpoint(ClientVectors):
         self.history: list[dict[str, Any]] = [untrusted_json.parse(line, "history") for line in lines if line]
         _check_history(self.history, self.round)
         self.clients: int = self.config["clients"]
+        self._measured: Packed | None = None
+        if "measured" in self._file:
+            used |= {f"measured/{name}" for name in measured.NAMES}
+            self._measured = measured.read(self._dataset, self.clients, self.round)
+            self.history = measured.joined(self.history, self._measured, self.clients)
         used |= {"server/state", f"layouts/{self._check_vector('server/state')}"}
         used |= self._load_clients()
         if "server/first_state" in self._ranges:
@@ -139,6 +147,15 @@ class Checkpoint(ClientVectors):
             raise UnusableError(
                 f"partition/{split}_offsets does not divide partition/{split} among the clients"
             )
+
+    def check_measured(self) -> None:
+        """Read all numbers of clients; raise CheckpointError if some are impossible."""
+        try:
+            if self._measured:
+                self._measured.check_values(self.clients)
+        except UnusableError as error:
+            problem = f"{self.path} is not a checkpoint of this program: {error}"
+            raise CheckpointError(problem, seal.REMEDY) from error
 
     def _load_partial(self) -> None:
         """Read the sum of a round in progress and the clients finished in it."""

@@ -16,6 +16,7 @@ from pfedmoe_mpi.checkpoint import Checkpoint, weights
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Normalise
 from pfedmoe_mpi.core.beginning import Beginning
+from pfedmoe_mpi.core.kept import Kept
 from pfedmoe_mpi.core.parts import Module, Spec, Tensor, Workbench
 from pfedmoe_mpi.core.staging import Staging
 from pfedmoe_mpi.core.turn import Engine
@@ -72,6 +73,8 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     check_method(settings, method, state_layout)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
+    tails = comm.from_root(lambda: frozen.find_tails(task, (method.state(), *specs)), "frozen layers")
+    workbench.kept = Kept(tails, normalise, settings.eval.batch, comm.poll)
     engine = Engine(
         own_device.device,
         normalise,
@@ -80,6 +83,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         settings.seed,
         settings.rounds,
         comm.poll,
+        workbench.kept,
     )
     shards = distribute(comm, dataset, partition, home, own_device.device)
     beginning = Beginning(workbench, specs.__getitem__, method.initial)
@@ -103,7 +107,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         state_layout=state_layout,
         specs=specs,
         client_layouts=client_layouts,
-        clients=Clients(shards, specs, store),
+        clients=Clients(shards, specs, store, keep=bool(tails)),
         beginning=beginning,
         store=store,
         staging=Staging(own_device.device, largest),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from pfedmoe_mpi.core.parts import Parts, Spec, Workbench
 from pfedmoe_mpi.core.staging import Staging
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
+from pfedmoe_mpi.federation.distribute import Shards
 from pfedmoe_mpi.federation.pretrained import Pretrained
 from pfedmoe_mpi.federation.store import Store
 from pfedmoe_mpi.federation.stream import Stream
@@ -28,13 +29,21 @@ from pfedmoe_mpi.mpi.device import Device
 class Clients(Mapping[int, Client]):
     """A rank's clients by number; each is put together, with its vector, when it is asked for."""
 
-    def __init__(self, splits: Mapping[int, dict[str, Split]], specs: Sequence[Spec], store: Store) -> None:
-        self._splits = splits
+    def __init__(self, shards: Shards, specs: Sequence[Spec], store: Store, keep: bool) -> None:
+        """Take a rank's clients.
+
+        Args:
+            keep: a client's splits are the same objects each time, because outputs are kept for them.
+        """
+        self._splits = shards
         self._specs = specs
         self._store = store
+        self._kept: dict[int, dict[str, Split]] | None = {} if keep else None
 
     def __getitem__(self, client: int) -> Client:
         splits = self._splits[client]
+        if self._kept is not None:
+            splits = self._kept.setdefault(client, splits)
         return Client(client, self._specs[client], self._store.get(client), splits)
 
     def __contains__(self, client: object) -> bool:
@@ -46,9 +55,9 @@ class Clients(Mapping[int, Client]):
     def __len__(self) -> int:
         return len(self._splits)
 
-    def in_store_order(self) -> Iterator[Client]:
-        """Yield all clients, those in the store's scratch file last, which it reads ahead."""
-        return (self[client] for client in self._store.walk(self))
+    def in_store_order(self, clients: Iterable[int]) -> Iterator[Client]:
+        """Yield clients, those in the store's scratch file last, which it reads ahead."""
+        return (self[client] for client in self._store.walk(clients))
 
 
 @dataclass(frozen=True)

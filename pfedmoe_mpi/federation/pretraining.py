@@ -94,7 +94,7 @@ def _prepare_clients(federation: Federation, state: torch.Tensor, rows: np.ndarr
     """Write the float32 bits of this rank's clients' values, each client's into its row."""
     method, engine = federation.method, federation.engine
     with torch.no_grad(), engine.autocast():
-        for client in federation.clients.in_store_order():
+        for client in federation.clients.in_store_order(federation.clients):
             parts = federation.parts(client, state)
             for module in parts.modules().values():
                 module.eval()

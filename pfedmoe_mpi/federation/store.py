@@ -2,8 +2,8 @@
 
 A client that never trained has no vector: it begins with one that is a pure function of its number, and that
 is drawn when it is asked for. Vectors of clients that trained stay in memory up to the budget `run.memory`;
-beyond it those that were replaced longest ago go to a file in `run.scratch`. Drawn vectors stay only where
-memory is left, because they can be drawn again. The file has no name, so that nothing is left of it however
+beyond it those that were replaced longest ago go to a file in `run.scratch`. Drawn vectors take a part of the
+budget, as long as no others need it. The file has no name, so that nothing is left of it however
 the program ends. No bit of a run depends on the budget.
 """
 
@@ -20,7 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfedmoe_mpi.errors import RunError
+from pfedmoe_mpi.mpi.comm import Comm
+
 PAGE = 4096  # bytes; vectors take whole pages in memory and in the file
+DRAWN = 0.25  # of the budget, at most, is for drawn vectors: they save time and not disk
 
 
 class Store:
@@ -39,7 +43,7 @@ class Store:
         self._draw = draw
         self._trained: dict[int, Tensor] = {}  # in memory, the one replaced longest ago first
         self._drawn: dict[int, Tensor] = {}
-        self._bytes = 0  # of both
+        self._bytes = self._drawn_bytes = 0  # of both, and of those that were drawn
         self._file = _ScratchFile()
         self._ahead: dict[int, Future[Tensor]] = {}  # vectors that are being read from the file
         self._reader: ThreadPoolExecutor | None = None
@@ -56,10 +60,12 @@ class Store:
             return self._read(client)
         if client not in self._drawn:
             vector = self._draw(client)
-            if self._bytes + _length(vector) > self.budget:
+            spare = min(self.budget - self._bytes, DRAWN * self.budget - self._drawn_bytes)
+            if _length(vector) > spare:
                 return vector
             self._drawn[client] = vector
             self._bytes += _length(vector)
+            self._drawn_bytes += _length(vector)
         return self._drawn[client]
 
     def values(self, client: int) -> np.ndarray:
@@ -117,7 +123,9 @@ class Store:
 
     def _forget_drawn(self, client: int) -> None:
         vector = self._drawn.pop(client, None)
-        self._bytes -= _length(vector) if vector is not None else 0
+        if vector is not None:
+            self._bytes -= _length(vector)
+            self._drawn_bytes -= _length(vector)
 
     def _make_space(self) -> None:
         """Keep to the budget: drop drawn vectors, then move trained ones to the file."""
@@ -132,6 +140,22 @@ class Store:
                 return
             del self._trained[client]
             self._bytes -= _length(vector)
+
+
+def check(comm: Comm, store: Store) -> None:
+    """Check that the vectors beyond the memory budget found a place; collective.
+
+    Raises:
+        RunError: on all ranks: they did not on one of them.
+    """
+    problems = comm.gather(store.problem, "scratch folders")
+    if any(problems):
+        rank, problem = next(found for found in enumerate(problems) if found[1])
+        raise RunError(
+            f"rank {rank} cannot write clients' vectors to the scratch folder: {problem}",
+            "free space there; then `restart RUN_DIR`, with --run.scratch FOLDER for another folder, or "
+            "with a larger --run.memory, resumes the run",
+        )
 
 
 class _ScratchFile:
