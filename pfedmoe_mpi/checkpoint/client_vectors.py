@@ -95,7 +95,7 @@ class ClientVectors(SealedFile):
             return np.asarray(self._file[_client(client)][()])
         row = self.elsewhere.find(client)
         assert row is not None or not self.layout(client).size, "the client never trained"
-        return np.frombuffer(b"" if row is None else read_vector(self.path, self.elsewhere, row), "<f4")
+        return np.empty(0, np.float32) if row is None else read_vector(self.path, self.elsewhere, row)
 
     def layout(self, client: int) -> Layout:
         """Return the layout of a client's private tensors in `vector`."""

@@ -88,8 +88,8 @@ def file_of(path: Path, name: str) -> Path:
     return beside if beside.exists() else Path(path.resolve().parent, name)
 
 
-def read_vector(path: Path, places: Places, row: Any) -> bytes:
-    """Return the bytes of a client's vector from the file that holds them.
+def read_vector(path: Path, places: Places, row: Any) -> np.ndarray:
+    """Return a client's vector, float32, from the file that holds it.
 
     Raises:
         CheckpointError: the file is missing, or the bytes are others.
@@ -98,15 +98,17 @@ def read_vector(path: Path, places: Places, row: Any) -> bytes:
     try:
         with open(file_of(path, name), "rb", opener=seal.without_waiting) as file:
             offset, length = int(row["offset"]), int(row["length"])
+            is_there = offset + length <= os.fstat(file.fileno()).st_size
+            data = np.empty(length if is_there else 0, np.uint8)
             file.seek(offset)
-            data = file.read(length) if offset + length <= os.fstat(file.fileno()).st_size else b""
+            file.readinto(data.data)
     except OSError as error:
         problem = f"{path} relies on {name} in its folder, which cannot be read: {error.strerror}"
         raise CheckpointError(problem, _REMEDY.format(path=path)) from error
-    if sha256(data).digest() != row["sha256"].tobytes():
+    if sha256(data.data).digest() != row["sha256"].tobytes():
         problem = f"{path} relies on {name}, where the bytes of clients/{row['client']:06d} have changed"
         raise CheckpointError(problem, seal.REMEDY)
-    return data
+    return data.view("<f4")
 
 
 def check(path: Path, rank: int = 0, ranks: int = 1) -> None:

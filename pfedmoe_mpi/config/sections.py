@@ -360,7 +360,7 @@ class Run(Section):
     """Memory of each rank for its clients' vectors, in GB; the rest of them goes to run.scratch.
     Default: auto = half of a rank's share of what the job may still use on its host."""
     scratch: str = ""
-    """Folder of a node's own disk for the vectors beyond run.memory; empty = the run folder.
+    """Folder of a node's own disk for the vectors beyond run.memory, for this start; empty = the run folder.
     Default: the run folder has to have space for all clients' vectors anyway."""
     force: bool = False
     """Rename a run folder of this name; nothing is ever deleted.

@@ -27,7 +27,7 @@ FIXED_IN_TRAINING = (
     "server.optimiser",  # checkpoints hold what it keeps from round to round
 )
 # Never taken from an earlier start.
-PER_START = ("run.dir", "run.force", "run.singleton", "run.code", "run.changed_code")
+PER_START = ("run.dir", "run.force", "run.singleton", "run.code", "run.changed_code", "run.scratch")
 
 
 def restart(source: Path, overrides: Mapping[str, Any]) -> int:

@@ -53,11 +53,16 @@ def test_every_method_runs_on_a_gpu(tmp_path: Path, method: str) -> None:
     run_to_end(2, *QUICK_RUN, "--train.device", "cuda", "--algorithm", method, cwd=tmp_path)
 
 
-def test_idle_clients_are_in_pinned_memory() -> None:
+def test_clients_pass_through_few_pinned_buffers() -> None:
     from pfedmoe_mpi.conformance.checks import Case
     from pfedmoe_mpi.federation import build
     from pfedmoe_mpi.mpi import comm
 
     built = build.build(comm.start(), Case("pfedmoe", {}).settings(train__device="cuda"))
-    assert all(client.vector.is_pinned() for client in built.clients.values())
+    assert len(built.staging.buffers) == 2 and all(one.is_pinned() for one in built.staging.buffers)
+    state = built.workbench.initial(built.method.state())
+    for client in built.clients.values():
+        parts = built.parts(client, state)
+        read = built.workbench.read(client.spec, parts, torch.empty_like(client.vector))
+        assert torch.equal(read, client.vector)
     assert all(split.x.is_cuda for client in built.clients.values() for split in client.splits.values())
