@@ -34,7 +34,8 @@ def loop_of(data: Path, method: str, folder: Path, **changes: object) -> Loop:
 
 @pytest.mark.parametrize("method", ["pfedmoe", "standalone", "fedavg", DITTO])
 def test_client_that_never_trained_is_drawn_by_every_reader(data: Path, tmp_path: Path, method: str) -> None:
-    loop = loop_of(data, method, tmp_path, rounds=1, model__pool="mlp5", model__shared="mlp5")
+    model = {"model__pool": "mlp5", "model__shared": "mlp5"}
+    loop = loop_of(data, method, tmp_path, rounds=1, **model)
     assert loop.run()
     (trained,) = (client for client, _ in loop.federation.method.cohort(1))
     path = tmp_path / checkpoint.name(1, partial=False)
@@ -42,7 +43,7 @@ def test_client_that_never_trained_is_drawn_by_every_reader(data: Path, tmp_path
     with Checkpoint(path) as loaded:
         assert loaded.trained == ([trained] if loaded.layout(trained).size else [])
         assert len(loaded.first_state) == (loop.federation.state_layout.size if method == DITTO else 0)
-        read, again = rebuilt.vectors(loaded), loop_of(data, method, tmp_path, run__memory=0.0)
+        read, again = rebuilt.vectors(loaded), loop_of(data, method, tmp_path, run__memory=0.0, **model)
         torch.manual_seed(3)
         again.resume(loaded)
         for client in range(3):
