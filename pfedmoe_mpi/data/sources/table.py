@@ -170,7 +170,9 @@ def _samples(path: Path, settings: Data, table: _Rows) -> _Samples:
         x, conversions = read_images(files, settings.size)
         coloured = x.shape[1] == 3
         constants = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if coloured else {}
-        return _Samples(x, {**constants, "warnings": tuple(describe_conversions(files, conversions))})
+        return _Samples(
+            x, {**constants, "files": files, "warnings": tuple(describe_conversions(files, conversions))}
+        )
     if table.columns.text:
         x, fit, warnings = read_texts(table.texts, settings, str(path))
         return _Samples(x, {"fit": fit, "warnings": warnings, "proposals": {"rounds": 12}})
