@@ -117,6 +117,13 @@ def test_images_by_path_lie_below_the_folder(tmp_path: Path) -> None:
     data_error("column 'image' has no image in row 3", "hf", tmp_path / "t.parquet", label="y")
 
 
+def test_declared_classes_without_rows_are_left_out(tmp_path: Path) -> None:
+    split("train").filter(lambda row: row["fine"] != 1).save_to_disk(str(tmp_path / "f"))
+    data = open_data("hf", tmp_path / "f")
+    assert data.class_names == ("cat", "eel")
+    assert data.left_out[-1] == "1 declared classes without a row, such as dog"
+
+
 def test_selected_rows_texts_and_features(tmp_path: Path) -> None:
     rows = {"text": ["a b", "c d e", "a"], "stars": [1, 5, 1], "x": [0.5, 1.5, 2.5]}
     datasets.Dataset.from_dict(rows).select([2, 0, 1]).save_to_disk(str(tmp_path / "s"))
