@@ -329,6 +329,12 @@ class Eval(Section):
     every: int = Field(1, ge=1)
     """Measure every this many rounds, and always in the last.
     Default: curves without gaps."""
+    clients: NotNegative = 0.0
+    """Clients measured in such a round, drawn anew, besides the cohort: below 1 a share of N; 0 = all.
+    Default: means are over all clients, as in pFedMoE's paper."""
+    last: Annotated[Literal["all", "drawn"], BeforeValidator(_name)] = "all"
+    """Clients measured in the last round: all, or drawn as in the others.
+    Default: the result of a run is over all clients."""
     batch: int = Field(512, ge=1)
     """Batch size of evaluations.
     Default: fills a core or a GPU without much memory."""
@@ -339,11 +345,14 @@ class Run(Section):
     """Run folder; empty = runs/ALGORITHM-TIME.
     Default: no run overwrites another."""
     checkpoint_every: int = Field(10, ge=1)
-    """Write a checkpoint every this many rounds, and always after the first and the last.
+    """Write a checkpoint every this many rounds, and after the first, the last and the best on validation.
     Default: writing takes a tenth of a second, a round takes seconds."""
     checkpoint_minutes: NotNegative = 5.0
     """Write one, too, after a round that ends this many minutes after the last one; 0 = by rounds alone.
     Default: a run that is killed loses minutes, however long its rounds are."""
+    patience: int = Field(0, ge=0)
+    """End after this many rounds without a better accuracy on validation rows; 0 trains all rounds.
+    Default: the papers train a fixed number of rounds."""
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints to keep, beside best.h5.
     Default: one to fall back on; every one is as large as all clients' models."""
