@@ -182,6 +182,11 @@ class Bound:
         self._outside = [(t, t.clone()) for t in outside]
         self.check()
 
+    @property
+    def outside(self) -> list[Tensor]:
+        """The buffers that are in neither vector."""
+        return [buffer for buffer, _ in self._outside]
+
     def train(self, mode: bool) -> None:
         """Set the module to training with gradients, or to evaluation without; what is frozen stays so.
 

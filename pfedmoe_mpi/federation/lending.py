@@ -39,7 +39,7 @@ def lend(comm: Comm, federation: Federation, trainer: Mapping[int, int]) -> dict
     comm.move(transfers, "lending clients")
     where = federation.device.device
     for client in borrowed.values():
-        client.splits = {s: Split(d.x.to(where), d.y.to(where)) for s, d in client.splits.items()}
+        client.splits = {name: split.to(where) for name, split in client.splits.items()}
     return borrowed
 
 

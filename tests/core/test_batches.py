@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pfedmoe_mpi.core import batches
-from pfedmoe_mpi.core.batches import Normalise, Split, augment_images, channels_last
+from pfedmoe_mpi.core import augment, batches
+from pfedmoe_mpi.core.batches import Normalise, Split, channels_last
 
 CPU = torch.device("cpu")
 PLAIN = Normalise((), (), 3, CPU)
@@ -143,6 +143,11 @@ def test_channels_last_changes_strides_only() -> None:
 
 
 # Augmentation
+
+
+def augment_images(x: Tensor, names: tuple[str, ...], draws: torch.Generator) -> Tensor:
+    places = augment.draw(x.shape[1:], torch.rand((len(x), augment.DRAWS), generator=draws))
+    return augment.apply(x, names, places)
 
 
 def images(n: int, channels: int = 2, high: int = 12, wide: int = 10) -> Tensor:
