@@ -1,7 +1,7 @@
 """Random changes of training images: flip, erase, crop.
 
-Where each sample is changed is drawn and computed on the CPU, an epoch at a time and in whole numbers, so that
-it is the same for every device, and no device has to wait for it.
+Where each sample is changed is drawn and computed on the CPU, an epoch at a time and in whole numbers. So it
+is the same for every device, and no device has to wait for it.
 
 Source: code that pFedMoE's authors released with other papers of the same protocol.
 """
@@ -19,10 +19,10 @@ PADDING = 4  # pixels around an image that is cropped
 
 
 def draw(shape: Sequence[int], draws: Tensor) -> Tensor:
-    """Return where samples are changed, int64 (7, n): whether flipped; the rows and the columns that are erased,
-    first and one past the last (none: both 0); the row and the column where the cut of the padded image begins.
+    """Return where samples are changed, int64 (7, n): flipped, top, bottom, left, right, row, column.
 
-    A rectangle is erased with probability 1/2: 0.04 to 0.2 of the image, ratio 0.5 to 2 (log-uniform).
+    `flipped` is 0 or 1. The pixels from top to bottom, left to right, are erased, the last ones excluded;
+    both are 0 if none is. The cut of the padded image begins at (row, column). A rectangle is erased with probability 1/2: 0.04 to 0.2 of the image, ratio 0.5 to 2 (log-uniform).
 
     Args:
         shape: of a sample, (C, H, W).

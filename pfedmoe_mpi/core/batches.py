@@ -63,15 +63,15 @@ class Split:
 
     def rows(self, chosen: Tensor | slice) -> Split:
         """Return the split of these rows, (m,) int64 on any device or a slice."""
-        on_x, on_y = (
-            (chosen.to(self.x.device), chosen.to(self.y.device)) if isinstance(chosen, Tensor) else (chosen,) * 2
-        )
-        return replace(self, x=self.x[on_x], y=self.y[on_y])
+        on_x, on_y = chosen, chosen
+        if isinstance(chosen, Tensor):
+            on_x, on_y = chosen.to(self.x.device), chosen.to(self.y.device)
+        return replace(self, x=self.x[on_x], y=self.y[on_y]).to(self.y.device)
 
     def pieces(
         self, on_device: Sequence[Tensor | slice], on_host: Sequence[Tensor | slice]
     ) -> Iterator[Tensor]:
-        """Yield the samples of each piece of rows on the device; the pieces are given there and on the CPU."""
+        """Yield on the device the samples of each piece of rows, which are given there and on the CPU."""
         if self.streamed:
             return ahead(self.x, on_host, self.y.device)
         return (self.x[rows] for rows in on_device)
@@ -138,7 +138,7 @@ def epoch(
     order = torch.randperm(len(split), generator=generator)
     images = bool(augment) and split.x.ndim == 4
     drawn = generator.get_state() if images else None
-    places = changes.draw(split.x.shape[1:], _draws(len(split), generator)) if images else order.new_empty(0, 0)
+    places = changes.draw(split.x.shape[1:], _draws(len(split), generator)) if images else ()
     numbers = to_device(torch.stack([order, *places]), split.y.device)
     starts = list(range(0, len(split), size))
     if len(starts) > 1 and len(split) - starts[-1] == 1:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the CPU on the device; a copy to a GPU is from pinned memory, and is not waited for."""
+    """Return a tensor of the CPU on the device, without waiting for a GPU: from pinned memory."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -20,7 +20,7 @@ def host_copy(x: Tensor, device: torch.device) -> Tensor:
 
 
 def ahead(x: Tensor, pieces: Sequence[Tensor | slice], device: torch.device) -> Iterator[Tensor]:
-    """Yield pieces of x, which is in host memory, on the device; each is under way while the one before is used.
+    """Yield pieces of x, from host memory, on the device; each is under way while the one before is used.
 
     On a GPU they come on a stream of their own, so that a copy and the training run at the same time.
 

@@ -20,6 +20,8 @@ from hashlib import sha256
 import torch
 from torch import Tensor, nn
 
+from pfedmoe_mpi.models import deterministic
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -169,6 +171,8 @@ class Bound:
             frozen: the vector of the frozen tensors, on the device; None: a new one of the module's values.
         """
         self.module = module.float().to(device)
+        if torch.are_deterministic_algorithms_enabled():  # on a GPU only
+            deterministic.replace(self.module)
         self.layout, self.frozen_layout = Layout.of(self.module), Layout.of(self.module, frozen=True)
         self.vector = flatten(self.module).to(device)
         self.frozen = flatten(self.module, frozen=True).to(device) if frozen is None else frozen

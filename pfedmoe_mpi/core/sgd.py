@@ -94,9 +94,7 @@ class Optimiser:
     The update order is torch's. Parameters without a gradient are not changed.
     """
 
-    def __init__(
-        self, parts: Parts, phase: Phase, factor: float, device: torch.device = CPU
-    ) -> None:
+    def __init__(self, parts: Parts, phase: Phase, factor: float, device: torch.device = CPU) -> None:
         self._clip = phase.clip
         self._updates: list[_SGD | _Adam] = []
         for name, lr in phase.lr.items():

@@ -52,8 +52,7 @@ class Step:
         self._optimiser.step()
 
     def read(self) -> tuple[float, float]:
-        """Return the sum of the samples' losses since the last call, and a number that is finite if all norms
-        of gradients were."""
+        """Return the sum of the samples' losses since the last call, and the sum of the gradients' norms."""
         total, norms = torch.stack([self._total, self._optimiser.norms]).tolist()
         self._total.zero_()
         return total, norms

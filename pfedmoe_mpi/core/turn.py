@@ -22,8 +22,8 @@ from pfedmoe_mpi.core import batches, seeds
 from pfedmoe_mpi.core.batches import Batch, Normalise
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
-from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.graphs import Graphs
+from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.sgd import Phase, learning_rate_factor
 from pfedmoe_mpi.core.step import Step
 

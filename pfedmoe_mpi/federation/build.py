@@ -14,7 +14,7 @@ from pfedmoe_mpi.core.parts import Workbench
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.noise import with_noise
-from pfedmoe_mpi.federation import frozen, own_code, placement, pretrained
+from pfedmoe_mpi.federation import frozen, own_code, placement, pretrained, trial
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config
 from pfedmoe_mpi.federation.federation import Federation, pin
@@ -73,7 +73,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         k: Client(k, specs[k], pin(workbench.initial(specs[k], k), own_device.device), shards[k])
         for k in shards
     }
-    return Federation(
+    federation = Federation(
         config=settings,
         code=code,
         dataset=dataset,
@@ -94,6 +94,8 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         stream=make_stream(settings, dataset, partition),
         reserved=reserved(comm, dataset, partition, own_device.device) if method.pretrains else None,
     )
+    trial.check(comm, federation)
+    return federation
 
 
 def make_stream(settings: Config, dataset: Dataset, partition: Partition) -> Stream | None:

@@ -81,12 +81,12 @@ def choose(comm: Comm, train: Train) -> Device:
             file=sys.stderr,
         )
     assert chosen
-    _make_repeatable(chosen.device)
+    _make_repeatable(chosen.device, train.deterministic)
     return chosen
 
 
-def _make_repeatable(device: torch.device) -> None:
-    """Set torch to fp32 without TF32, to deterministic algorithms and no autotuning."""
+def _make_repeatable(device: torch.device, deterministic: bool) -> None:
+    """Set torch to fp32 without TF32 and no autotuning; on a GPU, if asked for, to deterministic algorithms."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -95,7 +95,7 @@ def _make_repeatable(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def processor() -> str:
