@@ -240,11 +240,19 @@ def test_table_script_runs_one_run_per_task(cluster: Cluster, work: Path) -> Non
     assert len(list((work / "runs" / f"table-{job}").iterdir())) == 2
 
 
-@pytest.mark.parametrize("env", [{"SLURM_MPI_TYPE": "pmi2"}, {"LAUNCH": "mpirun -n 2 -ppn 1 -bind-to core"}])
+SHARED = {"SLURM_MPI_TYPE": "pmi2", "RANKS_PER_GPU": "2", "MPS": "1"}
+
+
+@pytest.mark.parametrize("env", [SHARED, {"LAUNCH": "mpirun -n 2 -ppn 1 -bind-to core"}])
 def test_gpu_script_runs_on_two_nodes(
     cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session, env: dict[str, str]
 ) -> None:
-    """Only Slurm uses the nodes' GPUs; the ranks train on CPUs."""
+    """Only Slurm uses the nodes' GPUs; the ranks train on CPUs, and a script stands in for MPS's daemon."""
+    daemon = work / "bin" / "nvidia-cuda-mps-control"
+    daemon.parent.mkdir()
+    daemon.write_text(f'#!/bin/bash\necho "$1 $CUDA_MPS_PIPE_DIRECTORY" >>{work}/mps.txt\nexec sleep 600\n')
+    daemon.chmod(0o755)
+    env = {**env, "PATH": f"{daemon.parent}:{os.environ['PATH']}"}
     job = cluster.submit(JOBS / "gpu.slurm", *STEADY, cwd=work, options=["--ntasks-per-node=1"], env=env)
     facts = cluster.over(job)
     said = cluster.output(job)
@@ -252,7 +260,9 @@ def test_gpu_script_runs_on_two_nodes(
     assert facts["NodeList"] == "n[1-2]" and facts["TresPerNode"].endswith("gpu:4"), facts
     assert last_event(cluster, job)["event"] == "finish"
     run = work / "runs" / f"gpu-{job}"
-    assert launcher.read_events(run)[0]["ranks"] == 2
+    assert launcher.read_events(run)[0]["ranks"] == (4 if "MPS" in env else 2)
+    started = [f"-f /tmp/mps-{job}"] * 2 if "MPS" in env else []  # on each node
+    assert not started or (work / "mps.txt").read_text().splitlines() == started
     assert digest(session, run) == undisturbed
 
 
