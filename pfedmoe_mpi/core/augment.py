@@ -21,8 +21,9 @@ PADDING = 4  # pixels around an image that is cropped
 def draw(shape: Sequence[int], draws: Tensor) -> Tensor:
     """Return where samples are changed, int64 (7, n): flipped, top, bottom, left, right, row, column.
 
-    `flipped` is 0 or 1. The pixels from top to bottom, left to right, are erased, the last ones excluded;
-    both are 0 if none is. The cut of the padded image begins at (row, column). A rectangle is erased with probability 1/2: 0.04 to 0.2 of the image, ratio 0.5 to 2 (log-uniform).
+    `flipped` is 0 or 1. The pixels from top to bottom and from left to right, the last ones excluded, are
+    erased; all four are 0 where none are. The cut of the padded image begins at (row, column). A rectangle is
+    erased with probability 1/2: 0.04 to 0.2 of the image, ratio 0.5 to 2 (log-uniform).
 
     Args:
         shape: of a sample, (C, H, W).

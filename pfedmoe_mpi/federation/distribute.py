@@ -54,9 +54,14 @@ def _check_same(comm: Comm, dataset: Dataset, settings: Config) -> None:
 
 
 def distribute(
-    comm: Comm, dataset: Dataset, partition: Partition, home: Sequence[int], where: torch.device
+    comm: Comm,
+    dataset: Dataset,
+    partition: Partition,
+    home: Sequence[int],
+    where: torch.device,
+    streamed: bool,
 ) -> dict[int, dict[str, Split]]:
-    """Return this rank's clients' samples by split, on its device; collective.
+    """Return this rank's clients' samples by split, on its device or `streamed`; collective.
 
     Each rank reads them itself, or receives them from rank 0 if that holds all rows.
     """
@@ -82,18 +87,23 @@ def distribute(
         shards[client] = {}
         for split in SPLITS:
             index = getattr(partition, split)[client]
-            shards[client][split] = Split.of(rows[at : at + len(index)], dataset.labels[index], where)
+            shards[client][split] = Split.of(
+                rows[at : at + len(index)], dataset.labels[index], where, streamed
+            )
             at += len(index)
     return shards
 
 
-def reserved(comm: Comm, dataset: Dataset, partition: Partition, where: torch.device) -> Client:
+def reserved(
+    comm: Comm, dataset: Dataset, partition: Partition, where: torch.device, streamed: bool
+) -> Client:
     """Return the reserved rows as a client, 8 : 2 for training and test; empty on the other ranks."""
     rows, train = partition.reserved, partition.reserved_train
     if comm.rank:
         rows, train = rows[:0], train[:0]
     x, y = comm.attempt(lambda: dataset.rows(rows), "reserved rows"), dataset.labels[rows]
-    splits = {"train": Split.of(x[train], y[train], where), "test": Split.of(x[~train], y[~train], where)}
+    rows_of = {"train": train, "test": ~train}
+    splits = {name: Split.of(x[rows], y[rows], where, streamed) for name, rows in rows_of.items()}
     return Client(seeds.SERVER, {}, torch.empty(0), splits)
 
 

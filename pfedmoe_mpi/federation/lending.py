@@ -66,7 +66,9 @@ def _empty(federation: Federation, client: int) -> Client:
     shape = federation.dataset.shape
     lengths = {split: len(getattr(federation.partition, split)[client]) for split in SPLITS}
     splits = {
-        split: Split(torch.empty((n, *shape), dtype=dtype), torch.empty(n, dtype=torch.int64))
+        split: Split(
+            torch.empty((n, *shape), dtype=dtype), torch.empty(n, dtype=torch.int64), federation.streamed
+        )
         for split, n in lengths.items()
     }
     vector = torch.empty(federation.client_layouts[client].size)

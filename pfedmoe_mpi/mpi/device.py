@@ -88,8 +88,8 @@ def choose(comm: Comm, train: Train) -> Device:
 def assign(visible: Sequence[Sequence[str]]) -> list[int | None]:
     """Return for each rank the position of its GPU among those that it sees; None if it sees none.
 
-    Rank after rank takes of its GPUs the one with the fewest ranks, and of equals the first. So ranks that see
-    the same GPUs take them in turn, and ranks to which a scheduler gave GPUs of their own take these.
+    Rank after rank takes of its GPUs the one with the fewest ranks, and of equals the first. So ranks that
+    see the same GPUs take them in turn, and ranks to which a scheduler gave GPUs of their own take these.
 
     Args:
         visible: by rank, the names of the GPUs that it sees; a GPU has the same name on all ranks.
@@ -105,7 +105,7 @@ def assign(visible: Sequence[Sequence[str]]) -> list[int | None]:
 
 
 def parts_of_gpus(environment: Mapping[str, str]) -> list[str]:
-    """Return the parts of GPUs (MIG) that CUDA_VISIBLE_DEVICES names; empty if it names none or whole GPUs."""
+    """Return the parts of GPUs (MIG) that CUDA_VISIBLE_DEVICES names; empty if it names whole GPUs."""
     names = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     return [name for name in names if name.startswith("MIG-")]
 
@@ -130,7 +130,7 @@ def _visible(comm: Comm) -> list[str]:
 
 
 def _make_repeatable(device: torch.device, deterministic: bool) -> None:
-    """Set torch to fp32 without TF32 and no autotuning; on a GPU, if asked for, to deterministic algorithms."""
+    """Set torch to fp32 without TF32 and no autotuning; on a GPU, as asked for, to deterministic kernels."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pfedmoe_mpi.conformance.checks import Case
 from pfedmoe_mpi.config import methods
+from pfedmoe_mpi.conformance.checks import Case
 from pfedmoe_mpi.core.batches import Normalise
 from pfedmoe_mpi.core.parts import Workbench
 from pfedmoe_mpi.core.turn import Engine, Turn
@@ -53,7 +53,9 @@ def waits(method: str, batch: int) -> tuple[Counter[str], Counter[str]]:
     bench = Workbench(1, META)
     with Waits():
         parts = bench.parts((state, bench.initial(state)), (member.spec, member.vector))
-    turn = Turn(engine, made.method.loss, replace(member, splits=splits), parts, 2, made.method.cohort(2)[0][1])
+    turn = Turn(
+        engine, made.method.loss, replace(member, splits=splits), parts, 2, made.method.cohort(2)[0][1]
+    )
     with Waits() as step:
         made.method.client_step(turn)
     with Waits() as measured:

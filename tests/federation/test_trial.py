@@ -68,7 +68,9 @@ def test_an_operation_without_a_deterministic_kernel_is_refused(tmp_path: Path, 
     settings = Case("fedavg", {}).settings(model__pool=model, model__shared=model, train__device="cpu")
     federation = build.build(comm.start(), settings, warn=False)
     torch.use_deterministic_algorithms(True)
-    with pytest.raises(ConfigError, match=r"train.deterministic = true, but put_ in a step of fedavg") as error:
+    with pytest.raises(
+        ConfigError, match=r"train.deterministic = true, but put_ in a step of fedavg"
+    ) as error:
         trial.try_member(federation, federation.clients[0], "client")
     assert "--train.deterministic false" in error.value.remedy
 
