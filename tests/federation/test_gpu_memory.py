@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_refused_with_what_fits() -> None:
     with pytest.raises(ConfigError, match=r"train.samples_in = gpu, but rank 1 need") as error:
         stay_in_host_memory([rank("", 1, 0), rank("a", 6, 8)], Train(samples_in="gpu"))
     assert "--train.samples_in auto" in error.value.remedy
-    with pytest.raises(ConfigError, match=r"train.batch = 64: the 3 ranks from rank 0 on need 7.6 GB") as error:
+    with pytest.raises(ConfigError, match=r"batch = 64: the 3 ranks from rank 0 on need 7.6 GB") as error:
         stay_in_host_memory([rank("a", 0, 6)] * 3, Train(batch=64))
     assert "at most 2 ranks per GPU" in error.value.remedy
     with pytest.raises(ConfigError) as error:

@@ -46,15 +46,8 @@ class Waits(TorchDispatchMode):
             assert first is not None
             self.found["item"] += 1
             return first.new_zeros((), device="cpu").item() if first.is_meta else func(*args)
-        if name is aten._to_copy and "device" in kwargs and torch.device(kwargs["device"]) != args[0].device:
-            self.found[f"copy to {kwargs['device']}"] += 1
-            if args[0].is_meta:
-                dtype = kwargs.get("dtype") or args[0].dtype
-                return torch.zeros(args[0].shape, dtype=dtype)
-        if name is aten.copy_ and args[0].device != args[1].device:
-            self.found[f"copy to {args[0].device}"] += 1
-            if args[1].is_meta:
-                return args[0].zero_()
+        if name in (aten._to_copy, aten.copy_):
+            return self._copied(func, args, kwargs)
         if name in (aten._fused_sgd_, aten._fused_adam_, aten._fused_adamw_) and args[0][0].is_meta:
             assert all(tensor.is_meta for tensor in tensors(args))
             return None
@@ -64,6 +57,21 @@ class Waits(TorchDispatchMode):
                 return self._sized(name, first)
             if name in (aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_):
                 return self._indexed(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _copied(self, func: Any, args: Any, kwargs: Any) -> Any:
+        to_new = func.overloadpacket is aten._to_copy
+        source = args[0] if to_new else args[1]
+        goal = torch.device(kwargs.get("device") or source.device) if to_new else args[0].device
+        if goal != source.device:
+            self.found[f"copy to {goal}"] += 1
+            if source.is_meta:
+                result = (
+                    torch.empty(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+                    if to_new
+                    else args[0]
+                )
+                return result.zero_()
         return func(*args, **kwargs)
 
     def _sized(self, name: Any, first: Tensor) -> Any:
