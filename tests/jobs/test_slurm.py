@@ -249,7 +249,7 @@ def test_gpu_script_on_shared_gpus_and_on_two_nodes(
 ) -> None:
     """Only Slurm uses the nodes' GPUs; the ranks train on CPUs, and a script stands in for MPS's daemon."""
     daemon = work / "bin" / "nvidia-cuda-mps-control"
-    daemon.parent.mkdir()
+    daemon.parent.mkdir(exist_ok=True)
     daemon.write_text(f'#!/bin/bash\necho "$1 $CUDA_MPS_PIPE_DIRECTORY" >>{work}/mps.txt\nexec sleep 600\n')
     daemon.chmod(0o755)
     env = {**env, "PATH": f"{daemon.parent}:{os.environ['PATH']}"}
