@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -46,10 +47,10 @@ def measure_limits(device: torch.device, side: int, size: int, repeats: int) -> 
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones((side, side), device=device, dtype=dtype)
         out = torch.empty_like(a)
-        rates.append(2 * side**3 / timed(lambda a=a, out=out: torch.mm(a, a, out=out), device, repeats))
+        rates.append(2 * side**3 / timed(partial(torch.mm, a, a, out=out), device, repeats))
     source = torch.zeros(size, device=device, dtype=torch.uint8)
     goal = torch.empty_like(source)
-    return Limits(*rates, 2 * size / timed(lambda: goal.copy_(source), device, repeats))
+    return Limits(rates[0], rates[1], 2 * size / timed(lambda: goal.copy_(source), device, repeats))
 
 
 def timed(work: Callable[[], Any], device: torch.device, repeats: int) -> float:

@@ -36,7 +36,7 @@ def capture(work: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay  # type: ignore[no-any-return]
+    return graph.replay
 
 
 class Graphs:
@@ -50,6 +50,11 @@ class Graphs:
         self._batch, self._capture = batch, capture
         self._rate: float | None = None
         self._steps: dict[Hashable, GraphStep] = {}
+
+    @property
+    def captured(self) -> int:
+        """The number of steps that are replayed."""
+        return sum(step.captured for step in self._steps.values())
 
     def step(
         self, parts: Parts, phase: Phase, rate: float, make: Callable[[type[GraphStep]], GraphStep]
@@ -86,6 +91,11 @@ class GraphStep(Step):
         self._inputs: list[Batch] = []
         self._replay: Callable[[], None] | None = None
         self._fails = False
+
+    @property
+    def captured(self) -> bool:
+        """Whether the step has been captured."""
+        return self._replay is not None
 
     def begin(self) -> None:
         """Set the optimiser's state and the sum of losses to zero, for a new client."""

@@ -133,7 +133,8 @@ def place_samples(
         rows = sum(len(s[k]) for s in splits for k, rank in enumerate(home) if rank == comm.rank)
         size = math.prod(dataset.shape) * dataset.dtype.itemsize + 8  # with its label
         need = gpu_memory.estimate(method.task, method, rows, size)
-        free = float(torch.cuda.mem_get_info(chosen.device)[0])
+        unused = torch.cuda.memory_reserved(chosen.device) - torch.cuda.memory_allocated(chosen.device)
+        free = float(torch.cuda.mem_get_info(chosen.device)[0] + unused)
     ranks = comm.gather(gpu_memory.Rank(chosen.gpu, free, need), "memory of GPUs")
     streamed = gpu_memory.stay_in_host_memory(ranks, settings.train)[comm.rank]
     if chosen.gpu:

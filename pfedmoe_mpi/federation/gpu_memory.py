@@ -53,8 +53,9 @@ class Rank:
 def estimate(task: Task, method: Algorithm, rows: int, bytes_per_sample: int) -> Need:
     """Return what a rank with so many rows needs on a GPU.
 
-    Models are there once per architecture, gradients and momenta of one client at a time. What a step keeps
-    is counted for extractors of this program, by a forward pass without numbers.
+    Models are there once per architecture; gradients, momenta and what a step keeps of one client at a time,
+    and with CUDA graphs once per architecture, too. What a step keeps is counted for extractors of this
+    program, by a forward pass without numbers.
     """
     bench = Workbench(task.config.seed, torch.device("cpu"))
     specs = [method.state(), *(method.client_state(k) for k in range(min(task.clients, len(task.pool))))]
@@ -71,7 +72,8 @@ def estimate(task: Task, method: Algorithm, rows: int, bytes_per_sample: int) ->
         part.kind: kept[name] for name in kept for part in (task.model(name), task.extractor(name))
     }  # fmt: skip
     per_spec = [sum(by_kind.get(part.kind, 0.0) for part in spec.values()) for spec in specs]
-    step = BACKWARD * (per_spec[0] + max(per_spec[1:]))
+    steps = [per_spec[0] + own for own in per_spec[1:]]
+    step = BACKWARD * (sum(steps) if task.config.train.graphs == "on" else max(steps))
     return Need(float(rows * bytes_per_sample), models, step)
 
 

@@ -18,7 +18,7 @@ class AdaptiveAveragePool(nn.AdaptiveAvgPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         size = self.output_size
-        high, wide = (size, size) if isinstance(size, int) else size
+        high, wide = size if isinstance(size, tuple) else (size, size)
         return _means(x, 2, high) @ x @ _means(x, 3, wide).T
 
 

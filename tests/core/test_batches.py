@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -233,3 +235,16 @@ def test_augmentation_repeats_with_its_generator() -> None:
     )
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert torch.equal(split.x, images(20)), "samples stay as they came"
+
+
+@pytest.mark.parametrize("used", [1, 2, 4])
+def test_an_epoch_draws_as_if_batch_by_batch(used: int) -> None:
+    """One that ends early leaves the generator as its batches alone would have."""
+    split, draws, expected = Split(images(28), torch.arange(28)), generator(7), generator(7)
+    names = ("flip", "erase", "crop")
+    rows = torch.randperm(28, generator=expected).split(8)
+    with closing(batches.epoch(split, 8, PLAIN, names, draws)) as epoch:
+        found = list(islice(epoch, used))
+    for batch, chosen in zip(found, rows, strict=used == 4):
+        assert torch.equal(batch.x, augment_images(split.x[chosen], names, expected))
+    assert torch.equal(draws.get_state(), expected.get_state())

@@ -79,11 +79,15 @@ def test_need_counts_samples_models_gradients_momenta_and_a_step() -> None:
     assert need.total == need.samples + need.models + need.step + LIBRARIES
     adam = made("fedavg", model__pool="mlp5", train__optimiser="adam")
     assert estimate(adam.task, adam.method, 0, 0).models == 4 * 4 * size
+    graphs = made("fedavg", model__pool="mlp5", train__graphs="on")
+    assert estimate(graphs.task, graphs.method, 100, 200) == need, "one architecture has one graph"
     own = made("pfedmoe", model__pool="mlp5,mlp4", model__shared="mlp5")
     sizes = {layout.digest: layout.size for layout in own.client_layouts}
     bound = own.state_layout.size + sum(sizes.values()) - min(own.client_layouts[0].sizes["gate"], 10**9)
     trained = own.state_layout.size + max(sizes.values())
     assert estimate(own.task, own.method, 0, 0).models == 4 * (bound + 2 * trained), "one gate for both"
+    captured = made("pfedmoe", model__pool="mlp5,mlp4", model__shared="mlp5", train__graphs="on")
+    assert estimate(captured.task, captured.method, 0, 0).models == 4 * 3 * bound
 
 
 def test_saved_bytes_are_those_of_a_real_forward_pass() -> None:
@@ -103,6 +107,11 @@ def test_saved_bytes_are_those_of_a_real_forward_pass() -> None:
     weights = sum(4 * p.numel() for p in module.parameters())
     assert output.requires_grad
     assert real - weights <= saved_bytes(federation.task, "cnn5") <= real
+
+
+def test_a_cpu_has_no_graphs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert made(train__graphs="on").engine.graphs is None
+    assert capsys.readouterr().err == "note: train.graphs = on has no effect on a CPU\n"
 
 
 # Samples in host memory
