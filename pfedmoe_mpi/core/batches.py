@@ -35,7 +35,7 @@ class Batch:
         return len(self.y)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """Samples of one client and one purpose: x (n, *shape) uint8, float32 or int32, y (n,) int64.
 
@@ -118,7 +118,7 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride() == strides else x.as_strided(x.shape, strides)
 
 
-def batches(split: Split, size: int, normalise: Normalise) -> Iterator[Batch]:
+def batches(split: Split, size: int, normalise: Normalise) -> Generator[Batch, None, None]:
     """Yield the split once, in order, for evaluations."""
     pieces = [slice(start, min(start + size, len(split))) for start in range(0, len(split), size)]
     for piece, raw in zip(pieces, split.pieces(pieces, pieces), strict=True):

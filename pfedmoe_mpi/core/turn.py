@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from pfedmoe_mpi.core import batches, seeds
-from pfedmoe_mpi.core.batches import Batch, Normalise
+from pfedmoe_mpi.core.batches import Batch, Normalise, Split
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
 from pfedmoe_mpi.core.graphs import Graphs
+from pfedmoe_mpi.core.kept import Kept
 from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.sgd import Phase, learning_rate_factor
 from pfedmoe_mpi.core.step import Step
@@ -46,6 +47,27 @@ class Engine:
     rounds: int
     poll: Callable[[], None]  # raises StoppedError
     graphs: Graphs | None = None  # None: every step is computed anew
+    kept: Kept | None = None  # outputs of frozen layers
+
+    def batches(self, split: Split) -> Iterator[Batch]:
+        """Yield a split's samples once, in order, for evaluations.
+
+        Raises:
+            StoppedError: a stop was asked for.
+        """
+        found = batches.batches(split, self.evaluation_batch, self.normalise)
+        for batch in self._watched(found, split):
+            self.poll()
+            yield batch
+
+    def epoch(self, split: Split, generator: torch.Generator) -> Generator[Batch, None, None]:
+        """Yield a split's samples once, shuffled and augmented."""
+        augment = self.train.augment
+        found = batches.epoch(split, self.train.batch, self.normalise, augment, generator)
+        return found if augment and split.x.ndim == 4 else self._watched(found, split)
+
+    def _watched(self, found: Generator[Batch, None, None], split: Split) -> Generator[Batch, None, None]:
+        return self.kept.watch(found, split) if self.kept else found
 
     def autocast(self) -> torch.autocast:
         """Return the context of train.precision."""
@@ -118,24 +140,24 @@ class Turn:
         return steps
 
     def _step(self, phase: Phase, loss: Callable[[Batch], torch.Tensor] | None) -> Step:
-        """Return the updates of a phase; a graph only of the method's own loss, the same for every client."""
+        """Return the updates of a phase.
+
+        They are a graph if the loss is the method's own, the same for every client, and if no outputs of
+        frozen layers are kept, which a graph would compute again.
+        """
         engine = self._engine
 
         def make(kind: type[Kind]) -> Kind:
             own = loss or partial(self._loss, self.parts)
             return kind(self.parts, phase, self.rate, own, engine.autocast, engine.poll, self.device)
 
-        if engine.graphs and not loss:
+        if engine.graphs and not loss and not (engine.kept and engine.kept.tails):
             return engine.graphs.step(self.parts, phase, self.rate, make)
         return make(Step)
 
     def _epoch(self, accumulate: int) -> Generator[tuple[Batch, ...], None, None]:
         """Yield the batches of an epoch, `accumulate` at a time."""
-        engine = self._engine
-        epoch = batches.epoch(
-            self._split, engine.train.batch, engine.normalise, engine.train.augment, self._generator
-        )
-        with closing(epoch):
+        with closing(self._engine.epoch(self._split, self._generator)) as epoch:
             while group := tuple(islice(epoch, accumulate)):
                 yield group
 
@@ -154,11 +176,7 @@ class Turn:
         for module in self.parts.modules().values():
             module.eval()
         with torch.no_grad(), self._engine.autocast():
-            for batch in batches.batches(
-                self._splits[split], self._engine.evaluation_batch, self._engine.normalise
-            ):
-                self._engine.poll()
-                yield batch
+            yield from self._engine.batches(self._splits[split])
 
     def training_batches(self) -> Iterator[Batch]:
         """Yield `batches` of the training samples."""

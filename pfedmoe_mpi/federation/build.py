@@ -19,6 +19,7 @@ from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Normalise
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.graphs import Graphs
+from pfedmoe_mpi.core.kept import Kept
 from pfedmoe_mpi.core.parts import Workbench
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
@@ -70,6 +71,8 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
     own_device, streamed = place_samples(comm, settings, dataset, partition, home, method, own_device)
+    tails = comm.from_root(lambda: frozen.find_tails(task, (method.state(), *specs)), "frozen layers")
+    workbench.kept = Kept(tails, normalise, settings.eval.batch, comm.poll)
     engine = Engine(
         own_device.device,
         normalise,
@@ -79,6 +82,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         settings.rounds,
         comm.poll,
         make_graphs(comm, settings, own_device),
+        workbench.kept,
     )
     shards = distribute(comm, dataset, partition, home, own_device.device, streamed)
     clients = {
@@ -90,7 +94,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         code=code,
         dataset=dataset,
         partition=partition,
-        data_digest=data_digest(comm, clients),
+        data_digest=data_digest(comm, shards),
         task=task,
         method=method,
         pretrained=begun_with,
