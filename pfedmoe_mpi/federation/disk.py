@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.federation.federation import Federation
@@ -46,7 +46,13 @@ class DiskUse:
 
 
 def disk_use(
-    settings: Config, state: int, clients: Sequence[int], rows: int, classes: int, ranks: int
+    settings: Config,
+    state: int,
+    clients: Sequence[int],
+    rows: int,
+    classes: int,
+    ranks: int,
+    frozen: int,
 ) -> DiskUse:
     """Return the disk use of a run.
 
@@ -54,12 +60,13 @@ def disk_use(
         state: numbers of the server's vector.
         clients: numbers of each client's vector.
         rows: rows of the data in the partition.
+        frozen: numbers of the frozen tensors.
     """
     line = LINE + BY_CLASS_OR_RANK * (classes + ranks)
     measured = -(-settings.rounds // settings.eval.every)
     metrics = settings.rounds * line + measured * BY_CLIENT * min(settings.drawn_clients, len(clients))
     checkpoint = 4 * (state + sum(clients)) + 8 * rows + metrics
-    return DiskUse(checkpoint, min(settings.run.keep + 1, settings.rounds), metrics)
+    return DiskUse(checkpoint, min(settings.run.keep + 1, settings.rounds), metrics, 4 * frozen)
 
 
 def of_federation(federation: Federation, ranks: int) -> DiskUse:
@@ -68,8 +75,8 @@ def of_federation(federation: Federation, ranks: int) -> DiskUse:
     rows = sum(len(split.flat) for split in splits)
     clients = [layout.size for layout in federation.client_layouts]
     classes = federation.task.classes
-    use = disk_use(federation.config, federation.state_layout.size, clients, rows, classes, ranks)
-    return replace(use, frozen=4 * sum(layout.size for layout in federation.frozen.layouts.values()))
+    frozen = sum(layout.size for layout in federation.frozen.layouts.values())
+    return disk_use(federation.config, federation.state_layout.size, clients, rows, classes, ranks, frozen)
 
 
 def in_units(size: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from itertools import pairwise
 
@@ -38,9 +39,11 @@ def open_everywhere(comm: Comm, settings: Config, *, warn: bool) -> Dataset:
         print_warnings(dataset)
     if not distributed:
         return dataset
-    dataset = comm.attempt(lambda: open_source(check=False) if comm.rank else dataset, "data of all ranks")
-    _check_same(comm, dataset, settings)
-    return dataset
+    opened = comm.attempt(lambda: open_source(check=False) if comm.rank else dataset, "data of all ranks")
+    _check_same(comm, opened, settings)
+    return replace(
+        opened, vocabulary=dataset.vocabulary
+    )  # only rank 0 searched the file for the largest token
 
 
 def _check_same(comm: Comm, dataset: Dataset, settings: Config) -> None:

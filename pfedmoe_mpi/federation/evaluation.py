@@ -13,7 +13,6 @@ from torch import nn
 
 from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.core import batches
 from pfedmoe_mpi.core.batches import Split
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.fixedpoint import SCALE
@@ -111,8 +110,7 @@ def _client_metrics(
 
 def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:
     """Yield a split's samples in batches (B, *shape), normalised, without labels."""
-    for batch in batches.batches(split, engine.evaluation_batch, engine.normalise):
-        engine.poll()
+    for batch in engine.batches(split):
         yield batch.x
 
 
@@ -135,8 +133,7 @@ def measure(
         answer = method.predictor(parts, partial(inputs, engine, split), unseen)
         if answer is None:
             return None
-        for batch in batches.batches(split, engine.evaluation_batch, engine.normalise):
-            engine.poll()
+        for batch in engine.batches(split):
             logits = answer(batch.x).float()
             correct += (logits.argmax(1) == batch.y).sum()
             loss += nn.functional.cross_entropy(logits, batch.y, reduction="sum").double()

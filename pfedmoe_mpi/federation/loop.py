@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
+from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
-from pfedmoe_mpi.errors import CheckpointError, RunError, StoppedError
-from pfedmoe_mpi.federation import branch, evaluation, metrics, pretraining, training
+from pfedmoe_mpi.errors import CheckpointError, DivergedError, StoppedError
+from pfedmoe_mpi.federation import branch, evaluation, metrics, pretraining, selection, training
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
@@ -61,6 +62,11 @@ class SilentObserver:
     def written(self, path: Path, history: Sequence[Row], candidate: bool) -> None: ...
 
     def not_written(self, error: CheckpointError) -> None: ...
+
+
+def is_finished(settings: Config, history: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether all rounds are done, or none was better on validation for `run.patience` rounds."""
+    return len(history) >= settings.rounds or selection.exhausted(history, settings.run.patience)
 
 
 class Loop:
@@ -127,13 +133,17 @@ class Loop:
 
     def run(self) -> bool:
         """Train the remaining rounds; return False if stopped."""
-        settings = self.federation.config
         if not self.begin():
             return False
-        while self.round < settings.rounds:
+        while not self.finished:
             if not self.run_round():
                 return False
         return True
+
+    @property
+    def finished(self) -> bool:
+        """Whether no round is left to train."""
+        return is_finished(self.federation.config, self.history)
 
     def begin(self) -> bool:
         """Do once what the method needs before round 1; return False if stopped.
@@ -264,7 +274,7 @@ class Loop:
     def _end_diverged(self, total: RoundSum, what: str, remedy: str) -> NoReturn:
         """End the run on all ranks, with a checkpoint of the members that this round has trained."""
         self._save_stopped(total)
-        raise RunError(f"round {self.round + 1}: {what} is not finite", remedy)
+        raise DivergedError(f"round {self.round + 1}: {what} is not finite", remedy)
 
     def _updated(self, total: RoundSum) -> torch.Tensor:
         """Return the server's next vector, unchanged if no client contributed.
@@ -332,8 +342,9 @@ class Loop:
         row = metrics.kept(row, self.comm.rank)
         self.history.append(row)
         reported = dict(row)  # with the seconds of writing the checkpoint that holds the row itself
-        last = self.round == federation.config.rounds
+        last = self.finished
         scheduled = self.round == 1 or self.round % federation.config.run.checkpoint_every == 0 or last
+        scheduled = scheduled or selection.improved(self.history)
         if scheduled or measured.saves:
             started = time.perf_counter()
             self.save(last, scheduled)

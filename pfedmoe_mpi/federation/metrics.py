@@ -239,21 +239,6 @@ def kept(row: Mapping[str, Any], rank: int) -> Row:
     return {**row, "clients": row["clients"].in_memory()} if has_columns(row) else dict(row)
 
 
-def selected_on(history: Sequence[Row]) -> str:
-    """Return the accuracy that selects the best round: validation if there are validation rows, else test."""
-    validated = any(row["accuracy_validation"]["mean"] is not None for row in history)
-    return "accuracy_validation" if validated else "accuracy"
-
-
-def best(history: Sequence[Row], rounds: Sequence[int] | None = None) -> Row | None:
-    """Return the first row with the highest selecting accuracy, among `rounds` if given; None without any."""
-    name = selected_on(history)
-    measured = [
-        r for r in history if r[name]["mean"] is not None and (rounds is None or r["round"] in rounds)
-    ]
-    return max(measured, key=lambda r: (r[name]["mean"], -r["round"]), default=None)
-
-
 def dumps(row: Mapping[str, Any]) -> str:
     """Return a row as one line of JSON, without columns; floats are read back exactly."""
     return json.dumps(without_columns(row), allow_nan=False)

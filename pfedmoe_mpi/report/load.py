@@ -14,6 +14,7 @@ import numpy as np
 
 from pfedmoe_mpi.config.config import REFERENCES
 from pfedmoe_mpi.errors import UserError
+from pfedmoe_mpi.federation.selection import TEST, VALIDATION, best, exhausted
 from pfedmoe_mpi.models.names import labels
 from pfedmoe_mpi.names import check_text
 from pfedmoe_mpi.storage import measured, untrusted_json
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 STARTS = ("start", "restart")
+SELECT = ("validation", "test", "last")  # the best round on validation rows, the best on test rows, the last
+CHOICE, CHOSEN_RUNS = "selected.toml", "fresh"  # of `reproduce --select`: its choice, the runs chosen so
 DRIFT = ["drift.forgetting", "drift.recovery"]  # columns even of runs without a change of concept
 
 
@@ -41,13 +44,15 @@ class Run:
     """The contents of a run folder.
 
     `config` has dotted names; `history` holds the rows of metrics.jsonl, and as `clients` their numbers by
-    client; `events` holds the rows of events.jsonl.
+    client; `events` holds the rows of events.jsonl. `select` is the round whose accuracies are reported, one
+    of SELECT.
     """
 
     path: Path
     config: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
+    select: str = "last"
 
     @property
     def algorithm(self) -> str:
@@ -69,7 +74,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.done >= self.planned
+        return self.done >= self.planned or self.ended_early
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether `run.patience` ended it before the planned rounds."""
+        return self.done < self.planned and exhausted(self.history, int(self.config.get("run.patience", 0)))
 
     @property
     def last(self) -> Mapping[str, Any]:
@@ -81,8 +91,14 @@ class Run:
     @property
     def chosen(self) -> Mapping[str, Any] | None:
         """The row of the round that validation rows choose, the first of the best; None without such rows."""
-        rows = [row for row in self.history if (row.get("accuracy_validation") or {}).get("mean") is not None]
-        return max(rows, key=lambda row: (row["accuracy_validation"]["mean"], -row["round"]), default=None)
+        return best(self.history, on=VALIDATION)
+
+    @property
+    def selected(self) -> Mapping[str, Any]:
+        """The row whose accuracies are reported, by `select`."""
+        if self.select == "last":
+            return self.last
+        return best(self.history, on=VALIDATION if self.select == "validation" else TEST) or self.last
 
     @property
     def newest(self) -> Path:
@@ -209,6 +225,11 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     return Run(folder, settings, history, events)
 
 
+def selection(runs: Sequence[Run]) -> str:
+    """Return which round is reported by default: the best on validation rows if all runs have such rows."""
+    return "validation" if all(run.chosen for run in runs) else "last"
+
+
 def load_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """Read several runs, and return notes on those left out; a folder of run folders means all of them.
 
@@ -237,9 +258,10 @@ def load_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 
 def _below(path: Path) -> list[Path]:
-    """Return the run folders in a folder that is not one itself."""
+    """Return the run folders in a folder that is not one itself; after a choice, those of its result."""
     if (path / "config.toml").exists() or not path.is_dir():
         return []
+    path = path / CHOSEN_RUNS if (path / CHOICE).is_file() else path
     return [toml.parent for toml in sorted(path.glob("*/config.toml"))]
 
 

@@ -126,16 +126,16 @@ def convergence(run: Run) -> Figure:
 def clients(run: Run) -> Figure:
     """Plot the accuracy of the clients that have trained, last measured round, sorted and by architecture."""
     if run.clients > distributions.MANY:
-        accuracy = per_cent(column(run, "accuracy")[run.history.index(run.last)])
+        accuracy = per_cent(column(run, "accuracy")[run.history.index(run.selected)])
         pool = run.config["model.pool"]
         members: dict[str, list[int]] = {name: [] for name in pool}
         for number, name in enumerate(pool):
             members[name] += range(number, run.clients, len(pool))
-        return distributions.clients(accuracy, members, f"after round {run.last['round']}")
+        return distributions.clients(accuracy, members, f"after round {run.selected['round']}")
 
     def draw(canvas: Any, paint: Paint) -> None:
         left, right = panels(canvas, (3, 2), sharey=True)
-        accuracy = per_cent(column(run, "accuracy")[run.history.index(run.last)])
+        accuracy = per_cent(column(run, "accuracy")[run.history.index(run.selected)])
         order = [int(k) for k in np.argsort(accuracy) if not np.isnan(accuracy[k])]
         position = {client: number for number, client in enumerate(order)}
         names = list(dict.fromkeys(run.architecture(k) for k in range(run.clients)))
@@ -156,7 +156,7 @@ def clients(run: Run) -> Figure:
         right.set_xlabel("architecture; bar: mean")
         right.grid(axis="x", visible=False)
 
-    when = f"after round {run.last['round']}"
+    when = f"after round {run.selected['round']}"
     caption = f"Test accuracy {when} of every client that has trained: sorted, and by architecture. "
     caption += "The table of clients below lists all of them."
     return Figure("clients", "Accuracy by client", caption, draw, (WIDTH, 3.2), panels=2)

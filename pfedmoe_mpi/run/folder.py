@@ -143,9 +143,7 @@ class RunFolder:
         Raises:
             ConfigError: another run uses the folder, or it cannot be written.
         """
-        last: dict[str, Any] = next(
-            (e for e in reversed(self._events()) if e["event"] in {"start", "restart"}), {}
-        )
+        last = self.last_start
         host = last.get("host", platform.node())
         if patience is None:
             patience = PATIENCE_HERE if host == platform.node() else PATIENCE_ELSEWHERE
@@ -285,7 +283,17 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the last event says that the run finished."""
-        return [line["event"] for line in self._events()][-1:] == ["finish"]
+        return self.last_event.get("event") == "finish"
+
+    @property
+    def last_event(self) -> Mapping[str, Any]:
+        """The last event; empty without any."""
+        return next(reversed(self._events()), {})
+
+    @property
+    def last_start(self) -> Mapping[str, Any]:
+        """The last event of a start or restart; empty without any."""
+        return next((e for e in reversed(self._events()) if e["event"] in {"start", "restart"}), {})
 
     def changed_settings(self) -> set[str]:
         """Return the settings that restarts changed, without those that have no effect on a round."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi.errors import CheckpointError
-from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.federation import metrics, selection
 from pfedmoe_mpi.log import LOGGER
 from pfedmoe_mpi.run import console, curves
 from pfedmoe_mpi.run.folder import RunFolder
@@ -96,7 +96,7 @@ class Reporter:
     def _tidy(self, path: Path, history: Sequence[metrics.Row], candidate: bool) -> None:
         if candidate and history:
             newest, marked = history[-1]["round"], self.folder.best_round()
-            top = metrics.best(history, [newest, marked] if marked else [newest])
+            top = selection.best(history, [newest, marked] if marked else [newest])
             if top and top["round"] == newest:  # even if marked == newest: best.h5 may be damaged
                 self.folder.mark_best(path)
         self.folder.keep_newest(self.keep, path)
