@@ -172,6 +172,17 @@ COMMANDS = {
         ("data partition partition.h5 --partition.alpha 0.1", "data partition CONFIG.toml partition.png"),
         settings=True,
     ),
+    "weights fetch": Command(
+        "Download published weights of networks, as files for model.weights.",
+        (
+            argument("names", nargs="+", metavar="NAME", help="a network of torchvision, or timm:NAME"),
+            argument("--out", default=".", metavar="FOLDER", help="where to write NAME.pth [default .]"),
+        ),
+        (
+            "weights fetch resnet18 --out weights",
+            "weights fetch resnet18 timm:vit_tiny_patch16_224",
+        ),
+    ),
     "reproduce": Command(
         "Train the runs of a table that are not finished.",
         (

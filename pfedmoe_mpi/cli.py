@@ -176,6 +176,14 @@ def partition(given: Namespace) -> int:
     return EXIT_DONE
 
 
+def fetch(given: Namespace) -> int:
+    """Write published weights as files; needs no MPI, may use the network on a login node."""
+    from pfedmoe_mpi.commands import weights
+
+    print("\n".join(weights.fetch(given.names, Path(given.out))))
+    return EXIT_DONE
+
+
 def reproduce(given: Namespace) -> int:
     """Train the runs of a table, except those that are finished."""
     from pfedmoe_mpi.reproduce import grid
@@ -278,6 +286,7 @@ FUNCTIONS: dict[str, Callable[[Namespace], int]] = {
     "export": export,
     "data prepare": prepare,
     "data partition": partition,
+    "weights fetch": fetch,
     "reproduce": reproduce,
     "report": report,
     "translate": translate,

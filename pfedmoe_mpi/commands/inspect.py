@@ -15,7 +15,7 @@ from pfedmoe_mpi.models.names import kind_of
 from pfedmoe_mpi.user_code import label
 
 # Settings of the model that came later: at their default they are not in the digest.
-LATER = {"train": "all", "lora_rank": 4, "lora_alpha": 4.0}
+LATER = {"train": "all", "lora_rank": 4, "lora_alpha": 4.0, "keep_outputs": True}
 
 
 def run(path: Path, *, digest_only: bool) -> int:

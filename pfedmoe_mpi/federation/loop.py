@@ -83,6 +83,8 @@ class Loop:
         self.server = ServerOptimiser(federation.config.server, federation.state_layout)
         self.saver = Saver(comm, federation, checkpoints, observer, self.server)
         self.steps = 0  # client steps finished since this program started, on all ranks
+        self._samples = federation.task.counts.sum(axis=1)
+        self._tested = federation.partition.test.sizes
         self._faults = Faults(federation.config.seed, federation.config.faults, federation.costs)
         self._observer = observer
         self._partial: np.ndarray | None = None  # the sum of an interrupted round
@@ -97,7 +99,8 @@ class Loop:
 
     def resume(self, loaded: checkpoint.Checkpoint) -> None:
         """Continue from a verified checkpoint of this federation; every rank reads its own clients."""
-        self.round, self.history = loaded.round, list(loaded.history)
+        self.round = loaded.round
+        self.history = [metrics.kept(row, self.comm.rank) for row in loaded.history]
         self._pretrained = True
         self.state.copy_(torch.from_numpy(loaded.state))
         for client in self.federation.clients.values():
@@ -120,7 +123,8 @@ class Loop:
         Raises:
             StoppedError: on all ranks: a stop was asked for.
         """
-        measured = self._evaluate(self.round, self.state, "evaluation")
+        everyone = np.arange(self.federation.task.clients)
+        measured = self._evaluate(self.round, self.state, "evaluation", everyone)
         if measured.stopped:
             raise StoppedError
         return metrics.evaluation_metrics(measured, self.federation.task.absent_clients(self.round))
@@ -180,7 +184,8 @@ class Loop:
             return False
         self._check_divergence(total)
         state = self._updated(total)
-        measured = self._evaluate(round, state, f"evaluation of round {round}", self._is_evaluated(round))
+        drawn = evaluation.drawn_clients(self.federation.config, round, [k for k, _ in total.cohort])
+        measured = self._evaluate(round, state, f"evaluation of round {round}", drawn)
         if measured.stopped:
             self._save_stopped(total)
             return False
@@ -203,11 +208,6 @@ class Loop:
         self._seconds["wait"] += waited
         self._seconds["sum"] += time.perf_counter() - started - waited
 
-    def _is_evaluated(self, round: int) -> bool:
-        """Return whether clients are measured in a round: every `eval.every` rounds, and in the last."""
-        settings = self.federation.config
-        return round % settings.eval.every == 0 or round == settings.rounds
-
     # Training
 
     def _train(self, round: int) -> RoundSum:
@@ -224,7 +224,7 @@ class Loop:
             finished.tolist(),
             self.state,
             round,
-            tested=self._is_evaluated(round),
+            tested=len(evaluation.drawn_clients(federation.config, round, ())) > 0,
             trained=partial(self._observer.client_trained, round),
         )
         self._sum(total.buffer, f"sum of round {round}")
@@ -311,13 +311,10 @@ class Loop:
                 )
         return state
 
-    def _evaluate(self, round: int, state: torch.Tensor, purpose: str, due: bool = True) -> EvaluationSum:
-        """Return the evaluation of all ranks, with each rank's seconds of the round so far.
-
-        No client is measured unless `due`.
-        """
+    def _evaluate(self, round: int, state: torch.Tensor, purpose: str, clients: np.ndarray) -> EvaluationSum:
+        """Return the evaluation of these clients by all ranks, with every rank's seconds in the round."""
         started = time.perf_counter()
-        result = evaluation.evaluate(self.comm, self.federation, state, round, due)
+        result = evaluation.evaluate(self.comm, self.federation, state, round, clients)
         self._seconds["evaluate"] = time.perf_counter() - started
         if self.comm.rank == 0 and self.saver.overdue:
             result.request_save()
@@ -329,14 +326,12 @@ class Loop:
         """Add the round's row to the history, save a checkpoint when one is due, and report the round."""
         federation = self.federation
         task = self._task(self.round)
-        samples = [task.samples(k) for k in range(task.clients)]
-        tested = [len(rows) for rows in federation.partition.test]
         row = metrics.row(
             self.round,
             total,
             measured,
-            samples,
-            tested,
+            task.counts.sum(axis=1) if federation.stream else self._samples,
+            self._tested,
             unseen=task.absent_clients(self.round),
             share=federation.stream.share(self.round) if federation.stream else None,
             bytes_once=self._method.bytes_once,
@@ -344,6 +339,7 @@ class Loop:
             simulated=self._faults.waited(client for client, _ in total.cohort),
         )
         row["drift"] = metrics.drift([*self.history, row])
+        row = metrics.kept(row, self.comm.rank)
         self.history.append(row)
         reported = dict(row)  # with the seconds of writing the checkpoint that holds the row itself
         last = self.finished

@@ -103,21 +103,28 @@ def _describe(layout: Layout) -> list[str]:
 
 def _describe_frozen(federation: Federation) -> list[str]:
     """Return one line per kind of model with frozen tensors, which every rank holds once."""
-    sizes = {kind: layout.size for kind, layout in federation.frozen.layouts.items()}
-    return [f"frozen:  {kind}: {size:,} numbers, {megabytes(size)}" for kind, size in sizes.items()]
+    lines = []
+    for kind, layout in federation.frozen.layouts.items():
+        lines.append(f"frozen:  {kind}: {layout.size:,} numbers, {megabytes(layout.size)}")
+        if found := federation.engine.kept.tails.get(kind) if federation.engine.kept else None:
+            augment = federation.config.train.augment and len(federation.task.shape) == 3
+            when = "per client for evaluations (train.augment)" if augment else "per client"
+            lines[-1] += f"; outputs, {found.size:,} numbers a sample, computed once {when}"
+    return lines
 
 
 def memory(federation: Federation, ranks: int) -> str:
     """Return a line on the job's memory: all clients' vectors and data, and a rank's bound models."""
     vectors = sum(layout.size for layout in federation.client_layouts)
-    kinds = {layout.digest: layout.size for layout in federation.client_layouts}
+    different = {id(layout): layout for layout in federation.client_layouts}.values()
+    kinds = {layout.digest: layout.size for layout in different}
     bound = 4 * (sum(kinds.values()) + federation.state_layout.size)  # weights, gradients, momenta, a copy
     bound += sum(layout.size for layout in federation.frozen.layouts.values())
     sample = federation.dataset.dtype.itemsize
     for length in federation.task.shape:
         sample *= length
     splits = (federation.partition.train, federation.partition.validation, federation.partition.test)
-    data = sample * sum(len(rows) for split in splits for rows in split)
+    data = sample * sum(len(split.flat) for split in splits)
     return (
         f"memory: clients' vectors {megabytes(vectors)} and data {data / 1e6:.1f} MB over {ranks} rank(s); "
         f"on each rank about {megabytes(bound)} of bound models, not counting torch and activations"
