@@ -64,21 +64,22 @@ def write_partition(config: Config, out: Path) -> str:
         PartitionError: the settings cannot be satisfied.
     """
     # Imported late because these need torch: a method decides whether rows are reserved.
-    from pfedmoe_mpi.federation.effective import apply_proposals
+    from pfedmoe_mpi.federation.effective import apply_proposals, with_listed
     from pfedmoe_mpi.federation.plan import draw_partition
 
     _refuse_existing(out)
+    config = with_listed(config)
     with open_dataset(config.data, config.seed, clients=config.clients) as data:
         print_summary(data)
         print_warnings(data)
         config = apply_proposals(config, data)
         partition = draw_partition(config, data)
-        data = data.fitted(partition)  # for next words this determines the classes
+        labels, data = data.labels, data.fitted(partition)  # for next words this determines the classes
     if out.suffix.lower() == ".png":
         _draw(out, partition, data)
     else:
         with _new_file(out) as path:
-            write_rows(path, partition, config)
+            write_rows(path, partition, labels, config)
     return heat_map(partition, data)
 
 

@@ -104,10 +104,10 @@ class Run:
 
     @property
     def client_names(self) -> tuple[str, ...]:
-        """The names that the data give their clients, such as hospitals; empty if these clients have none."""
+        """The names of the data's own or of the split's clients, such as hospitals; empty if there are none."""
         names = self.started_with("client_names")
-        natural = self.config.get("partition.kind") == "natural"
-        known = natural and isinstance(names, list) and len(names) == self.clients
+        named = self.config.get("partition.kind") in {"natural", "file"}
+        known = named and isinstance(names, list) and len(names) == self.clients
         return tuple(map(str, names)) if known else ()
 
     @property

@@ -136,8 +136,8 @@ def _sizes(runs: Sequence[TableRun]) -> Iterator[tuple[str, Size]]:
     sizes: dict[str, Size] = {}  # by data set and partition
     try:
         for run in runs:
-            settings = run.config
             with _run_in_errors(run):
+                settings = effective.with_listed(run.config)
                 drawn_by = [settings.seed, settings.clients] if settings.data.source == "synthetic" else []
                 data = json.dumps([settings.data.model_dump(mode="json"), *drawn_by])
                 if data != opened or dataset is None:

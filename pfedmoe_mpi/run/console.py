@@ -46,8 +46,8 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
     if task.unseen:
         listed, why = ", ".join(map(str, sorted(task.unseen))), federation.method.no_answer_reason
         lines.append(f"unseen clients: {listed}" + (f"; no accuracy, because {why}" if why else ""))
-    if federation.dataset.client_names and settings.partition.kind == "natural":
-        names = federation.dataset.client_names
+    names = federation.partition.client_names
+    if names:
         listed = ", ".join(f"{k} {name}" for k, name in enumerate(names[:MOST_NAMES]))
         lines.append(f"the data's own clients: {listed}{', …' if len(names) > MOST_NAMES else ''}")
     flat = config.flatten(config.to_tree(settings))

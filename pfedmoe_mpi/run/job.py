@@ -182,7 +182,7 @@ def _report_facts(federation: Federation) -> dict[str, Any]:
     """
     from pfedmoe_mpi.federation.costs import sample_costs
 
-    counts, names = federation.task.counts, federation.dataset.client_names
+    counts, names = federation.task.counts, federation.partition.client_names
     facts: dict[str, Any] = {
         "data_digest": federation.data_digest,
         "partition_digest": federation.partition.digest(),
