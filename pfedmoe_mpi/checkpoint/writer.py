@@ -23,6 +23,7 @@ import h5py
 import numpy as np
 
 from pfedmoe_mpi.checkpoint import seal
+from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.checkpoint.memory_file import SparseFile
 from pfedmoe_mpi.checkpoint.seal import FORMAT, Table
 from pfedmoe_mpi.core.flat import Layout
@@ -55,6 +56,7 @@ class Content:
     finished: Sequence[int] = ()  # the clients in the partial sum
     code: Mapping[str, str] = field(default_factory=dict)  # the user's own files, by name
     moments: np.ndarray = field(default_factory=lambda: np.empty(0))  # kept by the server's optimiser
+    confusion: Confusion | None = None  # of the last evaluation
 
 
 def name(round: int, partial: bool) -> str:
@@ -149,6 +151,8 @@ def _arrays(content: Content) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {"server/state": np.asarray(content.state, "<f4")}
     if len(content.moments):
         arrays["server/moments"] = np.asarray(content.moments, "<f4")
+    if content.confusion:
+        arrays |= content.confusion.datasets()
     for split, rows in content.partition.items():
         arrays[f"partition/{split}"] = np.concatenate([np.empty(0, "<i8"), *rows]).astype("<i8")
         arrays[f"partition/{split}_offsets"] = np.cumsum([0, *map(len, rows)]).astype("<i8")

@@ -121,8 +121,8 @@ def make_partition(
     validation part, each with the same share of every class as nearly as whole rows allow. The training and
     test parts have at least one row. With `pool` = official, and in `natural` if the data have a test part,
     the test part is the rows that `official_test` (n,) marks; for the other kinds both pools are divided with
-    the same shares. A part that the `split` lists is as listed. If rows are `ordered`, neighbours overlap: the
-    test part is then the official one, and the validation part is the last of a client's training rows.
+    the same shares. A part that the `split` lists is as listed. If rows are `ordered`, neighbours overlap:
+    the test part is then the official one, and the validation part is the last of a client's training rows.
     `min_samples` counts all rows of a client.
 
     Raises:

@@ -19,6 +19,7 @@ from pfedmoe_mpi.core.fixedpoint import SCALE
 from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.errors import StoppedError
+from pfedmoe_mpi.federation import confusion
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.metrics import CLIENT_METRICS, EvaluationSum
 from pfedmoe_mpi.mpi.comm import Comm
@@ -30,7 +31,8 @@ class Measured:
 
     `loss` is the mean cross-entropy, `alpha` the mean gate weight of all shared experts together. `auc` is
     NaN unless the task has two classes and the split has samples of both. `gate`, int64 (2, classes) on the
-    CPU, holds by class the samples and their Σ α·2^SCALE; None without a gate.
+    CPU, holds by class the samples and their Σ α·2^SCALE; None without a gate. `answers` (n,) are the
+    predicted classes, int64 on the CPU.
     """
 
     correct: int
@@ -39,6 +41,7 @@ class Measured:
     alpha: float
     auc: float
     gate: torch.Tensor | None
+    answers: np.ndarray
 
 
 def evaluate(
@@ -49,12 +52,12 @@ def evaluate(
     No client is measured unless `due`. A stop leaves the remaining clients out and is requested in the sum.
     """
     task = federation.task
-    result = EvaluationSum(task.clients, comm.size, task.classes)
+    result = EvaluationSum(task.clients, comm.size, task.classes, due)
     try:
         for client in federation.clients.values() if due else ():
             comm.poll()
             with comm.located(f"evaluation of client {client.id}, round {round}"):
-                result.clients[client.id] = _client_metrics(federation, client, state, round, result.gates)
+                result.clients[client.id] = _client_metrics(federation, client, state, round, result)
     except StoppedError:
         pass
     if comm.stop_requested():
@@ -63,12 +66,12 @@ def evaluate(
 
 
 def _client_metrics(
-    federation: Federation, client: Client, state: torch.Tensor, round: int, gates: np.ndarray
+    federation: Federation, client: Client, state: torch.Tensor, round: int, result: EvaluationSum
 ) -> list[float]:
     """Return CLIENT_METRICS; zeros if the method gives no answer for a client that has not trained.
 
-    The weights of a client's gate are added to `gates`, unless the client has not trained: the weights of an
-    initial gate mean nothing.
+    Counts of answers are added to the result, and the weights of a client's gate, unless the client has not
+    trained: the weights of an initial gate mean nothing.
     """
     parts = federation.parts(client, state)
     unseen = client.id in federation.task.absent_clients(round)
@@ -81,9 +84,13 @@ def _client_metrics(
     test = measured[0]
     alpha = float("nan") if unseen else test.alpha
     if test.gate is not None and not unseen:
-        gates += test.gate.numpy()
+        result.gates[:] += test.gate.numpy()
+    labels = client.splits["test"].y.cpu().numpy()
+    if result.confusion is not None:
+        result.confusion[client.id] = confusion.matrix(labels, test.answers, federation.task.classes)
     counts = [number for other in measured[1:] for number in (other.correct, other.samples)]
-    return [test.correct, test.samples, test.loss, alpha, test.auc, *counts]
+    by_class = [f(labels, test.answers) for f in (confusion.macro_f1, confusion.balanced_accuracy)]
+    return [test.correct, test.samples, test.loss, alpha, test.auc, *counts, *by_class]
 
 
 def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:
@@ -106,6 +113,7 @@ def measure(
     alpha = torch.zeros((), dtype=torch.float64, device=engine.device)
     scores: list[torch.Tensor] = []  # logit of class 1 minus logit of class 0
     gate: torch.Tensor | None = None
+    answers: list[torch.Tensor] = []
     for module in parts.modules().values():
         module.eval()
     with torch.no_grad(), engine.autocast():
@@ -115,7 +123,8 @@ def measure(
         for batch in batches.batches(split, engine.evaluation_batch, engine.normalise):
             engine.poll()
             logits = answer(batch.x).float()
-            correct += (logits.argmax(1) == batch.y).sum()
+            answers.append(logits.argmax(1))
+            correct += (answers[-1] == batch.y).sum()
             loss += nn.functional.cross_entropy(logits, batch.y, reduction="sum").double()
             weights = method.gate_weights(parts, batch.x)
             alpha += float("nan") if weights is None else weights[:, :-1].double().sum()
@@ -127,7 +136,9 @@ def measure(
     n = len(split)
     area = auc(torch.cat(scores).cpu().numpy(), split.y.cpu().numpy()) if scores else math.nan
     mean_loss, mean_alpha = (float(total) / n if n else math.nan for total in (loss, alpha))
-    return Measured(int(correct), n, mean_loss, mean_alpha, area, None if gate is None else gate.cpu())
+    classes = torch.cat(answers).cpu().numpy() if answers else np.empty(0, np.int64)
+    gates = None if gate is None else gate.cpu()
+    return Measured(int(correct), n, mean_loss, mean_alpha, area, gates, classes)
 
 
 def _by_class(alpha: torch.Tensor, y: torch.Tensor, classes: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
+from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
 from pfedmoe_mpi.errors import CheckpointError, RunError, StoppedError
 from pfedmoe_mpi.federation import evaluation, metrics, pretraining, training
@@ -97,6 +98,7 @@ class Loop:
         for client in self.federation.clients.values():
             client.vector.copy_(torch.from_numpy(loaded.vector(client.id)))
         self._partial = loaded.partial
+        self.saver.confusion = loaded.confusion
         self.server.load(torch.from_numpy(loaded.moments))
 
     def evaluation(self) -> Row:
@@ -167,6 +169,9 @@ class Loop:
             return False
         self.state, self.round = state, round
         self.server.commit()
+        if self._is_evaluated(round):
+            counts = measured.confusion
+            self.saver.confusion = None if counts is None else Confusion.of(round, counts)
         seconds = time.perf_counter() - started
         self._record(total, measured, seconds)
         self._keep_time(seconds)

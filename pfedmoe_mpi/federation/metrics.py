@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.core.fixedpoint import SCALE
+from pfedmoe_mpi.federation.confusion import MOST_COUNTS, worst_tenth
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, RoundSum
 
 Row = dict[str, Any]
@@ -22,9 +23,12 @@ Row = dict[str, Any]
 CLIENT_METRICS = (
     *("correct", "samples", "loss", "alpha", "auc", "validation_correct", "validation_samples"),
     *("first_correct", "first_samples", "second_correct", "second_samples"),
+    *("macro_f1", "balanced_accuracy"),
 )
 PHASES = ("train", "evaluate", "sum", "wait")  # the parts of a rank's time in a round
 RANK_METRICS = (*PHASES, "rss_mb")
+# Values that came later. They follow from the models, and are left out of digests, which do not change.
+LATER = ("accuracy_worst_tenth", "macro_f1", "balanced_accuracy", "test_samples")
 UNREPEATABLE = ("seconds", "seconds_ranks", "rss_mb", "mpi_bytes")  # differ between runs with the same bits
 
 
@@ -33,13 +37,18 @@ class EvaluationSum:
 
     Position 0 counts the ranks that were asked to stop, position 1 those whose clock asks for a checkpoint.
     Then comes a slot per client and per rank: one rank writes float64 bits, the others leave zeros, so that
-    the sum is a gather. The gate weights by class come last and are added up as integers.
+    the sum is a gather. The gate weights by class are added up as integers. The clients' confusion matrices
+    come last, unless there are too many numbers or nobody is measured.
     """
 
-    def __init__(self, clients: int, ranks: int, classes: int) -> None:
+    def __init__(self, clients: int, ranks: int, classes: int, due: bool = True) -> None:
         self._split = 2 + clients * len(CLIENT_METRICS)
         self._gates = self._split + ranks * len(RANK_METRICS)
-        self.buffer = np.zeros(self._gates + 2 * classes, np.int64)
+        self._matrices = self._gates + 2 * classes
+        self._shape = (clients, classes, classes)
+        counts = clients * classes * classes
+        self._counts = counts if due and counts <= MOST_COUNTS else 0
+        self.buffer = np.zeros(self._matrices + self._counts, np.int64)
 
     @property
     def stopped(self) -> bool:
@@ -72,7 +81,12 @@ class EvaluationSum:
     @property
     def gates(self) -> np.ndarray:
         """int64 (2, classes): test samples with a gate weight, and Σ α·2^SCALE of them, over clients."""
-        return self.buffer[self._gates :].reshape(2, -1)
+        return self.buffer[self._gates : self._matrices].reshape(2, -1)
+
+    @property
+    def confusion(self) -> np.ndarray | None:
+        """int64 (N, classes, classes): test rows by class and answered class; None if they are not kept."""
+        return self.buffer[self._matrices :].reshape(self._shape) if self._counts else None
 
 
 def summary(accuracy: Sequence[float | None], samples: Sequence[float]) -> dict[str, float | None]:
@@ -100,7 +114,10 @@ def evaluation_metrics(evaluation: EvaluationSum, unseen: Collection[int] = ()) 
     with np.errstate(invalid="ignore", divide="ignore"):
         accuracy = with_nulls(np.where(tested > 0, measured["correct"] / tested, np.nan))
         validation = with_nulls(np.where(validated > 0, measured["validation_correct"] / validated, np.nan))
-    auc = with_nulls(np.where(tested > 0, measured["auc"], np.nan))
+    auc, f1, balanced = (
+        with_nulls(np.where(tested > 0, measured[name], np.nan))
+        for name in ("auc", "macro_f1", "balanced_accuracy")
+    )
     others = [k for k in range(len(accuracy)) if k in unseen]
     training = [k for k in range(len(accuracy)) if k not in unseen]
     return {
@@ -108,6 +125,10 @@ def evaluation_metrics(evaluation: EvaluationSum, unseen: Collection[int] = ()) 
         "accuracy_unseen": summary([accuracy[k] for k in others], tested[others].tolist()),
         "accuracy_concepts": {name: _concept(measured, name, training) for name in ("first", "second")},
         "accuracy_validation": summary([validation[k] for k in training], validated[training].tolist()),
+        "accuracy_worst_tenth": worst_tenth([accuracy[k] for k in training]),
+        "macro_f1": summary([f1[k] for k in training], tested[training].tolist()),
+        "balanced_accuracy": summary([balanced[k] for k in training], tested[training].tolist()),
+        "test_samples": int(tested[training].sum()),
         "auc": summary([auc[k] for k in training], tested[training].tolist()),
         "alpha_class": _alpha_class(evaluation.gates),
         "clients": {
@@ -115,6 +136,9 @@ def evaluation_metrics(evaluation: EvaluationSum, unseen: Collection[int] = ()) 
             "loss": with_nulls(np.where(tested > 0, measured["loss"], np.nan)),
             "alpha": with_nulls(np.where(tested > 0, measured["alpha"], np.nan)),
             "auc": auc,
+            "macro_f1": f1,
+            "balanced_accuracy": balanced,
+            "test_samples": tested.astype(int).tolist(),
         },
     }
 
@@ -207,8 +231,7 @@ def row(
         "accuracy_unseen": after["accuracy_unseen"],
         "accuracy_concepts": {**after["accuracy_concepts"], "share": share},
         "accuracy_cohort": summary(before if all(measured) else [None] * len(before), tested),
-        "accuracy_validation": after["accuracy_validation"],
-        "auc": after["auc"],
+        **{name: after[name] for name in ("accuracy_validation", *LATER, "auc")},
         "alpha_class": after["alpha_class"],
         "clients": {**after["clients"], "accuracy_before": before, "samples": list(samples)},
         "seconds": {**slowest, "write": None, "total": seconds},
@@ -222,6 +245,15 @@ def row(
 def learning(row: Row) -> Row:
     """Return what repeats bit for bit: a row without times, memory and the bytes that MPI moved."""
     return {name: value for name, value in row.items() if name not in UNREPEATABLE}
+
+
+def fingerprint(row: Row) -> Row:
+    """Return what the digest of a checkpoint covers: `learning` without the values that came later."""
+    kept = {name: value for name, value in learning(row).items() if name not in LATER}
+    clients = kept.get("clients")
+    if isinstance(clients, Mapping):
+        kept["clients"] = {name: values for name, values in clients.items() if name not in LATER}
+    return kept
 
 
 def selected_on(history: Sequence[Row]) -> str:

@@ -104,7 +104,7 @@ class Run:
 
     @property
     def client_names(self) -> tuple[str, ...]:
-        """The names of the data's own or of the split's clients, such as hospitals; empty if there are none."""
+        """The names of the data's or the split's clients, such as hospitals; empty if there are none."""
         names = self.started_with("client_names")
         named = self.config.get("partition.kind") in {"natural", "file"}
         known = named and isinstance(names, list) and len(names) == self.clients

@@ -137,7 +137,7 @@ def test_partition_of_fl_bench_is_read_after_the_documented_conversion(data: Dat
         assert split.test[client].tolist() == sorted(part["test"])
 
 
-BAD = {
+BAD: dict[str, Any] = {
     "row 120, but the data have rows 0 to 119": [[0, 1, 2], [120]],
     "row 2 is listed for client 0 and for client 1": [[0, 1, 2], [2, 3]],
     "row 1 is listed for client 0 and for client 0": [{"train": [0, 1], "test": [1]}],
