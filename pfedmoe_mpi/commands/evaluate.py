@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.data.summary import plain
 from pfedmoe_mpi.errors import EXIT_DONE
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
@@ -45,17 +46,19 @@ def _evaluate(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], as_
             "other_data": other_data,
             **result,
         }
-        print(json.dumps(result) if as_json else _table(result))
+        names = loop.federation.partition.client_names
+        print(json.dumps(result) if as_json else _table(result, names))
     return EXIT_DONE
 
 
-def _table(result: Mapping[str, Any]) -> str:
+def _table(result: Mapping[str, Any], names: Sequence[str]) -> str:
     """Return the result as lines of text, one per client."""
     lines = [_heading(result)]
     for client, (accuracy, loss) in enumerate(
         zip(result["clients"]["accuracy"], result["clients"]["loss"], strict=True)
     ):
-        lines.append(f"client {client:4}  accuracy {_number(accuracy)}  loss {_number(loss)}")
+        named = f"  {plain(names, len(names))[client]}" if names else ""
+        lines.append(f"client {client:4}  accuracy {_number(accuracy)}  loss {_number(loss)}{named}")
     summary = {NAMES.get(name, name): value for name, value in result["accuracy"].items()}
     lines.append("  ".join(f"{name} {_number(value)}" for name, value in summary.items()))
     if result["auc"]["mean"] is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.report import (
+    confusion_section,
     gate_section,
     model_section,
     paper_section,
@@ -41,8 +42,15 @@ from pfedmoe_mpi.report.tables import (
 OMITTED = (
     *("time", "event", "round", "host", "hosts", "pid"),
     *("samples", "data_digest", "partition_digest", "class_counts", "multiply_adds", "client_names"),
-    "numbers",
+    *("class_names", "numbers"),
 )
+# Columns of clients that runs of an earlier version lack, or that need two classes.
+OPTIONAL = {
+    "auc": "AUC, %",
+    "macro_f1": "macro-F1, %",
+    "balanced_accuracy": "balanced accuracy, %",
+    "test_samples": "test samples",
+}
 # Why a client was left out of a sum, by the row's list that names it.
 LEFT_OUT = (("dropped", "not finite"), ("lost", "lost before the sum"), ("late", "after the deadline"))
 
@@ -62,8 +70,9 @@ def report(run: Run, target: float | None, models: ModelViews | str = "") -> Rep
         _data(run),
         Section("Convergence", [_target(run, target)], [run_figures.convergence(run)]),
         Section("Clients", [_architectures(run), _clients(run, views)], [run_figures.clients(run)]),
+        confusion_section.section(run),
         gate_section.section(run),
-        model_section.section(views, run.client_names) if views else Section("Models", text=str(models)),
+        model_section.section(views, run.names) if views else Section("Models", text=str(models)),
         Section("Cost", [_costs(run), *_ranks(run)], _cost_figures(run)),
         Section("Events", [_events(run), *_left_out(run)]),
     ]
@@ -92,6 +101,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("rounds", f"{run.done} of {run.planned}"),
         (f"accuracy, round {run.last['round']}", percent(accuracy["mean"]).text + " %"),
         ("worst client", percent(accuracy["worst"]).text + " %"),
+        *_by_class(run),
         ("training and evaluation", duration(seconds)),
         ("uploaded by all clients", size(sum(sent.up for sent in traffic(run)))),
         ("memory of the largest rank", f"{max(row['rss_mb'] or 0 for row in run.history):.0f} MiB"),
@@ -109,6 +119,16 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return facts
 
 
+def _by_class(run: Run) -> list[tuple[str, str]]:
+    """Return the facts beside accuracy, without those that an earlier version did not record."""
+    values = {
+        "worst tenth of the clients": run.last.get("accuracy_worst_tenth"),
+        "macro-F1": (run.last.get("macro_f1") or {}).get("mean"),
+        "balanced accuracy": (run.last.get("balanced_accuracy") or {}).get("mean"),
+    }
+    return [(name, percent(value).text + " %") for name, value in values.items() if value is not None]
+
+
 def _data(run: Run) -> Section:
     counts = run.started_with("class_counts")
     if not counts:
@@ -119,7 +139,7 @@ def _data(run: Run) -> Section:
         *client_columns(run.client_names),
         Column("samples"),
         Column("classes"),
-        *(Column(f"class {c}") for c in range(table.shape[1])),
+        *(Column(run.names.class_of(c)) for c in range(table.shape[1])),
     ]
     rows = [
         [
@@ -129,7 +149,7 @@ def _data(run: Run) -> Section:
         for k in range(len(table))
     ]
     partition = Table("partition", "Training samples by client and class", columns, rows, open=False)
-    return Section("Data", [partition], [run_figures.partition(table, run.client_labels)])
+    return Section("Data", [partition], [run_figures.partition(table, run.client_labels, run.class_names)])
 
 
 def _target(run: Run, target: float | None) -> Table:
@@ -201,10 +221,12 @@ def _clients(run: Run, views: ModelViews | None) -> Table:
         ]
         for k in order
     ]
-    auc = metrics.get("auc", [])
-    if any(value is not None for value in auc):
-        columns.append(Column("AUC, %"))
-        rows = [[*row, percent(auc[k])] for row, k in zip(rows, order, strict=True)]
+    for key, title in OPTIONAL.items():
+        values = metrics.get(key) or []
+        if any(value is not None for value in values):
+            columns.append(Column(title))
+            shown = number if key == "test_samples" else percent
+            rows = [[*row, shown(values[k])] for row, k in zip(rows, order, strict=True)]
     if views and len(views.accuracy_shared) == run.clients:
         columns.append(Column("shared test, %"))
         rows = [

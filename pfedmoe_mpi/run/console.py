@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import config
 from pfedmoe_mpi.core.flat import Layout
+from pfedmoe_mpi.data.summary import plain
 from pfedmoe_mpi.federation import disk
 from pfedmoe_mpi.federation.effective import proposals
 from pfedmoe_mpi.federation.metrics import Row, best, selected_on
@@ -182,7 +183,7 @@ def _percent(value: float | None) -> str:
 def table(federation: Federation, history: Sequence[Row]) -> str:
     """Return the text at the end of a run: the table of clients, last and best round, failures."""
     last, top = history[-1], best(history)
-    lines = [_client_table(federation, last), "last  " + _line(last)]
+    lines = [_client_table(federation, last), "last  " + _line(last), _by_class(last)]
     if last["drift"]:
         lost, rounds = last["drift"]["forgetting"], last["drift"]["recovery"]
         recovery = "not recovered yet" if rounds is None else f"recovered after {rounds} rounds"
@@ -205,6 +206,7 @@ def selecting_rows(history: Sequence[Row]) -> str:
 def _client_table(federation: Federation, row: Row) -> str:
     """Return a table of a round: each client's architecture, training samples, classes, accuracy and α."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     task, clients = federation.task, row["clients"]
@@ -212,12 +214,21 @@ def _client_table(federation: Federation, row: Row) -> str:
     columns = {"AUC": clients["auc"], "α shared": clients["alpha"]}
     columns = {name: values for name, values in columns.items() if any(v is not None for v in values)}
     table = Table(title=f"clients after round {row['round']}")
-    for heading in ("client", "architecture", "samples", "classes", "accuracy", *columns):
+    names = plain(federation.partition.client_names, task.clients)
+    for heading in (
+        "client",
+        *(["name"] if names else []),
+        "architecture",
+        "samples",
+        "classes",
+        "accuracy",
+        *columns,
+    ):
         table.add_column(heading, justify="right")
     for k in range(task.clients):
         classes = int((task.counts[k] > 0).sum())
-        cells = [str(k), architectures[k % len(architectures)], str(task.samples(k)), str(classes)]
-        cells += [_percent(clients["accuracy"][k])]
+        cells = [str(k), *(escape(name) for name in names[k : k + 1]), architectures[k % len(architectures)]]
+        cells += [str(task.samples(k)), str(classes), _percent(clients["accuracy"][k])]
         table.add_row(*cells, *(_three_digits(values[k]) for values in columns.values()))
     console = Console(width=100, no_color=True)
     with console.capture() as capture:
@@ -227,6 +238,14 @@ def _client_table(federation: Federation, row: Row) -> str:
 
 def _three_digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _by_class(row: Row) -> str:
+    f1, balanced = row["macro_f1"]["mean"], row["balanced_accuracy"]["mean"]
+    return (
+        f"macro-F1 {_percent(f1)}, balanced accuracy {_percent(balanced)}, worst tenth of the clients "
+        f"{_percent(row['accuracy_worst_tenth'])}, {row['test_samples']:,} test samples"
+    )
 
 
 def _line(row: Row) -> str:
