@@ -94,14 +94,14 @@ def heat_map(partition: Partition, data: Dataset) -> str:
     counts = partition.counts(data.labels, data.classes)
     shown = counts[:_SHOWN, :_SHOWN]
     shades = -(-shown * (len(_SHADES) - 1) // max(1, counts.max()))  # rounded up, so one sample is visible
-    names = plain(partition.client_names, _SHOWN) or [""] * len(shown)
+    names = [f"  {name}" for name in plain(partition.client_names, _SHOWN)] or [""] * len(shown)
     lines = [f"client  train valid  test  classes 0 to {shown.shape[1] - 1} ({_SHADES[-1]} = {counts.max()})"]
     for client, shade in enumerate(shades):
         parts = (partition.train, partition.validation, partition.test)
         sizes = "".join(f"{len(part[client]):6d}" for part in parts)
         unseen = "  unseen" if client in partition.unseen else ""
         cells = "".join(_SHADES[level] * 2 for level in shade)
-        lines.append(f"{client:6d} {sizes}  |{cells}|  {names[client]}{unseen}".rstrip())
+        lines.append(f"{client:6d} {sizes}  |{cells}|{names[client]}{unseen}")
     for total, noun in zip(counts.shape, ("clients", "classes"), strict=True):
         if total > _SHOWN:
             lines.append(f"and {total - _SHOWN} more {noun}")

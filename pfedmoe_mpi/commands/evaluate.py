@@ -63,9 +63,12 @@ def _table(result: Mapping[str, Any], names: Sequence[str]) -> str:
     lines.append("  ".join(f"{name} {_number(value)}" for name, value in summary.items()))
     if result["auc"]["mean"] is not None:
         lines.append(f"AUC mean {_number(result['auc']['mean'])}  worst {_number(result['auc']['worst'])}")
+    tuned = result["accuracy_tuned"]
     unseen = result["accuracy_unseen"]
     if unseen["mean"] is not None:
         lines.append(f"unseen clients: mean {_number(unseen['mean'])}  worst {_number(unseen['worst'])}")
+    if tuned["mean"] is not None:
+        lines.append(f"after tuning: mean {_number(tuned['mean'])}  worst {_number(tuned['worst'])}")
     return "\n".join(lines)
 
 

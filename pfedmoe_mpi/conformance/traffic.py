@@ -285,7 +285,7 @@ class TrafficCheck:
             row = [test.correct, test.samples, test.loss, test.alpha, test.auc, held.correct, held.samples]
             labels = client.splits["test"].y.cpu().numpy()
             by_class = [f(labels, test.answers) for f in (confusion.macro_f1, confusion.balanced_accuracy)]
-            expected[client.id] = [*row, 0, 0, 0, 0, *by_class]  # no stream, no concepts
+            expected[client.id] = [*row, 0, 0, 0, 0, *by_class, 0, 0]  # no stream, no concepts, nobody tunes
             matrices[client.id] = confusion.matrix(labels, test.answers, classes)
             gates += self._gates(parts, client.splits["test"])
         found = buffer[2 : 2 + clients].view(np.float64).reshape(expected.shape)

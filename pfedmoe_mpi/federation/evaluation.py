@@ -19,7 +19,7 @@ from pfedmoe_mpi.core.fixedpoint import SCALE
 from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.errors import StoppedError
-from pfedmoe_mpi.federation import confusion
+from pfedmoe_mpi.federation import confusion, tuning
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.metrics import CLIENT_METRICS, EvaluationSum
 from pfedmoe_mpi.mpi.comm import Comm
@@ -78,9 +78,10 @@ def _client_metrics(
     splits = [client.splits["test"], client.splits["validation"]]
     splits += federation.stream.concepts(client) if federation.stream else [splits[0].empty()] * 2
     results = [measure(federation.engine, federation.method, parts, split, unseen) for split in splits]
+    tuned = _tuned(federation, client, parts)
     measured = [result for result in results if result]
     if not measured:
-        return [0.0] * len(CLIENT_METRICS)
+        return [*[0.0] * (len(CLIENT_METRICS) - len(tuned)), *tuned]
     test = measured[0]
     alpha = float("nan") if unseen else test.alpha
     if test.gate is not None and not unseen:
@@ -90,7 +91,17 @@ def _client_metrics(
         result.confusion[client.id] = confusion.matrix(labels, test.answers, federation.task.classes)
     counts = [number for other in measured[1:] for number in (other.correct, other.samples)]
     by_class = [f(labels, test.answers) for f in (confusion.macro_f1, confusion.balanced_accuracy)]
-    return [test.correct, test.samples, test.loss, alpha, test.auc, *counts, *by_class]
+    return [test.correct, test.samples, test.loss, alpha, test.auc, *counts, *by_class, *tuned]
+
+
+def _tuned(federation: Federation, client: Client, parts: Parts) -> tuple[float, float]:
+    """Return correct answers and test samples of a client after tuning; zeros for one that is not tuned."""
+    if not federation.config.unseen.tune or client.id not in federation.task.unseen:
+        return 0.0, 0.0
+    if not tuning.tune(federation, client, parts):
+        return 0.0, 0.0
+    found = measure(federation.engine, federation.method, parts, client.splits["test"])
+    return (found.correct, found.samples) if found else (0.0, 0.0)
 
 
 def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:

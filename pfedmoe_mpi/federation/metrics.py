@@ -23,12 +23,12 @@ Row = dict[str, Any]
 CLIENT_METRICS = (
     *("correct", "samples", "loss", "alpha", "auc", "validation_correct", "validation_samples"),
     *("first_correct", "first_samples", "second_correct", "second_samples"),
-    *("macro_f1", "balanced_accuracy"),
+    *("macro_f1", "balanced_accuracy", "tuned_correct", "tuned_samples"),
 )
 PHASES = ("train", "evaluate", "sum", "wait")  # the parts of a rank's time in a round
 RANK_METRICS = (*PHASES, "rss_mb")
 # Values that came later. They follow from the models, and are left out of digests, which do not change.
-LATER = ("accuracy_worst_tenth", "macro_f1", "balanced_accuracy", "test_samples")
+LATER = ("accuracy_worst_tenth", "macro_f1", "balanced_accuracy", "test_samples", "accuracy_tuned")
 UNREPEATABLE = ("seconds", "seconds_ranks", "rss_mb", "mpi_bytes")  # differ between runs with the same bits
 
 
@@ -113,6 +113,7 @@ def evaluation_metrics(evaluation: EvaluationSum, unseen: Collection[int] = ()) 
     tested, validated = measured["samples"], measured["validation_samples"]
     with np.errstate(invalid="ignore", divide="ignore"):
         accuracy = with_nulls(np.where(tested > 0, measured["correct"] / tested, np.nan))
+        tuned = with_nulls(measured["tuned_correct"] / measured["tuned_samples"])  # 0 / 0 where it was not
         validation = with_nulls(np.where(validated > 0, measured["validation_correct"] / validated, np.nan))
     auc, f1, balanced = (
         with_nulls(np.where(tested > 0, measured[name], np.nan))
@@ -129,6 +130,7 @@ def evaluation_metrics(evaluation: EvaluationSum, unseen: Collection[int] = ()) 
         "macro_f1": summary([f1[k] for k in training], tested[training].tolist()),
         "balanced_accuracy": summary([balanced[k] for k in training], tested[training].tolist()),
         "test_samples": int(tested[training].sum()),
+        "accuracy_tuned": summary([tuned[k] for k in others], measured["tuned_samples"][others].tolist()),
         "auc": summary([auc[k] for k in training], tested[training].tolist()),
         "alpha_class": _alpha_class(evaluation.gates),
         "clients": {
@@ -139,6 +141,7 @@ def evaluation_metrics(evaluation: EvaluationSum, unseen: Collection[int] = ()) 
             "macro_f1": f1,
             "balanced_accuracy": balanced,
             "test_samples": tested.astype(int).tolist(),
+            "accuracy_tuned": tuned,
         },
     }
 

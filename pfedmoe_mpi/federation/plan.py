@@ -97,7 +97,8 @@ def draw_partition(settings: Config, dataset: Dataset) -> Partition:
     if settings.partition.kind == "natural":
         partition = replace(partition, client_names=dataset.client_names)
     if settings.unseen_clients and not partition.unseen:
-        partition = choose_unseen(partition, dataset.labels, settings.unseen_clients, settings.seed)
+        wanted, by = settings.unseen_clients, settings.unseen.by
+        partition = choose_unseen(partition, dataset.labels, wanted, settings.seed, by)
     partition.check()
     fewest = min(range(partition.clients), key=lambda client: len(partition.train[client]))
     if len(partition.train[fewest]) < 2:

@@ -118,6 +118,7 @@ def accuracies(comparison: Comparison) -> Table:
     }
     optional: dict[str, Callable[[Run], float | None]] = {
         "unseen": partial(_mean_of, key="accuracy_unseen"),
+        "unseen, tuned": partial(_mean_of, key="accuracy_tuned"),
         "AUC": partial(_mean_of, key="auc"),
         "worst tenth": _worst_tenth,
         "macro-F1": partial(_mean_of, key="macro_f1"),

@@ -1,4 +1,4 @@
-"""The part of one run's page about mistakes: which classes each client's model takes for which."""
+"""The part of one run's page about classes: metrics by class, and which classes are taken for which."""
 
 from __future__ import annotations
 
@@ -20,18 +20,49 @@ DRAWN = 11  # clients of which a matrix is drawn, beside that of all together
 MOST_TICKS = 20  # classes whose names fit along a matrix
 FEW_CELLS = 10  # classes of a matrix that shows its numbers
 IN_TEXT = 3  # mistakes in the sentence above
+TITLES = {
+    "accuracy": "accuracy, %",
+    "macro_f1": "macro-F1, %",
+    "balanced_accuracy": "balanced accuracy, %",
+    "accuracy_tuned": "tuned, %",
+}
 
 
 def section(run: Run) -> Section:
-    """Return the mistakes of the last evaluation, an empty section if the run did not keep them."""
+    """Return metrics beside accuracy by client, and the mistakes of the last evaluation where they are kept.
+
+    Empty for runs of an earlier version.
+    """
+    metrics = [_metrics(run)] if run.last.get("macro_f1") else []
     found = run.confusion
-    if found is None or not len(found.count):
-        return Section("Mistakes")
-    order = _worst_first(run, found)
-    if not order:
-        return Section("Mistakes")
+    order = _worst_first(run, found) if found else []
+    if found is None or not order:
+        return Section("By class", metrics)
     table, text = _table(run, found, order)
-    return Section("Mistakes", [table] if table.rows else [], [figure(run, found, order[:DRAWN])], text)
+    tables = [table, *metrics] if table.rows else metrics
+    return Section("By class", tables, [figure(run, found, order[:DRAWN])], text)
+
+
+def _metrics(run: Run) -> Table:
+    """List what accuracy alone hides of every client."""
+    clients = run.last["clients"]
+    columns = [*client_columns(run.client_names), Column("test samples")]
+    shown = {name: title for name, title in TITLES.items() if any(v is not None for v in clients[name] or ())}
+    columns += map(Column, shown.values())
+    rows = [
+        [
+            *client_cells(k, run.client_names),
+            number(clients["test_samples"][k]),
+            *(percent(clients[name][k]) for name in shown),
+        ]
+        for k in range(run.clients)
+    ]
+    notes = [
+        "macro-F1: mean over classes in a client's test rows or answers; balanced accuracy: mean over classes "
+        "in its test rows; tuned: of a client that never trains, after unseen.tune epochs"
+    ]
+    title = f"Metrics by client, round {run.last['round']}"
+    return Table("client_metrics", title, columns, rows, notes, open=False)
 
 
 def _worst_first(run: Run, found: Confusion) -> list[int]:

@@ -44,13 +44,6 @@ OMITTED = (
     *("samples", "data_digest", "partition_digest", "class_counts", "multiply_adds", "client_names"),
     *("class_names", "numbers"),
 )
-# Columns of clients that runs of an earlier version lack, or that need two classes.
-OPTIONAL = {
-    "auc": "AUC, %",
-    "macro_f1": "macro-F1, %",
-    "balanced_accuracy": "balanced accuracy, %",
-    "test_samples": "test samples",
-}
 # Why a client was left out of a sum, by the row's list that names it.
 LEFT_OUT = (("dropped", "not finite"), ("lost", "lost before the sum"), ("late", "after the deadline"))
 
@@ -110,7 +103,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         name = f"accuracy, round {run.chosen['round']}, chosen on validation rows"
         facts.insert(2, (name, percent(run.chosen["accuracy"]["mean"]).text + " %"))
     unseen = (run.last.get("accuracy_unseen") or {}).get("mean")
+    tuned = (run.last.get("accuracy_tuned") or {}).get("mean")
     facts += [] if unseen is None else [("accuracy, unseen clients", percent(unseen).text + " %")]
+    facts += [] if tuned is None else [("unseen clients, tuned", percent(tuned).text + " %")]
     drift = run.last.get("drift")
     if drift:
         rounds = drift["recovery"]
@@ -221,12 +216,10 @@ def _clients(run: Run, views: ModelViews | None) -> Table:
         ]
         for k in order
     ]
-    for key, title in OPTIONAL.items():
-        values = metrics.get(key) or []
-        if any(value is not None for value in values):
-            columns.append(Column(title))
-            shown = number if key == "test_samples" else percent
-            rows = [[*row, shown(values[k])] for row, k in zip(rows, order, strict=True)]
+    auc = metrics.get("auc", [])
+    if any(value is not None for value in auc):
+        columns.append(Column("AUC, %"))
+        rows = [[*row, percent(auc[k])] for row, k in zip(rows, order, strict=True)]
     if views and len(views.accuracy_shared) == run.clients:
         columns.append(Column("shared test, %"))
         rows = [

@@ -184,6 +184,9 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
     """Return the text at the end of a run: the table of clients, last and best round, failures."""
     last, top = history[-1], best(history)
     lines = [_client_table(federation, last), "last  " + _line(last), _by_class(last)]
+    if last["accuracy_unseen"]["mean"] is not None or last["accuracy_tuned"]["mean"] is not None:
+        as_they_come, tuned = (_percent(last[key]["mean"]) for key in ("accuracy_unseen", "accuracy_tuned"))
+        lines.append(f"unseen clients: accuracy mean {as_they_come}, after tuning {tuned}")
     if last["drift"]:
         lost, rounds = last["drift"]["forgetting"], last["drift"]["recovery"]
         recovery = "not recovered yet" if rounds is None else f"recovered after {rounds} rounds"

@@ -23,7 +23,7 @@ from pfedmoe_mpi.data.split_file import read_split
 from pfedmoe_mpi.errors import ConfigError, DataError, PartitionError, UserError
 from pfedmoe_mpi.federation import effective, plan
 from support.data_files import open_data, write_h5
-from support.launcher import Session, checkpoint_digest, run_to_end
+from support.launcher import Session, checkpoint_digest, read_metrics, run_to_end
 from support.paths import ROOT
 
 ROWS = 120
@@ -225,8 +225,12 @@ def test_runs_with_the_drawn_and_the_listed_split_are_the_same(session: Session,
     drawn = ("--clients", "4", "--unseen.clients", "1", "--partition.kind", "pathological")
     assert session("data", "partition", "p.h5", *drawn, cwd=tmp_path).code == 0
     assert session(*drawn, *small, "one", cwd=tmp_path).code == 0
-    run_to_end(3, "--partition.file", "p.h5", *small, "three", cwd=tmp_path)
+    tuned = ("--unseen.tune", "2", "--unseen.shots", "5")
+    run_to_end(3, "--partition.file", "p.h5", *tuned, *small, "three", cwd=tmp_path)
     assert checkpoint_digest(tmp_path / "one", 2) == checkpoint_digest(tmp_path / "three", 2)
+    here = session("evaluate", "one/checkpoints/round-000002.h5", *tuned, "--json", cwd=tmp_path)
+    rows = json.loads(here.out), read_metrics(tmp_path / "three")[-1]
+    assert rows[0]["accuracy_tuned"]["mean"] == rows[1]["accuracy_tuned"]["mean"] is not None
     (tmp_path / "p.h5").rename(tmp_path / "moved.h5")
     lost = session("restart", "three", "--rounds", "3", cwd=tmp_path)
     assert lost.code == 2 and "no such file" in lost.err
