@@ -47,7 +47,9 @@ def _metrics(run: Run) -> Table:
     """List what accuracy alone hides of every client."""
     clients = run.last["clients"]
     columns = [*client_columns(run.client_names), Column("test samples")]
-    shown = {name: title for name, title in TITLES.items() if any(v is not None for v in clients[name] or ())}
+    shown = {
+        name: title for name, title in TITLES.items() if any(v is not None for v in clients.get(name) or ())
+    }
     columns += map(Column, shown.values())
     rows = [
         [
@@ -58,8 +60,8 @@ def _metrics(run: Run) -> Table:
         for k in range(run.clients)
     ]
     notes = [
-        "macro-F1: mean over classes in a client's test rows or answers; balanced accuracy: mean over classes "
-        "in its test rows; tuned: of a client that never trains, after unseen.tune epochs"
+        "macro-F1: mean over classes in a client's test rows or answers; balanced accuracy: over classes in "
+        "its test rows; tuned: of a client that never trains, after unseen.tune epochs"
     ]
     title = f"Metrics by client, round {run.last['round']}"
     return Table("client_metrics", title, columns, rows, notes, open=False)
