@@ -28,11 +28,12 @@ class Confusion:
     count: np.ndarray
 
     @classmethod
-    def of(cls, round: int, counts: np.ndarray) -> Confusion:
-        """Return the matrices of an array (clients, classes, classes)."""
-        flat = counts.ravel()
-        place = np.flatnonzero(flat)
-        return cls(round, counts.shape[0], counts.shape[1], place, flat[place])
+    def of(cls, round: int, counts: np.ndarray, measured: np.ndarray, clients: int) -> Confusion:
+        """Return the matrices (measured, classes, classes) of the `measured` ones of `clients`, ascending."""
+        who, label, answer = np.nonzero(counts)
+        classes = counts.shape[1]
+        place = (measured[who] * classes + label) * classes + answer
+        return cls(round, clients, classes, place, counts[who, label, answer])
 
     def client(self, client: int) -> np.ndarray:
         """Return a client's matrix, int64 (classes, classes)."""

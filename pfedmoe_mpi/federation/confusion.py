@@ -7,7 +7,6 @@ batches or ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -50,12 +49,11 @@ def _by_class(labels: np.ndarray, answers: np.ndarray) -> list[np.ndarray]:
     return [np.bincount(c, minlength=length) for c in (labels, answers, labels[labels == answers])]
 
 
-def worst_tenth(accuracy: Sequence[float | None]) -> float | None:
+def worst_tenth(accuracy: np.ndarray) -> float | None:
     """Return the mean of the lowest tenth of the clients' accuracies; None if no client has one.
 
     They are max(1, floor(n / 10 + ½)) of the n clients with an accuracy, as in q-FedAvg's tables (Li et al.,
     ICLR 2020, arXiv 1905.10497).
     """
-    values = sorted(value for value in accuracy if value is not None)
-    lowest = values[: max(1, int(len(values) / 10 + 0.5))]
-    return float(np.mean(lowest)) if lowest else None
+    values = np.sort(accuracy[np.isfinite(accuracy)])
+    return float(values[: max(1, int(len(values) / 10 + 0.5))].mean()) if len(values) else None

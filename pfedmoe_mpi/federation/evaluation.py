@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from pfedmoe_mpi.algorithms.base import Algorithm
-from pfedmoe_mpi.core import batches
+from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Split
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.fixedpoint import SCALE
 from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.errors import StoppedError
 from pfedmoe_mpi.federation import confusion, tuning
@@ -44,20 +45,41 @@ class Measured:
     answers: np.ndarray
 
 
+def drawn_clients(settings: Config, round: int, cohort: Collection[int]) -> np.ndarray:
+    """Return the clients that a round measures, ascending int64: none, all, or those drawn and the cohort.
+
+    Clients are measured every `eval.every` rounds, and in the last. The draw of `eval.clients` is from all
+    clients, and the round is part of its address.
+    """
+    last = round == settings.rounds
+    if round % settings.eval.every and not last:
+        return np.empty(0, np.int64)
+    if settings.drawn_clients == settings.clients or (last and settings.eval.last == "all"):
+        return np.arange(settings.clients)
+    draw = numpy_generator(settings.seed, "measured", round)
+    drawn = draw.choice(settings.clients, settings.drawn_clients, replace=False)
+    return np.union1d(drawn, np.array([*cohort], np.int64))
+
+
 def evaluate(
-    comm: Comm, federation: Federation, state: torch.Tensor, round: int, due: bool = True
+    comm: Comm, federation: Federation, state: torch.Tensor, round: int, measured: np.ndarray
 ) -> EvaluationSum:
     """Return this rank's share of an evaluation after `round`: its clients with the server's `state`.
 
-    No client is measured unless `due`. A stop leaves the remaining clients out and is requested in the sum.
+    A stop leaves the remaining clients out and is requested in the sum.
+
+    Args:
+        measured: the clients to measure, ascending.
     """
     task = federation.task
-    result = EvaluationSum(task.clients, comm.size, task.classes, due)
+    place = {client: number for number, client in enumerate(measured.tolist())}
+    result = EvaluationSum(task.clients, comm.size, task.classes, measured)
     try:
-        for client in federation.clients.values() if due else ():
+        for client in (client for client in federation.clients.values() if client.id in place):
             comm.poll()
             with comm.located(f"evaluation of client {client.id}, round {round}"):
-                result.clients[client.id] = _client_metrics(federation, client, state, round, result)
+                values = _client_metrics(federation, client, state, round, result, place[client.id])
+                result.clients[place[client.id]] = values
     except StoppedError:
         pass
     if comm.stop_requested():
@@ -66,12 +88,12 @@ def evaluate(
 
 
 def _client_metrics(
-    federation: Federation, client: Client, state: torch.Tensor, round: int, result: EvaluationSum
+    federation: Federation, client: Client, state: torch.Tensor, round: int, result: EvaluationSum, place: int
 ) -> list[float]:
     """Return CLIENT_METRICS; zeros if the method gives no answer for a client that has not trained.
 
-    Counts of answers are added to the result, and the weights of a client's gate, unless the client has not
-    trained: the weights of an initial gate mean nothing.
+    Counts of answers are added to the result at `place`, and the weights of a client's gate, unless the
+    client has not trained: the weights of an initial gate mean nothing.
     """
     parts = federation.parts(client, state)
     unseen = client.id in federation.task.absent_clients(round)
@@ -88,7 +110,7 @@ def _client_metrics(
         result.gates[:] += test.gate.numpy()
     labels = client.splits["test"].y.cpu().numpy()
     if result.confusion is not None:
-        result.confusion[client.id] = confusion.matrix(labels, test.answers, federation.task.classes)
+        result.confusion[place] = confusion.matrix(labels, test.answers, federation.task.classes)
     counts = [number for other in measured[1:] for number in (other.correct, other.samples)]
     by_class = [f(labels, test.answers) for f in (confusion.macro_f1, confusion.balanced_accuracy)]
     return [test.correct, test.samples, test.loss, alpha, test.auc, *counts, *by_class, *tuned]
@@ -106,8 +128,7 @@ def _tuned(federation: Federation, client: Client, parts: Parts) -> tuple[float,
 
 def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:
     """Yield a split's samples in batches (B, *shape), normalised, without labels."""
-    for batch in batches.batches(split, engine.evaluation_batch, engine.normalise):
-        engine.poll()
+    for batch in engine.batches(split):
         yield batch.x
 
 
@@ -131,8 +152,7 @@ def measure(
         answer = method.predictor(parts, partial(inputs, engine, split), unseen)
         if answer is None:
             return None
-        for batch in batches.batches(split, engine.evaluation_batch, engine.normalise):
-            engine.poll()
+        for batch in engine.batches(split):
             logits = answer(batch.x).float()
             answers.append(logits.argmax(1))
             correct += (answers[-1] == batch.y).sum()

@@ -100,7 +100,7 @@ def draw_partition(settings: Config, dataset: Dataset) -> Partition:
         wanted, by = settings.unseen_clients, settings.unseen.by
         partition = choose_unseen(partition, dataset.labels, wanted, settings.seed, by)
     partition.check()
-    fewest = min(range(partition.clients), key=lambda client: len(partition.train[client]))
+    fewest = int(partition.train.sizes.argmin())
     if len(partition.train[fewest]) < 2:
         raise PartitionError(
             f"client {fewest} has 1 training row, and training needs at least 2",

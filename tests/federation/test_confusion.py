@@ -33,14 +33,15 @@ def test_metrics_are_those_of_scikit_learn() -> None:
 
 
 def test_worst_tenth_is_at_least_one_client() -> None:
-    assert worst_tenth([0.5, None, 0.25]) == 0.25
-    assert worst_tenth([k / 100 for k in range(20)]) == pytest.approx(0.005)
-    assert worst_tenth([]) is None and worst_tenth([None]) is None
+    assert worst_tenth(np.array([0.5, np.nan, 0.25])) == 0.25
+    assert worst_tenth(np.arange(20) / 100) == pytest.approx(0.005)
+    assert worst_tenth(np.empty(0)) is None and worst_tenth(np.array([np.nan])) is None
 
 
 def test_matrices_are_left_out_where_nobody_is_measured_or_there_are_too_many() -> None:
     assert EvaluationSum(4, 2, 10).confusion is not None
-    assert EvaluationSum(4, 2, 10, due=False).confusion is None
+    assert EvaluationSum(4, 2, 10, np.array([1, 3])).confusion.shape == (2, 10, 10)
+    assert EvaluationSum(4, 2, 10, np.empty(0, np.int64)).confusion is None
     assert EvaluationSum(MOST_COUNTS // 100 + 1, 2, 10).confusion is None
 
 
