@@ -146,8 +146,9 @@ def measure(
                 scores.append(logits[:, 1] - logits[:, 0])
     n = len(split)
     area = auc(torch.cat(scores).cpu().numpy(), split.y.cpu().numpy()) if scores else math.nan
-    mean_loss, mean_alpha = (float(total) / n if n else math.nan for total in (loss, alpha))
-    return Measured(int(correct), n, mean_loss, mean_alpha, area, None if gate is None else gate.cpu())
+    right, *totals = torch.stack([correct.double(), loss, alpha]).tolist()  # waits for the device
+    mean_loss, mean_alpha = (total / n if n else math.nan for total in totals)
+    return Measured(int(right), n, mean_loss, mean_alpha, area, None if gate is None else gate.cpu())
 
 
 def _by_class(alpha: torch.Tensor, y: torch.Tensor, classes: int) -> torch.Tensor:
