@@ -33,11 +33,11 @@ def _lines(data: Dataset, where: str, sample: np.ndarray) -> Iterator[str]:
     shape = "×".join(map(str, data.shape))
     yield f"{where}: {len(data):,} samples of {shape} {_values(data, sample)}"
     counts = np.bincount(data.labels, minlength=data.classes).tolist()
-    classes = [f"{name} ({count:,})" for name, count in zip(_plain(data.class_names), counts, strict=False)]
+    classes = [f"{name} ({count:,})" for name, count in zip(plain(data.class_names), counts, strict=False)]
     yield f"{data.classes:,} classes (samples): {_listed(classes, data.classes)}"
     if data.client is not None:
         clients = int(data.client.max()) + 1
-        names = f": {_listed(_plain(data.client_names), clients)}" if data.client_names else " without names"
+        names = f": {_listed(plain(data.client_names), clients)}" if data.client_names else " without names"
         yield f"{clients:,} clients of their own{names}"
     if data.official_test is not None:
         yield f"{int(data.official_test.sum()):,} samples are the official test part"
@@ -58,9 +58,9 @@ def _values(data: Dataset, x: np.ndarray) -> str:
     return f"{kind} from {present.min():g} to {present.max():g}{missing}{among}"
 
 
-def _plain(names: Sequence[str]) -> list[str]:
-    """Return the names that are shown, as a terminal can print them."""
-    shown = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…" for name in names[:_NAMES]]
+def plain(names: Sequence[str], most: int = _NAMES) -> list[str]:
+    """Return the first names, as a terminal can print them."""
+    shown = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…" for name in names[:most]]
     return [name if name.isprintable() and name.strip() else ascii(name) for name in shown]
 
 
