@@ -119,6 +119,10 @@ def _check_patience(federation: Federation) -> None:
             f"run.patience = {patience} waits for a better accuracy on validation rows, and there are none",
             "add --partition.validation 0.2, or remove --run.patience",
         )
+    if patience and federation.config.eval.clients:
+        drawn = f"eval.clients = {federation.config.eval.clients:g} measures other clients in every round"
+        problem = f"run.patience = {patience} compares rounds, and {drawn}"
+        raise ConfigError(problem, "remove --eval.clients or --run.patience")
     if 0 < patience < every:
         raise ConfigError(
             f"run.patience = {patience} is less than the rounds between measurements, eval.every = {every}",
