@@ -10,7 +10,7 @@ from pfedmoe_mpi.report import distributions
 from pfedmoe_mpi.report.compare import STD_OVER_CLIENTS, over_clients
 from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, legend_above, style
-from pfedmoe_mpi.report.load import Run, numbers
+from pfedmoe_mpi.report.load import NO_NAMES, Names, Run, numbers
 from pfedmoe_mpi.report.run_figures import (
     band,
     client_ticks,
@@ -18,8 +18,9 @@ from pfedmoe_mpi.report.run_figures import (
     heat_map,
     round_columns,
     rounds_axis,
+    short_name,
 )
-from pfedmoe_mpi.report.tables import Column, Table, number
+from pfedmoe_mpi.report.tables import Column, Table, number, word
 
 FEW = 12  # classes that are drawn as lines; more are drawn as a heat map
 
@@ -31,8 +32,8 @@ def section(run: Run) -> Section:
     tables, figures = [_client_table(run)], [client_figure(run)]
     rounds, table = by_class(run)
     if len(rounds):
-        tables.append(_class_table(rounds, table))
-        figures.append(class_figure(rounds, table))
+        tables.append(_class_table(rounds, table, run.names))
+        figures.append(class_figure(rounds, table, run.names))
     return Section("Gates", tables, figures)
 
 
@@ -63,11 +64,13 @@ def _client_table(run: Run) -> Table:
     return Table("alpha", title, columns, rows, [STD_OVER_CLIENTS])
 
 
-def _class_table(rounds: np.ndarray, table: np.ndarray) -> Table:
-    columns = [Column("class"), *(Column(f"round {rounds[n]}") for n in first_middle_last(len(rounds)))]
+def _class_table(rounds: np.ndarray, table: np.ndarray, names: Names) -> Table:
+    columns = [Column("class"), *([Column("name", words=True)] if names.classes else [])]
+    columns += [*(Column(f"round {rounds[n]}") for n in first_middle_last(len(rounds)))]
     rows = [
         [
             number(label),
+            *([word(names.classes[label])] if names.classes else []),
             *(
                 number(None if np.isnan(table[n, label]) else float(table[n, label]), "{:.3f}")
                 for n in first_middle_last(len(rounds))
@@ -122,7 +125,7 @@ def client_figure(run: Run) -> Figure:
     return Figure("gates", "Gate weights by client", caption, draw, (WIDTH, height))
 
 
-def class_figure(rounds: np.ndarray, table: np.ndarray) -> Figure:
+def class_figure(rounds: np.ndarray, table: np.ndarray, names: Names = NO_NAMES) -> Figure:
     """Plot α by class over rounds: lines for few classes, a heat map for many."""
     few = table.shape[1] <= FEW
 
@@ -131,13 +134,20 @@ def class_figure(rounds: np.ndarray, table: np.ndarray) -> Figure:
         if few:
             for label in range(table.shape[1]):
                 line_style = style(label, paint)
-                axes.plot(rounds, table[:, label], label=f"class {label}", **line_style.line(len(rounds)))
+                axes.plot(
+                    rounds,
+                    table[:, label],
+                    label=short_name(names.class_of(label)),
+                    **line_style.line(len(rounds)),
+                )
             axes.set_ylabel("α of the shared expert")
             rounds_axis(axes)
             legend_above(canvas, axes, 5)
             return
         heat_map(canvas, axes, table.T, "mean α", (float(np.nanmin(table)), float(np.nanmax(table))))
         round_columns(axes, rounds.tolist())
+        if names.classes:
+            client_ticks(canvas, axes.yaxis, names.classes)
         axes.set_ylabel("class")
 
     caption = (

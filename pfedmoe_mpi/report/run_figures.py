@@ -63,12 +63,12 @@ def round_columns(axes: Any, rounds: Sequence[int], most: int = 8) -> None:
 
 
 def short_name(name: str) -> str:
-    """Return a client's name for a figure, shortened if it is long."""
+    """Return a name of a client or a class for a figure, shortened if it is long."""
     return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
 
 
 def client_ticks(canvas: Any, axis: Any, labels: Sequence[str]) -> bool:
-    """Name the clients along an axis, at 0, 1, …; return whether there was room for all names."""
+    """Name clients or classes along an axis, at 0, 1, …; return whether there was room for all names."""
     place = axis.axes.get_position()
     along_x = axis.axis_name == "x"
     inches = place.width * canvas.get_figwidth() if along_x else place.height * canvas.get_figheight()
@@ -181,14 +181,20 @@ def heat_map(canvas: Any, axes: Any, table: np.ndarray, label: str, limits: tupl
     return image
 
 
-def partition(counts: np.ndarray, labels: Sequence[str]) -> Figure:
-    """Draw training samples, (N, classes), with classes down and clients across, N labels."""
+def partition(counts: np.ndarray, labels: Sequence[str], classes: Sequence[str] = ()) -> Figure:
+    """Draw training samples, (N, classes), with classes down and clients across, N labels.
+
+    Args:
+        classes: the names of the classes, if they have names.
+    """
 
     def draw(canvas: Any, paint: Paint) -> None:
         axes = canvas.subplots()
         table = np.where(counts.T > 0, counts.T, np.nan).astype(float)
         image = heat_map(canvas, axes, table, "training samples", (0, max(1, counts.max())))
         client_ticks(canvas, axes.xaxis, labels)
+        if classes:
+            client_ticks(canvas, axes.yaxis, classes)
         axes.set_xlabel("client")
         axes.set_ylabel("class")
         cell = 0.7 * 72 * canvas.get_figwidth() / len(counts)  # points
