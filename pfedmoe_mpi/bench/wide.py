@@ -25,6 +25,7 @@ from pfedmoe_mpi.bench.progress import announce
 from pfedmoe_mpi.bench.start import LIMIT, launcher, paths
 from pfedmoe_mpi.errors import EXIT_DONE, ConfigError, LaunchError
 from pfedmoe_mpi.mpi import device
+from pfedmoe_mpi.mpi.memory import shortage
 from pfedmoe_mpi.storage import untrusted_json
 
 RANKS, ROUNDS = 64, 20
@@ -38,12 +39,16 @@ HEADING = f"{'ranks':>6}{'start, s':>10}{'round, ms':>11}{'overhead, ms':>14}{'e
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one job: until round 1, a round (median), its part beside training, and the end."""
+    """Seconds of one job: until round 1, a round (median), its part beside training, and the end.
+
+    `memory`: bytes of the largest rank.
+    """
 
     start: float
     round: float
     overhead: float
     end: float
+    memory: float
 
 
 def run(words: Sequence[str]) -> int:
@@ -66,15 +71,19 @@ def run(words: Sequence[str]) -> int:
     print(f"{device.processor()}: {environment.CORES} cores, {time.strftime('%Y-%m-%d %H:%M %z')}")
     print(HEADING, flush=True)
     ranks = [1 << n for n in range(most.bit_length())]
-    found = []
+    found: list[Times] = []
     for number in ranks:
+        problem = shortage(number * found[-1].memory, number) if found else ""
+        if problem:
+            announce(f"wide: {number} ranks and more are left out: {problem}")
+            break
         announce(f"wide: {number} ranks")
         found.append(measure(number))
         times = found[-1]
         numbers = (times.start, 1e3 * times.round, 1e3 * times.overhead, times.end)
         print("{:6d}{:10.2f}{:11.1f}{:14.1f}{:8.2f}".format(number, *numbers), flush=True)
     for name in ("start", "overhead", "end"):
-        fixed, each = line(ranks, [getattr(times, name) for times in found])
+        fixed, each = line(ranks[: len(found)], [getattr(times, name) for times in found])
         print(f"{name}: {fixed:.3g} s + {1e3 * each:.3g} ms for each rank")
     return EXIT_DONE
 
@@ -107,18 +116,17 @@ def measure(ranks: int) -> Times:
         )
         timer = threading.Timer(LIMIT, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
-        marks: dict[str, float] = {}
         said: list[str] = []
-        assert process.stdout
-        for text in process.stdout:
-            said.append(text)
-            if text.startswith("run folder "):
-                marks["start"] = time.perf_counter() - started
-            elif re.match(rf"round {ROUNDS}/", text):
-                marks["last"] = time.perf_counter() - started
-        code = process.wait()
-        timer.cancel()
+        try:
+            marks = _marks(process, said, started)
+            process.wait()
+        finally:  # an interrupted benchmark leaves no ranks behind
+            timer.cancel()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # a launcher that is killed leaves its ranks running
+                process.wait()
         ended = time.perf_counter() - started
+        code = process.returncode
         if code or len(marks) < 2:
             raise LaunchError(
                 f"`{' '.join(command)}` failed with code {code}:\n{''.join(said)[-2000:].strip()}",
@@ -128,4 +136,18 @@ def measure(ranks: int) -> Times:
     seconds = [row["seconds"] for row in rows if row["seconds"]["write"] is None]
     rounds = [each["total"] for each in seconds]
     overheads = [each["total"] - each["train"] - each["evaluate"] for each in seconds]
-    return Times(marks["start"], median(rounds), median(overheads), ended - marks["last"])
+    memory = max(row["rss_mb"] for row in rows) * 2**20
+    return Times(marks["start"], median(rounds), median(overheads), ended - marks["last"], memory)
+
+
+def _marks(process: subprocess.Popen[str], said: list[str], started: float) -> dict[str, float]:
+    """Read a job's output into `said`; return the seconds until round 1 began and the last was done."""
+    assert process.stdout
+    marks: dict[str, float] = {}
+    for text in process.stdout:
+        said.append(text)
+        if text.startswith("run folder "):
+            marks["start"] = time.perf_counter() - started
+        elif re.match(rf"round {ROUNDS}/", text):
+            marks["last"] = time.perf_counter() - started
+    return marks
