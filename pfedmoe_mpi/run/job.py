@@ -171,7 +171,8 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
         folder.path = world.from_root(
             lambda: folder.create(settings.run.force, first, numbered), "run folder"
         )
-    world.agree(lambda: folder.log_to_file(world.rank), "logs")
+    hosts = world.gather(platform.node(), "hosts")
+    world.attempt(lambda: folder.log_to_file(hosts, world.rank), "logs")
     world.from_root(lambda: frozen.write(folder.path, federation.frozen), "frozen tensors")
     identity = {"code": start.code, **run_identity(federation)}
     reporter = _reporter(world, start, federation)
