@@ -33,7 +33,7 @@ def section(run: Run) -> Section:
 
     Empty for runs of an earlier version.
     """
-    metrics = [_metrics(run)] if run.last.get("macro_f1") else []
+    metrics = [_metrics(run)] if run.selected.get("macro_f1") else []
     found = run.confusion
     order = _worst_first(run, found) if found else []
     if found is None or not order:
@@ -45,7 +45,7 @@ def section(run: Run) -> Section:
 
 def _metrics(run: Run) -> Table:
     """List what accuracy alone hides of every client."""
-    clients = run.last["clients"]
+    clients = run.selected["clients"]
     columns = [*client_columns(run.client_names), Column("test samples")]
     shown = {
         name: title for name, title in TITLES.items() if any(v is not None for v in clients.get(name) or ())
@@ -63,7 +63,7 @@ def _metrics(run: Run) -> Table:
         "macro-F1: mean over classes in a client's test rows or answers; balanced accuracy: over classes in "
         "its test rows; tuned: of a client that never trains, after unseen.tune epochs"
     ]
-    title = f"Metrics by client, round {run.last['round']}"
+    title = f"Metrics by client, round {run.selected['round']}"
     return Table("client_metrics", title, columns, rows, notes, open=False)
 
 
