@@ -14,6 +14,7 @@ from pfedmoe_mpi.errors import EXIT_DONE
 from pfedmoe_mpi.federation import metrics
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
+from pfedmoe_mpi.run.console import MOST_ROWS, worst_median_best
 from pfedmoe_mpi.run.evaluate import evaluation_loop
 
 NAMES = {"std": "population std"}  # over clients
@@ -53,13 +54,19 @@ def _evaluate(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], as_
 
 
 def _table(result: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return the result as lines of text, one per client."""
+    """Return the result as lines of text: one per client, or the worst, the median and the best of many."""
     lines = [_heading(result)]
-    for client, (accuracy, loss) in enumerate(
-        zip(result["clients"]["accuracy"], result["clients"]["loss"], strict=True)
-    ):
-        named = f"  {plain(names, len(names))[client]}" if names else ""
-        lines.append(f"client {client:4}  accuracy {_number(accuracy)}  loss {_number(loss)}{named}")
+    accuracy, loss = result["clients"]["accuracy"], result["clients"]["loss"]
+    shown = list(range(len(accuracy)))
+    if len(shown) > MOST_ROWS:
+        lines.append(f"worst, median and best of {len(shown)} clients; --json true prints all")
+        shown = worst_median_best(accuracy)
+    printable = plain(names, len(names))
+    for client in shown:
+        named = f"  {printable[client]}" if names else ""
+        lines.append(
+            f"client {client:4}  accuracy {_number(accuracy[client])}  loss {_number(loss[client])}{named}"
+        )
     summary = {NAMES.get(name, name): value for name, value in result["accuracy"].items()}
     lines.append("  ".join(f"{name} {_number(value)}" for name, value in summary.items()))
     if result["auc"]["mean"] is not None:

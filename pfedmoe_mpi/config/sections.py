@@ -266,6 +266,15 @@ class Train(Section):
     device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(_name)] = "auto"
     """auto takes a GPU where one is visible.
     Default: a GPU is faster where there is one."""
+    deterministic: bool = True
+    """On a GPU: only kernels that give the same bits every time; a CPU's always do.
+    Default: the same bits on any GPU of a kind."""
+    graphs: Annotated[Literal["off", "on"], BeforeValidator(_name)] = "off"
+    """On a GPU: record a training step once per architecture as a CUDA graph, and replay it.
+    Default: it has not been seen to be faster yet."""
+    samples_in: Annotated[Literal["auto", "gpu", "host"], BeforeValidator(_name)] = "auto"
+    """Memory of the samples: the GPU's, or the host's, from where they come by batch; auto = as they fit.
+    Default: a GPU's own memory is faster."""
 
     def updates(self, rows: int) -> int:
         """Return the number of updates in an epoch over `rows` samples (see `core.batches.epoch`)."""

@@ -166,10 +166,11 @@ def measure(
                 scores.append(logits[:, 1] - logits[:, 0])
     n = len(split)
     area = auc(torch.cat(scores).cpu().numpy(), split.y.cpu().numpy()) if scores else math.nan
-    mean_loss, mean_alpha = (float(total) / n if n else math.nan for total in (loss, alpha))
+    right, *totals = torch.stack([correct.double(), loss, alpha]).tolist()  # waits for the device
+    mean_loss, mean_alpha = (total / n if n else math.nan for total in totals)
     classes = torch.cat(answers).cpu().numpy() if answers else np.empty(0, np.int64)
     gates = None if gate is None else gate.cpu()
-    return Measured(int(correct), n, mean_loss, mean_alpha, area, gates, classes)
+    return Measured(int(right), n, mean_loss, mean_alpha, area, gates, classes)
 
 
 def _by_class(alpha: torch.Tensor, y: torch.Tensor, classes: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from pfedmoe_mpi.mpi.device import Device
 
 @dataclass(frozen=True)
 class Federation:
-    """Everything that a run is made of; equal on every rank, except `clients` and `device`.
+    """Everything that a run is made of; equal on every rank, except `clients`, `streamed` and `device`.
 
     `home` is the rank that keeps each client, `costs` the relative cost of training each for one epoch,
     `code` the text of the user's own files by name.
@@ -46,6 +46,7 @@ class Federation:
     state_layout: Layout
     client_layouts: Sequence[Layout]
     clients: Mapping[int, Client]  # those of this rank
+    streamed: bool  # whether this rank's samples stay in host memory
     stream: Stream | None
     reserved: Client | None  # the rows of no client, for methods that train before round 1
 

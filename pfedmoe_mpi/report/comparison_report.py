@@ -8,7 +8,14 @@ from functools import partial
 
 import numpy as np
 
-from pfedmoe_mpi.report import compare, comparison_figures, fork_section, paper_section, peer_section
+from pfedmoe_mpi.report import (
+    client_section,
+    compare,
+    comparison_figures,
+    fork_section,
+    paper_section,
+    peer_section,
+)
 from pfedmoe_mpi.report.compare import (
     ENOUGH,
     STD_OVER_CLIENTS,
@@ -62,6 +69,7 @@ def report(
         *peer_section.sections(comparison, peers),
         _differences(comparison, base),
         *fork_section.sections(runs),
+        *client_section.sections(comparison),
         _target_section(comparison, target),
         Section("Cost", [cost(comparison)]),
         Section("Runs", [listed(comparison)]),

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from pfedmoe_mpi.report import distributions
 from pfedmoe_mpi.report.compare import STD_OVER_CLIENTS, over_clients
 from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, legend_above, style
-from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi.report.load import Run, numbers
 from pfedmoe_mpi.report.names import NO_NAMES, Names
 from pfedmoe_mpi.report.run_figures import (
     band,
@@ -27,7 +28,7 @@ FEW = 12  # classes that are drawn as lines; more are drawn as a heat map
 
 def section(run: Run) -> Section:
     """Return tables and figures of gate weights, an empty section for methods without a gate."""
-    if not any(a is not None for row in run.history for a in row["clients"]["alpha"]):
+    if all(np.isnan(numbers(row, "alpha")).all() for row in run.history):
         return Section("Gates")
     tables, figures = [_client_table(run)], [client_figure(run)]
     rounds, table = by_class(run)
@@ -84,7 +85,8 @@ def _class_table(rounds: np.ndarray, table: np.ndarray, names: Names) -> Table:
 
 
 def client_figure(run: Run) -> Figure:
-    """Plot α of the shared expert by client over rounds."""
+    """Plot α of the shared expert over rounds: of every client, or its distribution over many clients."""
+    many = run.clients > distributions.MANY
 
     def draw(canvas: Any, paint: Paint) -> None:
         above, below = canvas.subplots(2, 1, height_ratios=(2, 3), sharex=True)
@@ -102,16 +104,25 @@ def client_figure(run: Run) -> Figure:
         above.set_ylim(0, 1)
         above.set_ylabel("α of the shared expert")
         legend_above(canvas, above, 2)
-        heat_map(canvas, below, table.T, "mean α", (0, 1))
-        client_ticks(canvas, below.yaxis, run.client_labels)
-        below.set_ylabel("client")
+        if many:
+            shares = distributions.shares(table)
+            heat_map(canvas, below, shares, "share of the clients, %", (0, float(shares.max())))
+            ends = (0.5 * distributions.BINS - 0.5, distributions.BINS - 0.5)
+            below.set_yticks([-0.5, *ends], ["0", "0.5", "1"])
+            below.set_ylim(-0.5, ends[1])
+            below.set_ylabel("mean α of a client")
+        else:
+            heat_map(canvas, below, table.T, "mean α", (0, 1))
+            client_ticks(canvas, below.yaxis, run.client_labels)
+            below.set_ylabel("client")
         round_columns(below, rounds.tolist())
 
     caption = (
         "Mean weight α of the shared expert over a client's test samples: 1 = shared expert only, "
-        "0 = local expert only. Above: mean and 10th to 90th percentile of the clients; below: every client."
+        "0 = local expert only. Above: mean and 10th to 90th percentile of the clients; below: "
+        + ("the share of the clients with such a mean." if many else "every client.")
     )
-    height = 5.0 + min(2.0, 0.08 * max(0, run.clients - 16))
+    height = 5.0 if many else 5.0 + min(2.0, 0.08 * max(0, run.clients - 16))
     return Figure("gates", "Gate weights by client", caption, draw, (WIDTH, height))
 
 

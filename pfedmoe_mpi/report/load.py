@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from pfedmoe_mpi.config.config import REFERENCES
 from pfedmoe_mpi.errors import CheckpointError, UserError
 from pfedmoe_mpi.federation.selection import TEST, VALIDATION, best, exhausted
@@ -212,6 +214,12 @@ class Run:
         """Return a field of the newest start or restart that has it, else None."""
         starts = [event for event in self.events if event["event"] in STARTS]
         return next((event[name] for event in reversed(starts) if event.get(name) is not None), None)
+
+
+def numbers(row: Mapping[str, Any], name: str) -> np.ndarray:
+    """Return the clients' numbers of this name in a row of the history, float64 (N,), NaN for null."""
+    columns = row["clients"]
+    return columns.array(name) if isinstance(columns, ClientColumns) else np.array(columns[name], float)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

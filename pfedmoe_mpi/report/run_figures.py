@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from pfedmoe_mpi.report import distributions
 from pfedmoe_mpi.report.costs import traffic
 from pfedmoe_mpi.report.drawing import COLOR_MAP, WIDTH, Figure, Paint, legend_above, panels, style
-from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi.report.load import Run, numbers
 
 BAND = (10, 90)  # percentiles of the clients
 FEW_CELLS = 300  # of a heat map that shows its numbers
@@ -19,7 +20,7 @@ LONGEST_LABEL = 14  # characters of a client's name in a figure
 
 def column(run: Run, name: str) -> np.ndarray:
     """Return a client metric, (rounds, N), NaN where not measured and for clients that had not trained."""
-    table = np.array([row["clients"][name] for row in run.history], float)
+    table = np.array([numbers(row, name) for row in run.history])
     for number, row in enumerate(run.history):
         table[number, sorted(run.absent_clients(row["round"]))] = np.nan
     return table
@@ -124,6 +125,13 @@ def convergence(run: Run) -> Figure:
 
 def clients(run: Run) -> Figure:
     """Plot the accuracy of the clients that have trained, last measured round, sorted and by architecture."""
+    if run.clients > distributions.MANY:
+        accuracy = per_cent(column(run, "accuracy")[run.history.index(run.selected)])
+        pool = run.config["model.pool"]
+        members: dict[str, list[int]] = {name: [] for name in pool}
+        for number, name in enumerate(pool):
+            members[name] += range(number, run.clients, len(pool))
+        return distributions.clients(accuracy, members, f"after round {run.selected['round']}")
 
     def draw(canvas: Any, paint: Paint) -> None:
         left, right = panels(canvas, (3, 2), sharey=True)

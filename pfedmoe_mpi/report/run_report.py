@@ -12,6 +12,7 @@ import numpy as np
 
 from pfedmoe_mpi.report import (
     confusion_section,
+    distributions,
     gate_section,
     model_section,
     paper_section,
@@ -151,8 +152,15 @@ def _data(run: Run) -> Section:
         ]
         for k in range(len(table))
     ]
-    partition = Table("partition", "Training samples by client and class", columns, rows, open=False)
-    return Section("Data", [partition], [run_figures.partition(table, run.client_labels, run.class_names)])
+    title, names = "Training samples by client and class", len(client_columns(run.client_names))
+    partition = Table("partition", title, columns, rows, open=False, searched=names)
+    many = len(table) > distributions.MANY
+    figure = (
+        distributions.partition(table)
+        if many
+        else run_figures.partition(table, run.client_labels, run.class_names)
+    )
+    return Section("Data", [partition], [figure])
 
 
 def _target(run: Run, target: float | None) -> Table:
@@ -203,7 +211,7 @@ def _clients(run: Run, views: ModelViews | None) -> Table:
 
     Samples and classes are listed too: they are the first place to look for the cause of a low accuracy.
     """
-    metrics = run.selected["clients"]
+    metrics = dict(run.selected["clients"])
     counts = run.started_with("class_counts")
     absent = run.absent_clients(run.selected["round"])
     accuracy = metrics["accuracy"]
@@ -237,7 +245,8 @@ def _clients(run: Run, views: ModelViews | None) -> Table:
     notes = [f"not trained yet, excluded from every mean over clients: {untrained}"] if absent else []
     notes += [model_section.shared_note(views)] if views else []
     title = f"Clients after round {run.selected['round']}, worst first"
-    return Table("clients", title, columns, rows, notes, open=False)
+    names = len(client_columns(run.client_names)) + 1
+    return Table("clients", title, columns, rows, notes, open=False, searched=names)
 
 
 def _costs(run: Run) -> Table:

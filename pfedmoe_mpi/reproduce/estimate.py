@@ -262,7 +262,7 @@ class _Stopwatch:
 
     def _engine(self, method: Algorithm) -> Engine:
         train = method.task.config.train
-        return Engine(self._device, self._normalise, train, MANY, 0, 2, self._poll, self._kept)
+        return Engine(self._device, self._normalise, train, MANY, 0, 2, self._poll, kept=self._kept)
 
     def _split(self, samples: int) -> Split:
         shape, generator = (samples, *self._task.shape), torch.Generator().manual_seed(0)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 SECONDS_BETWEEN_LINES = 60.0  # within a round, where there is no bar
+MOST_ROWS = 40  # clients in a table
 MOST_NAMES = 10  # names of the data's own clients in the plan
 SHOWN = {
     "accuracy": "accuracy",
@@ -231,28 +232,29 @@ def selecting_rows(history: Sequence[Row]) -> str:
 
 
 def _client_table(federation: Federation, row: Row) -> str:
-    """Return a table of a round: each client's architecture, training samples, classes, accuracy and α."""
+    """Return a table of a round: a client's architecture, training samples, classes, accuracy and α.
+
+    Beyond MOST_ROWS clients it has the worst, the median and the best of those measured.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    task, clients = federation.task, row["clients"]
+    task, clients = federation.task, dict(row["clients"])
     architectures = labels(task.pool)
     columns = {"AUC": clients["auc"], "α shared": clients["alpha"]}
     columns = {name: values for name, values in columns.items() if any(v is not None for v in values)}
-    table = Table(title=f"clients after round {row['round']}")
+    title = f"clients after round {row['round']}"
+    shown = list(range(task.clients))
+    if task.clients > MOST_ROWS:
+        shown = worst_median_best(clients["accuracy"])
+        title = f"worst, median and best of {task.clients} {title}"
+    table = Table(title=title)
     names = plain(federation.partition.client_names, task.clients)
-    for heading in (
-        "client",
-        *(["name"] if names else []),
-        "architecture",
-        "samples",
-        "classes",
-        "accuracy",
-        *columns,
-    ):
+    named = ["name"] if names else []
+    for heading in ("client", *named, "architecture", "samples", "classes", "accuracy", *columns):
         table.add_column(heading, justify="right")
-    for k in range(task.clients):
+    for k in shown:
         classes = int((task.counts[k] > 0).sum())
         cells = [str(k), *(escape(name) for name in names[k : k + 1]), architectures[k % len(architectures)]]
         cells += [str(task.samples(k)), str(classes), _percent(clients["accuracy"][k])]
@@ -261,6 +263,13 @@ def _client_table(federation: Federation, row: Row) -> str:
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
+
+
+def worst_median_best(accuracy: Sequence[float | None]) -> list[int]:
+    """Return the clients with the lowest, the median and the highest accuracy of those that have one."""
+    order = sorted((value, client) for client, value in enumerate(accuracy) if value is not None)
+    places = dict.fromkeys((0, (len(order) - 1) // 2, len(order) - 1)) if order else {}
+    return [order[place][1] for place in places]
 
 
 def _three_digits(value: float | None) -> str:
