@@ -110,7 +110,7 @@ class ClientModel(nn.Module):
 
     def _predictor(self, inputs: Inputs) -> Callable[[Tensor], Tensor]:
         answer: Any = self._method.predictor(self, inputs, self._unseen)  # type: ignore[arg-type]
-        return answer  # type: ignore[no-any-return]
+        return answer
 
     def _answers(self, batches: Sequence[Tensor], answer: Answer) -> Tensor:
         """Return what a function, which may first look at all samples, returns for each batch."""

@@ -11,7 +11,7 @@ from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.drawing import COLOR_MAP, WIDTH, Figure, Paint, is_narrow
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.report.run_figures import short_name
-from pfedmoe_mpi.report.tables import Column, Table, client_cells, client_columns, number, percent, word
+from pfedmoe_mpi.report.tables import Cell, Column, Table, client_cells, client_columns, number, percent, word
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.checkpoint.confusion import Confusion
@@ -80,7 +80,8 @@ def _worst_first(run: Run, found: Confusion) -> list[int]:
 
 def _table(run: Run, found: Confusion, order: Sequence[int]) -> tuple[Table, str]:
     """Return every client's most frequent mistake, and the first of them as a sentence."""
-    rows, said = [], []
+    rows: list[list[Cell]] = []
+    said: list[str] = []
     for client in order:
         counts = found.client(client)
         wrong = counts - np.diag(np.diag(counts))
