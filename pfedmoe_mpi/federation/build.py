@@ -26,7 +26,7 @@ from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.noise import with_noise
 from pfedmoe_mpi.federation import frozen, gpu_memory, own_code, placement, pretrained, trial
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
-from pfedmoe_mpi.federation.effective import effective_config
+from pfedmoe_mpi.federation.effective import effective_config, listed, with_listed
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.memory import Host
 from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
@@ -48,6 +48,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         UserError: on all ranks: a setting or the data cannot be used.
     """
     code = own_code.load(comm, settings)
+    settings = with_listed(settings, comm.from_root(lambda: listed(settings), "partition file"))
     dataset = open_everywhere(comm, settings, warn=warn)
     threads = device.threads(comm, settings.train.threads)
     settings = effective_config(settings, dataset, threads)

@@ -60,6 +60,16 @@ def pin(vector: torch.Tensor, where: torch.device) -> torch.Tensor:
     return vector.pin_memory() if where.type == "cuda" and vector.numel() else vector
 
 
+LONGEST_NAMES = 100_000  # characters of all class names together, in an attribute and in a line of events
+
+
+def named_classes(federation: Federation) -> tuple[str, ...]:
+    """Return the names of the classes; empty if they are the classes' numbers, or if they are too long."""
+    names = federation.dataset.class_names
+    numbers = names == tuple(map(str, range(len(names))))
+    return () if numbers or sum(map(len, names)) > LONGEST_NAMES else names
+
+
 MOST_ABSENT = 5_000  # clients that never train or join late, listed in an attribute of a checkpoint
 
 
@@ -67,11 +77,12 @@ def samples_text(federation: Federation) -> str:
     """Return, as JSON for the checkpoint, what a model needs to know of the samples it was trained on.
 
     shape (C, H, W), (features,) or (tokens,); classes; dtype; vocabulary, the number of tokens; mean and std;
-    absent, the clients that never train and those that join late, null if these are too many.
+    absent, the clients that never train and those that join late, null if these are too many; class_names,
+    as `named_classes` returns them.
     """
     data, task = federation.dataset, federation.task
     absent = [sorted(task.unseen), sorted(task.late)]
     listed = sum(map(len, absent)) <= MOST_ABSENT
     facts = {"shape": data.shape, "classes": data.classes, "dtype": data.dtype.name}
-    facts["vocabulary"] = data.vocabulary
+    facts |= {"vocabulary": data.vocabulary, "class_names": named_classes(federation)}
     return json.dumps({**facts, "mean": data.mean, "std": data.std, "absent": absent if listed else None})
