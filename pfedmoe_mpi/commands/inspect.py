@@ -10,7 +10,7 @@ from typing import Any
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, seal
 from pfedmoe_mpi.errors import EXIT_DONE
-from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.federation import metrics, selection
 from pfedmoe_mpi.models.names import kind_of
 from pfedmoe_mpi.user_code import label
 
@@ -49,7 +49,7 @@ def digest(loaded: Checkpoint) -> str:
         "algorithm": [method, loaded.config.get(method), loaded.config["seed"], model],
         "digests": [identity["data_digest"], identity["partition_digest"], *frozen],
         "layouts": [loaded.state_layout.digest, *(loaded.layout(k).digest for k in range(loaded.clients))],
-        "history": [metrics.learning(row) for row in loaded.history],
+        "history": [metrics.fingerprint(row) for row in loaded.history],
     }
     state.update(json.dumps(facts, sort_keys=True).encode())
     state.update(loaded.state.tobytes())
@@ -75,8 +75,8 @@ def _description(loaded: Checkpoint) -> str:
         row = loaded.history[-1]
         mean, worst = (_percent(row["accuracy"][key]) for key in ("mean", "worst"))
         lines.append(f"accuracy mean {mean}, worst {worst}")
-        top = metrics.best(loaded.history)
-        kind = "validation" if metrics.selected_on(loaded.history) == "accuracy_validation" else "test"
+        top = selection.best(loaded.history)
+        kind = selection.ROWS[selection.selected_on(loaded.history)]
         lines.append(f"best on {kind}: round {top['round'] if top else None}")
     lines.append(f"server: {_sizes(loaded.state_layout) or 'nothing shared'}")
     same_layout: dict[str, list[int]] = {}

@@ -45,7 +45,9 @@ SOURCES = "pfedmoe_mpi.sources"  # a group of entry points
 OwnSource = Annotated[str, AfterValidator(_own_source)]
 Name = Annotated[str, BeforeValidator(_name)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_items)]
-Files = Literal["torchvision", "folder", "hdf5", "npz", "leaf", "tff", "table", "heart", "text", "words"]
+Files = Literal[
+    "torchvision", "folder", "hdf5", "npz", "leaf", "tff", "table", "hf", "heart", "text", "words"
+]
 Source = Literal["digits", Files, "synthetic"]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_items)]
 Changes = Annotated[
@@ -77,16 +79,25 @@ class Data(Section):
     """Which torchvision data set: MNIST, FashionMNIST, EMNIST, SVHN, CIFAR10 or CIFAR100.
     Default: the data set of both papers."""
     label: str = ""
-    """`table`: the name of the column that holds the label; classes are its values in sorted order.
-    Default: only you know which column it is."""
+    """`table`, `hf`: the name of the column that holds the label; classes are its values in sorted order.
+    Default: the class column that a file of Hugging Face declares; of other tables only you know it."""
     client: str = ""
-    """`table`: the name of the column that holds the client; with it, natural is the proposed partition.
+    """`table`, `hf`: the name of the column that holds the client; natural is then the proposed partition.
     Default: a table need not name clients."""
+    split: str = ""
+    """`table`, `hf`: the name of the column that says train, test or validation, for an official test part.
+    Default: parts are named by files or folders, such as train.csv and test.csv, or by none."""
+    image: str = ""
+    """`table`, `hf`: the name of the column that holds images, or their paths in the table's folder.
+    Default: the image column that a file of Hugging Face declares, unless data.text is given."""
+    text: Texts = ()
+    """`table`, `hf`: the columns that hold the text, which are joined by spaces.
+    Default: columns of texts are codes without an order."""
     categorical: Texts = ()
-    """`table`: columns of numbers that are codes without an order; each code becomes a column of 0 and 1.
+    """`table`, `hf`: columns of numbers that are codes without an order; each code is a column of 0 and 1.
     Default: numbers have an order; columns of texts are codes without being listed."""
     ignore: Texts = ()
-    """`table`: columns that are not features, such as identifiers or what is known only after the label.
+    """`table`, `hf`: columns that are not features: identifiers, or what is known only after the label.
     Default: every other column is a feature."""
     size: int = Field(0, ge=0, le=1024)
     """Bring images to this many pixels a side; 0 leaves them as they are (digits: 32).
@@ -97,11 +108,14 @@ class Data(Section):
     std: Numbers = ()
     """Divides each channel after the mean; empty = the source's own constants.
     Default: as data.mean."""
+    tokens: Annotated[Literal["auto", "word", "char"], BeforeValidator(_name)] = "auto"
+    """Texts: tokens are words (word) or characters (char).
+    Default: characters for Shakespeare, as LEAF and TensorFlow Federated have it, else words."""
     length: int = Field(64, ge=1, le=4096)
-    """Texts: how many words of a text are read.
+    """Texts: how many words or characters of a text are read.
     Default: 97 of 100 items of AG News are no longer."""
     vocabulary: int = Field(10_000, ge=1, le=1_000_000)
-    """Texts: how many words have a token of their own, the most frequent in training rows.
+    """Texts: how many words or characters have a token of their own, the most frequent in training rows.
     Default: 85 of 100 words that occur more than once in 6,000 items of AG News."""
     samples: int = Field(2000, ge=10)
     """`synthetic`: how many samples to draw.
@@ -152,8 +166,17 @@ class Gate(Section):
 
 class Unseen(Section):
     clients: NotNegative = 0.0
-    """Clients that never train, with label combinations no training client has: below 1 a share of N.
+    """Clients that never train, chosen by `unseen.by`: below 1 a share of N.
     Default: every client trains, as in pFedMoE's paper."""
+    by: Annotated[Literal["labels", "client"], BeforeValidator(_name)] = "labels"
+    """labels: clients with label combinations that no training client has; client: drawn from all clients.
+    Default: as FedJETs' new clients; the data's own clients rarely differ in their sets of labels."""
+    tune: int = Field(0, ge=0)
+    """Epochs of tuning before a second measurement: of private modules, or of a copy of all without any.
+    Default: they are measured as they come."""
+    shots: int = Field(10, ge=1)
+    """`unseen.tune`: training samples of every class that they tune on.
+    Default: between the 5 of few-shot benchmarks and all that a client has."""
     private: Annotated[Literal["none", "average"], BeforeValidator(_name)] = "none"
     """Private parts of these clients; average = the mean of what a method can average (pfedmoe).
     Default: no method sends more than its paper says."""
@@ -243,6 +266,15 @@ class Train(Section):
     device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(_name)] = "auto"
     """auto takes a GPU where one is visible.
     Default: a GPU is faster where there is one."""
+    deterministic: bool = True
+    """On a GPU: only kernels that give the same bits every time; a CPU's always do.
+    Default: the same bits on any GPU of a kind."""
+    graphs: Annotated[Literal["off", "on"], BeforeValidator(_name)] = "off"
+    """On a GPU: record a training step once per architecture as a CUDA graph, and replay it.
+    Default: it has not been seen to be faster yet."""
+    samples_in: Annotated[Literal["auto", "gpu", "host"], BeforeValidator(_name)] = "auto"
+    """Memory of the samples: the GPU's, or the host's, from where they come by batch; auto = as they fit.
+    Default: a GPU's own memory is faster."""
 
     def updates(self, rows: int) -> int:
         """Return the number of updates in an epoch over `rows` samples (see `core.batches.epoch`)."""
@@ -315,6 +347,12 @@ class Eval(Section):
     every: int = Field(1, ge=1)
     """Measure every this many rounds, and always in the last.
     Default: curves without gaps."""
+    clients: NotNegative = 0.0
+    """Clients measured in such a round, drawn anew, besides the cohort: below 1 a share of N; 0 = all.
+    Default: means are over all clients, as in pFedMoE's paper."""
+    last: Annotated[Literal["all", "drawn"], BeforeValidator(_name)] = "all"
+    """Clients measured in the last round: all, or drawn as in the others.
+    Default: the result of a run is over all clients."""
     batch: int = Field(512, ge=1)
     """Batch size of evaluations.
     Default: fills a core or a GPU without much memory."""
@@ -325,11 +363,14 @@ class Run(Section):
     """Run folder; empty = runs/ALGORITHM-TIME.
     Default: no run overwrites another."""
     checkpoint_every: int = Field(10, ge=1)
-    """Write a checkpoint every this many rounds, and always after the first and the last.
+    """Write a checkpoint every this many rounds, and after the first, the last and the best on validation.
     Default: writing takes a tenth of a second, a round takes seconds."""
     checkpoint_minutes: NotNegative = 5.0
     """Write one, too, after a round that ends this many minutes after the last one; 0 = by rounds alone.
     Default: a run that is killed loses minutes, however long its rounds are."""
+    patience: int = Field(0, ge=0)
+    """End after this many rounds without a better accuracy on validation rows; 0 trains all rounds.
+    Default: the papers train a fixed number of rounds."""
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints to keep, beside best.h5.
     Default: one to fall back on; every one is as large as all clients' models."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -119,7 +119,10 @@ class Fit(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class SourceData:
-    """The data of one source before the common checks; `where` names the source in messages."""
+    """The data of one source before the common checks; `where` names the source in messages.
+
+    `files` names the file of every row, if each has one.
+    """
 
     name: str
     where: str
@@ -133,9 +136,11 @@ class SourceData:
     client_names: tuple[str, ...] = ()
     proposals: Mapping[str, Any] = field(default_factory=dict)
     fit: Fit | None = None
+    vocabulary: int = 0
     ordered: bool = False
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    files: Sequence[Any] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,6 +256,7 @@ def build_dataset(source: SourceData, settings: Data) -> Dataset:
         client_names=source.client_names,
         proposals=source.proposals,
         fit=source.fit,
+        vocabulary=source.vocabulary,
         ordered=source.ordered,
         left_out=source.left_out,
         warnings=(*source.warnings, *name_warnings(named, source.where)),
@@ -283,6 +289,8 @@ def _normalisation(
     given = settings.mean or settings.std
     mean, std = (settings.mean, settings.std) if given else (source.mean, source.std)
     names = "data.mean and data.std" if given else f"mean and std of {source.where}"
+    if store.dtype == np.int32 and mean:
+        raise DataError(f"{names} do not apply to tokens", "remove them")
     check_constants(mean, std, store.shape, store.dtype, names)
     if not mean and store.dtype == np.uint8:
         mean = std = (0.5,) * store.shape[0]

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from pfedmoe_mpi.core.rows import Rows
 from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.data.partition import Partition
 from pfedmoe_mpi.errors import PartitionError
@@ -34,28 +35,36 @@ def reserve_rows(
             f"raise the share to {MIN_RESERVED / rows:.3g} or more, or use a larger data set",
         )
     reserved = numpy_generator(seed, "reserve").permutation(rows)[:number]
-    rest = np.setdiff1d(np.arange(rows), reserved)
+    kept = np.ones(rows, bool)
+    kept[reserved] = False
+    rest = np.flatnonzero(kept)
     partition = partition_rest(rest)
     train, validation, test = (
-        tuple(rest[client_rows] for client_rows in part)
+        Rows(rest[part.flat], part.offsets)
         for part in (partition.train, partition.validation, partition.test)
     )
     return Partition(train, validation, test, reserved=np.sort(reserved))
 
 
-def choose_unseen(partition: Partition, labels: np.ndarray, wanted: int, seed: int) -> Partition:
-    """Choose `wanted` clients that never train and whose combinations of labels no other client has.
+def choose_unseen(
+    partition: Partition, labels: np.ndarray, wanted: int, seed: int, by: str = "labels"
+) -> Partition:
+    """Choose `wanted` clients that never train.
 
-    Clients with equal combinations stay together: whole groups are drawn as long as they fit.
+    By `client` any clients are drawn. By `labels` no other client has their combinations of labels: clients
+    with equal combinations stay together, and whole groups are drawn as long as they fit.
 
     Raises:
         PartitionError: none of a bounded number of draws gives exactly `wanted` clients.
     """
+    generator = numpy_generator(seed, "unseen")
+    if by == "client":
+        drawn = generator.choice(partition.clients, wanted, replace=False)
+        return replace(partition, unseen=frozenset(drawn.tolist()))
     groups: dict[frozenset[int], list[int]] = defaultdict(list)
     for client, rows in enumerate(partition.train):
         groups[frozenset(labels[rows].tolist())].append(client)
     members = list(groups.values())
-    generator = numpy_generator(seed, "unseen")
     for _ in range(100):
         chosen: list[int] = []
         for number in generator.permutation(len(members)):
@@ -66,6 +75,6 @@ def choose_unseen(partition: Partition, labels: np.ndarray, wanted: int, seed: i
     raise PartitionError(
         f"unseen.clients = {wanted}: no choice of clients has label combinations that no other client has; "
         f"the {partition.clients} clients have {len(members)} combinations",
-        "set --partition.kind pathological, which gives many, or change --unseen.clients or "
-        "--partition.classes",
+        "set --unseen.by client to draw any clients, or --partition.kind pathological, which gives many "
+        "combinations, or change --unseen.clients or --partition.classes",
     )

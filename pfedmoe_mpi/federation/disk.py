@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.federation.federation import Federation
 
-# Bytes of a line of metrics.jsonl: of the line itself, per client, and per class or rank.
-LINE, BY_CLIENT, BY_CLASS_OR_RANK = 1_300, 120, 60
+LINE, BY_CLASS_OR_RANK = 1_300, 60  # bytes of a line of metrics.jsonl, and of it by class and rank
+BY_CLIENT = 48  # bytes of the numbers of a measured client: accuracy, loss, F1 and others
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class DiskUse:
     Attributes:
         checkpoint: bytes of one checkpoint; its last part, the history, grows with the rounds.
         files: the most checkpoints between two writes: the newest ones, and best.h5 if it is older.
-        metrics: bytes of metrics.jsonl.
+        metrics: bytes of metrics.jsonl and of the clients' numbers by round.
         frozen: bytes of the frozen tensors.
     """
 
@@ -62,8 +62,9 @@ def disk_use(
         rows: rows of the data in the partition.
         frozen: numbers of the frozen tensors.
     """
-    line = LINE + BY_CLIENT * len(clients) + BY_CLASS_OR_RANK * (classes + ranks)
-    metrics = settings.rounds * line
+    line = LINE + BY_CLASS_OR_RANK * (classes + ranks)
+    measured = -(-settings.rounds // settings.eval.every)
+    metrics = settings.rounds * line + measured * BY_CLIENT * min(settings.drawn_clients, len(clients))
     checkpoint = 4 * (state + sum(clients)) + 8 * rows + metrics
     return DiskUse(checkpoint, min(settings.run.keep + 1, settings.rounds), metrics, 4 * frozen)
 
@@ -71,7 +72,7 @@ def disk_use(
 def of_federation(federation: Federation, ranks: int) -> DiskUse:
     """Return the disk use of a federation's run."""
     splits = (federation.partition.train, federation.partition.validation, federation.partition.test)
-    rows = sum(len(own) for split in splits for own in split)
+    rows = sum(len(split.flat) for split in splits)
     clients = [layout.size for layout in federation.client_layouts]
     classes = federation.task.classes
     frozen = sum(layout.size for layout in federation.frozen.layouts.values())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi import algorithms, config
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.data import Dataset
+from pfedmoe_mpi.data.split_file import read_split
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import names as model_names
 
@@ -27,6 +30,8 @@ def proposals(dataset: Dataset, kind: str) -> dict[str, Any]:
         kind: `partition.kind`, unless the data propose another.
     """
     proposed = dict(dataset.proposals)
+    if kind == "file":
+        proposed.pop("clients", None)
     if kind == "natural" and dataset.client is not None:
         proposed.setdefault("clients", int(dataset.client.max()) + 1)
     return proposed
@@ -52,20 +57,45 @@ def apply_proposals(settings: Config, dataset: Dataset) -> Config:
     return config.changed(settings, changes) if changes else settings
 
 
+def listed(settings: Config) -> dict[str, Any]:
+    """Return the numbers of clients that `partition.file` lists, of those that are not given.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if not settings.partition.file:
+        return {}
+    split = read_split(Path(settings.partition.file))
+    numbers = {"clients": split.clients, "unseen.clients": len(split.unseen)}
+    return {name: n for name, n in numbers.items() if n and not config.given(settings, name)}
+
+
+def with_listed(settings: Config, numbers: Mapping[str, Any] | None = None) -> Config:
+    """Return the settings with these numbers, by default those that `listed` returns."""
+    numbers = listed(settings) if numbers is None else numbers
+    return config.changed(settings, numbers) if numbers else settings
+
+
 def _check_shares(settings: Config) -> None:
     """Refuse a share of the clients that is no client, and a number of clients that is not whole.
 
     Raises:
         ConfigError: names the setting and the smallest share.
     """
-    unseen, clients = settings.unseen.clients, settings.clients
-    if unseen > 1 and not unseen.is_integer():
+    unseen, measured, clients = settings.unseen.clients, settings.eval.clients, settings.clients
+    for name, number in (("unseen.clients", unseen), ("eval.clients", measured)):
+        if number > 1 and not number.is_integer():
+            raise ConfigError(
+                f"{name} = {number:g}: expected a whole number of clients, or a share below 1",
+                f"--{name} {round(number)}",
+            )
+    if measured > clients:
         raise ConfigError(
-            f"unseen.clients = {unseen:g}: expected a whole number of clients, or a share below 1",
-            f"--unseen.clients {round(unseen)}",
+            f"eval.clients = {measured:g}, but there are {clients} clients", f"--eval.clients {clients}"
         )
     shares = (
         ("unseen.clients", unseen, clients),
+        ("eval.clients", measured, clients),
         ("join.share", settings.join.share, clients - settings.unseen_clients),
         ("faults.straggler", settings.faults.straggler, clients),
     )

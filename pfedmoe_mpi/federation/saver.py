@@ -11,9 +11,10 @@ import numpy as np
 
 from pfedmoe_mpi import checkpoint, config
 from pfedmoe_mpi.checkpoint import Content
+from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.core.batches import SPLITS
 from pfedmoe_mpi.errors import CheckpointError, RunError
-from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.federation import selection
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.metrics import Row
 from pfedmoe_mpi.federation.server_optimiser import ServerOptimiser
@@ -48,6 +49,7 @@ class Saver:
         server: ServerOptimiser,
     ) -> None:
         self.identity: Mapping[str, str] = {}  # conditions of the run: versions, device, threads
+        self.confusion: Confusion | None = None  # of the last evaluation
         self._comm = comm
         self._federation = federation
         self._folder = folder
@@ -129,11 +131,12 @@ class Saver:
             identity={
                 "data_digest": federation.data_digest,
                 "partition_digest": federation.partition.digest(),
-                "selected_on": metrics.selected_on(history),
+                "selected_on": selection.selected_on(history),
                 **self.identity,
             },
             partial=total,
             finished=finished,
+            confusion=self.confusion,
             moments=self._server.moments.numpy().ravel(),
         )
 

@@ -8,17 +8,26 @@ from functools import partial
 
 import numpy as np
 
-from pfedmoe_mpi.report import compare, comparison_figures, fork_section, paper_section, peer_section
+from pfedmoe_mpi.report import (
+    client_section,
+    compare,
+    comparison_figures,
+    fork_section,
+    paper_section,
+    peer_section,
+)
 from pfedmoe_mpi.report.compare import (
-    CHOSEN_ON_VALIDATION,
     ENOUGH,
     STD_OVER_CLIENTS,
     STD_OVER_SEEDS,
+    WHEN,
     Comparison,
     Group,
     accuracy,
     chosen_accuracy,
+    last_accuracy,
     mean_std,
+    selection_notes,
     values_of,
 )
 from pfedmoe_mpi.report.costs import operations, reached, separating_targets, traffic
@@ -60,6 +69,7 @@ def report(
         *peer_section.sections(comparison, peers),
         _differences(comparison, base),
         *fork_section.sections(runs),
+        *client_section.sections(comparison),
         _target_section(comparison, target),
         Section("Cost", [cost(comparison)]),
         Section("Runs", [listed(comparison)]),
@@ -85,7 +95,7 @@ def report(
             *comparison.notes,
             *compare.unfinished(comparison),
             *compare.pairing_notes(comparison, base),
-            *([CHOSEN_ON_VALIDATION] if any(run.chosen for run in runs) else []),
+            *selection_notes(runs),
         ],
     )
 
@@ -101,10 +111,15 @@ def results(comparison: Comparison) -> Table:
         for (method, values), mark in zip(seeds.items(), marks, strict=True):
             cells[method].append(spread(*moments[method], len(values), mark))
     notes = [
-        f"test accuracy in %, mean over all clients, last round; {STD_OVER_SEEDS}",
+        f"test accuracy in %, mean over all clients, {when(comparison)}; {STD_OVER_SEEDS}",
         "per column: best in bold, second best underlined, ties as printed; not a statistical test",
     ]
     return Table("results", "Accuracy", columns, list(cells.values()), notes)
+
+
+def when(comparison: Comparison) -> str:
+    """Return the round of each run whose accuracies are reported."""
+    return WHEN[comparison.groups[0].runs[0].select]
 
 
 def _mean_accuracies(group: Group | None) -> list[float]:
@@ -118,9 +133,16 @@ def accuracies(comparison: Comparison) -> Table:
     }
     optional: dict[str, Callable[[Run], float | None]] = {
         "unseen": partial(_mean_of, key="accuracy_unseen"),
+        "unseen, tuned": partial(_mean_of, key="accuracy_tuned"),
         "AUC": partial(_mean_of, key="auc"),
-        "round chosen on validation": chosen_accuracy,
+        "worst tenth": _worst_tenth,
+        "macro-F1": partial(_mean_of, key="macro_f1"),
+        "balanced accuracy": partial(_mean_of, key="balanced_accuracy"),
     }
+    if comparison.groups[0].runs[0].select == "last":
+        optional["round chosen on validation"] = chosen_accuracy
+    else:
+        optional["last round"] = last_accuracy
     for name, metric in optional.items():
         if any(values_of(group.finished, metric) for group in comparison.groups):
             metrics[name] = metric
@@ -133,13 +155,20 @@ def accuracies(comparison: Comparison) -> Table:
             values = values_of(group.finished, metric)
             cells.append(spread(*mean_std(values), len(values)))
         rows.append(cells)
-    notes = [f"in %, over the clients of each run ({STD_OVER_CLIENTS}); then {STD_OVER_SEEDS}"]
+    notes = [
+        f"in %, {when(comparison)}, over the clients of each run ({STD_OVER_CLIENTS}); then {STD_OVER_SEEDS}"
+    ]
     return Table("accuracies", "Accuracy in detail", columns, rows, notes)
 
 
 def _mean_of(run: Run, key: str) -> float | None:
-    mean = (run.last.get(key) or {}).get("mean")
+    mean = (run.selected.get(key) or {}).get("mean")
     return None if mean is None else float(mean)
+
+
+def _worst_tenth(run: Run) -> float | None:
+    value = run.last.get("accuracy_worst_tenth")
+    return None if value is None else float(value)
 
 
 def _differences(comparison: Comparison, base: str | None) -> Section:
@@ -198,16 +227,31 @@ def _paired_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> 
 def _client_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> Table:
     columns = [Column("method", words=True), Column("setting", words=True)]
     columns += [
-        *map(Column, ("clients", "better", "equal", "worse", "10th percentile", "median", "90th percentile"))
+        *map(
+            Column,
+            (
+                "clients",
+                "better",
+                "equal",
+                "worse",
+                "better, %",
+                "10th percentile",
+                "median",
+                "90th percentile",
+            ),
+        )
     ]
     rows = []
     for group, other, _ in pairs:
         table = compare.client_differences(group, other)
         table = table[~np.isnan(table)]
         counts = [int(np.sum(mask)) for mask in (table > 0, table == 0, table < 0)]
+        share = percent(counts[0] / len(table) if len(table) else None)
         percentiles = np.percentile(table, (10, 50, 90)).tolist() if len(table) else [None] * 3
         cells = [difference(value) for value in percentiles]
-        rows.append([word(group.method), word(group.setting), *map(number, (len(table), *counts)), *cells])
+        rows.append(
+            [word(group.method), word(group.setting), *map(number, (len(table), *counts)), share, *cells]
+        )
     notes = [
         f"each client's accuracy minus that with {base}, mean over the common seeds, in points",
         "descriptive, not tested: clients are not replicates",
@@ -315,11 +359,12 @@ def _memory(run: Run) -> float | None:
 def listed(comparison: Comparison) -> Table:
     """Return every run with its rounds and its accuracy."""
     columns = [Column(title, words=True) for title in ("run", "method", "setting")]
-    columns += [*map(Column, ("seed", "rounds", "of", "accuracy, %"))]
+    columns += [*map(Column, ("seed", "rounds", "of", "accuracy, %", "in round"))]
     rows = [
         [
             *(word(run.path.name), word(group.method), word(group.setting)),
             *(number(run.seed), number(run.done), number(run.planned), percent(accuracy(run))),
+            number(run.selected["round"]),
         ]
         for group in comparison.groups
         for run in group.runs

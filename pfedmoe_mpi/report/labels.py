@@ -9,7 +9,8 @@ from typing import Any
 from pfedmoe_mpi.report.load import Run
 
 # Settings that do not separate groups: the replicate, the folder, and what affects rounding or speed only.
-IGNORED = ("seed", "run.", "train.threads", "train.device", "eval.batch")
+PROCESSOR = ("train.threads", "train.device", "train.deterministic", "train.graphs", "train.samples_in")
+IGNORED = ("seed", "run.", *PROCESSOR, "eval.batch")
 # Settings that define the problem, the same for every method; all others belong to the method.
 SETTING = (
     "data.",
@@ -25,8 +26,10 @@ SETTING = (
 
 
 def grouping_settings(run: Run) -> dict[str, Any]:
-    """Return the settings that separate groups: all but IGNORED."""
-    return {name: value for name, value in run.config.items() if not name.startswith(IGNORED)}
+    """Return the settings that separate groups: all but IGNORED, and `run.patience` if it may end the run."""
+    settings = {name: value for name, value in run.config.items() if not name.startswith(IGNORED)}
+    patience = run.config.get("run.patience")
+    return {**settings, "run.patience": patience} if patience else settings
 
 
 def labels(firsts: Sequence[Run]) -> tuple[list[tuple[str, str]], tuple[str, ...]]:

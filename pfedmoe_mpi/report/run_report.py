@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.report import (
+    confusion_section,
+    distributions,
     gate_section,
     model_section,
     paper_section,
@@ -18,7 +20,7 @@ from pfedmoe_mpi.report import (
     run_figures,
     settings_section,
 )
-from pfedmoe_mpi.report.compare import CHOSEN_ON_VALIDATION, STD_OVER_CLIENTS, mean_std, over_clients
+from pfedmoe_mpi.report.compare import STD_OVER_CLIENTS, mean_std, over_clients, selection_notes
 from pfedmoe_mpi.report.costs import operations, reached, separating_targets, traffic
 from pfedmoe_mpi.report.document import Report, Section
 from pfedmoe_mpi.report.drawing import Figure
@@ -41,7 +43,7 @@ from pfedmoe_mpi.report.tables import (
 OMITTED = (
     *("time", "event", "round", "host", "hosts", "pid"),
     *("samples", "data_digest", "partition_digest", "class_counts", "multiply_adds", "client_names"),
-    "numbers",
+    *("class_names", "numbers"),
 )
 # Why a client was left out of a sum, by the row's list that names it.
 LEFT_OUT = (("dropped", "not finite"), ("lost", "lost before the sum"), ("late", "after the deadline"))
@@ -62,8 +64,9 @@ def report(run: Run, target: float | None, models: ModelViews | str = "") -> Rep
         _data(run),
         Section("Convergence", [_target(run, target)], [run_figures.convergence(run)]),
         Section("Clients", [_architectures(run), _clients(run, views)], [run_figures.clients(run)]),
+        confusion_section.section(run),
         gate_section.section(run),
-        model_section.section(views, run.client_names) if views else Section("Models", text=str(models)),
+        model_section.section(views, run.names) if views else Section("Models", text=str(models)),
         Section("Cost", [_costs(run), *_ranks(run)], _cost_figures(run)),
         Section("Events", [_events(run), *_left_out(run)]),
     ]
@@ -76,7 +79,7 @@ def report(run: Run, target: float | None, models: ModelViews | str = "") -> Rep
             "accuracy": _curve(run, "accuracy"),
             "cohort, before the sum": _curve(run, "accuracy_cohort"),
         },
-        notes=[CHOSEN_ON_VALIDATION] if run.chosen else [],
+        notes=selection_notes([run]),
     )
 
 
@@ -86,27 +89,48 @@ def _curve(run: Run, name: str) -> list[tuple[float, float]]:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """Return the facts at the top of the page."""
-    accuracy = run.last["accuracy"]
+    accuracy = run.selected["accuracy"]
     seconds = sum(row["seconds"]["total"] or 0 for row in run.history)
     facts = [
         ("rounds", f"{run.done} of {run.planned}"),
-        (f"accuracy, round {run.last['round']}", percent(accuracy["mean"]).text + " %"),
+        (f"accuracy, round {run.selected['round']}{_why(run)}", percent(accuracy["mean"]).text + " %"),
         ("worst client", percent(accuracy["worst"]).text + " %"),
+        *_by_class(run),
         ("training and evaluation", duration(seconds)),
         ("uploaded by all clients", size(sum(sent.up for sent in traffic(run)))),
         ("memory of the largest rank", f"{max(row['rss_mb'] or 0 for row in run.history):.0f} MiB"),
     ]
-    if run.chosen:
+    if run.select != "last":
+        name = f"accuracy, last round, {run.last['round']}"
+        facts.insert(2, (name, percent(run.last["accuracy"]["mean"]).text + " %"))
+    elif run.chosen:
         name = f"accuracy, round {run.chosen['round']}, chosen on validation rows"
         facts.insert(2, (name, percent(run.chosen["accuracy"]["mean"]).text + " %"))
-    unseen = (run.last.get("accuracy_unseen") or {}).get("mean")
+    unseen = (run.selected.get("accuracy_unseen") or {}).get("mean")
+    tuned = (run.selected.get("accuracy_tuned") or {}).get("mean")
     facts += [] if unseen is None else [("accuracy, unseen clients", percent(unseen).text + " %")]
+    facts += [] if tuned is None else [("unseen clients, tuned", percent(tuned).text + " %")]
     drift = run.last.get("drift")
     if drift:
         rounds = drift["recovery"]
         facts.append(("accuracy lost on the old concept", percent(drift["forgetting"]).text + " %"))
         facts.append(("recovered", "not yet" if rounds is None else f"after {rounds} rounds"))
     return facts
+
+
+def _by_class(run: Run) -> list[tuple[str, str]]:
+    """Return the facts beside accuracy, without those that an earlier version did not record."""
+    values = {
+        "worst tenth of the clients": run.selected.get("accuracy_worst_tenth"),
+        "macro-F1": (run.selected.get("macro_f1") or {}).get("mean"),
+        "balanced accuracy": (run.selected.get("balanced_accuracy") or {}).get("mean"),
+    }
+    return [(name, percent(value).text + " %") for name, value in values.items() if value is not None]
+
+
+def _why(run: Run) -> str:
+    """Return how the reported round was chosen; nothing for the last."""
+    return {"last": ""}.get(run.select, f", chosen on {run.select} rows")
 
 
 def _data(run: Run) -> Section:
@@ -119,7 +143,7 @@ def _data(run: Run) -> Section:
         *client_columns(run.client_names),
         Column("samples"),
         Column("classes"),
-        *(Column(f"class {c}") for c in range(table.shape[1])),
+        *(Column(run.names.class_of(c)) for c in range(table.shape[1])),
     ]
     rows = [
         [
@@ -128,8 +152,15 @@ def _data(run: Run) -> Section:
         ]
         for k in range(len(table))
     ]
-    partition = Table("partition", "Training samples by client and class", columns, rows, open=False)
-    return Section("Data", [partition], [run_figures.partition(table, run.client_labels)])
+    title, names = "Training samples by client and class", len(client_columns(run.client_names))
+    partition = Table("partition", title, columns, rows, open=False, searched=names)
+    many = len(table) > distributions.MANY
+    figure = (
+        distributions.partition(table)
+        if many
+        else run_figures.partition(table, run.client_labels, run.class_names)
+    )
+    return Section("Data", [partition], [figure])
 
 
 def _target(run: Run, target: float | None) -> Table:
@@ -155,8 +186,8 @@ def _target(run: Run, target: float | None) -> Table:
 
 def _architectures(run: Run) -> Table:
     """Summarise the accuracy of the clients that have trained, by architecture."""
-    accuracy = run.last["clients"]["accuracy"]
-    absent = run.absent_clients(run.last["round"])
+    accuracy = run.selected["clients"]["accuracy"]
+    absent = run.absent_clients(run.selected["round"])
     by_name: dict[str, list[float]] = {run.architecture(client): [] for client in range(run.clients)}
     for client, value in enumerate(accuracy):
         if value is not None and client not in absent:
@@ -171,7 +202,7 @@ def _architectures(run: Run) -> Table:
         ends = (min(values, default=None), max(values, default=None))
         shares = [percent(v) for v in (mean, std if len(values) > 1 else None, *ends)]
         rows.append([word(name), number(len(values)), *shares])
-    title = f"Accuracy by architecture, round {run.last['round']}"
+    title = f"Accuracy by architecture, round {run.selected['round']}"
     return Table("architectures", title, columns, rows, [STD_OVER_CLIENTS])
 
 
@@ -180,9 +211,9 @@ def _clients(run: Run, views: ModelViews | None) -> Table:
 
     Samples and classes are listed too: they are the first place to look for the cause of a low accuracy.
     """
-    metrics = run.last["clients"]
+    metrics = dict(run.selected["clients"])
     counts = run.started_with("class_counts")
-    absent = run.absent_clients(run.last["round"])
+    absent = run.absent_clients(run.selected["round"])
     accuracy = metrics["accuracy"]
     order = sorted(range(run.clients), key=lambda k: (k in absent, accuracy[k] is None, accuracy[k], k))
     titles = ("samples", "classes", "accuracy, %", "before the sum, %", "loss", "α shared")
@@ -213,8 +244,9 @@ def _clients(run: Run, views: ModelViews | None) -> Table:
     untrained = ", ".join(run.client_labels[k] for k in sorted(absent))
     notes = [f"not trained yet, excluded from every mean over clients: {untrained}"] if absent else []
     notes += [model_section.shared_note(views)] if views else []
-    title = f"Clients after round {run.last['round']}, worst first"
-    return Table("clients", title, columns, rows, notes, open=False)
+    title = f"Clients after round {run.selected['round']}, worst first"
+    names = len(client_columns(run.client_names)) + 1
+    return Table("clients", title, columns, rows, notes, open=False, searched=names)
 
 
 def _costs(run: Run) -> Table:

@@ -108,8 +108,8 @@ class Pace:
         return self.step + samples * (self.sample + epochs * self.epoch)
 
 
-def costs(world: Comm, runs: Sequence[TableRun]) -> dict[str, Cost]:
-    """Return the cost of each run by its name; collective.
+def costs(world: Comm, runs: Sequence[TableRun], ranks: int) -> dict[str, Cost]:
+    """Return the cost of each run on `ranks` ranks by its name; collective.
 
     Raises:
         UserError: on all ranks: the data, the partition or the models of a run are invalid.
@@ -123,7 +123,7 @@ def costs(world: Comm, runs: Sequence[TableRun]) -> dict[str, Cost]:
             paces[size.kind] = _paces(world, size)
             numbers[size.kind] = _numbers(_task(size))
     return {
-        name: _cost(size, paces[size.kind], _disk(size, numbers[size.kind], world.size), world.size)
+        name: _cost(size, paces[size.kind], _disk(size, numbers[size.kind], ranks), ranks)
         for name, size in sizes.items()
     }
 
@@ -138,8 +138,8 @@ def _sizes(runs: Sequence[TableRun]) -> Iterator[tuple[str, Size]]:
     sizes: dict[str, Size] = {}  # by data set and partition
     try:
         for run in runs:
-            settings = run.config
             with _run_in_errors(run):
+                settings = effective.with_listed(run.config)
                 drawn_by = [settings.seed, settings.clients] if settings.data.source == "synthetic" else []
                 data = json.dumps([settings.data.model_dump(mode="json"), *drawn_by])
                 if data != opened or dataset is None:
@@ -262,7 +262,7 @@ class _Stopwatch:
 
     def _engine(self, method: Algorithm) -> Engine:
         train = method.task.config.train
-        return Engine(self._device, self._normalise, train, MANY, 0, 2, self._poll, self._kept)
+        return Engine(self._device, self._normalise, train, MANY, 0, 2, self._poll, kept=self._kept)
 
     def _split(self, samples: int) -> Split:
         shape, generator = (samples, *self._task.shape), torch.Generator().manual_seed(0)
@@ -331,7 +331,8 @@ def _cost(size: Size, paces: Sequence[Pace], disk: DiskUse, ranks: int) -> Cost:
     epochs, share = {k: settings.train.passes(size.train[k]) for k in training}, members / len(training)
     turns = sum(paces[k % len(paces)].turn(size.train[k], epochs[k]) for k in training) * share
     tests = sum(n * paces[k % len(paces)].test for k, n in enumerate(size.test))
-    measured = tests * (1 / min(ranks, len(size.test)) + share / min(ranks, members))
+    drawn = min(1.0, settings.drawn_clients / len(size.test))
+    measured = tests * (drawn / min(ranks, len(size.test)) + share / min(ranks, members))
     samples = settings.rounds * share * sum(epochs[k] * size.train[k] for k in training)
     seconds = settings.rounds * (turns / min(ranks, members) + measured / settings.eval.every)
     return Cost(samples, seconds, disk)

@@ -6,27 +6,35 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import count, groupby
 from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import config
 from pfedmoe_mpi.core.flat import Layout
-from pfedmoe_mpi.federation import disk
+from pfedmoe_mpi.data.summary import plain
+from pfedmoe_mpi.federation import disk, selection
 from pfedmoe_mpi.federation.effective import proposals
-from pfedmoe_mpi.federation.metrics import Row, best, selected_on
+from pfedmoe_mpi.federation.metrics import Row
 from pfedmoe_mpi.log import LOGGER
 from pfedmoe_mpi.models.names import labels
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.algorithms.base import Task
+    from pfedmoe_mpi.config import Config
     from pfedmoe_mpi.federation.federation import Federation
 
 
 SECONDS_BETWEEN_LINES = 60.0  # within a round, where there is no bar
+MOST_ROWS = 40  # clients in a table
 MOST_NAMES = 10  # names of the data's own clients in the plan
-SHOWN = {"accuracy": "accuracy", "cohort, before the sum": "accuracy_cohort", "unseen": "accuracy_unseen"}
+SHOWN = {
+    "accuracy": "accuracy",
+    "validation": "accuracy_validation",
+    "cohort, before the sum": "accuracy_cohort",
+    "unseen": "accuracy_unseen",
+}
 
 
 def megabytes(numbers: float) -> str:
@@ -46,8 +54,8 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
     if task.unseen:
         listed, why = ", ".join(map(str, sorted(task.unseen))), federation.method.no_answer_reason
         lines.append(f"unseen clients: {listed}" + (f"; no accuracy, because {why}" if why else ""))
-    if federation.dataset.client_names and settings.partition.kind == "natural":
-        names = federation.dataset.client_names
+    names = federation.partition.client_names
+    if names:
         listed = ", ".join(f"{k} {name}" for k, name in enumerate(names[:MOST_NAMES]))
         lines.append(f"the data's own clients: {listed}{', …' if len(names) > MOST_NAMES else ''}")
     flat = config.flatten(config.to_tree(settings))
@@ -110,14 +118,15 @@ def _describe_frozen(federation: Federation) -> list[str]:
 def memory(federation: Federation, ranks: int) -> str:
     """Return a line on the job's memory: all clients' vectors and data, and a rank's bound models."""
     vectors = sum(layout.size for layout in federation.client_layouts)
-    kinds = {layout.digest: layout.size for layout in federation.client_layouts}
+    different = {id(layout): layout for layout in federation.client_layouts}.values()
+    kinds = {layout.digest: layout.size for layout in different}
     bound = 4 * (sum(kinds.values()) + federation.state_layout.size)  # weights, gradients, momenta, a copy
     bound += sum(layout.size for layout in federation.frozen.layouts.values())
     sample = federation.dataset.dtype.itemsize
     for length in federation.task.shape:
         sample *= length
     splits = (federation.partition.train, federation.partition.validation, federation.partition.test)
-    data = sample * sum(len(rows) for split in splits for rows in split)
+    data = sample * sum(len(split.flat) for split in splits)
     return (
         f"memory: clients' vectors {megabytes(vectors)} and data {data / 1e6:.1f} MB over {ranks} rank(s); "
         f"on each rank about {megabytes(bound)} of bound models, not counting torch and activations"
@@ -187,8 +196,11 @@ def _percent(value: float | None) -> str:
 
 def table(federation: Federation, history: Sequence[Row]) -> str:
     """Return the text at the end of a run: the table of clients, last and best round, failures."""
-    last, top = history[-1], best(history)
-    lines = [_client_table(federation, last), "last  " + _line(last)]
+    last, top = history[-1], selection.best(history)
+    lines = [_client_table(federation, last), "last  " + _line(last), _by_class(last)]
+    if last["accuracy_unseen"]["mean"] is not None or last["accuracy_tuned"]["mean"] is not None:
+        as_they_come, tuned = (_percent(last[key]["mean"]) for key in ("accuracy_unseen", "accuracy_tuned"))
+        lines.append(f"unseen clients: accuracy mean {as_they_come}, after tuning {tuned}")
     if last["drift"]:
         lost, rounds = last["drift"]["forgetting"], last["drift"]["recovery"]
         recovery = "not recovered yet" if rounds is None else f"recovered after {rounds} rounds"
@@ -199,31 +211,53 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
             listed = ", ".join(f"{client} ({times} ×)" for client, times in sorted(count.items()))
             lines.append(f"left out, {why}: client {listed}")
     if top:
-        lines.append(f"best measured  {_line(top)}; chosen by accuracy on {selecting_rows(history)}")
+        lines.append(f"best on {selecting_rows(history)}: {_line(top)}")
     return "\n".join(lines)
 
 
+def early_end(settings: Config, history: Sequence[Mapping[str, Any]]) -> str:
+    """Return the line on a run that `run.patience` ended; nothing if all rounds are done."""
+    patience = settings.run.patience
+    if len(history) >= settings.rounds or not selection.exhausted(history, patience):
+        return ""
+    return (
+        f"ended after {len(history)} of {settings.rounds} rounds: "
+        f"none was better on validation for {patience} rounds (run.patience = {patience})"
+    )
+
+
 def selecting_rows(history: Sequence[Row]) -> str:
-    """Return the words for the rows whose accuracy chooses the best round."""
-    return "validation rows" if selected_on(history) == "accuracy_validation" else "test rows"
+    """Return the rows whose accuracy chooses the best round: validation or test."""
+    return selection.ROWS[selection.selected_on(history)]
 
 
 def _client_table(federation: Federation, row: Row) -> str:
-    """Return a table of a round: each client's architecture, training samples, classes, accuracy and α."""
+    """Return a table of a round: a client's architecture, training samples, classes, accuracy and α.
+
+    Beyond MOST_ROWS clients it has the worst, the median and the best of those measured.
+    """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    task, clients = federation.task, row["clients"]
+    task, clients = federation.task, dict(row["clients"])
     architectures = labels(task.pool)
     columns = {"AUC": clients["auc"], "α shared": clients["alpha"]}
     columns = {name: values for name, values in columns.items() if any(v is not None for v in values)}
-    table = Table(title=f"clients after round {row['round']}")
-    for heading in ("client", "architecture", "samples", "classes", "accuracy", *columns):
+    title = f"clients after round {row['round']}"
+    shown = list(range(task.clients))
+    if task.clients > MOST_ROWS:
+        shown = worst_median_best(clients["accuracy"])
+        title = f"worst, median and best of {task.clients} {title}"
+    table = Table(title=title)
+    names = plain(federation.partition.client_names, task.clients)
+    named = ["name"] if names else []
+    for heading in ("client", *named, "architecture", "samples", "classes", "accuracy", *columns):
         table.add_column(heading, justify="right")
-    for k in range(task.clients):
+    for k in shown:
         classes = int((task.counts[k] > 0).sum())
-        cells = [str(k), architectures[k % len(architectures)], str(task.samples(k)), str(classes)]
-        cells += [_percent(clients["accuracy"][k])]
+        cells = [str(k), *(escape(name) for name in names[k : k + 1]), architectures[k % len(architectures)]]
+        cells += [str(task.samples(k)), str(classes), _percent(clients["accuracy"][k])]
         table.add_row(*cells, *(_three_digits(values[k]) for values in columns.values()))
     console = Console(width=100, no_color=True)
     with console.capture() as capture:
@@ -231,13 +265,28 @@ def _client_table(federation: Federation, row: Row) -> str:
     return capture.get().rstrip()
 
 
+def worst_median_best(accuracy: Sequence[float | None]) -> list[int]:
+    """Return the clients with the lowest, the median and the highest accuracy of those that have one."""
+    order = sorted((value, client) for client, value in enumerate(accuracy) if value is not None)
+    places = dict.fromkeys((0, (len(order) - 1) // 2, len(order) - 1)) if order else {}
+    return [order[place][1] for place in places]
+
+
 def _three_digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _by_class(row: Row) -> str:
+    f1, balanced = row["macro_f1"]["mean"], row["balanced_accuracy"]["mean"]
+    return (
+        f"macro-F1 {_percent(f1)}, balanced accuracy {_percent(balanced)}, worst tenth of the clients "
+        f"{_percent(row['accuracy_worst_tenth'])}, {row['test_samples']:,} test samples"
+    )
 
 
 def _line(row: Row) -> str:
     a = row["accuracy"]
     return (
-        f"round {row['round']}: accuracy mean {_percent(a['mean'])}, weighted {_percent(a['weighted'])}, "
-        f"population std {_percent(a['std'])}, worst {_percent(a['worst'])}"
+        f"round {row['round']}, test accuracy mean {_percent(a['mean'])}, weighted {_percent(a['weighted'])}"
+        f", population std {_percent(a['std'])}, worst {_percent(a['worst'])}"
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from pfedmoe_mpi.algorithms.base import Block, Task
 from pfedmoe_mpi.core import fixedpoint
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError, decode, encode
-from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.federation import metrics, selection
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, MISSING, RoundSum
 
 WEIGHTS = [37, 911, 5, 120, 64, 333, 1, 78, 250, 19]
@@ -269,8 +269,8 @@ def test_row_has_weighted_means_and_null_for_unmeasured() -> None:
     total.add(2, {"a": torch.ones(2)}, {"train_loss": 2.0, "accuracy_before": float("nan"), "bytes_down": 99})
     total.leave_out(1, DROPPED)
     evaluation = metrics.EvaluationSum(4, 2, 3)
-    evaluation.clients[0] = [3, 4, 0.5, 0.6, 0.75, 0, 0, 1, 2, 2, 2]
-    evaluation.clients[3] = [1, 2, float("inf"), float("nan"), float("nan"), 1, 2, 0, 0, 0, 0]
+    evaluation.clients[0] = [3, 4, 0.5, 0.6, 0.75, 0, 0, 1, 2, 2, 2, 0.7, 0.65, 0, 0]
+    evaluation.clients[3] = [1, 2, float("inf"), float("nan"), float("nan"), 1, 2, 0, 0, 0, 0, 0.4, 0.5, 1, 4]
     evaluation.ranks[:] = [[1, 2, 3, 4, 5], [4, 3, 2, 1, 9]]
     evaluation.gates[:] = [[2, 0, 4], [2**40, 0, 2**40]]
     details = {"seconds": 10.0, "simulated": 1.0, "unseen": {3}, "bytes_once": 5}
@@ -292,6 +292,12 @@ def test_row_has_weighted_means_and_null_for_unmeasured() -> None:
     assert row["clients"]["loss"] == [0.5, None, None, None], "JSON knows no infinity"
     assert row["clients"]["alpha"] == [0.6, None, None, None]
     assert row["clients"]["auc"] == [0.75, None, None, None] and row["auc"]["worst"] == 0.75
+    assert row["clients"]["macro_f1"] == [0.7, None, None, 0.4] and row["macro_f1"]["mean"] == 0.7
+    assert row["clients"]["balanced_accuracy"] == [0.65, None, None, 0.5]
+    assert row["clients"]["test_samples"] == [4, 0, 0, 0] and row["test_samples"] == 4
+    assert row["clients"]["accuracy_tuned"] == [None, None, None, 0.25]
+    assert row["accuracy_tuned"]["mean"] == 0.25 and everybody["accuracy_tuned"]["mean"] is None
+    assert row["accuracy_worst_tenth"] == 0.75 and everybody["accuracy_worst_tenth"] == 0.5
     assert row["clients"]["accuracy_before"] == [0.5, None, None, None]
     assert row["bytes"] == {"up": 8.0, "down": 99.0, "once": 5} and row["rss_mb"] == 9
     assert [row["seconds"][k] for k in ("train", "evaluate", "sum", "wait", "write", "total")] == [
@@ -343,8 +349,13 @@ def test_best_round_is_the_first_with_the_highest_accuracy() -> None:
         return {"round": round, "accuracy": {"mean": test}, "accuracy_validation": {"mean": validation}}
 
     on_test = [row(1, 0.5, None), row(2, 0.7, None), row(3, 0.7, None), row(4, None, None)]
-    assert metrics.selected_on(on_test) == "accuracy"
-    assert metrics.best(on_test) is on_test[1] and metrics.best(on_test, [1, 3]) is on_test[2]
-    held = [row(1, 0.9, 0.1), row(2, 0.1, 0.2)]
-    assert metrics.selected_on(held) == "accuracy_validation" and metrics.best(held) is held[1]
-    assert metrics.best([]) is None
+    assert selection.selected_on(on_test) == "accuracy"
+    assert selection.best(on_test) is on_test[1] and selection.best(on_test, [1, 3]) is on_test[2]
+    assert not selection.improved(on_test[:2]) and not selection.exhausted(on_test, 1), "on test rows"
+    held = [row(1, 0.9, 0.1), row(2, 0.1, 0.2), row(3, 0.5, 0.2), row(4, None, None), row(5, 1.0, 0.1)]
+    assert selection.selected_on(held) == "accuracy_validation" and selection.best(held) is held[1]
+    assert [selection.improved(held[:n]) for n in range(6)] == [False, True, True, False, False, False]
+    ends = [[selection.exhausted(held[:n], patience) for n in range(1, 6)] for patience in (0, 1, 3, 4)]
+    assert ends[0] == ends[3] == [False] * 5 and ends[2] == [False] * 4 + [True]
+    assert ends[1] == [False, False, True, False, True], "decided where there is a measurement"
+    assert selection.best([]) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,14 @@ class Clients:
         return {"partition.kind": "natural", **few}
 
 
-def join_blocks(blocks: Sequence[Block], where: str) -> Clients:
+def join_blocks(blocks: Sequence[Block], where: str, remedy: str = "give clients more rows") -> Clients:
     """Return the clients of these blocks, sorted by name; each has one block per part at most.
 
     The test part is official if it has training clients. If no client is in both parts, its rows are ordinary
     ones. Clients with too few rows to train and to test are left out.
+
+    Args:
+        remedy: what to do if no client has enough rows.
 
     Raises:
         DataError: no client has enough rows.
@@ -58,7 +61,7 @@ def join_blocks(blocks: Sequence[Block], where: str) -> Clients:
     )
     official = bool(train.keys() & test.keys())
     if official:
-        few = {c for c in train.keys() | test.keys() if train.get(c, 0) < _TRAIN or c not in test}
+        few = {c for c in (block.client for block in blocks) if train.get(c, 0) < _TRAIN or c not in test}
         reason = f"without {_TRAIN} training rows and a test row"
     else:
         rows = {block.client: 0 for block in blocks} | train | test
@@ -66,7 +69,7 @@ def join_blocks(blocks: Sequence[Block], where: str) -> Clients:
         reason = f"with fewer than {_ALL} rows"
     kept = [place for place, block in enumerate(blocks) if block.client not in few and block.rows]
     if not kept:
-        raise DataError(f"{where} has only clients {reason}", "give clients more rows")
+        raise DataError(f"{where} has only clients {reason}", remedy)
     numbers, names = renumber({blocks[place].client for place in kept})
     sizes = [blocks[place].rows for place in kept]
     left_out = []
@@ -81,3 +84,26 @@ def join_blocks(blocks: Sequence[Block], where: str) -> Clients:
         official_test=np.repeat([blocks[place].test for place in kept], sizes) if official else None,
         left_out=tuple(left_out),
     )
+
+
+def keep_clients(
+    owner: np.ndarray, names: Sequence[str], test: np.ndarray | None, where: str
+) -> tuple[np.ndarray, Clients]:
+    """Return a mask (n,) of the rows of clients with enough rows, and these clients, of rows in any order.
+
+    Args:
+        owner: the client of every row (n,), a place in `names`.
+        test: which rows are test rows (n,), if there is an official test part.
+
+    Raises:
+        DataError: no client has enough rows.
+    """
+    marks = np.zeros(len(owner), bool) if test is None else test
+    counts = {part: np.bincount(owner[marks == part], minlength=len(names)) for part in (False, True)}
+    blocks = [Block(name, part, int(counts[part][k])) for part in counts for k, name in enumerate(names)]
+    clients = join_blocks(blocks, where)
+    places = {name: place for place, name in enumerate(clients.names)}
+    numbers = np.array([places.get(name, -1) for name in names])[owner]
+    kept = numbers >= 0
+    official = marks[kept] if clients.official_test is not None else None
+    return kept, replace(clients, client=numbers[kept], official_test=official)

@@ -21,7 +21,7 @@ from pfedmoe_mpi.data.sources.client_parts import Block, join_blocks
 from pfedmoe_mpi.data.sources.folder import describe_conversions, read_images
 from pfedmoe_mpi.data.sources.next_word import last_fifth
 from pfedmoe_mpi.data.sources.numbering import as_number, renumber
-from pfedmoe_mpi.data.sources.tokens import Vocabulary, number_words, pad, split_words, unspaced
+from pfedmoe_mpi.data.sources.tokens import Vocabulary, number_words, pad, read_texts
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.storage.untrusted_json import UnusableError, parse
 
@@ -52,6 +52,7 @@ class _Samples:
     fit: Fit | None = None
     ordered: bool = False
     coloured: bool = False
+    files: Sequence[str] = ()
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -91,6 +92,7 @@ def load_leaf(root: Path, settings: Data) -> SourceData:
         proposals=proposals,
         fit=samples.fit,
         ordered=samples.ordered,
+        files=samples.files,
         left_out=(*clients.left_out, *samples.left_out),
         warnings=samples.warnings,
     )
@@ -199,9 +201,11 @@ def _read_samples(root: Path, users: Sequence[_User], settings: Data) -> _Sample
     if kind == "image files":
         return _read_pictures(root, texts, settings)
     if kind == "tweets":
-        rows, words = number_words(list(split_words(text))[: settings.length] for text in texts)
-        fit = Vocabulary(len(words), settings.vocabulary)
-        return _Samples(pad(rows, settings.length), fit, warnings=unspaced(words, str(root)))
+        x, fit, warnings = read_texts(texts, settings, str(root))
+        return _Samples(x, fit, warnings=warnings)
+    if settings.tokens == "word":
+        problem = f"data.tokens = word, but the class of a sample in {root} is the next character"
+        raise DataError(problem, "remove --data.tokens")
     longest = max(map(len, texts))
     cut = max(0, longest - settings.length)
     rows, words = number_words(text[-settings.length :] for text in texts)
@@ -234,7 +238,9 @@ def _read_pictures(root: Path, names: Sequence[str], settings: Data) -> _Samples
         raise DataError(f"{root} names images, and there is no folder {folder}", f"put them there: {folder}")
     files = [str(folder / name) for name in names]
     x, conversions = read_images(files, settings.size)
-    return _Samples(x, coloured=x.shape[1] == 3, warnings=tuple(describe_conversions(files, conversions)))
+    return _Samples(
+        x, coloured=x.shape[1] == 3, files=files, warnings=tuple(describe_conversions(files, conversions))
+    )
 
 
 def character_names(names: Sequence[str]) -> tuple[str, ...]:
