@@ -299,8 +299,8 @@ COMMANDS = {
                 "words",
                 nargs="*",
                 metavar="WHAT",
-                help="any of round, ranks, sum, idle, precision, write, network, gpu; or start [RANKS] or wide "
-                "[RANKS], alone and without mpirun [default those that make sense on these ranks]",
+                help="any of round, ranks, sum, idle, precision, write, network, gpu; or start [RANKS] or "
+                "wide [RANKS], alone and without mpirun [default those that make sense on these ranks]",
             ),
             switch("--quick", "take a minute: less data, fewer repetitions"),
         ),
