@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pfedmoe_mpi import checkpoint
-from pfedmoe_mpi.algorithms.base import Algorithm
+from pfedmoe_mpi.algorithms.base import Algorithm, Inputs
 from pfedmoe_mpi.checkpoint import Checkpoint, client_file, frozen
 from pfedmoe_mpi.checkpoint.client_file import ClientFile
 from pfedmoe_mpi.config import Config
@@ -26,24 +26,28 @@ from pfedmoe_mpi.federation.rebuilt import configuration, method_of, sample_fact
 from pfedmoe_mpi.models import generators
 from pfedmoe_mpi.mpi.memory import shortage
 
+Answer = Callable[[Inputs], Callable[[Tensor], Tensor]]  # from all samples to a function of a batch
+
 
 class ClientModel(nn.Module):
     """A client's whole model under a method: its private parts and the server's, as submodules by name.
 
-    A part that is not a module, such as prototypes, is a buffer. The model can be moved, saved and fine-tuned
-    like any module; the checkpoint does not change with it.
+    A part that is not a module, such as prototypes, is a buffer. `shape` is that of a sample, `classes` are
+    the names of the classes, in the order of the logits. The model can be moved, saved and fine-tuned like
+    any module; the checkpoint does not change with it.
     """
 
     def __init__(self, method: Algorithm, client: int, facts: dict[str, Any], unseen: bool) -> None:
         super().__init__()
         self.client = client
         self.shape: tuple[int, ...] = method.task.shape
-        self.classes = method.task.classes
+        numbers = range(method.task.classes)
+        self.classes: tuple[str, ...] = tuple(facts["class_names"] or map(str, numbers))
         self._method, self._facts, self._unseen = method, facts, unseen
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, classes) of raw samples (B, *shape), in the current mode, with gradients."""
-        return self._logits([x])
+        return self._answers([x], self._predictor)
 
     def predict(self, x: np.ndarray | Tensor) -> Tensor:
         """Return logits (n, classes), float32, of n raw samples; `argmax(1)` is the class.
@@ -58,12 +62,39 @@ class ClientModel(nn.Module):
         Raises:
             DataError: the samples have another shape or dtype.
         """
+        return self._in_batches(x, self._predictor)
+
+    def weights(self, x: np.ndarray | Tensor) -> Tensor:
+        """Return the gate's weights (n, experts), float32, of n raw samples, as `predict` takes them.
+
+        They sum to 1; the shared experts come first, the client's own is the last of them. pFedMoE has two
+        experts, (n, 2).
+
+        Raises:
+            DataError: the method has no gate, or this client's gate has never trained; or as for `predict`.
+        """
+        if self._unseen:
+            problem = f"client {self.client} had not trained, so its gate is the initial one"
+            raise DataError(problem, "use a client that has trained")
+
+        def of_batch(x: Tensor) -> Tensor:
+            weights = self._method.gate_weights(self, x)  # type: ignore[arg-type]
+            if weights is None:
+                method = self._method.task.config.method
+                raise DataError(f"{method} has no gate, and so no weights", "use predict(x) for its logits")
+            return weights
+
+        return self._in_batches(x, lambda inputs: of_batch)
+
+    def _in_batches(self, x: np.ndarray | Tensor, answer: Answer) -> Tensor:
+        """Return the answers for raw samples, in evaluation mode, in the batches of the run's evaluations."""
         training = self.training
         self.eval()
         try:
             with torch.no_grad():
                 samples = self._raw(x)
-                return self._logits(list(samples.split(self._method.task.config.eval.batch)) or [samples])
+                batches = list(samples.split(self._method.task.config.eval.batch)) or [samples]
+                return self._answers(batches, answer)
         finally:
             self.train(training)
 
@@ -74,7 +105,12 @@ class ClientModel(nn.Module):
             return part
         return nn.utils.parameters_to_vector(p for p in part.parameters() if p.requires_grad)
 
-    def _logits(self, batches: Sequence[Tensor]) -> Tensor:
+    def _predictor(self, inputs: Inputs) -> Callable[[Tensor], Tensor]:
+        answer: Any = self._method.predictor(self, inputs, self._unseen)  # type: ignore[arg-type]
+        return answer
+
+    def _answers(self, batches: Sequence[Tensor], answer: Answer) -> Tensor:
+        """Return what a function, which may first look at all samples, returns for each batch."""
         device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
         facts, settings = self._facts, self._method.task.config
         normalise = Normalise(facts["mean"], facts["std"], len(self.shape), device)
@@ -83,8 +119,8 @@ class ClientModel(nn.Module):
             return (normalise(batch.to(device)) for batch in batches)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.train.precision == "bf16"):
-            answer: Any = self._method.predictor(self, inputs, self._unseen)  # type: ignore[arg-type]
-            return torch.cat([answer(x).float() for x in inputs()])
+            of_batch = answer(inputs)
+            return torch.cat([of_batch(x).float() for x in inputs()])
 
     def _raw(self, x: np.ndarray | Tensor) -> Tensor:
         """Return the samples as a tensor (n, *shape), with images resized if the run resized them.

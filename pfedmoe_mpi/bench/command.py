@@ -2,7 +2,9 @@
 
     mpirun -n 2 python -m pfedmoe_mpi bench [round] [ranks] [sum] [idle] [precision] [write]
     mpirun -f hostfile -n 2 python -m pfedmoe_mpi bench network
+    mpirun -n 8 python -m pfedmoe_mpi bench gpu
     python -m pfedmoe_mpi bench start [RANKS]
+    python -m pfedmoe_mpi bench wide [RANKS]
     mpirun -n 2 python -m pfedmoe_mpi bench --quick
 
 Both sides of a ratio are warmed up, then measured alternately and in alternating order. A time is that of the
@@ -36,10 +38,14 @@ def run(words: list[str], settings: Config, flags: Mapping[str, Any], quick: boo
         from pfedmoe_mpi.bench import start
 
         return start.run([word for word in words if word != "start"], flags, quick)
+    if "wide" in words:
+        from pfedmoe_mpi.bench import wide
+
+        return wide.run([word for word in words if word != "wide"])
     for word in words:
         if word not in PARTS:
             problem = f"'{word}' is not a part of bench{nearest(word, PARTS)}"
-            raise ConfigError(problem, f"use one of {', '.join((*PARTS, 'start'))}")
+            raise ConfigError(problem, f"use one of {', '.join((*PARTS, 'start', 'wide'))}")
     defaults = {**DEFAULTS, **(QUICK if quick else {})}
     settings = config.build({**defaults, **flags, **ALWAYS})
     if settings.algorithm != "pfedmoe" and {"round", "sum"} & set(words):
@@ -61,6 +67,8 @@ def _measure(bench: Bench, words: Sequence[str], code: str) -> int:
     if bench.world.size == 1 and SEVERAL & set(chosen):
         remedy = "start two ranks: mpirun -n 2 python -m pfedmoe_mpi bench ranks idle"
         raise ConfigError("ranks and idle compare one rank with several, and there is one rank", remedy)
+    if "gpu" in chosen:
+        bench.check_gpus()
     bench.show([*heading, HEADING])
     for part in chosen:
         bench.show([line.text() for line in getattr(bench, part)()])

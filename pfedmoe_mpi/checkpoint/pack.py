@@ -63,6 +63,7 @@ def _write(path: Path, temporary: Path) -> None:
             finished=loaded.finished,
             code=loaded.code,
             moments=loaded.moments,
+            confusion=loaded.confusion,
             first_state=loaded.first_state,
             held=loaded.trained,
             elsewhere=Places(),

@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pfedmoe_mpi.checkpoint import measured, places, seal
+from pfedmoe_mpi.checkpoint import confusion, measured, places, seal
 from pfedmoe_mpi.checkpoint.client_vectors import ClientVectors
 from pfedmoe_mpi.checkpoint.sealed_file import ATTRIBUTE, FLOAT
 from pfedmoe_mpi.config.sections import MOMENTS
@@ -24,8 +24,10 @@ from pfedmoe_mpi.storage import untrusted_hdf5, untrusted_json
 from pfedmoe_mpi.storage.columns import Packed
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
-_ROOT = {"config", "code", "history", "measured", "layouts", "server", "partition", "clients", "partial"}
-_ROOT |= {"elsewhere"}
+_ROOT = {
+    *("config", "code", "history", "measured", "confusion"),
+    *("layouts", "server", "partition", "clients", "elsewhere", "partial"),
+}
 SPLITS = ("train", "validation", "test")
 
 
@@ -120,6 +122,10 @@ class Checkpoint(ClientVectors):
         if _moments(self.config):
             used.add("server/moments")
             self._check_length("server/moments", _moments(self.config))
+        self.confusion: confusion.Confusion | None = None
+        if confusion.GROUP in self._file:
+            used |= {*confusion.NAMES}
+            self.confusion = confusion.read(self._numbers, self.clients, self.round)
         self.partial: np.ndarray | None = None
         self.finished: list[int] = []
         if facts.get("partial") not in (True, False) or bool(facts["partial"]) != ("partial" in self._file):

@@ -22,6 +22,7 @@ import h5py
 import numpy as np
 
 from pfedmoe_mpi.checkpoint import measured, seal
+from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.checkpoint.memory_file import SparseFile
 from pfedmoe_mpi.checkpoint.places import FILES, NAME, ROWS, Places, files_needed
 from pfedmoe_mpi.checkpoint.seal import FORMAT, Table
@@ -57,6 +58,7 @@ class Content:
     finished: Sequence[int] = ()  # the clients in the partial sum
     code: Mapping[str, str] = field(default_factory=dict)  # the user's own files, by name
     moments: np.ndarray = field(default_factory=lambda: np.empty(0))  # kept by the server's optimiser
+    confusion: Confusion | None = None  # of the last evaluation
     first_state: np.ndarray = field(default_factory=lambda: np.empty(0))  # if clients begin with values of it
     held: Sequence[int] | None = None  # the clients whose vectors are in the file, ascending; None: all
     elsewhere: Places = field(default_factory=Places)  # of the other clients that have trained
@@ -205,6 +207,8 @@ def _arrays(content: Content) -> dict[str, np.ndarray]:
     number = {digest: place for place, digest in enumerate(content.layouts)}
     of_kind = {id(layout): number[layout.digest] for layout in content.client_layouts}
     arrays["layouts/of_clients"] = np.array([of_kind[id(one)] for one in content.client_layouts], "<i8")
+    if content.confusion:
+        arrays |= content.confusion.datasets()
     for split, rows in content.partition.items():
         joined = Rows.of(rows)
         arrays[f"partition/{split}"] = joined.flat.astype("<i8")

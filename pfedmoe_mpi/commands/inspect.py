@@ -51,7 +51,7 @@ def digest(loaded: Checkpoint) -> str:
         "algorithm": [method, loaded.config.get(method), loaded.config["seed"], model],
         "digests": [identity["data_digest"], identity["partition_digest"], *frozen],
         "layouts": [loaded.state_layout.digest, *(loaded.layout(k).digest for k in range(loaded.clients))],
-        "history": [metrics.learning(row) for row in loaded.history],
+        "history": [metrics.fingerprint(row) for row in loaded.history],
     }
     state.update(json.dumps(facts, sort_keys=True).encode())
     state.update(loaded.state.tobytes())

@@ -164,24 +164,6 @@ class Gate(Section):
         return self
 
 
-class Unseen(Section):
-    clients: NotNegative = 0.0
-    """Clients that never train, with label combinations no training client has: below 1 a share of N.
-    Default: every client trains, as in pFedMoE's paper."""
-    private: Annotated[Literal["none", "average"], BeforeValidator(_name)] = "none"
-    """Private parts of these clients; average = the mean of what a method can average (pfedmoe).
-    Default: no method sends more than its paper says."""
-
-
-class Join(Section):
-    share: float = Field(0.0, ge=0, lt=1)
-    """Share of the training clients that join late, drawn once.
-    Default: all clients train from the start."""
-    round: int = Field(10, ge=1)
-    """The first round in which they may train.
-    Default: a quarter of the default run."""
-
-
 class StreamSettings(Section):
     kind: Annotated[Literal["none", "abrupt", "gradual", "recurring"], BeforeValidator(_name)] = "none"
     """How a client's training data drift from one half of its classes to the other.
@@ -257,6 +239,15 @@ class Train(Section):
     device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(_name)] = "auto"
     """auto takes a GPU where one is visible.
     Default: a GPU is faster where there is one."""
+    deterministic: bool = True
+    """On a GPU: only kernels that give the same bits every time; a CPU's always do.
+    Default: the same bits on any GPU of a kind."""
+    graphs: Annotated[Literal["off", "on"], BeforeValidator(_name)] = "off"
+    """On a GPU: record a training step once per architecture as a CUDA graph, and replay it.
+    Default: it has not been seen to be faster yet."""
+    samples_in: Annotated[Literal["auto", "gpu", "host"], BeforeValidator(_name)] = "auto"
+    """Memory of the samples: the GPU's, or the host's, from where they come by batch; auto = as they fit.
+    Default: a GPU's own memory is faster."""
 
     def updates(self, rows: int) -> int:
         """Return the number of updates in an epoch over `rows` samples (see `core.batches.epoch`)."""

@@ -5,17 +5,24 @@ Every user error that needs the data is raised here, on all ranks and before any
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from pfedmoe_mpi import algorithms
+from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.checkpoint import Checkpoint, weights
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Normalise
 from pfedmoe_mpi.core.beginning import Beginning
+from pfedmoe_mpi.core.graphs import Graphs
 from pfedmoe_mpi.core.kept import Kept
 from pfedmoe_mpi.core.parts import Module, Spec, Tensor, Workbench
 from pfedmoe_mpi.core.staging import Staging
@@ -23,9 +30,9 @@ from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.noise import with_noise
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.federation import frozen, own_code, placement, pretrained
+from pfedmoe_mpi.federation import frozen, gpu_memory, own_code, placement, pretrained, trial
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
-from pfedmoe_mpi.federation.effective import effective_config
+from pfedmoe_mpi.federation.effective import effective_config, listed, with_listed
 from pfedmoe_mpi.federation.federation import Clients, Federation
 from pfedmoe_mpi.federation.memory import Host
 from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
@@ -35,6 +42,7 @@ from pfedmoe_mpi.federation.store import Store
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.mpi.device import Device
 from pfedmoe_mpi.mpi.memory import available
 
 SHARE = 0.5  # of the free memory, for clients' vectors; torch, activations and buffers take the rest
@@ -50,6 +58,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         UserError: on all ranks: a setting or the data cannot be used.
     """
     code = own_code.load(comm, settings)
+    settings = with_listed(settings, comm.from_root(lambda: listed(settings), "partition file"))
     dataset = open_everywhere(comm, settings, warn=warn)
     threads = device.threads(comm, settings.train.threads)
     settings = effective_config(settings, dataset, threads)
@@ -73,6 +82,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     check_method(settings, method, state_layout)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
+    own_device, streamed = place_samples(comm, settings, dataset, partition, home, method, own_device)
     tails = comm.from_root(lambda: frozen.find_tails(task, (method.state(), *specs)), "frozen layers")
     workbench.kept = Kept(tails, normalise, settings.eval.batch, comm.poll)
     engine = Engine(
@@ -84,12 +94,13 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         settings.rounds,
         comm.poll,
         workbench.kept,
+        make_graphs(comm, settings, own_device),
     )
-    shards = distribute(comm, dataset, partition, home, own_device.device)
+    shards = distribute(comm, dataset, partition, home, own_device.device, streamed)
     beginning = Beginning(workbench, specs.__getitem__, method.initial)
     store = Store(beginning.vector, *memory_and_folder(comm, settings))
     largest = max(layout.size for layout in layouts.values())
-    return Federation(
+    federation = Federation(
         config=settings,
         code=code,
         dataset=dataset,
@@ -111,9 +122,57 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         beginning=beginning,
         store=store,
         staging=Staging(own_device.device, largest),
+        streamed=streamed,
         stream=make_stream(settings, dataset, partition),
-        reserved=reserved(comm, dataset, partition, own_device.device) if method.pretrains else None,
+        reserved=reserved(comm, dataset, partition, own_device.device, streamed)
+        if method.pretrains
+        else None,
     )
+    trial.check(comm, federation)
+    return federation
+
+
+def place_samples(
+    comm: Comm,
+    settings: Config,
+    dataset: Dataset,
+    partition: Partition,
+    home: Sequence[int],
+    method: Algorithm,
+    chosen: Device,
+) -> tuple[Device, bool]:
+    """Return the device with its memory in its line, and whether samples stay in host memory; collective.
+
+    Raises:
+        ConfigError: on all ranks: memory of a GPU does not suffice.
+    """
+    free, need = 0.0, gpu_memory.Need(0.0, 0.0, 0.0)
+    if chosen.gpu:
+        splits = (partition.train, partition.validation, partition.test)
+        rows = sum(len(s[k]) for s in splits for k, rank in enumerate(home) if rank == comm.rank)
+        size = math.prod(dataset.shape) * dataset.dtype.itemsize + 8  # with its label
+        need = gpu_memory.estimate(method.task, method, rows, size)
+        unused = torch.cuda.memory_reserved(chosen.device) - torch.cuda.memory_allocated(chosen.device)
+        free = float(torch.cuda.mem_get_info(chosen.device)[0] + unused)
+    ranks = comm.gather(gpu_memory.Rank(chosen.gpu, free, need), "memory of GPUs")
+    streamed = gpu_memory.stay_in_host_memory(ranks, settings.train)[comm.rank]
+    if chosen.gpu:
+        sharing = sum(rank.gpu == chosen.gpu for rank in ranks)
+        needed = need.fixed if streamed else need.total
+        line = f"{chosen.line}, {sharing} rank(s) on it, {needed / 1e9:.1f} of {free / 1e9:.1f} GB estimated"
+        chosen = replace(chosen, line=line + (", samples in host memory" if streamed else ""))
+    return chosen, streamed
+
+
+def make_graphs(comm: Comm, settings: Config, chosen: Device) -> Graphs | None:
+    """Return the CUDA graphs of this rank's steps, None without; rank 0 notes that a CPU has none."""
+    if settings.train.graphs == "off":
+        return None
+    if not chosen.gpu:
+        if comm.rank == 0:
+            print("note: train.graphs = on has no effect on a CPU", file=sys.stderr, flush=True)
+        return None
+    return Graphs(settings.train.batch)
 
 
 def shared_specs(specs: Iterable[Spec]) -> list[Spec]:

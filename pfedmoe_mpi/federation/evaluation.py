@@ -20,6 +20,7 @@ from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.errors import StoppedError
+from pfedmoe_mpi.federation import confusion, tuning
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.metrics import CLIENT_METRICS, EvaluationSum
 from pfedmoe_mpi.mpi.comm import Comm
@@ -31,7 +32,8 @@ class Measured:
 
     `loss` is the mean cross-entropy, `alpha` the mean gate weight of all shared experts together. `auc` is
     NaN unless the task has two classes and the split has samples of both. `gate`, int64 (2, classes) on the
-    CPU, holds by class the samples and their Σ α·2^SCALE; None without a gate.
+    CPU, holds by class the samples and their Σ α·2^SCALE; None without a gate. `answers` (n,) are the
+    predicted classes, int64 on the CPU.
     """
 
     correct: int
@@ -40,6 +42,7 @@ class Measured:
     alpha: float
     auc: float
     gate: torch.Tensor | None
+    answers: np.ndarray
 
 
 def drawn_clients(settings: Config, round: int, cohort: Collection[int]) -> np.ndarray:
@@ -77,7 +80,7 @@ def evaluate(
         ):
             comm.poll()
             with comm.located(f"evaluation of client {client.id}, round {round}"):
-                values = _client_metrics(federation, client, state, round, result.gates)
+                values = _client_metrics(federation, client, state, round, result, place[client.id])
                 result.clients[place[client.id]] = values
     except StoppedError:
         pass
@@ -87,27 +90,42 @@ def evaluate(
 
 
 def _client_metrics(
-    federation: Federation, client: Client, state: torch.Tensor, round: int, gates: np.ndarray
+    federation: Federation, client: Client, state: torch.Tensor, round: int, result: EvaluationSum, place: int
 ) -> list[float]:
     """Return CLIENT_METRICS; zeros if the method gives no answer for a client that has not trained.
 
-    The weights of a client's gate are added to `gates`, unless the client has not trained: the weights of an
-    initial gate mean nothing.
+    Counts of answers are added to the result at `place`, and the weights of a client's gate, unless the
+    client has not trained: the weights of an initial gate mean nothing.
     """
     parts = federation.parts(client, state)
     unseen = client.id in federation.task.absent_clients(round)
     splits = [client.splits["test"], client.splits["validation"]]
     splits += federation.stream.concepts(client) if federation.stream else [splits[0].empty()] * 2
     results = [measure(federation.engine, federation.method, parts, split, unseen) for split in splits]
+    tuned = _tuned(federation, client, parts)
     measured = [result for result in results if result]
     if not measured:
-        return [0.0] * len(CLIENT_METRICS)
+        return [*[0.0] * (len(CLIENT_METRICS) - len(tuned)), *tuned]
     test = measured[0]
     alpha = float("nan") if unseen else test.alpha
     if test.gate is not None and not unseen:
-        gates += test.gate.numpy()
+        result.gates[:] += test.gate.numpy()
+    labels = client.splits["test"].y.cpu().numpy()
+    if result.confusion is not None:
+        result.confusion[place] = confusion.matrix(labels, test.answers, federation.task.classes)
     counts = [number for other in measured[1:] for number in (other.correct, other.samples)]
-    return [test.correct, test.samples, test.loss, alpha, test.auc, *counts]
+    by_class = [f(labels, test.answers) for f in (confusion.macro_f1, confusion.balanced_accuracy)]
+    return [test.correct, test.samples, test.loss, alpha, test.auc, *counts, *by_class, *tuned]
+
+
+def _tuned(federation: Federation, client: Client, parts: Parts) -> tuple[float, float]:
+    """Return correct answers and test samples of a client after tuning; zeros for one that is not tuned."""
+    if not federation.config.unseen.tune or client.id not in federation.task.unseen:
+        return 0.0, 0.0
+    if not tuning.tune(federation, client, parts):
+        return 0.0, 0.0
+    found = measure(federation.engine, federation.method, parts, client.splits["test"])
+    return (found.correct, found.samples) if found else (0.0, 0.0)
 
 
 def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:
@@ -129,6 +147,7 @@ def measure(
     alpha = torch.zeros((), dtype=torch.float64, device=engine.device)
     scores: list[torch.Tensor] = []  # logit of class 1 minus logit of class 0
     gate: torch.Tensor | None = None
+    answers: list[torch.Tensor] = []
     for module in parts.modules().values():
         module.eval()
     with torch.no_grad(), engine.autocast():
@@ -137,7 +156,8 @@ def measure(
             return None
         for batch in engine.batches(split):
             logits = answer(batch.x).float()
-            correct += (logits.argmax(1) == batch.y).sum()
+            answers.append(logits.argmax(1))
+            correct += (answers[-1] == batch.y).sum()
             loss += nn.functional.cross_entropy(logits, batch.y, reduction="sum").double()
             weights = method.gate_weights(parts, batch.x)
             alpha += float("nan") if weights is None else weights[:, :-1].double().sum()
@@ -148,8 +168,11 @@ def measure(
                 scores.append(logits[:, 1] - logits[:, 0])
     n = len(split)
     area = auc(torch.cat(scores).cpu().numpy(), split.y.cpu().numpy()) if scores else math.nan
-    mean_loss, mean_alpha = (float(total) / n if n else math.nan for total in (loss, alpha))
-    return Measured(int(correct), n, mean_loss, mean_alpha, area, None if gate is None else gate.cpu())
+    right, *totals = torch.stack([correct.double(), loss, alpha]).tolist()  # waits for the device
+    mean_loss, mean_alpha = (total / n if n else math.nan for total in totals)
+    classes = torch.cat(answers).cpu().numpy() if answers else np.empty(0, np.int64)
+    gates = None if gate is None else gate.cpu()
+    return Measured(int(right), n, mean_loss, mean_alpha, area, gates, classes)
 
 
 def _by_class(alpha: torch.Tensor, y: torch.Tensor, classes: int) -> torch.Tensor:

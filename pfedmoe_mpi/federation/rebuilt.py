@@ -112,7 +112,7 @@ def sample_facts(path: Path, samples: str) -> dict[str, Any]:
         if facts["absent"] is not None:
             never, late = map(frozenset, facts["absent"])
             facts["absent"] = never, late
-        return {**facts, **numbers, "shape": shape}
+        return {**facts, **numbers, "shape": shape, "class_names": _names(facts, numbers["classes"])}
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         problem = f"{path} does not describe its samples; an older version may have written it"
         remedy = "continue its run with more rounds (restart RUN --rounds N) and load that checkpoint"
@@ -138,3 +138,11 @@ def method_of(settings: Config, facts: Mapping[str, Any]) -> Algorithm:
         facts["vocabulary"],
     )
     return algorithms.load(settings.algorithm)(task)
+
+
+def _names(facts: Mapping[str, Any], classes: int) -> tuple[str, ...]:
+    """Return the classes' names; empty if these are numbers, and in files of an earlier version."""
+    names = facts.get("class_names") or ()
+    if not all(isinstance(name, str) for name in names) or len(names) not in {0, classes}:
+        raise ValueError("class_names is not a name for every class")
+    return tuple(names)

@@ -120,6 +120,10 @@ def _check_patience(federation: Federation) -> None:
             f"run.patience = {patience} waits for a better accuracy on validation rows, and there are none",
             "add --partition.validation 0.2, or remove --run.patience",
         )
+    if patience and federation.config.eval.clients:
+        drawn = f"eval.clients = {federation.config.eval.clients:g} measures other clients in every round"
+        problem = f"run.patience = {patience} compares rounds, and {drawn}"
+        raise ConfigError(problem, "remove --eval.clients or --run.patience")
     if 0 < patience < every:
         raise ConfigError(
             f"run.patience = {patience} is less than the rounds between measurements, eval.every = {every}",
@@ -168,7 +172,8 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
         folder.path = world.from_root(
             lambda: folder.create(settings.run.force, first, numbered), "run folder"
         )
-    world.agree(lambda: folder.log_to_file(world.rank), "logs")
+    hosts = world.gather(platform.node(), "hosts")
+    world.attempt(lambda: folder.log_to_file(hosts, world.rank), "logs")
     world.from_root(lambda: frozen.write(folder.path, federation.frozen), "frozen tensors")
     identity = {"code": start.code, **run_identity(federation)}
     reporter = _reporter(world, start, federation)
@@ -211,13 +216,14 @@ def _reporter(world: Comm, start: Start, federation: Federation) -> Reporter:
 
 def _report_facts(federation: Federation) -> dict[str, Any]:
     """Return what reports need: digests of data and partition, how many numbers are trained and frozen if
-    any are, and by client the training samples by class, multiply-adds and names.
+    any are, the classes' names, and by client the training samples by class, multiply-adds and names.
 
     What is by client is left out if there are too many numbers for a figure.
     """
     from pfedmoe_mpi.federation.costs import sample_costs
+    from pfedmoe_mpi.federation.federation import named_classes
 
-    counts, names = federation.task.counts, federation.dataset.client_names
+    counts, names = federation.task.counts, federation.partition.client_names
     facts: dict[str, Any] = {
         "data_digest": federation.data_digest,
         "partition_digest": federation.partition.digest(),
@@ -226,6 +232,9 @@ def _report_facts(federation: Federation) -> dict[str, Any]:
     if frozen:
         largest = max(layout.size for layout in federation.client_layouts)
         facts["numbers"] = {"server": federation.state_layout.size, "client": largest, "frozen": frozen}
+    classes = named_classes(federation)
+    if classes:
+        facts["class_names"] = list(classes)
     if counts.size > MOST_COUNTS:
         return facts
     facts |= {

@@ -216,7 +216,7 @@ class FedJETs(Algorithm):
             loss = partial(self._anchor_loss, parts, embeddings, chosen[0])
         else:
             chosen = self._choose_experts(parts.gate(embeddings).detach().double().sum(0))
-            loss = partial(self._client_loss, parts, embeddings, chosen)
+            loss = partial(self._client_loss, parts, embeddings, chosen, self._on_device(chosen, embeddings))
         names = [*(self._names[m] for m in chosen), *self._learned_gate]
         turn.sgd(self._phase(names), loss)
         values = {name: parts.vector(name) for name in names}
@@ -237,9 +237,16 @@ class FedJETs(Algorithm):
         weight = parts.gate(embeddings[batch.rows])[:, q].clamp_min(torch.finfo(torch.float32).tiny)
         return loss - self.options.anchor_loss * weight.log().mean()
 
-    def _client_loss(self, parts: Parts, embeddings: Tensor, chosen: list[int], batch: Batch) -> Tensor:
+    def _client_loss(
+        self, parts: Parts, embeddings: Tensor, chosen: list[int], index: Tensor, batch: Batch
+    ) -> Tensor:
         """Return the cross-entropy of the mixture of the chosen experts."""
-        return F.cross_entropy(self._mixture(parts, batch.x, embeddings[batch.rows], chosen), batch.y)
+        mixed = self._mixture(parts, batch.x, embeddings[batch.rows], chosen, index)
+        return F.cross_entropy(mixed, batch.y)
+
+    def _on_device(self, chosen: list[int], like: Tensor) -> Tensor:
+        """Return the chosen experts where `like` is: indexing by a list would copy it for every batch."""
+        return torch.tensor(chosen, device=like.device)
 
     def _choose_experts(self, scores: Tensor) -> list[int]:
         """Return the top K of scores (M,), ascending; among equal scores the first."""
@@ -249,9 +256,11 @@ class FedJETs(Algorithm):
         """Return the logits of the chosen experts, (B, K, classes)."""
         return torch.stack([getattr(parts, self._names[m])(x).float() for m in chosen], 1)
 
-    def _mixture(self, parts: Parts, x: Tensor, embeddings: Tensor, chosen: list[int]) -> Tensor:
-        """Return Σ_m g_m(x̂) W_m(x), (B, classes)."""
-        weights = parts.gate(embeddings)[:, chosen]
+    def _mixture(
+        self, parts: Parts, x: Tensor, embeddings: Tensor, chosen: list[int], index: Tensor
+    ) -> Tensor:
+        """Return Σ_m g_m(x̂) W_m(x), (B, classes); `index` is `chosen` on the device."""
+        weights = parts.gate(embeddings)[:, index]
         if self.options.renormalise:
             weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         logits: Tensor = (weights.unsqueeze(2) * self._outputs(parts, x, chosen)).sum(1)
@@ -265,12 +274,13 @@ class FedJETs(Algorithm):
         for x in inputs():
             scores += parts.gate(self._common.embed(parts, x)).double().sum(0)
         chosen = self._choose_experts(scores)
+        index = self._on_device(chosen, scores)
 
         def predict_mixture(x: Tensor) -> Tensor:
-            return self._mixture(parts, x, self._common.embed(parts, x), chosen)
+            return self._mixture(parts, x, self._common.embed(parts, x), chosen, index)
 
         def predict_best(x: Tensor) -> Tensor:
-            best = parts.gate(self._common.embed(parts, x))[:, chosen].argmax(1)
+            best = parts.gate(self._common.embed(parts, x))[:, index].argmax(1)
             return self._outputs(parts, x, chosen)[torch.arange(len(x), device=x.device), best]
 
         return predict_best if unseen else predict_mixture
