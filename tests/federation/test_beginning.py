@@ -13,10 +13,9 @@ from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.federation import rebuilt
 from pfedmoe_mpi.federation.loop import Loop
 from pfedmoe_mpi.run.identity import run_identity
-from support.paths import TESTS
 from support.small_federation import build_loop, write_data
 
-DITTO = str(TESTS / "strangers" / "ditto.py")
+DITTO = "ditto"
 
 
 @pytest.fixture(scope="module")
