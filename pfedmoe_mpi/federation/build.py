@@ -82,8 +82,8 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         settings.seed,
         settings.rounds,
         comm.poll,
-        make_graphs(comm, settings, own_device),
         workbench.kept,
+        make_graphs(comm, settings, own_device),
     )
     shards = distribute(comm, dataset, partition, home, own_device.device, streamed)
     clients = {
