@@ -51,6 +51,8 @@ class RecordedStep:
 def contains_affine(haystack: np.ndarray, needle: np.ndarray) -> bool:
     """Return whether a stretch of (n,) is a·needle + b with a ≠ 0; too few numbers prove nothing."""
     size, length = len(needle), len(haystack)
+    if not size:
+        return False
     varied = needle != np.median(needle)
     if length < size or not np.isfinite(needle).all() or varied.sum() < 16:
         return False
