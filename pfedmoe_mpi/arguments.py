@@ -299,12 +299,12 @@ COMMANDS = {
                 "words",
                 nargs="*",
                 metavar="WHAT",
-                help="any of round, ranks, sum, idle, precision, write, network, gpu; or start [RANKS], "
-                "alone and without mpirun [default those that make sense on these ranks]",
+                help="any of round, ranks, sum, idle, precision, write, network, gpu; or start [RANKS] or "
+                "wide [RANKS], alone and without mpirun [default those that make sense on these ranks]",
             ),
             switch("--quick", "take a minute: less data, fewer repetitions"),
         ),
-        ("bench --quick", "bench round --train.batch 64", "bench start 16"),
+        ("bench --quick", "bench round --train.batch 64", "bench start 16", "bench wide 64"),
         settings=True,
         mpi=True,
     ),

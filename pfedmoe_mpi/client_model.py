@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pfedmoe_mpi import algorithms, checkpoint, config, user_code
-from pfedmoe_mpi.algorithms.base import Algorithm, Task
+from pfedmoe_mpi.algorithms.base import Algorithm, Inputs, Task
 from pfedmoe_mpi.checkpoint import Checkpoint, client_file, frozen
 from pfedmoe_mpi.checkpoint.client_file import ClientFile
 from pfedmoe_mpi.config import Config
@@ -27,6 +27,7 @@ from pfedmoe_mpi.models import generators
 from pfedmoe_mpi.mpi.memory import shortage
 from pfedmoe_mpi.storage import untrusted_json
 
+Answer = Callable[[Inputs], Callable[[Tensor], Tensor]]  # from all samples to a function of a batch
 MOST_SHOWN = 300  # characters of an error about a configuration
 MOST = 1 << 30  # classes, tokens of a vocabulary, or numbers in a sample
 
@@ -49,7 +50,7 @@ class ClientModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, classes) of raw samples (B, *shape), in the current mode, with gradients."""
-        return self._logits([x])
+        return self._answers([x], self._predictor)
 
     def predict(self, x: np.ndarray | Tensor) -> Tensor:
         """Return logits (n, classes), float32, of n raw samples; `argmax(1)` is the class.
@@ -64,12 +65,39 @@ class ClientModel(nn.Module):
         Raises:
             DataError: the samples have another shape or dtype.
         """
+        return self._in_batches(x, self._predictor)
+
+    def weights(self, x: np.ndarray | Tensor) -> Tensor:
+        """Return the gate's weights (n, experts), float32, of n raw samples, as `predict` takes them.
+
+        They sum to 1; the shared experts come first, the client's own is the last of them. pFedMoE has two
+        experts, (n, 2).
+
+        Raises:
+            DataError: the method has no gate, or this client's gate has never trained; or as for `predict`.
+        """
+        if self._unseen:
+            problem = f"client {self.client} had not trained, so its gate is the initial one"
+            raise DataError(problem, "use a client that has trained")
+
+        def of_batch(x: Tensor) -> Tensor:
+            weights = self._method.gate_weights(self, x)  # type: ignore[arg-type]
+            if weights is None:
+                method = self._method.task.config.method
+                raise DataError(f"{method} has no gate, and so no weights", "use predict(x) for its logits")
+            return weights
+
+        return self._in_batches(x, lambda inputs: of_batch)
+
+    def _in_batches(self, x: np.ndarray | Tensor, answer: Answer) -> Tensor:
+        """Return the answers for raw samples, in evaluation mode, in the batches of the run's evaluations."""
         training = self.training
         self.eval()
         try:
             with torch.no_grad():
                 samples = self._raw(x)
-                return self._logits(list(samples.split(self._method.task.config.eval.batch)) or [samples])
+                batches = list(samples.split(self._method.task.config.eval.batch)) or [samples]
+                return self._answers(batches, answer)
         finally:
             self.train(training)
 
@@ -80,7 +108,12 @@ class ClientModel(nn.Module):
             return part
         return nn.utils.parameters_to_vector(p for p in part.parameters() if p.requires_grad)
 
-    def _logits(self, batches: Sequence[Tensor]) -> Tensor:
+    def _predictor(self, inputs: Inputs) -> Callable[[Tensor], Tensor]:
+        answer: Any = self._method.predictor(self, inputs, self._unseen)  # type: ignore[arg-type]
+        return answer
+
+    def _answers(self, batches: Sequence[Tensor], answer: Answer) -> Tensor:
+        """Return what a function, which may first look at all samples, returns for each batch."""
         device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
         facts, settings = self._facts, self._method.task.config
         normalise = Normalise(facts["mean"], facts["std"], len(self.shape), device)
@@ -89,8 +122,8 @@ class ClientModel(nn.Module):
             return (normalise(batch.to(device)) for batch in batches)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.train.precision == "bf16"):
-            answer: Any = self._method.predictor(self, inputs, self._unseen)  # type: ignore[arg-type]
-            return torch.cat([answer(x).float() for x in inputs()])
+            of_batch = answer(inputs)
+            return torch.cat([of_batch(x).float() for x in inputs()])
 
     def _raw(self, x: np.ndarray | Tensor) -> Tensor:
         """Return the samples as a tensor (n, *shape), with images resized if the run resized them.
@@ -127,15 +160,15 @@ def load(
     """
     if client_file.is_client_file(path):
         with ClientFile(path) as exported:
-            settings = _configuration(exported, code, changed_code)
+            settings = configuration(exported, code, changed_code)
             return _load_exported(exported, client, settings)
     checkpoint.verify(path)
     with Checkpoint(path) as loaded:
-        settings = _configuration(loaded, code, changed_code)
+        settings = configuration(loaded, code, changed_code)
         return _load_from_checkpoint(loaded, path, client, settings)
 
 
-def _configuration(source: ClientFile | Checkpoint, code: Path | None, changed_code: bool) -> Config:
+def configuration(source: ClientFile | Checkpoint, code: Path | None, changed_code: bool) -> Config:
     """Return the configuration, whose own code is that of the run.
 
     Raises:

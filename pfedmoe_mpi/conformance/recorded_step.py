@@ -21,7 +21,9 @@ class RecordedStep:
         self.values: dict[str, torch.Tensor] = {}
         self.vector = torch.empty(0)
 
-    def record_sgd(self, sgd: Callable[..., int], phase: Any, loss: Any = None, **others: Any) -> int:
+    def record_sgd(
+        self, sgd: Callable[..., int], phase: Any, loss: Any = None, *more: Any, **named: Any
+    ) -> int:
         """Run `Turn.sgd` and record every batch's loss, in place of those of an earlier phase."""
         own, parts = self.turn._loss, self.turn.parts
         self.losses = []
@@ -31,7 +33,7 @@ class RecordedStep:
             self.losses.append((float(value.detach().double()), len(batch)))
             return value
 
-        return sgd(phase, recorded_loss, **others)
+        return sgd(phase, recorded_loss, *more, **named)
 
     def loss(self) -> float:
         """Return the mean loss per sample of the last epoch, if it is incomplete with that before it."""

@@ -8,7 +8,6 @@ Before every write and deletion, `RunFolder.check` asks whether the path still l
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import shutil
@@ -25,7 +24,7 @@ from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import CheckpointError, ConfigError
 from pfedmoe_mpi.federation import metrics
 from pfedmoe_mpi.log import LOGGER
-from pfedmoe_mpi.run import place
+from pfedmoe_mpi.run import logs, place
 from pfedmoe_mpi.run.place import holds_anything, make_first_free, numbered, refuse_existing
 from pfedmoe_mpi.storage import durable, measured, untrusted_json
 from pfedmoe_mpi.storage.lock import Lock
@@ -368,28 +367,6 @@ class RunFolder:
         except (OSError, CheckpointError, KeyError):
             return None
 
-    def log_to_file(self, rank: int) -> None:
-        """Log to log/rank-0003.txt; close the log of an earlier run of this process.
-
-        Raises:
-            ConfigError: the log cannot be written.
-        """
-        for earlier in [handler for handler in LOGGER.handlers if isinstance(handler, _LogFile)]:
-            LOGGER.removeHandler(earlier)
-            earlier.close()
-        try:
-            handler = _LogFile(self.path / "log" / f"rank-{rank:04d}.txt", encoding="utf-8")
-        except OSError as error:
-            problem = f"the log of rank {rank} cannot be written: {error}"
-            raise ConfigError(
-                problem, "fix the file system, or resume in another folder with --run.dir NEW"
-            ) from error
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        LOGGER.addHandler(handler)
-        LOGGER.setLevel(logging.INFO)
-
-
-class _LogFile(logging.FileHandler):
-    """A log file that ignores write errors: a full disk must not fill the terminal with tracebacks."""
-
-    def handleError(self, record: logging.LogRecord) -> None: ...
+    def log_to_file(self, hosts: Sequence[str], rank: int) -> None:
+        """Log to a file in `log`; the arguments and errors are those of `logs.log_to_file`."""
+        logs.log_to_file(self.path / "log", hosts, rank)
