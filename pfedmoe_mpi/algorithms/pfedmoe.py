@@ -22,16 +22,18 @@ The gate's input is the raw sample. Token numbers carry no meaning, so for a tex
 the shared extractor's embeddings of its n tokens, times √n (`models.text.pooled`). The gate sends no
 gradient into the embeddings.
 
-Beyond the paper, off by default: several shared extractors, and the variants of the gate (`gate.*`) that the
-paper leaves as open questions. With `unseen.private` = average, clients also send gate and head (for the
-digits 70,094 and 5,010 numbers, upwards only). A client that never trained then answers with their means,
-ŷ = head(Σ_i α_Gi r_Gi); it has no trained extractor of its own, so α_F r_F is left out.
+Beyond the paper, off by default: several shared extractors, a mixture that is a sum (`mixture`), and the
+variants of the gate (`gate.*`) that the paper leaves as open questions. With `unseen.private` = average,
+clients also send gate and head (for the digits 70,094 and 5,010 numbers, upwards only). A client that never
+trained then answers with their means, ŷ = head(Σ_i α_Gi r_Gi); it has no trained extractor of its own, so
+α_F r_F is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -49,6 +51,9 @@ class Options(Section):
     Default: the method shares its extractor."""
     extractors: int = Field(1, ge=1)
     """Number m of shared extractors G_1..G_m; the gate weighs m + 1 experts. Default: the paper has one."""
+    mixture: Literal["mean", "sum"] = "mean"
+    """mean: r = Σ α_i r_i; sum: m + 1 times that, so that with equal weights every extractor counts fully.
+    Default: the paper."""
 
 
 class PFedMoE(Algorithm):
@@ -57,6 +62,7 @@ class PFedMoE(Algorithm):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self._names = ["shared", *(f"shared{number}" for number in range(2, self.options.extractors + 1))]
+        self._scale = 1 + len(self._names) if self.options.mixture == "sum" else 1
         self._averages = task.config.unseen.private == "average" and self.options.share
 
     def state(self) -> Spec:
@@ -91,7 +97,7 @@ class PFedMoE(Algorithm):
         general = self._general(parts, x)
         alpha = self._alpha(parts, x, general).unsqueeze(2).unbind(1)
         r = sum(a * g for a, g in zip(alpha, [*general, parts.model.extractor(x)], strict=True))
-        logits: Tensor = parts.model.head(r)
+        logits: Tensor = parts.model.head(self._scaled(r))
         return logits
 
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
@@ -123,8 +129,12 @@ class PFedMoE(Algorithm):
         general = self._general(parts, x)
         alpha = parts.mean_gate(self._gate_input(parts, x, general))
         r = sum(alpha[:, i : i + 1] * g for i, g in enumerate(general))
-        logits: Tensor = parts.mean_head(r)
+        logits: Tensor = parts.mean_head(self._scaled(r))
         return logits
+
+    def _scaled(self, r: Tensor) -> Tensor:
+        """Return the mixture, times the number of experts with pfedmoe.mixture = sum."""
+        return r * self._scale if self._scale > 1 else r
 
     @property
     def _gate_reads_shared(self) -> bool:

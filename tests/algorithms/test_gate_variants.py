@@ -131,6 +131,20 @@ def test_mean_alpha_covers_all_shared_extractors(data: dict[str, Path]) -> None:
     assert it.loop.history[0]["clients"]["alpha"] == [pytest.approx(2 / 3)] * 3
 
 
+def test_sum_gives_the_head_the_mixture_times_the_experts(data: dict[str, Path]) -> None:
+    loops = [
+        build_loop(data["small"], "pfedmoe", model__pool="mlp5", pfedmoe__mixture=mixture, **EXTRACTORS)
+        for mixture in ("mean", "sum")
+    ]
+    outputs = []
+    for loop in loops:
+        method, parts, batch = first_batch(loop)
+        parts.model.head.bias.data.zero_()
+        outputs.append(method.predict(parts, batch.x))
+    torch.testing.assert_close(outputs[1], 3 * outputs[0])
+
+
+EXTRACTORS = {"pfedmoe__extractors": 2, "gate__weights": "equal"}
 VARIANT = ("--pfedmoe.extractors", "2", "--gate.routing", "top1", "--gate.input", "shared", "--rounds", "3")
 
 
