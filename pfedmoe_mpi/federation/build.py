@@ -15,7 +15,7 @@ from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.noise import with_noise
 from pfedmoe_mpi.federation import frozen, own_code, placement, pretrained
-from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
+from pfedmoe_mpi.federation.distribute import data_digest, distribute, gate_rows, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.memory import Host
@@ -93,6 +93,9 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         clients=clients,
         stream=make_stream(settings, dataset, partition),
         reserved=reserved(comm, dataset, partition, own_device.device) if method.pretrains else None,
+        gate_rows=gate_rows(comm, dataset, partition, settings.seed, own_device.device)
+        if method.experts
+        else None,
     )
 
 

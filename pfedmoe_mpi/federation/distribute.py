@@ -15,6 +15,7 @@ from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.sources.open import open_dataset, print_warnings
 from pfedmoe_mpi.errors import DataError
+from pfedmoe_mpi.federation import gates
 from pfedmoe_mpi.mpi.comm import Comm
 
 
@@ -95,6 +96,15 @@ def reserved(comm: Comm, dataset: Dataset, partition: Partition, where: torch.de
     x, y = comm.attempt(lambda: dataset.rows(rows), "reserved rows"), dataset.labels[rows]
     splits = {"train": Split.of(x[train], y[train], where), "test": Split.of(x[~train], y[~train], where)}
     return Client(seeds.SERVER, {}, torch.empty(0), splits)
+
+
+def gate_rows(comm: Comm, dataset: Dataset, partition: Partition, seed: int, where: torch.device) -> Split:
+    """Return the same rows on every rank, drawn from all clients' test rows; collective."""
+    union = np.unique(np.concatenate(partition.test))
+    generator = seeds.numpy_generator(seed, "gate rows")
+    index = np.sort(generator.choice(union, min(gates.ROWS, len(union)), replace=False))
+    rows = comm.from_root(lambda: dataset.rows(index), "rows for gates")
+    return Split.of(rows, dataset.labels[index], where)
 
 
 def _rows(partition: Partition, clients: Sequence[int]) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ import torch
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
 from pfedmoe_mpi.checkpoint.frozen import Frozen
 from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.core.batches import Split
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.parts import Parts, Workbench
@@ -48,6 +49,7 @@ class Federation:
     clients: Mapping[int, Client]  # those of this rank
     stream: Stream | None
     reserved: Client | None  # the rows of no client, for methods that train before round 1
+    gate_rows: Split | None = None  # test rows that all gates weigh; None for a method without a gate
 
     def parts(self, client: Client, state: torch.Tensor) -> Parts:
         """Bind a client's private vector and the server's `state` to this rank's modules."""

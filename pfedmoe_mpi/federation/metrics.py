@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.core.fixedpoint import SCALE
+from pfedmoe_mpi.federation import gates
+from pfedmoe_mpi.federation.gates import GateSum
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, RoundSum
 
 Row = dict[str, Any]
@@ -33,13 +35,14 @@ class EvaluationSum:
 
     Position 0 counts the ranks that were asked to stop, position 1 those whose clock asks for a checkpoint.
     Then comes a slot per client and per rank: one rank writes float64 bits, the others leave zeros, so that
-    the sum is a gather. The gate weights by class come last and are added up as integers.
+    the sum is a gather. The sums about gates come last and are added up as integers.
     """
 
-    def __init__(self, clients: int, ranks: int, classes: int) -> None:
+    def __init__(self, clients: int, ranks: int, classes: int, experts: int = 0) -> None:
         self._split = 2 + clients * len(CLIENT_METRICS)
         self._gates = self._split + ranks * len(RANK_METRICS)
-        self.buffer = np.zeros(self._gates + 2 * classes, np.int64)
+        self.buffer = np.zeros(self._gates + GateSum.size(classes, experts), np.int64)
+        self.gates = GateSum(classes, experts, self.buffer[self._gates :])
 
     @property
     def stopped(self) -> bool:
@@ -68,11 +71,6 @@ class EvaluationSum:
     def ranks(self) -> np.ndarray:
         """float64 (ranks, len(RANK_METRICS))."""
         return self.buffer[self._split : self._gates].view(np.float64).reshape(-1, len(RANK_METRICS))
-
-    @property
-    def gates(self) -> np.ndarray:
-        """int64 (2, classes): test samples with a gate weight, and Σ α·2^SCALE of them, over clients."""
-        return self.buffer[self._gates :].reshape(2, -1)
 
 
 def summary(accuracy: Sequence[float | None], samples: Sequence[float]) -> dict[str, float | None]:
@@ -109,7 +107,8 @@ def evaluation_metrics(evaluation: EvaluationSum, unseen: Collection[int] = ()) 
         "accuracy_concepts": {name: _concept(measured, name, training) for name in ("first", "second")},
         "accuracy_validation": summary([validation[k] for k in training], validated[training].tolist()),
         "auc": summary([auc[k] for k in training], tested[training].tolist()),
-        "alpha_class": _alpha_class(evaluation.gates),
+        "alpha_class": _alpha_class(evaluation.gates["by_class"]),
+        "gate": gates.summary(evaluation.gates),
         "clients": {
             "accuracy": accuracy,
             "loss": with_nulls(np.where(tested > 0, measured["loss"], np.nan)),
@@ -119,9 +118,9 @@ def evaluation_metrics(evaluation: EvaluationSum, unseen: Collection[int] = ()) 
     }
 
 
-def _alpha_class(gates: np.ndarray) -> list[float | None] | None:
+def _alpha_class(by_class: np.ndarray) -> list[float | None] | None:
     """Return the mean gate weight by class, null for a class without samples; None without any gate."""
-    samples, sums = gates
+    samples, sums = by_class
     if not samples.any():
         return None
     return with_nulls(np.where(samples > 0, sums / np.maximum(samples, 1) / 2.0**SCALE, np.nan))
@@ -210,6 +209,7 @@ def row(
         "accuracy_validation": after["accuracy_validation"],
         "auc": after["auc"],
         "alpha_class": after["alpha_class"],
+        "gate": after["gate"],
         "clients": {**after["clients"], "accuracy_before": before, "samples": list(samples)},
         "seconds": {**slowest, "write": None, "total": seconds},
         "seconds_ranks": {name: ranks[name] for name in PHASES},
