@@ -98,10 +98,34 @@ COMMANDS = {
         settings=True,
         mpi=True,
     ),
+    "fork": Command(
+        "Branch a run off one of its rounds, under settings that a restart refuses.",
+        (
+            argument("source", metavar="RUN_DIR", help="the folder of the run"),
+            argument("--at", required=True, type=number, metavar="ROUND", help="a round with a checkpoint"),
+        ),
+        (
+            "fork runs/a --at 200 --gate.weights equal --run.dir runs/b",
+            "fork runs/a --at 50 --algorithm fedprox",
+        ),
+        settings=True,
+        mpi=True,
+    ),
     "evaluate": Command(
         "Measure every client of a checkpoint.",
         (CHECKPOINT, switch("--json", "print JSON instead of a table")),
         ("evaluate runs/NAME/checkpoints/best.h5", "evaluate best.h5 --data.path other.h5 --json"),
+        settings=True,
+        mpi=True,
+    ),
+    "verify": Command(
+        "Replay rounds of a run from its checkpoints, compare every bit, and print a card.",
+        (
+            argument(
+                "source", metavar="RUN_DIR", help="the folder of the run; --rounds N replays N rounds, not 3"
+            ),
+        ),
+        ("verify runs/NAME", "verify runs/NAME --rounds 10 --data.path OTHER/cifar10.h5 > card.md"),
         settings=True,
         mpi=True,
     ),
@@ -173,7 +197,12 @@ COMMANDS = {
     "report": Command(
         "Report on one run, or compare several: a page, figures and tables.",
         (
-            argument("folders", nargs="+", metavar="RUN_DIR", help="run folders, or folders of run folders"),
+            argument(
+                "folders",
+                nargs="+",
+                metavar="RUN_DIR",
+                help="run folders, folders of them, and result files of PFLlib and HtFLlib",
+            ),
             argument(
                 "--out",
                 default="",

@@ -32,7 +32,7 @@ methods, chosen by --algorithm:
 
 `pfedmoe-mpi COMMAND --help` prints a command's arguments with examples, `pfedmoe-mpi run --help` also every
 setting with its range, its default and the reason for it. `python -m pfedmoe_mpi` is the same program. run,
-restart, evaluate, reproduce, bench and check work under mpirun and srun, too."""
+restart, fork, evaluate, verify, reproduce, bench and check work under mpirun and srun, too."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -117,11 +117,30 @@ def restart(given: Namespace) -> int:
     return restart.restart(Path(given.source), given.settings)
 
 
+def fork(given: Namespace) -> int:
+    """Branch a run off one of its rounds."""
+    from pfedmoe_mpi.run import fork
+
+    return fork.fork(Path(given.source), given.at, given.settings)
+
+
 def evaluate(given: Namespace) -> int:
     """Measure every client of a checkpoint."""
     from pfedmoe_mpi.commands import evaluate
 
     return evaluate.run(Path(given.source), given.settings, given.json)
+
+
+def verify(given: Namespace) -> int:
+    """Replay rounds of a run."""
+    from pfedmoe_mpi.commands import verify
+
+    rounds = str(given.settings.pop("rounds", 3))
+    if not rounds.isdecimal() or not int(rounds):
+        raise ConfigError(
+            f"rounds = {rounds} of `verify` is not a number of rounds", "--rounds 3 replays three"
+        )
+    return verify.run(Path(given.source), int(rounds), given.settings)
 
 
 def inspect(given: Namespace) -> int:
@@ -246,7 +265,9 @@ def completion(given: Namespace) -> int:
 FUNCTIONS: dict[str, Callable[[Namespace], int]] = {
     "run": run,
     "restart": restart,
+    "fork": fork,
     "evaluate": evaluate,
+    "verify": verify,
     "inspect": inspect,
     "export": export,
     "data prepare": prepare,

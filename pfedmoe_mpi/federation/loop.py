@@ -21,7 +21,7 @@ from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
 from pfedmoe_mpi.errors import CheckpointError, RunError, StoppedError
-from pfedmoe_mpi.federation import evaluation, metrics, pretraining, training
+from pfedmoe_mpi.federation import branch, evaluation, metrics, pretraining, training
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
@@ -98,6 +98,15 @@ class Loop:
             client.vector.copy_(torch.from_numpy(loaded.vector(client.id)))
         self._partial = loaded.partial
         self.server.load(torch.from_numpy(loaded.moments))
+
+    def branch(self, loaded: checkpoint.Checkpoint) -> None:
+        """Continue a fork from the complete rounds of a run's checkpoint, in which parts may be missing.
+
+        What the server's optimiser keeps begins anew.
+        """
+        self.round, self.history = loaded.round, list(loaded.history)
+        self._pretrained = True
+        branch.begin(self.federation, self.state, loaded)
 
     def evaluation(self) -> Row:
         """Measure all clients with the server's state, without training; collective.

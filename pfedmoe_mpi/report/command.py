@@ -18,6 +18,8 @@ from pfedmoe_mpi.report.document import Report
 from pfedmoe_mpi.report.load import Run, load_runs
 from pfedmoe_mpi.report.model_views import ModelViews
 from pfedmoe_mpi.report.tables import to_csv, to_latex
+from pfedmoe_mpi.storage import peer_results
+from pfedmoe_mpi.storage.peer_results import PeerResult
 
 FIGURES, TABLES = {".png", ".pdf"}, {".csv", ".tex"}  # suffixes of the files
 UNFINISHED = f".{page.NAME}.tmp"  # name of the page while its report is being written
@@ -32,11 +34,16 @@ def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str
     """Report on one run, or on several side by side; `models`: evaluate the models of a single run too.
 
     Raises:
-        UserError: a folder is not a run folder, the runs cannot be compared, `out` holds something else, or
-            a package is missing; nothing was written.
+        UserError: a folder is not a run folder, a file is not another program's result, the runs cannot be
+            compared, `out` holds something else, or a package is missing; nothing was written.
     """
     target_share = _share(target)
-    runs, notes = load_runs([Path(folder) for folder in folders])
+    files = [Path(path) for path in folders if path.endswith(".h5") and Path(path).is_file()]
+    peers = [peer_results.read(path) for path in files]
+    if len(files) == len(folders):
+        problem = f"{files[0]} is a result of another program, and no run of this one is named"
+        raise ReportError(problem, f"name a run to show beside it: report runs/NAME {files[0]}")
+    runs, notes = load_runs([Path(folder) for folder in folders if Path(folder) not in files])
     if len(runs) == 1 and baseline:
         raise CompareError(
             f"--baseline = {baseline} needs at least two runs to compare, not one",
@@ -44,15 +51,15 @@ def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str
         )
     if text:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-        print(terminal.text(_report(runs, baseline, target_share, notes), width))
+        print(terminal.text(_report(runs, peers, baseline, target_share, notes), width))
         return EXIT_DONE
     missing = [name for name in REQUIRED if not find_spec(name)]
     if missing:
         remedy = "pip install 'pfedmoe_mpi[report]', or print the report with --text true"
         raise ReportError(f"a report with figures needs {' and '.join(missing)}", remedy)
-    folder = Path(out or (runs[0].path / "report" if len(runs) == 1 else "report"))
+    folder = Path(out or (runs[0].path / "report" if len(runs) == 1 and not peers else "report"))
     _check_folder(folder)
-    report = _report(runs, baseline, target_share, notes, models)
+    report = _report(runs, peers, baseline, target_share, notes, models)
     for note in report.notes:
         print(f"note: {note}")
     _write(report, folder)
@@ -61,12 +68,17 @@ def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str
 
 
 def _report(
-    runs: Sequence[Run], baseline: str, target: float | None, notes: Sequence[str], models: bool = False
+    runs: Sequence[Run],
+    peers: Sequence[PeerResult],
+    baseline: str,
+    target: float | None,
+    notes: Sequence[str],
+    models: bool = False,
 ) -> Report:
-    if len(runs) == 1:
+    if len(runs) == 1 and not peers:
         report = run_report.report(runs[0], target, _model_views(runs[0]) if models else "")
     else:
-        report = comparison_report.report(runs, baseline, target)
+        report = comparison_report.report(runs, baseline, target, peers)
     return replace(report, notes=[*report.notes, *notes])
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from pfedmoe_mpi.report import compare, comparison_figures, paper_section
+from pfedmoe_mpi.report import compare, comparison_figures, fork_section, paper_section, peer_section
 from pfedmoe_mpi.report.compare import (
     CHOSEN_ON_VALIDATION,
     ENOUGH,
@@ -24,11 +24,27 @@ from pfedmoe_mpi.report.compare import (
 from pfedmoe_mpi.report.costs import operations, reached, separating_targets, traffic
 from pfedmoe_mpi.report.document import Report, Section
 from pfedmoe_mpi.report.load import Run
-from pfedmoe_mpi.report.tables import SPREAD, Cell, Column, Table, number, percent, ranks, short, spread, word
+from pfedmoe_mpi.report.tables import (
+    SPREAD,
+    Cell,
+    Column,
+    Table,
+    difference,
+    number,
+    percent,
+    points,
+    ranks,
+    short,
+    spread,
+    word,
+)
+from pfedmoe_mpi.storage.peer_results import PeerResult
 
 
-def report(runs: Sequence[Run], baseline: str, target: float | None) -> Report:
-    """Return the report on several runs.
+def report(
+    runs: Sequence[Run], baseline: str, target: float | None, peers: Sequence[PeerResult] = ()
+) -> Report:
+    """Return the report on several runs, with the results of other programs.
 
     Raises:
         CompareError: see `compare.compare` and `Comparison.baseline`.
@@ -41,7 +57,9 @@ def report(runs: Sequence[Run], baseline: str, target: float | None) -> Report:
     sections = [
         Section("Results", [results(comparison), accuracies(comparison)], curves),
         *paper_section.sections(runs),
+        *peer_section.sections(comparison, peers),
         _differences(comparison, base),
+        *fork_section.sections(runs),
         _target_section(comparison, target),
         Section("Cost", [cost(comparison)]),
         Section("Runs", [listed(comparison)]),
@@ -166,7 +184,7 @@ def _paired_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> 
         )
         cells = [
             number(len(paired.seeds)),
-            Cell(points(paired.mean), (paired.mean,)),
+            difference(paired.mean),
             Cell(interval, (paired.low, paired.high)),
         ]
         rows.append([word(group.method), word(group.setting), *cells, word(paired.verdict)])
@@ -175,11 +193,6 @@ def _paired_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> 
         f"too few to tell: fewer than {ENOUGH} common seeds",
     ]
     return Table("differences", f"Paired difference from {base}", columns, rows, notes)
-
-
-def points(share: float) -> str:
-    """Return a difference of shares in percentage points, with its sign."""
-    return f"{100 * share:+.2f}".replace("-", "−")
 
 
 def _client_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> Table:
@@ -193,7 +206,7 @@ def _client_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> 
         table = table[~np.isnan(table)]
         counts = [int(np.sum(mask)) for mask in (table > 0, table == 0, table < 0)]
         percentiles = np.percentile(table, (10, 50, 90)).tolist() if len(table) else [None] * 3
-        cells = [Cell("–" if value is None else points(value), (value,)) for value in percentiles]
+        cells = [difference(value) for value in percentiles]
         rows.append([word(group.method), word(group.setting), *map(number, (len(table), *counts)), *cells])
     notes = [
         f"each client's accuracy minus that with {base}, mean over the common seeds, in points",

@@ -92,6 +92,16 @@ def percent(value: float | None) -> Cell:
     return Cell("–" if value is None else f"{100 * value:.2f}", (value,))
 
 
+def points(share: float) -> str:
+    """Return a difference of shares in percentage points, with its sign."""
+    return f"{100 * share:+.2f}".replace("-", "−")
+
+
+def difference(value: float | None) -> Cell:
+    """Return a cell with a difference of shares in percentage points; its value stays a share."""
+    return Cell("–" if value is None else points(value), (value,))
+
+
 def spread(mean: float | None, std: float | None, count: int, mark: str = "") -> Cell:
     """Return a cell with `mean ± std` of shares in per cent; its values are mean, std and count."""
     if mean is None:

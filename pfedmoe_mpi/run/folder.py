@@ -277,6 +277,12 @@ class RunFolder:
         """Whether the last event says that the run finished."""
         return [line["event"] for line in self._events()][-1:] == ["finish"]
 
+    def changed_settings(self) -> set[str]:
+        """Return the settings that restarts changed, without those that have no effect on a round."""
+        starts = (line for line in self._events() if line["event"] == "restart")
+        changed = {name for line in starts for name in line.get("changes", {})}
+        return {name for name in changed if name != "rounds" and not name.startswith("run.")}
+
     def _events(self) -> list[dict[str, Any]]:
         """Return the complete lines of events.jsonl.
 

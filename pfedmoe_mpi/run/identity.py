@@ -11,7 +11,7 @@ import torch
 
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import CheckpointError
-from pfedmoe_mpi.federation import own_code
+from pfedmoe_mpi.federation import branch, own_code
 from pfedmoe_mpi.federation.federation import Federation, samples_text
 from pfedmoe_mpi.federation.round_sum import RoundSum
 from pfedmoe_mpi.mpi import comm
@@ -40,11 +40,17 @@ def run_identity(federation: Federation) -> dict[str, str]:
     }
 
 
-def check_same_federation(world: Comm, federation: Federation, loaded: Checkpoint) -> None:
+def check_same_federation(
+    world: Comm, federation: Federation, loaded: Checkpoint, forked: bool = False
+) -> None:
     """Check that a federation has the checkpoint's code, data, partition and models; note what changes bits.
+
+    Args:
+        forked: other settings may have removed and added parts of the models.
 
     Raises:
         CheckpointError: on all ranks: the user's own code, the data, the partition or the models differ.
+        ConfigError: on all ranks: the settings of a fork change the architecture of a part.
     """
     own_code.check_unchanged(world, federation.config, federation.code, loaded)
     for name, digest in (("data", federation.data_digest), ("partition", federation.partition.digest())):
@@ -54,12 +60,18 @@ def check_same_federation(world: Comm, federation: Federation, loaded: Checkpoin
                 f"the {name} changed since the checkpoint: digest {before[:16]}… then, {digest[:16]}… now",
                 "restart with the same data, or start a new run",
             )
-    payload = federation.method.payload(federation.state_layout.sizes)
-    total = RoundSum(federation.task, federation.method.cohort(loaded.round + 1), payload)
-    loaded.check_fits(federation.state_layout, federation.client_layouts, len(total.buffer))
+    if forked:
+        notes = branch.check(federation, loaded)
+    else:
+        payload = federation.method.payload(federation.state_layout.sizes)
+        total = RoundSum(federation.task, federation.method.cohort(loaded.round + 1), payload)
+        loaded.check_fits(federation.state_layout, federation.client_layouts, len(total.buffer))
+        notes = []
     now = run_identity(federation)
     before_now = {name: (loaded.identity.get(name, "unknown"), now[name]) for name in CONDITIONS}
     changes = [f"{name} {before} → {now}" for name, (before, now) in before_now.items() if before != now]
-    if changes and world.rank == 0:
-        text = "; ".join(changes)
-        print(f"note: bits will differ from an uninterrupted run: {text}", file=sys.stderr, flush=True)
+    if changes:
+        notes.append(f"bits will differ from an uninterrupted run: {'; '.join(changes)}")
+    if world.rank == 0:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)

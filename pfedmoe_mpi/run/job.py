@@ -42,6 +42,7 @@ class Start:
     resuming: bool = False  # continue in an existing run folder
     changes: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # {setting: (before, after)}
     warnings: Sequence[str] = ()
+    fork: Mapping[str, Any] = field(default_factory=dict)  # the run and the round that this one branches off
 
     @property
     def history(self) -> Sequence[Mapping[str, Any]]:
@@ -90,7 +91,7 @@ def train(world: Comm, start: Start) -> int:
     world.from_root(lambda: curves.check(start.settings), "packages")
     federation = build(world, start.settings, loaded=start.loaded)
     if start.loaded:
-        check_same_federation(world, federation, start.loaded)
+        check_same_federation(world, federation, start.loaded, forked=bool(start.fork))
     else:
         world.from_root(federation.method.check, "the method's files")
     device_lines = world.gather(f"{federation.device.line}, {len(federation.clients)} client(s)", "hosts")
@@ -145,12 +146,13 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
     loop.saver.identity = identity
     try:
         if start.loaded:
-            loop.resume(start.loaded)
+            (loop.branch if start.fork else loop.resume)(start.loaded)
             if start.changes or not start.resuming:
                 _save_again(loop, start.loaded)
         world.from_root(lambda: folder.describe(config.to_toml(settings), start.history), "run folder")
         world.from_root(lambda: folder.keep_code(federation.code), "run folder")
         facts = {**identity, "changes": start.changes, "warnings": list(start.warnings), **report_facts}
+        facts |= {"fork": start.fork} if start.fork else {}
         _report_start(world, reporter, start.loaded, device_lines, facts)
         finished = loop.run()
     except RunError as error:

@@ -215,7 +215,7 @@ def _target(source: Path, run_path: Path | None, settings: Config) -> tuple[Path
 
 
 def override_settings(
-    before: Mapping[str, Any], overrides: Mapping[str, Any], fixed: Sequence[str]
+    before: Mapping[str, Any], overrides: Mapping[str, Any], fixed: Sequence[str], same_method: bool = True
 ) -> tuple[Config, dict[str, list[Any]]]:
     """Return an earlier configuration with overrides, and what they change: {name: [before, after]}.
 
@@ -223,6 +223,7 @@ def override_settings(
 
     Args:
         fixed: sections and settings that may not change, in addition to those that define a federation.
+        same_method: the algorithm and its section may not change.
 
     Raises:
         ConfigError: an override changes a fixed setting.
@@ -235,7 +236,7 @@ def override_settings(
     new = config.build({**config.flatten(config.to_tree(old)), **overrides})
     then, now = (config.flatten(config.to_tree(settings)) for settings in (old, new))
     names = [name for name in {**then, **now} if name not in PER_START and then.get(name) != now.get(name)]
-    fixed = ("algorithm", "clients", "seed", "model", old.method, *fixed)
+    fixed = ("clients", "seed", "model", *(("algorithm", old.method) if same_method else ()), *fixed)
     refused = [
         f"{name}: {then.get(name)} → {now.get(name)}"
         for name in names

@@ -1,0 +1,238 @@
+"""`verify`: replay drawn rounds of a run from its checkpoints, compare every bit, and print a card.
+
+The card states what a reader of a paper needs to repeat the run: its settings, versions and digests, and
+which rounds were replayed here. Nothing is written into the run folder.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pfedmoe_mpi import checkpoint, config
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.commands import inspect
+from pfedmoe_mpi.errors import EXIT_DONE, CheckpointError, ConfigError, RunError, StoppedError
+from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.mpi.session import under_mpi
+from pfedmoe_mpi.run.evaluate import evaluation_loop
+from pfedmoe_mpi.run.folder import RunFolder
+from pfedmoe_mpi.user_code import label
+
+if TYPE_CHECKING:  # it imports torch, which is imported only after the arguments were checked
+    from pfedmoe_mpi.federation.loop import Loop
+
+IDENTITY = ("code", "python", "torch", "numpy", "h5py", "mpi", "device", "threads", "precision")
+FREE = ("run.", "data.path", "model.weights")  # what the numbers do not depend on
+ALWAYS = ("cohort", "dropped", "lost", "late", "train_loss")  # in a row whose clients were not measured, too
+
+
+@dataclass(frozen=True)
+class Source:
+    """The start of a replay: `after` complete rounds, and `rounds` that can be replayed from there."""
+
+    after: int
+    rounds: int
+    path: Path | None  # None: from the settings, before round 1
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a replayed round was compared with, and the names of what differs."""
+
+    round: int
+    compared: str
+    differences: Sequence[str]
+
+
+def run(folder: Path, rounds: int, overrides: Mapping[str, Any]) -> int:
+    """Replay `rounds` rounds and print the card; return the exit code.
+
+    Raises:
+        UserError: on all ranks: the folder has no usable checkpoint, the data are missing or others, or an
+            override would change the numbers.
+        RunError: on all ranks: a round differs.
+    """
+    changed = [name for name in overrides if not name.startswith(FREE)]
+    if changed:
+        problem = f"verify replays a run with its own settings, not with another {', '.join(changed)}"
+        raise ConfigError(problem, "remove these flags; --data.path and --run.code may lead to other places")
+    given = {"command": "verify", "--rounds": rounds, **overrides}
+    return under_mpi(lambda world, _: _verify(world, folder, rounds, overrides), given, singleton=True)
+
+
+def _verify(world: Comm, path: Path, rounds: int, overrides: Mapping[str, Any]) -> int:
+    folder = RunFolder(world.from_root(path.absolute, "source"))  # ranks may be in unlike folders
+    newest, plan = world.from_root(lambda: _plan(folder, rounds), "plan")
+    _check(world, newest)
+    with checkpoint.open_everywhere(world, newest) as last:
+        results = [
+            each for source in plan for each in _replay(world, folder, source, last.history, overrides)
+        ]
+        if world.rank == 0:
+            print(_card(last, results, world.size), flush=True)
+    different = [each.round for each in results if each.differences]
+    if different:
+        listed = ", ".join(map(str, different))
+        raise RunError(
+            f"round {listed} of {folder.path} gave other numbers when replayed",
+            "compare the versions, the processor and the threads on the card with those of this machine",
+        )
+    return EXIT_DONE
+
+
+def _check(world: Comm, path: Path) -> None:
+    """Verify the seal of a checkpoint, a share on each rank; collective."""
+    world.agree(partial(checkpoint.verify, path, world.rank, world.size), "checking the checkpoint")
+
+
+# What is replayed
+
+
+def _plan(folder: RunFolder, rounds: int) -> tuple[Path, list[Source]]:
+    """Return the newest complete checkpoint, and the starts from which `rounds` rounds are replayed.
+
+    Rounds that follow a checkpoint, or the start, at once are drawn first: they cost one round each.
+
+    Raises:
+        CheckpointError: the folder has no complete checkpoint.
+    """
+    paths = {}
+    for path in (folder.best, *checkpoint.newest_first(folder.checkpoints)):
+        if path.is_file() and "partial" not in path.stem:
+            with Checkpoint(path) as loaded:
+                paths[loaded.round] = path
+    done = max(paths, default=0)
+    if not done:
+        problem = f"{folder.path} has no checkpoint of a complete round"
+        raise CheckpointError(problem, "name the folder of a run that has trained")
+    starts: dict[int, Path | None] = {} if 0 in paths or folder.changed_settings() else {0: None}
+    starts |= {round: paths[round] for round in sorted(paths)}
+    ends = [*list(starts)[1:], done]
+    gaps = {start: end - start for start, end in zip(starts, ends, strict=True)}
+    chosen = dict.fromkeys(starts, 0)
+    for distance in range(1, max(gaps.values()) + 1):
+        left = rounds - sum(chosen.values())
+        reachable = [start for start, gap in gaps.items() if gap >= distance]
+        for start in random.sample(reachable, min(left, len(reachable))):
+            chosen[start] = distance
+    return paths[done], [Source(start, length, starts[start]) for start, length in chosen.items() if length]
+
+
+def _replay(
+    world: Comm,
+    folder: RunFolder,
+    source: Source,
+    history: Sequence[Mapping[str, Any]],
+    overrides: Mapping[str, Any],
+) -> Iterator[Replayed]:
+    """Train the rounds after a start again and compare each with the run's row; collective.
+
+    Where the run kept a checkpoint of the round, the vectors are compared too.
+    """
+    if source.path:
+        _check(world, source.path)
+    with checkpoint.open_everywhere(world, source.path) if source.path else nullcontext() as loaded:
+        loop = _resumed(world, loaded, overrides) if loaded else _started(world, folder, overrides)
+    if not loop.begin():
+        raise StoppedError
+    for _ in range(source.rounds):
+        if not loop.run_round():
+            raise StoppedError
+        names = _differences(history[loop.round - 1], loop.history[-1])
+        kept = folder.checkpoints / checkpoint.name(loop.round, partial=False)
+        compared = "metrics"
+        if world.from_root(kept.is_file, "kept checkpoint"):
+            _check(world, kept)
+            names += _unlike_vectors(world, loop, kept)
+            compared = "metrics and all vectors"
+        yield Replayed(loop.round, compared, names)
+
+
+def _resumed(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any]) -> Loop:
+    """Return a loop that continues from a checkpoint."""
+    from pfedmoe_mpi.run.identity import check_same_federation
+
+    loop = evaluation_loop(world, loaded, overrides)
+    check_same_federation(world, loop.federation, loaded)
+    return loop
+
+
+def _started(world: Comm, folder: RunFolder, overrides: Mapping[str, Any]) -> Loop:
+    """Return a loop before round 1."""
+    from pfedmoe_mpi.federation.build import build
+    from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+
+    before = world.from_root(lambda: config.read_toml(folder.config), "configuration")
+    settings = world.attempt(lambda: config.build({**before, **overrides}), "settings")
+    return Loop(world, build(world, settings, warn=False), SilentObserver(), None)
+
+
+# What is compared
+
+
+def _differences(recorded: Mapping[str, Any], replayed: metrics.Row) -> list[str]:
+    """Return the names of a row that differ, of those that repeat bit for bit."""
+    before, now = metrics.learning(dict(recorded)), metrics.learning(replayed)
+    # A restart that changed `rounds` or `eval.every` may have measured other rounds.
+    measured = [row["accuracy"]["mean"] is not None for row in (before, now)]
+    names = before.keys() | now.keys() if measured[0] == measured[1] else ALWAYS
+    return sorted(name for name in names if before.get(name) != now.get(name))
+
+
+def _unlike_vectors(world: Comm, loop: Loop, kept: Path) -> list[str]:
+    """Return which vectors differ from those of a checkpoint of the same round; collective."""
+    with checkpoint.open_everywhere(world, kept) as loaded:
+        unlike = [] if np.array_equal(loaded.state, loop.state.numpy()) else ["the server's vector"]
+        for client in loop.federation.clients.values():
+            if not np.array_equal(loaded.vector(client.id), client.vector.numpy()):
+                unlike.append(f"the vector of client {client.id}")
+        return sorted({name for part in world.gather(unlike, "vectors") for name in part})
+
+
+# The card
+
+
+def _card(last: Checkpoint, results: Sequence[Replayed], ranks: int) -> str:
+    """Return the card as a table in Markdown."""
+    fields = config.fields(last.config["algorithm"])
+    defaults = {name: _plain(field.default) for name, field in fields.items()}
+    own = {
+        name: value
+        for name, value in config.flatten(last.config).items()
+        if name != "algorithm" and not name.startswith(FREE) and value != defaults.get(name)
+    }
+    row = last.history[-1]["accuracy"]
+    facts = {
+        "method": label(last.config["algorithm"]),
+        "rounds": f"{last.round} of {last.config['rounds']}",
+        "accuracy": f"mean {_percent(row['mean'])}, worst client {_percent(row['worst'])}",
+        "settings that differ from the default": ", ".join(f"{name} = {own[name]}" for name in sorted(own)),
+        "data, SHA-256": last.identity["data_digest"],
+        "partition, SHA-256": last.identity["partition_digest"],
+        **{name: last.identity[name] for name in IDENTITY if name in last.identity},
+        f"result after round {last.round}, SHA-256": inspect.digest(last),
+    }
+    for each in results:
+        unlike = ", ".join(each.differences)
+        verdict = f"differs in {unlike}" if unlike else f"the same bits ({each.compared})"
+        facts[f"round {each.round}, replayed on {ranks} rank{'s' * (ranks > 1)}"] = verdict
+    lines = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in facts.items()]
+    return "\n".join(["| run | |", "|---|---|", *lines])
+
+
+def _plain(value: Any) -> Any:
+    """Return a default as checkpoints have it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{100 * share:.2f} %"

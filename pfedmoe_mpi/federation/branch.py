@@ -1,0 +1,63 @@
+"""How a fork begins: with every part of the checkpoint that its changed settings still have.
+
+Parts that only the checkpoint has end there. Parts that only the fork has begin as in a new run: with drawn
+values, or with those of another part (`Algorithm.initial`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.core.flat import Layout
+from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.federation import pretraining
+from pfedmoe_mpi.federation.federation import Federation
+
+
+def check(federation: Federation, loaded: Checkpoint) -> list[str]:
+    """Return a line on the parts that end, and one on those that begin, where there are any.
+
+    Raises:
+        ConfigError: a part would have another architecture than in the checkpoint, or no part is common.
+    """
+    ended, begun, common = set(), set(), set()
+    for before, now in _pairs(federation, loaded):
+        ended |= before.parts.keys() - now.parts.keys()
+        begun |= now.parts.keys() - before.parts.keys()
+        for name in before.parts.keys() & now.parts.keys():
+            common.add(name)
+            if before.part(name).digest != now.part(name).digest:
+                raise ConfigError(
+                    f"with these settings '{name}' has another architecture than in {loaded.path}",
+                    "change only settings that leave the architecture of models and gates as it is",
+                )
+    if not common and ended:
+        problem = f"with these settings no part of a model is one of {loaded.path}"
+        raise ConfigError(problem, "choose a method that trains parts of the same names, or start a new run")
+    lines = {"parts of the run that the fork does not have": ended, "parts that begin with the fork": begun}
+    return [f"{what}: {', '.join(sorted(names))}" for what, names in lines.items() if names]
+
+
+def begin(federation: Federation, state: torch.Tensor, loaded: Checkpoint) -> None:
+    """Copy the common parts into the server's vector and those of this rank's clients."""
+    _copy(loaded.state_layout, torch.from_numpy(loaded.state), federation.state_layout, state)
+    pretraining.begin_private_parts(federation, state)
+    for client in federation.clients.values():
+        before = torch.from_numpy(loaded.vector(client.id))
+        _copy(loaded.layout(client.id), before, federation.client_layouts[client.id], client.vector)
+
+
+def _pairs(federation: Federation, loaded: Checkpoint) -> Iterator[tuple[Layout, Layout]]:
+    """Yield the layouts of the server and of every client: the checkpoint's and the fork's."""
+    yield loaded.state_layout, federation.state_layout
+    for client, layout in enumerate(federation.client_layouts):
+        yield loaded.layout(client), layout
+
+
+def _copy(before: Layout, old: torch.Tensor, now: Layout, new: torch.Tensor) -> None:
+    """Copy the parts that both vectors have."""
+    for name in before.parts.keys() & now.parts.keys():
+        new[now.parts[name]] = old[before.parts[name]]

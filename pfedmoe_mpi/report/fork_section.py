@@ -1,0 +1,123 @@
+"""A run and its fork: the same federation from one round on, paired client by client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pfedmoe_mpi.report.document import Section
+from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, legend_above, style
+from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi.report.run_figures import per_cent, rounds_axis
+from pfedmoe_mpi.report.tables import Column, Table, difference, number, word
+
+Pair = tuple[Run, Run, int]  # a run, its fork, and the last round that they have in common
+
+
+def pairs(runs: Sequence[Run]) -> list[Pair]:
+    """Return every fork among the runs together with the run that it branched off, wherever that lies now."""
+    found = []
+    for branch in runs:
+        at = _forked_after(branch)
+        if at is not None:
+            trunks = (run for run in runs if (_forked_after(run) or 0) < at)  # not another fork of that round
+            found += [(run, branch, at) for run in trunks if _agree(run, branch, at)]
+    return found
+
+
+def _forked_after(run: Run) -> int | None:
+    """Return the round after which a run branched off another one, None if it did not."""
+    fork = run.started_with("fork")
+    return fork["round"] if isinstance(fork, dict) and isinstance(fork.get("round"), int) else None
+
+
+def _agree(run: Run, branch: Run, at: int) -> bool:
+    """Return whether two runs have the data and the first `at` rounds in common, and the first went on."""
+    names = ("round", "cohort", "train_loss", "accuracy", "accuracy_cohort")
+    rows = [[[row[name] for name in names] for row in each.history[:at]] for each in (run, branch)]
+    return run.digests == branch.digests and rows[0] == rows[1] and run.done > at and branch.done > at
+
+
+def differences(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rounds (R,) from the fork on that both measured, and the fork's accuracy minus the run's.
+
+    The latter is (R, N) by client, NaN where a client was not measured or has not trained.
+    """
+    run, branch, at = pair
+    measured = [
+        {
+            row["round"]: row["clients"]["accuracy"]
+            for row in each.history
+            if row["accuracy"]["mean"] is not None
+        }
+        for each in (run, branch)
+    ]
+    rounds = [n for n in sorted(measured[0].keys() & measured[1].keys()) if n >= at]
+    table = np.array([np.array(measured[1][n], float) - np.array(measured[0][n], float) for n in rounds])
+    for row, n in zip(table, rounds, strict=True):
+        row[sorted(run.absent_clients(n))] = np.nan
+    return np.array(rounds), table.reshape(len(rounds), -1)
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """Return a section on the forks among the runs, none without one."""
+    found = [pair for pair in pairs(runs) if len(differences(pair)[0])]
+    if not found:
+        return []
+    figures = [_figure(pair, n if len(found) > 1 else 0) for n, pair in enumerate(found, 1)]
+    return [Section("Forks", [_table(found)], figures)]
+
+
+def _table(found: Sequence[Pair]) -> Table:
+    columns = [Column(title, words=True) for title in ("fork", "of run", "changed settings")]
+    titles = ("fork after round", "round", "mean, points", "median, points", "better", "equal", "worse")
+    rows = []
+    for run, branch, at in found:
+        rounds, table = differences((run, branch, at))
+        last = table[-1][~np.isnan(table[-1])]
+        changed = branch.started_with("fork").get("settings", {})
+        text = ", ".join(
+            f"{name} {old} → {new}" for name, (old, new) in changed.items() if None not in (old, new)
+        )
+        summary = [(float(of(last)) if len(last) else None) for of in (np.mean, np.median)]
+        rows.append(
+            [
+                *(word(branch.path.name), word(run.path.name), word(text)),
+                *(number(at), number(int(rounds[-1])), *map(difference, summary)),
+                *(number(int(count)) for count in ((last > 0).sum(), (last == 0).sum(), (last < 0).sum())),
+            ]
+        )
+    notes = [
+        "each client's accuracy in the fork minus that in the run, in the last round that both measured",
+        "run and fork share every random number; one pair is one seed, so this is not a test",
+    ]
+    return Table("forks", "Forks, client by client", [*columns, *map(Column, titles)], rows, notes)
+
+
+def _figure(pair: Pair, number: int) -> Figure:
+    """Plot the clients' differences over rounds; `number` is that of several forks, else 0."""
+    run, branch, at = pair
+    rounds, table = differences(pair)
+
+    def draw(canvas: Any, paint: Paint) -> None:
+        axes = canvas.subplots()
+        low, middle, high = (np.nanpercentile(table, share, axis=1) for share in (10, 50, 90))
+        lines = style(0, paint), style(1, paint)
+        axes.fill_between(
+            rounds, per_cent(low), per_cent(high), color=lines[0].color, alpha=0.18, linewidth=0
+        )
+        axes.plot(rounds, per_cent(np.nanmean(table, axis=1)), label="mean", **lines[0].line(len(rounds)))
+        axes.plot(rounds, per_cent(middle), label="median", **lines[1].line(len(rounds)))
+        axes.axhline(0, color=paint.ink, linewidth=1)
+        axes.set_ylabel("difference, points")
+        rounds_axis(axes)
+        legend_above(canvas, axes)
+
+    caption = (
+        f"Accuracy in {branch.path.name} minus accuracy in {run.path.name}, client by client, from "
+        f"round {at}, where they are equal. Lines: over clients; band: 10th to 90th percentile."
+    )
+    name = f"fork_{number}" if number else "fork"
+    return Figure(name, f"{branch.path.name} against {run.path.name}", caption, draw, (WIDTH, 3.0))

@@ -1,0 +1,95 @@
+"""Branching a run: the same federation from one of its rounds, under settings that a restart refuses.
+
+Every draw comes from its address (seed, purpose, round, client), so a run and its fork share every random
+number: the same cohorts, batches and augmentations. What differs between them, client by client, is the
+effect of the changed settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pfedmoe_mpi import checkpoint, config, environment
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.errors import CheckpointError, ConfigError
+from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.mpi.session import under_mpi
+from pfedmoe_mpi.run import job
+from pfedmoe_mpi.run.folder import RunFolder
+from pfedmoe_mpi.run.restart import override_settings
+
+# What makes a run and its fork comparable: the same clients, rows, models and draws.
+SHARED = ("partition", "unseen", "join", "stream", "data.mean", "data.std")
+
+
+def fork(source: Path, at: int, overrides: Mapping[str, Any]) -> int:
+    """Train a branch of a run from round `at`, with changed settings; return the exit code."""
+    end = environment.slurm_end() if environment.launched_rank() == 0 else None
+    given = {"command": "fork", "--at": at, **overrides}
+    singleton = str(overrides.get("run.singleton", "")).lower() == "true"
+    return under_mpi(lambda world, code: _fork(world, source, at, overrides, code, end), given, singleton)
+
+
+def _fork(
+    world: Comm, source: Path, at: int, overrides: Mapping[str, Any], code: str, end: float | None
+) -> int:
+    """Fork a run; collective. `code` and `end`: as for `job.begin`."""
+    path = world.from_root(lambda: _checkpoint_of(RunFolder(source.absolute()), at), "checkpoint")
+    world.agree(partial(checkpoint.verify, path, world.rank, world.size), "checking the checkpoint")
+    with checkpoint.open_everywhere(world, path) as loaded:
+        settings, changes = world.attempt(lambda: _settings(loaded, overrides), "settings")
+        target = world.from_root(lambda: job.new_folder(settings), "run folder")
+        world.stop_at = environment.stop_time(settings.run.walltime, end)
+        with RunFolder(target) as folder:
+            fork_facts = {"run": str(path.parent.parent), "round": at, "settings": changes}
+            start = job.Start(settings, folder, code, loaded=loaded, changes=changes, fork=fork_facts)
+            return job.train(world, start)
+
+
+def _settings(loaded: Checkpoint, overrides: Mapping[str, Any]) -> tuple[config.Config, dict[str, list[Any]]]:
+    """Return the settings of the fork, and what differs from the run's: {name: [before, after]}.
+
+    With another algorithm, the section of the run's own is left out.
+
+    Raises:
+        ConfigError: nothing would differ after the round, or what may not.
+    """
+    before = config.flatten(loaded.config)
+    if "algorithm" in overrides:
+        section = config.build(before).method
+        before = {name: value for name, value in before.items() if name.partition(".")[0] != section}
+    settings, changes = override_settings(before, overrides, SHARED, same_method=False)
+    if not changes:
+        problem = "no setting differs from the run's, so its fork would be the same run"
+        raise ConfigError(problem, "add the settings that should differ, such as --gate.weights equal")
+    if settings.rounds <= loaded.round:
+        problem = f"rounds = {settings.rounds}, but the fork begins after round {loaded.round}"
+        raise ConfigError(problem, f"--rounds {2 * loaded.round} trains {loaded.round} rounds")
+    return settings, changes
+
+
+def _checkpoint_of(folder: RunFolder, at: int) -> Path:
+    """Return the run's checkpoint of `at` complete rounds.
+
+    Raises:
+        CheckpointError: there is none; the message lists those that there are.
+    """
+    if not folder.resumable:
+        raise CheckpointError(f"{folder.path} is not a run folder", "name the folder of a run")
+    path = folder.checkpoints / checkpoint.name(at, partial=False)
+    if path.is_file():
+        return path
+    best = folder.best_round()
+    if best == at:
+        return folder.best
+    names = [each.stem for each in checkpoint.newest_first(folder.checkpoints)]
+    rounds = {int(name.split("-")[1]) for name in names if "partial" not in name}
+    rounds |= {best} if best is not None else set()
+    listed = ", ".join(map(str, sorted(rounds))) or "none"
+    raise CheckpointError(
+        f"{folder.path} has no checkpoint of round {at}; it has these rounds: {listed}",
+        f"fork at one of them, or train the run again with --run.checkpoint_every {max(at, 1)} --run.keep 99",
+    )

@@ -1,0 +1,107 @@
+"""The command `fork`: what a branch shares with its run, what it may change, and the report on both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.report import fork_section
+from pfedmoe_mpi.report.load import load_run
+from support.launcher import Result, read_events, reproducible_rows, run_program
+
+
+def test_fork_repeats_the_run_where_no_change_has_an_effect(
+    run_command: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
+    """The rank count differs too: every draw of the fork is that of the run."""
+    run_command("fork", run, "--at", "2", "--run.keep", "9", "--run.dir", "fork")
+    fork = tmp_path / "fork"
+    assert reproducible_rows(fork) == reproducible_rows(run)
+    newest = "checkpoints/round-000003.h5"
+    with Checkpoint(run / newest) as one, Checkpoint(fork / newest) as other:
+        np.testing.assert_array_equal(one.state, other.state)
+        for client in range(4):
+            np.testing.assert_array_equal(one.vector(client), other.vector(client))
+
+
+def test_fork_keeps_common_parts_and_repeats_on_any_ranks_and_through_a_restart(
+    run_command: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
+    change = ("--at", "2", "--gate.weights", "equal", "--rounds")
+    on_two = run_program(2, "fork", str(run), *change, "5", "--run.dir", "two", cwd=tmp_path)
+    assert on_two.code == 0 and on_two.err.count("the fork does not have: gate") == 1, on_two.err
+    run_command("fork", run, *change, "4", "--run.dir", "one")
+    run_command("restart", "one", "--rounds", "5", "--eval.every", "2")
+    assert reproducible_rows(tmp_path / "one")[4] == reproducible_rows(tmp_path / "two")[4]
+    assert reproducible_rows(tmp_path / "one")[:2] == reproducible_rows(run)[:2]
+    with (
+        Checkpoint(run / "checkpoints/round-000002.h5") as before,
+        Checkpoint(tmp_path / "one/checkpoints/round-000005.h5") as one,
+        Checkpoint(tmp_path / "two/checkpoints/round-000005.h5") as two,
+    ):
+        np.testing.assert_array_equal(one.state, two.state)
+        assert before.layout(0).parts.keys() - one.layout(0).parts.keys() == {"gate"}
+        for client in range(4):
+            np.testing.assert_array_equal(one.vector(client), two.vector(client))
+    event = read_events(tmp_path / "two")[0]
+    assert event["fork"]["round"] == 2 and event["fork"]["settings"]["gate.weights"] == ["sample", "equal"]
+    assert event["fork"]["run"] == str(run.resolve())
+
+
+def test_fork_may_change_the_method_if_parts_have_the_same_names(
+    run_command: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
+    """A part that the run does not have begins as in a new run."""
+    result = run_command("fork", run, "--at", "2", "--algorithm", "fedproto", "--run.dir", "fork")
+    assert "that begin with the fork: prototypes" in result.err
+    assert len(reproducible_rows(tmp_path / "fork")) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        (("--at", "2"), "no setting differs"),
+        (("--at", "9", "--gate.weights", "equal"), "no checkpoint of round 9; it has these rounds: 2, 3"),
+        (("--at", "3", "--gate.weights", "equal"), "rounds = 3, but the fork begins after round 3"),
+        (("--at", "2", "--gate.hidden", "7"), "'gate' has another architecture"),
+        (("--at", "2", "--seed", "7"), "cannot be changed now: seed"),
+        (("--at", "2", "--partition.alpha", "7"), "cannot be changed now: partition.alpha"),
+        (("--at", "2", "--model.pool", "mlp3"), "cannot be changed now: model.pool"),
+    ],
+)
+def test_fork_refuses(
+    run_command: Callable[..., Result],
+    assert_refused: Callable[..., str],
+    run: Path,
+    flags: tuple[str, ...],
+    pattern: str,
+) -> None:
+    assert_refused(pattern, "fork", run, *flags, "--run.dir", "fork")
+
+
+def test_fork_refuses_a_folder_that_is_not_a_run(assert_refused: Callable[..., str], tmp_path: Path) -> None:
+    assert_refused("is not a run folder", "fork", tmp_path, "--at", "2", "--gate.weights", "equal")
+
+
+def test_report_pairs_run_and_fork_by_client(
+    run_command: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
+    """Two forks of one round are each paired with the run, not with each other."""
+    for name, change in (("a", ("--gate.weights", "equal")), ("b", ("--train.lr", "0.1"))):
+        run_command("fork", run, "--at", "2", *change, "--run.dir", name)
+    runs = [load_run(path) for path in (run, tmp_path / "a", tmp_path / "b")]
+    assert [(of.path.name, fork.path.name, at) for of, fork, at in fork_section.pairs(runs)] == [
+        ("run", "a", 2),
+        ("run", "b", 2),
+    ]
+    rounds, table = fork_section.differences((runs[0], runs[1], 2))
+    assert rounds.tolist() == [2, 3] and (table[0] == 0).all()
+    last = [np.array(each.history[2]["clients"]["accuracy"]) for each in runs[:2]]
+    np.testing.assert_array_equal(table[1], last[1] - last[0])
+    text = run_command("report", "run", "a", "--text").out
+    assert "gate.weights sample → equal" in text.partition("Forks, client by client")[2]
+    assert "Forks" not in run_command("report", "a", "b", "--text").out
