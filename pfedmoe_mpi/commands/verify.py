@@ -184,8 +184,9 @@ def _differences(recorded: Mapping[str, Any], replayed: metrics.Row) -> list[str
     before, now = metrics.learning(dict(recorded)), metrics.learning(replayed)
     # A restart that changed `rounds` or `eval.every` may have measured other rounds.
     measured = [row["accuracy"]["mean"] is not None for row in (before, now)]
-    names = before.keys() | now.keys() if measured[0] == measured[1] else ALWAYS
-    return sorted(name for name in names if before.get(name) != now.get(name))
+    # A row of an earlier version has fewer names.
+    names = before.keys() if measured[0] == measured[1] else ALWAYS
+    return sorted(name for name in names if before[name] != now.get(name))
 
 
 def _unlike_vectors(world: Comm, loop: Loop, kept: Path) -> list[str]:
