@@ -59,6 +59,24 @@ def number(text: str) -> int:
     return int(text)
 
 
+def width(text: str) -> float:
+    """Read a width in points, above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"expected a number of points above 0, not '{text}'")
+    return value
+
+
+def several(text: str) -> int:
+    """Read a whole number above 0."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, not '{text}'")
+    return int(text)
+
+
 def argument(*names: str, **options: Any) -> Argument:
     """Return a positional argument or a flag."""
     return Argument(names, options)
@@ -160,8 +178,19 @@ COMMANDS = {
         ("data partition partition.h5 --partition.alpha 0.1", "data partition CONFIG.toml partition.png"),
         settings=True,
     ),
+    "weights fetch": Command(
+        "Download published weights of networks, as files for model.weights.",
+        (
+            argument("names", nargs="+", metavar="NAME", help="a network of torchvision, or timm:NAME"),
+            argument("--out", default=".", metavar="FOLDER", help="where to write NAME.pth [default .]"),
+        ),
+        (
+            "weights fetch resnet18 --out weights",
+            "weights fetch resnet18 timm:vit_tiny_patch16_224",
+        ),
+    ),
     "reproduce": Command(
-        "Train the runs of a table that are not finished, one after the other.",
+        "Train the runs of a table that are not finished.",
         (
             argument("table", metavar="TABLE.toml", help="a table; jobs/tables/ has those of the papers"),
             argument(
@@ -183,6 +212,39 @@ COMMANDS = {
                 default="",
                 metavar="K",
                 help="only number K of the chosen runs, from 0: for job arrays [default all]",
+            ),
+            argument(
+                "--select",
+                default="",
+                choices=("validation",),
+                help="choose settings on validation rows, then train the chosen ones with fresh seeds",
+            ),
+            argument(
+                "--together",
+                type=several,
+                default=1,
+                metavar="K",
+                help="train K runs at once, each on a part of the ranks [default 1]",
+            ),
+            argument(
+                "--until",
+                type=width,
+                default=0.0,
+                metavar="POINTS",
+                help="add seeds until the 95 %% interval of every difference from --baseline is narrower",
+            ),
+            argument(
+                "--most",
+                type=several,
+                default=20,
+                metavar="SEEDS",
+                help="--until: train no more seeds than these, and print how many it would take [default 20]",
+            ),
+            argument(
+                "--baseline",
+                default="",
+                metavar="NAME",
+                help="--until: method to compare the others with [default standalone]",
             ),
             switch("--dry", "print what the runs cost and exit"),
             switch("--list", "print the runs' names and exit"),
@@ -216,6 +278,13 @@ COMMANDS = {
                 default="",
                 metavar="NUMBER",
                 help="accuracy whose first round and cost are reported, > 0 and ≤ 1",
+            ),
+            argument(
+                "--select",
+                default="",
+                choices=("validation", "test", "last"),
+                help="the round reported: best on validation rows, best on test rows (too high), or the last "
+                "[default validation if all runs have such rows, else last]",
             ),
             switch("--models", "examine the models of a single run, which needs torch", default=True),
         ),

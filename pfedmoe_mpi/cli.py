@@ -176,8 +176,16 @@ def partition(given: Namespace) -> int:
     return EXIT_DONE
 
 
+def fetch(given: Namespace) -> int:
+    """Write published weights as files; needs no MPI, may use the network on a login node."""
+    from pfedmoe_mpi.commands import weights
+
+    print("\n".join(weights.fetch(given.names, Path(given.out))))
+    return EXIT_DONE
+
+
 def reproduce(given: Namespace) -> int:
-    """Run the runs of a paper's table one after the other, except those that are finished."""
+    """Train the runs of a table, except those that are finished."""
     from pfedmoe_mpi.reproduce import grid
 
     table = Path(given.table)
@@ -186,17 +194,23 @@ def reproduce(given: Namespace) -> int:
         if environment.launched_rank() == 0:
             print("\n".join(run.name for run in runs))
         return EXIT_DONE
+    from pfedmoe_mpi.report import precision
     from pfedmoe_mpi.reproduce import command
 
-    flags = command.ReproduceFlags(given.out, given.scale, given.only, given.task, given.dry)
-    return command.run(table, given.settings, flags)
+    flags = command.ReproduceFlags(
+        *(given.out, given.scale, given.only, given.task, given.dry, given.together),
+        *(given.select, given.until, given.most, given.baseline),
+    )
+    return command.run(table, given.settings, flags, precision.precision)
 
 
 def report(given: Namespace) -> int:
     """Write tables, figures and a page about runs; only `--models true` needs torch."""
     from pfedmoe_mpi.report import command
 
-    return command.run(given.folders, given.out, given.text, given.baseline, given.target, given.models)
+    return command.run(
+        given.folders, given.out, given.text, given.baseline, given.target, given.models, given.select
+    )
 
 
 def translate(given: Namespace) -> int:
@@ -272,6 +286,7 @@ FUNCTIONS: dict[str, Callable[[Namespace], int]] = {
     "export": export,
     "data prepare": prepare,
     "data partition": partition,
+    "weights fetch": fetch,
     "reproduce": reproduce,
     "report": report,
     "translate": translate,

@@ -36,6 +36,10 @@ class RunError(MessageError):
     """A run that cannot continue, raised on all ranks alike; what it wrote stays; exit code 1."""
 
 
+class DivergedError(RunError):
+    """A run whose clients or server are not finite any more, which would happen again."""
+
+
 class ConfigError(UserError):
     """A setting that is unknown, of the wrong type, out of range, or contradicts another."""
 

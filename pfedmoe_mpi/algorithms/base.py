@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -115,7 +115,7 @@ class Task:
         """N, including the unseen clients."""
         return len(self.counts)
 
-    @property
+    @cached_property
     def training(self) -> list[int]:
         """The clients that train, ascending."""
         return [client for client in range(self.clients) if client not in self.unseen]
@@ -269,7 +269,7 @@ class Algorithm:
     def draw_clients(self, round: int, clients: Sequence[int], purpose: str = "cohort") -> list[int]:
         """Draw max(1, floor(C·n + ½)) of the n clients that have joined, without replacement, ascending."""
         config, absent = self.task.config, self.task.absent_clients(round)
-        clients = [client for client in clients if client not in absent]
+        clients = [client for client in clients if client not in absent] if absent else clients
         if not clients:
             return []
         number = max(1, int(config.participation * len(clients) + 0.5))

@@ -14,16 +14,17 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pfedmoe_mpi.checkpoint import seal
+from pfedmoe_mpi.checkpoint import measured, seal
 from pfedmoe_mpi.config.sections import MOMENTS
 from pfedmoe_mpi.core.flat import Entry, Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.storage import untrusted_hdf5, untrusted_json
+from pfedmoe_mpi.storage.columns import Packed
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 _ATTRIBUTE = 1 << 20  # bytes; this program writes attributes of one line
-_ROOT = {"config", "code", "history", "layouts", "server", "partition", "clients", "partial"}
+_ROOT = {"config", "code", "history", "measured", "layouts", "server", "partition", "clients", "partial"}
 _SPLITS = ("train", "validation", "test")
 _FLOAT, _INT = h5py.h5t.IEEE_F32LE, h5py.h5t.STD_I64LE
 
@@ -37,7 +38,8 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> None:
     """
     seal.check(path, rank, ranks)
     if rank == 0:
-        Checkpoint(path).close()
+        with Checkpoint(path) as loaded:
+            loaded.check_measured()
 
 
 def open_everywhere(comm: Comm, path: Path) -> Checkpoint:
@@ -109,6 +111,11 @@ class Checkpoint:
             raise UnusableError(
                 f"clients holds {len(self._group('clients'))}, but config.clients = {self.clients}"
             )
+        self._measured: Packed | None = None
+        if "measured" in self._file:
+            used |= {f"measured/{name}" for name in measured.NAMES}
+            self._measured = measured.read(self._dataset, self.clients, self.round)
+            self.history = measured.joined(self.history, self._measured, self.clients)
         for key in ("server/state", *(f"clients/{client:06d}" for client in range(self.clients))):
             used |= {key, f"layouts/{self._check_vector(key)}"}
         for split in _SPLITS:
@@ -198,6 +205,15 @@ class Checkpoint:
             raise UnusableError(
                 f"partition/{split}_offsets does not divide partition/{split} among the clients"
             )
+
+    def check_measured(self) -> None:
+        """Read all numbers of clients; raise CheckpointError if some are impossible."""
+        try:
+            if self._measured:
+                self._measured.check_values(self.clients)
+        except UnusableError as error:
+            problem = f"{self.path} is not a checkpoint of this program: {error}"
+            raise CheckpointError(problem, seal.REMEDY) from error
 
     def _load_partial(self) -> None:
         """Read the sum of a round in progress and the clients finished in it."""

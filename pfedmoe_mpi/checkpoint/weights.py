@@ -81,6 +81,9 @@ def _from_hdf5(path: Path) -> dict[str, dict[str, Tensor]]:
         with h5py.File(path, "r", locking="best-effort") as file:
             is_checkpoint = "server/state" in file
             tensors = {} if is_checkpoint else _float_datasets(file, _FREE + _RATIO * path.stat().st_size)
+    except UnusableError as error:
+        remedy = "use an `export` or a checkpoint of this program, or a state_dict"
+        raise ConfigError(f"{path} cannot be used as weights: {error}", remedy) from error
     except untrusted_hdf5.FROM_HDF5 as error:
         remedy = untrusted_hdf5.opening_remedy(error, path, "check the path")
         raise ConfigError(f"{path} cannot be opened as HDF5: {error}", remedy) from error
@@ -123,7 +126,8 @@ def _float_datasets(file: object, limit: int) -> dict[str, Tensor]:
     """Return every float dataset by its path.
 
     Raises:
-        UnusableError: one of them claims more than `limit` bytes, or a name is not UTF-8.
+        UnusableError: one of them claims more than `limit` bytes, has no values, or is not stored in the file
+            (virtual or external), or a name is not UTF-8.
     """
     import h5py
 
@@ -134,6 +138,7 @@ def _float_datasets(file: object, limit: int) -> dict[str, Tensor]:
         if not isinstance(name, str):
             raise UnusableError(f"the name {name!a} is not UTF-8")
         if isinstance(item, h5py.Dataset) and item.dtype.kind == "f":
+            untrusted_hdf5.find_dataset(file, name)
             if item.nbytes > limit:
                 raise UnusableError(f"{name} claims {item.nbytes:,} bytes")
             tensors[name] = torch.tensor(item[()], dtype=torch.float32)

@@ -22,13 +22,15 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pfedmoe_mpi.checkpoint import seal
+from pfedmoe_mpi.checkpoint import measured, seal
 from pfedmoe_mpi.checkpoint.memory_file import SparseFile
 from pfedmoe_mpi.checkpoint.seal import FORMAT, Table
 from pfedmoe_mpi.core.flat import Layout
+from pfedmoe_mpi.core.rows import Rows
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.storage import durable
+from pfedmoe_mpi.storage.columns import without_columns
 from pfedmoe_mpi.storage.lock import ReplacedError
 
 REPLACED = "move the folder back to this path"
@@ -135,7 +137,7 @@ def _texts(content: Content) -> dict[str, bytes]:
     """Return the text datasets: configuration, one line per round, every layout once, the user's own code."""
     texts = {
         "config": json.dumps(content.config),
-        "history": "\n".join(json.dumps(row, allow_nan=False) for row in content.history),
+        "history": "\n".join(json.dumps(without_columns(row), allow_nan=False) for row in content.history),
     }
     if content.code:
         texts["code"] = json.dumps(content.code)
@@ -145,13 +147,15 @@ def _texts(content: Content) -> dict[str, bytes]:
 
 
 def _arrays(content: Content) -> dict[str, np.ndarray]:
-    """Return the number datasets of rank 0, float32 and int64."""
+    """Return the datasets of numbers that rank 0 writes: vectors, row numbers, columns, a round's sum."""
     arrays: dict[str, np.ndarray] = {"server/state": np.asarray(content.state, "<f4")}
+    arrays |= measured.datasets(content.history)
     if len(content.moments):
         arrays["server/moments"] = np.asarray(content.moments, "<f4")
     for split, rows in content.partition.items():
-        arrays[f"partition/{split}"] = np.concatenate([np.empty(0, "<i8"), *rows]).astype("<i8")
-        arrays[f"partition/{split}_offsets"] = np.cumsum([0, *map(len, rows)]).astype("<i8")
+        joined = Rows.of(rows)
+        arrays[f"partition/{split}"] = joined.flat.astype("<i8")
+        arrays[f"partition/{split}_offsets"] = joined.offsets.astype("<i8")
     if content.partial is not None:
         arrays["partial/sum"] = content.partial.astype("<i8", copy=False)
         arrays["partial/finished"] = np.array(content.finished, "<i8")

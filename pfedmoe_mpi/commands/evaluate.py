@@ -10,6 +10,7 @@ from typing import Any
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import EXIT_DONE
+from pfedmoe_mpi.federation import metrics
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
 from pfedmoe_mpi.run.evaluate import evaluation_loop
@@ -43,7 +44,7 @@ def _evaluate(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], as_
             "round": loaded.round,
             "trained_since": loaded.finished,
             "other_data": other_data,
-            **result,
+            **metrics.learning(result),
         }
         print(json.dumps(result) if as_json else _table(result))
     return EXIT_DONE

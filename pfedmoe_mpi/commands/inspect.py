@@ -11,13 +11,13 @@ from typing import Any
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, seal
 from pfedmoe_mpi.errors import EXIT_DONE
-from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.federation import metrics, selection
 from pfedmoe_mpi.models.names import kind_of
 from pfedmoe_mpi.user_code import label
 
 # Settings that came later, by section: at their default they are not in the digest.
 LATER: dict[str, dict[str, Any]] = {
-    "model": {"train": "all", "lora_rank": 4, "lora_alpha": 4.0, "start": "own"},
+    "model": {"train": "all", "lora_rank": 4, "lora_alpha": 4.0, "keep_outputs": True, "start": "own"},
     "pfedmoe": {"mixture": "mean"},
 }
 LATER_METRICS = ("gate",)  # of a row, all of which follow from vectors and data
@@ -91,8 +91,8 @@ def _description(loaded: Checkpoint) -> str:
         row = loaded.history[-1]
         mean, worst = (_percent(row["accuracy"][key]) for key in ("mean", "worst"))
         lines.append(f"accuracy mean {mean}, worst {worst}")
-        top = metrics.best(loaded.history)
-        kind = "validation" if metrics.selected_on(loaded.history) == "accuracy_validation" else "test"
+        top = selection.best(loaded.history)
+        kind = selection.ROWS[selection.selected_on(loaded.history)]
         lines.append(f"best on {kind}: round {top['round'] if top else None}")
     lines.append(f"server: {_sizes(loaded.state_layout) or 'nothing shared'}")
     same_layout: dict[str, list[int]] = {}

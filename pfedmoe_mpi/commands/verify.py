@@ -147,7 +147,7 @@ def _replay(
     for _ in range(source.rounds):
         if not loop.run_round():
             raise StoppedError
-        names = _differences(history[loop.round - 1], loop.history[-1])
+        names = world.from_root(lambda: _differences(history[loop.round - 1], loop.history[-1]), "metrics")
         kept = folder.checkpoints / checkpoint.name(loop.round, partial=False)
         compared = "metrics"
         if world.from_root(kept.is_file, "kept checkpoint"):
@@ -182,11 +182,11 @@ def _started(world: Comm, folder: RunFolder, overrides: Mapping[str, Any]) -> Lo
 def _differences(recorded: Mapping[str, Any], replayed: metrics.Row) -> list[str]:
     """Return the names of a row that differ, of those that repeat bit for bit."""
     before, now = metrics.learning(dict(recorded)), metrics.learning(replayed)
-    # A restart that changed `rounds` or `eval.every` may have measured other rounds.
-    measured = [row["accuracy"]["mean"] is not None for row in (before, now)]
+    # A restart that changed `rounds` or `eval.*` may have measured other clients.
+    measured = [[value is None for value in row["clients"]["accuracy"]] for row in (before, now)]
     # A row of an earlier version has fewer names.
     names = before.keys() if measured[0] == measured[1] else ALWAYS
-    return sorted(name for name in names if before[name] != now.get(name))
+    return sorted(name for name in names if before.get(name) != now.get(name))
 
 
 def _unlike_vectors(world: Comm, loop: Loop, kept: Path) -> list[str]:

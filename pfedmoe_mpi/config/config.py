@@ -140,6 +140,12 @@ class Config(Section):
         return int(wanted * self.clients + 0.5 if wanted < 1 else wanted)
 
     @property
+    def drawn_clients(self) -> int:
+        """How many of the N clients are drawn to be measured, at least one."""
+        wanted = self.eval.clients or self.clients
+        return max(1, int(wanted * self.clients + 0.5 if wanted < 1 else wanted))
+
+    @property
     def cohort_size(self) -> int:
         """K = max(1, floor(C·n + ½)) of the n clients that train."""
         return max(1, int(self.participation * (self.clients - self.unseen_clients) + 0.5))

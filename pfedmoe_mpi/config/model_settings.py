@@ -41,6 +41,9 @@ class ModelSettings(Section):
     lora_alpha: Positive = 4.0
     """`lora`: the change is scaled by α / r.
     Default: as the rank, as in the paper, so that the scale is 1."""
+    keep_outputs: bool = True
+    """Compute the outputs of frozen layers once per client, where nothing before them is trained.
+    Default: faster by the share of the frozen layers; false computes them in every epoch and evaluation."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelSettings:

@@ -169,6 +169,7 @@ _OTHERS = (
     ("model.dim", "embed_dim embedding_dim feat_dim"),
     ("model.weights", "pretrained pretrained_path weights init_weights"),
     ("model.train", "freeze freeze_backbone finetune peft"),
+    ("model.keep_outputs", "cache_features precompute_features"),
     ("model.lora_rank", "lora_r"),
     ("train.epochs", "epochs epoch local_ep local_epoch num_epochs n_epochs"),
     ("train.batch", "batch batch_size batchsize bs local_bs train_batch_size"),

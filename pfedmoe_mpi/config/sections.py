@@ -45,7 +45,9 @@ SOURCES = "pfedmoe_mpi.sources"  # a group of entry points
 OwnSource = Annotated[str, AfterValidator(_own_source)]
 Name = Annotated[str, BeforeValidator(_name)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_items)]
-Files = Literal["torchvision", "folder", "hdf5", "npz", "leaf", "tff", "table", "heart", "text", "words"]
+Files = Literal[
+    "torchvision", "folder", "hdf5", "npz", "leaf", "tff", "table", "hf", "heart", "text", "words"
+]
 Source = Literal["digits", Files, "synthetic"]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_items)]
 Changes = Annotated[
@@ -77,16 +79,25 @@ class Data(Section):
     """Which torchvision data set: MNIST, FashionMNIST, EMNIST, SVHN, CIFAR10 or CIFAR100.
     Default: the data set of both papers."""
     label: str = ""
-    """`table`: the name of the column that holds the label; classes are its values in sorted order.
-    Default: only you know which column it is."""
+    """`table`, `hf`: the name of the column that holds the label; classes are its values in sorted order.
+    Default: the class column that a file of Hugging Face declares; of other tables only you know it."""
     client: str = ""
-    """`table`: the name of the column that holds the client; with it, natural is the proposed partition.
+    """`table`, `hf`: the name of the column that holds the client; natural is then the proposed partition.
     Default: a table need not name clients."""
+    split: str = ""
+    """`table`, `hf`: the name of the column that says train, test or validation, for an official test part.
+    Default: parts are named by files or folders, such as train.csv and test.csv, or by none."""
+    image: str = ""
+    """`table`, `hf`: the name of the column that holds images, or their paths in the table's folder.
+    Default: the image column that a file of Hugging Face declares, unless data.text is given."""
+    text: Texts = ()
+    """`table`, `hf`: the columns that hold the text, which are joined by spaces.
+    Default: columns of texts are codes without an order."""
     categorical: Texts = ()
-    """`table`: columns of numbers that are codes without an order; each code becomes a column of 0 and 1.
+    """`table`, `hf`: columns of numbers that are codes without an order; each code is a column of 0 and 1.
     Default: numbers have an order; columns of texts are codes without being listed."""
     ignore: Texts = ()
-    """`table`: columns that are not features, such as identifiers or what is known only after the label.
+    """`table`, `hf`: columns that are not features: identifiers, or what is known only after the label.
     Default: every other column is a feature."""
     size: int = Field(0, ge=0, le=1024)
     """Bring images to this many pixels a side; 0 leaves them as they are (digits: 32).
@@ -97,11 +108,14 @@ class Data(Section):
     std: Numbers = ()
     """Divides each channel after the mean; empty = the source's own constants.
     Default: as data.mean."""
+    tokens: Annotated[Literal["auto", "word", "char"], BeforeValidator(_name)] = "auto"
+    """Texts: tokens are words (word) or characters (char).
+    Default: characters for Shakespeare, as LEAF and TensorFlow Federated have it, else words."""
     length: int = Field(64, ge=1, le=4096)
-    """Texts: how many words of a text are read.
+    """Texts: how many words or characters of a text are read.
     Default: 97 of 100 items of AG News are no longer."""
     vocabulary: int = Field(10_000, ge=1, le=1_000_000)
-    """Texts: how many words have a token of their own, the most frequent in training rows.
+    """Texts: how many words or characters have a token of their own, the most frequent in training rows.
     Default: 85 of 100 words that occur more than once in 6,000 items of AG News."""
     samples: int = Field(2000, ge=10)
     """`synthetic`: how many samples to draw.
@@ -321,6 +335,12 @@ class Eval(Section):
     every: int = Field(1, ge=1)
     """Measure every this many rounds, and always in the last.
     Default: curves without gaps."""
+    clients: NotNegative = 0.0
+    """Clients measured in such a round, drawn anew, besides the cohort: below 1 a share of N; 0 = all.
+    Default: means are over all clients, as in pFedMoE's paper."""
+    last: Annotated[Literal["all", "drawn"], BeforeValidator(_name)] = "all"
+    """Clients measured in the last round: all, or drawn as in the others.
+    Default: the result of a run is over all clients."""
     batch: int = Field(512, ge=1)
     """Batch size of evaluations.
     Default: fills a core or a GPU without much memory."""
@@ -331,11 +351,14 @@ class Run(Section):
     """Run folder; empty = runs/ALGORITHM-TIME.
     Default: no run overwrites another."""
     checkpoint_every: int = Field(10, ge=1)
-    """Write a checkpoint every this many rounds, and always after the first and the last.
+    """Write a checkpoint every this many rounds, and after the first, the last and the best on validation.
     Default: writing takes a tenth of a second, a round takes seconds."""
     checkpoint_minutes: NotNegative = 5.0
     """Write one, too, after a round that ends this many minutes after the last one; 0 = by rounds alone.
     Default: a run that is killed loses minutes, however long its rounds are."""
+    patience: int = Field(0, ge=0)
+    """End after this many rounds without a better accuracy on validation rows; 0 trains all rounds.
+    Default: the papers train a fixed number of rounds."""
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints to keep, beside best.h5.
     Default: one to fall back on; every one is as large as all clients' models."""

@@ -33,7 +33,7 @@ class Batch:
         return len(self.y)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """Samples of one client and one purpose: x (n, *shape) uint8, float32 or int32, y (n,) int64."""
 

@@ -173,6 +173,8 @@ class Bound:
         self.vector = flatten(self.module).to(device)
         self.frozen = flatten(self.module, frozen=True).to(device) if frozen is None else frozen
         self._always_evaluated = list(frozen_modules(self.module).values())
+        for frozen_module in self._always_evaluated:
+            frozen_module.eval()
         bound = {**tensors(self.module), **tensors(self.module, frozen=True)}
         self.parameters = [t for name, t in tensors(self.module).items() if isinstance(t, nn.Parameter)]
         for layout, vector in ((self.layout, self.vector), (self.frozen_layout, self.frozen)):

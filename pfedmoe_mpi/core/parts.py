@@ -16,6 +16,7 @@ from torch import nn
 
 from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.core.flat import Bound, BoundTensor, Layout, flatten
+from pfedmoe_mpi.core.kept import Kept
 from pfedmoe_mpi.models import generators, pretrained
 from pfedmoe_mpi.models.pretrained import Weights
 from pfedmoe_mpi.models.registry import Model, Weightless
@@ -135,6 +136,7 @@ class Workbench:
     """The bound modules of a rank, and the layouts and initial vectors of specifications.
 
     `weights` are read by architecture, and replace the initial draw; `start` is the setting `model.start`.
+    `kept`, which may be set before the first part is bound, has the outputs of frozen layers.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class Workbench:
         start: str = "own",
     ) -> None:
         self.device = device
+        self.kept: Kept | None = None
         self._seed = seed
         self._start = start
         self._weights = weights or {}
@@ -224,7 +227,9 @@ class Workbench:
                 frozen = self.frozen(part)
                 # Buffers that are not in the vector may be drawn too.
                 seeds.seed_global(self._seed, f"bound/{name}/{part.kind}")
-                self._bound[key] = Bound(part.build(), self.device, frozen)
+                self._bound[key] = bound = Bound(part.build(), self.device, frozen)
+                if self.kept:
+                    self.kept.install(part.kind, bound.module)
         return self._bound[key]
 
     def read(self, spec: Spec, parts: Parts, out: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from pfedmoe_mpi.core import batches, seeds
-from pfedmoe_mpi.core.batches import Batch, Normalise
+from pfedmoe_mpi.core.batches import Batch, Normalise, Split
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
+from pfedmoe_mpi.core.kept import Kept
 from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.sgd import Optimiser, Phase, learning_rate_factor
 
@@ -40,6 +41,27 @@ class Engine:
     seed: int
     rounds: int
     poll: Callable[[], None]  # raises StoppedError
+    kept: Kept | None = None  # outputs of frozen layers
+
+    def batches(self, split: Split) -> Iterator[Batch]:
+        """Yield a split's samples once, in order, for evaluations.
+
+        Raises:
+            StoppedError: a stop was asked for.
+        """
+        found = batches.batches(split, self.evaluation_batch, self.normalise)
+        for batch in self._watched(found, split):
+            self.poll()
+            yield batch
+
+    def epoch(self, split: Split, generator: torch.Generator) -> Iterator[Batch]:
+        """Yield a split's samples once, shuffled and augmented."""
+        augment = self.train.augment
+        found = batches.epoch(split, self.train.batch, self.normalise, augment, generator)
+        return found if augment and split.x.ndim == 4 else self._watched(found, split)
+
+    def _watched(self, found: Iterator[Batch], split: Split) -> Iterator[Batch]:
+        return self.kept.watch(found, split) if self.kept else found
 
     def autocast(self) -> torch.autocast:
         """Return the context of train.precision."""
@@ -130,10 +152,7 @@ class Turn:
 
     def _epoch(self, accumulate: int) -> Iterator[tuple[Batch, ...]]:
         """Yield the batches of an epoch, `accumulate` at a time."""
-        engine = self._engine
-        epoch = batches.epoch(
-            self._split, engine.train.batch, engine.normalise, engine.train.augment, self._generator
-        )
+        epoch = self._engine.epoch(self._split, self._generator)
         while group := tuple(islice(epoch, accumulate)):
             yield group
 
@@ -152,11 +171,7 @@ class Turn:
         for module in self.parts.modules().values():
             module.eval()
         with torch.no_grad(), self._engine.autocast():
-            for batch in batches.batches(
-                self._splits[split], self._engine.evaluation_batch, self._engine.normalise
-            ):
-                self._engine.poll()
-                yield batch
+            yield from self._engine.batches(self._splits[split])
 
     def training_batches(self) -> Iterator[Batch]:
         """Yield `batches` of the training samples."""

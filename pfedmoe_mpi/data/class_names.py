@@ -11,11 +11,12 @@ _MISSING = {"nan", "na", "n/a", "null"}  # as other programs write a value that 
 def name_warnings(names: Iterable[str], where: str) -> Iterator[str]:
     """Yield a warning for names that differ in case, spaces or leading zeros only, or stand for nothing."""
     met: dict[str, str] = {}
+    names = tuple(names)
     for name in names:
         key = _key(name)
         if met.setdefault(key, name) != name:
             yield f"{where}: '{met[key]}' and '{name}' are two classes; write them alike if they are one"
-        if key in _MISSING:
+        if key in _MISSING or (key == "-1" and len(names) > 2):
             yield f"{where}: '{name}' is a class; remove its rows if it stands for a missing label"
 
 

@@ -133,6 +133,7 @@ class SourceData:
     client_names: tuple[str, ...] = ()
     proposals: Mapping[str, Any] = field(default_factory=dict)
     fit: Fit | None = None
+    vocabulary: int = 0
     ordered: bool = False
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -251,6 +252,7 @@ def build_dataset(source: SourceData, settings: Data) -> Dataset:
         client_names=source.client_names,
         proposals=source.proposals,
         fit=source.fit,
+        vocabulary=source.vocabulary,
         ordered=source.ordered,
         left_out=source.left_out,
         warnings=(*source.warnings, *name_warnings(named, source.where)),
@@ -283,6 +285,8 @@ def _normalisation(
     given = settings.mean or settings.std
     mean, std = (settings.mean, settings.std) if given else (source.mean, source.std)
     names = "data.mean and data.std" if given else f"mean and std of {source.where}"
+    if store.dtype == np.int32 and mean:
+        raise DataError(f"{names} do not apply to tokens", "remove them")
     check_constants(mean, std, store.shape, store.dtype, names)
     if not mean and store.dtype == np.uint8:
         mean = std = (0.5,) * store.shape[0]

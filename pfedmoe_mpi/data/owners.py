@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pfedmoe_mpi.config.partition_settings import PartitionSettings
+from pfedmoe_mpi.core.rows import Rows
 from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.data.shares import apportion, draw_shares
 from pfedmoe_mpi.errors import PartitionError
@@ -133,9 +134,9 @@ def _assign_evenly(
     return owner
 
 
-def per_client(owner: np.ndarray, clients: int) -> tuple[np.ndarray, ...]:
+def per_client(owner: np.ndarray, clients: int) -> Rows:
     """Return the rows of every client, ascending."""
     rows = np.flatnonzero(owner != NO_CLIENT)
     by_client = rows[np.argsort(owner[rows], kind="stable")]
-    ends = np.cumsum(np.bincount(owner[rows], minlength=clients))
-    return tuple(np.split(by_client, ends[:-1]))
+    sizes = np.bincount(owner[rows], minlength=clients)
+    return Rows(by_client, np.concatenate([[0], np.cumsum(sizes)]))

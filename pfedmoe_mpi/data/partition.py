@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 
 import numpy as np
 
 from pfedmoe_mpi.config.partition_settings import PartitionSettings
+from pfedmoe_mpi.core.rows import Rows
 from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.data.held_out import hold_out, hold_out_last
 from pfedmoe_mpi.data.owners import NO_CLIENT, draw_owners, per_client
@@ -24,14 +26,19 @@ from pfedmoe_mpi.errors import PartitionError
 class Partition:
     """Row numbers per client, ascending int64; each row occurs once at most.
 
-    `unseen` are the clients that never train, `reserved` the rows that the server keeps.
+    `unseen` are the clients that never train, `reserved` the rows that the server keeps. The parts may be
+    given as any sequences of arrays.
     """
 
-    train: tuple[np.ndarray, ...]
-    validation: tuple[np.ndarray, ...]
-    test: tuple[np.ndarray, ...]
+    train: Rows
+    validation: Rows
+    test: Rows
     unseen: frozenset[int] = frozenset()
     reserved: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def __post_init__(self) -> None:
+        for name in ("train", "validation", "test"):
+            object.__setattr__(self, name, Rows.of(getattr(self, name)))
 
     @property
     def clients(self) -> int:
@@ -52,21 +59,30 @@ class Partition:
 
     def counts(self, labels: np.ndarray, classes: int) -> np.ndarray:
         """Return the training samples per client and class, (N, classes) int64."""
-        return np.stack([np.bincount(labels[rows], minlength=classes) for rows in self.train])
+        cells = self.train.owners * classes + labels[self.train.flat]
+        return np.bincount(cells, minlength=self.clients * classes).reshape(self.clients, classes)
 
     def check(self) -> None:
         """Assert that no row occurs twice, so pretraining, training and unseen clients share no row."""
-        rows = np.concatenate([self.reserved, *self.train, *self.validation, *self.test])
-        assert len(np.unique(rows)) == len(rows), "a row occurs twice"
+        parts = (self.train, self.validation, self.test)
+        rows = np.concatenate([self.reserved, *(part.flat for part in parts)])
+        assert not len(rows) or np.bincount(rows).max() == 1, "a row occurs twice"
         assert self.unseen < set(range(self.clients))
 
     def digest(self) -> str:
         """Return the SHA-256 over all row numbers, by part and client, in hexadecimal."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = sha256()
         for part in (self.train, self.validation, self.test):
-            for rows in part:
-                digest.update(len(rows).to_bytes(8, "little"))
-                digest.update(rows.astype("<i8").tobytes())
+            # Every client's rows follow their number.
+            heads = part.offsets[:-1] + np.arange(len(part))
+            numbers = np.empty(len(part.flat) + len(part), "<i8")
+            numbers[heads] = part.sizes
+            numbers[np.arange(len(part.flat)) + part.owners + 1] = part.flat
+            digest.update(numbers.data)
         if self.unseen or len(self.reserved):
             digest.update(json.dumps([sorted(self.unseen), self.reserved.tolist()]).encode())
         return digest.hexdigest()

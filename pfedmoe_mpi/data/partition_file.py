@@ -24,8 +24,8 @@ def write_rows(path: Path, partition: Partition, config: Config) -> None:
     with h5py.File(path, "w", locking="best-effort") as file:
         parts = {"train": partition.train, "validation": partition.validation, "test": partition.test}
         for name, clients in parts.items():
-            file[f"{name}/rows"] = np.concatenate(clients)
-            file[f"{name}/offsets"] = np.cumsum([0, *map(len, clients)])
+            file[f"{name}/rows"] = clients.flat
+            file[f"{name}/offsets"] = clients.offsets
         file["unseen"] = np.array(sorted(partition.unseen), np.int64)
         file["reserved"] = partition.reserved
         file.attrs["digest"] = partition.digest()

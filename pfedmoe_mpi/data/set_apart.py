@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from pfedmoe_mpi.core.rows import Rows
 from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.data.partition import Partition
 from pfedmoe_mpi.errors import PartitionError
@@ -34,10 +35,12 @@ def reserve_rows(
             f"raise the share to {MIN_RESERVED / rows:.3g} or more, or use a larger data set",
         )
     reserved = numpy_generator(seed, "reserve").permutation(rows)[:number]
-    rest = np.setdiff1d(np.arange(rows), reserved)
+    kept = np.ones(rows, bool)
+    kept[reserved] = False
+    rest = np.flatnonzero(kept)
     partition = partition_rest(rest)
     train, validation, test = (
-        tuple(rest[client_rows] for client_rows in part)
+        Rows(rest[part.flat], part.offsets)
         for part in (partition.train, partition.validation, partition.test)
     )
     return Partition(train, validation, test, reserved=np.sort(reserved))

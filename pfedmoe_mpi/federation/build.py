@@ -10,6 +10,7 @@ from pfedmoe_mpi.checkpoint import Checkpoint, weights
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Normalise
 from pfedmoe_mpi.core.client import Client
+from pfedmoe_mpi.core.kept import Kept
 from pfedmoe_mpi.core.parts import Workbench
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
@@ -59,6 +60,8 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     check_method(settings, method, state_layout)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
+    tails = comm.from_root(lambda: frozen.find_tails(task, (method.state(), *specs)), "frozen layers")
+    workbench.kept = Kept(tails, normalise, settings.eval.batch, comm.poll)
     engine = Engine(
         own_device.device,
         normalise,
@@ -67,6 +70,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         settings.seed,
         settings.rounds,
         comm.poll,
+        workbench.kept,
     )
     shards = distribute(comm, dataset, partition, home, own_device.device)
     clients = {
@@ -78,7 +82,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         code=code,
         dataset=dataset,
         partition=partition,
-        data_digest=data_digest(comm, clients),
+        data_digest=data_digest(comm, shards),
         task=task,
         method=method,
         pretrained=begun_with,

@@ -15,7 +15,7 @@ def client_costs(task: Task) -> list[float]:
     train = task.config.train
     by_name = {name: _cost(task, name) for name in {*task.pool, task.shared}}
     shared = by_name[task.shared]
-    rows = [task.samples(k) for k in range(task.clients)]
+    rows = task.counts.sum(axis=1).tolist()
     trained = [n * train.passes(n) if train.steps else n for n in rows]
     return [n * (by_name[task.architecture(k)] + shared) for k, n in enumerate(trained)]
 

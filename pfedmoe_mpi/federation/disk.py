@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.federation.federation import Federation
 
-# Bytes of a line of metrics.jsonl: of the line itself, per client, and per class or rank.
-LINE, BY_CLIENT, BY_CLASS_OR_RANK = 1_300, 120, 60
+LINE, BY_CLASS_OR_RANK = 1_300, 60  # bytes of a line of metrics.jsonl, and of it by class and rank
+BY_CLIENT = 32  # bytes of the numbers of a measured client: accuracy, loss, gate weight, before the sum
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class DiskUse:
     Attributes:
         checkpoint: bytes of one checkpoint; its last part, the history, grows with the rounds.
         files: the most checkpoints between two writes: the newest ones, and best.h5 if it is older.
-        metrics: bytes of metrics.jsonl.
+        metrics: bytes of metrics.jsonl and of the clients' numbers by round.
         frozen: bytes of the frozen tensors.
     """
 
@@ -46,7 +46,13 @@ class DiskUse:
 
 
 def disk_use(
-    settings: Config, state: int, clients: Sequence[int], rows: int, classes: int, ranks: int
+    settings: Config,
+    state: int,
+    clients: Sequence[int],
+    rows: int,
+    classes: int,
+    ranks: int,
+    frozen: int,
 ) -> DiskUse:
     """Return the disk use of a run.
 
@@ -54,21 +60,23 @@ def disk_use(
         state: numbers of the server's vector.
         clients: numbers of each client's vector.
         rows: rows of the data in the partition.
+        frozen: numbers of the frozen tensors.
     """
-    line = LINE + BY_CLIENT * len(clients) + BY_CLASS_OR_RANK * (classes + ranks)
-    metrics = settings.rounds * line
+    line = LINE + BY_CLASS_OR_RANK * (classes + ranks)
+    measured = -(-settings.rounds // settings.eval.every)
+    metrics = settings.rounds * line + measured * BY_CLIENT * min(settings.drawn_clients, len(clients))
     checkpoint = 4 * (state + sum(clients)) + 8 * rows + metrics
-    return DiskUse(checkpoint, min(settings.run.keep + 1, settings.rounds), metrics)
+    return DiskUse(checkpoint, min(settings.run.keep + 1, settings.rounds), metrics, 4 * frozen)
 
 
 def of_federation(federation: Federation, ranks: int) -> DiskUse:
     """Return the disk use of a federation's run."""
     splits = (federation.partition.train, federation.partition.validation, federation.partition.test)
-    rows = sum(len(own) for split in splits for own in split)
+    rows = sum(len(split.flat) for split in splits)
     clients = [layout.size for layout in federation.client_layouts]
     classes = federation.task.classes
-    use = disk_use(federation.config, federation.state_layout.size, clients, rows, classes, ranks)
-    return replace(use, frozen=4 * sum(layout.size for layout in federation.frozen.layouts.values()))
+    frozen = sum(layout.size for layout in federation.frozen.layouts.values())
+    return disk_use(federation.config, federation.state_layout.size, clients, rows, classes, ranks, frozen)
 
 
 def in_units(size: float) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.core.batches import SPLITS, Split
 from pfedmoe_mpi.core.client import Client
+from pfedmoe_mpi.core.rows import ranges
 from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.sources.open import open_dataset, print_warnings
 from pfedmoe_mpi.errors import DataError
@@ -37,9 +40,11 @@ def open_everywhere(comm: Comm, settings: Config, *, warn: bool) -> Dataset:
         print_warnings(dataset)
     if not distributed:
         return dataset
-    dataset = comm.attempt(lambda: open_source(check=False) if comm.rank else dataset, "data of all ranks")
-    _check_same(comm, dataset, settings)
-    return dataset
+    opened = comm.attempt(lambda: open_source(check=False) if comm.rank else dataset, "data of all ranks")
+    _check_same(comm, opened, settings)
+    return replace(
+        opened, vocabulary=dataset.vocabulary
+    )  # only rank 0 searched the file for the largest token
 
 
 def _check_same(comm: Comm, dataset: Dataset, settings: Config) -> None:
@@ -54,38 +59,76 @@ def _check_same(comm: Comm, dataset: Dataset, settings: Config) -> None:
         raise DataError(problem, "copy the same file to every host, or use a file system that all share")
 
 
+class Shards(Mapping[int, dict[str, Split]]):
+    """A rank's clients' samples by split, as views of one tensor of samples and one of labels.
+
+    Args:
+        clients: the rank's, ascending.
+        ends: (clients, splits) int64, where each client's splits end, one after the other.
+        x: samples (n, *shape); y: labels (n,).
+    """
+
+    def __init__(self, clients: np.ndarray, ends: np.ndarray, x: torch.Tensor, y: torch.Tensor) -> None:
+        self._place = {client: number for number, client in enumerate(clients.tolist())}
+        self._ends = np.concatenate([[0], ends.ravel()])
+        self._x, self._y = x, y
+
+    def __getitem__(self, client: int) -> dict[str, Split]:
+        first = self._place[client] * len(SPLITS)
+        ends = self._ends[first : first + len(SPLITS) + 1].tolist()
+        return {
+            split: Split(self._x[start:end], self._y[start:end])
+            for split, (start, end) in zip(SPLITS, pairwise(ends), strict=True)
+        }
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __contains__(self, client: object) -> bool:
+        return client in self._place
+
+    def digests(self) -> np.ndarray:
+        """Return SHA-256 over each client's samples and labels as used, (clients, 32) bytes."""
+        names = tuple(str(tensor.dtype) for tensor in (self._x, self._y))
+        x, y = self._x.cpu().numpy(), self._y.cpu().numpy()
+        digests = np.empty((len(self), 32), np.uint8)
+        ends = self._ends.tolist()
+        for number in range(len(self)):
+            state = sha256()
+            first = number * len(SPLITS)
+            for start, end in pairwise(ends[first : first + len(SPLITS) + 1]):
+                for name, array in zip(names, (x[start:end], y[start:end]), strict=True):
+                    state.update(f"{name}{array.shape}".encode())
+                    state.update(array.data if end > start else b"")
+            digests[number] = np.frombuffer(state.digest(), np.uint8)
+        return digests
+
+
 def distribute(
     comm: Comm, dataset: Dataset, partition: Partition, home: Sequence[int], where: torch.device
-) -> dict[int, dict[str, Split]]:
+) -> Shards:
     """Return this rank's clients' samples by split, on its device; collective.
 
     Each rank reads them itself, or receives them from rank 0 if that holds all rows.
     """
-    row_numbers = {
-        rank: np.concatenate(
-            [np.empty(0, np.int64), *_rows(partition, [k for k, r in enumerate(home) if r == rank])]
-        )
-        for rank in range(comm.size)
-    }
+    keeper = np.asarray(home)
+    own = np.flatnonzero(keeper == comm.rank)
+    index = _rows(partition, own)
     if dataset.distributed:
-        rows = comm.attempt(lambda: dataset.rows(row_numbers[comm.rank]), "data rows")
+        rows = comm.attempt(lambda: dataset.rows(index), "data rows")
     else:
-        rows = np.empty((len(row_numbers[comm.rank]), *dataset.shape), dataset.dtype)
+        rows = np.empty((len(index) if comm.rank else 0, *dataset.shape), dataset.dtype)
+        outgoing = {rank: rows if rank == comm.rank else np.empty(0, np.uint8) for rank in range(comm.size)}
         if comm.rank == 0:
-            outgoing = {rank: dataset.rows(index) for rank, index in row_numbers.items()}
+            numbers = {rank: _rows(partition, np.flatnonzero(keeper == rank)) for rank in outgoing}
+            outgoing = {rank: dataset.rows(each) for rank, each in numbers.items()}
             rows = outgoing[0]
-        else:
-            outgoing = {rank: rows if rank == comm.rank else np.empty(0, np.uint8) for rank in row_numbers}
         comm.move([(0, rank, outgoing[rank]) for rank in range(1, comm.size)], "data rows")
-    shards: dict[int, dict[str, Split]] = {}
-    at = 0
-    for client in (k for k, rank in enumerate(home) if rank == comm.rank):
-        shards[client] = {}
-        for split in SPLITS:
-            index = getattr(partition, split)[client]
-            shards[client][split] = Split.of(rows[at : at + len(index)], dataset.labels[index], where)
-            at += len(index)
-    return shards
+    x, y = torch.from_numpy(rows).to(where), torch.from_numpy(dataset.labels[index]).to(where)
+    return Shards(own, _sizes(partition, own).cumsum().reshape(-1, len(SPLITS)), x, y)
 
 
 def reserved(comm: Comm, dataset: Dataset, partition: Partition, where: torch.device) -> Client:
@@ -100,29 +143,29 @@ def reserved(comm: Comm, dataset: Dataset, partition: Partition, where: torch.de
 
 def gate_rows(comm: Comm, dataset: Dataset, partition: Partition, seed: int, where: torch.device) -> Split:
     """Return the same rows on every rank, drawn from all clients' test rows; collective."""
-    union = np.unique(np.concatenate(partition.test))
+    union = np.unique(partition.test.flat)
     generator = seeds.numpy_generator(seed, "gate rows")
     index = np.sort(generator.choice(union, min(gates.ROWS, len(union)), replace=False))
     rows = comm.from_root(lambda: dataset.rows(index), "rows for gates")
     return Split.of(rows, dataset.labels[index], where)
 
 
-def _rows(partition: Partition, clients: Sequence[int]) -> list[np.ndarray]:
-    """Return the row numbers of each client and split, in this order."""
-    return [getattr(partition, split)[client] for client in clients for split in SPLITS]
+def _sizes(partition: Partition, clients: np.ndarray) -> np.ndarray:
+    """Return how many rows each client has in each split, (clients, splits)."""
+    return np.stack([getattr(partition, split).sizes[clients] for split in SPLITS], axis=1)
 
 
-def data_digest(comm: Comm, clients: Mapping[int, Client]) -> str:
+def _rows(partition: Partition, clients: np.ndarray) -> np.ndarray:
+    """Return the row numbers of all clients, by client and split."""
+    parts = [getattr(partition, split) for split in SPLITS]
+    first = np.cumsum([0, *(len(part.flat) for part in parts)])[:-1]
+    starts = np.stack([part.offsets[clients] for part in parts], axis=1) + first
+    places = ranges(starts.ravel(), _sizes(partition, clients).ravel())
+    return np.concatenate([part.flat for part in parts])[places]
+
+
+def data_digest(comm: Comm, shards: Shards) -> str:
     """Return SHA-256 over every client's samples and labels as used, in client order; collective."""
-    digests = {}
-    for k, client in clients.items():
-        state = sha256()
-        for split in client.splits.values():
-            for tensor in (split.x, split.y):
-                state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-                state.update(tensor.cpu().numpy().tobytes())
-        digests[k] = state.digest()
-    all_clients: dict[int, bytes] = {}
-    for part in comm.gather(digests, "data digest"):
-        all_clients |= part
-    return sha256(b"".join(all_clients[k] for k in sorted(all_clients))).hexdigest()
+    parts = comm.gather((np.array([*shards], np.int64), shards.digests()), "data digest")
+    order = np.argsort(np.concatenate([clients for clients, _ in parts]))
+    return sha256(np.concatenate([own for _, own in parts])[order].tobytes()).hexdigest()

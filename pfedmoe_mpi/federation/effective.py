@@ -58,14 +58,20 @@ def _check_shares(settings: Config) -> None:
     Raises:
         ConfigError: names the setting and the smallest share.
     """
-    unseen, clients = settings.unseen.clients, settings.clients
-    if unseen > 1 and not unseen.is_integer():
+    unseen, measured, clients = settings.unseen.clients, settings.eval.clients, settings.clients
+    for name, number in (("unseen.clients", unseen), ("eval.clients", measured)):
+        if number > 1 and not number.is_integer():
+            raise ConfigError(
+                f"{name} = {number:g}: expected a whole number of clients, or a share below 1",
+                f"--{name} {round(number)}",
+            )
+    if measured > clients:
         raise ConfigError(
-            f"unseen.clients = {unseen:g}: expected a whole number of clients, or a share below 1",
-            f"--unseen.clients {round(unseen)}",
+            f"eval.clients = {measured:g}, but there are {clients} clients", f"--eval.clients {clients}"
         )
     shares = (
         ("unseen.clients", unseen, clients),
+        ("eval.clients", measured, clients),
         ("join.share", settings.join.share, clients - settings.unseen_clients),
         ("faults.straggler", settings.faults.straggler, clients),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Mixture
-from pfedmoe_mpi.core import batches
+from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Split
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.errors import StoppedError
 from pfedmoe_mpi.federation import gates
@@ -43,20 +44,41 @@ class Measured:
     gate: GateSum | None
 
 
+def drawn_clients(settings: Config, round: int, cohort: Collection[int]) -> np.ndarray:
+    """Return the clients that a round measures, ascending int64: none, all, or those drawn and the cohort.
+
+    Clients are measured every `eval.every` rounds, and in the last. The draw of `eval.clients` is from all
+    clients, and the round is part of its address.
+    """
+    last = round == settings.rounds
+    if round % settings.eval.every and not last:
+        return np.empty(0, np.int64)
+    if settings.drawn_clients == settings.clients or (last and settings.eval.last == "all"):
+        return np.arange(settings.clients)
+    draw = numpy_generator(settings.seed, "measured", round)
+    drawn = draw.choice(settings.clients, settings.drawn_clients, replace=False)
+    return np.union1d(drawn, np.array([*cohort], np.int64))
+
+
 def evaluate(
-    comm: Comm, federation: Federation, state: torch.Tensor, round: int, due: bool = True
+    comm: Comm, federation: Federation, state: torch.Tensor, round: int, measured: np.ndarray
 ) -> EvaluationSum:
     """Return this rank's share of an evaluation after `round`: its clients with the server's `state`.
 
-    No client is measured unless `due`. A stop leaves the remaining clients out and is requested in the sum.
+    A stop leaves the remaining clients out and is requested in the sum.
+
+    Args:
+        measured: the clients to measure, ascending.
     """
     task = federation.task
-    result = EvaluationSum(task.clients, comm.size, task.classes, federation.method.experts)
+    place = {client: number for number, client in enumerate(measured.tolist())}
+    result = EvaluationSum(task.clients, comm.size, task.classes, measured, federation.method.experts)
     try:
-        for client in federation.clients.values() if due else ():
+        for client in (client for client in federation.clients.values() if client.id in place):
             comm.poll()
             with comm.located(f"evaluation of client {client.id}, round {round}"):
-                result.clients[client.id] = _client_metrics(federation, client, state, round, result.gates)
+                values = _client_metrics(federation, client, state, round, result.gates)
+                result.clients[place[client.id]] = values
     except StoppedError:
         pass
     if comm.stop_requested():
@@ -94,8 +116,7 @@ def _client_metrics(
 
 def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:
     """Yield a split's samples in batches (B, *shape), normalised, without labels."""
-    for batch in batches.batches(split, engine.evaluation_batch, engine.normalise):
-        engine.poll()
+    for batch in engine.batches(split):
         yield batch.x
 
 
@@ -128,8 +149,7 @@ def measure(
         predict: Any = None if mixture else method.predictor(parts, samples, unseen)
         if mixture is None and predict is None:
             return None
-        for batch in batches.batches(split, engine.evaluation_batch, engine.normalise):
-            engine.poll()
+        for batch in engine.batches(split):
             mixed = mixture(batch.x) if mixture else None
             logits = (mixed.answer() if mixed else predict(batch.x)).float()
             correct += (logits.argmax(1) == batch.y).sum()
@@ -142,7 +162,7 @@ def measure(
                 scores.append(logits[:, 1] - logits[:, 0])
         gate = None
         if mixture and gate_rows is not None:
-            common = batches.batches(gate_rows, engine.evaluation_batch, engine.normalise)
+            common = engine.batches(gate_rows)
             gate = gates.of_client(method, kept, [mixture(batch.x).weights for batch in common])
     n = len(split)
     area = auc(torch.cat(scores).cpu().numpy(), split.y.cpu().numpy()) if scores else math.nan

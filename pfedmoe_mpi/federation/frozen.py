@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from pfedmoe_mpi.algorithms.base import Task
 from pfedmoe_mpi.checkpoint import Checkpoint, frozen
 from pfedmoe_mpi.checkpoint.frozen import Frozen
+from pfedmoe_mpi.core import tail
+from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.parts import Spec, Workbench, modules_by_kind
+from pfedmoe_mpi.core.tail import Tail
 from pfedmoe_mpi.errors import CheckpointError
+from pfedmoe_mpi.models import generators
 from pfedmoe_mpi.mpi.comm import Comm
 
 
@@ -44,6 +49,18 @@ def load(
         {name: part.kind for name, part in state.items() if part.kind in layouts},
         {name: _period(kinds) for name, kinds in private.items() if set(kinds) & layouts.keys()},
     )
+
+
+def find_tails(task: Task, specs: Iterable[Spec]) -> dict[str, Tail]:
+    """Return the tails of models and extractors whose frozen outputs are kept, by kind."""
+    if not task.config.model.keep_outputs:
+        return {}
+    with generators.kept():
+        parts = {kind: part for kind, part in modules_by_kind(specs).items() if part.architecture}
+        frozen_parts = {kind: part for kind, part in parts.items() if Layout.of(part.skeleton(), True).size}
+        built = {kind: part.build() for kind, part in frozen_parts.items()}
+    tried = {kind: tail.find(module, task.shape, task.vocabulary) for kind, module in built.items()}
+    return {kind: found for kind, found in tried.items() if found}
 
 
 def _period(kinds: list[str]) -> list[str]:

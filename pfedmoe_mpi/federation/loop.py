@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
+from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
-from pfedmoe_mpi.errors import CheckpointError, RunError, StoppedError
-from pfedmoe_mpi.federation import branch, evaluation, metrics, pretraining, training
+from pfedmoe_mpi.errors import CheckpointError, DivergedError, StoppedError
+from pfedmoe_mpi.federation import branch, evaluation, metrics, pretraining, selection, training
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
@@ -63,6 +64,11 @@ class SilentObserver:
     def not_written(self, error: CheckpointError) -> None: ...
 
 
+def is_finished(settings: Config, history: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether all rounds are done, or none was better on validation for `run.patience` rounds."""
+    return len(history) >= settings.rounds or selection.exhausted(history, settings.run.patience)
+
+
 class Loop:
     """A federation in training: `round` rounds are done, `state` is the server's vector after them."""
 
@@ -77,6 +83,8 @@ class Loop:
         self.server = ServerOptimiser(federation.config.server, federation.state_layout)
         self.saver = Saver(comm, federation, checkpoints, observer, self.server)
         self.steps = 0  # client steps finished since this program started, on all ranks
+        self._samples = federation.task.counts.sum(axis=1)
+        self._tested = federation.partition.test.sizes
         self._faults = Faults(federation.config.seed, federation.config.faults, federation.costs)
         self._observer = observer
         self._partial: np.ndarray | None = None  # the sum of an interrupted round
@@ -91,7 +99,8 @@ class Loop:
 
     def resume(self, loaded: checkpoint.Checkpoint) -> None:
         """Continue from a verified checkpoint of this federation; every rank reads its own clients."""
-        self.round, self.history = loaded.round, list(loaded.history)
+        self.round = loaded.round
+        self.history = [metrics.kept(row, self.comm.rank) for row in loaded.history]
         self._pretrained = True
         self.state.copy_(torch.from_numpy(loaded.state))
         for client in self.federation.clients.values():
@@ -114,7 +123,8 @@ class Loop:
         Raises:
             StoppedError: on all ranks: a stop was asked for.
         """
-        measured = self._evaluate(self.round, self.state, "evaluation")
+        everyone = np.arange(self.federation.task.clients)
+        measured = self._evaluate(self.round, self.state, "evaluation", everyone)
         if measured.stopped:
             raise StoppedError
         return metrics.evaluation_metrics(measured, self.federation.task.absent_clients(self.round))
@@ -123,13 +133,17 @@ class Loop:
 
     def run(self) -> bool:
         """Train the remaining rounds; return False if stopped."""
-        settings = self.federation.config
         if not self.begin():
             return False
-        while self.round < settings.rounds:
+        while not self.finished:
             if not self.run_round():
                 return False
         return True
+
+    @property
+    def finished(self) -> bool:
+        """Whether no round is left to train."""
+        return is_finished(self.federation.config, self.history)
 
     def begin(self) -> bool:
         """Do once what the method needs before round 1; return False if stopped.
@@ -170,7 +184,8 @@ class Loop:
             return False
         self._check_divergence(total)
         state = self._updated(total)
-        measured = self._evaluate(round, state, f"evaluation of round {round}", self._is_evaluated(round))
+        drawn = evaluation.drawn_clients(self.federation.config, round, [k for k, _ in total.cohort])
+        measured = self._evaluate(round, state, f"evaluation of round {round}", drawn)
         if measured.stopped:
             self._save_stopped(total)
             return False
@@ -193,11 +208,6 @@ class Loop:
         self._seconds["wait"] += waited
         self._seconds["sum"] += time.perf_counter() - started - waited
 
-    def _is_evaluated(self, round: int) -> bool:
-        """Return whether clients are measured in a round: every `eval.every` rounds, and in the last."""
-        settings = self.federation.config
-        return round % settings.eval.every == 0 or round == settings.rounds
-
     # Training
 
     def _train(self, round: int) -> RoundSum:
@@ -214,7 +224,7 @@ class Loop:
             finished.tolist(),
             self.state,
             round,
-            tested=self._is_evaluated(round),
+            tested=len(evaluation.drawn_clients(federation.config, round, ())) > 0,
             trained=partial(self._observer.client_trained, round),
         )
         self._sum(total.buffer, f"sum of round {round}")
@@ -264,7 +274,7 @@ class Loop:
     def _end_diverged(self, total: RoundSum, what: str, remedy: str) -> NoReturn:
         """End the run on all ranks, with a checkpoint of the members that this round has trained."""
         self._save_stopped(total)
-        raise RunError(f"round {self.round + 1}: {what} is not finite", remedy)
+        raise DivergedError(f"round {self.round + 1}: {what} is not finite", remedy)
 
     def _updated(self, total: RoundSum) -> torch.Tensor:
         """Return the server's next vector, unchanged if no client contributed.
@@ -301,13 +311,10 @@ class Loop:
                 )
         return state
 
-    def _evaluate(self, round: int, state: torch.Tensor, purpose: str, due: bool = True) -> EvaluationSum:
-        """Return the evaluation of all ranks, with each rank's seconds of the round so far.
-
-        No client is measured unless `due`.
-        """
+    def _evaluate(self, round: int, state: torch.Tensor, purpose: str, clients: np.ndarray) -> EvaluationSum:
+        """Return the evaluation of these clients by all ranks, with every rank's seconds in the round."""
         started = time.perf_counter()
-        result = evaluation.evaluate(self.comm, self.federation, state, round, due)
+        result = evaluation.evaluate(self.comm, self.federation, state, round, clients)
         self._seconds["evaluate"] = time.perf_counter() - started
         if self.comm.rank == 0 and self.saver.overdue:
             result.request_save()
@@ -319,14 +326,12 @@ class Loop:
         """Add the round's row to the history, save a checkpoint when one is due, and report the round."""
         federation = self.federation
         task = self._task(self.round)
-        samples = [task.samples(k) for k in range(task.clients)]
-        tested = [len(rows) for rows in federation.partition.test]
         row = metrics.row(
             self.round,
             total,
             measured,
-            samples,
-            tested,
+            task.counts.sum(axis=1) if federation.stream else self._samples,
+            self._tested,
             unseen=task.absent_clients(self.round),
             share=federation.stream.share(self.round) if federation.stream else None,
             bytes_once=self._method.bytes_once,
@@ -334,10 +339,12 @@ class Loop:
             simulated=self._faults.waited(client for client, _ in total.cohort),
         )
         row["drift"] = metrics.drift([*self.history, row])
+        row = metrics.kept(row, self.comm.rank)
         self.history.append(row)
         reported = dict(row)  # with the seconds of writing the checkpoint that holds the row itself
-        last = self.round == federation.config.rounds
+        last = self.finished
         scheduled = self.round == 1 or self.round % federation.config.run.checkpoint_every == 0 or last
+        scheduled = scheduled or selection.improved(self.history)
         if scheduled or measured.saves:
             started = time.perf_counter()
             self.save(last, scheduled)

@@ -1,8 +1,9 @@
 """The metrics of a round, their names, and the history of a run.
 
-All rows have the same keys; a value that was not measured is null. `accuracy` is measured on all clients with
-the new shared state, after aggregation; `accuracy_cohort` on the round's members with what they trained
-themselves, before aggregation.
+All rows have the same keys; a value that was not measured is null. Numbers of single clients are columns
+(`storage.columns`), which only rank 0 keeps. `accuracy` is measured on all clients with the new shared state,
+after aggregation; `accuracy_cohort` on the round's members with what they trained themselves, before
+aggregation.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pfedmoe_mpi.core.fixedpoint import SCALE
 from pfedmoe_mpi.federation import gates
 from pfedmoe_mpi.federation.gates import GateSum
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, RoundSum
+from pfedmoe_mpi.storage.columns import ClientColumns, Column, has_columns, without_columns
 
 Row = dict[str, Any]
 
@@ -34,12 +36,21 @@ class EvaluationSum:
     """The sum of an evaluation over all ranks, in one int64 buffer.
 
     Position 0 counts the ranks that were asked to stop, position 1 those whose clock asks for a checkpoint.
-    Then comes a slot per client and per rank: one rank writes float64 bits, the others leave zeros, so that
-    the sum is a gather. The sums about gates come last and are added up as integers.
+    Then comes a slot per measured client and per rank: one rank writes float64 bits, the others leave zeros,
+    so that the sum is a gather. The sums about gates come last and are added up as integers.
+
+    Args:
+        clients: N.
+        measured: the clients that are measured, ascending; default all.
+        experts: how many a gate weighs; 0 without a gate.
     """
 
-    def __init__(self, clients: int, ranks: int, classes: int, experts: int = 0) -> None:
-        self._split = 2 + clients * len(CLIENT_METRICS)
+    def __init__(
+        self, clients: int, ranks: int, classes: int, measured: np.ndarray | None = None, experts: int = 0
+    ) -> None:
+        self.number = clients
+        self.measured = np.arange(clients) if measured is None else measured
+        self._split = 2 + len(self.measured) * len(CLIENT_METRICS)
         self._gates = self._split + ranks * len(RANK_METRICS)
         self.buffer = np.zeros(self._gates + GateSum.size(classes, experts), np.int64)
         self.gates = GateSum(classes, experts, self.buffer[self._gates :])
@@ -64,7 +75,7 @@ class EvaluationSum:
 
     @property
     def clients(self) -> np.ndarray:
-        """float64 (N, len(CLIENT_METRICS)); all zero where a client was not measured."""
+        """float64 (measured, len(CLIENT_METRICS)); all zero for a client without an answer."""
         return self.buffer[2 : self._split].view(np.float64).reshape(-1, len(CLIENT_METRICS))
 
     @property
@@ -73,15 +84,15 @@ class EvaluationSum:
         return self.buffer[self._split : self._gates].view(np.float64).reshape(-1, len(RANK_METRICS))
 
 
-def summary(accuracy: Sequence[float | None], samples: Sequence[float]) -> dict[str, float | None]:
+def summary(accuracy: np.ndarray, samples: np.ndarray) -> dict[str, float | None]:
     """Return the mean over clients, sample-weighted mean, population standard deviation and worst.
 
-    Clients without a value do not count; all four are None if none has one.
+    Clients whose value is not finite do not count; all four are None if none has one.
     """
-    measured = [(a, n) for a, n in zip(accuracy, samples, strict=True) if a is not None]
-    if not measured:
+    known = np.isfinite(accuracy)
+    if not known.any():
         return dict.fromkeys(("mean", "weighted", "std", "worst"))
-    a, n = np.array(measured).T
+    a, n = np.stack([accuracy[known], samples[known]], axis=1).T
     weighted = float((a * n).sum() / n.sum())
     return {"mean": float(a.mean()), "weighted": weighted, "std": float(a.std()), "worst": float(a.min())}
 
@@ -96,25 +107,23 @@ def evaluation_metrics(evaluation: EvaluationSum, unseen: Collection[int] = ()) 
     measured = dict(zip(CLIENT_METRICS, evaluation.clients.T, strict=True))
     tested, validated = measured["samples"], measured["validation_samples"]
     with np.errstate(invalid="ignore", divide="ignore"):
-        accuracy = with_nulls(np.where(tested > 0, measured["correct"] / tested, np.nan))
-        validation = with_nulls(np.where(validated > 0, measured["validation_correct"] / validated, np.nan))
-    auc = with_nulls(np.where(tested > 0, measured["auc"], np.nan))
-    others = [k for k in range(len(accuracy)) if k in unseen]
-    training = [k for k in range(len(accuracy)) if k not in unseen]
+        accuracy = np.where(tested > 0, measured["correct"] / tested, np.nan)
+        validation = np.where(validated > 0, measured["validation_correct"] / validated, np.nan)
+    by_client = {"accuracy": accuracy}
+    by_client |= {name: np.where(tested > 0, measured[name], np.nan) for name in ("loss", "alpha", "auc")}
+    others = np.isin(evaluation.measured, list(unseen))
+    training = ~others
+    whose = None if len(evaluation.measured) == evaluation.number else evaluation.measured
+    columns = {name: Column.of(values, whose) for name, values in by_client.items()}
     return {
-        "accuracy": summary([accuracy[k] for k in training], tested[training].tolist()),
-        "accuracy_unseen": summary([accuracy[k] for k in others], tested[others].tolist()),
+        "accuracy": summary(accuracy[training], tested[training]),
+        "accuracy_unseen": summary(accuracy[others], tested[others]),
         "accuracy_concepts": {name: _concept(measured, name, training) for name in ("first", "second")},
-        "accuracy_validation": summary([validation[k] for k in training], validated[training].tolist()),
-        "auc": summary([auc[k] for k in training], tested[training].tolist()),
+        "accuracy_validation": summary(validation[training], validated[training]),
+        "auc": summary(by_client["auc"][training], tested[training]),
         "alpha_class": _alpha_class(evaluation.gates["by_class"]),
         "gate": gates.summary(evaluation.gates),
-        "clients": {
-            "accuracy": accuracy,
-            "loss": with_nulls(np.where(tested > 0, measured["loss"], np.nan)),
-            "alpha": with_nulls(np.where(tested > 0, measured["alpha"], np.nan)),
-            "auc": auc,
-        },
+        "clients": ClientColumns(evaluation.number, columns),
     }
 
 
@@ -126,8 +135,8 @@ def _alpha_class(by_class: np.ndarray) -> list[float | None] | None:
     return with_nulls(np.where(samples > 0, sums / np.maximum(samples, 1) / 2.0**SCALE, np.nan))
 
 
-def _concept(measured: Mapping[str, np.ndarray], name: str, clients: Sequence[int]) -> float | None:
-    """Return the mean accuracy over the clients with test rows of a concept; None without any."""
+def _concept(measured: Mapping[str, np.ndarray], name: str, clients: np.ndarray) -> float | None:
+    """Return the mean accuracy over the clients, a mask, with test rows of a concept; None without any."""
     correct, samples = (measured[f"{name}_{what}"][clients] for what in ("correct", "samples"))
     tested = samples > 0
     return float((correct[tested] / samples[tested]).mean()) if tested.any() else None
@@ -157,8 +166,8 @@ def row(
     round: int,
     total: RoundSum,
     evaluation: EvaluationSum,
-    samples: Sequence[int],
-    tested: Sequence[int],
+    samples: Sequence[int] | np.ndarray,
+    tested: Sequence[int] | np.ndarray,
     *,
     unseen: Collection[int] = (),
     share: float | None = None,
@@ -169,8 +178,8 @@ def row(
     """Return one round's metrics from its two sums.
 
     Args:
-        samples: training rows of each client.
-        tested: test rows of each client.
+        samples: training rows of each client, (N,).
+        tested: test rows of each client, (N,).
         unseen: clients that have not trained: those that never do, and those that join later.
         share: the stream's share of the second concept; None without a stream.
         bytes_once: bytes that a deployment sends a client once, before its first round.
@@ -179,21 +188,22 @@ def row(
     """
     member = total.metrics()
     members_in = total.flags == IN
-    before: list[float | None] = [None] * len(samples)
-    for (client, _), value in zip(
-        total.cohort, with_nulls(np.where(members_in, member[:, 1], np.nan)), strict=True
-    ):
-        before[client] = value
+    samples, tested = np.asarray(samples), np.asarray(tested)
+    cohort = np.array([client for client, _ in total.cohort], np.int64)
+    before = np.where(members_in, member[:, 1], np.nan)
     # After a restart that changes `rounds` or `eval.every`, a round in progress may have unmeasured members.
-    measured = [before[client] is not None for client in total.clients(IN) if tested[client]]
+    complete = np.isfinite(before[members_in & (tested[cohort] > 0)]).all()
     trained = members_in & np.isfinite(member[:, 0])
-    weights = np.array([samples[client] for client, _ in total.cohort], float)[trained]
+    weights = samples[cohort].astype(float)[trained]
     losses = member[trained, 0]
     largest = dict(zip(RANK_METRICS, evaluation.ranks.max(axis=0), strict=True))
     slowest = {name: float(largest[name]) for name in PHASES}
     ranks = dict(zip(RANK_METRICS, evaluation.ranks.T.round(6).tolist(), strict=True))
     up, down = member[members_in, 2:4].mean(axis=0).tolist() if members_in.any() else (None, None)
     after = evaluation_metrics(evaluation, unseen)
+    columns = {name: after["clients"].column(name) for name in after["clients"]}
+    columns["accuracy_before"] = Column.of(before, cohort)
+    columns["samples"] = Column(None, samples.astype(np.int64, copy=False))
     return {
         "round": round,
         "cohort": [client for client, _ in total.cohort],
@@ -205,12 +215,12 @@ def row(
         "accuracy": after["accuracy"],
         "accuracy_unseen": after["accuracy_unseen"],
         "accuracy_concepts": {**after["accuracy_concepts"], "share": share},
-        "accuracy_cohort": summary(before if all(measured) else [None] * len(before), tested),
+        "accuracy_cohort": summary(before if complete else np.full_like(before, np.nan), tested[cohort]),
         "accuracy_validation": after["accuracy_validation"],
         "auc": after["auc"],
         "alpha_class": after["alpha_class"],
         "gate": after["gate"],
-        "clients": {**after["clients"], "accuracy_before": before, "samples": list(samples)},
+        "clients": ClientColumns(evaluation.number, columns),
         "seconds": {**slowest, "write": None, "total": seconds},
         "seconds_ranks": {name: ranks[name] for name in PHASES},
         "bytes": {"up": up, "down": down, "once": bytes_once},
@@ -220,25 +230,18 @@ def row(
 
 
 def learning(row: Row) -> Row:
-    """Return what repeats bit for bit: a row without times, memory and the bytes that MPI moved."""
-    return {name: value for name, value in row.items() if name not in UNREPEATABLE}
+    """Return what repeats bit for bit, as JSON has it: no times, no memory, no bytes that MPI moved."""
+    repeatable = {name: value for name, value in row.items() if name not in UNREPEATABLE}
+    return {**repeatable, "clients": dict(row["clients"])} if has_columns(row) else repeatable
 
 
-def selected_on(history: Sequence[Row]) -> str:
-    """Return the accuracy that selects the best round: validation if there are validation rows, else test."""
-    validated = any(row["accuracy_validation"]["mean"] is not None for row in history)
-    return "accuracy_validation" if validated else "accuracy"
-
-
-def best(history: Sequence[Row], rounds: Sequence[int] | None = None) -> Row | None:
-    """Return the first row with the highest selecting accuracy, among `rounds` if given; None without any."""
-    name = selected_on(history)
-    measured = [
-        r for r in history if r[name]["mean"] is not None and (rounds is None or r["round"] in rounds)
-    ]
-    return max(measured, key=lambda r: (r[name]["mean"], -r["round"]), default=None)
+def kept(row: Mapping[str, Any], rank: int) -> Row:
+    """Return what a rank keeps of a row: rank 0 all of it, in memory; the others no columns."""
+    if rank:
+        return dict(without_columns(row))
+    return {**row, "clients": row["clients"].in_memory()} if has_columns(row) else dict(row)
 
 
 def dumps(row: Mapping[str, Any]) -> str:
-    """Return a row as one line of JSON; floats are read back exactly."""
-    return json.dumps(row, allow_nan=False)
+    """Return a row as one line of JSON, without columns; floats are read back exactly."""
+    return json.dumps(without_columns(row), allow_nan=False)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 
 def homes(costs: Sequence[float], ranks: int) -> list[int]:
     """Return the rank that keeps each client: the costliest first, each to the least loaded rank."""
-    load = [0.0] * ranks
+    least = [(0.0, rank) for rank in range(ranks)]  # a heap of (load, rank)
     home = [0] * len(costs)
-    for client in sorted(range(len(costs)), key=lambda client: (-costs[client], client)):
-        rank = min(range(ranks), key=lambda rank: (load[rank], rank))
+    for client in np.argsort(-np.asarray(costs), kind="stable").tolist():
+        load, rank = least[0]
         home[client] = rank
-        load[rank] += costs[client]
+        heapq.heapreplace(least, (load + costs[client], rank))
     return home
 
 

@@ -88,7 +88,7 @@ def draw_partition(settings: Config, dataset: Dataset) -> Partition:
     if settings.unseen_clients:
         partition = choose_unseen(partition, dataset.labels, settings.unseen_clients, settings.seed)
     partition.check()
-    fewest = min(range(partition.clients), key=lambda client: len(partition.train[client]))
+    fewest = int(partition.train.sizes.argmin())
     if len(partition.train[fewest]) < 2:
         raise PartitionError(
             f"client {fewest} has 1 training row, and training needs at least 2",

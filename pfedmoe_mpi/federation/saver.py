@@ -13,7 +13,7 @@ from pfedmoe_mpi import checkpoint, config
 from pfedmoe_mpi.checkpoint import Content
 from pfedmoe_mpi.core.batches import SPLITS
 from pfedmoe_mpi.errors import CheckpointError, RunError
-from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.federation import selection
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.metrics import Row
 from pfedmoe_mpi.federation.server_optimiser import ServerOptimiser
@@ -129,7 +129,7 @@ class Saver:
             identity={
                 "data_digest": federation.data_digest,
                 "partition_digest": federation.partition.digest(),
-                "selected_on": metrics.selected_on(history),
+                "selected_on": selection.selected_on(history),
                 **self.identity,
             },
             partial=total,

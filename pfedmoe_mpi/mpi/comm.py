@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -44,6 +44,7 @@ class Comm:
         self._control = comm.Dup()
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
+        self.names: Sequence[int] = range(self.size)  # the ranks' numbers in messages
         self.timeout = TIMEOUT
         # Rank 0 knows which ranks are missing, so it reports first; rank n waits min(n, 6) · grace longer.
         self.grace = 10.0
@@ -95,8 +96,7 @@ class Comm:
         self.stopped_by = f"{signal.Signals(cause).name} to rank {rank}" if cause else "the wall-time limit"
 
     def _send_others(self, tag: int, number: int) -> None:
-        token = np.array([number], np.int64)
-        others = (rank for rank in range(self.size) if rank != self.rank)
+        token, others = np.array([number], np.int64), set(range(self.size)) - {self.rank}
         self._sent += [(self._control.Isend(token, other, tag), token) for other in others]
 
     def _receive(self, tag: int) -> tuple[int, int] | None:
@@ -154,8 +154,8 @@ class Comm:
                 "check the hosts and the network, then resume with: restart RUN; "
                 f"if the network is only slow, add {longer}",
             )
-        missing = sorted(set(range(self.size)) - arrived) if self.rank == 0 else [0]
-        ranks = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+        late = set(range(self.size)) - arrived if self.rank == 0 else {0}
+        ranks = f"rank{'s' if len(late) > 1 else ''} {', '.join(str(self.names[n]) for n in sorted(late))}"
         self.abort(
             f"{ranks} did not reach '{purpose}' within {self.timeout:g} s (run.timeout)",
             f"look for an earlier error of {ranks} and check the hosts, then resume with: restart RUN; "
@@ -304,7 +304,7 @@ class Comm:
             raise
         except Exception as error:
             if not getattr(error, "__notes__", None):
-                error.add_note(f"rank {self.rank}, {place}")
+                error.add_note(f"rank {self.names[self.rank]}, {place}")
             raise
 
     def abort(self, reason: str, remedy: str = "") -> NoReturn:

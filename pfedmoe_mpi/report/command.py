@@ -12,10 +12,10 @@ from pathlib import Path
 
 from pfedmoe_mpi import environment
 from pfedmoe_mpi.errors import EXIT_DONE, UserError
-from pfedmoe_mpi.report import comparison_report, drawing, page, run_report, terminal
+from pfedmoe_mpi.report import comparison_report, drawing, page, run_report, selection_section, terminal
 from pfedmoe_mpi.report.compare import CompareError
 from pfedmoe_mpi.report.document import Report
-from pfedmoe_mpi.report.load import Run, load_runs
+from pfedmoe_mpi.report.load import Run, load_runs, selection
 from pfedmoe_mpi.report.model_views import ModelViews
 from pfedmoe_mpi.report.tables import to_csv, to_latex
 from pfedmoe_mpi.storage import peer_results
@@ -30,8 +30,15 @@ class ReportError(UserError):
     """A report that cannot be written with these flags."""
 
 
-def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str, models: bool) -> int:
-    """Report on one run, or on several side by side; `models`: evaluate the models of a single run too.
+def run(
+    folders: Sequence[str], out: str, text: bool, baseline: str, target: str, models: bool, select: str = ""
+) -> int:
+    """Report on one run, or on several side by side.
+
+    Args:
+        models: evaluate the models of a single run too.
+        select: the round whose accuracies are reported, one of `load.SELECT`; default: the best on validation
+            rows if all runs have some, else the last.
 
     Raises:
         UserError: a folder is not a run folder, a file is not another program's result, the runs cannot be
@@ -43,7 +50,9 @@ def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str
     if len(files) == len(folders):
         problem = f"{files[0]} is a result of another program, and no run of this one is named"
         raise ReportError(problem, f"name a run to show beside it: report runs/NAME {files[0]}")
-    runs, notes = load_runs([Path(folder) for folder in folders if Path(folder) not in files])
+    paths = [Path(folder) for folder in folders if Path(folder) not in files]
+    runs, notes = load_runs(paths)
+    runs = [replace(run, select=_selection(runs, select)) for run in runs]
     if len(runs) == 1 and baseline:
         raise CompareError(
             f"--baseline = {baseline} needs at least two runs to compare, not one",
@@ -51,7 +60,8 @@ def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str
         )
     if text:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-        print(terminal.text(_report(runs, peers, baseline, target_share, notes), width))
+        report = selection_section.with_choices(_report(runs, peers, baseline, target_share, notes), paths)
+        print(terminal.text(report, width))
         return EXIT_DONE
     missing = [name for name in REQUIRED if not find_spec(name)]
     if missing:
@@ -60,6 +70,7 @@ def run(folders: Sequence[str], out: str, text: bool, baseline: str, target: str
     folder = Path(out or (runs[0].path / "report" if len(runs) == 1 and not peers else "report"))
     _check_folder(folder)
     report = _report(runs, peers, baseline, target_share, notes, models)
+    report = selection_section.with_choices(report, paths)
     for note in report.notes:
         print(f"note: {note}")
     _write(report, folder)
@@ -95,6 +106,19 @@ def _model_views(run: Run) -> ModelViews | str:
         return probe.view_models(run)
     except UserError as error:
         return f"The models were not evaluated: {error.problem}."
+
+
+def _selection(runs: Sequence[Run], select: str) -> str:
+    """Return which round is reported: that of `select`, else by what all runs have.
+
+    Raises:
+        ReportError: validation rows are to choose, and a run has none.
+    """
+    without = next((run for run in runs if not run.chosen), None)
+    if select == "validation" and without:
+        problem = f"--select = validation, but {without.path} has no accuracy on validation rows"
+        raise ReportError(problem, "report the last round of all runs: --select last")
+    return select or selection(runs)
 
 
 def _share(target: str) -> float | None:

@@ -17,9 +17,11 @@ from pfedmoe_mpi.report.load import Run
 
 ENOUGH = 5  # common seeds for an interval and a verdict
 SHOWN = 10  # pairs of runs in a note
-CHOSEN_ON_VALIDATION = (
-    "accuracies are on test rows, in the last round unless another is named; validation rows choose best.h5"
-)
+WHEN = {  # the round of each run whose accuracies are reported, by `Run.select`
+    "last": "in the last round",
+    "validation": "in the round of each run that is best on validation rows",
+    "test": "in the round of each run that is best on these test rows themselves, so they are too high",
+}
 STD_OVER_CLIENTS = "std over clients: the population's (divided by n)"
 STD_OVER_SEEDS = "mean ± sample standard deviation (divided by n − 1) over seeds"
 
@@ -140,8 +142,8 @@ def values_of(runs: Iterable[Run], value: Callable[[Run], float | None]) -> list
 
 
 def accuracy(run: Run, name: str = "mean") -> float | None:
-    """Return the accuracy over all clients with the new shared state after the last measured round."""
-    share = run.last["accuracy"][name]
+    """Return the test accuracy over all clients with the new shared state, in the round of `run.select`."""
+    share = run.selected["accuracy"][name]
     return None if share is None else float(share)
 
 
@@ -149,6 +151,22 @@ def chosen_accuracy(run: Run) -> float | None:
     """Return the test accuracy of the round that validation rows choose, None without validation rows."""
     share = run.chosen["accuracy"]["mean"] if run.chosen else None
     return None if share is None else float(share)
+
+
+def last_accuracy(run: Run) -> float | None:
+    """Return the test accuracy after the last measured round."""
+    share = run.last["accuracy"]["mean"]
+    return None if share is None else float(share)
+
+
+def selection_notes(runs: Sequence[Run]) -> list[str]:
+    """Return the note on the round whose accuracies are reported, where there is a choice."""
+    if not any(run.chosen or run.select != "last" for run in runs):
+        return []
+    other = {"last": "--select validation reports the round that they choose"}
+    why = other.get(runs[0].select, "--select last reports the last round")
+    rows = "validation rows choose best.h5; " if any(run.chosen for run in runs) else ""
+    return [f"accuracies are on test rows, {WHEN[runs[0].select]}; {rows}{why}"]
 
 
 def curve(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -230,8 +248,8 @@ def client_differences(group: Group, base: Group) -> np.ndarray:
     for run, base_run in common_seeds(group, base):
         if not same_data(run, base_run):
             continue
-        ours, theirs = (np.array(side.last["clients"]["accuracy"], float) for side in (run, base_run))
-        ours[sorted(run.absent_clients(run.last["round"]))] = np.nan
+        ours, theirs = (np.array(side.selected["clients"]["accuracy"], float) for side in (run, base_run))
+        ours[sorted(run.absent_clients(run.selected["round"]))] = np.nan
         tables.append(ours - theirs)
     if not tables or len({len(table) for table in tables}) > 1:
         return np.empty(0)

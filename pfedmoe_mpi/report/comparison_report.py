@@ -10,15 +10,17 @@ import numpy as np
 
 from pfedmoe_mpi.report import compare, comparison_figures, fork_section, paper_section, peer_section
 from pfedmoe_mpi.report.compare import (
-    CHOSEN_ON_VALIDATION,
     ENOUGH,
     STD_OVER_CLIENTS,
     STD_OVER_SEEDS,
+    WHEN,
     Comparison,
     Group,
     accuracy,
     chosen_accuracy,
+    last_accuracy,
     mean_std,
+    selection_notes,
     values_of,
 )
 from pfedmoe_mpi.report.costs import operations, reached, separating_targets, traffic
@@ -85,7 +87,7 @@ def report(
             *comparison.notes,
             *compare.unfinished(comparison),
             *compare.pairing_notes(comparison, base),
-            *([CHOSEN_ON_VALIDATION] if any(run.chosen for run in runs) else []),
+            *selection_notes(runs),
         ],
     )
 
@@ -101,10 +103,15 @@ def results(comparison: Comparison) -> Table:
         for (method, values), mark in zip(seeds.items(), marks, strict=True):
             cells[method].append(spread(*moments[method], len(values), mark))
     notes = [
-        f"test accuracy in %, mean over all clients, last round; {STD_OVER_SEEDS}",
+        f"test accuracy in %, mean over all clients, {when(comparison)}; {STD_OVER_SEEDS}",
         "per column: best in bold, second best underlined, ties as printed; not a statistical test",
     ]
     return Table("results", "Accuracy", columns, list(cells.values()), notes)
+
+
+def when(comparison: Comparison) -> str:
+    """Return the round of each run whose accuracies are reported."""
+    return WHEN[comparison.groups[0].runs[0].select]
 
 
 def _mean_accuracies(group: Group | None) -> list[float]:
@@ -119,8 +126,11 @@ def accuracies(comparison: Comparison) -> Table:
     optional: dict[str, Callable[[Run], float | None]] = {
         "unseen": partial(_mean_of, key="accuracy_unseen"),
         "AUC": partial(_mean_of, key="auc"),
-        "round chosen on validation": chosen_accuracy,
     }
+    if comparison.groups[0].runs[0].select == "last":
+        optional["round chosen on validation"] = chosen_accuracy
+    else:
+        optional["last round"] = last_accuracy
     for name, metric in optional.items():
         if any(values_of(group.finished, metric) for group in comparison.groups):
             metrics[name] = metric
@@ -133,12 +143,14 @@ def accuracies(comparison: Comparison) -> Table:
             values = values_of(group.finished, metric)
             cells.append(spread(*mean_std(values), len(values)))
         rows.append(cells)
-    notes = [f"in %, over the clients of each run ({STD_OVER_CLIENTS}); then {STD_OVER_SEEDS}"]
+    notes = [
+        f"in %, {when(comparison)}, over the clients of each run ({STD_OVER_CLIENTS}); then {STD_OVER_SEEDS}"
+    ]
     return Table("accuracies", "Accuracy in detail", columns, rows, notes)
 
 
 def _mean_of(run: Run, key: str) -> float | None:
-    mean = (run.last.get(key) or {}).get("mean")
+    mean = (run.selected.get(key) or {}).get("mean")
     return None if mean is None else float(mean)
 
 
@@ -315,11 +327,12 @@ def _memory(run: Run) -> float | None:
 def listed(comparison: Comparison) -> Table:
     """Return every run with its rounds and its accuracy."""
     columns = [Column(title, words=True) for title in ("run", "method", "setting")]
-    columns += [*map(Column, ("seed", "rounds", "of", "accuracy, %"))]
+    columns += [*map(Column, ("seed", "rounds", "of", "accuracy, %", "in round"))]
     rows = [
         [
             *(word(run.path.name), word(group.method), word(group.setting)),
             *(number(run.seed), number(run.done), number(run.planned), percent(accuracy(run))),
+            number(run.selected["round"]),
         ]
         for group in comparison.groups
         for run in group.runs

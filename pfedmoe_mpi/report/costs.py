@@ -57,8 +57,9 @@ def operations(run: Run) -> list[float] | None:
         return float(per_sample[client] * rows * train.passes(rows))
 
     return [
-        OPERATIONS * sum(of_client(k, row["clients"]["samples"][k]) for k in row["cohort"])
+        OPERATIONS * sum(of_client(k, samples[k]) for k in row["cohort"])
         for row in run.history
+        if (samples := row["clients"]["samples"])
     ]
 
 

@@ -25,8 +25,10 @@ SETTING = (
 
 
 def grouping_settings(run: Run) -> dict[str, Any]:
-    """Return the settings that separate groups: all but IGNORED."""
-    return {name: value for name, value in run.config.items() if not name.startswith(IGNORED)}
+    """Return the settings that separate groups: all but IGNORED, and `run.patience` if it may end the run."""
+    settings = {name: value for name, value in run.config.items() if not name.startswith(IGNORED)}
+    patience = run.config.get("run.patience")
+    return {**settings, "run.patience": patience} if patience else settings
 
 
 def labels(firsts: Sequence[Run]) -> tuple[list[tuple[str, str]], tuple[str, ...]]:

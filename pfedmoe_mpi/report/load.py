@@ -8,19 +8,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pfedmoe_mpi.config.config import REFERENCES
 from pfedmoe_mpi.errors import UserError
+from pfedmoe_mpi.federation.selection import TEST, VALIDATION, best, exhausted
 from pfedmoe_mpi.models.names import labels
 from pfedmoe_mpi.names import check_text
-from pfedmoe_mpi.storage import untrusted_json
+from pfedmoe_mpi.storage import measured, untrusted_json
+from pfedmoe_mpi.storage.columns import ClientColumns
 from pfedmoe_mpi.user_code import label
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.client_model import ClientModel
 
+T = TypeVar("T")
 STARTS = ("start", "restart")
+SELECT = ("validation", "test", "last")  # the best round on validation rows, the best on test rows, the last
+CHOICE, CHOSEN_RUNS = "selected.toml", "fresh"  # of `reproduce --select`: its choice, the runs chosen so
 DRIFT = ["drift.forgetting", "drift.recovery"]  # columns even of runs without a change of concept
 
 
@@ -36,14 +41,16 @@ class NoRoundError(RunFolderError):
 class Run:
     """The contents of a run folder.
 
-    `config` has dotted names; `history` holds the rows of metrics.jsonl unchanged, `events` those of
-    events.jsonl.
+    `config` has dotted names; `history` holds the rows of metrics.jsonl, and as `clients` their numbers by
+    client; `events` holds the rows of events.jsonl. `select` is the round whose accuracies are reported, one
+    of SELECT.
     """
 
     path: Path
     config: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
+    select: str = "last"
 
     @property
     def algorithm(self) -> str:
@@ -65,7 +72,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.done >= self.planned
+        return self.done >= self.planned or self.ended_early
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether `run.patience` ended it before the planned rounds."""
+        return self.done < self.planned and exhausted(self.history, int(self.config.get("run.patience", 0)))
 
     @property
     def last(self) -> Mapping[str, Any]:
@@ -77,8 +89,14 @@ class Run:
     @property
     def chosen(self) -> Mapping[str, Any] | None:
         """The row of the round that validation rows choose, the first of the best; None without such rows."""
-        rows = [row for row in self.history if (row.get("accuracy_validation") or {}).get("mean") is not None]
-        return max(rows, key=lambda row: (row["accuracy_validation"]["mean"], -row["round"]), default=None)
+        return best(self.history, on=VALIDATION)
+
+    @property
+    def selected(self) -> Mapping[str, Any]:
+        """The row whose accuracies are reported, by `select`."""
+        if self.select == "last":
+            return self.last
+        return best(self.history, on=VALIDATION if self.select == "validation" else TEST) or self.last
 
     @property
     def newest(self) -> Path:
@@ -94,7 +112,8 @@ class Run:
     @property
     def clients(self) -> int:
         """The number of clients N."""
-        return len(self.last["clients"]["accuracy"])
+        columns = self.last["clients"]
+        return columns.clients if isinstance(columns, ClientColumns) else len(columns["accuracy"])
 
     @property
     def digests(self) -> tuple[str, str] | None:
@@ -146,7 +165,7 @@ class Run:
         """One flat dict per round and client: `accuracy`, `loss`, `alpha`, `auc`, …"""
         rows = []
         for row in self.history:
-            metrics = row["clients"]
+            metrics = dict(row["clients"])
             for client in range(len(metrics["accuracy"])):
                 values = {name: column[client] for name, column in metrics.items() if column}
                 keys = {"round": row["round"], "client": client, "architecture": self.architecture(client)}
@@ -198,6 +217,11 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     return Run(folder, settings, history, events)
 
 
+def selection(runs: Sequence[Run]) -> str:
+    """Return which round is reported by default: the best on validation rows if all runs have such rows."""
+    return "validation" if all(run.chosen for run in runs) else "last"
+
+
 def load_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """Read several runs, and return notes on those left out; a folder of run folders means all of them.
 
@@ -226,9 +250,10 @@ def load_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 
 def _below(path: Path) -> list[Path]:
-    """Return the run folders in a folder that is not one itself."""
+    """Return the run folders in a folder that is not one itself; after a choice, those of its result."""
     if (path / "config.toml").exists() or not path.is_dir():
         return []
+    path = path / CHOSEN_RUNS if (path / CHOICE).is_file() else path
     return [toml.parent for toml in sorted(path.glob("*/config.toml"))]
 
 
@@ -266,16 +291,35 @@ def _history(path: Path) -> list[dict[str, Any]]:
     rows = _read(untrusted_json.read_lines, path, remedy) if path.exists() else []
     for number, row in enumerate(rows, 1):
         if number == len(rows) and row is None:
-            return rows[:-1]
+            rows = rows[:-1]
+            break
         if not _is_row(row) or (number > 1 and row["round"] <= rows[number - 2]["round"]):
             problem = f"line {number} of {path} is not the row of a round"
             raise RunFolderError(problem, remedy)
-    return rows
+    return _with_columns(rows, path.parent / measured.FOLDER, remedy)
+
+
+def _with_columns(rows: list[dict[str, Any]], folder: Path, remedy: str) -> list[dict[str, Any]]:
+    """Return the rows with their clients' numbers; rows of an earlier version hold them themselves.
+
+    Raises:
+        RunFolderError: the numbers are missing or damaged.
+    """
+    rounds = [row["round"] for row in rows if "clients" not in row]
+    found = _read(lambda path: measured.read(path, rounds), folder, remedy) if rounds else {}
+    joined = [{**row, "clients": row.get("clients", found.get(row["round"]))} for row in rows]
+    for row in joined:
+        known = row["clients"] is not None
+        measured_clients = known and any(value is not None for value in row["clients"]["accuracy"])
+        if not known or (row["accuracy"]["mean"] is not None and not measured_clients):
+            raise RunFolderError(f"{folder} lacks the clients' numbers of round {row['round']}", remedy)
+    return joined
 
 
 def _is_row(row: Any) -> bool:
     try:
-        columns = row["clients"]
+        names = ("accuracy", "loss", "alpha", "samples")
+        columns = row["clients"] if "clients" in row else dict.fromkeys(names, ())
         return (
             isinstance(row["round"], int)
             and isinstance(row["cohort"], list)
@@ -283,14 +327,14 @@ def _is_row(row: Any) -> bool:
             and all(isinstance(row[name], float | None) for name in ("train_loss", "rss_mb"))
             and isinstance(row["seconds"]["total"], float | None)
             and isinstance(row["bytes"], dict)
-            and len({len(columns[name]) for name in ("accuracy", "loss", "alpha", "samples")}) == 1
+            and len({len(columns[name]) for name in names}) == 1
         )
     except (KeyError, TypeError):
         return False
 
 
-def _read(reader: Callable[[Path], list[Any]], path: Path, remedy: str) -> list[Any]:
-    """Return the lines of a file of JSON.
+def _read(reader: Callable[[Path], T], path: Path, remedy: str) -> T:
+    """Return what `reader` reads of a file or folder.
 
     Raises:
         RunFolderError: the file cannot be read, or is damaged in a way that no killed run leaves it.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi.report.compare import STD_OVER_SEEDS, mean_std, values_of
+from pfedmoe_mpi.report.compare import STD_OVER_SEEDS, WHEN, mean_std, values_of
 from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.labels import settings_text
 from pfedmoe_mpi.report.load import Run
@@ -58,7 +58,7 @@ def results_and_paper(name: str, runs: Sequence[Run], paper: Mapping[str, Any]) 
     for (cell, changes), replicates in cells.items():
         column, _, row = cell.rpartition("/")
         percent = paper["cells"].get(column, {}).get(row)
-        values = values_of(replicates, lambda run: (run.last.get(paper["accuracy"]) or {}).get("mean"))
+        values = values_of(replicates, lambda run: (run.selected.get(paper["accuracy"]) or {}).get("mean"))
         mean, std = mean_std(values)
         published = None if percent is None else percent / 100
         mark = "*" if cell in paper["solved"] else ""
@@ -70,7 +70,9 @@ def results_and_paper(name: str, runs: Sequence[Run], paper: Mapping[str, Any]) 
                 word(changes),
             ]
         )
-    return Table(f"paper_{name}", f"{name}: our results and the paper's", _columns(), rows, _notes(paper))
+    return Table(
+        f"paper_{name}", f"{name}: our results and the paper's", _columns(), rows, _notes(paper, runs[0])
+    )
 
 
 def _columns() -> list[Column]:
@@ -94,10 +96,10 @@ def _changes(run: Run) -> str:
     return "; ".join(changes) or "as the table"
 
 
-def _notes(paper: Mapping[str, Any]) -> list[str]:
+def _notes(paper: Mapping[str, Any], run: Run) -> list[str]:
     clients = "clients that never trained" if paper["accuracy"] == "accuracy_unseen" else "all clients"
     notes = [
-        f"test accuracy in %, mean over {clients}, last round; ours: {STD_OVER_SEEDS}",
+        f"test accuracy in %, mean over {clients}, {WHEN[run.select]}; ours: {STD_OVER_SEEDS}",
         *([f"source of the paper's results: {paper['source']}"] if paper["source"] else []),
         "dash: not published, or the method did not converge",
     ]

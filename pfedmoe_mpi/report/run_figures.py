@@ -127,7 +127,7 @@ def clients(run: Run) -> Figure:
 
     def draw(canvas: Any, paint: Paint) -> None:
         left, right = panels(canvas, (3, 2), sharey=True)
-        accuracy = per_cent(column(run, "accuracy")[run.history.index(run.last)])
+        accuracy = per_cent(column(run, "accuracy")[run.history.index(run.selected)])
         order = [int(k) for k in np.argsort(accuracy) if not np.isnan(accuracy[k])]
         position = {client: number for number, client in enumerate(order)}
         names = list(dict.fromkeys(run.architecture(k) for k in range(run.clients)))
@@ -148,7 +148,7 @@ def clients(run: Run) -> Figure:
         right.set_xlabel("architecture; bar: mean")
         right.grid(axis="x", visible=False)
 
-    when = f"after round {run.last['round']}"
+    when = f"after round {run.selected['round']}"
     caption = f"Test accuracy {when} of every client that has trained: sorted, and by architecture. "
     caption += "The table of clients below lists all of them."
     return Figure("clients", "Accuracy by client", caption, draw, (WIDTH, 3.2), panels=2)

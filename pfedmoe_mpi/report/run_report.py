@@ -18,7 +18,7 @@ from pfedmoe_mpi.report import (
     run_figures,
     settings_section,
 )
-from pfedmoe_mpi.report.compare import CHOSEN_ON_VALIDATION, STD_OVER_CLIENTS, mean_std, over_clients
+from pfedmoe_mpi.report.compare import STD_OVER_CLIENTS, mean_std, over_clients, selection_notes
 from pfedmoe_mpi.report.costs import operations, reached, separating_targets, traffic
 from pfedmoe_mpi.report.document import Report, Section
 from pfedmoe_mpi.report.drawing import Figure
@@ -76,7 +76,7 @@ def report(run: Run, target: float | None, models: ModelViews | str = "") -> Rep
             "accuracy": _curve(run, "accuracy"),
             "cohort, before the sum": _curve(run, "accuracy_cohort"),
         },
-        notes=[CHOSEN_ON_VALIDATION] if run.chosen else [],
+        notes=selection_notes([run]),
     )
 
 
@@ -86,20 +86,23 @@ def _curve(run: Run, name: str) -> list[tuple[float, float]]:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """Return the facts at the top of the page."""
-    accuracy = run.last["accuracy"]
+    accuracy = run.selected["accuracy"]
     seconds = sum(row["seconds"]["total"] or 0 for row in run.history)
     facts = [
         ("rounds", f"{run.done} of {run.planned}"),
-        (f"accuracy, round {run.last['round']}", percent(accuracy["mean"]).text + " %"),
+        (f"accuracy, round {run.selected['round']}{_why(run)}", percent(accuracy["mean"]).text + " %"),
         ("worst client", percent(accuracy["worst"]).text + " %"),
         ("training and evaluation", duration(seconds)),
         ("uploaded by all clients", size(sum(sent.up for sent in traffic(run)))),
         ("memory of the largest rank", f"{max(row['rss_mb'] or 0 for row in run.history):.0f} MiB"),
     ]
-    if run.chosen:
+    if run.select != "last":
+        name = f"accuracy, last round, {run.last['round']}"
+        facts.insert(2, (name, percent(run.last["accuracy"]["mean"]).text + " %"))
+    elif run.chosen:
         name = f"accuracy, round {run.chosen['round']}, chosen on validation rows"
         facts.insert(2, (name, percent(run.chosen["accuracy"]["mean"]).text + " %"))
-    unseen = (run.last.get("accuracy_unseen") or {}).get("mean")
+    unseen = (run.selected.get("accuracy_unseen") or {}).get("mean")
     facts += [] if unseen is None else [("accuracy, unseen clients", percent(unseen).text + " %")]
     drift = run.last.get("drift")
     if drift:
@@ -107,6 +110,11 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         facts.append(("accuracy lost on the old concept", percent(drift["forgetting"]).text + " %"))
         facts.append(("recovered", "not yet" if rounds is None else f"after {rounds} rounds"))
     return facts
+
+
+def _why(run: Run) -> str:
+    """Return how the reported round was chosen; nothing for the last."""
+    return {"last": ""}.get(run.select, f", chosen on {run.select} rows")
 
 
 def _data(run: Run) -> Section:
@@ -155,8 +163,8 @@ def _target(run: Run, target: float | None) -> Table:
 
 def _architectures(run: Run) -> Table:
     """Summarise the accuracy of the clients that have trained, by architecture."""
-    accuracy = run.last["clients"]["accuracy"]
-    absent = run.absent_clients(run.last["round"])
+    accuracy = run.selected["clients"]["accuracy"]
+    absent = run.absent_clients(run.selected["round"])
     by_name: dict[str, list[float]] = {run.architecture(client): [] for client in range(run.clients)}
     for client, value in enumerate(accuracy):
         if value is not None and client not in absent:
@@ -171,7 +179,7 @@ def _architectures(run: Run) -> Table:
         ends = (min(values, default=None), max(values, default=None))
         shares = [percent(v) for v in (mean, std if len(values) > 1 else None, *ends)]
         rows.append([word(name), number(len(values)), *shares])
-    title = f"Accuracy by architecture, round {run.last['round']}"
+    title = f"Accuracy by architecture, round {run.selected['round']}"
     return Table("architectures", title, columns, rows, [STD_OVER_CLIENTS])
 
 
@@ -180,9 +188,9 @@ def _clients(run: Run, views: ModelViews | None) -> Table:
 
     Samples and classes are listed too: they are the first place to look for the cause of a low accuracy.
     """
-    metrics = run.last["clients"]
+    metrics = run.selected["clients"]
     counts = run.started_with("class_counts")
-    absent = run.absent_clients(run.last["round"])
+    absent = run.absent_clients(run.selected["round"])
     accuracy = metrics["accuracy"]
     order = sorted(range(run.clients), key=lambda k: (k in absent, accuracy[k] is None, accuracy[k], k))
     titles = ("samples", "classes", "accuracy, %", "before the sum, %", "loss", "α shared")
@@ -213,7 +221,7 @@ def _clients(run: Run, views: ModelViews | None) -> Table:
     untrained = ", ".join(run.client_labels[k] for k in sorted(absent))
     notes = [f"not trained yet, excluded from every mean over clients: {untrained}"] if absent else []
     notes += [model_section.shared_note(views)] if views else []
-    title = f"Clients after round {run.last['round']}, worst first"
+    title = f"Clients after round {run.selected['round']}, worst first"
     return Table("clients", title, columns, rows, notes, open=False)
 
 

@@ -1,1 +1,1 @@
-"""The command `reproduce`: the runs of a table, one after the other."""
+"""The command `reproduce`: the runs of a table, each in its own folder."""

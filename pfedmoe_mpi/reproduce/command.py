@@ -1,36 +1,35 @@
-"""The command `reproduce`: train the runs of a table one after the other, each in its own run folder.
+"""The command `reproduce`: train the runs of a table, each in its own run folder.
 
-All runs share one MPI session. A run depends on its configuration alone, whatever the process did before, so
-no launcher has to start between two runs, there is one process to signal, and `mpirun -n K` means the same
-as for a single run. A fault ends the whole job. The same command then skips finished runs and resumes the
-others from their checkpoints.
+All runs share one MPI session. A run depends on its configuration alone, whatever the process did before and
+on however many ranks it is trained, so no launcher has to start between two runs, there is one process to
+signal, and `mpirun -n K` means the same as for a single run. A fault ends the whole job. The same command
+then skips finished runs and resumes the others from their checkpoints.
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import checkpoint, config, environment
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, ConfigError, RunError, StoppedError
+from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, StoppedError
 from pfedmoe_mpi.models.names import resolve_name
 from pfedmoe_mpi.mpi import session
 from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
-from pfedmoe_mpi.reproduce import grid
-from pfedmoe_mpi.reproduce.grid import Table, TableRun
+from pfedmoe_mpi.reproduce import grid, play, seeds, selection
+from pfedmoe_mpi.reproduce.grid import Table, TableError, TableRun
+from pfedmoe_mpi.reproduce.play import Outcome
 from pfedmoe_mpi.run import job, restart
 from pfedmoe_mpi.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.federation.disk import DiskUse
+    from pfedmoe_mpi.reproduce.estimate import Cost
 
-# Settings that may differ from those of a run's earlier start: paths and speed.
-CHANGEABLE = tuple(name for name in grid.HARMLESS if name != "rounds")
 AUTO = {
     "model.pool": ["auto"],
     "model.shared": "auto",
@@ -47,43 +46,131 @@ class ReproduceFlags:
     only: str = ""
     task: str = ""
     dry: bool = False
+    together: int = 1
+    select: str = ""
+    until: float = 0.0
+    most: int = 20
+    baseline: str = ""
 
 
-def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags) -> int:
+def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags, judge: seeds.Judge) -> int:
     """Print the estimated cost of a table's runs, then train them.
+
+    Args:
+        judge: says how well the seeds of finished runs determine differences, for `flags.until`.
 
     Raises:
         UserError: the table or a setting is invalid; nothing was written.
     """
     table = grid.read(path)
     runs = grid.expand(table, settings, flags.scale, flags.only, flags.task)
+    rules = _rules(table, runs, flags) if flags.select else None
+    if flags.until:
+        seeds.check(table, runs, flags)
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
 
     def work(world: Comm, code: str) -> int:
+        play.check_together(flags.together, world)
         out = world.from_root(lambda: Path(flags.out or f"runs/{table.name}").absolute(), "folder")
+        version = world.from_root(lambda: code, "code version")  # the first rank of every part records it
         world.stop_at = environment.stop_time(runs[0].config.run.walltime, end)
-        rounds = world.from_root(
-            lambda: {run.name: _rounds_left(out / run.name, run) for run in runs}, "runs"
-        )
-        unfinished = [run for run in runs if rounds[run.name]]
-        _print(world, _heading(table, runs, unfinished, out))
-        try:
-            _print(world, _plan(world, unfinished, rounds, out))
-        except StoppedError:  # raised on all ranks; nothing is lost
-            _print(world, ["stopped before the first run; run the same command again to resume"])
-            return EXIT_STOPPED
-        if flags.dry:
-            return EXIT_DONE
-        changes = {name: value for name, value in settings.items() if name.startswith(grid.HARMLESS)}
-
-        def train(run: TableRun) -> int:
-            return _train_run(world, run, out / run.name, changes, code, end)
-
-        return _train_all(world, unfinished, out, train)
+        stage = Stage(world, flags, settings, version, end)
+        if not rules:
+            return (
+                seeds.play(stage, table, out, flags.only, judge)
+                if flags.until
+                else stage.play(table, runs, out)
+            )
+        ended = stage.play(table, runs, out / selection.GRID, choosing=True)
+        if ended != EXIT_DONE or flags.dry:
+            return ended
+        _print(world, world.from_root(lambda: selection.write(table, runs, rules, out), "the choice"))
+        selected = world.from_root(lambda: grid.read(out / selection.FILE), "the chosen settings")
+        if flags.until:
+            return seeds.play(stage, selected, out / selection.FRESH, "", judge)
+        chosen = grid.expand(selected, settings, flags.scale)
+        return stage.play(selected, chosen, out / selection.FRESH, compared=out)
 
     content = {f"table.{name}": value for name, value in vars(table).items() if name != "path"}
     given = {"command": "reproduce", **vars(flags), **content, **settings}
     return session.under_mpi(work, given, runs[0].config.run.singleton)
+
+
+def _rules(table: Table, runs: Sequence[TableRun], flags: ReproduceFlags) -> selection.Criteria:
+    """Return what is chosen among the runs.
+
+    Raises:
+        TableError: only some of the runs are asked for, or nothing can be chosen among them.
+    """
+    if flags.only or flags.task:
+        name, value = ("only", flags.only) if flags.only else ("task", flags.task)
+        raise TableError(
+            f"--{name} = {value} leaves out candidates, and --select compares all of them",
+            f"remove --{name}; single runs without --select: --out {flags.out or f'runs/{table.name}'}/grid",
+        )
+    return selection.criteria(table, runs)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What playing a table takes besides its runs; `code`: the program's version, `end`: Slurm's (rank 0)."""
+
+    world: Comm
+    flags: ReproduceFlags
+    settings: Mapping[str, Any]
+    code: str
+    end: float | None
+
+    def play(
+        self,
+        table: Table,
+        runs: Sequence[TableRun],
+        out: Path,
+        choosing: bool = False,
+        compared: Path | None = None,
+    ) -> int:
+        """Print the estimated cost of the unfinished runs, and train them; collective. Return the exit code.
+
+        Args:
+            choosing: runs that diverge are candidates that lose, not failures.
+            compared: the folder for `report`; default: `out`.
+
+        Raises:
+            UserError: on all ranks: a folder contains other runs, or the data cannot be used.
+        """
+        world = self.world
+        rounds = world.from_root(
+            lambda: {run.name: _rounds_left(out / run.name, run, choosing) for run in runs}, "runs"
+        )
+        unfinished = [run for run in runs if rounds[run.name]]
+        _print(world, _heading(table, runs, unfinished, out))
+        parts = max(1, min(self.flags.together, len(unfinished)))
+        try:
+            costs = _costs(world, unfinished, rounds, parts)
+            _print(world, _plan(world, unfinished, rounds, costs, parts, out))
+        except StoppedError:  # raised on all ranks; nothing is lost
+            _print(world, ["stopped before the first run; run the same command again to resume"])
+            return EXIT_STOPPED
+        if self.flags.dry:
+            return EXIT_DONE
+        changes = {name: value for name, value in self.settings.items() if grid.is_harmless(name)}
+
+        def train(comm: Comm, run: TableRun) -> int:
+            return _train_run(comm, run, out / run.name, changes, self.code, self.end)
+
+        seconds = {name: cost.seconds for name, cost in costs.items()}
+        outcome = play.play(world, unfinished, seconds, parts, train)
+        if choosing and not outcome.stopped:
+            outcome = world.from_root(lambda: _without_diverged(outcome, out), "runs that diverged")
+            if not outcome.failed:
+                return EXIT_DONE
+        return _finish(world, outcome, unfinished, compared or out)
+
+
+def _without_diverged(outcome: Outcome, out: Path) -> Outcome:
+    """Return the outcome without the failures of runs that diverged."""
+    failed = {n: c for n, c in outcome.failed.items() if not selection.diverged(RunFolder(out / n))}
+    return Outcome(failed, outcome.stopped)
 
 
 def _print(world: Comm, lines: Sequence[str]) -> None:
@@ -92,8 +179,10 @@ def _print(world: Comm, lines: Sequence[str]) -> None:
         print("\n".join(lines), flush=True)
 
 
-def _rounds_left(folder: Path, run: TableRun) -> int:
+def _rounds_left(folder: Path, run: TableRun, choosing: bool) -> int:
     """Return the rounds that a run has left according to its folder: 0 if it is finished, else at least 1.
+
+    While settings are being chosen, a run that diverged counts as finished: it would diverge again.
 
     Raises:
         ConfigError: the folder contains a run with other settings.
@@ -108,7 +197,7 @@ def _rounds_left(folder: Path, run: TableRun) -> int:
     if differences:
         problem = f"{folder} contains a run with other settings: {'; '.join(differences)}"
         raise ConfigError(problem, "name another folder with --out, or repeat the flags of the first start")
-    if run_folder.finished:
+    if run_folder.finished or (choosing and selection.diverged(run_folder)):
         return 0
     newest = checkpoint.newest_first(run_folder.checkpoints)[:1]
     done = max((int(path.stem.split("-")[1]) - ("partial" in path.stem) for path in newest), default=0)
@@ -123,7 +212,7 @@ def _differences(earlier: Mapping[str, Any], settings: Config) -> list[str]:
         if name in earlier
         and earlier[name] != _resolved(name, value)
         and value != AUTO.get(name)
-        and not name.startswith(CHANGEABLE)
+        and (name == "rounds" or not grid.is_harmless(name))
     ]
 
 
@@ -162,17 +251,31 @@ def _heading(table: Table, runs: Sequence[TableRun], unfinished: Sequence[TableR
     return lines
 
 
-def _plan(world: Comm, unfinished: Sequence[TableRun], rounds: Mapping[str, int], out: Path) -> list[str]:
+def _costs(
+    world: Comm, unfinished: Sequence[TableRun], rounds: Mapping[str, int], parts: int
+) -> dict[str, Cost]:
+    """Return the estimated cost of each run's remaining rounds, on one of `parts` parts of the ranks."""
+    from pfedmoe_mpi.reproduce import estimate
+
+    whole_runs = estimate.costs(world, unfinished, world.size // parts) if unfinished else {}
+    return {run.name: whole_runs[run.name].share(rounds[run.name] / run.config.rounds) for run in unfinished}
+
+
+def _plan(
+    world: Comm,
+    unfinished: Sequence[TableRun],
+    rounds: Mapping[str, int],
+    costs: Mapping[str, Cost],
+    parts: int,
+    out: Path,
+) -> list[str]:
     """Return the estimated cost of the remaining rounds: a line per group of runs that differ in their seed,
     and the totals.
     """
     if not unfinished:
         return []
     from pfedmoe_mpi.federation.disk import in_units
-    from pfedmoe_mpi.reproduce import estimate
 
-    whole_runs = estimate.costs(world, unfinished)
-    costs = {run.name: whole_runs[run.name].share(rounds[run.name] / run.config.rounds) for run in unfinished}
     groups: dict[str, list[TableRun]] = {}
     for run in unfinished:
         groups.setdefault(run.group, []).append(run)
@@ -189,8 +292,10 @@ def _plan(world: Comm, unfinished: Sequence[TableRun], rounds: Mapping[str, int]
         )
     total = sum(rounds[run.name] for run in unfinished)
     samples = sum(cost.samples for cost in costs.values())
-    hours = sum(cost.seconds for cost in costs.values()) / 3600
+    seconds = {name: cost.seconds for name, cost in costs.items()}
+    hours = max(sum(seconds[name] for name in part) for part in play.shares(seconds, parts)) / 3600
     ranks = f"{world.size} rank{'s' if world.size > 1 else ''} of this machine"
+    ranks += f", {parts} runs at once" if parts > 1 else ""
     lines.append(
         f"left to do: {len(unfinished)} runs, {total:,} rounds, {samples:,.0f} training samples, "
         f"about {_format_hours(hours)} hours of clients' training and evaluation on {ranks}"
@@ -221,33 +326,13 @@ def _format_hours(hours: float) -> str:
 # The runs
 
 
-def _train_all(
-    world: Comm, unfinished: Sequence[TableRun], out: Path, train: Callable[[TableRun], int]
-) -> int:
-    """Train runs in order; a run that fails is reported, and the others are trained all the same."""
-    failed: list[str] = []
-    for number, run in enumerate(unfinished, 1):
-        if any(world.gather(world.stop_requested(), "stop")):
-            _print(world, [f"stopped before run {run.name}; run the same command again to resume"])
-            return EXIT_STOPPED
-        _print(world, ["", f"run {number} of {len(unfinished)}: {run.name}"])
-        try:
-            result = train(run)
-        except RunError as error:
-            if any(world.gather(world.stop_requested(), "stop")):
-                raise
-            failed.append(run.name)
-            if world.rank == 0:
-                print(f"error: {run.name}: {error}", file=sys.stderr, flush=True)
-            continue
-        if result != EXIT_DONE:
-            _print(world, ["run the same command again to resume"])
-            return result
-    finished = (
-        f"{len(unfinished) - len(failed)} runs finished; compare all in the folder: pfedmoe-mpi report {out}"
-    )
-    _print(world, ["", finished, *(f"failed: {name}" for name in failed)])
-    return EXIT_FAULT if failed else EXIT_DONE
+def _finish(world: Comm, outcome: Outcome, runs: Sequence[TableRun], out: Path) -> int:
+    """Print how the runs ended, unless they were stopped; return the exit code."""
+    if not outcome.stopped:
+        finished = f"{len(runs) - len(outcome.failed)} runs finished"
+        compare = f"compare all in the folder: pfedmoe-mpi report {out}"
+        _print(world, ["", f"{finished}; {compare}", *(f"failed: {name}" for name in outcome.failed)])
+    return outcome.code
 
 
 def _train_run(

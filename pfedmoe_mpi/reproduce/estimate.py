@@ -23,7 +23,8 @@ from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Normalise, Split
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
-from pfedmoe_mpi.core.parts import Workbench
+from pfedmoe_mpi.core.kept import Kept
+from pfedmoe_mpi.core.parts import Workbench, modules_by_kind
 from pfedmoe_mpi.core.turn import Engine, Turn
 from pfedmoe_mpi.data import Dataset
 from pfedmoe_mpi.data.sources.open import open_dataset
@@ -31,6 +32,7 @@ from pfedmoe_mpi.errors import StoppedError, UserError
 from pfedmoe_mpi.federation import effective, plan
 from pfedmoe_mpi.federation.disk import DiskUse, disk_use
 from pfedmoe_mpi.federation.evaluation import measure
+from pfedmoe_mpi.federation.frozen import find_tails
 from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.reproduce.grid import TableError, TableRun
@@ -106,8 +108,8 @@ class Pace:
         return self.step + samples * (self.sample + epochs * self.epoch)
 
 
-def costs(world: Comm, runs: Sequence[TableRun]) -> dict[str, Cost]:
-    """Return the cost of each run by its name; collective.
+def costs(world: Comm, runs: Sequence[TableRun], ranks: int) -> dict[str, Cost]:
+    """Return the cost of each run on `ranks` ranks by its name; collective.
 
     Raises:
         UserError: on all ranks: the data, the partition or the models of a run are invalid.
@@ -115,13 +117,13 @@ def costs(world: Comm, runs: Sequence[TableRun]) -> dict[str, Cost]:
     """
     sizes = world.from_root(lambda: dict(_sizes(runs)), "the runs' sizes")
     paces: dict[str, list[Pace]] = {}
-    numbers: dict[str, tuple[int, list[int]]] = {}
+    numbers: dict[str, tuple[int, list[int], int]] = {}
     for size in sizes.values():
         if size.kind not in paces:
             paces[size.kind] = _paces(world, size)
             numbers[size.kind] = _numbers(_task(size))
     return {
-        name: _cost(size, paces[size.kind], _disk(size, *numbers[size.kind], world.size), world.size)
+        name: _cost(size, paces[size.kind], _disk(size, numbers[size.kind], ranks), ranks)
         for name, size in sizes.items()
     }
 
@@ -216,6 +218,10 @@ class _Stopwatch:
         workbench = Workbench(0, torch_device)
         method = self._method(1)
         state, spec = workbench.initial(method.state()), method.client_state(client)
+        self._normalise = Normalise((), (), len(task.shape), torch_device)
+        tails = find_tails(task, (method.state(), spec))
+        self._kept = workbench.kept = Kept(tails, self._normalise, MANY, poll)
+        self._splits = {samples: self._split(samples) for samples in (FEW, MANY)}
         self._parts = workbench.parts((method.state(), state), (spec, workbench.initial(spec, client)))
         roles = [role for _, role in method.cohort(1)]
         self._role = "client" if "client" in roles else roles[0]
@@ -225,7 +231,7 @@ class _Stopwatch:
 
         If an epoch of few samples is slow already, no more samples are timed.
         """
-        warm_up, _ = self._turn(FEW, 1), self._test(FEW)
+        warm_up, _ = self._steady(FEW, 1) if self._kept.tails else self._turn(FEW, 1), self._test(FEW)
         few = self._steady(FEW, 1)
         if warm_up > SLOW:  # because of the samples, or of the work done once per turn
             twice = self._turn(FEW, 2)
@@ -237,8 +243,13 @@ class _Stopwatch:
         return Pace(step, (once - step) / MANY - epoch, epoch, self._test(MANY) / MANY)
 
     def _steady(self, samples: int, epochs: int) -> float:
-        """Return the median of TURNS turns, of fewer if slow; a median, as others may use the machine."""
+        """Return the median of TURNS turns, of fewer if slow; a median, as others may use the machine.
+
+        Outputs of frozen layers are there before, as in all rounds but the first.
+        """
         times: list[float] = []
+        if self._kept.tails:
+            self._turn(samples, epochs)
         while len(times) < TURNS and sum(times) < SLOW:
             times.append(self._turn(samples, epochs))
         return median(times)
@@ -250,8 +261,8 @@ class _Stopwatch:
         return algorithms.load(settings.algorithm)(task)
 
     def _engine(self, method: Algorithm) -> Engine:
-        normalise = Normalise((), (), len(self._task.shape), self._device)
-        return Engine(self._device, normalise, method.task.config.train, MANY, 0, 2, self._poll)
+        train = method.task.config.train
+        return Engine(self._device, self._normalise, train, MANY, 0, 2, self._poll, self._kept)
 
     def _split(self, samples: int) -> Split:
         shape, generator = (samples, *self._task.shape), torch.Generator().manual_seed(0)
@@ -263,7 +274,7 @@ class _Stopwatch:
         return Split(x.to(self._device), (torch.arange(samples) % self._task.classes).to(self._device))
 
     def _turn(self, samples: int, epochs: int) -> float:
-        method, split = self._method(epochs), self._split(samples)
+        method, split = self._method(epochs), self._splits[samples]
         splits = {"train": split, "validation": split.empty(), "test": split}
         client = Client(self._id, {}, torch.empty(0), splits)
         turn = Turn(self._engine(method), method.loss, client, self._parts, 1, self._role)
@@ -276,7 +287,7 @@ class _Stopwatch:
 
     def _test(self, samples: int) -> float:
         method = self._method(1)
-        work = partial(measure, self._engine(method), method, self._parts, self._split(samples))
+        work = partial(measure, self._engine(method), method, self._parts, self._splits[samples])
         return _seconds(work, self._device)
 
 
@@ -291,18 +302,22 @@ def _seconds(work: Callable[[], object], torch_device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _numbers(task: Task) -> tuple[int, list[int]]:
-    """Return the numbers of the server's vector, and of a client's by architecture of the pool."""
+def _numbers(task: Task) -> tuple[int, list[int], int]:
+    """Return the numbers of the server's vector, of each architecture's clients, and of frozen tensors."""
     method = algorithms.load(task.config.algorithm)(task)
     workbench = Workbench(0, torch.device("cpu"))
-    clients = [workbench.layout(method.client_state(k)).size for k in range(len(task.pool))]
-    return workbench.layout(method.state()).size, clients
+    specs = [method.client_state(k) for k in range(len(task.pool))]
+    modules = modules_by_kind((method.state(), *specs)).values()
+    frozen = sum(workbench.frozen_layout(part).size for part in modules)
+    return workbench.layout(method.state()).size, [workbench.layout(spec).size for spec in specs], frozen
 
 
-def _disk(size: Size, state: int, by_architecture: Sequence[int], ranks: int) -> DiskUse:
+def _disk(size: Size, numbers: tuple[int, list[int], int], ranks: int) -> DiskUse:
     """Return the disk use of a run from `_numbers` of its kind."""
+    state, by_architecture, frozen = numbers
     clients = [by_architecture[k % len(by_architecture)] for k in range(len(size.test))]
-    return disk_use(size.config, state, clients, sum(size.train) + sum(size.test), size.classes, ranks)
+    rows = sum(size.train) + sum(size.test)
+    return disk_use(size.config, state, clients, rows, size.classes, ranks, frozen)
 
 
 def _cost(size: Size, paces: Sequence[Pace], disk: DiskUse, ranks: int) -> Cost:
@@ -316,7 +331,8 @@ def _cost(size: Size, paces: Sequence[Pace], disk: DiskUse, ranks: int) -> Cost:
     epochs, share = {k: settings.train.passes(size.train[k]) for k in training}, members / len(training)
     turns = sum(paces[k % len(paces)].turn(size.train[k], epochs[k]) for k in training) * share
     tests = sum(n * paces[k % len(paces)].test for k, n in enumerate(size.test))
-    measured = tests * (1 / min(ranks, len(size.test)) + share / min(ranks, members))
+    drawn = min(1.0, settings.drawn_clients / len(size.test))
+    measured = tests * (drawn / min(ranks, len(size.test)) + share / min(ranks, members))
     samples = settings.rounds * share * sum(epochs[k] * size.train[k] for k in training)
     seconds = settings.rounds * (turns / min(ranks, members) + measured / settings.eval.every)
     return Cost(samples, seconds, disk)

@@ -17,9 +17,10 @@
     algorithm = ["pfedmoe", "fedavg"] # short for points that set the setting of that name
     seed = [0, 1, 2]
 
-The runs are the product of the axes in the order of the file; the last axis varies fastest. Their names are
-their labels, `n50-pfedmoe-seed0` (a string is its own label, of the user's own code its short name; other
-values follow the last part of the setting's name). Relative paths are relative to the file's folder.
+The runs are the product of the axes in the order of the file, those of a section (`train.lr`, `train.batch`)
+one after the other; the last axis varies fastest. Their names are their labels, `n50-pfedmoe-seed0` (a string
+is its own label, of a path its last part, of the user's own code its short name; other values follow the last
+part of the setting's name). Relative paths are relative to the file's folder.
 Settings that the table leaves out may be proposed by the data source, as in any run, except the number of
 rounds, which is the table's. Needs neither torch nor MPI.
 """
@@ -30,7 +31,8 @@ import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from decimal import Decimal
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -39,12 +41,14 @@ from pfedmoe_mpi import config, user_code
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import ConfigError, UserError, nearest
 
-KEYS = ("title", "floor", "in_rounds", "base", "axis")
+KEYS = ("title", "floor", "in_rounds", "base", "axis", "select")
+RECORD = "chosen"  # how `reproduce --select` came to a table; read by reports
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+]*")
 MOST_RUNS = 10_000  # at once: each is checked as a configuration, in about 3 ms
 MOST_NAMES = 1_000_000  # compared with the patterns of --only
 # Settings that may differ from the table without altering its runs; `run.scale` records a change of `rounds`.
 HARMLESS = ("rounds", "data.path", "run.", "train.threads", "train.device", "eval.batch")
+HARMFUL = "run.patience"  # not one of them
 RESERVED = ("run.dir", "run.table", "run.cell", "run.scale", "run.altered")  # set by `reproduce`
 
 
@@ -70,6 +74,7 @@ class Table:
     in_rounds: tuple[str, ...]
     base: Mapping[str, Any]
     axes: Mapping[str, Sequence[Point]]
+    select: Mapping[str, Any] = field(default_factory=dict)  # for `selection`
 
     @property
     def name(self) -> str:
@@ -104,6 +109,11 @@ class TableRun:
     planned: int
 
 
+def is_harmless(name: str) -> bool:
+    """Return whether a setting may differ from the table without altering its runs."""
+    return name.startswith(HARMLESS) and name != HARMFUL
+
+
 def read(path: Path) -> Table:
     """Read a table file.
 
@@ -117,7 +127,7 @@ def read(path: Path) -> Table:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise TableError(f"cannot read {path} as TOML: {error}", f"correct {path}") from error
     for name in tree:
-        if name not in KEYS:
+        if name not in {*KEYS, RECORD}:
             raise _error(
                 path, f"has an unknown key '{name}'{nearest(name, KEYS)}", f"use one of {', '.join(KEYS)}"
             )
@@ -131,12 +141,16 @@ def read(path: Path) -> Table:
     if not isinstance(in_rounds, list) or not set(map(str, in_rounds)) <= set(integers):
         remedy = 'list settings whose unit is rounds: in_rounds = ["fedkd.ramp"]'
         raise _error(path, f"has in_rounds = {in_rounds!r}", remedy)
-    for name in ("base", "axis"):
+    for name in ("base", "axis", "select"):
         if not isinstance(tree.get(name, {}), dict):
             raise _error(path, f"has {name} = {tree[name]!r}", f"write it as a section: [{name}]")
     base = _settings(path, "base", tree.get("base", {}), known)
-    axes = {name: _points(path, name, points, known) for name, points in tree.get("axis", {}).items()}
-    return Table(path, str(title), floor, tuple(in_rounds), base, axes)
+    axes: dict[str, Sequence[Point]] = {}
+    for name, points in _axes(tree.get("axis", {})):
+        if name in axes:
+            raise _error(path, f"has the axis {name} twice", "write its points in one place")
+        axes[name] = _points(path, name, points, known)
+    return Table(path, str(title), floor, tuple(in_rounds), base, axes, tree.get("select", {}))
 
 
 def _error(path: Path, problem: str, remedy: str) -> TableError:
@@ -173,6 +187,15 @@ def _settings(path: Path, where: str, tree: Mapping[str, Any], known: Mapping[st
     return config.located(settings, path.resolve().parent)
 
 
+def _axes(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each axis by its name; `train.lr = [1, 2]` is one, as in [base]."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and any(isinstance(points, list) for points in value.values()):
+            yield from _axes(value, f"{section}{name}.")
+        else:
+            yield section + name, value
+
+
 def _points(path: Path, axis: str, value: Any, known: Mapping[str, Any]) -> list[Point]:
     """Return the points of an axis, from sections by label or from a list of values of one setting."""
     if isinstance(value, dict) and value and all(isinstance(tree, dict) for tree in value.values()):
@@ -200,10 +223,16 @@ def _points(path: Path, axis: str, value: Any, known: Mapping[str, Any]) -> list
 
 
 def _label(setting: str, value: Any) -> str:
-    """Return the label of a value in a list."""
+    """Return the label of a value in a list; texts are their own, files and folders by their last name."""
+    name = setting.rpartition(".")[2]
     if isinstance(value, str):
-        return user_code.label(value) if user_code.is_reference(value) else value
-    return f"{setting.rpartition('.')[2]}{str(value).lower()}"
+        return user_code.label(value) if user_code.is_reference(value) else value.rpartition("/")[2]
+    if isinstance(value, list):
+        texts = all(isinstance(item, str) for item in value)
+        items = [_label("", item) for item in value]
+        return ("" if texts and items else name) + ("+".join(items) or "none")
+    small = isinstance(value, float) and "e-" in str(value)  # labels have no -
+    return name + (f"{Decimal(str(value)):f}" if small else str(value).lower())
 
 
 def expand(
@@ -314,7 +343,7 @@ def _run(table: Table, points: Mapping[str, Point], overrides: Mapping[str, Any]
         "run.table": table.name,
         "run.cell": _cell(points, requested.method),
         "run.scale": rounds / planned,
-        "run.altered": [n for n in overrides if not n.startswith(HARMLESS)],
+        "run.altered": [n for n in overrides if not is_harmless(n)],
     }
     group = "-".join(point.label for axis, point in points.items() if axis != "seed") or table.name
     return TableRun(name, group, config.build(settings), planned)

@@ -6,27 +6,33 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import count, groupby
 from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import config
 from pfedmoe_mpi.core.flat import Layout
-from pfedmoe_mpi.federation import disk
+from pfedmoe_mpi.federation import disk, selection
 from pfedmoe_mpi.federation.effective import proposals
-from pfedmoe_mpi.federation.metrics import Row, best, selected_on
+from pfedmoe_mpi.federation.metrics import Row
 from pfedmoe_mpi.log import LOGGER
 from pfedmoe_mpi.models.names import labels
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.algorithms.base import Task
+    from pfedmoe_mpi.config import Config
     from pfedmoe_mpi.federation.federation import Federation
 
 
 SECONDS_BETWEEN_LINES = 60.0  # within a round, where there is no bar
 MOST_NAMES = 10  # names of the data's own clients in the plan
-SHOWN = {"accuracy": "accuracy", "cohort, before the sum": "accuracy_cohort", "unseen": "accuracy_unseen"}
+SHOWN = {
+    "accuracy": "accuracy",
+    "validation": "accuracy_validation",
+    "cohort, before the sum": "accuracy_cohort",
+    "unseen": "accuracy_unseen",
+}
 
 
 def megabytes(numbers: float) -> str:
@@ -97,21 +103,28 @@ def _describe(layout: Layout) -> list[str]:
 
 def _describe_frozen(federation: Federation) -> list[str]:
     """Return one line per kind of model with frozen tensors, which every rank holds once."""
-    sizes = {kind: layout.size for kind, layout in federation.frozen.layouts.items()}
-    return [f"frozen:  {kind}: {size:,} numbers, {megabytes(size)}" for kind, size in sizes.items()]
+    lines = []
+    for kind, layout in federation.frozen.layouts.items():
+        lines.append(f"frozen:  {kind}: {layout.size:,} numbers, {megabytes(layout.size)}")
+        if found := federation.engine.kept.tails.get(kind) if federation.engine.kept else None:
+            augment = federation.config.train.augment and len(federation.task.shape) == 3
+            when = "per client for evaluations (train.augment)" if augment else "per client"
+            lines[-1] += f"; outputs, {found.size:,} numbers a sample, computed once {when}"
+    return lines
 
 
 def memory(federation: Federation, ranks: int) -> str:
     """Return a line on the job's memory: all clients' vectors and data, and a rank's bound models."""
     vectors = sum(layout.size for layout in federation.client_layouts)
-    kinds = {layout.digest: layout.size for layout in federation.client_layouts}
+    different = {id(layout): layout for layout in federation.client_layouts}.values()
+    kinds = {layout.digest: layout.size for layout in different}
     bound = 4 * (sum(kinds.values()) + federation.state_layout.size)  # weights, gradients, momenta, a copy
     bound += sum(layout.size for layout in federation.frozen.layouts.values())
     sample = federation.dataset.dtype.itemsize
     for length in federation.task.shape:
         sample *= length
     splits = (federation.partition.train, federation.partition.validation, federation.partition.test)
-    data = sample * sum(len(rows) for split in splits for rows in split)
+    data = sample * sum(len(split.flat) for split in splits)
     return (
         f"memory: clients' vectors {megabytes(vectors)} and data {data / 1e6:.1f} MB over {ranks} rank(s); "
         f"on each rank about {megabytes(bound)} of bound models, not counting torch and activations"
@@ -181,7 +194,7 @@ def _percent(value: float | None) -> str:
 
 def table(federation: Federation, history: Sequence[Row]) -> str:
     """Return the text at the end of a run: the table of clients, last and best round, failures."""
-    last, top = history[-1], best(history)
+    last, top = history[-1], selection.best(history)
     lines = [_client_table(federation, last), "last  " + _line(last)]
     if last["drift"]:
         lost, rounds = last["drift"]["forgetting"], last["drift"]["recovery"]
@@ -193,13 +206,24 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
             listed = ", ".join(f"{client} ({times} ×)" for client, times in sorted(count.items()))
             lines.append(f"left out, {why}: client {listed}")
     if top:
-        lines.append(f"best measured  {_line(top)}; chosen by accuracy on {selecting_rows(history)}")
+        lines.append(f"best on {selecting_rows(history)}: {_line(top)}")
     return "\n".join(lines)
 
 
+def early_end(settings: Config, history: Sequence[Mapping[str, Any]]) -> str:
+    """Return the line on a run that `run.patience` ended; nothing if all rounds are done."""
+    patience = settings.run.patience
+    if len(history) >= settings.rounds or not selection.exhausted(history, patience):
+        return ""
+    return (
+        f"ended after {len(history)} of {settings.rounds} rounds: "
+        f"none was better on validation for {patience} rounds (run.patience = {patience})"
+    )
+
+
 def selecting_rows(history: Sequence[Row]) -> str:
-    """Return the words for the rows whose accuracy chooses the best round."""
-    return "validation rows" if selected_on(history) == "accuracy_validation" else "test rows"
+    """Return the rows whose accuracy chooses the best round: validation or test."""
+    return selection.ROWS[selection.selected_on(history)]
 
 
 def _client_table(federation: Federation, row: Row) -> str:
@@ -232,6 +256,6 @@ def _three_digits(value: float | None) -> str:
 def _line(row: Row) -> str:
     a = row["accuracy"]
     return (
-        f"round {row['round']}: accuracy mean {_percent(a['mean'])}, weighted {_percent(a['weighted'])}, "
-        f"population std {_percent(a['std'])}, worst {_percent(a['worst'])}"
+        f"round {row['round']}, test accuracy mean {_percent(a['mean'])}, weighted {_percent(a['weighted'])}"
+        f", population std {_percent(a['std'])}, worst {_percent(a['worst'])}"
     )

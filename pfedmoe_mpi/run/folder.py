@@ -27,7 +27,7 @@ from pfedmoe_mpi.federation import metrics
 from pfedmoe_mpi.log import LOGGER
 from pfedmoe_mpi.run import place
 from pfedmoe_mpi.run.place import holds_anything, make_first_free, numbered, refuse_existing
-from pfedmoe_mpi.storage import durable, untrusted_json
+from pfedmoe_mpi.storage import durable, measured, untrusted_json
 from pfedmoe_mpi.storage.lock import Lock
 
 # Seconds to wait for the holder of a lock to disappear: the last rank of a killed job on this host, or the
@@ -55,6 +55,11 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def measured(self) -> Path:
+        """The folder of clients' numbers by round."""
+        return self.path / measured.FOLDER
 
     @cached_property
     def checkpoints(self) -> Path:
@@ -138,9 +143,7 @@ class RunFolder:
         Raises:
             ConfigError: another run uses the folder, or it cannot be written.
         """
-        last: dict[str, Any] = next(
-            (e for e in reversed(self._events()) if e["event"] in {"start", "restart"}), {}
-        )
+        last = self.last_start
         host = last.get("host", platform.node())
         if patience is None:
             patience = PATIENCE_HERE if host == platform.node() else PATIENCE_ELSEWHERE
@@ -172,9 +175,10 @@ class RunFolder:
             self._lock.check()
 
     def describe(self, config_toml: str, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write metrics.jsonl and config.toml when a run starts or resumes.
+        """Write metrics.jsonl, clients' numbers and config.toml when a run starts or resumes.
 
-        Earlier rows of rounds that are not in the history are kept in metrics.jsonl.1, .2, …
+        Earlier rows of rounds that are not in the history are kept in metrics.jsonl.1, .2, …, and their
+        clients' numbers in measured.1, .2, …
 
         Raises:
             ConfigError: they cannot be written.
@@ -207,7 +211,8 @@ class RunFolder:
 
     def complete(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write what a run killed between its last checkpoint and its end did not write."""
-        if self._metrics_rounds() != [row["round"] for row in history]:
+        rounds = [row["round"] for row in history]
+        if self._metrics_rounds() != rounds or not measured.holds(self.measured, history):
             self.rewrite_metrics(history)
         if not self.finished:
             self.event("finish", round=len(history))
@@ -239,7 +244,10 @@ class RunFolder:
         except untrusted_json.UnusableError as error:
             text = f"{self.metrics.name} is damaged: {error}"
         names = (self.metrics.with_name(f"{self.metrics.name}.{number}") for number in count(1))
-        kept = next(name for name in names if not name.exists())
+        both = ((name, self.measured.with_suffix(name.suffix)) for name in names)
+        kept, kept_measured = next(pair for pair in both if not any(name.exists() for name in pair))
+        if self.measured.is_dir():
+            self.measured.rename(kept_measured)
         self.metrics.rename(kept)
         LOGGER.warning(text)
         print(f"{text}; the rows so far are kept in {kept}", flush=True)
@@ -275,7 +283,17 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the last event says that the run finished."""
-        return [line["event"] for line in self._events()][-1:] == ["finish"]
+        return self.last_event.get("event") == "finish"
+
+    @property
+    def last_event(self) -> Mapping[str, Any]:
+        """The last event; empty without any."""
+        return next(reversed(self._events()), {})
+
+    @property
+    def last_start(self) -> Mapping[str, Any]:
+        """The last event of a start or restart; empty without any."""
+        return next((e for e in reversed(self._events()) if e["event"] in {"start", "restart"}), {})
 
     def changed_settings(self) -> set[str]:
         """Return the settings that restarts changed, without those that have no effect on a round."""
@@ -297,15 +315,21 @@ class RunFolder:
             raise ConfigError(f"{path} is damaged: {error}", remedy) from error
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append one round to metrics.jsonl."""
+        """Append one round to metrics.jsonl, without clients' numbers in columns."""
         self.check()
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(metrics.dumps(row) + "\n")
 
     def rewrite_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Replace metrics.jsonl by the rounds of a checkpoint, in one step."""
+        """Replace clients' numbers, and then metrics.jsonl in one step, by the rounds of a checkpoint."""
         self.check()
+        measured.rewrite(self.measured, history)
         durable.write_text(self.metrics, "".join(metrics.dumps(row) + "\n" for row in history))
+
+    def append_measured(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write the clients' numbers of the last round of a history."""
+        self.check()
+        measured.append(self.measured, history)
 
     def keep_newest(self, number: int, written: Path) -> None:
         """Remove all but the `number` newest complete checkpoints, and partial ones older than the newest.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pfedmoe_mpi import checkpoint, config, environment
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RunError
+from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DivergedError, RunError
 from pfedmoe_mpi.log import LOGGER
 from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
 from pfedmoe_mpi.mpi.session import under_mpi
@@ -85,11 +85,13 @@ def train(world: Comm, start: Start) -> int:
         RunError: on all ranks: the run cannot continue.
     """
     from pfedmoe_mpi.federation.build import build
+    from pfedmoe_mpi.federation.loop import is_finished
     from pfedmoe_mpi.run.identity import check_same_federation
 
     world.timeout = start.settings.run.timeout or TIMEOUT
     world.from_root(lambda: curves.check(start.settings), "packages")
     federation = build(world, start.settings, loaded=start.loaded)
+    world.from_root(lambda: _check_patience(federation), "patience")
     if start.loaded:
         check_same_federation(world, federation, start.loaded, forked=bool(start.fork))
     else:
@@ -99,25 +101,52 @@ def train(world: Comm, start: Start) -> int:
         print("\n".join(console.plan(federation, device_lines)), flush=True)
     if start.dry:
         return EXIT_DONE
-    if start.loaded and start.loaded.round >= federation.config.rounds:
-        return _already_finished(world, start, start.loaded, federation.config.rounds)
+    if start.loaded and is_finished(federation.config, start.history):
+        return _already_finished(world, start, start.loaded, federation.config)
     return _train_rounds(world, start, federation, device_lines)
 
 
-def _already_finished(world: Comm, start: Start, loaded: Checkpoint, rounds: int) -> int:
+def _check_patience(federation: Federation) -> None:
+    """Refuse `run.patience` without the measurements that it waits for.
+
+    Raises:
+        ConfigError: there are no validation rows, or they are measured less often.
+    """
+    patience, every = federation.config.run.patience, federation.config.eval.every
+    trained = set(range(federation.task.clients)) - set(federation.task.unseen)
+    if patience and not any(len(federation.partition.validation[client]) for client in trained):
+        raise ConfigError(
+            f"run.patience = {patience} waits for a better accuracy on validation rows, and there are none",
+            "add --partition.validation 0.2, or remove --run.patience",
+        )
+    if 0 < patience < every:
+        raise ConfigError(
+            f"run.patience = {patience} is less than the rounds between measurements, eval.every = {every}",
+            f"--run.patience {2 * every}",
+        )
+
+
+def _already_finished(world: Comm, start: Start, loaded: Checkpoint, settings: Config) -> int:
     """Complete the run folder of a finished run and print how to train further; return the exit code.
 
     Raises:
         ConfigError: on all ranks: settings changed, or another folder was named, and no round would use it.
     """
+    early, rounds = console.early_end(settings, loaded.history), settings.rounds
+    state = early or f"{loaded.round} of {rounds} rounds are done"
     if start.changes or not start.resuming:
         given = ", ".join(start.changes) or "--run.dir"
-        problem = f"the run is finished: {loaded.round} of {rounds} rounds are done, so {given} has no effect"
-        raise ConfigError(problem, f"add --rounds {2 * loaded.round} to train as many again")
+        problem = f"the run is finished: {state}, so {given} has no effect"
+        more = f"add --rounds {2 * loaded.round} to train as many again"
+        raise ConfigError(problem, "add --run.patience 0 to train the other rounds" if early else more)
     world.from_root(lambda: start.folder.complete(loaded.history), "run folder")
     if world.rank == 0:
-        more = f"--rounds {2 * loaded.round} trains as many again"
-        print(f"the run is finished: {loaded.round} of {rounds} rounds are done; {more}")
+        more = (
+            "--run.patience 0 trains the others"
+            if early
+            else f"--rounds {2 * loaded.round} trains as many again"
+        )
+        print(f"the run is finished: {state}; {more}")
     return EXIT_DONE
 
 
@@ -156,7 +185,8 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
         _report_start(world, reporter, start.loaded, device_lines, facts)
         finished = loop.run()
     except RunError as error:
-        reporter.event("error", round=loop.round, error=error.problem)
+        diverged = isinstance(error, DivergedError)
+        reporter.event("error", round=loop.round, error=error.problem, diverged=diverged)
         raise
     finally:
         reporter.close()
@@ -233,11 +263,14 @@ def _report_finish(world: Comm, reporter: Reporter, federation: Federation, loop
     folder = reporter.folder
     reporter.event("finish", round=loop.round)
     if world.rank == 0:
-        best = folder.best_round()
-        chosen_on = console.selecting_rows(loop.history)
-        of_those = f"the best with a checkpoint, chosen on {chosen_on}"
-        best_text = f"best.h5 holds round {best}, {of_those}; " if best else ""
-        text = f"{console.table(federation, loop.history)}\n{best_text}`report {folder.path}` draws the run"
+        best, chosen_on = folder.best_round(), console.selecting_rows(loop.history)
+        held = f"best.h5 holds round {best}, the best on {chosen_on} with a checkpoint; " if best else ""
+        lines = [
+            console.table(federation, loop.history),
+            console.early_end(federation.config, loop.history),
+            f"{held}`report {folder.path}` draws the run",
+        ]
+        text = "\n".join(filter(None, lines))
         LOGGER.info("\n%s", text)
         print(text, flush=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi.errors import CheckpointError
-from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.federation import metrics, selection
 from pfedmoe_mpi.log import LOGGER
 from pfedmoe_mpi.run import console, curves
 from pfedmoe_mpi.run.folder import RunFolder
@@ -19,8 +19,9 @@ from pfedmoe_mpi.run.folder import RunFolder
 class Reporter:
     """Rank 0 writes the run folder and the terminal; the other ranks only log.
 
-    If a file cannot be written, one warning is printed and training continues. `metrics.jsonl` is rewritten
-    as soon as that is possible; nothing is lost, because the checkpoints hold the same rows.
+    If a file cannot be written, one warning is printed and training continues. `metrics.jsonl` and the
+    clients' numbers are rewritten as soon as that is possible; nothing is lost, because the checkpoints hold
+    the same rows.
     """
 
     folder: RunFolder
@@ -46,10 +47,14 @@ class Reporter:
             if "metrics.jsonl" in self._outdated:
                 self._attempt("metrics.jsonl", lambda: self.folder.rewrite_metrics(history))
             else:
-                self._attempt("metrics.jsonl", lambda: self.folder.append_metrics(row))
+                self._attempt("metrics.jsonl", lambda: self._append(row, history))
             self.progress.round_done(row)
         if self.curves:
             self.curves.round_done(row)
+
+    def _append(self, row: metrics.Row, history: Sequence[metrics.Row]) -> None:
+        self.folder.append_measured(history)  # first, so that every row of metrics.jsonl has its columns
+        self.folder.append_metrics(row)
 
     def dropped(self, round: int, clients: Sequence[int]) -> None:
         """Report the clients whose vectors were not finite and are not in the round's sum."""
@@ -91,7 +96,7 @@ class Reporter:
     def _tidy(self, path: Path, history: Sequence[metrics.Row], candidate: bool) -> None:
         if candidate and history:
             newest, marked = history[-1]["round"], self.folder.best_round()
-            top = metrics.best(history, [newest, marked] if marked else [newest])
+            top = selection.best(history, [newest, marked] if marked else [newest])
             if top and top["round"] == newest:  # even if marked == newest: best.h5 may be damaged
                 self.folder.mark_best(path)
         self.folder.keep_newest(self.keep, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -19,7 +20,8 @@ from pfedmoe_mpi.checkpoint import Checkpoint, Content, writer
 from pfedmoe_mpi.checkpoint.memory_file import SparseFile
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
-from support.checkpoint_checks import client_vector, sample_content
+from pfedmoe_mpi.federation import metrics
+from support.checkpoint_checks import client_vector, sample_content, sample_row
 from support.checkpoint_files import read_ranges, write_alone
 from support.mpi_job import run_module
 from support.paths import with_support
@@ -50,6 +52,7 @@ def bits(array: np.ndarray) -> list[int]:
         sample_content(sizes=(0,), state=0),
         sample_content(clients=400, sizes=(100, 3)),
         replace(sample_content(), round=0, history=[]),
+        replace(sample_content(), round=1, history=[{**sample_row(1), "clients": {"accuracy": [None, 0.5]}}]),
     ],
     ids=[
         "whole",
@@ -60,6 +63,7 @@ def bits(array: np.ndarray) -> list[int]:
         "neither",
         "many clients",
         "before round 1",
+        "rows of an earlier version",
     ],
 )
 def test_written_content_is_read_back(tmp_path: Path, whole: Content) -> None:
@@ -75,6 +79,9 @@ def test_written_content_is_read_back(tmp_path: Path, whole: Content) -> None:
             whole.config,
             list(whole.history),
         )
+        assert json.dumps([metrics.learning(row) for row in loaded.history], sort_keys=True) == json.dumps(
+            [metrics.learning(row) for row in whole.history], sort_keys=True
+        ), "whole numbers stay whole"
         assert loaded.identity == whole.identity
         assert bits(loaded.state) == bits(whole.state) and loaded.state.dtype == np.float32
         assert bits(loaded.moments) == bits(whole.moments) and loaded.moments.dtype == np.float32

@@ -104,6 +104,11 @@ def grouped(key: str) -> Edit:
     return edit
 
 
+def measured(name: str, data: np.ndarray) -> Edit:
+    return replaced(f"measured/{name}", data=data)
+
+
+ENTRIES, TWICE = "measured/entries", b'[["a", true], ["a", true]]'
 STATE, MOMENTS, OFFSETS = "server/state", "server/moments", "partition/train_offsets"
 ZEROS = np.zeros(700, "<f4")
 ROWS = [sample_row(1), sample_row(2), sample_row(3)]
@@ -207,6 +212,15 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "history without accuracy": ("no accuracy of round 3", lived(*ROWS[:2], {"round": 3})),
     "accuracy as text": ("no accuracy of", lived(*ROWS[:2], {**ROWS[2], "accuracy": {"mean": "x"}})),
     "infinite": ("history is not JSON: the number 1e999", texted("history", '{"round": 1e999}')),
+    "columns of numbers": ("columns is not a list", measured("columns", np.frombuffer(b"[1]", "u1"))),
+    "columns twice": ("columns is not a list", measured("columns", np.frombuffer(TWICE, "u1"))),
+    "a value less": ("do not fit", measured("values", np.zeros(3))),
+    "a round too late": ("do not fit", lambda file: file[ENTRIES].__setitem__((-1, 0), 4)),
+    "an unknown column": ("do not fit", lambda file: file[ENTRIES].__setitem__((-1, 1), 3)),
+    "more clients in a column": ("do not fit", lambda file: file[ENTRIES].__setitem__((0, 2), 13)),
+    "a column of client 12": ("clients .* not in order", measured("clients", np.array([0, 12], "<i4"))),
+    "a value not finite": ("not finite", lambda file: file["measured/values"].__setitem__(0, np.nan)),
+    "entries of floats": ("measured/entries is float64", measured("entries", np.zeros((6, 3)))),
     "layout of text": ("is not a layout", laid_out('{"a": 1}')),
     "layout of another size": (
         "has 1 numbers, but its layout has 2",

@@ -18,7 +18,16 @@ from pfedmoe_mpi import __version__, config
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import methods
 from support.files import path_digest
-from support.launcher import Result, Session, clean_environment, read_events, read_metrics, run_program
+from support.launcher import (
+    Result,
+    Session,
+    checkpoint_digest,
+    clean_environment,
+    error_message,
+    read_events,
+    read_metrics,
+    run_program,
+)
 from support.paths import ROOT
 
 
@@ -71,10 +80,10 @@ def test_run_prints_plan_rounds_and_table(trained: Path) -> None:
         assert ("mlp5", "mlp4")[client % 2] in line
         assert f"{100 * row['clients']['accuracy'][client]:.2f} %" in line
         assert f" {row['clients']['samples'][client]} " in line
-    assert "last  round 3" in table and "best measured  round" in table
+    assert "last  round 3" in table
     assert "α shared" in table and "AUC" not in table
-    assert "; chosen by accuracy on test rows\nbest.h5 holds round" in table
-    assert ", chosen on test rows; " in table.splitlines()[-1]
+    assert "\nbest on test: round" in table and "\nbest.h5 holds round" in table
+    assert ", the best on test with a checkpoint; " in table.splitlines()[-1]
     std = np.std(row["clients"]["accuracy"])
     assert f"population std {100 * std:.2f} %" in table.split("last  round 3")[1].splitlines()[0]
 
@@ -185,31 +194,45 @@ def test_newest_checkpoints_are_kept(
         assert loaded.round == best["round"]
 
 
-def test_best_checkpoint_is_chosen_on_validation_rows(
-    run_command: Callable[..., Result], small_run: tuple[str, ...], tmp_path: Path
+def test_validation_rows_choose_the_best_checkpoint_and_the_end(
+    run_command: Callable[..., Result],
+    session: Session,
+    assert_refused: Callable[..., str],
+    small_run: tuple[str, ...],
+    tmp_path: Path,
 ) -> None:
-    flags = (
-        "--rounds",
+    """best.h5 is written when validation improves, and the run ends by `run.patience`, restarted or not."""
+    assert_refused("run.patience = 3 waits .* there are none", *small_run, "--run.patience", "3")
+    flags = ("--partition.validation", "0.3", "--train.lr", "0.2", "--run.checkpoint_every", "100")
+    assert_refused(
+        "rounds between measurements, eval.every = 4",
+        *small_run,
+        *flags,
+        "--run.patience",
+        "3",
+        "--eval.every",
         "4",
-        "--run.checkpoint_every",
-        "1",
-        "--partition.validation",
-        "0.3",
-        "--run.dir",
-        "run",
     )
-    said = run_command(*small_run, *flags, "--train.lr", "0.2").out
+    flags = (*small_run, *flags, "--run.patience", "3", "--rounds")
+    said = run_command(*flags, "60", "--run.dir", "run").out
     table = read_metrics(tmp_path / "run")
     best = max(table, key=lambda row: (row["accuracy_validation"]["mean"], -row["round"]))
+    assert len(table) == best["round"] + 3 < 60, "the other data or rates of this test would end it in time"
     text = run_command("inspect", tmp_path / "run" / "checkpoints" / "best.h5").out
-    assert f"round {best['round']} of 4" in text and f"best on validation: round {best['round']}" in text
-    measured = next(line for line in said.splitlines() if line.startswith("best measured"))
+    assert f"round {best['round']} of 60" in text and f"best on validation: round {best['round']}" in text
     accuracy = f"{100 * best['accuracy']['mean']:.2f} %"
-    assert measured.startswith(f"best measured  round {best['round']}: accuracy mean {accuracy}")
-    assert measured.endswith("; chosen by accuracy on validation rows")
-    assert (
-        f"best.h5 holds round {best['round']}, the best with a checkpoint, chosen on validation rows; "
-        in said
+    assert f"\nbest on validation: round {best['round']}, test accuracy mean {accuracy}" in said
+    assert f"\nbest.h5 holds round {best['round']}, the best on validation with a checkpoint; " in said
+    assert f"\nended after {len(table)} of 60 rounds: none was better on validation for 3 rounds" in said
+    run_command(*flags, str(len(table) - 1), "--run.dir", "cut")
+    run_command("restart", "cut", "--rounds", "60")
+    again = run_command("restart", "cut").out
+    assert f"the run is finished: ended after {len(table)} of 60" in again and "--run.patience 0" in again
+    ends = [checkpoint_digest(tmp_path / folder, len(table)) for folder in ("run", "cut")]
+    assert ends[0] == ends[1]
+    error_message(
+        session("restart", "cut", "--rounds", "70", cwd=tmp_path),
+        "ended after .*, so rounds has no effect(.|\n)*--run.patience 0",
     )
     report = run_command("report", "run", "--text").out
     assert f"accuracy, round {best['round']}, chosen on validation rows: {accuracy}" in report

@@ -15,7 +15,7 @@ from torch import Tensor
 from pfedmoe_mpi.algorithms.base import Block, Task
 from pfedmoe_mpi.core import fixedpoint
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError, decode, encode
-from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.federation import metrics, selection
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, MISSING, RoundSum
 
 WEIGHTS = [37, 911, 5, 120, 64, 333, 1, 78, 250, 19]
@@ -343,8 +343,13 @@ def test_best_round_is_the_first_with_the_highest_accuracy() -> None:
         return {"round": round, "accuracy": {"mean": test}, "accuracy_validation": {"mean": validation}}
 
     on_test = [row(1, 0.5, None), row(2, 0.7, None), row(3, 0.7, None), row(4, None, None)]
-    assert metrics.selected_on(on_test) == "accuracy"
-    assert metrics.best(on_test) is on_test[1] and metrics.best(on_test, [1, 3]) is on_test[2]
-    held = [row(1, 0.9, 0.1), row(2, 0.1, 0.2)]
-    assert metrics.selected_on(held) == "accuracy_validation" and metrics.best(held) is held[1]
-    assert metrics.best([]) is None
+    assert selection.selected_on(on_test) == "accuracy"
+    assert selection.best(on_test) is on_test[1] and selection.best(on_test, [1, 3]) is on_test[2]
+    assert not selection.improved(on_test[:2]) and not selection.exhausted(on_test, 1), "on test rows"
+    held = [row(1, 0.9, 0.1), row(2, 0.1, 0.2), row(3, 0.5, 0.2), row(4, None, None), row(5, 1.0, 0.1)]
+    assert selection.selected_on(held) == "accuracy_validation" and selection.best(held) is held[1]
+    assert [selection.improved(held[:n]) for n in range(6)] == [False, True, True, False, False, False]
+    ends = [[selection.exhausted(held[:n], patience) for n in range(1, 6)] for patience in (0, 1, 3, 4)]
+    assert ends[0] == ends[3] == [False] * 5 and ends[2] == [False] * 4 + [True]
+    assert ends[1] == [False, False, True, False, True], "decided where there is a measurement"
+    assert selection.best([]) is None

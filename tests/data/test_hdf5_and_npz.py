@@ -16,6 +16,7 @@ import pytest
 
 from pfedmoe_mpi.checkpoint import weights
 from pfedmoe_mpi.config.sections import Data
+from pfedmoe_mpi.data.sources.hdf5 import write_hdf5
 from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.data.sources.safe_pickle import read_arrays
 from pfedmoe_mpi.errors import ConfigError, DataError
@@ -34,6 +35,7 @@ from support.data_files import (
     write_h5,
     write_npz_clients,
 )
+from support.launcher import run_to_end
 
 # HDF5
 
@@ -76,7 +78,7 @@ def test_hdf5_reads_only_the_requested_rows(tmp_path: Path) -> None:
 
 
 def test_refused_hdf5_file_is_closed(tmp_path: Path) -> None:
-    for labels in (GOOD_Y + 1, GOOD_Y[:2]):
+    for labels in (GOOD_Y * 0, GOOD_Y[:2]):
         path = write_h5(tmp_path / "a.h5", x=GOOD_X, y=labels)
         with pytest.raises(DataError) as caught:
             open_data("hdf5", path)
@@ -121,16 +123,63 @@ def test_hdf5_optional_parts_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ([10, 9, 100], ("9", "10", "100")),
+        ([-5, 3, 4], ("-5", "3", "4")),
+        (["b", "a", "ç"], ("a", "b", "ç")),
+        (["10", "9", "x"], ("10", "9", "x")),
+        (np.array([b"b", b"a", b"c"]), ("a", "b", "c")),
+        (np.array([2, 1, 0], np.uint64), ("0", "1", "2")),
+    ],
+)
+def test_labels_and_clients_are_any_integers_or_texts(tmp_path: Path, given: Any, names: Any) -> None:
+    """They are numbered in sorted order, remember what they were, and are prepared again as they are."""
+    values = [given[k] for k in GOOD_Y]
+    path = write_h5(tmp_path / "a.h5", x=GOOD_X, y=values, client=values[::-1])
+    prepared = tmp_path / "b.h5"
+    with open_data("hdf5", path) as data:
+        write_hdf5(prepared, data)
+    for each in (path, prepared):
+        with open_data("hdf5", each) as data:
+            plain = [value.decode() if isinstance(value, bytes) else str(value) for value in values]
+            assert data.class_names == names and [data.class_names[y] for y in data.labels] == plain
+            shown = data.client_names or ("0", "1", "2")
+            assert shown == names and [shown[k] for k in data.client] == plain[::-1]
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint16, np.int32, np.int64, np.uint64])
+def test_integers_are_tokens(tmp_path: Path, kind: type) -> None:
+    x = np.random.default_rng(0).integers(0, 90, (40, 5)).astype(kind)
+    x[7, 2] = 101
+    with open_data("hdf5", write_h5(tmp_path / "a.h5", x=x, y=np.arange(40) % 2)) as data:
+        assert data.tokens and data.vocabulary == 102 and data.shape == (5,)
+        assert all_rows(data).dtype == np.int32 and np.array_equal(all_rows(data), x)
+    with_mean = {"mean": (0.5,) * 5, "std": (1.0,) * 5}
+    data_error("do not apply to tokens", "hdf5", tmp_path / "a.h5", **with_mean)
+
+
+def test_tokens_train_on_two_ranks(tmp_path: Path) -> None:
+    """The second rank reads its own rows, and learns from the first how many tokens there are."""
+    x = np.random.default_rng(0).integers(0, 90, (80, 5))
+    path = write_h5(tmp_path / "a.h5", x=x, y=x[:, 0] % 3, client=np.arange(80) // 20 + 7)
+    flags = ("--data.source", "hdf5", "--data.path", str(path), "--rounds", "1", "--model.dim", "16")
+    run_to_end(2, *flags, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
     ("tables", "pattern"),
     [
         ({"x": GOOD_X}, "no dataset 'y'; it has x"),
         ({"y": GOOD_Y}, "no dataset 'x'"),
         ({"x": GOOD_X, "y": GOOD_Y[:5]}, r"6 rows, but y has shape \(5,\)"),
         ({"x": GOOD_X, "y": GOOD_Y[:, None]}, r"y has shape \(6, 1\)"),
-        ({"x": GOOD_X, "y": GOOD_Y + 0.5}, "labels of .* are float64"),
-        ({"x": GOOD_X, "y": GOOD_Y - 1}, "row 0 has -1"),
-        ({"x": GOOD_X, "y": GOOD_Y + 1}, "run from 1 to 3, but class 0(.|\n)*subtract 1 from each"),
-        ({"x": GOOD_X, "y": GOOD_Y * 2}, "class 1 has no row"),
+        ({"x": GOOD_X, "y": GOOD_Y + 0.5}, "y of .* is float64"),
+        ({"x": GOOD_X, "y": ["a", "", "b"] * 2}, "y of .* is empty in row 1"),
+        ({"x": GOOD_X, "y": ["a", "b"] * 3, "class_names": ["a", "b"]}, "holds texts, and class_names"),
+        ({"x": GOOD_X, "y": GOOD_Y - 1, "class_names": ["a", "b", "c"]}, "row 0 has -1"),
+        ({"x": GOOD_X, "y": GOOD_Y + 1, "class_names": ["a", "b", "c"]}, "run from 1 to 3, but class 0"),
+        ({"x": GOOD_X, "y": GOOD_Y * 2, "class_names": ["a", "b", "c"]}, "class 1 has no row"),
         ({"x": GOOD_X, "y": GOOD_Y * 0}, "one class only"),
         ({"x": GOOD_X.astype(np.int64), "y": GOOD_Y}, "x of .* is int64"),
         ({"x": GOOD_X[..., None], "y": GOOD_Y}, "has shape"),
@@ -139,7 +188,9 @@ def test_hdf5_optional_parts_are_read(tmp_path: Path) -> None:
         ({"x": GOOD_X[:0], "y": GOOD_Y[:0]}, "is empty"),
         ({"x": NAN, "y": GOOD_Y}, "row 4 holds a NaN"),
         ({"x": GOOD_X * 1e300, "y": GOOD_Y}, "NaN or an infinity"),
-        ({"x": GOOD_X, "y": GOOD_Y, "client": GOOD_Y + 1}, "client 0 has no row"),
+        ({"x": GOOD_X, "y": GOOD_Y, "client": GOOD_Y + 1, "client_names": ["a"] * 3}, "client 0 has no row"),
+        ({"x": np.full((6, 3), -2), "y": GOOD_Y}, "row 0 holds a token that is negative"),
+        ({"x": np.full((6, 3), 1 << 40), "y": GOOD_Y}, "or above 999,999"),
         ({"x": GOOD_X, "y": GOOD_Y, "client": GOOD_Y[:2]}, r"6 rows, but client has shape \(2,\)"),
         (
             {"x": GOOD_X, "y": GOOD_Y, "official_test": GOOD_Y},

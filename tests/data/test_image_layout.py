@@ -280,3 +280,11 @@ def test_copies_in_the_test_part_and_in_other_classes_are_counted(tmp_path: Path
         "images with the pixels of an earlier one: 3 of 10, 2 across training and test part, 1 across "
         f"classes; for example {tmp_path}/train/bee/1.png and {tmp_path}/test/bee/1.png; remove copies",
     )
+
+
+def test_folders_named_by_numbers_sort_as_numbers(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write_image_folder(tmp_path / part, {str(k): 1 + k for k in range(12)}, (2, 2))
+    data = open_data("folder", tmp_path)
+    assert data.class_names == tuple(map(str, range(12)))
+    assert np.bincount(data.labels).tolist() == [2 * (1 + k) for k in range(12)]

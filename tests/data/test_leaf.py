@@ -100,6 +100,7 @@ def test_shakespeare_is_read_by_characters(tmp_path: Path) -> None:
     assert data.left_out == ("the first 68 of 80 characters: data.length = 12",)
     assert [data.class_names[y] for y in data.labels[:30]] == windows[1]
     assert np.flatnonzero(data.official_test).tolist() == [*range(24, 30), *range(54, 60)]
+    data_error("the class of a sample in .* is the next character", "leaf", root, tokens="word")
     partition = plan.draw_partition(effective.apply_proposals(made, data), data)
     tokens = all_rows(data.fitted(partition))
     trained = np.concatenate(partition.train)

@@ -157,3 +157,23 @@ def test_bad_next_word_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "b.txt").unlink()
     (tmp_path / "a.txt").write_text("one " * 40)
     data_error("hold one class only", "words", tmp_path, length=4)
+
+
+def test_characters_are_tokens(tmp_path: Path) -> None:
+    """Capital letters, spaces and line ends are tokens; an accent and its letter are one."""
+    (tmp_path / "10.txt").write_text("Ab a\nbé")
+    (tmp_path / "9.txt").write_text("a b A be\u0301")
+    data = open_data("words", tmp_path, length=3, tokens="char")
+    characters = sorted({*"Ab a\nbé"})
+    rows = ["".join(characters[n - 1] for n in row) for row in all_rows(data)]
+    texts = ["a b A bé", "Ab a\nbé"]
+    assert rows == [text[k : k + 3] for text in texts for k in range(len(text) - 3)]
+    assert [data.class_names[y] for y in data.labels] == [c for text in texts for c in text[3:]]
+    assert data.client_names == ("9", "10"), "names that are numbers sort as numbers"
+    data_error(
+        "has 8 characters, but two windows with data.length = 9 need 11",
+        "words",
+        tmp_path,
+        length=9,
+        tokens="char",
+    )

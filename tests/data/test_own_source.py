@@ -22,6 +22,8 @@ CASES = {
     "names": "return x, np.array(['a', 'b', 'c'])[y]",
     "clients": "return x, y, np.repeat([10, 7], 6)",
     "dataset": "return torch.utils.data.TensorDataset(torch.from_numpy(x), torch.from_numpy(y))",
+    "three tensors": "return torch.utils.data.TensorDataset("
+    "torch.from_numpy(x), torch.from_numpy(y), torch.arange(12) // 6)",
     "list": "return [(x[k], int(y[k]), 'north' if k < 6 else 'south') for k in range(12)]",
     "random": "return np.random.rand(12, 8), np.random.permutation(y)",
 }
@@ -55,6 +57,8 @@ def test_what_a_function_may_return(tmp_path: Path, case: str) -> None:
     if case == "clients":
         assert data.client is not None and data.client.tolist() == [1] * 6 + [0] * 6
         assert data.client_names == ("7", "10") and data.proposals["clients"] == 2
+    if case == "three tensors":
+        assert data.client is not None and data.client.tolist() == [0] * 6 + [1] * 6
     if case == "list":
         assert data.client_names == ("north", "south")
     again = opened(tmp_path, CASES[case])

@@ -195,7 +195,6 @@ def test_bad_table_is_reported_with_its_line(
 
 def test_columns_without_a_table_are_refused(table: Path) -> None:
     data_error("data.label names columns of a table, but data.source = text", "text", table, label="outcome")
-    data_error("data.path = .* is a folder", "table", table.parent, label="outcome")
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -353,3 +353,11 @@ def test_labels_must_fit_their_names(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("1,a\n3,b\n")
     data_error("no row has the class 'two'", "text", tmp_path / "t.csv")
     data_error("cannot be read", "text", tmp_path)
+
+
+def test_characters_are_tokens(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("1,Ab\n2,b a\n" * 2)
+    assert all_rows(open_data("text", tmp_path / "t.csv", length=4, tokens="char")).tolist()[:2] == [
+        [2, 4, 0, 0],
+        [4, 1, 3, 0],
+    ]

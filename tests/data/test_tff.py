@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
+from pfedmoe_mpi.data import Dataset
 from pfedmoe_mpi.errors import DataError
 from support.data_files import all_rows, data_error, open_data, random_images
 from support.launcher import Result
@@ -96,7 +97,7 @@ def change(**tables: Any) -> dict[str, dict[str, Any]]:
         ({}, "has no group 'examples'"),
         (change(label=None), "has no dataset 'examples/a/label'"),
         (change(pixels=None), "has no dataset 'examples/a/pixels'"),
-        ({"a": {"snippets": [b"To be"] * 4}}, "has no dataset 'examples/a/pixels'"),
+        ({"a": {"tags": [b"To be"] * 4}}, "has no dataset 'examples/a/pixels'"),
         (change(label=Y[:3]), r"client 'a' has 4 images, and labels of int64 \(3,\)"),
         (change(label=Y + 0.5), "labels of float64"),
         (change(pixels=X.astype(np.int32)), "samples of int32 .* are not images"),
@@ -143,3 +144,71 @@ def test_damaged_files_are_data_errors(tmp_path: Path) -> None:
         path.write_bytes(damaged[: None if draw.random() < 0.9 else draw.integers(len(raw))])
         with suppress(DataError):
             open_data("tff", path)
+
+
+# Texts
+
+ROMEO = "But, soft! what light through yonder window breaks?\nIt is the east, and Juliet is the sun."
+HELENA = "Our remedies oft in ourselves do lie,\nWhich we ascribe to heaven: the fated sky"
+
+
+def write_texts(path: Path, texts: dict[str, str], key: str = "snippets", **storage: Any) -> Path:
+    lines = {name: np.array(text.split("\n"), dtype=object) for name, text in texts.items()}
+    kind = h5py.string_dtype()
+    return write_clients(path, {name: {key: text} for name, text in lines.items()}, dtype=kind, **storage)
+
+
+def windows_of(data: Dataset, client: int, test: bool) -> list[str]:
+    """Return the characters of every row before the fit, with the next one behind them."""
+    numbers = sorted({*ROMEO, *HELENA, *"Ay."})
+    mine = np.flatnonzero((data.client == client) & (data.official_test == test))
+    x = all_rows(data)[mine]
+    return [
+        "".join(numbers[n - 1] for n in row) + data.class_names[y]
+        for row, y in zip(x, data.labels[mine], strict=True)
+    ]
+
+
+def test_shakespeares_snippets_are_windows_of_characters(tmp_path: Path) -> None:
+    """Each part's snippets are one text; a class is the next character, capital letters and breaks too."""
+    write_texts(tmp_path / "shakespeare_train.h5", {"ROMEO": ROMEO, "HELENA": HELENA, "PAGE": "Ay."})
+    write_texts(tmp_path / "shakespeare_test.h5", {"ROMEO": HELENA, "HELENA": ROMEO})
+    data = open_data("tff", tmp_path, length=12)
+    assert data.client_names == ("HELENA", "ROMEO") and data.ordered and data.tokens
+    assert data.left_out == ("1 clients without 2 training rows and a test row, such as PAGE",)
+    for client, train, test in ((0, HELENA, ROMEO), (1, ROMEO, HELENA)):
+        for text, part in ((train, False), (test, True)):
+            expected = [text[k : k + 13] for k in range(len(text) - 12)]
+            assert windows_of(data, client, part) == expected
+    assert "\n" in data.class_names and data.proposals["partition.kind"] == "natural"
+    single = open_data("tff", tmp_path / "shakespeare_train.h5", length=12)
+    assert single.official_test is not None and 0.1 < single.official_test.mean() < 0.3
+    words = open_data("tff", tmp_path, length=3, tokens="word")
+    assert "yonder" in words.class_names
+
+
+def test_stack_overflow_is_read_by_words(tmp_path: Path) -> None:
+    posts = {"1": "how do i sort a list\nuse the key of sort", "2": "what is a list of a list\nsee above"}
+    path = write_texts(tmp_path / "stackoverflow_train.h5", posts, "tokens")
+    data = open_data("tff", path, length=2)
+    assert data.class_names == ("a", "above", "i", "key", "list", "of", "see", "sort", "the", "use")
+    assert data.client is not None and np.bincount(data.client).tolist() == [9, 7]
+
+
+def test_shakespeare_trains_in_one_command(run_command: Callable[..., Result], tmp_path: Path) -> None:
+    write_texts(tmp_path / "shakespeare_train.h5", {"ROMEO": ROMEO * 2, "HELENA": HELENA * 2})
+    write_texts(tmp_path / "shakespeare_test.h5", {"ROMEO": ROMEO[::-1], "HELENA": HELENA[::-1]})
+    flags = ("--data.source", "tff", "--data.path", str(tmp_path), "--data.length", "8", "--rounds", "1")
+    assert "0 HELENA, 1 ROMEO" in run_command(*flags, "--model.dim", "16", "--train.device", "cpu").out
+
+
+def test_bad_texts_are_refused(tmp_path: Path) -> None:
+    path = write_texts(tmp_path / "a.h5", {"a": ROMEO, "b": HELENA})
+    data_error("has only clients with fewer than 3 rows(.|\n)*lower --data.length", "tff", path, length=500)
+    with h5py.File(path, "r+") as file:
+        file["examples/c/pixels"], file["examples/c/label"] = X, Y
+    data_error("client 'a' has a text, and others have images", "tff", path)
+    bad = write_clients(tmp_path / "b.h5", {"a": {"snippets": np.arange(5)}})
+    data_error(r"snippets of .* is int64 of shape \(5,\), not texts", "tff", bad)
+    bad = write_clients(tmp_path / "c.h5", {"a": {"snippets": np.array([b"\xff\xfe" * 40])}})
+    data_error("c.h5", "tff", bad)

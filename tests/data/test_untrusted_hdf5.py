@@ -128,7 +128,10 @@ DATA: dict[str, tuple[str, Edit]] = {
     "labels as references": ("y of .* is object", data(y={"shape": (6,), "dtype": h5py.ref_dtype})),
     "labels as structures": ("y of .* is", data(y=np.zeros(6, [("a", "i4")]))),
     "one label": (r"y has shape \(\)", data(y=3)),
-    "clients as texts": ("client of .* is object", data(client=["a"] * 6)),
+    "clients as references": (
+        "client of .* is object",
+        data(client={"shape": (6,), "dtype": h5py.ref_dtype}),
+    ),
     "names as references": (
         "class_names .* object",
         data(class_names={"shape": (2,), "dtype": h5py.ref_dtype}),

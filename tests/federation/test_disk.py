@@ -21,6 +21,7 @@ data.samples = 300
 data.size = 8
 model.pool = ["mlp5", "mlp4"]
 model.shared = "mlp5"
+model.train = "head"
 train.device = "cpu"
 run.checkpoint_every = 1
 [axis]
@@ -49,13 +50,16 @@ def test_printed_disk_use_is_what_a_run_leaves(
     plans = [line for line in said.splitlines() if line.startswith("disk: ") and "each" in line]
     for name, plan in zip(("pfedmoe", "fedproto", "fedmrl"), plans, strict=True):
         assert ": 2 checkpoints and best.h5 of " in plan and "(run.keep = 2)" in plan
-        total, each, metrics = sizes(plan)
+        total, each, metrics, frozen = sizes(plan)
         run = tmp_path / "out" / name
+        (file,) = (run / "frozen").iterdir()
+        assert file.stat().st_size == pytest.approx(frozen, rel=0.05, abs=20_000)
         names = {path.stem for path in (run / "checkpoints").iterdir()}
         assert names == {"best", "round-000004", "round-000005"}
         last = (run / "checkpoints" / "round-000005.h5").stat().st_size
         assert last == pytest.approx(each, rel=0.05, abs=60_000), "headers and layouts"
-        assert (run / "metrics.jsonl").stat().st_size == pytest.approx(metrics, rel=0.5)
+        rows = (run / "metrics.jsonl").stat().st_size + on_disk(run / "measured")
+        assert rows == pytest.approx(metrics, rel=0.5)
         assert 2 / 3 * total <= on_disk(run) * 1.02 and on_disk(run) <= total * 1.02 + 200_000
         assert dry[name] == [total], "the table's line and the run's plan"
     (line,) = [line for line in said.splitlines() if "when all are finished" in line]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 from torch import Tensor, nn
@@ -113,6 +114,28 @@ def test_unusable_files(tmp_path: Path) -> None:
     for name, pattern in (("none.pt", "there is no file"), ("integers.pt", "holds no weights")):
         with pytest.raises(ConfigError, match=pattern):
             weights.read_all(tmp_path / name)
+
+
+def test_tensors_that_lie_elsewhere_are_refused(tmp_path: Path) -> None:
+    """A file from elsewhere must not read other files of the user's."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(64))
+    source = h5py.VirtualSource(str(tmp_path / "other.h5"), "x", (4,), "f4")
+    layout = h5py.VirtualLayout((4,), "f4")
+    layout[:] = source
+    with h5py.File(tmp_path / "virtual.h5", "w") as file:
+        file.create_virtual_dataset("model/a", layout)
+    with h5py.File(tmp_path / "external.h5", "w") as file:
+        file.create_dataset("model/a", (4,), "f4", external=[(str(secret), 0, 16)])
+    with h5py.File(tmp_path / "empty.h5", "w") as file:
+        file["model/a"] = h5py.Empty("f4")
+    for name, problem in (
+        ("virtual", "virtual dataset"),
+        ("external", "external files"),
+        ("empty", "values"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name}\.h5 cannot be used as weights: model/a .*{problem}"):
+            weights.read_all(tmp_path / f"{name}.h5")
 
 
 def test_low_rank_changes_begin_at_the_weights_of_the_file(tmp_path: Path) -> None:

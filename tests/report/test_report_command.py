@@ -133,7 +133,7 @@ def test_text_report_needs_no_extra_torch_or_mpi(two: Path) -> None:
     script = (
         "import sys; from pfedmoe_mpi.cli import main; "
         f"code = main(['report', {str(two)!r}, '--text', 'true']); "
-        "print(sorted({'matplotlib', 'jinja2', 'torch', 'mpi4py', 'h5py'} & set(sys.modules)), code)"
+        "print(sorted({'matplotlib', 'jinja2', 'torch', 'mpi4py'} & set(sys.modules)), code)"
     )
     command = [sys.executable, "-c", script]
     said = subprocess.run(
@@ -302,3 +302,16 @@ def test_load_run_returns_the_metrics(trained: Path) -> None:
             raw["alpha"][row["client"]],
         )
         assert row["architecture"] == ("mlp5", "mlp4")[row["client"] % 2]
+
+
+def test_numbers_of_clients_are_read_from_old_and_new_folders(
+    assert_refused: Callable[..., str], run: Path, trained: Path
+) -> None:
+    """Rows of earlier versions have the clients' numbers themselves; now `measured` has them."""
+    new, path = load_run(run).client_rows, run / "metrics.jsonl"
+    assert '"clients"' not in path.read_text()
+    joined = read_metrics(run)
+    (run / "measured" / "000001.h5").unlink()
+    assert "restart" in assert_refused("measured lacks .* of round 1", "report", run, "--text", "true")
+    path.write_text("".join(json.dumps(row) + "\n" for row in joined))
+    assert load_run(run).client_rows == new == load_run(trained).client_rows

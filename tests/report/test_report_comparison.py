@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,47 @@ def test_accuracy_of_the_round_chosen_on_validation_rows_is_shown(trained: Path)
     (table,) = [table for table in several.tables if table.name == "accuracies"]
     assert table.columns[-1].title == "round chosen on validation"
     assert [row[-1].text for row in table.rows] == ["25.00", "–"]
+
+
+def test_selected_round_is_the_one_compared(trained: Path, assert_refused: Callable[..., str]) -> None:
+    """Two methods whose order depends on the round that is reported; both ended by `run.patience`."""
+    run = load_run(trained)
+    means = {"a": ((0.5, 0.8), (0.9, 0.4), (0.6, 0.1)), "b": ((0.7, 0.8), (0.8, 0.4), (0.5, 0.1))}
+    ended = {**run.config, "rounds": 9, "run.patience": 2}
+    found = {
+        "validation": ("50.00", "70.00", 2),
+        "test": ("90.00", "80.00", 1),
+        "last": ("60.00", "50.00", 1),
+    }
+    for select, (a, b, better) in found.items():
+        runs = []
+        for method, pairs in means.items():
+            rows = [
+                {**row, "accuracy": {**row["accuracy"], "mean": test}, "accuracy_validation": {"mean": held}}
+                for row, (test, held) in zip(run.history, pairs, strict=True)
+            ]
+            settings = {**ended, "algorithm": method}
+            runs.append(Run(Path(method), settings, rows, run.events, select))
+        assert all(run.finished and run.ended_early for run in runs)
+        report = comparison_report.report(runs, "a", None)
+        shown = {table.name: table for table in report.tables}
+        assert [row[1].text for row in shown["results"].rows] == [a, b]
+        assert [row[1].mark for row in shown["results"].rows][better - 1] == "best"
+        in_words = compare.WHEN[select]
+        assert in_words in shown["results"].notes[0] and [note for note in report.notes if in_words in note]
+        last = {"last": "round chosen on validation"}.get(select, "last round")
+        assert shown["accuracies"].columns[-1].title == last
+        assert shown["runs"].rows[0][-1].values == ({"validation": 1, "test": 2, "last": 3}[select],)
+        (pair,) = [compare.paired(*reversed(compare.compare(runs).groups))]
+        assert pair is not None and pair.mean == pytest.approx((float(b) - float(a)) / 100)
+    assert_refused(
+        "--select = validation, but .* has no accuracy on validation rows(.|\n)*--select last",
+        "report",
+        trained,
+        "--select",
+        "validation",
+        "--text",
+    )
 
 
 def test_equal_looking_values_are_marked_alike(trained: Path) -> None:

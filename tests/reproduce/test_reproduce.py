@@ -83,6 +83,21 @@ def test_runs_are_the_product_of_the_axes_in_order(table: Path) -> None:
     assert [run.group for run in runs[-2:]] == ["n8-standalone"] * 2
 
 
+def test_axis_takes_what_base_takes(tmp_path: Path) -> None:
+    """Sections, lists, small numbers, and paths; labels name folders."""
+    (tmp_path / "own.toml").write_text(
+        '[axis]\ntrain.lr = [1e-5, 0.5]\nmodel.pool = [["mlp5", "mlp4"], ["mlp5"]]\n'
+        'data.path = ["../a/b.h5"]\n'
+        "train.betas = [[0.5, 0.9]]\ntrain.augment = [[], ['flip']]\nrun.tensorboard = [true]\n"
+    )
+    runs = grid.expand(grid.read(tmp_path / "own.toml"), {})
+    first, last = runs[0], runs[-1]
+    assert first.name == "lr0.00001-betas0.5+0.9-augmentnone-mlp5+mlp4-b.h5-tensorboardtrue"
+    assert last.name == "lr0.5-betas0.5+0.9-flip-mlp5-b.h5-tensorboardtrue"
+    assert (first.config.train.lr, first.config.model.pool) == (1e-5, ("mlp5", "mlp4"))
+    assert first.config.data.path == str(tmp_path / ".." / "a" / "b.h5")
+
+
 def test_scale_shrinks_rounds_down_to_the_minimum(table: Path) -> None:
     table.write_text(
         TABLE.replace('"standalone"]', '"fedkd"]').replace("rounds = 10", "rounds = 100"), encoding="utf-8"
@@ -150,8 +165,12 @@ def test_huge_table_is_counted_and_not_expanded(table: Path, assert_refused: Cal
         (('"fedkd.ramp"', '"fedkd.rump"'), "in_rounds"),
         (('"fedkd.ramp"', '"data.path"'), "in_rounds"),
         (("seed = [0, 1]", "seed = []"), "axis seed without points"),
-        (("seed = [0, 1]", "train.lr = [1, 2]"), r'axis train without points(.|\n)*"train.lr" = \[1, 2\]'),
-        (("seed = [0, 1]", '"model.pool" = [["mlp5"]]'), r"axis model.pool(.|\n)*\[axis.NAME.LABEL\]"),
+        (("seed = [0, 1]", "train.lr = 0.1"), r'axis train without points(.|\n)*"train.lr" = \[1, 2\]'),
+        (("seed = [0, 1]", 'train.lr = [1]\n"train.lr" = [2]'), r"the axis train.lr twice"),
+        (
+            ("seed = [0, 1]", "train.lr = [-1]"),
+            r"label 'lr-1' on the axis train.lr(.|\n)*\[axis.NAME.LABEL\]",
+        ),
         (("seed = [0, 1]", "seed = [0, 0]"), "two points with the label seed0 on the axis seed"),
         (("clients = 8\nparticipation = 0.5", "clients = 4"), "two runs with the same configuration"),
         (("[axis.clients.n4]", "[axis.clients.'../n4']"), r"label '\.\./n4'"),
@@ -308,3 +327,35 @@ def test_table_run_takes_the_settings_its_data_propose(tmp_path: Path, session: 
     assert again.code == 0 and "1 of them finished" in again.out, again.err
     other = session(*table, "--train.weight_decay", "0.5", cwd=tmp_path)
     launcher.error_message(other, "contains a run with other settings: train.weight_decay 0.03 → 0.5")
+
+
+def test_runs_at_once_are_stopped_resumed_and_equal_runs_alone(
+    table: Path, session: launcher.Session, assert_refused: Callable[..., str]
+) -> None:
+    """Three ranks train two runs at once; one of them diverges, and a signal reaches both parts."""
+    assert_refused("--together = 2, but the job has 1 rank", "reproduce", table, "--together", "2")
+    assert_refused("--together: expected a whole number above 0", "reproduce", table, "--together", "0")
+    folder = table.parent
+    table.write_text(TABLE.replace("seed = [0, 1]", '"train.lr" = [1e30, 0.05]'), encoding="utf-8")
+    flags = ("--only", "n8-*", "--out", "out", "--together", "2")
+    flags = ("reproduce", str(table), *flags, "--rounds", "25", "--run.checkpoint_every", "100")
+    ours = [f"n8-{method}-lr0.05" for method in ("pfedmoe", "standalone")]
+    with launcher.running_job(3, *flags, cwd=folder) as job:
+        for name in ours:
+            launcher.wait_for_file(folder / "out" / name / "metrics.jsonl", job)
+        job.send_signal(signal.SIGUSR1)
+        out, err = job.communicate(timeout=60)
+    assert job.returncode == 75, out + err
+    for name in ours:
+        assert launcher.read_events(folder / "out" / name)[-1]["event"] == "stop"
+        assert f"\n{name} | round 1/25 " in out
+    starts = [launcher.read_events(folder / "out" / name)[0] for name in ours]
+    assert {start["ranks"] for start in starts} == {1, 2}, "all ranks are used"
+    assert starts[0]["code"] == starts[1]["code"] != "", "which the first rank of the job knows"
+    again = launcher.run_program(3, *flags, cwd=folder)
+    assert again.code == 1 and "\nfailed: n8-pfedmoe-lr1e+30\nfailed: n8-standalone-lr1e+30\n" in again.out
+    assert again.err.count(" | error: ") == 2, again.err
+    result = session(f"out/{ours[0]}/config.toml", "--run.dir", f"alone/{ours[0]}", cwd=folder)
+    assert result.code == 0, result.err
+    digests = {launcher.checkpoint_digest(folder / where / ours[0], 25) for where in ("out", "alone")}
+    assert len(digests) == 1

@@ -81,6 +81,10 @@ def test_plan_and_report_say_what_is_frozen(folder: Path, tmp_path: Path, sessio
     assert (
         "shared:  shared: 2 tensors, 204 parameters" in plan and "frozen:  extractor nets.TinyViT: " in plan
     )
+    outputs = " numbers a sample, computed once per client"
+    assert f"; outputs, 16{outputs}\n" in plan and f"; outputs, 8{outputs}\n" in plan
+    again = session(*flags(folder), "--dry", "true", "--model.keep_outputs", "false", cwd=tmp_path).out
+    assert "frozen:  extractor" in again and outputs not in again
     text = session("report", str(folder / "run"), "--text", "true", cwd=tmp_path).out
     assert "204 of the server" in text and "frozen, once on every rank: extractor nets.TinyViT " in text
 

@@ -95,8 +95,8 @@ def survive(tmp_path: Path, draw: random.Random, expected: tuple[str, float]) ->
         checkpoint.verify(path)  # whatever has a checkpoint's name is whole
     output = run_to_end(draw.choice([1, 2, 4]), "restart", "run", cwd=tmp_path)
     assert digest(tmp_path / "run", 6) == wanted, output
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["round"] for line in lines] == list(range(1, 7))
+    rows = launcher.read_metrics(tmp_path / "run")
+    assert [row["round"] for row in rows] == list(range(1, 7)) and None not in rows[-1]["clients"]["accuracy"]
     return what + (" while writing" if writing else "")
 
 
@@ -211,7 +211,7 @@ def test_cifar10_trains_from_images(tmp_path: Path) -> None:
     few = ("--clients", "10", "--participation", "0.2", "--rounds", "3", "--eval.every", "3")
     steps = ("--train.batch", "128", "--train.epochs", "3", "--train.augment", "flip,erase,crop")
     run_to_end(2, *source, *few, *steps, "--run.dir", "run", cwd=tmp_path)
-    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = launcher.read_metrics(tmp_path / "run")
     assert rows[-1]["accuracy_cohort"]["mean"] > 0.6, "two classes per client: chance is 0.5"
     assert sum(rows[-1]["clients"]["samples"]) == 48_000
 

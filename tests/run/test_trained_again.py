@@ -21,7 +21,9 @@ def test_rounds_trained_again_are_printed_and_their_rows_kept(
     """Killed in a round without a checkpoint since round 2, then once more before the first checkpoint."""
     kept, rows = (run / "metrics.jsonl").read_text(), reproducible_rows(run)
     remove_checkpoints(run, 3)
+    numbers = (run / "measured" / "000001.h5").read_bytes()
     assert "round 3 is trained again" in run_command("restart", run).out
+    assert (run / "measured.1" / "000001.h5").read_bytes() == numbers
     assert (run / "metrics.jsonl.1").read_text() == kept and reproducible_rows(run) == rows
     remove_checkpoints(run, 1)
     again = (run / "metrics.jsonl").read_text()

@@ -22,6 +22,7 @@ from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.storage.columns import NO_VALUES, ClientColumns, Column
 from support.files import flip_bit
 
 SIZES = (1500, 1, 0, 100, 1024, 5000)
@@ -46,7 +47,7 @@ def sample_content(
         state_layout=Layout.join({"shared": Layout.of_tensor((state,))}) if state else Layout(()),
         client_layouts=layouts,
         partition={"train": split, "validation": [np.empty(0, np.int64)] * clients, "test": split[::-1]},
-        history=[sample_row(n) for n in (1, 2, 3)],
+        history=[{**sample_row(n), "clients": sample_columns(n, clients)} for n in (1, 2, 3)],
         identity={
             **{"data_digest": "ab" * 32, "partition_digest": "cd" * 32, "torch": "2.6"},
             "notes": "ünicode " * 500,
@@ -62,6 +63,15 @@ def sample_row(number: int) -> dict[str, Any]:
     names = ("accuracy", "accuracy_cohort", "accuracy_validation")
     summary = dict.fromkeys(("mean", "weighted", "std", "worst"))
     return {"round": number, "train_loss": 0.1 * number, **{name: {**summary} for name in names}}
+
+
+def sample_columns(number: int, clients: int) -> ClientColumns:
+    """Return columns: of all clients, of the first, in round 2 of nobody; the samples change in round 2."""
+    some = Column(np.zeros(1, np.int64), np.array([0.1 * number]))
+    counts = np.arange(clients) + (number > 1)
+    measured = {"accuracy": Column.of(np.arange(clients) / 7 + number), "accuracy_before": some}
+    nobody = dict.fromkeys(measured, NO_VALUES)
+    return ClientColumns(clients, {**(nobody if number == 2 else measured), "samples": Column(None, counts)})
 
 
 def client_vector(whole: Content, client: int) -> np.ndarray:

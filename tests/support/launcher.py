@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from pfedmoe_mpi.storage import measured
 from support.paths import ROOT, with_support
 
 LAUNCHER_PREFIXES = (
@@ -60,8 +61,10 @@ def error_message(result: Result, pattern: str) -> str:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Return the rows of metrics.jsonl with the clients' numbers of the folder `measured`."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = measured.read(run / measured.FOLDER, [row["round"] for row in rows])
+    return [{**row, "clients": dict(found[row["round"]])} for row in rows]
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from pfedmoe_mpi.report.load import Run
-from support.launcher import SMALL_RUN, Session, read_events
+from support.launcher import SMALL_RUN, Session, read_events, read_metrics
 
 SEEDS = (0, 1, 2, 3, 4)
 TWO_SEEDS = (0, 1)
@@ -91,9 +91,8 @@ def same_number(text: str, value: float | None) -> bool:
 
 
 def metrics_by_seed(runs: Path, method: str, alpha: float) -> dict[int, list[dict[str, Any]]]:
-    """Return {seed: rows of metrics.jsonl} of a group."""
+    """Return {seed: rows} of a group."""
     found = {}
     for path in runs.glob(f"{method}-{alpha}-*"):
-        lines = (path / "metrics.jsonl").read_text().splitlines()
-        found[int(path.name.rpartition("-")[2])] = [json.loads(line) for line in lines]
+        found[int(path.name.rpartition("-")[2])] = read_metrics(path)
     return dict(sorted(found.items()))

@@ -52,8 +52,10 @@ def draw_synthetic(settings: Data, seed: int, clients: int) -> SourceData:
     x = np.empty((n, 3, size, size), np.uint8)
     for start in range(0, n, 1024):
         block = pattern[labels[start : start + 1024]]
-        noise = generator.standard_normal(block.shape, dtype=np.float32)
-        x[start : start + 1024] = np.rint(block + 48 * noise).clip(0, 255)
+        drawn = generator.standard_normal(block.shape, dtype=np.float32)
+        drawn *= 48
+        drawn += block
+        x[start : start + 1024] = np.rint(drawn, out=drawn).clip(0, 255, out=drawn)
     return SourceData(
         "synthetic",
         "data.source = synthetic",

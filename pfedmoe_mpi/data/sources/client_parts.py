@@ -43,11 +43,14 @@ class Clients:
         return {"partition.kind": "natural", **few}
 
 
-def join_blocks(blocks: Sequence[Block], where: str) -> Clients:
+def join_blocks(blocks: Sequence[Block], where: str, remedy: str = "give clients more rows") -> Clients:
     """Return the clients of these blocks, sorted by name; each has one block per part at most.
 
     The test part is official if it has training clients. If no client is in both parts, its rows are ordinary
     ones. Clients with too few rows to train and to test are left out.
+
+    Args:
+        remedy: what to do if no client has enough rows.
 
     Raises:
         DataError: no client has enough rows.
@@ -58,7 +61,7 @@ def join_blocks(blocks: Sequence[Block], where: str) -> Clients:
     )
     official = bool(train.keys() & test.keys())
     if official:
-        few = {c for c in train.keys() | test.keys() if train.get(c, 0) < _TRAIN or c not in test}
+        few = {c for c in (block.client for block in blocks) if train.get(c, 0) < _TRAIN or c not in test}
         reason = f"without {_TRAIN} training rows and a test row"
     else:
         rows = {block.client: 0 for block in blocks} | train | test
@@ -66,7 +69,7 @@ def join_blocks(blocks: Sequence[Block], where: str) -> Clients:
         reason = f"with fewer than {_ALL} rows"
     kept = [place for place, block in enumerate(blocks) if block.client not in few and block.rows]
     if not kept:
-        raise DataError(f"{where} has only clients {reason}", "give clients more rows")
+        raise DataError(f"{where} has only clients {reason}", remedy)
     numbers, names = renumber({blocks[place].client for place in kept})
     sizes = [blocks[place].rows for place in kept]
     left_out = []

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pfedmoe_mpi.data.dataset import IMAGENET_MEAN, IMAGENET_STD, MemoryRows, SourceData
-from pfedmoe_mpi.data.sources.image_file import ColourError, decode
+from pfedmoe_mpi.data.sources.image_file import ColourError, Embedded, decode
 from pfedmoe_mpi.data.sources.image_layout import Layout, read_layout
 from pfedmoe_mpi.environment import CORES
 from pfedmoe_mpi.errors import DataError
@@ -50,7 +50,7 @@ def load_folder(root: Path, size: int) -> SourceData:
     )
 
 
-def read_images(files: Sequence[str], size: int) -> tuple[np.ndarray, list[str]]:
+def read_images(files: Sequence[str | Embedded], size: int) -> tuple[np.ndarray, list[str]]:
     """Return all images, (n, 1, H, W) if they are all grey, else (n, 3, H, W), and how each is converted."""
     first = decode(files[0], size, colour=None).pixels
     try:
@@ -59,7 +59,7 @@ def read_images(files: Sequence[str], size: int) -> tuple[np.ndarray, list[str]]
         return _read_all(files, size, np.broadcast_to(first, (3, *first.shape[1:])))
 
 
-def _read_all(files: Sequence[str], size: int, first: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def _read_all(files: Sequence[str | Embedded], size: int, first: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Return all images with as many channels as `first`, and how each is converted.
 
     Threads read them, because decoding releases the interpreter lock.
@@ -90,7 +90,7 @@ def _read_all(files: Sequence[str], size: int, first: np.ndarray) -> tuple[np.nd
     return x, conversions
 
 
-def describe_conversions(files: Sequence[str], conversions: Sequence[str]) -> list[str]:
+def describe_conversions(files: Sequence[str | Embedded], conversions: Sequence[str]) -> list[str]:
     """Return a warning per kind of conversion, with the number of files and the first one."""
     return [
         f"{kind}: {number} of {len(files)}, for example {files[conversions.index(kind)]}"

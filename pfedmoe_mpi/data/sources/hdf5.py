@@ -1,4 +1,4 @@
-"""HDF5 files: `x`, `y`, optionally `client`, `official_test`, `class_names`; rows are read on demand."""
+"""HDF5 files: `x`, `y`, optionally `client`, `official_test` and names; rows are read on demand."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 
 from pfedmoe_mpi.data.dataset import Dataset, SourceData, check_clients, check_finite, sample_shape
+from pfedmoe_mpi.data.sources.hdf5_columns import LAYOUT, numbered, read_marks
 from pfedmoe_mpi.data.sources.hdf5_table import check_chunks, find_table
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.storage import untrusted_hdf5
@@ -20,9 +21,9 @@ _SPAN = 16 << 20  # bytes read at once
 _BLOCK = 64 << 10  # bytes of a block if the file has no chunks: reading so short a gap is faster than a seek
 _CHUNK = 64 << 10  # bytes of a chunk that is written: ranks read scattered rows, and always whole chunks
 _COPIED = 16 << 20  # bytes written at once
-_NAMES = 1 << 16  # class names
+_NAME = 1 << 16  # characters of the data set's name
+_TOKENS = 1_000_000  # as data.vocabulary
 _COPY = "copy the file again, or write it again with `data prepare`"
-_LAYOUT = "store samples as x and labels as y, optionally client and official_test"
 _INSIDE = "store x and y as plain arrays in the file itself"
 
 
@@ -33,7 +34,8 @@ class FileRows:
 
     def __init__(self, file: Any, x: Any, where: str) -> None:
         self.shape = sample_shape(x.shape, where)
-        self.dtype = np.dtype(np.uint8 if x.dtype == np.uint8 else np.float32)
+        self.tokens = x.dtype.kind in "iu" and x.dtype != np.uint8
+        self.dtype = np.dtype(np.int32 if self.tokens else np.uint8 if x.dtype == np.uint8 else np.float32)
         self._file, self._x, self._where = file, x, where
         row_bytes = max(1, x.dtype.itemsize * int(np.prod(self.shape)))
         self._block = x.chunks[0] if x.chunks else max(1, _BLOCK // row_bytes)
@@ -55,20 +57,39 @@ class FileRows:
             low, high = np.searchsorted(sorted_rows, (first, last))
             rows = sorted_rows[low:high]
             samples = self._read_span(first, last)[rows - first]
-            check_finite(samples, rows, self._where)
+            self._check(samples, rows)
             out[order[low:high]] = samples
         return out
 
-    def check(self) -> None:
-        """Search the whole file for NaN and infinities, a span at a time.
+    def check(self) -> int:
+        """Search the whole file for NaN, infinities and unusable tokens, a span at a time.
+
+        Returns:
+            The number of possible tokens, one more than the largest; 0 if samples are not tokens.
 
         Raises:
             DataError: a row holds one, or cannot be read.
         """
-        step = self._block * self._most
+        step, largest = self._block * self._most, -1
         for first in range(0, len(self._x) if self.dtype != np.uint8 else 0, step):
             last = min(first + step, len(self._x))
-            check_finite(self._read_span(first, last), np.arange(first, last), self._where)
+            samples = self._read_span(first, last)
+            self._check(samples, np.arange(first, last))
+            largest = max(largest, int(samples.max())) if self.tokens else -1
+        return largest + 1
+
+    def _check(self, samples: np.ndarray, rows: np.ndarray) -> None:
+        """Refuse these rows if one holds a NaN, an infinity, or a number that is not a token."""
+        if not self.tokens:
+            check_finite(samples, rows, self._where)
+            return
+        bad = ((samples < 0) | (samples >= _TOKENS)).any(axis=1)
+        if bad.any():
+            raise DataError(
+                f"{self._where}: row {rows[np.argmax(bad)]} holds a token that is negative or above "
+                f"{_TOKENS - 1:,}",
+                "number tokens from 0, which is padding, by their frequency; store images as uint8",
+            )
 
     def close(self) -> None:
         self._file.close()
@@ -88,6 +109,8 @@ class FileRows:
             raise DataError(
                 f"{self._where}: rows {first} to {last} cannot be read: {error}", _COPY
             ) from error
+        if self.tokens:
+            raw = np.clip(raw, -1, _TOKENS)  # both are refused, and an int32 holds them
         with np.errstate(over="ignore"):  # values too large for float32 become infinite, which is refused
             span: np.ndarray = raw.astype(self.dtype, copy=False).reshape(-1, *self.shape)
         return span
@@ -96,9 +119,11 @@ class FileRows:
 def open_hdf5(path: Path, check: bool) -> SourceData:
     """Open `path`: read labels, clients and test marks, and leave the samples in the file.
 
+    Integers x (n, length), other than uint8, are tokens. Without `check` their number is not known.
+
     Raises:
-        DataError: not HDF5, no `x` or `y`, different lengths, another dtype than uint8 or float, NaN (if
-            `check`), values stored in other files, or a file that would unpack to far more than its length.
+        DataError: not HDF5, no `x` or `y`, different lengths, an unusable dtype, NaN (if `check`), values
+            stored in other files, or a file that would unpack to far more than its length.
     """
     try:
         file = h5py.File(path, "r", locking="best-effort")
@@ -128,79 +153,42 @@ def _load(file: Any, path: Path, check: bool) -> SourceData:
     if file.id.links.exists(b"examples") and not file.id.links.exists(b"x"):
         problem = f"{path} has no dataset 'x', but 'examples', as files of TensorFlow Federated"
         raise DataError(problem, "--data.source tff")
-    x = find_table(file, "x", path, _LAYOUT)
-    if x.dtype != np.uint8 and x.dtype.kind != "f":
-        raise DataError(f"x of {path} is {x.dtype}", "store uint8 (0 to 255) or float32")
+    x = find_table(file, "x", path, LAYOUT)
+    texts = x.dtype.kind in "iu" and len(x.shape) == 2
+    if x.dtype != np.uint8 and x.dtype.kind != "f" and not texts:
+        problem = f"x of {path} is {x.dtype} of shape {x.shape}"
+        raise DataError(problem, "store uint8 (0 to 255) or float32; tokens as integers (n, length)")
     store = FileRows(file, x, str(path))
     rows = len(x)
-    labels = _column(file, "y", rows, path)
+    labels, class_names = numbered(file, "y", "class_names", rows, path)
+    vocabulary = 0
     if check:
         check_chunks(x, f"x of {path}")
-        store.check()
-    client, official = (_optional(file, name, rows, path) for name in ("client", "official_test"))
-    if client is not None:
+        vocabulary = store.check()
+    client: np.ndarray | None = None
+    client_names: tuple[str, ...] = ()
+    if file.id.links.exists(b"client"):
+        client, client_names = numbered(file, "client", "client_names", rows, path)
         client = check_clients(client, rows, str(path))
+        client_names = () if client_names == tuple(map(str, range(len(client_names)))) else client_names
     return SourceData(
         name=_name(file, path),
         where=str(path),
         store=store,
         labels=labels,
-        class_names=_names(file, path) if file.id.links.exists(b"class_names") else (),
+        class_names=class_names,
         client=client,
-        official_test=None if official is None else _marks(official, path),
+        client_names=client_names,
+        official_test=read_marks(file, "official_test", rows, path),
         mean=_constants(file, "mean", store),
         std=_constants(file, "std", store),
         proposals={} if client is None else {"partition.kind": "natural"},
+        vocabulary=vocabulary,
     )
 
 
-def _column(file: Any, name: str, rows: int, path: Path) -> np.ndarray:
-    """Return one value per sample; check shape and type before reading."""
-    table = find_table(file, name, path, _LAYOUT)
-    if table.shape != (rows,):
-        raise DataError(
-            f"x of {path} has {rows} rows, but {name} has shape {table.shape}",
-            f"give one value per sample, ({rows},)",
-        )
-    if table.dtype.kind not in "biuf":
-        raise DataError(f"{name} of {path} is {table.dtype}", f"give one integer per sample, ({rows},)")
-    check_chunks(table, f"{name} of {path}")
-    column: np.ndarray = table[()]
-    return column
-
-
-def _optional(file: Any, name: str, rows: int, path: Path) -> np.ndarray | None:
-    return _column(file, name, rows, path) if file.id.links.exists(name.encode()) else None
-
-
-def _marks(marks: np.ndarray, path: Path) -> np.ndarray:
-    if marks.dtype.kind not in "biu" or not np.isin(marks, (0, 1)).all():
-        raise DataError(
-            f"official_test of {path} ({marks.dtype}) holds values other than true and false",
-            "give one boolean per sample",
-        )
-    return marks.astype(bool)
-
-
-def _names(file: Any, path: Path) -> tuple[str, ...]:
-    """Return the class names, reading one at a time, because all may point to the same long text."""
-    table = find_table(file, "class_names", path, _LAYOUT)
-    remedy = "give one text per class, (classes,)"
-    if h5py.check_string_dtype(table.dtype) is None or len(table.shape) != 1 or len(table) > _NAMES:
-        problem = f"class_names of {path} cannot be read: {table.dtype} of shape {table.shape}"
-        raise DataError(problem, remedy)
-    names: list[str] = []
-    characters_left = 16 * _NAMES
-    for number in range(len(table)):
-        names.append(untrusted_hdf5.check_utf8(table.asstr()[number], "class_names"))
-        characters_left -= len(names[-1])
-        if characters_left < 0:
-            raise DataError(f"class_names of {path} is longer than {16 * _NAMES} characters", remedy)
-    return tuple(names)
-
-
 def _name(file: Any, path: Path) -> str:
-    name = untrusted_hdf5.read_attribute(file, "name", _NAMES)
+    name = untrusted_hdf5.read_attribute(file, "name", _NAME)
     return path.stem if name is None else str(name)
 
 
@@ -229,7 +217,9 @@ def write_hdf5(path: Path, data: Dataset) -> None:
             file["client"] = data.client
         if data.official_test is not None:
             file["official_test"] = data.official_test
-        file.create_dataset("class_names", data=list(data.class_names), dtype=h5py.string_dtype())
+        for name in ("class_names", "client_names"):
+            if getattr(data, name):
+                file.create_dataset(name, data=list(getattr(data, name)), dtype=h5py.string_dtype())
         file.attrs["name"] = data.name
         if data.mean:
             file.attrs["mean"], file.attrs["std"] = data.mean, data.std

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,18 @@ class Picture:
     conversion: str
 
 
-def decode(file: str, size: int, colour: bool | None) -> Picture:
+@dataclass(frozen=True)
+class Embedded:
+    """An image file inside another file; `name` says where, in messages."""
+
+    name: str
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def decode(file: str | Embedded, size: int, colour: bool | None) -> Picture:
     """Return one image, resized to size × size pixels if `size` > 0; if `colour` is None, the file decides.
 
     Raises:
@@ -38,12 +51,8 @@ def decode(file: str, size: int, colour: bool | None) -> Picture:
         DataError: not an image, more than 8 bits per channel, several frames, or white on a transparent
             background.
     """
-    from PIL import Image
-
-    if not os.path.isfile(file):  # a pipe would wait for ever
-        raise DataError(f"{file} is not a file, or links to none", "replace or remove it")
     try:
-        with Image.open(file) as image:
+        with _open(file) as image:
             _check_depth(image, file)
             _check_frames(image, file)
             grey = image.mode in _GREY
@@ -62,7 +71,18 @@ def decode(file: str, size: int, colour: bool | None) -> Picture:
         ) from error
 
 
-def _check_depth(image: Any, file: str) -> None:
+def _open(file: str | Embedded) -> AbstractContextManager[Any]:
+    """Open an image with Pillow, which does not read the pixels yet."""
+    from PIL import Image
+
+    if isinstance(file, Embedded):
+        return Image.open(BytesIO(file.content))
+    if not os.path.isfile(file):  # a pipe would wait for ever
+        raise DataError(f"{file} is not a file, or links to none", "replace or remove it")
+    return Image.open(file)
+
+
+def _check_depth(image: Any, file: str | Embedded) -> None:
     """Refuse more than 8 bits per channel, which Pillow cuts to 8 unless the image is grey."""
     deep = image.mode[0] in "IF"
     for tile in image.tile:
@@ -77,7 +97,7 @@ def _check_depth(image: Any, file: str) -> None:
         )
 
 
-def _check_frames(image: Any, file: str) -> None:
+def _check_frames(image: Any, file: str | Embedded) -> None:
     """Refuse an animation or a stack; a camera's MPO file is a JPEG image with previews behind it."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
@@ -103,7 +123,7 @@ def _upright(image: Any) -> tuple[Any, str]:
     return (ImageOps.exif_transpose(image), TURNED) if turned else (image, "")
 
 
-def _opaque(image: Any, file: str) -> tuple[Any, str]:
+def _opaque(image: Any, file: str | Embedded) -> tuple[Any, str]:
     """Return the image, put on white if a pixel is transparent, and the conversion that this is."""
     from PIL import Image
 

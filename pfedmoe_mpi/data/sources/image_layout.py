@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pfedmoe_mpi.data.sources.numbering import sort_names
+from pfedmoe_mpi.data.sources.official_parts import role
 from pfedmoe_mpi.errors import DataError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -20,16 +22,7 @@ _SYSTEM = {
     *("__macosx", "system volume information", "$recycle.bin", "lost+found", "__pycache__"),
     *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),  # of network storage
 }
-_ROLES = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-}
-_WORD = "|".join(sorted(_ROLES, key=len, reverse=True))
+_WORD = "train(?:ing)?|test(?:ing)?|val(?:id(?:ation)?)?"
 _PART = re.compile(rf"({_WORD})[ _-]?(?:set|data|images)?")
 _RESEMBLES_PART = re.compile(rf"(?<![a-z])(?:{_WORD})(?:set|data|images)?(?![a-z])")
 
@@ -106,10 +99,10 @@ def _parts(root: Path) -> tuple[list[Path], list[str]]:
         return [root], _unfamiliar(root, folders)
     by_role: dict[str, str] = {}
     for name, word in roles.items():
-        other = by_role.setdefault(_ROLES[word], name)
+        other = by_role.setdefault(role(word), name)
         if other != name:
             raise DataError(
-                f"{root} holds two {_ROLES[word]} parts, {other} and {name}", "merge them, or move one away"
+                f"{root} holds two {role(word)} parts, {other} and {name}", "merge them, or move one away"
             )
     if "train" not in by_role:
         raise DataError(
@@ -162,8 +155,8 @@ def _unfamiliar(root: Path, folders: Sequence[str]) -> list[str]:
 
 
 def _class_names(part: Path) -> tuple[str, ...]:
-    """Return the names of the class folders, sorted."""
-    names = _subfolders(part)
+    """Return the names of the class folders, sorted as numbers if all of them are numbers."""
+    names = tuple(sort_names(_subfolders(part)))
     if not names:
         raise DataError(
             f"{part} has no class folders",

@@ -21,7 +21,7 @@ from pfedmoe_mpi.data.sources.client_parts import Block, join_blocks
 from pfedmoe_mpi.data.sources.folder import describe_conversions, read_images
 from pfedmoe_mpi.data.sources.next_word import last_fifth
 from pfedmoe_mpi.data.sources.numbering import as_number, renumber
-from pfedmoe_mpi.data.sources.tokens import Vocabulary, number_words, pad, split_words, unspaced
+from pfedmoe_mpi.data.sources.tokens import Vocabulary, number_words, pad, read_texts
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.storage.untrusted_json import UnusableError, parse
 
@@ -199,9 +199,11 @@ def _read_samples(root: Path, users: Sequence[_User], settings: Data) -> _Sample
     if kind == "image files":
         return _read_pictures(root, texts, settings)
     if kind == "tweets":
-        rows, words = number_words(list(split_words(text))[: settings.length] for text in texts)
-        fit = Vocabulary(len(words), settings.vocabulary)
-        return _Samples(pad(rows, settings.length), fit, warnings=unspaced(words, str(root)))
+        x, fit, warnings = read_texts(texts, settings, str(root))
+        return _Samples(x, fit, warnings=warnings)
+    if settings.tokens == "word":
+        problem = f"data.tokens = word, but the class of a sample in {root} is the next character"
+        raise DataError(problem, "remove --data.tokens")
     longest = max(map(len, texts))
     cut = max(0, longest - settings.length)
     rows, words = number_words(text[-settings.length :] for text in texts)

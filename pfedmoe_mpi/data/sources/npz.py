@@ -1,22 +1,19 @@
-"""Per-client folders of PFLlib and HtFLlib: `train/K.npz` and `test/K.npz` with a pickled dict of x and y."""
+"""npz: folders of PFLlib and HtFLlib, `train/K.npz` and `test/K.npz` with a pickled dict of x and y.
+
+A file is read as one of MedMNIST.
+"""
 
 from __future__ import annotations
 
-import io
-import math
-import zipfile
-import zlib
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pfedmoe_mpi.data.dataset import MemoryRows, SourceData, check_finite, sample_shape
-from pfedmoe_mpi.data.sources.safe_pickle import read_arrays
-from pfedmoe_mpi.errors import DataError, UserError
+from pfedmoe_mpi.data.sources.medmnist import load_medmnist
+from pfedmoe_mpi.data.sources.npz_archive import read_archive
+from pfedmoe_mpi.errors import DataError
 
-_FREE, _RATIO = 64 << 20, 100  # an archive may unpack to _FREE bytes plus _RATIO times its own length
 _LAYOUT = "give train/0.npz, train/1.npz, ... and the same in test/, each with x and y"
 
 
@@ -27,6 +24,8 @@ def load_npz(root: Path) -> SourceData:
         DataError: a missing or malformed file, two files of one client, a pickle that holds more than arrays,
             clients of different shapes or dtypes, or NaN.
     """
+    if root.is_file():
+        return load_medmnist(root)
     parts: list[tuple[np.ndarray, np.ndarray, int, bool]] = []
     train, test = _files(root / "train"), _files(root / "test")
     if not train or set(train) != set(range(len(train))):
@@ -80,7 +79,7 @@ def _check_equal_shapes(parts: list[tuple[np.ndarray, np.ndarray, int, bool]], r
 
 def _read_client(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return x (n, *shape) uint8 or float32 and y (n,) of one file."""
-    arrays = _read_archive(path)
+    arrays = read_archive(path)
     if "x" not in arrays or "y" not in arrays:
         raise DataError(f"{path} has no arrays x and y; it has {', '.join(arrays) or 'nothing'}", _LAYOUT)
     x, y = arrays["x"], arrays["y"]
@@ -96,57 +95,3 @@ def _read_client(path: Path) -> tuple[np.ndarray, np.ndarray]:
         x = x.astype(np.uint8 if x.dtype == np.uint8 else np.float32, copy=False).reshape(-1, *shape)
     check_finite(x, np.arange(len(x)), str(path))
     return x, y.astype(np.int64)
-
-
-def _read_archive(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an archive by name: its members, or the entries of its one pickled dict."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            claimed = sum(member.file_size for member in archive.infolist())
-            if claimed > _FREE + _RATIO * path.stat().st_size:
-                problem = f"{path} claims {claimed:,} bytes, at least {_RATIO} times its own length"
-                raise DataError(problem, "write it again with numpy.savez, which does not compress")
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-            members = {name: archive.read(full) for name, full in zip(names, archive.namelist(), strict=True)}
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as npz: {error}", "copy the file again") from error
-    _check_distinct(names, path)
-    arrays: list[tuple[str, np.ndarray]] = []
-    for name, raw in members.items():
-        arrays += _read_member(name, raw, path).items()
-    _check_distinct([name for name, _ in arrays], path)
-    return dict(arrays)
-
-
-def _check_distinct(names: list[str], path: Path) -> None:
-    """Refuse an archive with two arrays of one name, one of which would be lost."""
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError(f"{path} has {twice[0]!a} twice", "write it again with numpy.savez")
-
-
-def _read_member(name: str, raw: bytes, path: Path) -> dict[str, np.ndarray]:
-    """Return a member's array by its name, or the arrays of its pickled dict by theirs."""
-    stream = io.BytesIO(raw)
-    try:
-        shape, dtype = _read_header(stream)
-        if dtype.hasobject:
-            return read_arrays(stream.read(), str(path))
-        if math.prod(shape) * dtype.itemsize != len(raw) - stream.tell():
-            raise ValueError(f"{dtype} {shape} in {len(raw) - stream.tell()} bytes")
-        stream.seek(0)
-        return {name: np.lib.format.read_array(stream, allow_pickle=False)}
-    except UserError:
-        raise
-    except Exception as error:  # a damaged header may raise anything
-        raise DataError(
-            f"{name} of {path} cannot be read as an array: {error}", "copy the file again"
-        ) from error
-
-
-def _read_header(stream: io.BytesIO) -> tuple[tuple[int, ...], Any]:
-    """Return (shape, dtype) of a `.npy` file, and leave the stream at its data."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(stream)
-    return shape, dtype

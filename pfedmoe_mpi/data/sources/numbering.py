@@ -24,6 +24,13 @@ def renumber(values: Iterable[Any]) -> tuple[dict[Any, int], tuple[str, ...]]:
     return {value: places[key] for value, key in zip(values, keys, strict=True)}, tuple(map(str, places))
 
 
+def sort_names(names: Iterable[str]) -> list[str]:
+    """Return names sorted as numbers if all of them are numbers, else as texts."""
+    names = sorted(names)
+    places, _ = renumber(names)
+    return sorted(names, key=places.__getitem__)
+
+
 def as_number(value: Any) -> int | float | None:
     """Return a number, or a text that is one, as an integer if it is whole; None for any other text.
 

@@ -70,8 +70,9 @@ def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) 
         "folder": lambda: load_folder(user_path(settings), settings.size),
         "hdf5": lambda: open_hdf5(user_path(settings), check),
         "npz": lambda: load_npz(user_path(settings)),
-        "tff": lambda: load_tff(user_path(settings)),
+        "tff": lambda: load_tff(user_path(settings), settings),
         "table": lambda: load_table(user_path(settings), settings),
+        "hf": lambda: load_table(user_path(settings), settings),
         "leaf": lambda: load_leaf(user_path(settings), settings),
         "heart": lambda: load_heart(user_path(settings)),
         "text": lambda: load_text(user_path(settings), settings),
@@ -84,10 +85,10 @@ def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) 
             f"data.source = {settings.source} reads no file, but data.path = {settings.path}",
             f"set --data.source to the file's format: {', '.join(list(readers)[2:])}",
         )
-    for name in ("label", "client", "categorical", "ignore"):
-        if getattr(settings, name) and settings.source != "table":
+    for name in ("label", "client", "split", "image", "text", "categorical", "ignore"):
+        if getattr(settings, name) and settings.source not in {"table", "hf"}:
             raise DataError(
                 f"data.{name} names columns of a table, but data.source = {settings.source}",
-                f"set --data.source table, or remove --data.{name}",
+                f"set --data.source table or hf, or remove --data.{name}",
             )
     return readers[settings.source]()

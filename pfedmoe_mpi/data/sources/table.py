@@ -1,148 +1,190 @@
-"""Tables: CSV (`.csv`), TSV (`.tsv`) or Parquet (`.parquet`) with a label column, numbers and codes.
+"""Tables: CSV, TSV or Parquet with a label column, and data sets that Hugging Face's `datasets` saved.
 
-Every column beside the label and the client is a feature: a number if all its values are numbers, else codes
-without an order. `features` says how missing values are filled, and how columns are scaled.
+Samples are a column of images, columns of texts, or else all columns beside label and client as features: a
+number if all its values are numbers, else codes without an order. `features` says how missing values are
+filled, and how columns are scaled. pyarrow reads what `datasets` writes, so that library is not needed: no
+code of a data set is run, and no cache is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pfedmoe_mpi.config.sections import Data
-from pfedmoe_mpi.data.dataset import MemoryRows, SourceData
-from pfedmoe_mpi.data.sources.csv_rows import read_rows
+from pfedmoe_mpi.data.dataset import IMAGENET_MEAN, IMAGENET_STD, MemoryRows, SourceData
+from pfedmoe_mpi.data.sources import arrow_file
+from pfedmoe_mpi.data.sources.csv_table import CsvTable, open_csv
 from pfedmoe_mpi.data.sources.features import Standardise, to_columns
+from pfedmoe_mpi.data.sources.folder import describe_conversions, read_images
 from pfedmoe_mpi.data.sources.numbering import as_number
-from pfedmoe_mpi.data.sources.parquet import SUFFIXES, read_parquet
-from pfedmoe_mpi.data.sources.table_column import CODES, Column, Keys
-from pfedmoe_mpi.errors import DataError, nearest
+from pfedmoe_mpi.data.sources.official_parts import role, unread_validation
+from pfedmoe_mpi.data.sources.table_column import CODES, Column, Images, Keys, Place
+from pfedmoe_mpi.data.sources.table_columns import Columns, choose_columns, class_names
+from pfedmoe_mpi.data.sources.table_files import find_files
+from pfedmoe_mpi.data.sources.tokens import read_texts
+from pfedmoe_mpi.errors import DataError
 
-_SHOWN = 20  # column names in a message
-_COLUMNS = 1 << 16
 _VALUES = 1 << 28  # of all columns and rows together, once codes have columns of their own
-_INDEX = ("", "__index_level_0__")  # how pandas names its row numbers in CSV and in Parquet
-_OTHER_MARKS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
 
 
 def load_table(path: Path, settings: Data) -> SourceData:
-    """Read every row into memory: (n, columns) float32, NaN where a value is missing.
+    """Read every row into memory: images, tokens, or (n, columns) float32, NaN where a value is missing.
 
     Raises:
-        DataError: not a table, a column that does not exist, a row without a label, or a column of numbers in
-            which something else stands; names file and line.
+        DataError: not a table, a column that does not exist, a row without a label or an image, or a column
+            of numbers in which something else stands; names file and line.
     """
-    header, rows, unit = _open(path)
-    _check_header(path, header, settings)
-    labels, clients = Keys(f"{path}: label", unit), Keys(f"{path}: client", unit)
-    left_out = dict.fromkeys(settings.ignore, "named by data.ignore")
-    left_out |= dict.fromkeys((name for name in header if name in _INDEX), "row numbers without a name")
-    features = {
-        name: Column(name, str(path), unit, coded=name in settings.categorical)
-        for name in header
-        if name not in {settings.label, settings.client, *left_out}
-    }
-    columns: list[Keys | Column | None] = [
-        labels if name == settings.label else clients if name == settings.client else features.get(name)
-        for name in header
-    ]
-    for number, values in rows:
-        for column, value in zip(columns, values, strict=True):
-            if column is not None:
-                column.add(value, number)
-    if not len(labels):
+    files = find_files(path, settings.source)
+    first = _open(files.train[0])
+    columns = choose_columns(str(first.path), first.names, settings, first.features)
+    table = _Rows(str(path), Place(first.unit), columns, settings)
+    several = len(files.train) + len(files.test) > 1
+    for paths, test in ((files.train, False), (files.test, True)):
+        for each in paths:
+            file = first if each == first.path else _open(each)
+            _check_same(first, file, columns)
+            table.place.file = each.name if several else ""
+            table.read(file, test)
+    return _source(path, settings, table, class_names(first.features, columns.label), files.left_out)
+
+
+def _open(path: Path) -> CsvTable | arrow_file.ArrowFile:
+    arrow = path.suffix.lower() in arrow_file.PARQUET | arrow_file.STREAM
+    return arrow_file.open_arrow(path) if arrow else open_csv(path)
+
+
+def _check_same(first: Any, file: Any, columns: Columns) -> None:
+    """Refuse a file that lacks a column of the first one, or declares other classes."""
+    lacking = next((name for name in columns.read if name not in file.names), None)
+    if lacking is not None:
+        raise DataError(
+            f"{file.path} has no column '{lacking}', which {first.path} has",
+            "give all files the same columns, or move the file away",
+        )
+    if class_names(file.features, columns.label) != class_names(first.features, columns.label):
+        raise DataError(f"{file.path} and {first.path} declare unlike classes", "write both files again")
+
+
+@dataclass(eq=False)
+class _Rows:
+    """The rows of all files, column by column."""
+
+    where: str
+    place: Place
+    columns: Columns
+    settings: Data
+    official: list[bool] = field(default_factory=list)
+    unread: int = 0  # rows of a validation part
+    texts: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.labels = Keys(f"{self.where}: label", self.place)
+        self.clients = Keys(f"{self.where}: client", self.place)
+        self.images = Images(self.columns.image, self.where, self.place)
+        self.features = {
+            name: Column(name, self.where, self.place, coded=name in self.settings.categorical)
+            for name in self.columns.features
+        }
+
+    def read(self, file: CsvTable | arrow_file.ArrowFile, test: bool) -> None:
+        """Add the rows of one file, which are test rows or not unless a column says so."""
+        wanted, texts = self.columns.read, [*self.columns.text]
+        self.images.folder = file.path.parent
+        keys: dict[str, Any] = {self.columns.label: self.labels, self.columns.client: self.clients}
+        keys |= {self.columns.image: self.images, **self.features}
+        adders = [(k, keys[name]) for k, name in enumerate(wanted) if name in keys]
+        text_places = [wanted.index(name) for name in texts]
+        split = wanted.index(self.columns.split) if self.columns.split else -1
+        for number, values in file.rows(wanted, self.columns.image):
+            self.place.number = number
+            part = self._part(values[split]) if self.columns.split else "test" if test else "train"
+            if part == "validation":
+                self.unread += 1
+                continue
+            self.official.append(part == "test")
+            for k, column in adders:
+                column.add(values[k])
+            if text_places:
+                self.texts.append(" ".join(str(values[k]) for k in text_places if values[k] is not None))
+
+    def _part(self, value: Any) -> str:
+        found = role(value) if isinstance(value, str) else ""
+        if not found:
+            raise DataError(
+                f"{self.where}: data.split = {self.columns.split} is {value!a} in {self.place}, and parts "
+                "are train, test and validation",
+                "write train or test into the row, or remove --data.split",
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """What the samples of a table are once its columns are read."""
+
+    x: np.ndarray
+    settings: dict[str, Any]  # of the SourceData
+    left_out: dict[str, str] = field(default_factory=dict)  # columns
+
+
+def _source(
+    path: Path, settings: Data, table: _Rows, declared: tuple[str, ...], left_out: tuple[str, ...]
+) -> SourceData:
+    if not len(table.labels):
         raise DataError(f"{path} has no row below its header", "add rows")
-    y, class_names = labels.numbered()
-    _check_classes(path, settings.label, class_names)
-    client, client_names = clients.numbered() if settings.client else (None, ())
-    attributes = {}
-    for name, column in features.items():
+    y, names = table.labels.numbered(declared)
+    _check_classes(path, table.columns.label, names)
+    client, client_names = table.clients.numbered() if table.columns.client else (None, ())
+    samples = _samples(path, settings, table)
+    columns = {**table.columns.left_out, **samples.left_out}
+    tested = any(table.official)
+    if all(table.official):
+        raise DataError(f"{path} has no training row", "write train into rows, or remove --data.split")
+    if table.unread:
+        left_out = (*left_out, unread_validation(f"{table.unread:,} validation rows", tested=tested))
+    proposals = {"partition.kind": "natural"} if client is not None else {}
+    given = samples.settings
+    return SourceData(
+        name=path.stem or path.resolve().name,
+        where=str(path),
+        store=MemoryRows(samples.x),
+        labels=y,
+        class_names=names,
+        client=client,
+        client_names=client_names,
+        official_test=np.array(table.official) if tested else None,
+        left_out=(*(f"column '{name}': {reason}" for name, reason in columns.items()), *left_out),
+        **{**given, "proposals": {**proposals, **given.get("proposals", {})}},
+    )
+
+
+def _samples(path: Path, settings: Data, table: _Rows) -> _Samples:
+    """Return the images, the texts or the features."""
+    if table.columns.image:
+        files = table.images.files
+        x, conversions = read_images(files, settings.size)
+        coloured = x.shape[1] == 3
+        constants = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if coloured else {}
+        return _Samples(x, {**constants, "warnings": tuple(describe_conversions(files, conversions))})
+    if table.columns.text:
+        x, fit, warnings = read_texts(table.texts, settings, str(path))
+        return _Samples(x, {"fit": fit, "warnings": warnings, "proposals": {"rounds": 12}})
+    attributes, left_out = {}, {}
+    for name, column in table.features.items():
         column.check()
         reason = column.useless()
         if reason:
             left_out[name] = reason
         else:
             attributes[name] = column.attribute()
-    return SourceData(
-        name=path.stem,
-        where=str(path),
-        store=MemoryRows(_columns(path, attributes, len(y))),
-        labels=y,
-        class_names=class_names,
-        client=client,
-        client_names=client_names,
-        proposals={"partition.kind": "natural"} if settings.client else {},
-        fit=Standardise(tuple(len(codes) for _, codes in attributes.values()), learn=True),
-        left_out=tuple(f"column '{name}': {reason}" for name, reason in left_out.items()),
-    )
-
-
-def _open(path: Path) -> tuple[list[str], Iterator[tuple[int, Sequence[Any]]], str]:
-    """Return the column names, the rows with their numbers, and what these numbers count."""
-    if path.is_dir():
-        raise DataError(f"data.path = {path} is a folder", "set --data.path to one CSV, TSV or Parquet file")
-    if path.suffix.lower() in SUFFIXES:
-        return (*read_parquet(path), "row")
-    separator = "\t" if path.suffix.lower() in {".tsv", ".tab"} else ","
-    records = read_rows(path, separator, "close a quote that is left open, or shorten the text")
-    _, header = next(records, (0, None))
-    if header is None:
-        raise DataError(f"{path} is empty", "add a line of column names, and rows")
-    header = [name.strip() for name in header]
-    if len(header) == 1:
-        marks = [mark for mark in _OTHER_MARKS if mark in header[0] and mark != separator]
-        found = f", and the line has {_OTHER_MARKS[marks[0]]}" if marks else ""
-        raise DataError(
-            f"{path} has one column in its first line; {_OTHER_MARKS.get(separator, 'commas')} separate the "
-            f"columns of a {path.suffix or 'text'} file{found}",
-            "save it as .csv with commas or as .tsv with tabs, with column names in the first line",
-        )
-    return header, _checked_rows(path, records, header), "line"
-
-
-def _checked_rows(
-    path: Path, records: Iterable[tuple[int, list[str]]], header: Sequence[str]
-) -> Iterator[tuple[int, Sequence[str]]]:
-    """Yield the rows with their lines; refuse one that has more or fewer values than the header."""
-    for line, record in records:
-        if len(record) != len(header):
-            raise DataError(
-                f"{path}, line {line} has {len(record)} values, and the header names {len(header)} columns",
-                "give each column a value, or nothing between two separators; quote values that contain them",
-            )
-        yield line, record
-
-
-def _check_header(path: Path, header: Sequence[str], settings: Data) -> None:
-    """Refuse a table without the columns that the settings name, or with two columns of one name."""
-    listed = ", ".join(header[:_SHOWN]) + (", …" if len(header) > _SHOWN else "")
-    if len(header) > _COLUMNS:
-        raise DataError(f"{path} has {len(header):,} columns, more than {_COLUMNS:,}", "keep those you need")
-    twice = next((name for place, name in enumerate(header) if name in header[:place]), None)
-    if twice is not None:
-        raise DataError(f"{path} has two columns named '{twice}'", "rename one of them in the first line")
-    if not settings.label:
-        last = header[-1]
-        raise DataError(
-            f"data.label is empty; {path} has the columns {listed}",
-            f"name the column that holds the label, for example --data.label '{last}'",
-        )
-    named = {"data.label": [settings.label], "data.client": [settings.client] if settings.client else []}
-    named |= {"data.categorical": [*settings.categorical], "data.ignore": [*settings.ignore]}
-    roles: dict[str, str] = {}
-    for setting, names in named.items():
-        for name in names:
-            if name not in header:
-                raise DataError(
-                    f"{setting} = {name}, but {path} has the columns {listed}{nearest(name, header)}",
-                    f"set --{setting} to a column of the file",
-                )
-            if roles.setdefault(name, setting) != setting:
-                problem = f"{roles[name]} and {setting} both name the column '{name}'"
-                raise DataError(problem, f"remove it from one: --{setting} OTHER_COLUMN")
+    x = _columns(path, attributes, len(table.labels), left_out)
+    standardise = Standardise(tuple(len(codes) for _, codes in attributes.values()), learn=True)
+    return _Samples(x, {"fit": standardise}, left_out)
 
 
 def _check_classes(path: Path, label: str, names: Sequence[str]) -> None:
@@ -156,10 +198,16 @@ def _check_classes(path: Path, label: str, names: Sequence[str]) -> None:
         )
 
 
-def _columns(path: Path, attributes: dict[str, tuple[np.ndarray, range]], rows: int) -> np.ndarray:
+def _columns(
+    path: Path, attributes: dict[str, tuple[np.ndarray, range]], rows: int, left_out: dict[str, str]
+) -> np.ndarray:
     """Return the features (n, columns); refuse a table without any, or with more than memory should hold."""
     if not attributes:
-        raise DataError(f"{path} has no feature beside its label", "add columns, or shorten --data.ignore")
+        text = next((name for name, reason in left_out.items() if reason.endswith("texts")), None)
+        raise DataError(
+            f"{path} has no feature beside its label",
+            f"--data.text '{text}' reads its texts" if text else "add columns, or shorten --data.ignore",
+        )
     total = rows * sum(max(1, len(codes)) for _, codes in attributes.values())
     if total > _VALUES:
         widest = max(attributes, key=lambda name: len(attributes[name][1]))

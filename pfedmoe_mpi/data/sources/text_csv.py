@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.dataset import MemoryRows, SourceData
 from pfedmoe_mpi.data.sources.csv_rows import read_rows
 from pfedmoe_mpi.data.sources.text_file import read_text
-from pfedmoe_mpi.data.sources.tokens import Vocabulary, number_words, pad, split_words, unspaced
+from pfedmoe_mpi.data.sources.tokens import read_texts
 from pfedmoe_mpi.errors import DataError
 
 _NAMES = "classes.txt"
@@ -24,7 +23,7 @@ _FIRST = "the first column must be the label; remove a header line and a column 
 
 
 def load_text(path: Path, settings: Data) -> SourceData:
-    """Read every row as the numbers of its first `data.length` words, (n, length) int32.
+    """Read every row as the numbers of its first `data.length` words or characters, (n, length) int32.
 
     The text is all columns after the label, joined by spaces. Labels are names or numbers. If a
     `classes.txt` lies beside the file, one name per line, labels are these names or their numbers from 1 (as
@@ -35,23 +34,23 @@ def load_text(path: Path, settings: Data) -> SourceData:
     """
     lines, labels = [], []
 
-    def texts() -> Iterator[Iterator[str]]:
+    def texts() -> Iterator[str]:
         for line, label, text in _records(path):
             lines.append(line)
             labels.append(label)
-            yield islice(split_words(text), settings.length)
+            yield text
 
-    rows, words = number_words(texts())
+    x, fit, warnings = read_texts(texts(), settings, str(path))
     classes, names = _classes(path, lines, labels)
     return SourceData(
         name=path.stem,
         where=str(path),
-        store=MemoryRows(pad(rows, settings.length)),
+        store=MemoryRows(x),
         labels=np.array([classes[label] for label in labels], np.int64),
         class_names=names,
         proposals={"rounds": 12},
-        fit=Vocabulary(len(words), settings.vocabulary),
-        warnings=unspaced(words, str(path)),
+        fit=fit,
+        warnings=warnings,
     )
 
 

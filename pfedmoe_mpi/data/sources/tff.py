@@ -1,12 +1,13 @@
-"""TensorFlow Federated's HDF5 files: `examples/CLIENT/pixels` (or `image`) and `label`, in one file per part.
+"""TensorFlow Federated's HDF5 files: clients as groups `examples/CLIENT`, in one file per part.
 
-Source: its simulation data sets, such as `fed_emnist_train.h5` and `fed_emnist_test.h5`, or those of
-`fed_cifar100`.
+A client has images, `pixels` (or `image`) and `label`, or a text, `snippets` (Shakespeare) or `tokens` (Stack
+Overflow). Source: its simulation data sets, such as `fed_emnist_train.h5` and `fed_emnist_test.h5`, or those
+of `fed_cifar100`, `shakespeare` and `stackoverflow`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import h5py
 import numpy as np
 
+from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.dataset import IMAGENET_MEAN, IMAGENET_STD, MemoryRows, SourceData, check_finite
 from pfedmoe_mpi.data.sources.client_parts import Block, join_blocks
 from pfedmoe_mpi.data.sources.hdf5_table import check_chunks, find_table, most_unpacked
 from pfedmoe_mpi.data.sources.leaf import character_names
 from pfedmoe_mpi.data.sources.numbering import renumber
+from pfedmoe_mpi.data.sources.tff_text import TEXTS, TextClient, load_texts, read_text
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.storage import untrusted_hdf5
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
@@ -27,7 +30,8 @@ _GROUP = "examples"
 _SAMPLES = ("pixels", "image")
 _TRAIN, _TEST = "_train.h5", "_test.h5"
 _LAYOUT = (
-    "give examples/CLIENT/pixels (n, height, width) or image (n, height, width, channels), and label (n,)"
+    "give examples/CLIENT/pixels (n, height, width) or image (n, height, width, channels), and label (n,), or"
+    " the texts, examples/CLIENT/snippets or tokens (n,)"
 )
 _COPY = "download it again"
 
@@ -42,14 +46,31 @@ class _Client:
     y: np.ndarray
 
 
-def load_tff(path: Path) -> SourceData:
+def load_tff(path: Path, settings: Data) -> SourceData:
     """Read all clients of a folder's two files, or of one file, into memory.
+
+    Texts become windows of `data.length` characters (of Stack Overflow words), whose class is the next one.
 
     Raises:
         DataError: no such files, or one that is damaged or of another layout; names file and client.
     """
     files, left_out = _files(path)
     read = [client for file, test in files for client in _read_file(file, test)]
+    texts = [client for client in read if isinstance(client, TextClient)]
+    images = [client for client in read if isinstance(client, _Client)]
+    if texts and images:
+        problem = f"{path}: client '{texts[0].name}' has a text, and others have images"
+        raise DataError(problem, "give all clients data of one kind")
+    name = files[0][0].stem.removesuffix("_train")
+    return (
+        load_texts(path, name, texts, left_out, settings)
+        if texts
+        else _images_of(path, name, images, left_out)
+    )
+
+
+def _images_of(path: Path, name: str, read: Sequence[_Client], left_out: Sequence[str]) -> SourceData:
+    """Return the images of all clients."""
     clients = join_blocks([client.block for client in read], str(path))
     read = [read[place] for place in clients.kept]
     first = read[0].x
@@ -64,7 +85,7 @@ def load_tff(path: Path) -> SourceData:
     classes, names = renumber(np.unique(given).tolist())
     coloured = first.shape[1] == 3
     return SourceData(
-        name=files[0][0].stem.removesuffix("_train"),
+        name=name,
         where=str(path),
         store=MemoryRows(np.concatenate([client.x for client in read])),
         labels=np.array([classes[label] for label in given.tolist()], np.int64),
@@ -95,7 +116,7 @@ def _files(path: Path) -> tuple[list[tuple[Path, bool]], list[str]]:
     return [(train[0], False), *([(test, True)] if test.exists() else [])], []
 
 
-def _read_file(path: Path, test: bool) -> Iterator[_Client]:
+def _read_file(path: Path, test: bool) -> Iterator[_Client | TextClient]:
     try:
         file = h5py.File(path, "r", locking="best-effort")
     except OSError as error:
@@ -111,13 +132,19 @@ def _read_file(path: Path, test: bool) -> Iterator[_Client]:
         raise DataError(f"{path} cannot be read: {error}", _COPY) from error
 
 
-def _read_clients(file: Any, path: Path, test: bool) -> Iterator[_Client]:
+def _read_clients(file: Any, path: Path, test: bool) -> Iterator[_Client | TextClient]:
     """Yield the clients in the order of their names; all of them together unpack to a plausible size."""
     left = most_unpacked(path)
     for name in _client_names(file, path):
         key = f"{_GROUP}/{name}"
         group = file[key]
-        kind = next((kind for kind in _SAMPLES if group.id.links.exists(kind.encode())), _SAMPLES[0])
+        kinds = [kind for kind in (*_SAMPLES, *TEXTS) if group.id.links.exists(kind.encode())]
+        kind = kinds[0] if kinds else _SAMPLES[0]
+        if kind in TEXTS:
+            text = read_text(file, f"{key}/{kind}", path, _LAYOUT, left)
+            left -= len(text)
+            yield TextClient(name, test, kind, text)
+            continue
         x, y = (find_table(file, f"{key}/{part}", path, _LAYOUT) for part in (kind, "label"))
         left -= x.size * x.dtype.itemsize + y.size * y.dtype.itemsize
         if left < 0:

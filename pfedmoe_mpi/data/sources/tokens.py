@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice
 from unicodedata import category, name, normalize
 
 import numpy as np
 
+from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.dataset import Dataset, MemoryRows
 from pfedmoe_mpi.data.partition import Partition
 
@@ -51,10 +53,10 @@ def _is_mark(character: str) -> bool:
     return category(character) in {"Mn", "Mc"} and not name(character, "").startswith("VARIATION SELECTOR")
 
 
-def unspaced(words: Sequence[str], where: str) -> tuple[str, ...]:
-    """Return a warning if words are letters of a script without spaces between words."""
+def unspaced(words: Sequence[str], where: str, settings: Data) -> tuple[str, ...]:
+    """Return a warning if `words`, not characters, are letters of a script without spaces between words."""
     letter = next((word for word in words if re.match(f"[{_UNSPACED}]", word)), None)
-    if letter is None:
+    if letter is None or settings.tokens == "char":
         return ()
     return (
         f"{where}: every character of a script without spaces between words (Chinese, Japanese, Thai, Lao, "
@@ -73,6 +75,20 @@ def number_words(texts: Iterable[Iterable[str]]) -> tuple[list[np.ndarray], list
     number = np.empty(len(words), np.int32)
     number[[met[word] for word in words]] = np.arange(1, len(words) + 1)
     return [number[row] for row in rows], words
+
+
+def read_texts(
+    texts: Iterable[str], settings: Data, where: str
+) -> tuple[np.ndarray, Vocabulary, tuple[str, ...]]:
+    """Return the numbers of the first `data.length` tokens of every text (n, length), fit and warnings."""
+    rows, words = number_words(islice(split(text, settings.tokens), settings.length) for text in texts)
+    fit = Vocabulary(len(words), settings.vocabulary)
+    return pad(rows, settings.length), fit, unspaced(words, where, settings)
+
+
+def split(text: str, tokens: str) -> Iterator[str]:
+    """Yield the tokens of a text: its characters as they are, or else its words."""
+    return iter(normalize("NFC", text)) if tokens == "char" else split_words(text)
 
 
 def pad(texts: Sequence[np.ndarray], length: int) -> np.ndarray:

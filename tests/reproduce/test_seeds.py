@@ -1,0 +1,85 @@
+"""`reproduce --until`: seeds are added until differences from a baseline are known well enough."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+
+from pfedmoe_mpi.report.compare import Paired
+from pfedmoe_mpi.report.precision import seeds_needed
+from support import launcher
+
+TABLE = """\
+[base]
+rounds = 1
+clients = 3
+data.source = "synthetic"
+data.samples = 200
+data.size = 8
+model.pool = ["mlp5"]
+model.shared = "mlp5"
+train.device = "cpu"
+
+[axis]
+algorithm = ["fedavg", "standalone"]
+seed = [3, 1]
+"""
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "two.toml"
+    path.write_text(TABLE)
+    return path
+
+
+def test_seeds_are_added_until_intervals_are_narrow(table: Path, session: launcher.Session) -> None:
+    """Five seeds give the first interval, and no more are allowed; a wide goal is reached with them."""
+    command = ("reproduce", str(table), "--out", "out", "--until")
+    said = session(*command, "0.01", "--most", "5", cwd=table.parent, timeout=240).out
+    differences = []
+    for seed in (3, 1, 4, 5, 6):
+        runs = [table.parent / "out" / f"{method}-seed{seed}" for method in ("fedavg", "standalone")]
+        ours, theirs = (launcher.read_metrics(run)[-1]["accuracy"]["mean"] for run in runs)
+        differences.append(100 * (ours - theirs))
+    mean, half = fmean(differences), 2.776445 * stdev(differences) / math.sqrt(5)  # t of 4 degrees of freedom
+    ends = [f"{value:+.2f}".replace("-", "−") for value in (mean, mean - half, mean + half)]
+    last = (
+        f"{ends[0]} points with 5 seeds, 95 % interval {ends[1]} to {ends[2]}; narrower than 0.01 with about "
+    )
+    assert f", minus standalone: {last}" in said.splitlines()[-1], said
+    assert "with 2 seeds; no interval below 5 seeds" in said
+    narrow = session(*command, "100", cwd=table.parent, timeout=240).out
+    assert "with 5 seeds" in narrow.splitlines()[-1] and "narrower" not in narrow
+    assert not re.search(r"\n[1-9]\d* runs finished", narrow), "all were there already"
+
+
+def test_number_of_seeds_is_the_first_that_is_enough() -> None:
+    """Two differences of sample deviation 1 point: 2 · t · 1 / √n, with t from tables."""
+    paired = Paired((0, 1), (0.0, math.sqrt(2) / 100), 0.0, None, None)
+    assert seeds_needed(paired, 1.01) == 18  # t(17) = 2.1098: 0.9946; t(16) = 2.1199: 1.0283
+    assert seeds_needed(paired, 5.0) == 5
+    assert seeds_needed(Paired((0,), (0.1,), 0.1, None, None), 1.0) == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--until", "0"), "--until: expected a number of points"),
+        (("--until", "1", "--baseline", "fedavk"), "compares the others with fedavk"),
+        (("--until", "1", "--only", "fedavg*"), r"have only: fedavg(.|\n)*--baseline NAME"),
+        (("--until", "1", "--task", "0"), "--task = 0 is one run"),
+        (("--until", "1", "--most", "1"), "--most = 1 is less than the 2 seeds"),
+    ],
+)
+def test_comparison_that_seeds_cannot_narrow_is_refused(
+    table: Path, assert_refused: Callable[..., str], flags: tuple[str, ...], said: str
+) -> None:
+    assert_refused(said, "reproduce", table, *flags)
+    table.write_text(TABLE.replace("seed = [3, 1]", ""), encoding="utf-8")
+    assert_refused("has no axis seed" if flags[1] != "0" else said, "reproduce", table, *flags)
