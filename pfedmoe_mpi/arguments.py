@@ -320,7 +320,7 @@ COMMANDS = {
             argument("methods", nargs="*", metavar="METHOD|FILE.py", help="methods [default all]"),
             argument("--check", default="", metavar="NAME,...", help="only these checks [default all]"),
         ),
-        ("conformance ./ditto.py", "conformance fedavg fedprox --check ranks,restart"),
+        ("conformance ./mine.py", "conformance fedavg fedprox --check ranks,restart"),
         settings=True,
         mpi=True,
     ),

@@ -34,15 +34,17 @@ MOST = 1 << 30  # classes, tokens of a vocabulary, or numbers in a sample
 class ClientModel(nn.Module):
     """A client's whole model under a method: its private parts and the server's, as submodules by name.
 
-    A part that is not a module, such as prototypes, is a buffer. The model can be moved, saved and fine-tuned
-    like any module; the checkpoint does not change with it.
+    A part that is not a module, such as prototypes, is a buffer. `shape` is that of a sample, `classes` are
+    the names of the classes, in the order of the logits. The model can be moved, saved and fine-tuned like
+    any module; the checkpoint does not change with it.
     """
 
     def __init__(self, method: Algorithm, client: int, facts: dict[str, Any], unseen: bool) -> None:
         super().__init__()
         self.client = client
         self.shape: tuple[int, ...] = method.task.shape
-        self.classes = method.task.classes
+        numbers = range(method.task.classes)
+        self.classes: tuple[str, ...] = tuple(facts["class_names"] or map(str, numbers))
         self._method, self._facts, self._unseen = method, facts, unseen
 
     def forward(self, x: Tensor) -> Tensor:
@@ -240,7 +242,7 @@ class _Source:
             if facts["absent"] is not None:
                 never, late = map(frozenset, facts["absent"])
                 facts["absent"] = never, late
-            return {**facts, **numbers, "shape": shape}
+            return {**facts, **numbers, "shape": shape, "class_names": _names(facts, numbers["classes"])}
         except (KeyError, ValueError, TypeError, OverflowError) as error:
             problem = f"{self.path} does not describe its samples; an older version may have written it"
             remedy = "continue its run with more rounds (restart RUN --rounds N) and load that checkpoint"
@@ -297,3 +299,11 @@ class _Source:
             else:
                 model.register_buffer(name, bound.clone())
         return model.eval()
+
+
+def _names(facts: Mapping[str, Any], classes: int) -> tuple[str, ...]:
+    """Return the classes' names; empty if these are numbers, and in files of an earlier version."""
+    names = facts.get("class_names") or ()
+    if not all(isinstance(name, str) for name in names) or len(names) not in {0, classes}:
+        raise ValueError("class_names is not a name for every class")
+    return tuple(names)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: several tests at once with a thread per core each wait for each other's threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 pytest.register_assert_rewrite("support")  # before its import: its assertions show their values too
 

@@ -30,9 +30,17 @@ def class_means(turn: Turn, classes: int, extract: Callable[[Tensor], Tensor]) -
         vectors = extract(batch.x).float()
         sums = vectors.new_zeros((classes, vectors.shape[1])) if sums is None else sums
         sums.index_add_(0, batch.y, vectors)
-        counts += torch.bincount(batch.y, minlength=classes)
+        counts += class_counts(batch.y, classes)
     assert sums is not None, "the client has no training samples"
     return sums / counts[:, None]
+
+
+def class_counts(y: Tensor, classes: int) -> Tensor:
+    """Return the number of samples of each class, int64 (classes,), without waiting for the device.
+
+    `torch.bincount` waits for it.
+    """
+    return torch.zeros(classes, dtype=torch.int64, device=y.device).index_add_(0, y, torch.ones_like(y))
 
 
 def collect_rows(mean: Mean) -> tuple[Tensor, Tensor]:

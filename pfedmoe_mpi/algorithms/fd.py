@@ -26,6 +26,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from pfedmoe_mpi.algorithms._per_class import class_counts
 from pfedmoe_mpi.algorithms.base import Algorithm, Block, Mean, Phase, Spec, Task, TensorPart
 from pfedmoe_mpi.config.sections import Section
 from pfedmoe_mpi.core.batches import Batch
@@ -111,7 +112,7 @@ class FD(Algorithm):
         def loss(batch: Batch) -> Tensor:
             logits = self.predict(parts, batch.x).float()
             sums.index_add_(0, batch.y, logits.detach().softmax(1))
-            counts.add_(torch.bincount(batch.y, minlength=classes))
+            counts.add_(class_counts(batch.y, classes))
             target = teacher[batch.y]
             has_teacher = ~target.isnan().any(1)
             distance = -(target.nan_to_num() * logits.log_softmax(1)).sum(1)

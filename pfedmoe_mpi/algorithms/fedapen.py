@@ -26,6 +26,7 @@ joint clipping of both models' gradient are not in the authors' code; λ_k is tr
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 
 import torch
@@ -98,9 +99,13 @@ class FedAPEN(Algorithm):
         """Learn λ_k by SGD on the held-out rows, with both models fixed (learning for adaptability)."""
         parts, size = turn.parts, self.task.config.train.batch
         private, shared, y = [], [], []
+        rows, seen, start = held_out.nonzero().view(-1), 0, 0
+        numbers = rows.tolist()  # the only wait for the device
         for batch in turn.training_batches():
-            chosen = held_out[batch.rows]
-            if bool(chosen.any()):
+            before, start = start, start + len(batch)
+            first, seen = seen, bisect_left(numbers, start)
+            if seen > first:
+                chosen = rows[first:seen] - before
                 private.append(parts.model(batch.x[chosen]).float())
                 shared.append(parts.shared(batch.x[chosen]).float())
                 y.append(batch.y[chosen])

@@ -28,7 +28,8 @@ answers with its model's own head, as for FedProto; the authors' code answers by
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pfedmoe_mpi.algorithms._per_class import class_means, collect_rows, train_on_server
-from pfedmoe_mpi.algorithms.base import Algorithm, Block, Mean, Module, Phase, Spec, TensorPart
+from pfedmoe_mpi.algorithms.base import Algorithm, Block, Inputs, Mean, Module, Phase, Spec, TensorPart
 from pfedmoe_mpi.config.sections import Section
 from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.core.batches import Batch
@@ -94,12 +95,19 @@ class FedTGP(Algorithm):
         return [self.phase({"model": self.task.config.train.lr})]
 
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
-        """Return the head's logits, or minus the mean squared differences to the prototypes if defined."""
-        r = parts.model.extractor(x)
-        if self.options.answer == "prototype" and not bool(parts.prototypes.isnan().any()):
-            return -torch.stack([(r - p).square().mean(1) for p in parts.prototypes], 1)
-        logits: Tensor = parts.model.head(r)
+        """Return the head's logits (B, classes)."""
+        logits: Tensor = parts.model.head(parts.model.extractor(x))
         return logits
+
+    def predictor(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
+        """Return the head's logits, or minus the mean squared differences to the prototypes if defined."""
+        default = super().predictor(parts, inputs, unseen)
+        by_head = self.options.answer == "head" or bool(parts.prototypes.isnan().any())
+        return default if by_head or default is None else partial(self._by_prototype, parts)
+
+    def _by_prototype(self, parts: Parts, x: Tensor) -> Tensor:
+        r = parts.model.extractor(x)
+        return -torch.stack([(r - p).square().mean(1) for p in parts.prototypes], 1)
 
     def loss(self, parts: Parts, batch: Batch) -> Tensor:
         """Return the cross-entropy of the head plus λ·distance."""

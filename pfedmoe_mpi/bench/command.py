@@ -2,6 +2,7 @@
 
     mpirun -n 2 python -m pfedmoe_mpi bench [round] [ranks] [sum] [idle] [precision] [write]
     mpirun -f hostfile -n 2 python -m pfedmoe_mpi bench network
+    mpirun -n 8 python -m pfedmoe_mpi bench gpu
     python -m pfedmoe_mpi bench start [RANKS]
     mpirun -n 2 python -m pfedmoe_mpi bench --quick
 
@@ -61,6 +62,8 @@ def _measure(bench: Bench, words: Sequence[str], code: str) -> int:
     if bench.world.size == 1 and SEVERAL & set(chosen):
         remedy = "start two ranks: mpirun -n 2 python -m pfedmoe_mpi bench ranks idle"
         raise ConfigError("ranks and idle compare one rank with several, and there is one rank", remedy)
+    if "gpu" in chosen:
+        bench.check_gpus()
     bench.show([*heading, HEADING])
     for part in chosen:
         bench.show([line.text() for line in getattr(bench, part)()])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pfedmoe_mpi.federation.loop import Loop
 
 # In the order of measurement; `start` is measured without MPI, see `bench.start`.
-PARTS = ("round", "ranks", "sum", "idle", "precision", "write", "network")
+PARTS = ("round", "ranks", "sum", "idle", "precision", "write", "network", "gpu")
 DEFAULTS = {
     "data.source": "synthetic",
     "data.samples": 60_000,
@@ -66,8 +66,7 @@ class Bench:
         unfit = SEVERAL if self.world.size == 1 else set()
         if self.settings.algorithm != "pfedmoe":
             unfit = unfit | {"round", "sum"}
-        if self.hosts == 1:
-            unfit = unfit | {"network"}
+        unfit = unfit | {"gpu"} | ({"network"} if self.hosts == 1 else set())
         return [part for part in PARTS if part not in unfit]
 
     def heading(self, code: str) -> list[str]:
@@ -77,6 +76,7 @@ class Bench:
         import torch
 
         chosen = device.choose(self.world, self.settings.train.model_copy(update={"threads": threads}))
+        self.device = chosen.device
         gpu = f", {chosen.model}" if chosen.device.type == "cuda" else ""
         ranks = f"{self.world.size} rank(s) of {threads} thread(s)"
         code = self.world.gather(code, "code")[0]
@@ -219,6 +219,26 @@ class Bench:
         loop = self.loop
         Stage("network", (1 + self._repeats) * self._round_seconds(loop), self.world.rank == 0)
         return network.measure(self.world, loop, self._repeats)
+
+    def gpu(self) -> list[Line]:
+        """Measure what a GPU's time goes to, against what it can do, and how many ranks share it best."""
+        from pfedmoe_mpi.bench import gpu
+
+        if self.world.rank == 0:
+            announce("gpu: some minutes; the clients train on 1, 2, 4 and 8 ranks, with graphs and without")
+        side, size = (4096, 2**28) if self._quick else (8192, 2**30)
+        return gpu.Measurement(self.world, self.settings, self._build, self._repeats, side, size).lines()
+
+    def check_gpus(self) -> None:
+        """Check that every rank trains on a GPU; collective.
+
+        Raises:
+            ConfigError: on all ranks: one does not.
+        """
+        kinds = self.world.gather(self.device.type, "devices")
+        if "cpu" in kinds:
+            problem = f"bench gpu measures GPUs, and rank {kinds.index('cpu')} trains on a CPU"
+            raise ConfigError(problem, "start it where ranks see a GPU; `bench round` measures CPUs, too")
 
     # Helpers of the parts
 

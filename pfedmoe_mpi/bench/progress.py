@@ -52,7 +52,6 @@ def estimated_round(loop: Loop) -> float:
 
     The ranks have about the same amount of work, so that of one rank is enough. No client changes.
     """
-    from pfedmoe_mpi.core.batches import Split
     from pfedmoe_mpi.core.fixedpoint import NotFiniteError
     from pfedmoe_mpi.core.turn import Turn
 
@@ -62,7 +61,7 @@ def estimated_round(loop: Loop) -> float:
     def seconds(client: int, role: str) -> float:
         member, size = federation.clients[client], engine.train.batch
         whole = member.splits["train"]
-        few = replace(member, splits={**member.splits, "train": Split(whole.x[:size], whole.y[:size])})
+        few = replace(member, splits={**member.splits, "train": whole.rows(slice(0, size))})
         turn = Turn(engine, method.loss, few, federation.parts(few, loop.state), 1, role)
         started = time.perf_counter()
         with suppress(NotFiniteError):

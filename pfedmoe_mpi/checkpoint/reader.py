@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pfedmoe_mpi.checkpoint import measured, seal
+from pfedmoe_mpi.checkpoint import confusion, measured, seal
 from pfedmoe_mpi.config.sections import MOMENTS
 from pfedmoe_mpi.core.flat import Entry, Layout
 from pfedmoe_mpi.errors import CheckpointError
@@ -24,7 +24,10 @@ from pfedmoe_mpi.storage.columns import Packed
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
 _ATTRIBUTE = 1 << 20  # bytes; this program writes attributes of one line
-_ROOT = {"config", "code", "history", "measured", "layouts", "server", "partition", "clients", "partial"}
+_ROOT = {
+    *("config", "code", "history", "measured", "confusion"),
+    *("layouts", "server", "partition", "clients", "partial"),
+}
 _SPLITS = ("train", "validation", "test")
 _FLOAT, _INT = h5py.h5t.IEEE_F32LE, h5py.h5t.STD_I64LE
 
@@ -124,6 +127,10 @@ class Checkpoint:
         if _moments(self.config):
             used.add("server/moments")
             self._check_moments()
+        self.confusion: confusion.Confusion | None = None
+        if confusion.GROUP in self._file:
+            used |= {*confusion.NAMES}
+            self.confusion = confusion.read(self._numbers, self.clients, self.round)
         self.partial: np.ndarray | None = None
         self.finished: list[int] = []
         if facts.get("partial") not in (True, False) or bool(facts["partial"]) != ("partial" in self._file):

@@ -23,6 +23,7 @@ import h5py
 import numpy as np
 
 from pfedmoe_mpi.checkpoint import measured, seal
+from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.checkpoint.memory_file import SparseFile
 from pfedmoe_mpi.checkpoint.seal import FORMAT, Table
 from pfedmoe_mpi.core.flat import Layout
@@ -57,6 +58,7 @@ class Content:
     finished: Sequence[int] = ()  # the clients in the partial sum
     code: Mapping[str, str] = field(default_factory=dict)  # the user's own files, by name
     moments: np.ndarray = field(default_factory=lambda: np.empty(0))  # kept by the server's optimiser
+    confusion: Confusion | None = None  # of the last evaluation
 
 
 def name(round: int, partial: bool) -> str:
@@ -152,6 +154,8 @@ def _arrays(content: Content) -> dict[str, np.ndarray]:
     arrays |= measured.datasets(content.history)
     if len(content.moments):
         arrays["server/moments"] = np.asarray(content.moments, "<f4")
+    if content.confusion:
+        arrays |= content.confusion.datasets()
     for split, rows in content.partition.items():
         joined = Rows.of(rows)
         arrays[f"partition/{split}"] = joined.flat.astype("<i8")

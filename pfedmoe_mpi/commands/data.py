@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.data.dataset import Dataset
@@ -13,11 +14,13 @@ from pfedmoe_mpi.data.partition import Partition
 from pfedmoe_mpi.data.partition_file import write_rows
 from pfedmoe_mpi.data.sources.hdf5 import write_hdf5
 from pfedmoe_mpi.data.sources.open import open_dataset, print_summary, print_warnings
+from pfedmoe_mpi.data.summary import plain
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.storage import durable
 
 _SHOWN = 40  # clients and classes in a heat map as text
 _SHADES = " ░▒▓█"
+_LONGEST = 14  # characters of a name in a picture
 
 
 def prepare(config: Config, out: Path) -> str:
@@ -64,41 +67,47 @@ def write_partition(config: Config, out: Path) -> str:
         PartitionError: the settings cannot be satisfied.
     """
     # Imported late because these need torch: a method decides whether rows are reserved.
-    from pfedmoe_mpi.federation.effective import apply_proposals
+    from pfedmoe_mpi.federation.effective import apply_proposals, with_listed
     from pfedmoe_mpi.federation.plan import draw_partition
 
     _refuse_existing(out)
+    config = with_listed(config)
     with open_dataset(config.data, config.seed, clients=config.clients) as data:
         print_summary(data)
         print_warnings(data)
         config = apply_proposals(config, data)
         partition = draw_partition(config, data)
-        data = data.fitted(partition)  # for next words this determines the classes
+        labels, data = data.labels, data.fitted(partition)  # for next words this determines the classes
     if out.suffix.lower() == ".png":
         _draw(out, partition, data)
     else:
         with _new_file(out) as path:
-            write_rows(path, partition, config)
+            write_rows(path, partition, labels, config)
     return heat_map(partition, data)
 
 
 def heat_map(partition: Partition, data: Dataset) -> str:
     """Return the training samples by client (lines) and class (columns) as text, 40 of each at most.
 
-    Shades are relative to the largest cell.
+    Shades are relative to the largest cell. Names are shown where clients or classes have them.
     """
     counts = partition.counts(data.labels, data.classes)
     shown = counts[:_SHOWN, :_SHOWN]
     shades = -(-shown * (len(_SHADES) - 1) // max(1, counts.max()))  # rounded up, so one sample is visible
+    names = [f"  {name}" for name in plain(partition.client_names, _SHOWN)] or [""] * len(shown)
     lines = [f"client  train valid  test  classes 0 to {shown.shape[1] - 1} ({_SHADES[-1]} = {counts.max()})"]
     for client, shade in enumerate(shades):
         parts = (partition.train, partition.validation, partition.test)
         sizes = "".join(f"{len(part[client]):6d}" for part in parts)
         unseen = "  unseen" if client in partition.unseen else ""
-        lines.append(f"{client:6d} {sizes}  |{''.join(_SHADES[level] * 2 for level in shade)}|{unseen}")
+        cells = "".join(_SHADES[level] * 2 for level in shade)
+        lines.append(f"{client:6d} {sizes}  |{cells}|{names[client]}{unseen}")
     for total, noun in zip(counts.shape, ("clients", "classes"), strict=True):
         if total > _SHOWN:
             lines.append(f"and {total - _SHOWN} more {noun}")
+    if data.class_names != tuple(map(str, range(data.classes))):
+        listed = enumerate(plain(data.class_names, _SHOWN))
+        lines += wrap("classes: " + ", ".join(f"{number} {name}" for number, name in listed), 100)
     if len(partition.reserved):
         lines.append(f"{len(partition.reserved)} rows are reserved for the server")
     return "\n".join(lines)
@@ -115,10 +124,18 @@ def _draw(out: Path, partition: Partition, data: Dataset) -> None:
             "pip install 'pfedmoe_mpi[report]', or name an output file that ends in .h5",
         ) from error
     counts = partition.counts(data.labels, data.classes)
-    figure = Figure(figsize=(3 + 0.2 * min(data.classes, 60), 2 + 0.15 * min(partition.clients, 80)), dpi=150)
+    size = (3.5 + 0.2 * min(data.classes, 60), 3 + 0.15 * min(partition.clients, 80))
+    figure = Figure(figsize=size, dpi=150)
     axes = figure.add_subplot(xlabel="class", ylabel="client", title=f"{data.name}: training samples")
-    for axis in (axes.xaxis, axes.yaxis):
+    classes = () if data.class_names == tuple(map(str, range(data.classes))) else data.class_names
+    for axis, names in ((axes.xaxis, classes), (axes.yaxis, partition.client_names)):
         axis.set_major_locator(MaxNLocator(integer=True))
+        if names and len(names) <= _SHOWN:
+            turned = 90 if axis is axes.xaxis else 0
+            shown = [
+                name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…" for name in plain(names, _SHOWN)
+            ]
+            axis.set_ticks(range(len(names)), shown, fontsize=7, rotation=turned)
     figure.colorbar(axes.imshow(counts, aspect="auto", interpolation="nearest", cmap="viridis"))
     figure.tight_layout()
     with _new_file(out) as path:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.data.summary import plain
 from pfedmoe_mpi.errors import EXIT_DONE
 from pfedmoe_mpi.federation import metrics
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
+from pfedmoe_mpi.run.console import MOST_ROWS, worst_median_best
 from pfedmoe_mpi.run.evaluate import evaluation_loop
 
 NAMES = {"std": "population std"}  # over clients
@@ -46,24 +48,35 @@ def _evaluate(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], as_
             "other_data": other_data,
             **metrics.learning(result),
         }
-        print(json.dumps(result) if as_json else _table(result))
+        names = loop.federation.partition.client_names
+        print(json.dumps(result) if as_json else _table(result, names))
     return EXIT_DONE
 
 
-def _table(result: Mapping[str, Any]) -> str:
-    """Return the result as lines of text, one per client."""
+def _table(result: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the result as lines of text: one per client, or the worst, the median and the best of many."""
     lines = [_heading(result)]
-    for client, (accuracy, loss) in enumerate(
-        zip(result["clients"]["accuracy"], result["clients"]["loss"], strict=True)
-    ):
-        lines.append(f"client {client:4}  accuracy {_number(accuracy)}  loss {_number(loss)}")
+    accuracy, loss = result["clients"]["accuracy"], result["clients"]["loss"]
+    shown = list(range(len(accuracy)))
+    if len(shown) > MOST_ROWS:
+        lines.append(f"worst, median and best of {len(shown)} clients; --json true prints all")
+        shown = worst_median_best(accuracy)
+    printable = plain(names, len(names))
+    for client in shown:
+        named = f"  {printable[client]}" if names else ""
+        lines.append(
+            f"client {client:4}  accuracy {_number(accuracy[client])}  loss {_number(loss[client])}{named}"
+        )
     summary = {NAMES.get(name, name): value for name, value in result["accuracy"].items()}
     lines.append("  ".join(f"{name} {_number(value)}" for name, value in summary.items()))
     if result["auc"]["mean"] is not None:
         lines.append(f"AUC mean {_number(result['auc']['mean'])}  worst {_number(result['auc']['worst'])}")
+    tuned = result["accuracy_tuned"]
     unseen = result["accuracy_unseen"]
     if unseen["mean"] is not None:
         lines.append(f"unseen clients: mean {_number(unseen['mean'])}  worst {_number(unseen['worst'])}")
+    if tuned["mean"] is not None:
+        lines.append(f"after tuning: mean {_number(tuned['mean'])}  worst {_number(tuned['worst'])}")
     return "\n".join(lines)
 
 

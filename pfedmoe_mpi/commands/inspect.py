@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ LATER: dict[str, dict[str, Any]] = {
     "model": {"train": "all", "lora_rank": 4, "lora_alpha": 4.0, "keep_outputs": True, "start": "own"},
     "pfedmoe": {"mixture": "mean"},
 }
-LATER_METRICS = ("gate",)  # of a row, all of which follow from vectors and data
 
 
 def run(path: Path, *, digest_only: bool) -> int:
@@ -55,7 +54,7 @@ def digest(loaded: Checkpoint) -> str:
         "algorithm": [method, options, loaded.config["seed"], model],
         "digests": [identity["data_digest"], identity["partition_digest"], *frozen],
         "layouts": [loaded.state_layout.digest, *(loaded.layout(k).digest for k in range(loaded.clients))],
-        "history": [_without(metrics.learning(row), LATER_METRICS) for row in loaded.history],
+        "history": [metrics.fingerprint(row) for row in loaded.history],
     }
     state.update(json.dumps(facts, sort_keys=True).encode())
     state.update(loaded.state.tobytes())
@@ -65,10 +64,6 @@ def digest(loaded: Checkpoint) -> str:
     if loaded.partial is not None:
         state.update(loaded.partial.tobytes())
     return state.hexdigest()
-
-
-def _without(row: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in names}
 
 
 def _without_later(settings: Mapping[str, Any], section: str) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from pfedmoe_mpi.errors import ConfigError, nearest
 METHODS = {"local": "standalone"}  # the others by their names, apart from case and hyphens
 SHARED = (  # their methods that are here, too
     *("standalone", "fedavg", "fedprox", "scaffold", "fedrep", "lg_fedavg", "fedproto", "fd", "fml"),
-    *("fedkd", "fedgh", "fedtgp", "fedmrl"),
+    *("fedkd", "fedgh", "fedtgp", "fedmrl", "ditto", "apfl", "fedbn"),
 )
 # Their defaults: plain SGD, ten samples a batch, 2000 rounds.
 DEFAULTS = {
@@ -48,6 +48,8 @@ DEFAULTS_OF_METHODS = {
     "fedgh": {"fedgh.epochs": "100", "fedgh.lr": "0.01"},
     "fedtgp": {"fedtgp.answer": "prototype"},
     "fedprox": {"fedprox.mu": "0"},
+    "ditto": {"ditto.weight": "0"},
+    "apfl": {"apfl.alpha": "1.0"},
     "fedrep": {"fedrep.head_epochs": "1"},
 }
 DECAY = "their learning rate falls after the rounds in which a client trains, here after every round"

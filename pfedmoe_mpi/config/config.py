@@ -52,7 +52,7 @@ LISTS = (
     "model.pool",
     "model.weights",
 )  # those of several names; a comma in a folder's name separates none of them
-PATHS = ("data.path", "run.dir", "run.code", "fedjets.common")
+PATHS = ("data.path", "partition.file", "run.dir", "run.code", "fedjets.common")
 WEIGHTS = "model.weights"  # a path, or NAME=PATH for each architecture
 BOOKKEEPING = ("run.table", "run.cell", "run.scale", "run.altered")  # `reproduce` writes them; not flags
 
@@ -98,8 +98,9 @@ class Config(Section):
                 f"{partition.classes}",
                 f"lower one or raise the other: --partition.classes {partition.classes_min}",
             )
-        # Data may propose another number of clients; the effective configuration counts it as given.
-        known = "clients" in self.model_fields_set or data.source in {"digits", "synthetic"}
+        # Data or a split may propose another number of clients; it then counts as given.
+        drawn = data.source in {"digits", "synthetic"} and not partition.file
+        known = "clients" in self.model_fields_set or drawn
         if known and self.unseen_clients >= self.clients:
             raise ConfigError(
                 f"unseen.clients = {self.unseen.clients:g} leaves no client to train, as clients = "

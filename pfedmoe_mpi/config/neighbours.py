@@ -147,6 +147,8 @@ OF_METHODS = {
     ("fedkd", "T_end"): "fedkd.energy_end",
     ("fedmrl", "sub_feature_dim"): "fedmrl.dim",
     ("fedprox", "mu"): "fedprox.mu",
+    ("ditto", "mu"): "ditto.weight",
+    ("apfl", "alpha"): "apfl.alpha",
     ("fedrep", "plocal_epochs"): "fedrep.head_epochs",
 }
 

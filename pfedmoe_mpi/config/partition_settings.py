@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pfedmoe_mpi.config.sections import LowerCase, Positive, Section
+from pfedmoe_mpi.errors import ConfigError
+
+# Settings of kinds that are drawn.
+DRAWN = ("classes", "classes_min", "alpha", "balance", "shards", "tries")
 
 
 class PartitionSettings(Section):
@@ -20,11 +24,15 @@ class PartitionSettings(Section):
             "shards",
             "classes",
             "natural",
+            "file",
         ],
         LowerCase,
     ] = "dirichlet"
     """How samples are divided among clients; data that name their clients propose natural.
     Default: every client sees most classes, in different proportions."""
+    file: str = ""
+    """A split that lists every client's rows: an HDF5 file of `data partition`, or JSON of other programs.
+    Default: the split is drawn from the seed."""
     classes: int = Field(2, ge=1)
     """`pathological`: classes per client; `classes`: the most a client may draw.
     Default: the papers' pathological CIFAR-10."""
@@ -47,7 +55,7 @@ class PartitionSettings(Section):
     NIID-Bench; of images in units of their range 0 to 1, of features in units of their std.
     Default: clients differ in labels only."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of a client's samples held out as its test set.
+    """Share of a client's samples held out as its test set, unless `partition.file` lists test samples.
     Default: the papers' 8 : 2."""
     validation: float = Field(0.0, ge=0, lt=1)
     """Share of a client's training samples held out to choose `best.h5`.
@@ -61,3 +69,26 @@ class PartitionSettings(Section):
     tries: int = Field(100, ge=1, le=100_000)
     """Draws before giving up on `min_samples`.
     Default: a partition that fails this often cannot be drawn."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_file(cls, values: Any) -> Any:
+        """Let a file decide the kind if none is given."""
+        named = isinstance(values, dict) and values.get("file") and "kind" not in values
+        return {**values, "kind": "file"} if named else values
+
+    @model_validator(mode="after")
+    def _check(self) -> PartitionSettings:
+        if self.kind == "file" and not self.file:
+            raise ConfigError(
+                "partition.kind = file reads a split, and partition.file is empty",
+                "--partition.file SPLIT.h5",
+            )
+        if self.kind != "file" and self.file:
+            problem = f"partition.file = {self.file} has no effect with partition.kind = {self.kind}"
+            raise ConfigError(problem, "remove --partition.kind, or --partition.file")
+        for name in DRAWN if self.file else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                problem = f"partition.{name} = {getattr(self, name)} has no effect with partition.file"
+                raise ConfigError(problem, f"remove --partition.{name}")
+        return self

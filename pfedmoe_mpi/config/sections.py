@@ -172,8 +172,17 @@ class Gate(Section):
 
 class Unseen(Section):
     clients: NotNegative = 0.0
-    """Clients that never train, with label combinations no training client has: below 1 a share of N.
+    """Clients that never train, chosen by `unseen.by`: below 1 a share of N.
     Default: every client trains, as in pFedMoE's paper."""
+    by: Annotated[Literal["labels", "client"], BeforeValidator(_name)] = "labels"
+    """labels: clients with label combinations that no training client has; client: drawn from all clients.
+    Default: as FedJETs' new clients; the data's own clients rarely differ in their sets of labels."""
+    tune: int = Field(0, ge=0)
+    """Epochs of tuning before a second measurement: of private modules, or of a copy of all without any.
+    Default: they are measured as they come."""
+    shots: int = Field(10, ge=1)
+    """`unseen.tune`: training samples of every class that they tune on.
+    Default: between the 5 of few-shot benchmarks and all that a client has."""
     private: Annotated[Literal["none", "average"], BeforeValidator(_name)] = "none"
     """Private parts of these clients; average = the mean of what a method can average (pfedmoe).
     Default: no method sends more than its paper says."""
@@ -263,6 +272,15 @@ class Train(Section):
     device: Annotated[Literal["auto", "cpu", "cuda"], BeforeValidator(_name)] = "auto"
     """auto takes a GPU where one is visible.
     Default: a GPU is faster where there is one."""
+    deterministic: bool = True
+    """On a GPU: only kernels that give the same bits every time; a CPU's always do.
+    Default: the same bits on any GPU of a kind."""
+    graphs: Annotated[Literal["off", "on"], BeforeValidator(_name)] = "off"
+    """On a GPU: record a training step once per architecture as a CUDA graph, and replay it.
+    Default: it has not been seen to be faster yet."""
+    samples_in: Annotated[Literal["auto", "gpu", "host"], BeforeValidator(_name)] = "auto"
+    """Memory of the samples: the GPU's, or the host's, from where they come by batch; auto = as they fit.
+    Default: a GPU's own memory is faster."""
 
     def updates(self, rows: int) -> int:
         """Return the number of updates in an epoch over `rows` samples (see `core.batches.epoch`)."""

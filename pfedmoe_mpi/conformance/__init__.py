@@ -1,1 +1,1 @@
-"""The checks that every method must pass, also one of the user's own: `conformance ./ditto.py`."""
+"""The checks that every method must pass, also one of the user's own: `conformance ./mine.py`."""

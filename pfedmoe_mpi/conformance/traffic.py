@@ -27,7 +27,7 @@ from pfedmoe_mpi.conformance.recorded_step import RecordedStep, contains_affine
 from pfedmoe_mpi.core.batches import Split
 from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.turn import Turn
-from pfedmoe_mpi.federation import build, placement
+from pfedmoe_mpi.federation import build, confusion, placement
 from pfedmoe_mpi.federation.evaluation import inputs, measure
 from pfedmoe_mpi.federation.gates import GateSum
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
@@ -269,11 +269,14 @@ class TrafficCheck:
         """Allow only the declared metrics of this rank's clients, measured again, and of this rank."""
         made, width = self._made, len(CLIENT_METRICS)
         clients, ranks = made.task.clients * width, self._comm.size * len(RANK_METRICS)
-        gates = GateSum(made.task.classes, self._fresh.experts)
-        declared = 2 + clients + ranks + len(gates.buffer)
+        classes = made.task.classes
+        gates = GateSum(classes, self._fresh.experts)
+        end = 2 + clients + ranks + len(gates.buffer)
+        declared = end + made.task.clients * classes**2
         if len(buffer) != declared or buffer[:2].any():
             return self._report(f"the evaluation sums {len(buffer)} numbers, declared are {declared}")
         expected = np.zeros((made.task.clients, width))
+        matrices = np.zeros((made.task.clients, classes, classes), np.int64)
         for client in made.clients.values():
             specs = ((self._fresh.state(), self._state), (client.spec, client.vector))
             parts = made.workbench.parts(*specs)
@@ -285,13 +288,18 @@ class TrafficCheck:
             assert test and held, "every client of this federation trains"
             self._check_mixture(parts, client.splits["test"])
             row = [test.correct, test.samples, test.loss, test.alpha, test.auc, held.correct, held.samples]
-            expected[client.id] = [*row, *[0.0] * (width - len(row))]  # no stream, no concepts
+            labels = client.splits["test"].y.cpu().numpy()
+            by_class = [f(labels, test.answers) for f in (confusion.macro_f1, confusion.balanced_accuracy)]
+            expected[client.id] = [*row, 0, 0, 0, 0, *by_class, 0, 0]  # no stream, no concepts, nobody tunes
+            matrices[client.id] = confusion.matrix(labels, test.answers, classes)
             gates.buffer += test.gate.buffer if test.gate else 0
         found = buffer[2 : 2 + clients].view(np.float64).reshape(expected.shape)
         if not np.array_equal(found, expected, equal_nan=True):
             self._report("the metrics of clients are not those measured")
-        if not np.array_equal(buffer[2 + clients + ranks :], gates.buffer):
+        if not np.array_equal(buffer[2 + clients + ranks : end], gates.buffer):
             self._report("the sums about gates are not those of this rank's clients")
+        if not np.array_equal(buffer[end:], matrices.ravel()):
+            self._report("the confusion matrices are not those of this rank's clients")
         own = buffer[2 + clients : 2 + clients + ranks].view(np.float64).reshape(-1, len(RANK_METRICS))
         if np.delete(own, self._comm.rank, 0).any() or not (own >= 0).all():
             self._report("the metrics of ranks are more than seconds and memory of this one")

@@ -2,18 +2,20 @@
 
 Samples keep the type of the data (uint8, float32, or int32 tokens). A batch is gathered, normalised and
 augmented on the device, so there is no loader process. Every random number comes from a CPU generator with
-the batch's address, so a batch is the same on every device.
+the batch's address, so a batch is the same on every device. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pfedmoe_mpi.core import augment as changes
+from pfedmoe_mpi.core.copies import ahead, host_copy, to_device
 
 SPLITS = ("train", "validation", "test")
 
@@ -35,19 +37,44 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Samples of one client and one purpose: x (n, *shape) uint8, float32 or int32, y (n,) int64."""
+    """Samples of one client and one purpose: x (n, *shape) uint8, float32 or int32, y (n,) int64.
+
+    y is on the device, and so is x, unless it is `streamed`: then it stays in host memory, pinned if there is
+    a GPU, and comes to the device by batch, one batch ahead.
+    """
 
     x: Tensor
     y: Tensor
+    streamed: bool = False
 
     @classmethod
-    def of(cls, x: np.ndarray, y: np.ndarray, device: torch.device) -> Split:
+    def of(cls, x: np.ndarray, y: np.ndarray, device: torch.device, streamed: bool = False) -> Split:
         """Return copies of the arrays on the device."""
-        return cls(torch.from_numpy(x.copy()).to(device), torch.from_numpy(y.copy()).to(device))
+        return cls(torch.from_numpy(x.copy()), torch.from_numpy(y.copy()), streamed).to(device)
+
+    def to(self, device: torch.device) -> Split:
+        """Return the split on the device; x in host memory if it is streamed."""
+        x = host_copy(self.x, device) if self.streamed else self.x.to(device)
+        return replace(self, x=x, y=self.y.to(device))
 
     def empty(self) -> Split:
         """Return a split of the same types and shapes without samples."""
-        return Split(self.x[:0], self.y[:0])
+        return self.rows(slice(0, 0))
+
+    def rows(self, chosen: Tensor | slice) -> Split:
+        """Return the split of these rows, (m,) int64 on any device or a slice."""
+        on_x, on_y = chosen, chosen
+        if isinstance(chosen, Tensor):
+            on_x, on_y = chosen.to(self.x.device), chosen.to(self.y.device)
+        return replace(self, x=self.x[on_x], y=self.y[on_y]).to(self.y.device)
+
+    def pieces(
+        self, on_device: Sequence[Tensor | slice], on_host: Sequence[Tensor | slice]
+    ) -> Iterator[Tensor]:
+        """Yield on the device the samples of each piece of rows, which are given there and on the CPU."""
+        if self.streamed:
+            return ahead(self.x, on_host, self.y.device)
+        return (self.x[rows] for rows in on_device)
 
     def __len__(self) -> int:
         return len(self.y)
@@ -91,70 +118,49 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride() == strides else x.as_strided(x.shape, strides)
 
 
-def batches(split: Split, size: int, normalise: Normalise) -> Iterator[Batch]:
+def batches(split: Split, size: int, normalise: Normalise) -> Generator[Batch, None, None]:
     """Yield the split once, in order, for evaluations."""
-    for start in range(0, len(split), size):
-        rows = torch.arange(start, min(start + size, len(split)), device=split.y.device)
-        yield Batch(normalise(split.x[start : start + size]), split.y[start : start + size], rows)
+    pieces = [slice(start, min(start + size, len(split))) for start in range(0, len(split), size)]
+    for piece, raw in zip(pieces, split.pieces(pieces, pieces), strict=True):
+        rows = torch.arange(piece.start, piece.stop, device=split.y.device)
+        yield Batch(normalise(raw), split.y[piece], rows)
 
 
 def epoch(
     split: Split, size: int, normalise: Normalise, augment: Sequence[str], generator: torch.Generator
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield the split once, shuffled.
 
-    A smaller last batch is kept, but a last batch of one sample joins the batch before it.
+    A smaller last batch is kept, but a last batch of one sample joins the batch before it. An epoch's random
+    numbers are drawn at once and go to the device in one copy. One that ends early leaves the generator as if
+    only the numbers of its batches had been drawn.
     """
-    order = torch.randperm(len(split), generator=generator).to(split.y.device)
+    order = torch.randperm(len(split), generator=generator)
+    images = bool(augment) and split.x.ndim == 4
+    drawn = generator.get_state() if images else None
+    places = changes.draw(split.x.shape[1:], _draws(len(split), generator)) if images else ()
+    numbers = to_device(torch.stack([order, *places]), split.y.device)
     starts = list(range(0, len(split), size))
     if len(starts) > 1 and len(split) - starts[-1] == 1:
         starts.pop()
-    for start, stop in zip(starts, [*starts[1:], len(split)], strict=True):
-        rows = order[start:stop]
-        x = normalise(split.x[rows])
-        if augment and x.ndim == 4:
-            x = augment_images(x, augment, generator)
-        yield Batch(x, split.y[rows], rows)
+    pieces = [slice(*ends) for ends in zip(starts, [*starts[1:], len(split)], strict=True)]
+    on_device = [numbers[0, piece] for piece in pieces]
+    used = 0
+    try:
+        for raw, piece, rows in zip(
+            split.pieces(on_device, [order[piece] for piece in pieces]), pieces, on_device, strict=True
+        ):
+            used = piece.stop
+            x = normalise(raw)
+            if images:
+                x = channels_last(changes.apply(x, augment, numbers[1:, piece]))
+            yield Batch(x, split.y[rows], rows)
+    finally:
+        if drawn is not None and used < len(split):
+            generator.set_state(drawn)
+            _draws(used, generator)
 
 
-def augment_images(x: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
-    """Augment normalised images (B, C, H, W): flip, erase, crop, in that order.
-
-    Source: code that pFedMoE's authors released with other papers of the same protocol.
-    """
-    draws = torch.rand((len(x), 8), generator=generator).to(x.device)
-    if "flip" in names:
-        x = torch.where(draws[:, 0].view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
-    if "erase" in names:
-        x = _erase(x, draws[:, 1:6])
-    if "crop" in names:
-        x = _crop(x, draws[:, 6:8])
-    return channels_last(x)
-
-
-def _erase(x: Tensor, draws: Tensor) -> Tensor:
-    """Set a rectangle to 0 with probability 1/2: 0.04 to 0.2 of the image, ratio 0.5 to 2 (log-uniform)."""
-    high, wide = x.shape[2:]
-    area = (0.04 + 0.16 * draws[:, 1]) * high * wide
-    ratio = torch.exp(math.log(0.5) + (math.log(2.0) - math.log(0.5)) * draws[:, 2])
-    tall = (area * ratio).sqrt().round().clamp(1, high)
-    broad = (area / ratio).sqrt().round().clamp(1, wide)
-    top, left = (draws[:, 3] * (high - tall + 1)).floor(), (draws[:, 4] * (wide - broad + 1)).floor()
-    rows, columns = torch.arange(high, device=x.device), torch.arange(wide, device=x.device)
-    inside_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
-    inside_columns = (columns >= left[:, None]) & (columns < (left + broad)[:, None])
-    erased = inside_rows[:, :, None] & inside_columns[:, None, :] & (draws[:, 0] < 0.5).view(-1, 1, 1)
-    return x.masked_fill(erased.unsqueeze(1), 0.0)
-
-
-def _crop(x: Tensor, draws: Tensor, padding: int = 4) -> Tensor:
-    """Cut a window of the image's size from a random place of the image padded with zeros."""
-    high, wide = x.shape[2:]
-    padded = torch.nn.functional.pad(x, (padding,) * 4)
-    top, left = (draws * (2 * padding + 1)).long().unbind(1)
-    rows = top[:, None] + torch.arange(high, device=x.device)
-    columns = left[:, None] + torch.arange(wide, device=x.device)
-    images = torch.arange(len(x), device=x.device)
-    return padded.permute(0, 2, 3, 1)[images[:, None, None], rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
-    )
+def _draws(samples: int, generator: torch.Generator) -> Tensor:
+    """Return the random numbers of so many samples' changes, (samples, DRAWS)."""
+    return torch.rand((samples, changes.DRAWS), generator=generator)

@@ -20,6 +20,8 @@ from hashlib import sha256
 import torch
 from torch import Tensor, nn
 
+from pfedmoe_mpi.models import deterministic
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -169,6 +171,8 @@ class Bound:
             frozen: the vector of the frozen tensors, on the device; None: a new one of the module's values.
         """
         self.module = module.float().to(device)
+        if torch.are_deterministic_algorithms_enabled():  # on a GPU only
+            deterministic.replace(self.module)
         self.layout, self.frozen_layout = Layout.of(self.module), Layout.of(self.module, frozen=True)
         self.vector = flatten(self.module).to(device)
         self.frozen = flatten(self.module, frozen=True).to(device) if frozen is None else frozen
@@ -183,6 +187,11 @@ class Bound:
         outside = (t for name, t in self.module.named_buffers() if name not in bound)
         self._outside = [(t, t.clone()) for t in outside]
         self.check()
+
+    @property
+    def outside(self) -> list[Tensor]:
+        """The buffers that are in neither vector."""
+        return [buffer for buffer, _ in self._outside]
 
     def train(self, mode: bool) -> None:
         """Set the module to training with gradients, or to evaluation without; what is frozen stays so.

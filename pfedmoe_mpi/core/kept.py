@@ -8,7 +8,7 @@ Rounding can differ in the last bits from that of shuffled batches, mainly of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -57,7 +57,7 @@ class Kept:
         self._outputs: WeakKeyDictionary[Split, dict[str, Tensor]] = WeakKeyDictionary()
         self._current: tuple[Split | None, dict[str, Tensor]] = None, {}  # of a split, beyond the limit
 
-    def watch(self, found: Iterator[Batch], split: Split) -> Iterator[Batch]:
+    def watch(self, found: Iterator[Batch], split: Split) -> Generator[Batch, None, None]:
         """Yield the batches of a split, which were not augmented, and know them from then on."""
         for batch in found:
             if self.tails:

@@ -120,6 +120,16 @@ class Parts:
         """Return the parts that are modules, by name."""
         return {name: part.module for name, part in self._bound.items() if isinstance(part, Bound)}
 
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """Return where the vector of each part lies; equal for all clients of an architecture."""
+        return tuple((name, part.vector.data_ptr()) for name, part in self._bound.items())
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """Return the vectors, and the buffers outside of them."""
+        bound = self._bound.values()
+        outside = [buffer for part in bound if isinstance(part, Bound) for buffer in part.outside]
+        return [*(part.vector for part in bound), *outside]
+
     def train(self, names: Collection[str]) -> None:
         """Set the named parts to training with gradients, the others to evaluation without."""
         for name, part in self._bound.items():

@@ -19,6 +19,8 @@ from pfedmoe_mpi.core.parts import Parts
 if TYPE_CHECKING:
     from pfedmoe_mpi.config.sections import Train
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -92,7 +94,7 @@ class Optimiser:
     The update order is torch's. Parameters without a gradient are not changed.
     """
 
-    def __init__(self, parts: Parts, phase: Phase, factor: float) -> None:
+    def __init__(self, parts: Parts, phase: Phase, factor: float, device: torch.device = CPU) -> None:
         self._clip = phase.clip
         self._updates: list[_SGD | _Adam] = []
         for name, lr in phase.lr.items():
@@ -104,7 +106,8 @@ class Optimiser:
             else:
                 self._updates.append(_Adam(parameters, lr * factor, phase))
         self._all = [p for name in phase.lr for p in parts.parameters(name)]
-        self.norms = torch.zeros((), dtype=torch.float64)  # sum of the gradient norms: finite if all are
+        # Sum of the gradient norms: finite if all are.
+        self.norms = torch.zeros((), dtype=torch.float64, device=device)
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
@@ -115,10 +118,18 @@ class Optimiser:
     def step(self) -> None:
         """Clip the joint norm of the gradients, and do one update."""
         if self._clip:
-            norm = nn.utils.clip_grad_norm_(self._all, self._clip)
-            self.norms = self.norms.to(norm.device) + norm
+            self.norms += nn.utils.clip_grad_norm_(self._all, self._clip)
         for update in self._updates:
             update.step()
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """Return all that updates change besides the parameters: momenta, moments, counts and the norms."""
+        return [self.norms, *(tensor for update in self._updates for tensor in update.state_tensors())]
+
+    def reset(self) -> None:
+        """Set the state to zero in place."""
+        for tensor in self.state_tensors():
+            tensor.zero_()
 
 
 class _SGD:
@@ -149,6 +160,10 @@ class _SGD:
                 is_first_step=self._first,
             )
         self._first = False
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """Return the velocities."""
+        return [velocity for _, velocity in self._state]
 
 
 class _Adam:
@@ -188,3 +203,7 @@ class _Adam:
             amsgrad=False,
             maximize=False,
         )
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """Return the means, the squares and the counts."""
+        return [tensor for _, *state in self._state for tensor in state]

@@ -9,10 +9,12 @@ that the step trains; weight decay and momentum never apply to buffers; evaluati
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -20,13 +22,16 @@ from pfedmoe_mpi.core import batches, seeds
 from pfedmoe_mpi.core.batches import Batch, Normalise, Split
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
+from pfedmoe_mpi.core.graphs import Graphs
 from pfedmoe_mpi.core.kept import Kept
 from pfedmoe_mpi.core.parts import Parts
-from pfedmoe_mpi.core.sgd import Optimiser, Phase, learning_rate_factor
+from pfedmoe_mpi.core.sgd import Phase, learning_rate_factor
+from pfedmoe_mpi.core.step import Step
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.config.sections import Train
 
+Kind = TypeVar("Kind", bound=Step)
 Loss = Callable[[Parts, Batch], torch.Tensor]  # of a method: a client's parts and a batch to a scalar
 
 
@@ -41,6 +46,7 @@ class Engine:
     seed: int
     rounds: int
     poll: Callable[[], None]  # raises StoppedError
+    graphs: Graphs | None = None  # None: every step is computed anew
     kept: Kept | None = None  # outputs of frozen layers
 
     def batches(self, split: Split) -> Iterator[Batch]:
@@ -54,13 +60,13 @@ class Engine:
             self.poll()
             yield batch
 
-    def epoch(self, split: Split, generator: torch.Generator) -> Iterator[Batch]:
+    def epoch(self, split: Split, generator: torch.Generator) -> Generator[Batch, None, None]:
         """Yield a split's samples once, shuffled and augmented."""
         augment = self.train.augment
         found = batches.epoch(split, self.train.batch, self.normalise, augment, generator)
         return found if augment and split.x.ndim == 4 else self._watched(found, split)
 
-    def _watched(self, found: Iterator[Batch], split: Split) -> Iterator[Batch]:
+    def _watched(self, found: Generator[Batch, None, None], split: Split) -> Generator[Batch, None, None]:
         return self.kept.watch(found, split) if self.kept else found
 
     def autocast(self) -> torch.autocast:
@@ -110,51 +116,50 @@ class Turn:
                 infinite norm to zero, so a check of the vectors alone would miss it.
         """
         self.parts.train(phase.lr.keys())
-        optimiser = Optimiser(self.parts, phase, self.rate)
+        step = self._step(phase, loss)
         steps, ended, before = 0, False, (0.0, 0)
         for _ in count() if phase.steps else range(phase.epochs):
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
             seen = 0
-            for group in self._epoch(phase.accumulate):
-                self._backward(group, loss, optimiser, total)
-                optimiser.step()
-                seen += sum(map(len, group))
-                steps += 1
-                ended = steps == phase.steps or (enough is not None and enough(steps))
-                if ended:
-                    break
+            with closing(self._epoch(phase.accumulate)) as groups:
+                for group in groups:
+                    step(group)
+                    seen += sum(map(len, group))
+                    steps += 1
+                    ended = steps == phase.steps or (enough is not None and enough(steps))
+                    if ended:
+                        break
+            total, norms = step.read()
             whole = seen == len(self._split)
-            before = (float(total), seen) if whole else (before[0] + float(total), before[1] + seen)
+            before = (total, seen) if whole else (before[0] + total, before[1] + seen)
             self.loss = before[0] / before[1]
-            if not math.isfinite(self.loss + float(optimiser.norms)):
+            if not math.isfinite(self.loss + norms):
                 raise NotFiniteError("its loss or its gradient is not finite")
             if ended:
                 break
-        optimiser.zero_grad()
+        step.end()
         return steps
 
-    def _backward(
-        self,
-        group: Sequence[Batch],
-        loss: Callable[[Batch], torch.Tensor] | None,
-        optimiser: Optimiser,
-        total: torch.Tensor,
-    ) -> None:
-        """Compute the mean gradient of a group of batches; add the losses of its samples to `total`."""
-        optimiser.zero_grad()
-        samples = sum(map(len, group))
-        for batch in group:
-            self._engine.poll()
-            with self._engine.autocast():
-                value = loss(batch) if loss else self._loss(self.parts, batch)
-            (value * (len(batch) / samples) if len(group) > 1 else value).backward()
-            total += value.detach().double() * len(batch)
+    def _step(self, phase: Phase, loss: Callable[[Batch], torch.Tensor] | None) -> Step:
+        """Return the updates of a phase.
 
-    def _epoch(self, accumulate: int) -> Iterator[tuple[Batch, ...]]:
+        They are a graph if the loss is the method's own, the same for every client, and if no outputs of
+        frozen layers are kept, which a graph would compute again.
+        """
+        engine = self._engine
+
+        def make(kind: type[Kind]) -> Kind:
+            own = loss or partial(self._loss, self.parts)
+            return kind(self.parts, phase, self.rate, own, engine.autocast, engine.poll, self.device)
+
+        if engine.graphs and not loss and not (engine.kept and engine.kept.tails):
+            return engine.graphs.step(self.parts, phase, self.rate, make)
+        return make(Step)
+
+    def _epoch(self, accumulate: int) -> Generator[tuple[Batch, ...], None, None]:
         """Yield the batches of an epoch, `accumulate` at a time."""
-        epoch = self._engine.epoch(self._split, self._generator)
-        while group := tuple(islice(epoch, accumulate)):
-            yield group
+        with closing(self._engine.epoch(self._split, self._generator)) as epoch:
+            while group := tuple(islice(epoch, accumulate)):
+                yield group
 
     @property
     def samples(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -119,7 +119,10 @@ class Fit(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class SourceData:
-    """The data of one source before the common checks; `where` names the source in messages."""
+    """The data of one source before the common checks; `where` names the source in messages.
+
+    `files` names the file of every row, if each has one.
+    """
 
     name: str
     where: str
@@ -137,6 +140,7 @@ class SourceData:
     ordered: bool = False
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    files: Sequence[Any] = ()
 
 
 @dataclass(frozen=True, eq=False)

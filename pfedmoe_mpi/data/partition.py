@@ -19,6 +19,7 @@ from pfedmoe_mpi.core.rows import Rows
 from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.data.held_out import hold_out, hold_out_last
 from pfedmoe_mpi.data.owners import NO_CLIENT, draw_owners, per_client
+from pfedmoe_mpi.data.split_file import Split
 from pfedmoe_mpi.errors import PartitionError
 
 
@@ -26,8 +27,8 @@ from pfedmoe_mpi.errors import PartitionError
 class Partition:
     """Row numbers per client, ascending int64; each row occurs once at most.
 
-    `unseen` are the clients that never train, `reserved` the rows that the server keeps. The parts may be
-    given as any sequences of arrays.
+    `unseen` are the clients that never train, `reserved` the rows that the server keeps. `client_names` are
+    the clients' names, empty if they have none. The parts may be given as any sequences of arrays.
     """
 
     train: Rows
@@ -35,6 +36,7 @@ class Partition:
     test: Rows
     unseen: frozenset[int] = frozenset()
     reserved: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    client_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("train", "validation", "test"):
@@ -98,6 +100,7 @@ def make_partition(
     client: np.ndarray | None = None,
     official_test: np.ndarray | None = None,
     ordered: bool = False,
+    split: Split | None = None,
 ) -> Partition:
     """Assign rows with `labels` (n,) in 0..classes-1 to `clients` clients.
 
@@ -124,6 +127,7 @@ def make_partition(
     - `classes`: every client draws its number of classes from classes_min..classes; the rest is as in
       `pathological`.
     - `natural`: `client` (n,) is the owner of every row.
+    - `file`: `split` lists the rows of every client, or those of its parts.
 
     In `pathological` and `classes` every class goes to at least one client if the clients together take
     enough classes. Otherwise the rows of classes that no client drew are not used.
@@ -132,20 +136,26 @@ def make_partition(
     validation part, each with the same share of every class as nearly as whole rows allow. The training and
     test parts have at least one row. With `pool` = official, and in `natural` if the data have a test part,
     the test part is the rows that `official_test` (n,) marks; for the other kinds both pools are divided with
-    the same shares. If rows are `ordered`, neighbours overlap: the test part is then the official one, and
-    the validation part is the last of a client's training rows. `min_samples` counts all rows of a client.
+    the same shares. A part that the `split` lists is as listed. If rows are `ordered`, neighbours overlap:
+    the test part is then the official one, and the validation part is the last of a client's training rows.
+    `min_samples` counts all rows of a client.
 
     Raises:
         PartitionError: the settings cannot be satisfied, or no draw of `settings.tries` satisfied them.
     """
     official = official_test if settings.kind == "natural" or settings.pool == "official" else None
+    if split:
+        official = _listed_test(settings, split, labels, clients, official)
     if ordered and official is None:
         raise PartitionError(
             f"partition.pool = {settings.pool} with partition.kind = {settings.kind} would draw test windows "
             "that overlap training windows, which contain the words to predict",
             "set --partition.pool official, or --partition.kind natural",
         )
-    if settings.kind == "natural":
+    if split:
+        owner = np.max([split.owner(part, len(labels)) for part in split.parts], axis=0)
+        generator = numpy_generator(seed, "partition")
+    elif settings.kind == "natural":
         owner, generator = _natural_owners(settings, client, clients, seed)
     else:
         _reject_impossible(settings, len(labels), classes, clients, official)
@@ -156,7 +166,9 @@ def make_partition(
         test = official
         _check_parts(owner, test, clients)
     rest = np.where(test, NO_CLIENT, owner)
-    if settings.validation and ordered:
+    if split and split.validation:
+        validation = split.owner(split.validation, len(labels)) != NO_CLIENT
+    elif settings.validation and ordered:
         validation = hold_out_last(rest, settings.validation, clients)
     elif settings.validation:
         validation = hold_out(rest, labels, settings.validation, (clients, classes), generator)
@@ -166,18 +178,53 @@ def make_partition(
         train=per_client(np.where(validation, NO_CLIENT, rest), clients),
         validation=per_client(np.where(validation, owner, NO_CLIENT), clients),
         test=per_client(np.where(test, owner, NO_CLIENT), clients),
+        reserved=np.sort(split.reserved) if split else np.empty(0, np.int64),
+        client_names=split.names if split else (),
     )
+
+
+def _listed_test(
+    settings: PartitionSettings, split: Split, labels: np.ndarray, clients: int, official: np.ndarray | None
+) -> np.ndarray | None:
+    """Return a mask (n,) of the test rows that a file or the data determine, None if they are to be drawn.
+
+    Raises:
+        PartitionError: the split does not fit the data, or settings contradict it.
+    """
+    split.check(labels)
+    _check_official(settings, len(labels), official)
+    if split.clients != clients:
+        raise PartitionError(
+            f"clients = {clients}, but partition.file = {split.path} lists {split.clients} clients",
+            f"set --clients {split.clients}, or remove --clients",
+        )
+    fraction = settings.test_fraction != PartitionSettings.model_fields["test_fraction"].default
+    for name, given, listed in (
+        ("test_fraction", fraction, split.test),
+        ("pool", settings.pool == "official", split.test),
+        ("validation", bool(settings.validation), split.validation),
+    ):
+        if given and listed:
+            raise PartitionError(
+                f"partition.{name} = {getattr(settings, name)} has no effect: {split.path} lists these rows",
+                f"remove --partition.{name}",
+            )
+    smallest = min(range(clients), key=lambda k: sum(len(part[k]) for part in split.parts))
+    rows = sum(len(part[smallest]) for part in split.parts)
+    if rows < settings.min_samples:
+        raise PartitionError(
+            f"client {smallest} of {split.path} has {rows} rows, fewer than partition.min_samples = "
+            f"{settings.min_samples}",
+            f"set --partition.min_samples {max(2, rows)}",
+        )
+    return split.owner(split.test, len(labels)) != NO_CLIENT if split.test else official
 
 
 def _reject_impossible(
     settings: PartitionSettings, rows: int, classes: int, clients: int, official: np.ndarray | None
 ) -> None:
     """Reject settings that no draw could satisfy."""
-    if settings.pool == "official" and (official is None or not 0 < official.sum() < rows):
-        raise PartitionError(
-            "partition.pool = official needs data with official training and test rows; these data lack one",
-            "set --partition.pool all",
-        )
+    _check_official(settings, rows, official)
     if settings.kind in {"pathological", "classes"} and settings.classes > classes:
         raise PartitionError(
             f"partition.classes = {settings.classes}, but the data have {classes} classes",
@@ -196,6 +243,14 @@ def _reject_impossible(
             f"clients = {clients} with partition.shards = {settings.shards} need {clients * settings.shards} "
             f"rows, but the data have {rows}",
             f"set --partition.shards {rows // clients} or less, or lower --clients",
+        )
+
+
+def _check_official(settings: PartitionSettings, rows: int, official: np.ndarray | None) -> None:
+    if settings.pool == "official" and (official is None or not 0 < official.sum() < rows):
+        raise PartitionError(
+            "partition.pool = official needs data with official training and test rows; these data lack one",
+            "set --partition.pool all",
         )
 
 

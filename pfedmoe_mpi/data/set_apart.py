@@ -46,19 +46,25 @@ def reserve_rows(
     return Partition(train, validation, test, reserved=np.sort(reserved))
 
 
-def choose_unseen(partition: Partition, labels: np.ndarray, wanted: int, seed: int) -> Partition:
-    """Choose `wanted` clients that never train and whose combinations of labels no other client has.
+def choose_unseen(
+    partition: Partition, labels: np.ndarray, wanted: int, seed: int, by: str = "labels"
+) -> Partition:
+    """Choose `wanted` clients that never train.
 
-    Clients with equal combinations stay together: whole groups are drawn as long as they fit.
+    By `client` any clients are drawn. By `labels` no other client has their combinations of labels: clients
+    with equal combinations stay together, and whole groups are drawn as long as they fit.
 
     Raises:
         PartitionError: none of a bounded number of draws gives exactly `wanted` clients.
     """
+    generator = numpy_generator(seed, "unseen")
+    if by == "client":
+        drawn = generator.choice(partition.clients, wanted, replace=False)
+        return replace(partition, unseen=frozenset(drawn.tolist()))
     groups: dict[frozenset[int], list[int]] = defaultdict(list)
     for client, rows in enumerate(partition.train):
         groups[frozenset(labels[rows].tolist())].append(client)
     members = list(groups.values())
-    generator = numpy_generator(seed, "unseen")
     for _ in range(100):
         chosen: list[int] = []
         for number in generator.permutation(len(members)):
@@ -69,6 +75,6 @@ def choose_unseen(partition: Partition, labels: np.ndarray, wanted: int, seed: i
     raise PartitionError(
         f"unseen.clients = {wanted}: no choice of clients has label combinations that no other client has; "
         f"the {partition.clients} clients have {len(members)} combinations",
-        "set --partition.kind pathological, which gives many, or change --unseen.clients or "
-        "--partition.classes",
+        "set --unseen.by client to draw any clients, or --partition.kind pathological, which gives many "
+        "combinations, or change --unseen.clients or --partition.classes",
     )

@@ -5,19 +5,28 @@ Every user error that needs the data is raised here, on all ranks and before any
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
 from pfedmoe_mpi import algorithms
+from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.checkpoint import Checkpoint, weights
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Normalise
 from pfedmoe_mpi.core.client import Client
+from pfedmoe_mpi.core.graphs import Graphs
 from pfedmoe_mpi.core.kept import Kept
 from pfedmoe_mpi.core.parts import Workbench
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.noise import with_noise
-from pfedmoe_mpi.federation import frozen, own_code, placement, pretrained
+from pfedmoe_mpi.federation import frozen, gpu_memory, own_code, placement, pretrained, trial
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, gate_rows, open_everywhere, reserved
-from pfedmoe_mpi.federation.effective import effective_config
+from pfedmoe_mpi.federation.effective import effective_config, listed, with_listed
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.memory import Host
 from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
@@ -26,6 +35,7 @@ from pfedmoe_mpi.federation.server_optimiser import check_method
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.mpi.device import Device
 
 
 def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint | None = None) -> Federation:
@@ -38,6 +48,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         UserError: on all ranks: a setting or the data cannot be used.
     """
     code = own_code.load(comm, settings)
+    settings = with_listed(settings, comm.from_root(lambda: listed(settings), "partition file"))
     dataset = open_everywhere(comm, settings, warn=warn)
     threads = device.threads(comm, settings.train.threads)
     settings = effective_config(settings, dataset, threads)
@@ -60,6 +71,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     check_method(settings, method, state_layout)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
+    own_device, streamed = place_samples(comm, settings, dataset, partition, home, method, own_device)
     tails = comm.from_root(lambda: frozen.find_tails(task, (method.state(), *specs)), "frozen layers")
     workbench.kept = Kept(tails, normalise, settings.eval.batch, comm.poll)
     engine = Engine(
@@ -70,14 +82,15 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         settings.seed,
         settings.rounds,
         comm.poll,
+        make_graphs(comm, settings, own_device),
         workbench.kept,
     )
-    shards = distribute(comm, dataset, partition, home, own_device.device)
+    shards = distribute(comm, dataset, partition, home, own_device.device, streamed)
     clients = {
         k: Client(k, specs[k], pin(workbench.initial(specs[k], k), own_device.device), shards[k])
         for k in shards
     }
-    return Federation(
+    federation = Federation(
         config=settings,
         code=code,
         dataset=dataset,
@@ -95,12 +108,60 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         state_layout=state_layout,
         client_layouts=client_layouts,
         clients=clients,
+        streamed=streamed,
         stream=make_stream(settings, dataset, partition),
-        reserved=reserved(comm, dataset, partition, own_device.device) if method.pretrains else None,
         gate_rows=gate_rows(comm, dataset, partition, settings.seed, own_device.device)
         if method.experts
         else None,
+        reserved=reserved(comm, dataset, partition, own_device.device, streamed)
+        if method.pretrains
+        else None,
     )
+    trial.check(comm, federation)
+    return federation
+
+
+def place_samples(
+    comm: Comm,
+    settings: Config,
+    dataset: Dataset,
+    partition: Partition,
+    home: Sequence[int],
+    method: Algorithm,
+    chosen: Device,
+) -> tuple[Device, bool]:
+    """Return the device with its memory in its line, and whether samples stay in host memory; collective.
+
+    Raises:
+        ConfigError: on all ranks: memory of a GPU does not suffice.
+    """
+    free, need = 0.0, gpu_memory.Need(0.0, 0.0, 0.0)
+    if chosen.gpu:
+        splits = (partition.train, partition.validation, partition.test)
+        rows = sum(len(s[k]) for s in splits for k, rank in enumerate(home) if rank == comm.rank)
+        size = math.prod(dataset.shape) * dataset.dtype.itemsize + 8  # with its label
+        need = gpu_memory.estimate(method.task, method, rows, size)
+        unused = torch.cuda.memory_reserved(chosen.device) - torch.cuda.memory_allocated(chosen.device)
+        free = float(torch.cuda.mem_get_info(chosen.device)[0] + unused)
+    ranks = comm.gather(gpu_memory.Rank(chosen.gpu, free, need), "memory of GPUs")
+    streamed = gpu_memory.stay_in_host_memory(ranks, settings.train)[comm.rank]
+    if chosen.gpu:
+        sharing = sum(rank.gpu == chosen.gpu for rank in ranks)
+        needed = need.fixed if streamed else need.total
+        line = f"{chosen.line}, {sharing} rank(s) on it, {needed / 1e9:.1f} of {free / 1e9:.1f} GB estimated"
+        chosen = replace(chosen, line=line + (", samples in host memory" if streamed else ""))
+    return chosen, streamed
+
+
+def make_graphs(comm: Comm, settings: Config, chosen: Device) -> Graphs | None:
+    """Return the CUDA graphs of this rank's steps, None without; rank 0 notes that a CPU has none."""
+    if settings.train.graphs == "off":
+        return None
+    if not chosen.gpu:
+        if comm.rank == 0:
+            print("note: train.graphs = on has no effect on a CPU", file=sys.stderr, flush=True)
+        return None
+    return Graphs(settings.train.batch)
 
 
 def make_stream(settings: Config, dataset: Dataset, partition: Partition) -> Stream | None:

@@ -9,7 +9,7 @@ from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.federation.federation import Federation
 
 LINE, BY_CLASS_OR_RANK = 1_300, 60  # bytes of a line of metrics.jsonl, and of it by class and rank
-BY_CLIENT = 32  # bytes of the numbers of a measured client: accuracy, loss, gate weight, before the sum
+BY_CLIENT = 48  # bytes of the numbers of a measured client: accuracy, loss, F1 and others
 
 
 @dataclass(frozen=True)

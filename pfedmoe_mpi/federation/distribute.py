@@ -65,19 +65,19 @@ class Shards(Mapping[int, dict[str, Split]]):
     Args:
         clients: the rank's, ascending.
         ends: (clients, splits) int64, where each client's splits end, one after the other.
-        x: samples (n, *shape); y: labels (n,).
+        whole: all their samples.
     """
 
-    def __init__(self, clients: np.ndarray, ends: np.ndarray, x: torch.Tensor, y: torch.Tensor) -> None:
+    def __init__(self, clients: np.ndarray, ends: np.ndarray, whole: Split) -> None:
         self._place = {client: number for number, client in enumerate(clients.tolist())}
         self._ends = np.concatenate([[0], ends.ravel()])
-        self._x, self._y = x, y
+        self._whole = whole
 
     def __getitem__(self, client: int) -> dict[str, Split]:
         first = self._place[client] * len(SPLITS)
         ends = self._ends[first : first + len(SPLITS) + 1].tolist()
         return {
-            split: Split(self._x[start:end], self._y[start:end])
+            split: self._whole.rows(slice(start, end))
             for split, (start, end) in zip(SPLITS, pairwise(ends), strict=True)
         }
 
@@ -92,8 +92,9 @@ class Shards(Mapping[int, dict[str, Split]]):
 
     def digests(self) -> np.ndarray:
         """Return SHA-256 over each client's samples and labels as used, (clients, 32) bytes."""
-        names = tuple(str(tensor.dtype) for tensor in (self._x, self._y))
-        x, y = self._x.cpu().numpy(), self._y.cpu().numpy()
+        whole = self._whole
+        names = tuple(str(tensor.dtype) for tensor in (whole.x, whole.y))
+        x, y = whole.x.cpu().numpy(), whole.y.cpu().numpy()
         digests = np.empty((len(self), 32), np.uint8)
         ends = self._ends.tolist()
         for number in range(len(self)):
@@ -108,9 +109,14 @@ class Shards(Mapping[int, dict[str, Split]]):
 
 
 def distribute(
-    comm: Comm, dataset: Dataset, partition: Partition, home: Sequence[int], where: torch.device
+    comm: Comm,
+    dataset: Dataset,
+    partition: Partition,
+    home: Sequence[int],
+    where: torch.device,
+    streamed: bool,
 ) -> Shards:
-    """Return this rank's clients' samples by split, on its device; collective.
+    """Return this rank's clients' samples by split, on its device or `streamed`; collective.
 
     Each rank reads them itself, or receives them from rank 0 if that holds all rows.
     """
@@ -127,17 +133,20 @@ def distribute(
             outgoing = {rank: dataset.rows(each) for rank, each in numbers.items()}
             rows = outgoing[0]
         comm.move([(0, rank, outgoing[rank]) for rank in range(1, comm.size)], "data rows")
-    x, y = torch.from_numpy(rows).to(where), torch.from_numpy(dataset.labels[index]).to(where)
-    return Shards(own, _sizes(partition, own).cumsum().reshape(-1, len(SPLITS)), x, y)
+    whole = Split(torch.from_numpy(rows), torch.from_numpy(dataset.labels[index]), streamed).to(where)
+    return Shards(own, _sizes(partition, own).cumsum().reshape(-1, len(SPLITS)), whole)
 
 
-def reserved(comm: Comm, dataset: Dataset, partition: Partition, where: torch.device) -> Client:
+def reserved(
+    comm: Comm, dataset: Dataset, partition: Partition, where: torch.device, streamed: bool
+) -> Client:
     """Return the reserved rows as a client, 8 : 2 for training and test; empty on the other ranks."""
     rows, train = partition.reserved, partition.reserved_train
     if comm.rank:
         rows, train = rows[:0], train[:0]
     x, y = comm.attempt(lambda: dataset.rows(rows), "reserved rows"), dataset.labels[rows]
-    splits = {"train": Split.of(x[train], y[train], where), "test": Split.of(x[~train], y[~train], where)}
+    rows_of = {"train": train, "test": ~train}
+    splits = {name: Split.of(x[rows], y[rows], where, streamed) for name, rows in rows_of.items()}
     return Client(seeds.SERVER, {}, torch.empty(0), splits)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi import algorithms, config
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.data import Dataset
+from pfedmoe_mpi.data.split_file import read_split
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models import names as model_names
 
@@ -27,6 +30,8 @@ def proposals(dataset: Dataset, kind: str) -> dict[str, Any]:
         kind: `partition.kind`, unless the data propose another.
     """
     proposed = dict(dataset.proposals)
+    if kind == "file":
+        proposed.pop("clients", None)
     if kind == "natural" and dataset.client is not None:
         proposed.setdefault("clients", int(dataset.client.max()) + 1)
     return proposed
@@ -50,6 +55,25 @@ def apply_proposals(settings: Config, dataset: Dataset) -> Config:
     proposed = proposals(dataset, kind).items()
     changes = {name: value for name, value in proposed if not config.given(settings, name)}
     return config.changed(settings, changes) if changes else settings
+
+
+def listed(settings: Config) -> dict[str, Any]:
+    """Return the numbers of clients that `partition.file` lists, of those that are not given.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if not settings.partition.file:
+        return {}
+    split = read_split(Path(settings.partition.file))
+    numbers = {"clients": split.clients, "unseen.clients": len(split.unseen)}
+    return {name: n for name, n in numbers.items() if n and not config.given(settings, name)}
+
+
+def with_listed(settings: Config, numbers: Mapping[str, Any] | None = None) -> Config:
+    """Return the settings with these numbers, by default those that `listed` returns."""
+    numbers = listed(settings) if numbers is None else numbers
+    return config.changed(settings, numbers) if numbers else settings
 
 
 def _check_shares(settings: Config) -> None:

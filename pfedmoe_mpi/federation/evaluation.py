@@ -20,7 +20,7 @@ from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.errors import StoppedError
-from pfedmoe_mpi.federation import gates
+from pfedmoe_mpi.federation import confusion, gates, tuning
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.gates import GateSum
 from pfedmoe_mpi.federation.metrics import CLIENT_METRICS, EvaluationSum
@@ -33,7 +33,8 @@ class Measured:
 
     `loss` is the mean cross-entropy, `alpha` the mean gate weight of all shared experts together. `auc` is
     NaN unless the task has two classes and the split has samples of both. `gate`: the client's share of the
-    sums about gates; None without a gate, or if they were not asked for.
+    sums about gates; None without a gate, or if they were not asked for. `answers` (n,) are the predicted
+    classes, int64 on the CPU.
     """
 
     correct: int
@@ -42,6 +43,7 @@ class Measured:
     alpha: float
     auc: float
     gate: GateSum | None
+    answers: np.ndarray
 
 
 def drawn_clients(settings: Config, round: int, cohort: Collection[int]) -> np.ndarray:
@@ -77,7 +79,7 @@ def evaluate(
         for client in (client for client in federation.clients.values() if client.id in place):
             comm.poll()
             with comm.located(f"evaluation of client {client.id}, round {round}"):
-                values = _client_metrics(federation, client, state, round, result.gates)
+                values = _client_metrics(federation, client, state, round, result, place[client.id])
                 result.clients[place[client.id]] = values
     except StoppedError:
         pass
@@ -87,12 +89,12 @@ def evaluate(
 
 
 def _client_metrics(
-    federation: Federation, client: Client, state: torch.Tensor, round: int, gates: GateSum
+    federation: Federation, client: Client, state: torch.Tensor, round: int, result: EvaluationSum, place: int
 ) -> list[float]:
     """Return CLIENT_METRICS; zeros if the method gives no answer for a client that has not trained.
 
-    What a client's gate does is added to `gates`, unless the client has not trained: the weights of an
-    initial gate mean nothing.
+    Counts of answers are added to the result at `place`, and what a client's gate does, unless the client has
+    not trained: the weights of an initial gate mean nothing.
     """
     parts = federation.parts(client, state)
     unseen = client.id in federation.task.absent_clients(round)
@@ -103,15 +105,30 @@ def _client_metrics(
         measure(federation.engine, federation.method, parts, split, unseen, common)
         for split, common in zip(splits, rows, strict=True)
     ]
+    tuned = _tuned(federation, client, parts)
     measured = [result for result in results if result]
     if not measured:
-        return [0.0] * len(CLIENT_METRICS)
+        return [*[0.0] * (len(CLIENT_METRICS) - len(tuned)), *tuned]
     test = measured[0]
     alpha = float("nan") if unseen else test.alpha
     if test.gate is not None:
-        gates.buffer += test.gate.buffer
+        result.gates.buffer += test.gate.buffer
+    labels = client.splits["test"].y.cpu().numpy()
+    if result.confusion is not None:
+        result.confusion[place] = confusion.matrix(labels, test.answers, federation.task.classes)
     counts = [number for other in measured[1:] for number in (other.correct, other.samples)]
-    return [test.correct, test.samples, test.loss, alpha, test.auc, *counts]
+    by_class = [f(labels, test.answers) for f in (confusion.macro_f1, confusion.balanced_accuracy)]
+    return [test.correct, test.samples, test.loss, alpha, test.auc, *counts, *by_class, *tuned]
+
+
+def _tuned(federation: Federation, client: Client, parts: Parts) -> tuple[float, float]:
+    """Return correct answers and test samples of a client after tuning; zeros for one that is not tuned."""
+    if not federation.config.unseen.tune or client.id not in federation.task.unseen:
+        return 0.0, 0.0
+    if not tuning.tune(federation, client, parts):
+        return 0.0, 0.0
+    found = measure(federation.engine, federation.method, parts, client.splits["test"])
+    return (found.correct, found.samples) if found else (0.0, 0.0)
 
 
 def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:
@@ -141,6 +158,7 @@ def measure(
     alpha = torch.zeros((), dtype=torch.float64, device=engine.device)
     scores: list[torch.Tensor] = []  # logit of class 1 minus logit of class 0
     kept: list[tuple[Mixture, torch.Tensor]] = []  # with the classes of the samples
+    answers: list[torch.Tensor] = []
     for module in parts.modules().values():
         module.eval()
     with torch.no_grad(), engine.autocast():
@@ -152,7 +170,8 @@ def measure(
         for batch in engine.batches(split):
             mixed = mixture(batch.x) if mixture else None
             logits = (mixed.answer() if mixed else predict(batch.x)).float()
-            correct += (logits.argmax(1) == batch.y).sum()
+            answers.append(logits.argmax(1))
+            correct += (answers[-1] == batch.y).sum()
             loss += nn.functional.cross_entropy(logits, batch.y, reduction="sum").double()
             shared = mixed.shared if mixed else None
             alpha += float("nan") if shared is None else shared.sum()
@@ -166,8 +185,10 @@ def measure(
             gate = gates.of_client(method, kept, [mixture(batch.x).weights for batch in common])
     n = len(split)
     area = auc(torch.cat(scores).cpu().numpy(), split.y.cpu().numpy()) if scores else math.nan
-    mean_loss, mean_alpha = (float(total) / n if n else math.nan for total in (loss, alpha))
-    return Measured(int(correct), n, mean_loss, mean_alpha, area, gate)
+    right, *totals = torch.stack([correct.double(), loss, alpha]).tolist()  # waits for the device
+    mean_loss, mean_alpha = (total / n if n else math.nan for total in totals)
+    classes = torch.cat(answers).cpu().numpy() if answers else np.empty(0, np.int64)
+    return Measured(int(right), n, mean_loss, mean_alpha, area, gate, classes)
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:

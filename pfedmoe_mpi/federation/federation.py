@@ -24,7 +24,7 @@ from pfedmoe_mpi.mpi.device import Device
 
 @dataclass(frozen=True)
 class Federation:
-    """Everything that a run is made of; equal on every rank, except `clients` and `device`.
+    """Everything that a run is made of; equal on every rank, except `clients`, `streamed` and `device`.
 
     `home` is the rank that keeps each client, `costs` the relative cost of training each for one epoch,
     `code` the text of the user's own files by name.
@@ -47,6 +47,7 @@ class Federation:
     state_layout: Layout
     client_layouts: Sequence[Layout]
     clients: Mapping[int, Client]  # those of this rank
+    streamed: bool  # whether this rank's samples stay in host memory
     stream: Stream | None
     reserved: Client | None  # the rows of no client, for methods that train before round 1
     gate_rows: Split | None = None  # test rows that all gates weigh; None for a method without a gate
@@ -61,6 +62,16 @@ def pin(vector: torch.Tensor, where: torch.device) -> torch.Tensor:
     return vector.pin_memory() if where.type == "cuda" and vector.numel() else vector
 
 
+LONGEST_NAMES = 100_000  # characters of all class names together, in an attribute and in a line of events
+
+
+def named_classes(federation: Federation) -> tuple[str, ...]:
+    """Return the names of the classes; empty if they are the classes' numbers, or if they are too long."""
+    names = federation.dataset.class_names
+    numbers = names == tuple(map(str, range(len(names))))
+    return () if numbers or sum(map(len, names)) > LONGEST_NAMES else names
+
+
 MOST_ABSENT = 5_000  # clients that never train or join late, listed in an attribute of a checkpoint
 
 
@@ -68,11 +79,12 @@ def samples_text(federation: Federation) -> str:
     """Return, as JSON for the checkpoint, what a model needs to know of the samples it was trained on.
 
     shape (C, H, W), (features,) or (tokens,); classes; dtype; vocabulary, the number of tokens; mean and std;
-    absent, the clients that never train and those that join late, null if these are too many.
+    absent, the clients that never train and those that join late, null if these are too many; class_names,
+    as `named_classes` returns them.
     """
     data, task = federation.dataset, federation.task
     absent = [sorted(task.unseen), sorted(task.late)]
     listed = sum(map(len, absent)) <= MOST_ABSENT
     facts = {"shape": data.shape, "classes": data.classes, "dtype": data.dtype.name}
-    facts["vocabulary"] = data.vocabulary
+    facts |= {"vocabulary": data.vocabulary, "class_names": named_classes(federation)}
     return json.dumps({**facts, "mean": data.mean, "std": data.std, "absent": absent if listed else None})

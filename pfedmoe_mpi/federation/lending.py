@@ -39,7 +39,7 @@ def lend(comm: Comm, federation: Federation, trainer: Mapping[int, int]) -> dict
     comm.move(transfers, "lending clients")
     where = federation.device.device
     for client in borrowed.values():
-        client.splits = {s: Split(d.x.to(where), d.y.to(where)) for s, d in client.splits.items()}
+        client.splits = {name: split.to(where) for name, split in client.splits.items()}
     return borrowed
 
 
@@ -66,7 +66,9 @@ def _empty(federation: Federation, client: int) -> Client:
     shape = federation.dataset.shape
     lengths = {split: len(getattr(federation.partition, split)[client]) for split in SPLITS}
     splits = {
-        split: Split(torch.empty((n, *shape), dtype=dtype), torch.empty(n, dtype=torch.int64))
+        split: Split(
+            torch.empty((n, *shape), dtype=dtype), torch.empty(n, dtype=torch.int64), federation.streamed
+        )
         for split, n in lengths.items()
     }
     vector = torch.empty(federation.client_layouts[client].size)

@@ -19,6 +19,7 @@ import torch
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
+from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
 from pfedmoe_mpi.errors import CheckpointError, DivergedError, StoppedError
@@ -106,6 +107,7 @@ class Loop:
         for client in self.federation.clients.values():
             client.vector.copy_(torch.from_numpy(loaded.vector(client.id)))
         self._partial = loaded.partial
+        self.saver.confusion = loaded.confusion
         self.server.load(torch.from_numpy(loaded.moments))
 
     def branch(self, loaded: checkpoint.Checkpoint) -> None:
@@ -191,6 +193,9 @@ class Loop:
             return False
         self.state, self.round = state, round
         self.server.commit()
+        if len(drawn):
+            counts, clients = measured.confusion, self.federation.task.clients
+            self.saver.confusion = None if counts is None else Confusion.of(round, counts, drawn, clients)
         seconds = time.perf_counter() - started
         self._record(total, measured, seconds)
         self._keep_time(seconds)

@@ -17,6 +17,7 @@ import numpy as np
 
 from pfedmoe_mpi.core.fixedpoint import SCALE
 from pfedmoe_mpi.federation import gates
+from pfedmoe_mpi.federation.confusion import MOST_COUNTS, worst_tenth
 from pfedmoe_mpi.federation.gates import GateSum
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, RoundSum
 from pfedmoe_mpi.storage.columns import ClientColumns, Column, has_columns, without_columns
@@ -26,9 +27,12 @@ Row = dict[str, Any]
 CLIENT_METRICS = (
     *("correct", "samples", "loss", "alpha", "auc", "validation_correct", "validation_samples"),
     *("first_correct", "first_samples", "second_correct", "second_samples"),
+    *("macro_f1", "balanced_accuracy", "tuned_correct", "tuned_samples"),
 )
 PHASES = ("train", "evaluate", "sum", "wait")  # the parts of a rank's time in a round
 RANK_METRICS = (*PHASES, "rss_mb")
+# Values that came later. They follow from the models, and are left out of digests, which do not change.
+LATER = ("accuracy_worst_tenth", "macro_f1", "balanced_accuracy", "test_samples", "accuracy_tuned", "gate")
 UNREPEATABLE = ("seconds", "seconds_ranks", "rss_mb", "mpi_bytes")  # differ between runs with the same bits
 
 
@@ -37,7 +41,8 @@ class EvaluationSum:
 
     Position 0 counts the ranks that were asked to stop, position 1 those whose clock asks for a checkpoint.
     Then comes a slot per measured client and per rank: one rank writes float64 bits, the others leave zeros,
-    so that the sum is a gather. The sums about gates come last and are added up as integers.
+    so that the sum is a gather. The sums about gates are added up as integers. The confusion matrices of the
+    measured clients come last, unless there are too many numbers.
 
     Args:
         clients: N.
@@ -52,8 +57,12 @@ class EvaluationSum:
         self.measured = np.arange(clients) if measured is None else measured
         self._split = 2 + len(self.measured) * len(CLIENT_METRICS)
         self._gates = self._split + ranks * len(RANK_METRICS)
-        self.buffer = np.zeros(self._gates + GateSum.size(classes, experts), np.int64)
-        self.gates = GateSum(classes, experts, self.buffer[self._gates :])
+        self._matrices = self._gates + GateSum.size(classes, experts)
+        self._shape = (len(self.measured), classes, classes)
+        counts = len(self.measured) * classes * classes
+        self._counts = counts if counts <= MOST_COUNTS else 0
+        self.buffer = np.zeros(self._matrices + self._counts, np.int64)
+        self.gates = GateSum(classes, experts, self.buffer[self._gates : self._matrices])
 
     @property
     def stopped(self) -> bool:
@@ -83,6 +92,11 @@ class EvaluationSum:
         """float64 (ranks, len(RANK_METRICS))."""
         return self.buffer[self._split : self._gates].view(np.float64).reshape(-1, len(RANK_METRICS))
 
+    @property
+    def confusion(self) -> np.ndarray | None:
+        """int64 (measured, classes, classes): test rows by class and answer; None if they are not kept."""
+        return self.buffer[self._matrices :].reshape(self._shape) if self._counts else None
+
 
 def summary(accuracy: np.ndarray, samples: np.ndarray) -> dict[str, float | None]:
     """Return the mean over clients, sample-weighted mean, population standard deviation and worst.
@@ -109,8 +123,11 @@ def evaluation_metrics(evaluation: EvaluationSum, unseen: Collection[int] = ()) 
     with np.errstate(invalid="ignore", divide="ignore"):
         accuracy = np.where(tested > 0, measured["correct"] / tested, np.nan)
         validation = np.where(validated > 0, measured["validation_correct"] / validated, np.nan)
+        tuned = measured["tuned_correct"] / measured["tuned_samples"]  # NaN where it was not measured
     by_client = {"accuracy": accuracy}
-    by_client |= {name: np.where(tested > 0, measured[name], np.nan) for name in ("loss", "alpha", "auc")}
+    names = ("loss", "alpha", "auc", "macro_f1", "balanced_accuracy")
+    by_client |= {name: np.where(tested > 0, measured[name], np.nan) for name in names}
+    by_client["accuracy_tuned"] = tuned
     others = np.isin(evaluation.measured, list(unseen))
     training = ~others
     whose = None if len(evaluation.measured) == evaluation.number else evaluation.measured
@@ -120,7 +137,13 @@ def evaluation_metrics(evaluation: EvaluationSum, unseen: Collection[int] = ()) 
         "accuracy_unseen": summary(accuracy[others], tested[others]),
         "accuracy_concepts": {name: _concept(measured, name, training) for name in ("first", "second")},
         "accuracy_validation": summary(validation[training], validated[training]),
-        "auc": summary(by_client["auc"][training], tested[training]),
+        "accuracy_worst_tenth": worst_tenth(accuracy[training]),
+        **{
+            name: summary(by_client[name][training], tested[training])
+            for name in ("macro_f1", "balanced_accuracy", "auc")
+        },
+        "test_samples": int(tested[training].sum()),
+        "accuracy_tuned": summary(tuned[others], measured["tuned_samples"][others]),
         "alpha_class": _alpha_class(evaluation.gates["by_class"]),
         "gate": gates.summary(evaluation.gates),
         "clients": ClientColumns(evaluation.number, columns),
@@ -204,6 +227,7 @@ def row(
     columns = {name: after["clients"].column(name) for name in after["clients"]}
     columns["accuracy_before"] = Column.of(before, cohort)
     columns["samples"] = Column(None, samples.astype(np.int64, copy=False))
+    columns["test_samples"] = Column(None, tested.astype(np.int64))
     return {
         "round": round,
         "cohort": [client for client, _ in total.cohort],
@@ -216,10 +240,8 @@ def row(
         "accuracy_unseen": after["accuracy_unseen"],
         "accuracy_concepts": {**after["accuracy_concepts"], "share": share},
         "accuracy_cohort": summary(before if complete else np.full_like(before, np.nan), tested[cohort]),
-        "accuracy_validation": after["accuracy_validation"],
-        "auc": after["auc"],
+        **{name: after[name] for name in ("accuracy_validation", *LATER, "auc")},
         "alpha_class": after["alpha_class"],
-        "gate": after["gate"],
         "clients": ClientColumns(evaluation.number, columns),
         "seconds": {**slowest, "write": None, "total": seconds},
         "seconds_ranks": {name: ranks[name] for name in PHASES},
@@ -233,6 +255,15 @@ def learning(row: Row) -> Row:
     """Return what repeats bit for bit, as JSON has it: no times, no memory, no bytes that MPI moved."""
     repeatable = {name: value for name, value in row.items() if name not in UNREPEATABLE}
     return {**repeatable, "clients": dict(row["clients"])} if has_columns(row) else repeatable
+
+
+def fingerprint(row: Row) -> Row:
+    """Return what the digest of a checkpoint covers: `learning` without the values that came later."""
+    kept = {name: value for name, value in learning(row).items() if name not in LATER}
+    clients = kept.get("clients")
+    if isinstance(clients, Mapping):
+        kept["clients"] = {name: values for name, values in clients.items() if name not in LATER}
+    return kept
 
 
 def kept(row: Mapping[str, Any], rank: int) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +12,8 @@ from pfedmoe_mpi.algorithms.base import Task
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.data import Dataset, Partition, make_partition
-from pfedmoe_mpi.data.set_apart import choose_unseen, reserve_rows
+from pfedmoe_mpi.data.set_apart import MIN_RESERVED, choose_unseen, reserve_rows
+from pfedmoe_mpi.data.split_file import Split, read_split
 from pfedmoe_mpi.errors import PartitionError
 from pfedmoe_mpi.federation import memory
 from pfedmoe_mpi.federation.costs import client_costs
@@ -52,9 +54,10 @@ def make_plan(settings: Config, dataset: Dataset, host: memory.Host) -> Plan:
 
 
 def draw_partition(settings: Config, dataset: Dataset) -> Partition:
-    """Return the partition; a pure function of settings and labels.
+    """Return the partition; a pure function of settings, labels and `partition.file`.
 
     Raises:
+        DataError: `partition.file` cannot be read.
         PartitionError: no partition fits the settings; every row has a class of its own; a client would get a
             single training row, which has no variance for batch normalisation; or reserved rows would overlap
             clients' test rows.
@@ -64,6 +67,8 @@ def draw_partition(settings: Config, dataset: Dataset) -> Partition:
             f"{dataset.name}: every row has a class of its own, and no class has rows to train and to test",
             "label rows by their classes, not by row numbers; in a CSV file the label is the first column",
         )
+
+    split = read_split(Path(settings.partition.file)) if settings.partition.file else None
 
     def partition_of(rows: np.ndarray) -> Partition:
         return make_partition(
@@ -75,6 +80,7 @@ def draw_partition(settings: Config, dataset: Dataset) -> Partition:
             client=None if dataset.client is None else dataset.client[rows],
             official_test=None if dataset.official_test is None else dataset.official_test[rows],
             ordered=dataset.ordered,
+            split=split,
         )
 
     share = algorithms.load(settings.algorithm).reserve(settings)
@@ -84,9 +90,15 @@ def draw_partition(settings: Config, dataset: Dataset) -> Partition:
             "windows that clients are tested on",
             "--fedjets.common FILE needs no reserved rows; or choose another --algorithm or other data",
         )
-    partition = reserve_rows(len(dataset.labels), share, settings.seed, partition_of)
-    if settings.unseen_clients:
-        partition = choose_unseen(partition, dataset.labels, settings.unseen_clients, settings.seed)
+    if split:
+        partition = _with_listed(settings, partition_of(np.arange(len(dataset))), split, share)
+    else:
+        partition = reserve_rows(len(dataset.labels), share, settings.seed, partition_of)
+    if settings.partition.kind == "natural":
+        partition = replace(partition, client_names=dataset.client_names)
+    if settings.unseen_clients and not partition.unseen:
+        wanted, by = settings.unseen_clients, settings.unseen.by
+        partition = choose_unseen(partition, dataset.labels, wanted, settings.seed, by)
     partition.check()
     fewest = int(partition.train.sizes.argmin())
     if len(partition.train[fewest]) < 2:
@@ -96,6 +108,32 @@ def draw_partition(settings: Config, dataset: Dataset) -> Partition:
             "--partition.validation",
         )
     return partition
+
+
+def _with_listed(settings: Config, partition: Partition, split: Split, share: float) -> Partition:
+    """Return the partition with the clients that never train in the split's file.
+
+    Args:
+        share: of all rows, that the method reserves for the server.
+
+    Raises:
+        PartitionError: the settings say another number of such clients, or the method reserves rows and the
+            file does not.
+    """
+    if split.unseen and settings.unseen_clients != len(split.unseen):
+        raise PartitionError(
+            f"unseen.clients = {settings.unseen.clients:g}, but partition.file = {split.path} lists "
+            f"{len(split.unseen)} clients that never train",
+            "remove --unseen.clients",
+        )
+    if share and len(split.reserved) < MIN_RESERVED:
+        raise PartitionError(
+            f"algorithm = {settings.method} reserves rows for the server, and partition.file = {split.path} "
+            f"lists {len(split.reserved)} such rows, fewer than {MIN_RESERVED}",
+            f"write it with: data partition OUT.h5 --algorithm {settings.method}; --fedjets.common FILE "
+            "needs no reserved rows",
+        )
+    return replace(partition, unseen=split.unseen)
 
 
 def make_task(settings: Config, dataset: Dataset, partition: Partition) -> Task:

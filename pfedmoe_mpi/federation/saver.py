@@ -11,6 +11,7 @@ import numpy as np
 
 from pfedmoe_mpi import checkpoint, config
 from pfedmoe_mpi.checkpoint import Content
+from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.core.batches import SPLITS
 from pfedmoe_mpi.errors import CheckpointError, RunError
 from pfedmoe_mpi.federation import selection
@@ -48,6 +49,7 @@ class Saver:
         server: ServerOptimiser,
     ) -> None:
         self.identity: Mapping[str, str] = {}  # conditions of the run: versions, device, threads
+        self.confusion: Confusion | None = None  # of the last evaluation
         self._comm = comm
         self._federation = federation
         self._folder = folder
@@ -134,6 +136,7 @@ class Saver:
             },
             partial=total,
             finished=finished,
+            confusion=self.confusion,
             moments=self._server.moments.numpy().ravel(),
         )
 

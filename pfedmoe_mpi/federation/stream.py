@@ -77,5 +77,4 @@ class Stream:
 
 
 def _rows(split: Split, chosen: torch.Tensor) -> Split:
-    index = chosen.nonzero().view(-1).to(split.y.device)
-    return Split(split.x[index], split.y[index])
+    return split.rows(chosen.nonzero().view(-1))

@@ -6,6 +6,8 @@ import os
 import platform
 import resource
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,10 +42,11 @@ class Device:
     device: torch.device
     model: str  # processor or GPU
     line: str  # description for the log
+    gpu: str = ""  # name of the GPU, or of a part of it (MIG); equal on ranks that share it
 
 
 def choose(comm: Comm, train: Train) -> Device:
-    """Choose GPU number (local rank mod visible GPUs), or the CPU; fix every setting on which bits depend.
+    """Choose a GPU by `assign`, or the CPU; fix every setting on which bits depend.
 
     Collective. Rank 0 prints a note if the ranks have different devices.
 
@@ -54,39 +57,80 @@ def choose(comm: Comm, train: Train) -> Device:
 
     assert isinstance(train.threads, int)
     torch.set_num_threads(train.threads)
-    local_rank, local_size = comm.local()
-    visible = torch.cuda.device_count() if train.device != "cpu" and torch.cuda.is_available() else 0
-    host = platform.node()
-    if train.device == "cuda" and not visible:
-        chosen = None
-    elif visible:
-        index = local_rank % visible
-        model = torch.cuda.get_device_name(index)
-        chosen = Device(torch.device("cuda", index), model, f"{host} GPU {index} of {visible} ({model})")
+    names = _visible(comm) if train.device != "cpu" else []
+    everyone = comm.gather(names, "GPUs")
+    position = assign(everyone)[comm.rank]
+    host, local_size = platform.node(), comm.local()[1]
+    if position is not None:
+        model = torch.cuda.get_device_name(position)
+        line = f"{host} GPU {position} of {len(names)} ({model})"
+        chosen = Device(torch.device("cuda", position), model, line, names[position])
     else:
         model = processor()
         shared = f"{CORES} cores for {local_size} rank(s), {train.threads} thread(s)"
         chosen = Device(torch.device("cpu"), model, f"{host} {shared}")
-    models = comm.gather(chosen.model if chosen else "no GPU", "devices")
-    if "no GPU" in models:
-        rank = models.index("no GPU")
+    if train.device == "cuda" and not all(everyone):
         raise ConfigError(
-            f"train.device = cuda, but rank {rank} sees no GPU",
+            f"train.device = cuda, but rank {everyone.index([])} sees no GPU",
             "use --train.device cpu, or request GPUs for the job (Slurm: --gpus-per-node)",
         )
+    models = comm.gather(chosen.model, "devices")
     if len(set(models)) > 1 and comm.rank == 0:
         listed = "; ".join(f"rank {models.index(m)}: {m}" for m in dict.fromkeys(models))
         print(
             f"note: the ranks' devices differ, so bits differ from a run on equal devices: {listed}",
             file=sys.stderr,
         )
-    assert chosen
-    _make_repeatable(chosen.device)
+    _make_repeatable(chosen.device, train.deterministic)
     return chosen
 
 
-def _make_repeatable(device: torch.device) -> None:
-    """Set torch to fp32 without TF32, to deterministic algorithms and no autotuning."""
+def assign(visible: Sequence[Sequence[str]]) -> list[int | None]:
+    """Return for each rank the position of its GPU among those that it sees; None if it sees none.
+
+    Rank after rank takes of its GPUs the one with the fewest ranks, and of equals the first. So ranks that
+    see the same GPUs take them in turn, and ranks to which a scheduler gave GPUs of their own take these.
+
+    Args:
+        visible: by rank, the names of the GPUs that it sees; a GPU has the same name on all ranks.
+    """
+    ranks_of: Counter[str] = Counter()
+    positions: list[int | None] = []
+    for names in visible:
+        position = min(range(len(names)), key=lambda place: (ranks_of[names[place]], place), default=None)
+        if position is not None:
+            ranks_of[names[position]] += 1
+        positions.append(position)
+    return positions
+
+
+def parts_of_gpus(environment: Mapping[str, str]) -> list[str]:
+    """Return the parts of GPUs (MIG) that CUDA_VISIBLE_DEVICES names; empty if it names whole GPUs."""
+    names = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return [name for name in names if name.startswith("MIG-")]
+
+
+def _visible(comm: Comm) -> list[str]:
+    """Return the names of the GPUs that this rank sees; collective.
+
+    CUDA shows a process only the first of several parts of GPUs. So the rank's own is chosen by the names in
+    the environment, and made the only one before CUDA starts.
+    """
+    import torch
+
+    parts = parts_of_gpus(os.environ)
+    position = assign(comm.gather(parts, "parts of GPUs"))[comm.rank]
+    if position is not None and not torch.cuda.is_initialized():
+        os.environ["CUDA_VISIBLE_DEVICES"] = parts[position]
+    if not torch.cuda.is_available():
+        return []
+    if position is not None:
+        return [parts[position]]
+    return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+
+
+def _make_repeatable(device: torch.device, deterministic: bool) -> None:
+    """Set torch to fp32 without TF32 and no autotuning; on a GPU, as asked for, to deterministic kernels."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -95,7 +139,7 @@ def _make_repeatable(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def processor() -> str:

@@ -230,12 +230,16 @@ def paired(group: Group, base: Group) -> Paired | None:
     if not differences:
         return None
     values = tuple(differences.values())
+    return Paired(tuple(differences), values, statistics.mean(values), *interval(values))
+
+
+def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the 95 % t interval of the mean of values over seeds; None for both below ENOUGH seeds."""
     mean, spread = mean_std(values)
-    assert mean is not None
-    if len(values) < ENOUGH or spread is None:
-        return Paired(tuple(differences), values, mean, None, None)
+    if len(values) < ENOUGH or mean is None or spread is None:
+        return None, None
     half = t_quantile(len(values) - 1) * spread / math.sqrt(len(values))
-    return Paired(tuple(differences), values, mean, mean - half, mean + half)
+    return mean - half, mean + half
 
 
 def client_differences(group: Group, base: Group) -> np.ndarray:

@@ -8,7 +8,14 @@ from functools import partial
 
 import numpy as np
 
-from pfedmoe_mpi.report import compare, comparison_figures, fork_section, paper_section, peer_section
+from pfedmoe_mpi.report import (
+    client_section,
+    compare,
+    comparison_figures,
+    fork_section,
+    paper_section,
+    peer_section,
+)
 from pfedmoe_mpi.report.compare import (
     ENOUGH,
     STD_OVER_CLIENTS,
@@ -62,6 +69,7 @@ def report(
         *peer_section.sections(comparison, peers),
         _differences(comparison, base),
         *fork_section.sections(runs),
+        *client_section.sections(comparison),
         _target_section(comparison, target),
         Section("Cost", [cost(comparison)]),
         Section("Runs", [listed(comparison)]),
@@ -125,7 +133,11 @@ def accuracies(comparison: Comparison) -> Table:
     }
     optional: dict[str, Callable[[Run], float | None]] = {
         "unseen": partial(_mean_of, key="accuracy_unseen"),
+        "unseen, tuned": partial(_mean_of, key="accuracy_tuned"),
         "AUC": partial(_mean_of, key="auc"),
+        "worst tenth": _worst_tenth,
+        "macro-F1": partial(_mean_of, key="macro_f1"),
+        "balanced accuracy": partial(_mean_of, key="balanced_accuracy"),
     }
     if comparison.groups[0].runs[0].select == "last":
         optional["round chosen on validation"] = chosen_accuracy
@@ -152,6 +164,11 @@ def accuracies(comparison: Comparison) -> Table:
 def _mean_of(run: Run, key: str) -> float | None:
     mean = (run.selected.get(key) or {}).get("mean")
     return None if mean is None else float(mean)
+
+
+def _worst_tenth(run: Run) -> float | None:
+    value = run.last.get("accuracy_worst_tenth")
+    return None if value is None else float(value)
 
 
 def _differences(comparison: Comparison, base: str | None) -> Section:
@@ -210,16 +227,31 @@ def _paired_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> 
 def _client_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> Table:
     columns = [Column("method", words=True), Column("setting", words=True)]
     columns += [
-        *map(Column, ("clients", "better", "equal", "worse", "10th percentile", "median", "90th percentile"))
+        *map(
+            Column,
+            (
+                "clients",
+                "better",
+                "equal",
+                "worse",
+                "better, %",
+                "10th percentile",
+                "median",
+                "90th percentile",
+            ),
+        )
     ]
     rows = []
     for group, other, _ in pairs:
         table = compare.client_differences(group, other)
         table = table[~np.isnan(table)]
         counts = [int(np.sum(mask)) for mask in (table > 0, table == 0, table < 0)]
+        share = percent(counts[0] / len(table) if len(table) else None)
         percentiles = np.percentile(table, (10, 50, 90)).tolist() if len(table) else [None] * 3
         cells = [difference(value) for value in percentiles]
-        rows.append([word(group.method), word(group.setting), *map(number, (len(table), *counts)), *cells])
+        rows.append(
+            [word(group.method), word(group.setting), *map(number, (len(table), *counts)), share, *cells]
+        )
     notes = [
         f"each client's accuracy minus that with {base}, mean over the common seeds, in points",
         "descriptive, not tested: clients are not replicates",

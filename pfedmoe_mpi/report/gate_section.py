@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoe_mpi.report import gate_use
+from pfedmoe_mpi.report import distributions, gate_use
 from pfedmoe_mpi.report.compare import STD_OVER_CLIENTS, over_clients
 from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, legend_above, style
-from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi.report.load import NO_NAMES, Names, Run, numbers
 from pfedmoe_mpi.report.run_figures import (
     band,
     client_ticks,
@@ -18,8 +18,9 @@ from pfedmoe_mpi.report.run_figures import (
     heat_map,
     round_columns,
     rounds_axis,
+    short_name,
 )
-from pfedmoe_mpi.report.tables import Column, Table, number
+from pfedmoe_mpi.report.tables import Column, Table, number, word
 
 FEW = 12  # classes that are drawn as lines; more are drawn as a heat map
 
@@ -28,13 +29,13 @@ def section(run: Run) -> Section:
     """Return tables and figures of gate weights, an empty section for methods without a gate."""
     tables: list[Table] = []
     figures: list[Figure] = []
-    if any(a is not None for row in run.history for a in row["clients"]["alpha"]):
+    if not all(np.isnan(numbers(row, "alpha")).all() for row in run.history):
         tables.append(_client_table(run))
         figures.append(client_figure(run))
     rounds, table = by_class(run)
     if len(rounds):
-        tables.append(_class_table(rounds, table))
-        figures.append(class_figure(rounds, table))
+        tables.append(_class_table(rounds, table, run.names))
+        figures.append(class_figure(rounds, table, run.names))
     used = gate_use.rows_of(run)
     if used:
         tables += gate_use.tables(run, [used[n] for n in first_middle_last(len(used))])
@@ -69,11 +70,13 @@ def _client_table(run: Run) -> Table:
     return Table("alpha", title, columns, rows, [STD_OVER_CLIENTS])
 
 
-def _class_table(rounds: np.ndarray, table: np.ndarray) -> Table:
-    columns = [Column("class"), *(Column(f"round {rounds[n]}") for n in first_middle_last(len(rounds)))]
+def _class_table(rounds: np.ndarray, table: np.ndarray, names: Names) -> Table:
+    columns = [Column("class"), *([Column("name", words=True)] if names.classes else [])]
+    columns += [*(Column(f"round {rounds[n]}") for n in first_middle_last(len(rounds)))]
     rows = [
         [
             number(label),
+            *([word(names.classes[label])] if names.classes else []),
             *(
                 number(None if np.isnan(table[n, label]) else float(table[n, label]), "{:.3f}")
                 for n in first_middle_last(len(rounds))
@@ -87,7 +90,8 @@ def _class_table(rounds: np.ndarray, table: np.ndarray) -> Table:
 
 
 def client_figure(run: Run) -> Figure:
-    """Plot α of the shared expert by client over rounds."""
+    """Plot α of the shared expert over rounds: of every client, or its distribution over many clients."""
+    many = run.clients > distributions.MANY
 
     def draw(canvas: Any, paint: Paint) -> None:
         above, below = canvas.subplots(2, 1, height_ratios=(2, 3), sharex=True)
@@ -105,20 +109,29 @@ def client_figure(run: Run) -> Figure:
         above.set_ylim(0, 1)
         above.set_ylabel("α of the shared expert")
         legend_above(canvas, above, 2)
-        heat_map(canvas, below, table.T, "mean α", (0, 1))
-        client_ticks(canvas, below.yaxis, run.client_labels)
-        below.set_ylabel("client")
+        if many:
+            shares = distributions.shares(table)
+            heat_map(canvas, below, shares, "share of the clients, %", (0, float(shares.max())))
+            ends = (0.5 * distributions.BINS - 0.5, distributions.BINS - 0.5)
+            below.set_yticks([-0.5, *ends], ["0", "0.5", "1"])
+            below.set_ylim(-0.5, ends[1])
+            below.set_ylabel("mean α of a client")
+        else:
+            heat_map(canvas, below, table.T, "mean α", (0, 1))
+            client_ticks(canvas, below.yaxis, run.client_labels)
+            below.set_ylabel("client")
         round_columns(below, rounds.tolist())
 
     caption = (
         "Mean weight α of the shared expert over a client's test samples: 1 = shared expert only, "
-        "0 = local expert only. Above: mean and 10th to 90th percentile of the clients; below: every client."
+        "0 = local expert only. Above: mean and 10th to 90th percentile of the clients; below: "
+        + ("the share of the clients with such a mean." if many else "every client.")
     )
-    height = 5.0 + min(2.0, 0.08 * max(0, run.clients - 16))
+    height = 5.0 if many else 5.0 + min(2.0, 0.08 * max(0, run.clients - 16))
     return Figure("gates", "Gate weights by client", caption, draw, (WIDTH, height))
 
 
-def class_figure(rounds: np.ndarray, table: np.ndarray) -> Figure:
+def class_figure(rounds: np.ndarray, table: np.ndarray, names: Names = NO_NAMES) -> Figure:
     """Plot α by class over rounds: lines for few classes, a heat map for many."""
     few = table.shape[1] <= FEW
 
@@ -127,13 +140,20 @@ def class_figure(rounds: np.ndarray, table: np.ndarray) -> Figure:
         if few:
             for label in range(table.shape[1]):
                 line_style = style(label, paint)
-                axes.plot(rounds, table[:, label], label=f"class {label}", **line_style.line(len(rounds)))
+                axes.plot(
+                    rounds,
+                    table[:, label],
+                    label=short_name(names.class_of(label)),
+                    **line_style.line(len(rounds)),
+                )
             axes.set_ylabel("α of the shared expert")
             rounds_axis(axes)
             legend_above(canvas, axes, 5)
             return
         heat_map(canvas, axes, table.T, "mean α", (float(np.nanmin(table)), float(np.nanmax(table))))
         round_columns(axes, rounds.tolist())
+        if names.classes:
+            client_ticks(canvas, axes.yaxis, names.classes)
         axes.set_ylabel("class")
 
     caption = (

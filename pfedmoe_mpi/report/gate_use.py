@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, legend_above, style
-from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi.report.load import Run, numbers
 from pfedmoe_mpi.report.run_figures import rounds_axis
 from pfedmoe_mpi.report.tables import Cell, Column, Table, number, word
 
@@ -21,7 +23,7 @@ def rows_of(run: Run) -> list[Mapping[str, Any]]:
 
 def expert_names(run: Run, experts: int) -> list[str]:
     """Return a name for each expert; pFedMoE's last one is the client's own."""
-    own = any(alpha is not None for row in run.history for alpha in row["clients"]["alpha"])
+    own = not all(np.isnan(numbers(row, "alpha")).all() for row in run.history)
     shared = [f"shared {m + 1}" if experts > 2 else "shared" for m in range(experts - 1)]
     return [*shared, "own"] if own else [f"expert {m + 1}" for m in range(experts)]
 
@@ -63,15 +65,15 @@ def _expert_table(run: Run, rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         gate = row["gate"]
         for m, name in enumerate(expert_names(run, len(gate["load"]))):
-            numbers = [gate["spread"][spread][m] for spread in SPREADS]
-            numbers.append(gate["disagreement"][m] if gate["disagreement"] else None)
+            shown = [gate["spread"][spread][m] for spread in SPREADS]
+            shown.append(gate["disagreement"][m] if gate["disagreement"] else None)
             cells.append(
                 [
                     number(row["round"]),
                     word(name),
                     number(gate["load"][m], "{:.3f}"),
                     _share(gate["first"][m]),
-                    *(number(value, "{:.3f}") for value in numbers),
+                    *(number(value, "{:.3f}") for value in shown),
                     _share(gate["accuracy"]["without"][m]),
                 ]
             )

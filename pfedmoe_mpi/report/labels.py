@@ -9,7 +9,8 @@ from typing import Any
 from pfedmoe_mpi.report.load import Run
 
 # Settings that do not separate groups: the replicate, the folder, and what affects rounding or speed only.
-IGNORED = ("seed", "run.", "train.threads", "train.device", "eval.batch")
+PROCESSOR = ("train.threads", "train.device", "train.deterministic", "train.graphs", "train.samples_in")
+IGNORED = ("seed", "run.", *PROCESSOR, "eval.batch")
 # Settings that define the problem, the same for every method; all others belong to the method.
 SETTING = (
     "data.",

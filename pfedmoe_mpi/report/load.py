@@ -10,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from pfedmoe_mpi.config.config import REFERENCES
-from pfedmoe_mpi.errors import UserError
+from pfedmoe_mpi.errors import CheckpointError, UserError
 from pfedmoe_mpi.federation.selection import TEST, VALIDATION, best, exhausted
 from pfedmoe_mpi.models.names import labels
 from pfedmoe_mpi.names import check_text
@@ -20,6 +22,7 @@ from pfedmoe_mpi.storage.columns import ClientColumns
 from pfedmoe_mpi.user_code import label
 
 if TYPE_CHECKING:
+    from pfedmoe_mpi.checkpoint.confusion import Confusion
     from pfedmoe_mpi.client_model import ClientModel
 
 T = TypeVar("T")
@@ -35,6 +38,25 @@ class RunFolderError(UserError):
 
 class NoRoundError(RunFolderError):
     """A run that has not finished its first round."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of clients and of classes; empty where they have none but their numbers."""
+
+    clients: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+
+    def client(self, client: int) -> str:
+        """Return a client's name, else `client 3`."""
+        return self.clients[client] if client < len(self.clients) else f"client {client}"
+
+    def class_of(self, label: int) -> str:
+        """Return a class's name, else `class 3`."""
+        return self.classes[label] if label < len(self.classes) else f"class {label}"
+
+
+NO_NAMES = Names()
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,11 +145,22 @@ class Run:
 
     @property
     def client_names(self) -> tuple[str, ...]:
-        """The names that the data give their clients, such as hospitals; empty if these clients have none."""
+        """The names of the data's or the split's clients, such as hospitals; empty if there are none."""
         names = self.started_with("client_names")
-        natural = self.config.get("partition.kind") == "natural"
-        known = natural and isinstance(names, list) and len(names) == self.clients
+        named = self.config.get("partition.kind") in {"natural", "file"}
+        known = named and isinstance(names, list) and len(names) == self.clients
         return tuple(map(str, names)) if known else ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes; empty if they have none but their numbers."""
+        names = self.started_with("class_names")
+        return tuple(map(str, names)) if isinstance(names, list) else ()
+
+    @property
+    def names(self) -> Names:
+        """The names of clients and classes."""
+        return Names(self.client_names, self.class_names)
 
     @property
     def client_labels(self) -> tuple[str, ...]:
@@ -151,6 +184,20 @@ class Run:
             return frozenset()
 
     @cached_property
+    def confusion(self) -> Confusion | None:
+        """The confusion matrices of the last evaluation in its newest checkpoint; None if it has none."""
+        from pfedmoe_mpi import checkpoint  # imports torch, which rows do not need
+
+        for path in checkpoint.newest_first(self.path / "checkpoints"):
+            try:
+                checkpoint.verify(path)
+                with checkpoint.Checkpoint(path) as loaded:
+                    return loaded.confusion
+            except CheckpointError:
+                continue
+        return None
+
+    @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """One flat dict per round: `round`, `accuracy.mean`, `seconds.train`, …; lists stay lists."""
         run = {"seed": self.seed, "algorithm": self.algorithm}
@@ -162,13 +209,15 @@ class Run:
 
     @cached_property
     def client_rows(self) -> list[dict[str, Any]]:
-        """One flat dict per round and client: `accuracy`, `loss`, `alpha`, `auc`, …"""
+        """One flat dict per round and client: `name`, `accuracy`, `loss`, `alpha`, `auc`, …"""
         rows = []
+        labels_of_clients = self.client_labels
         for row in self.history:
             metrics = dict(row["clients"])
             for client in range(len(metrics["accuracy"])):
                 values = {name: column[client] for name, column in metrics.items() if column}
-                keys = {"round": row["round"], "client": client, "architecture": self.architecture(client)}
+                keys = {"round": row["round"], "client": client, "name": labels_of_clients[client]}
+                keys["architecture"] = self.architecture(client)
                 rows.append({"seed": self.seed, "algorithm": self.algorithm, **keys, **values})
         return rows
 
@@ -176,6 +225,12 @@ class Run:
         """Return a field of the newest start or restart that has it, else None."""
         starts = [event for event in self.events if event["event"] in STARTS]
         return next((event[name] for event in reversed(starts) if event.get(name) is not None), None)
+
+
+def numbers(row: Mapping[str, Any], name: str) -> np.ndarray:
+    """Return the clients' numbers of this name in a row of the history, float64 (N,), NaN for null."""
+    columns = row["clients"]
+    return columns.array(name) if isinstance(columns, ClientColumns) else np.array(columns[name], float)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, is_narrow, legend_above, panels, style
+from pfedmoe_mpi.report.load import NO_NAMES, Names
 from pfedmoe_mpi.report.model_views import EXTREMES, ModelViews
 from pfedmoe_mpi.report.run_figures import per_cent, short_name, sorted_clients
 from pfedmoe_mpi.report.tables import (
@@ -31,11 +32,11 @@ MEANING = {
 }
 
 
-def section(views: ModelViews, names: Sequence[str] = ()) -> Section:
+def section(views: ModelViews, names: Names = NO_NAMES) -> Section:
     """Return samples with extreme gate weights, representations, and accuracies on a shared test set.
 
     Args:
-        names: the clients' names, if they have names.
+        names: of clients and classes.
     """
     gated = views.alpha is not None
     contents = "gate weights and representations" if gated else "representations"
@@ -76,15 +77,18 @@ def _shared(views: ModelViews) -> Table:
     return Table("shared_test", "Generalisation", columns, rows, [shared_note(views)])
 
 
-def _extremes(views: ModelViews, names: Sequence[str]) -> Table:
+def _extremes(views: ModelViews, names: Names) -> Table:
     assert views.alpha is not None
-    columns = [Column("α", words=True), Column("weight"), Column("class"), *client_columns(names)]
+    columns = [Column("α", words=True), Column("weight"), Column("class")]
+    columns += [Column("class name", words=True)] if names.classes else []
+    columns += client_columns(names.clients)
     rows = [
         [
             word(end),
             number(float(views.alpha[index]), "{:.4f}"),
             number(int(views.labels[index])),
-            *client_cells(int(views.clients[index]), names),
+            *([word(names.classes[views.labels[index]])] if names.classes else []),
+            *client_cells(int(views.clients[index]), names.clients),
         ]
         for end, indices in zip(("highest", "lowest"), views.extremes, strict=True)
         for index in indices
@@ -93,11 +97,7 @@ def _extremes(views: ModelViews, names: Sequence[str]) -> Table:
     return Table("alpha_samples", title, columns, rows, open=not views.images)
 
 
-def _named(client: int, names: Sequence[str]) -> str:
-    return short_name(names[client]) if names else f"client {client}"
-
-
-def pictures(views: ModelViews, names: Sequence[str]) -> Figure:
+def pictures(views: ModelViews, names: Names) -> Figure:
     """Show the samples with the highest and the lowest gate weights."""
 
     def draw(canvas: Any, paint: Paint) -> None:
@@ -109,8 +109,8 @@ def pictures(views: ModelViews, names: Sequence[str]) -> Figure:
                 axes.set_axis_off()
             for axes, index in zip(half.flat, indices, strict=False):
                 axes.imshow(views.picture(index), cmap="gray", vmin=0, vmax=1, interpolation="none")
-                said = (f"α {views.alpha[index]:.3f}", f"class {views.labels[index]}")
-                client = _named(int(views.clients[index]), names)
+                said = (f"α {views.alpha[index]:.3f}", short_name(names.class_of(int(views.labels[index]))))
+                client = short_name(names.client(int(views.clients[index])))
                 axes.set_title("\n".join((*said, client)), fontsize=7, loc="left")
 
     caption = (
@@ -120,7 +120,7 @@ def pictures(views: ModelViews, names: Sequence[str]) -> Figure:
     return Figure("alpha_samples", "Samples with extreme gate weights", caption, draw, (WIDTH, 2.7), panels=2)
 
 
-def plane(views: ModelViews, by: str, names: Sequence[str]) -> Figure:
+def plane(views: ModelViews, by: str, names: Names) -> Figure:
     """Plot the representations that all clients have in common in the plane, by class or by client."""
     values = views.labels if by == "class" else views.clients
 
@@ -145,7 +145,7 @@ def plane(views: ModelViews, by: str, names: Sequence[str]) -> Figure:
     )
 
 
-def own_planes(views: ModelViews, names: Sequence[str]) -> Figure:
+def own_planes(views: ModelViews, names: Names) -> Figure:
     """Plot the representations that involve a client's own extractor: one plane per client."""
     cells = list(views.own_embeddings)
     rows = len(cells) // len(views.drawn_clients)
@@ -155,13 +155,13 @@ def own_planes(views: ModelViews, names: Sequence[str]) -> Figure:
             grid = canvas.subplots(-(-len(cells) // 2), 2, squeeze=False)
         else:
             grid = canvas.subplots(rows, len(views.drawn_clients), squeeze=False)
-        kinds = _kinds(views.labels, "class", ())
+        kinds = _kinds(views.labels, "class", names)
         for axes in grid.flat[len(cells) :]:
             axes.set_axis_off()
         for axes, (name, client) in zip(grid.flat, cells, strict=False):
             labels = views.labels[views.rows_of(client)]
             _scatter(axes, views.own_embeddings[name, client], labels, kinds, paint)
-            axes.set_title(f"{name}, {_named(client, names)}", fontsize=8)
+            axes.set_title(f"{name}, {short_name(names.client(client))}", fontsize=8)
         legend_above(canvas, grid.flat[0], 5)
 
     meanings = _meanings(list(dict.fromkeys(name for name, _ in cells)))
@@ -183,12 +183,12 @@ def _meanings(labels: Sequence[str]) -> str:
     return " and ".join(f"{label} ({MEANING[label]})" if label in MEANING else label for label in labels)
 
 
-def _kinds(values: np.ndarray, by: str, names: Sequence[str]) -> dict[int, str]:
+def _kinds(values: np.ndarray, by: str, names: Names) -> dict[int, str]:
     """Return the legend: the classes or clients with the most samples, in order; -1 stands for the others."""
     numbers, counts = np.unique(values, return_counts=True)
     most = numbers[np.argsort(-counts, kind="stable")[:MOST_KINDS]]
     kinds = {
-        int(value): _named(int(value), names) if by == "client" else f"class {value}"
+        int(value): short_name(names.client(int(value)) if by == "client" else names.class_of(int(value)))
         for value in np.sort(most)
     }
     return kinds if len(kinds) == len(numbers) else {**kinds, -1: "others"}
@@ -212,7 +212,7 @@ def _scatter(
     axes.margins(0.06)
 
 
-def generalisation(views: ModelViews, names: Sequence[str]) -> Figure:
+def generalisation(views: ModelViews, names: Names) -> Figure:
     """Plot every client's accuracy on its own test rows and on the shared test set."""
 
     def draw(canvas: Any, paint: Paint) -> None:
@@ -223,7 +223,7 @@ def generalisation(views: ModelViews, names: Sequence[str]) -> Figure:
         axes.vlines(x, own, shared, color=paint.grid, linewidth=1)
         for series, (name, values) in enumerate((("own test rows", own), ("shared test set", shared))):
             axes.plot(x, values, label=name, **style(series, paint).dots())
-        labels = [names[k] if names else str(k) for k in order]
+        labels = [names.clients[k] if names.clients else str(k) for k in order]
         sorted_clients(canvas, axes, labels, "own test accuracy")
         axes.set_ylabel("test accuracy, %")
         legend_above(canvas, axes)

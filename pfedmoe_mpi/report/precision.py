@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from pfedmoe_mpi.report.compare import ENOUGH, Paired, t_quantile
 from pfedmoe_mpi.report.load import load_run, selection
 from pfedmoe_mpi.report.tables import points
 
-MOST = 10_000  # seeds that are worth a number
+MOST = 1_000  # seeds that are worth a number
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,11 @@ def seeds_needed(paired: Paired, until: float) -> int:
     spread = compare.mean_std(paired.differences)[1]
     if spread is None:
         return ENOUGH
-    enough = (n for n in range(ENOUGH, MOST) if 200 * t_quantile(n - 1) * spread / math.sqrt(n) < until)
-    return next(enough, MOST)
+
+    def narrow(seeds: int) -> bool:
+        return 200 * t_quantile(seeds - 1) * spread / math.sqrt(seeds) < until
+
+    return ENOUGH + bisect_left(range(ENOUGH, MOST), True, key=narrow)
 
 
 def _high(paired: Paired) -> float:

@@ -148,7 +148,7 @@ class ClientView:
 def _client_view(loop: Loop, client: Client, parts: Parts, positions: np.ndarray) -> ClientView:
     federation, test = loop.federation, client.splits["test"]
     index = torch.from_numpy(positions).to(test.y.device)
-    split = Split(test.x[index], test.y[index])
+    split = test.rows(index)
     samples = partial(inputs, federation.engine, test)
     answer = federation.method.predictor(parts, samples, False)
     mixture = federation.method.mixture(parts, samples)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from pfedmoe_mpi.report import distributions
 from pfedmoe_mpi.report.costs import traffic
 from pfedmoe_mpi.report.drawing import COLOR_MAP, WIDTH, Figure, Paint, legend_above, panels, style
-from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi.report.load import Run, numbers
 
 BAND = (10, 90)  # percentiles of the clients
 FEW_CELLS = 300  # of a heat map that shows its numbers
@@ -19,7 +20,7 @@ LONGEST_LABEL = 14  # characters of a client's name in a figure
 
 def column(run: Run, name: str) -> np.ndarray:
     """Return a client metric, (rounds, N), NaN where not measured and for clients that had not trained."""
-    table = np.array([row["clients"][name] for row in run.history], float)
+    table = np.array([numbers(row, name) for row in run.history])
     for number, row in enumerate(run.history):
         table[number, sorted(run.absent_clients(row["round"]))] = np.nan
     return table
@@ -62,12 +63,12 @@ def round_columns(axes: Any, rounds: Sequence[int], most: int = 8) -> None:
 
 
 def short_name(name: str) -> str:
-    """Return a client's name for a figure, shortened if it is long."""
+    """Return a name of a client or a class for a figure, shortened if it is long."""
     return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
 
 
 def client_ticks(canvas: Any, axis: Any, labels: Sequence[str]) -> bool:
-    """Name the clients along an axis, at 0, 1, …; return whether there was room for all names."""
+    """Name clients or classes along an axis, at 0, 1, …; return whether there was room for all names."""
     place = axis.axes.get_position()
     along_x = axis.axis_name == "x"
     inches = place.width * canvas.get_figwidth() if along_x else place.height * canvas.get_figheight()
@@ -124,6 +125,13 @@ def convergence(run: Run) -> Figure:
 
 def clients(run: Run) -> Figure:
     """Plot the accuracy of the clients that have trained, last measured round, sorted and by architecture."""
+    if run.clients > distributions.MANY:
+        accuracy = per_cent(column(run, "accuracy")[run.history.index(run.selected)])
+        pool = run.config["model.pool"]
+        members: dict[str, list[int]] = {name: [] for name in pool}
+        for number, name in enumerate(pool):
+            members[name] += range(number, run.clients, len(pool))
+        return distributions.clients(accuracy, members, f"after round {run.selected['round']}")
 
     def draw(canvas: Any, paint: Paint) -> None:
         left, right = panels(canvas, (3, 2), sharey=True)
@@ -173,14 +181,20 @@ def heat_map(canvas: Any, axes: Any, table: np.ndarray, label: str, limits: tupl
     return image
 
 
-def partition(counts: np.ndarray, labels: Sequence[str]) -> Figure:
-    """Draw training samples, (N, classes), with classes down and clients across, N labels."""
+def partition(counts: np.ndarray, labels: Sequence[str], classes: Sequence[str] = ()) -> Figure:
+    """Draw training samples, (N, classes), with classes down and clients across, N labels.
+
+    Args:
+        classes: the names of the classes, if they have names.
+    """
 
     def draw(canvas: Any, paint: Paint) -> None:
         axes = canvas.subplots()
         table = np.where(counts.T > 0, counts.T, np.nan).astype(float)
         image = heat_map(canvas, axes, table, "training samples", (0, max(1, counts.max())))
         client_ticks(canvas, axes.xaxis, labels)
+        if classes:
+            client_ticks(canvas, axes.yaxis, classes)
         axes.set_xlabel("client")
         axes.set_ylabel("class")
         cell = 0.7 * 72 * canvas.get_figwidth() / len(counts)  # points

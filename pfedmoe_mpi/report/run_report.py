@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.report import (
+    confusion_section,
+    distributions,
     gate_section,
     model_section,
     paper_section,
@@ -41,7 +43,7 @@ from pfedmoe_mpi.report.tables import (
 OMITTED = (
     *("time", "event", "round", "host", "hosts", "pid"),
     *("samples", "data_digest", "partition_digest", "class_counts", "multiply_adds", "client_names"),
-    "numbers",
+    *("class_names", "numbers"),
 )
 # Why a client was left out of a sum, by the row's list that names it.
 LEFT_OUT = (("dropped", "not finite"), ("lost", "lost before the sum"), ("late", "after the deadline"))
@@ -62,8 +64,9 @@ def report(run: Run, target: float | None, models: ModelViews | str = "") -> Rep
         _data(run),
         Section("Convergence", [_target(run, target)], [run_figures.convergence(run)]),
         Section("Clients", [_architectures(run), _clients(run, views)], [run_figures.clients(run)]),
+        confusion_section.section(run),
         gate_section.section(run),
-        model_section.section(views, run.client_names) if views else Section("Models", text=str(models)),
+        model_section.section(views, run.names) if views else Section("Models", text=str(models)),
         Section("Cost", [_costs(run), *_ranks(run)], _cost_figures(run)),
         Section("Events", [_events(run), *_left_out(run)]),
     ]
@@ -92,6 +95,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("rounds", f"{run.done} of {run.planned}"),
         (f"accuracy, round {run.selected['round']}{_why(run)}", percent(accuracy["mean"]).text + " %"),
         ("worst client", percent(accuracy["worst"]).text + " %"),
+        *_by_class(run),
         ("training and evaluation", duration(seconds)),
         ("uploaded by all clients", size(sum(sent.up for sent in traffic(run)))),
         ("memory of the largest rank", f"{max(row['rss_mb'] or 0 for row in run.history):.0f} MiB"),
@@ -103,13 +107,25 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         name = f"accuracy, round {run.chosen['round']}, chosen on validation rows"
         facts.insert(2, (name, percent(run.chosen["accuracy"]["mean"]).text + " %"))
     unseen = (run.selected.get("accuracy_unseen") or {}).get("mean")
+    tuned = (run.selected.get("accuracy_tuned") or {}).get("mean")
     facts += [] if unseen is None else [("accuracy, unseen clients", percent(unseen).text + " %")]
+    facts += [] if tuned is None else [("unseen clients, tuned", percent(tuned).text + " %")]
     drift = run.last.get("drift")
     if drift:
         rounds = drift["recovery"]
         facts.append(("accuracy lost on the old concept", percent(drift["forgetting"]).text + " %"))
         facts.append(("recovered", "not yet" if rounds is None else f"after {rounds} rounds"))
     return facts
+
+
+def _by_class(run: Run) -> list[tuple[str, str]]:
+    """Return the facts beside accuracy, without those that an earlier version did not record."""
+    values = {
+        "worst tenth of the clients": run.selected.get("accuracy_worst_tenth"),
+        "macro-F1": (run.selected.get("macro_f1") or {}).get("mean"),
+        "balanced accuracy": (run.selected.get("balanced_accuracy") or {}).get("mean"),
+    }
+    return [(name, percent(value).text + " %") for name, value in values.items() if value is not None]
 
 
 def _why(run: Run) -> str:
@@ -127,7 +143,7 @@ def _data(run: Run) -> Section:
         *client_columns(run.client_names),
         Column("samples"),
         Column("classes"),
-        *(Column(f"class {c}") for c in range(table.shape[1])),
+        *(Column(run.names.class_of(c)) for c in range(table.shape[1])),
     ]
     rows = [
         [
@@ -136,8 +152,15 @@ def _data(run: Run) -> Section:
         ]
         for k in range(len(table))
     ]
-    partition = Table("partition", "Training samples by client and class", columns, rows, open=False)
-    return Section("Data", [partition], [run_figures.partition(table, run.client_labels)])
+    title, names = "Training samples by client and class", len(client_columns(run.client_names))
+    partition = Table("partition", title, columns, rows, open=False, searched=names)
+    many = len(table) > distributions.MANY
+    figure = (
+        distributions.partition(table)
+        if many
+        else run_figures.partition(table, run.client_labels, run.class_names)
+    )
+    return Section("Data", [partition], [figure])
 
 
 def _target(run: Run, target: float | None) -> Table:
@@ -188,7 +211,7 @@ def _clients(run: Run, views: ModelViews | None) -> Table:
 
     Samples and classes are listed too: they are the first place to look for the cause of a low accuracy.
     """
-    metrics = run.selected["clients"]
+    metrics = dict(run.selected["clients"])
     counts = run.started_with("class_counts")
     absent = run.absent_clients(run.selected["round"])
     accuracy = metrics["accuracy"]
@@ -222,7 +245,8 @@ def _clients(run: Run, views: ModelViews | None) -> Table:
     notes = [f"not trained yet, excluded from every mean over clients: {untrained}"] if absent else []
     notes += [model_section.shared_note(views)] if views else []
     title = f"Clients after round {run.selected['round']}, worst first"
-    return Table("clients", title, columns, rows, notes, open=False)
+    names = len(client_columns(run.client_names)) + 1
+    return Table("clients", title, columns, rows, notes, open=False, searched=names)
 
 
 def _costs(run: Run) -> Table:

@@ -57,7 +57,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `name` is the stem of its files, `open` whether the page shows it unfolded."""
+    """A table.
+
+    Attributes:
+        name: the stem of its files.
+        open: whether the page shows it unfolded.
+        searched: how many of the first columns a reader of a long table may search; 0: it is not searched.
+    """
 
     name: str
     title: str
@@ -65,6 +71,7 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     notes: Sequence[str] = ()
     open: bool = True
+    searched: int = 0
 
 
 def word(text: Any) -> Cell:

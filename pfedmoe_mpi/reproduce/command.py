@@ -224,10 +224,11 @@ def _resolved(name: str, value: Any) -> Any:
 
 
 def _apply_proposals(settings: Config) -> Config:
-    """Return the settings completed with what the data source proposes."""
+    """Return the settings completed with what the split and the data source propose."""
     from pfedmoe_mpi.data.sources.open import open_dataset
     from pfedmoe_mpi.federation import effective
 
+    settings = effective.with_listed(settings)
     with open_dataset(settings.data, settings.seed, clients=settings.clients) as dataset:
         return effective.apply_proposals(settings, dataset)
 

@@ -138,8 +138,8 @@ def _sizes(runs: Sequence[TableRun]) -> Iterator[tuple[str, Size]]:
     sizes: dict[str, Size] = {}  # by data set and partition
     try:
         for run in runs:
-            settings = run.config
             with _run_in_errors(run):
+                settings = effective.with_listed(run.config)
                 drawn_by = [settings.seed, settings.clients] if settings.data.source == "synthetic" else []
                 data = json.dumps([settings.data.model_dump(mode="json"), *drawn_by])
                 if data != opened or dataset is None:
@@ -262,7 +262,7 @@ class _Stopwatch:
 
     def _engine(self, method: Algorithm) -> Engine:
         train = method.task.config.train
-        return Engine(self._device, self._normalise, train, MANY, 0, 2, self._poll, self._kept)
+        return Engine(self._device, self._normalise, train, MANY, 0, 2, self._poll, kept=self._kept)
 
     def _split(self, samples: int) -> Split:
         shape, generator = (samples, *self._task.shape), torch.Generator().manual_seed(0)

@@ -47,7 +47,8 @@ LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+]*")
 MOST_RUNS = 10_000  # at once: each is checked as a configuration, in about 3 ms
 MOST_NAMES = 1_000_000  # compared with the patterns of --only
 # Settings that may differ from the table without altering its runs; `run.scale` records a change of `rounds`.
-HARMLESS = ("rounds", "data.path", "run.", "train.threads", "train.device", "eval.batch")
+PROCESSOR = ("train.threads", "train.device", "train.deterministic", "train.graphs", "train.samples_in")
+HARMLESS = ("rounds", "data.path", "run.", *PROCESSOR, "eval.batch")
 HARMFUL = "run.patience"  # not one of them
 RESERVED = ("run.dir", "run.table", "run.cell", "run.scale", "run.altered")  # set by `reproduce`
 

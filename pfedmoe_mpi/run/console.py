@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import config
 from pfedmoe_mpi.core.flat import Layout
+from pfedmoe_mpi.data.summary import plain
 from pfedmoe_mpi.federation import disk, selection
 from pfedmoe_mpi.federation.effective import proposals
 from pfedmoe_mpi.federation.metrics import Row
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 SECONDS_BETWEEN_LINES = 60.0  # within a round, where there is no bar
+MOST_ROWS = 40  # clients in a table
 MOST_NAMES = 10  # names of the data's own clients in the plan
 SHOWN = {
     "accuracy": "accuracy",
@@ -52,8 +54,8 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
     if task.unseen:
         listed, why = ", ".join(map(str, sorted(task.unseen))), federation.method.no_answer_reason
         lines.append(f"unseen clients: {listed}" + (f"; no accuracy, because {why}" if why else ""))
-    if federation.dataset.client_names and settings.partition.kind == "natural":
-        names = federation.dataset.client_names
+    names = federation.partition.client_names
+    if names:
         listed = ", ".join(f"{k} {name}" for k, name in enumerate(names[:MOST_NAMES]))
         lines.append(f"the data's own clients: {listed}{', …' if len(names) > MOST_NAMES else ''}")
     flat = config.flatten(config.to_tree(settings))
@@ -195,7 +197,10 @@ def _percent(value: float | None) -> str:
 def table(federation: Federation, history: Sequence[Row]) -> str:
     """Return the text at the end of a run: the table of clients, last and best round, failures."""
     last, top = history[-1], selection.best(history)
-    lines = [_client_table(federation, last), "last  " + _line(last)]
+    lines = [_client_table(federation, last), "last  " + _line(last), _by_class(last)]
+    if last["accuracy_unseen"]["mean"] is not None or last["accuracy_tuned"]["mean"] is not None:
+        as_they_come, tuned = (_percent(last[key]["mean"]) for key in ("accuracy_unseen", "accuracy_tuned"))
+        lines.append(f"unseen clients: accuracy mean {as_they_come}, after tuning {tuned}")
     if last["drift"]:
         lost, rounds = last["drift"]["forgetting"], last["drift"]["recovery"]
         recovery = "not recovered yet" if rounds is None else f"recovered after {rounds} rounds"
@@ -227,21 +232,32 @@ def selecting_rows(history: Sequence[Row]) -> str:
 
 
 def _client_table(federation: Federation, row: Row) -> str:
-    """Return a table of a round: each client's architecture, training samples, classes, accuracy and α."""
+    """Return a table of a round: a client's architecture, training samples, classes, accuracy and α.
+
+    Beyond MOST_ROWS clients it has the worst, the median and the best of those measured.
+    """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    task, clients = federation.task, row["clients"]
+    task, clients = federation.task, dict(row["clients"])
     architectures = labels(task.pool)
     columns = {"AUC": clients["auc"], "α shared": clients["alpha"]}
     columns = {name: values for name, values in columns.items() if any(v is not None for v in values)}
-    table = Table(title=f"clients after round {row['round']}")
-    for heading in ("client", "architecture", "samples", "classes", "accuracy", *columns):
+    title = f"clients after round {row['round']}"
+    shown = list(range(task.clients))
+    if task.clients > MOST_ROWS:
+        shown = worst_median_best(clients["accuracy"])
+        title = f"worst, median and best of {task.clients} {title}"
+    table = Table(title=title)
+    names = plain(federation.partition.client_names, task.clients)
+    named = ["name"] if names else []
+    for heading in ("client", *named, "architecture", "samples", "classes", "accuracy", *columns):
         table.add_column(heading, justify="right")
-    for k in range(task.clients):
+    for k in shown:
         classes = int((task.counts[k] > 0).sum())
-        cells = [str(k), architectures[k % len(architectures)], str(task.samples(k)), str(classes)]
-        cells += [_percent(clients["accuracy"][k])]
+        cells = [str(k), *(escape(name) for name in names[k : k + 1]), architectures[k % len(architectures)]]
+        cells += [str(task.samples(k)), str(classes), _percent(clients["accuracy"][k])]
         table.add_row(*cells, *(_three_digits(values[k]) for values in columns.values()))
     console = Console(width=100, no_color=True)
     with console.capture() as capture:
@@ -249,8 +265,23 @@ def _client_table(federation: Federation, row: Row) -> str:
     return capture.get().rstrip()
 
 
+def worst_median_best(accuracy: Sequence[float | None]) -> list[int]:
+    """Return the clients with the lowest, the median and the highest accuracy of those that have one."""
+    order = sorted((value, client) for client, value in enumerate(accuracy) if value is not None)
+    places = dict.fromkeys((0, (len(order) - 1) // 2, len(order) - 1)) if order else {}
+    return [order[place][1] for place in places]
+
+
 def _three_digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _by_class(row: Row) -> str:
+    f1, balanced = row["macro_f1"]["mean"], row["balanced_accuracy"]["mean"]
+    return (
+        f"macro-F1 {_percent(f1)}, balanced accuracy {_percent(balanced)}, worst tenth of the clients "
+        f"{_percent(row['accuracy_worst_tenth'])}, {row['test_samples']:,} test samples"
+    )
 
 
 def _line(row: Row) -> str:

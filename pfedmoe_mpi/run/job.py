@@ -208,13 +208,14 @@ def _reporter(world: Comm, start: Start, federation: Federation) -> Reporter:
 
 def _report_facts(federation: Federation) -> dict[str, Any]:
     """Return what reports need: digests of data and partition, how many numbers are trained and frozen if
-    any are, and by client the training samples by class, multiply-adds and names.
+    any are, the classes' names, and by client the training samples by class, multiply-adds and names.
 
     What is by client is left out if there are too many numbers for a figure.
     """
     from pfedmoe_mpi.federation.costs import sample_costs
+    from pfedmoe_mpi.federation.federation import named_classes
 
-    counts, names = federation.task.counts, federation.dataset.client_names
+    counts, names = federation.task.counts, federation.partition.client_names
     facts: dict[str, Any] = {
         "data_digest": federation.data_digest,
         "partition_digest": federation.partition.digest(),
@@ -223,6 +224,9 @@ def _report_facts(federation: Federation) -> dict[str, Any]:
     if frozen:
         largest = max(layout.size for layout in federation.client_layouts)
         facts["numbers"] = {"server": federation.state_layout.size, "client": largest, "frozen": frozen}
+    classes = named_classes(federation)
+    if classes:
+        facts["class_names"] = list(classes)
     if counts.size > MOST_COUNTS:
         return facts
     facts |= {

@@ -26,6 +26,8 @@ FIXED_IN_TRAINING = (
     *("partition", "gate", "unseen", "join", "stream", "data.mean", "data.std"),
     "server.optimiser",  # checkpoints hold what it keeps from round to round
 )
+# Files may move: the checkpoint has the digest of what they hold.
+MOVABLE = ("partition.file",)
 # Never taken from an earlier start.
 PER_START = ("run.dir", "run.force", "run.singleton", "run.code", "run.changed_code")
 
@@ -240,7 +242,7 @@ def override_settings(
     refused = [
         f"{name}: {then.get(name)} → {now.get(name)}"
         for name in names
-        if name in fixed or name.partition(".")[0] in fixed
+        if name in fixed or (name.partition(".")[0] in fixed and name not in MOVABLE)
     ]
     if refused:
         problem = "these settings cannot be changed now: " + "; ".join(refused)

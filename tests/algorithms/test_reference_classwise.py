@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +21,9 @@ from pfedmoe_mpi.models import mlp
 from support.round_comparison import VARIANTS, assert_tensors_agree, train_and_compare
 from support.small_federation import (
     CLASSES,
-    TRAINING_SAMPLES,
     TrainedFederation,
     build_loop,
-    split_batches,
+    longer,
     train_federation,
     write_data_files,
 )
@@ -68,23 +66,6 @@ def same_private(it: TrainedFederation, part: str, modules: list[Any]) -> None:
 
 def same_state(it: TrainedFederation, part: str, module: nn.Module) -> None:
     assert_tensors_agree(it.of_state(part, start=False), nets.tensors(module), part)
-
-
-def longer(it: TrainedFederation, epochs: int) -> methods.Course:
-    """Return the course with another number of epochs per round."""
-    config, course = it.loop.federation.config, it.course
-    samples = []
-    for k, own in enumerate(course.samples):
-        x, y = own.train
-        rounds = []
-        for t in range(config.rounds):
-            draw = seeds.torch_generator(config.seed, "batches", t + 1, k)
-            orders = [torch.randperm(TRAINING_SAMPLES[k], generator=draw) for _ in range(epochs)]
-            rounds.append(
-                [[(x[i], y[i]) for i in split_batches(order, config.train.batch)] for order in orders]
-            )
-        samples.append(replace(own, epochs=rounds))
-    return replace(course, samples=samples)
 
 
 def shuffles(it: TrainedFederation) -> list[list[Tensor]]:

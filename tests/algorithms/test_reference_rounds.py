@@ -146,11 +146,13 @@ def test_every_method_has_a_reference() -> None:
     import test_reference_classwise
     import test_reference_experts
     import test_reference_mutual
+    import test_reference_personal
 
     others = (
         test_reference_classwise.REFERENCES,
         test_reference_experts.REFERENCES,
         test_reference_mutual.REFERENCES,
+        test_reference_personal.REFERENCES,
     )
     assert set().union(REFERENCES, *others) == set(names())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -10,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pfedmoe_mpi.core import batches
-from pfedmoe_mpi.core.batches import Normalise, Split, augment_images, channels_last
+from pfedmoe_mpi.core import augment, batches
+from pfedmoe_mpi.core.batches import Normalise, Split, channels_last
 
 CPU = torch.device("cpu")
 PLAIN = Normalise((), (), 3, CPU)
@@ -145,6 +147,11 @@ def test_channels_last_changes_strides_only() -> None:
 # Augmentation
 
 
+def augment_images(x: Tensor, names: tuple[str, ...], draws: torch.Generator) -> Tensor:
+    places = augment.draw(x.shape[1:], torch.rand((len(x), augment.DRAWS), generator=draws))
+    return augment.apply(x, names, places)
+
+
 def images(n: int, channels: int = 2, high: int = 12, wide: int = 10) -> Tensor:
     """Return images without a zero pixel or two equal pixels."""
     return 1 + torch.arange(n * channels * high * wide, dtype=torch.float32).view(n, channels, high, wide)
@@ -228,3 +235,16 @@ def test_augmentation_repeats_with_its_generator() -> None:
     )
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert torch.equal(split.x, images(20)), "samples stay as they came"
+
+
+@pytest.mark.parametrize("used", [1, 2, 4])
+def test_an_epoch_draws_as_if_batch_by_batch(used: int) -> None:
+    """One that ends early leaves the generator as its batches alone would have."""
+    split, draws, expected = Split(images(28), torch.arange(28)), generator(7), generator(7)
+    names = ("flip", "erase", "crop")
+    rows = torch.randperm(28, generator=expected).split(8)
+    with closing(batches.epoch(split, 8, PLAIN, names, draws)) as epoch:
+        found = list(islice(epoch, used))
+    for batch, chosen in zip(found, rows, strict=used == 4):
+        assert torch.equal(batch.x, augment_images(split.x[chosen], names, expected))
+    assert torch.equal(draws.get_state(), expected.get_state())

@@ -269,8 +269,8 @@ def test_row_has_weighted_means_and_null_for_unmeasured() -> None:
     total.add(2, {"a": torch.ones(2)}, {"train_loss": 2.0, "accuracy_before": float("nan"), "bytes_down": 99})
     total.leave_out(1, DROPPED)
     evaluation = metrics.EvaluationSum(4, 2, 3)
-    evaluation.clients[0] = [3, 4, 0.5, 0.6, 0.75, 0, 0, 1, 2, 2, 2]
-    evaluation.clients[3] = [1, 2, float("inf"), float("nan"), float("nan"), 1, 2, 0, 0, 0, 0]
+    evaluation.clients[0] = [3, 4, 0.5, 0.6, 0.75, 0, 0, 1, 2, 2, 2, 0.7, 0.65, 0, 0]
+    evaluation.clients[3] = [1, 2, float("inf"), float("nan"), float("nan"), 1, 2, 0, 0, 0, 0, 0.4, 0.5, 1, 4]
     evaluation.ranks[:] = [[1, 2, 3, 4, 5], [4, 3, 2, 1, 9]]
     evaluation.gates["by_class"][:] = [[2, 0, 4], [2**40, 0, 2**40]]
     details = {"seconds": 10.0, "simulated": 1.0, "unseen": {3}, "bytes_once": 5}
@@ -292,6 +292,12 @@ def test_row_has_weighted_means_and_null_for_unmeasured() -> None:
     assert row["clients"]["loss"] == [0.5, None, None, None], "JSON knows no infinity"
     assert row["clients"]["alpha"] == [0.6, None, None, None]
     assert row["clients"]["auc"] == [0.75, None, None, None] and row["auc"]["worst"] == 0.75
+    assert row["clients"]["macro_f1"] == [0.7, None, None, 0.4] and row["macro_f1"]["mean"] == 0.7
+    assert row["clients"]["balanced_accuracy"] == [0.65, None, None, 0.5]
+    assert row["clients"]["test_samples"] == [4, 0, 0, 0] and row["test_samples"] == 4
+    assert row["clients"]["accuracy_tuned"] == [None, None, None, 0.25]
+    assert row["accuracy_tuned"]["mean"] == 0.25 and everybody["accuracy_tuned"]["mean"] is None
+    assert row["accuracy_worst_tenth"] == 0.75 and everybody["accuracy_worst_tenth"] == 0.5
     assert row["clients"]["accuracy_before"] == [0.5, None, None, None]
     assert row["bytes"] == {"up": 8.0, "down": 99.0, "once": 5} and row["rss_mb"] == 9
     assert [row["seconds"][k] for k in ("train", "evaluate", "sum", "wait", "write", "total")] == [

@@ -117,6 +117,13 @@ def test_images_by_path_lie_below_the_folder(tmp_path: Path) -> None:
     data_error("column 'image' has no image in row 3", "hf", tmp_path / "t.parquet", label="y")
 
 
+def test_declared_classes_without_rows_are_left_out(tmp_path: Path) -> None:
+    split("train").filter(lambda row: row["fine"] != 1).save_to_disk(str(tmp_path / "f"))
+    data = open_data("hf", tmp_path / "f")
+    assert data.class_names == ("cat", "eel")
+    assert data.left_out[-1] == "1 declared classes without a row, such as dog"
+
+
 def test_selected_rows_texts_and_features(tmp_path: Path) -> None:
     rows = {"text": ["a b", "c d e", "a"], "stars": [1, 5, 1], "x": [0.5, 1.5, 2.5]}
     datasets.Dataset.from_dict(rows).select([2, 0, 1]).save_to_disk(str(tmp_path / "s"))
@@ -136,6 +143,11 @@ def test_bad_folders_are_refused(saved: Path, hub: Path, tmp_path: Path) -> None
     data_error("images are bytes, or names of files", "hf", saved, image="boxes")
     data_error("data.label = coarse, but .* has the columns image, fine", "hf", saved, label="coarse")
     data_error("has no file .*parquet", "hf", tmp_path)
+    (tmp_path / "t.csv").write_text("x,y\n1,a\n")
+    data_error("t.csv is not a file of Hugging Face(.|\n)*--data.source table", "hf", tmp_path / "t.csv")
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop" / "loop").symlink_to(tmp_path / "loop")
+    data_error("loop has no file .*parquet", "hf", tmp_path / "loop")
     unlabelled = split("test").map(lambda row: {"fine": -1}, load_from_cache_file=False)
     unlabelled.save_to_disk(str(tmp_path / "u"))
     data_error("-1 stands for a missing label", "hf", tmp_path / "u")

@@ -98,6 +98,19 @@ def test_texts_are_tokens(tmp_path: Path) -> None:
     assert all_rows(characters).tolist()[0] == [2, 3, 1, 4, 1, 5], "space, A, b, c, d"
 
 
+def test_clients_with_too_few_rows_are_left_out(tmp_path: Path) -> None:
+    """Their rows may have been the only ones of a class; the proposed minimum of rows suits the others."""
+    rows = [f"{k * k},{'ab'[k % 2]},big" for k in range(8)] + ["5,c,small", "6,a,small"]
+    rows[3:3] = [f"{k},b,ten" for k in range(3)]
+    path = write_rows(tmp_path / "t.csv", ["x,y,site", *rows])
+    data = open_data("table", path, label="y", client="site")
+    assert data.client_names == ("big", "ten") and data.class_names == ("a", "b") and len(data) == 11
+    assert data.client is not None and data.client.tolist() == [0] * 3 + [1] * 3 + [0] * 5
+    assert all_rows(data)[:, 0].tolist() == [0, 1, 4, 0, 1, 2, 9, 16, 25, 36, 49]
+    assert data.left_out == ("1 clients with fewer than 3 rows, such as small",)
+    assert data.proposals == {"partition.kind": "natural", "partition.min_samples": 3}
+
+
 def test_table_of_images_trains(run_command: Callable[..., Result], tmp_path: Path) -> None:
     root = tmp_path / "pictures"
     rows = ["file,label,writer"]

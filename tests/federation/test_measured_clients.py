@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,17 +28,19 @@ def test_draws_are_addressed_and_hold_the_cohort() -> None:
 
 
 def test_means_are_over_the_measured_clients(run_command: Callable[..., Result], tmp_path: Path) -> None:
-    few = ("--clients", "8", "--participation", "0.2", "--rounds", "3", "--eval.clients", "3")
-    data = ("--data.source", "synthetic", "--data.samples", "320", "--model.pool", "mlp5", "--run.dir", "run")
-    run_command(*few, *data, "--eval.last", "drawn", "--algorithm", "fedavg")
+    few = ("--clients", "48", "--participation", "0.04", "--rounds", "3", "--eval.clients", "6")
+    data = ("--data.source", "synthetic", "--data.samples", "960", "--data.size", "8", "--run.dir", "run")
+    kind = ("--algorithm", "fedavg", "--partition.kind", "iid", "--model.pool", "mlp5")
+    said = run_command(*few, *data, *kind, "--eval.last", "drawn").out
     rows = read_metrics(tmp_path / "run")
     measured = [{k for k, a in enumerate(row["clients"]["accuracy"]) if a is not None} for row in rows]
     for row, clients in zip(rows, measured, strict=True):
-        assert {*row["cohort"]} <= clients and 3 <= len(clients) <= 5
+        assert {*row["cohort"]} <= clients and 6 <= len(clients) <= 8
         accuracy = [a for a in row["clients"]["accuracy"] if a is not None]
         assert row["accuracy"]["mean"] == pytest.approx(np.mean(accuracy))
         assert row["accuracy"]["worst"] == min(accuracy) and row["accuracy_cohort"]["mean"] is not None
     assert len({*map(frozenset, measured)}) > 1
+    assert len(re.findall(r"^│ +\d+ │ +mlp5 │", said, re.MULTILINE)) == 3, "worst, median, best of the 48"
     run_command("report", "run", "--text", "true", "--models", "false")
 
 

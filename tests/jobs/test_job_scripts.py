@@ -88,6 +88,23 @@ def test_scripts_restart_an_existing_run(tmp_path: Path, script: str) -> None:
     assert f"-m pfedmoe_mpi restart {run}\n" in printed_command(tmp_path, script, {}).out
 
 
+def test_ranks_that_share_a_gpu_share_its_cores(tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text('#!/bin/bash\necho srun "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    node = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "8"}
+    env = {**node, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def said(**more: str) -> launcher.Result:
+        shell = batch_shell(tmp_path, "gpu.slurm", "my.toml", env={**env, **more})
+        return launcher.wait_for_end(shell, 20)
+
+    wanted = "srun --ntasks={} --ntasks-per-node={} --cpus-per-task={} --cpu-bind=cores"
+    assert wanted.format(8, 4, 8) in said().out
+    assert wanted.format(32, 16, 2) in said(RANKS_PER_GPU="4").out
+    refused = said(RANKS_PER_GPU="9")
+    assert refused.code == 2 and "RANKS_PER_GPU = 9, but a GPU has 8 cores" in refused.err
+
+
 def test_array_index_selects_seed_and_algorithm(tmp_path: Path) -> None:
     tasks = {}
     for number in range(9):

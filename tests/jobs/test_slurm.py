@@ -240,19 +240,31 @@ def test_table_script_runs_one_run_per_task(cluster: Cluster, work: Path) -> Non
     assert len(list((work / "runs" / f"table-{job}").iterdir())) == 2
 
 
-@pytest.mark.parametrize("env", [{"SLURM_MPI_TYPE": "pmi2"}, {"LAUNCH": "mpirun -n 2 -ppn 1 -bind-to core"}])
-def test_gpu_script_runs_on_two_nodes(
-    cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session, env: dict[str, str]
+SHARED = {"SLURM_MPI_TYPE": "pmi2", "RANKS_PER_GPU": "2", "MPS": "1"}
+
+
+@pytest.mark.parametrize(("nodes", "env"), [(1, SHARED), (2, {"LAUNCH": "mpirun -n 2 -ppn 1 -bind-to core"})])
+def test_gpu_script_on_shared_gpus_and_on_two_nodes(
+    cluster: Cluster, work: Path, undisturbed: str, session: launcher.Session, nodes: int, env: dict[str, str]
 ) -> None:
-    """Only Slurm uses the nodes' GPUs; the ranks train on CPUs."""
-    job = cluster.submit(JOBS / "gpu.slurm", *STEADY, cwd=work, options=["--ntasks-per-node=1"], env=env)
+    """Only Slurm uses the nodes' GPUs; the ranks train on CPUs, and a script stands in for MPS's daemon."""
+    daemon = work / "bin" / "nvidia-cuda-mps-control"
+    daemon.parent.mkdir(exist_ok=True)
+    daemon.write_text(f'#!/bin/bash\necho "$1 $CUDA_MPS_PIPE_DIRECTORY" >>{work}/mps.txt\nexec sleep 600\n')
+    daemon.chmod(0o755)
+    env = {**env, "PATH": f"{daemon.parent}:{os.environ['PATH']}"}
+    options = [f"--nodes={nodes}", "--ntasks-per-node=1"]
+    job = cluster.submit(JOBS / "gpu.slurm", *STEADY, cwd=work, options=options, env=env)
     facts = cluster.over(job)
     said = cluster.output(job)
     assert facts["ExitCode"] == "0:0", said
-    assert facts["NodeList"] == "n[1-2]" and facts["TresPerNode"].endswith("gpu:4"), facts
+    assert facts["NumNodes"] == str(nodes) and facts["TresPerNode"].endswith("gpu:4"), facts
     assert last_event(cluster, job)["event"] == "finish"
     run = work / "runs" / f"gpu-{job}"
     assert launcher.read_events(run)[0]["ranks"] == 2
+    if "MPS" in env:
+        assert (work / "mps.txt").read_text() == f"-f /tmp/mps-{job}\n"
+        Path(f"/tmp/mps-{job}").rmdir()
     assert digest(session, run) == undisturbed
 
 

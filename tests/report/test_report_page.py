@@ -179,6 +179,24 @@ def test_page_shows_the_measured_values(browser: Browser, pages: dict[str, Path]
     assert heading == ["The run", "Data", "Convergence", "Clients", "Gates", "Models", "Cost", "Events"]
 
 
+def test_long_table_of_clients_is_searched(browser: Browser, pages: dict[str, Path]) -> None:
+    """The page's policy allows this script alone, by its hash; without it the first rows are there."""
+    browser.open(pages["many"], 1000)
+    search = """(text => {
+      const input = document.querySelector('input[data-table=clients]');
+      input.value = text;
+      input.dispatchEvent(new Event('input'));
+      const rows = [...document.querySelectorAll('#table-clients tbody tr')], line = input.closest('.search');
+      const clients = rows.map(row => row.cells[0].textContent);
+      return [clients, line.querySelector('output').value, line.hidden];
+    })"""
+    assert browser.value(f"{search}('37')") == [["37"], "1 found", False]
+    assert len(browser.value(f"{search}('MLP3')")[0]) == 12
+    rows, said, _ = browser.value(f"{search}('')")
+    assert len(rows) == 40 and said == "60 found, 40 shown" and browser.problems == []
+    assert len([address for address in browser.requests if not address.startswith("data")]) == 1
+
+
 def test_paper_figures_have_clear_edges(pages: dict[str, Path]) -> None:
     found = [path for page in pages.values() for path in (page.parent / "figures").glob("*.png")]
     assert len(found) >= 15

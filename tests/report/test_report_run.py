@@ -9,7 +9,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
-from pfedmoe_mpi.report import drawing, run_figures, run_report
+from pfedmoe_mpi.report import drawing, page, run_figures, run_report
 from pfedmoe_mpi.report.load import Run, load_run
 from support.report_runs import like
 
@@ -128,3 +128,29 @@ def test_evaluation_time_is_shown_where_measured(trained: Path) -> None:
     run_figures.seconds(load_run(trained)).draw(canvas, drawing.PAPER)
     (line,) = [line for line in canvas.axes[0].lines if line.get_label() == "evaluate"]
     assert list(line.get_xdata()) == [2, 3], "measured every second round, and in the last"
+
+
+def test_figures_of_many_clients_are_distributions(trained: Path) -> None:
+    one, times = load_run(trained), 75
+    history = [
+        {**row, "clients": {name: values * times for name, values in row["clients"].items()}}
+        for row in one.history
+    ]
+    counts = np.tile([[3, 0], [5, 1], [5, 2], [40, 9]], (times, 1))
+    events = [{**one.events[0], "class_counts": counts.tolist()}]
+    report = run_report.report(Run(one.path, one.config, history, events), None)
+    drawn = {}
+    for figure in report.figures:
+        drawn[figure.name] = matplotlib.figure.Figure(figsize=figure.size)
+        figure.draw(drawn[figure.name], drawing.PAPER)
+    samples, classes = drawn["partition"].axes
+    assert sum(bar.get_height() for bar in samples.patches) == 300
+    assert [bar.get_height() for bar in classes.patches] == [0, 75, 225]
+    lines = [line.get_ydata() for line in drawn["clients"].axes[0].lines]
+    assert [len(line) for line in lines] == [150, 150] and all((np.diff(line) >= 0).all() for line in lines)
+    (image,) = drawn["gates"].axes[1].images
+    assert np.allclose(image.get_array().sum(axis=0), 100), "every measured round has all clients"
+    (table,) = [table for table in report.tables if table.name == "clients"]
+    assert len(table.rows) == 300 and table.searched == 2
+    shown = page.html(report)
+    assert shown.count("<script") == 3 and "the first 40 of 300 rows" in shown, "two tables and the search"

@@ -57,18 +57,18 @@ def test_methods_and_models_from_files(tmp_path: Path) -> None:
     """Their settings stand in the table, and their short names in the runs' names and cells."""
     shutil.copytree(ROOT / "tests" / "strangers", tmp_path / "code")
     (tmp_path / "own.toml").write_text(
-        'in_rounds = ["fedkd.ramp"]\n[base]\nditto.weight = 0.25\n[axis]\n'
-        'algorithm = ["./code/ditto.py", "fedavg"]\n"model.pool" = ["code/nets.py:TinyViT", "cnn5"]\n'
+        'in_rounds = ["fedkd.ramp"]\n[base]\nnear.weight = 0.25\n[axis]\n'
+        'algorithm = ["./code/near.py", "fedavg"]\n"model.pool" = ["code/nets.py:TinyViT", "cnn5"]\n'
         "[axis.rate.low]\ntrain.lr = 0.01\n"
     )
     runs = grid.expand(grid.read(tmp_path / "own.toml"), {})
     assert [run.name for run in runs] == [
-        f"{method}-{model}-low" for method in ("ditto", "fedavg") for model in ("TinyViT", "cnn5")
+        f"{method}-{model}-low" for method in ("near", "fedavg") for model in ("TinyViT", "cnn5")
     ]
-    assert runs[0].config.options.weight == 0.25 and runs[0].config.run.cell == "TinyViT-low/ditto"
-    assert runs[0].config.algorithm == str(tmp_path / "code" / "ditto.py")
-    (tmp_path / "own.toml").write_text('[axis]\nalgorithm = ["./code/ditto.py"]\n"ditto.wight" = [1]\n')
-    with pytest.raises(ConfigError, match=r"unknown ditto\.wight in \[axis\]; did you mean 'ditto\.weight'"):
+    assert runs[0].config.options.weight == 0.25 and runs[0].config.run.cell == "TinyViT-low/near"
+    assert runs[0].config.algorithm == str(tmp_path / "code" / "near.py")
+    (tmp_path / "own.toml").write_text('[axis]\nalgorithm = ["./code/near.py"]\n"near.wight" = [1]\n')
+    with pytest.raises(ConfigError, match=r"unknown near\.wight in \[axis\]; did you mean 'near\.weight'"):
         grid.read(tmp_path / "own.toml")
 
 

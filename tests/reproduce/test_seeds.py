@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 import pytest
 
 from pfedmoe_mpi.report.compare import Paired
-from pfedmoe_mpi.report.precision import seeds_needed
+from pfedmoe_mpi.report.precision import MOST, seeds_needed
 from support import launcher
 
 TABLE = """\
@@ -63,7 +63,7 @@ def test_number_of_seeds_is_the_first_that_is_enough() -> None:
     """Two differences of sample deviation 1 point: 2 · t · 1 / √n, with t from tables."""
     paired = Paired((0, 1), (0.0, math.sqrt(2) / 100), 0.0, None, None)
     assert seeds_needed(paired, 1.01) == 18  # t(17) = 2.1098: 0.9946; t(16) = 2.1199: 1.0283
-    assert seeds_needed(paired, 5.0) == 5
+    assert seeds_needed(paired, 5.0) == 5 and seeds_needed(paired, 1e-9) == MOST
     assert seeds_needed(Paired((0,), (0.1,), 0.1, None, None), 1.0) == 5
 
 

@@ -90,3 +90,9 @@ def test_bar_shows_rounds_accuracy_clients_and_time_left(tmp_path: Path, small_r
     assert len(lines) == 12, "one plain line per round in the log"
     assert re.search(r"accuracy \d.*  cohort, before the sum \d.*  loss \d.* s, 0:00:\d\d left", lines[10])
     assert re.fullmatch(r"round 2/12  loss \d.* left", lines[1]), "what was not measured is not spoken of"
+
+
+def test_tables_of_many_clients_have_the_worst_the_median_and_the_best() -> None:
+    assert console.worst_median_best([0.5, None, 0.25, 1.0, 0.75]) == [2, 0, 3]
+    assert console.worst_median_best([0.5, 0.5]) == [0, 1] and console.worst_median_best([None, 1.0]) == [1]
+    assert console.worst_median_best([None] * 50) == []

@@ -32,10 +32,10 @@ CASES = {
         ),
         *("--gate.module", "{}/gates.py:Conv", "--model.dim", "12"),
     ),
-    "ditto": (
+    "near": (
         "--algorithm",
-        "{}/ditto.py",
-        "--ditto.weight",
+        "{}/near.py",
+        "--near.weight",
         "0.5",
         "--model.pool",
         "{}/nets.py:small_resnet",
@@ -78,10 +78,10 @@ def test_same_bits_on_three_ranks_and_after_a_stop(folder: Path, tmp_path: Path,
     assert checkpoint_digest(tmp_path / "stopped", 2) == expected
 
 
-def test_ditto_begins_with_the_global_model(folder: Path, tmp_path: Path, session: launcher.Session) -> None:
+def test_it_begins_with_the_global_model(folder: Path, tmp_path: Path, session: launcher.Session) -> None:
     """Without steps every personal model is still the server's; the sum may round its last bits."""
     still = ("--train.lr", "0", "--train.lr_shared", "0", "--model.pool", "mlp5", "--run.dir", "run")
-    result = session(*SMALL_RUN, "--algorithm", str(folder / "code" / "ditto.py"), *still, cwd=tmp_path)
+    result = session(*SMALL_RUN, "--algorithm", str(folder / "code" / "near.py"), *still, cwd=tmp_path)
     assert result.code == 0, result.err
     with Checkpoint(tmp_path / "run" / "checkpoints" / "round-000001.h5") as loaded:
         for client in range(loaded.clients):
@@ -91,12 +91,12 @@ def test_ditto_begins_with_the_global_model(folder: Path, tmp_path: Path, sessio
 def test_names_are_short(folder: Path, tmp_path: Path, session: launcher.Session) -> None:
     run = load_run(folder / "pfedmoe")
     assert [run.architecture(k) for k in range(3)] == ["TinyViT", "small_resnet", "TinyViT"]
-    assert load_run(folder / "ditto").algorithm == "ditto"
+    assert load_run(folder / "near").algorithm == "near"
     assert session("report", str(folder / "pfedmoe"), "--out", str(tmp_path / "page"), cwd=tmp_path).code == 0
     page = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
     assert "small_resnet" in page and str(folder) not in page.replace(str(folder / "pfedmoe"), "")
-    printed = session("inspect", str(folder / "ditto" / "checkpoints" / "best.h5"), cwd=tmp_path).out
-    assert ": ditto, round" in printed
+    printed = session("inspect", str(folder / "near" / "checkpoints" / "best.h5"), cwd=tmp_path).out
+    assert ": near, round" in printed
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -118,7 +118,7 @@ def test_loaded_client_predicts_what_the_run_measured(
 
 def test_changed_code_needs_permission(folder: Path, tmp_path: Path, session: launcher.Session) -> None:
     shutil.copytree(folder / "code", tmp_path / "code")
-    shutil.copytree(folder / "ditto", tmp_path / "run")
+    shutil.copytree(folder / "near", tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "round-000002.h5"
     moved = ("--run.code", str(tmp_path / "code"))
     assert session("restart", "run", *moved, "--rounds", "3", cwd=tmp_path).code == 0
@@ -142,14 +142,14 @@ def test_changed_code_needs_permission(folder: Path, tmp_path: Path, session: la
 def test_missing_files_of_a_run(folder: Path, tmp_path: Path, session: launcher.Session) -> None:
     code = tmp_path / "code"
     shutil.copytree(folder / "code", code)
-    run_to_end(1, *flags("ditto", code), "--rounds", "1", "--run.dir", "run", cwd=tmp_path)
+    run_to_end(1, *flags("near", code), "--rounds", "1", "--run.dir", "run", cwd=tmp_path)
     shutil.rmtree(code)
     error_message(
         session("restart", "run", "--rounds", "2", cwd=tmp_path), r"there is no file (.|\n)*--run\.code"
     )
     resumed = session("restart", "run", "--rounds", "2", "--run.code", "run/code", cwd=tmp_path)
     assert resumed.code == 0, resumed.err
-    assert checkpoint_digest(tmp_path / "run", 2) == checkpoint_digest(folder / "ditto", 2)
+    assert checkpoint_digest(tmp_path / "run", 2) == checkpoint_digest(folder / "near", 2)
 
 
 def test_ranks_with_unlike_modules_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -179,23 +179,23 @@ def test_method_file_in_a_configuration(folder: Path, tmp_path: Path, session: l
     shutil.copytree(folder / "code", tmp_path / "inner")
     toml = tmp_path / "inner" / "study.toml"
     toml.write_text(
-        'algorithm = "./ditto.py"\n[ditto]\nweight = 0.5\n[model]\npool = ["nets.py:small_resnet"]\n'
+        'algorithm = "./near.py"\n[near]\nweight = 0.5\n[model]\npool = ["nets.py:small_resnet"]\n'
     )
-    words = (*SMALL_RUN[:8], "--rounds", "1", "--run.dir", "run", "--ditto.weight", "0.25")
+    words = (*SMALL_RUN[:8], "--rounds", "1", "--run.dir", "run", "--near.weight", "0.25")
     result = session("run", "inner/study.toml", *words, cwd=tmp_path)
     assert result.code == 0, result.err
     assert "weight = 0.25" in (tmp_path / "run" / "config.toml").read_text()
     event = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
     assert event["event"] == "start"
-    help_text = session("run", "--algorithm", "inner/ditto.py", "--help", cwd=tmp_path).out
-    assert "--ditto.weight" in help_text and "λ, the weight of the distance" in help_text
+    help_text = session("run", "--algorithm", "inner/near.py", "--help", cwd=tmp_path).out
+    assert "--near.weight" in help_text and "λ, the weight of the distance" in help_text
 
 
 @pytest.mark.parametrize(
     ("name", "text", "pattern"),
     [
         ("fedavg.py", "", "'fedavg' is the name of another method; rename the file"),
-        ("Ditto.py", "", "'Ditto' cannot be the name of settings"),
+        ("Near.py", "", "'Near' cannot be the name of settings"),
         ("train.py", "", "'train' is the name of a setting or section"),
         (
             "new.py",
@@ -268,7 +268,7 @@ def test_installed_packages_register_methods_models_and_data(tmp_path: Path) -> 
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: strangers\nVersion: 1\n")
     (facts / "entry_points.txt").write_text(
-        "[pfedmoe_mpi.algorithms]\nOur-Ditto = strangers.ditto\nditto_class = strangers.ditto:Ditto\n"
+        "[pfedmoe_mpi.algorithms]\nOur-Near = strangers.near\nnear_class = strangers.near:Near\n"
         "gone = strangers.gone\n[pfedmoe_mpi.models]\nTinyNet = strangers.nets:TinyViT\n"
         "[pfedmoe_mpi.sources]\nRow-Means = strangers.rows:load\n"
     )
@@ -278,11 +278,11 @@ def test_installed_packages_register_methods_models_and_data(tmp_path: Path) -> 
     )
     environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
     listed = launcher.run_program(0, "run", "--help", cwd=tmp_path, env=environment)
-    assert listed.code == 0 and "imported" not in listed.out and "--our_ditto.weight" in listed.out
+    assert listed.code == 0 and "imported" not in listed.out and "--our_near.weight" in listed.out
     digests = []
     for ranks in (1, 3):
         run = f"ranks-{ranks}"
-        words = (*SMALL_RUN, "--algorithm", "Ditto-class", "--model.pool", "TinyNet", "--run.dir", run)
+        words = (*SMALL_RUN, "--algorithm", "Near-class", "--model.pool", "TinyNet", "--run.dir", run)
         words = (*words, "--data.source", "Row-Means")
         result = launcher.run_program(ranks, *words, cwd=tmp_path, env=environment)
         assert result.code == 0, result.err
@@ -298,7 +298,7 @@ def test_installed_packages_register_methods_models_and_data(tmp_path: Path) -> 
 def test_folders_with_commas_colons_and_spaces(tmp_path: Path, session: launcher.Session) -> None:
     folder = tmp_path / "a, b:ü"
     shutil.copytree(STRANGERS, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    words = ("--algorithm", "./ditto.py", "--model.pool", "./nets.py:TinyViT", "--model.shared", "mlp5")
+    words = ("--algorithm", "./near.py", "--model.pool", "./nets.py:TinyViT", "--model.shared", "mlp5")
     assert session(*SMALL_RUN[:8], *words, "--rounds", "1", "--run.dir", "run", cwd=folder).code == 0
     result = session("restart", str(folder / "run"), "--rounds", "2", cwd=tmp_path)
     assert result.code == 0, result.err

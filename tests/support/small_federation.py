@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -216,3 +216,20 @@ def loss_gradients(loop: Loop) -> dict[str, float]:
         for part, module in parts.modules().items()
         for name, p in module.named_parameters()
     }
+
+
+def longer(it: TrainedFederation, epochs: int) -> Course:
+    """Return the course with another number of epochs per round."""
+    config, course = it.loop.federation.config, it.course
+    samples = []
+    for k, own in enumerate(course.samples):
+        x, y = own.train
+        rounds = []
+        for t in range(config.rounds):
+            draw = seeds.torch_generator(config.seed, "batches", t + 1, k)
+            orders = [torch.randperm(TRAINING_SAMPLES[k], generator=draw) for _ in range(epochs)]
+            rounds.append(
+                [[(x[i], y[i]) for i in split_batches(order, config.train.batch)] for order in orders]
+            )
+        samples.append(replace(own, epochs=rounds))
+    return replace(course, samples=samples)

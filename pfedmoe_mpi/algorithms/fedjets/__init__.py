@@ -227,7 +227,7 @@ class FedJETs(Algorithm):
             loss = partial(self._anchor_loss, parts, embeddings, chosen[0])
         else:
             chosen = self._choose_experts(parts.gate(embeddings).detach().double().sum(0))
-            loss = partial(self._client_loss, parts, embeddings, chosen)
+            loss = partial(self._client_loss, parts, embeddings, chosen, self._on_device(chosen, embeddings))
         names = [*(self._names[m] for m in chosen), *self._learned_gate]
         turn.sgd(self._phase(names), loss)
         values = {name: parts.vector(name) for name in names}
@@ -248,10 +248,16 @@ class FedJETs(Algorithm):
         weight = parts.gate(embeddings[batch.rows])[:, q].clamp_min(torch.finfo(torch.float32).tiny)
         return loss - self.options.anchor_loss * weight.log().mean()
 
-    def _client_loss(self, parts: Parts, embeddings: Tensor, chosen: list[int], batch: Batch) -> Tensor:
+    def _client_loss(
+        self, parts: Parts, embeddings: Tensor, chosen: list[int], index: Tensor, batch: Batch
+    ) -> Tensor:
         """Return the cross-entropy of the mixture of the chosen experts."""
-        mixture = self._mixture(parts, chosen, batch.x, embeddings[batch.rows])
+        mixture = self._mixture(parts, chosen, index, batch.x, embeddings[batch.rows])
         return F.cross_entropy(mixture.answer(), batch.y)
+
+    def _on_device(self, chosen: list[int], like: Tensor) -> Tensor:
+        """Return the chosen experts where `like` is: indexing by a list would copy it for every batch."""
+        return torch.tensor(chosen, device=like.device)
 
     def _choose_experts(self, scores: Tensor) -> list[int]:
         """Return the top K of scores (M,), ascending; among equal scores the first."""
@@ -261,17 +267,22 @@ class FedJETs(Algorithm):
         """Return the logits of the chosen experts, (B, K, classes)."""
         return torch.stack([getattr(parts, self._names[m])(x).float() for m in chosen], 1)
 
-    def _mixture(self, parts: Parts, chosen: list[int], x: Tensor, embeddings: Tensor) -> Mixture:
-        """Return Σ_m g_m(x̂) W_m(x) as weights of all M experts, (B, M), and outputs of the chosen ones."""
+    def _mixture(
+        self, parts: Parts, chosen: list[int], index: Tensor, x: Tensor, embeddings: Tensor
+    ) -> Mixture:
+        """Return Σ_m g_m(x̂) W_m(x) as weights of all M experts, (B, M), and outputs of the chosen ones.
+
+        `index` is `chosen` on the device.
+        """
         weights = parts.gate(embeddings)
-        among = weights[:, chosen]
+        among = weights[:, index]
         if self.options.renormalise:
             among = among / among.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
         def combine(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
-            return (weights[:, chosen].unsqueeze(2) * outputs[0]).sum(1)
+            return (weights[:, index].unsqueeze(2) * outputs[0]).sum(1)
 
-        weights = torch.zeros_like(weights).index_copy(1, torch.tensor(chosen, device=x.device), among)
+        weights = torch.zeros_like(weights).index_copy(1, index, among)
         return Mixture(weights, lambda: [self._outputs(parts, x, chosen)], combine)
 
     # Evaluation
@@ -281,25 +292,26 @@ class FedJETs(Algorithm):
         if not unseen:
             mixed = self.mixture(parts, inputs)
             return lambda x: mixed(x).answer()
-        chosen = self._chosen(parts, inputs)
+        chosen, index = self._chosen(parts, inputs)
 
         def predict_best(x: Tensor) -> Tensor:
-            best = parts.gate(self._common.embed(parts, x))[:, chosen].argmax(1)
+            best = parts.gate(self._common.embed(parts, x))[:, index].argmax(1)
             return self._outputs(parts, x, chosen)[torch.arange(len(x), device=x.device), best]
 
         return predict_best
 
     def mixture(self, parts: Parts, inputs: Inputs) -> Callable[[Tensor], Mixture]:
         """Return the mixture of the K experts that the gate chooses over all samples."""
-        chosen = self._chosen(parts, inputs)
-        return lambda x: self._mixture(parts, chosen, x, self._common.embed(parts, x))
+        chosen, index = self._chosen(parts, inputs)
+        return lambda x: self._mixture(parts, chosen, index, x, self._common.embed(parts, x))
 
-    def _chosen(self, parts: Parts, inputs: Inputs) -> list[int]:
-        """Return the K experts that the gate chooses over all samples."""
+    def _chosen(self, parts: Parts, inputs: Inputs) -> tuple[list[int], Tensor]:
+        """Return the K experts that the gate chooses over all samples; also on the device."""
         scores = torch.zeros(self.experts, dtype=torch.float64, device=parts.vector("gate").device)
         for x in inputs():
             scores += parts.gate(self._common.embed(parts, x)).double().sum(0)
-        return self._choose_experts(scores)
+        chosen = self._choose_experts(scores)
+        return chosen, self._on_device(chosen, scores)
 
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
         """Return the mixture of the K experts that the gate chooses over these samples."""

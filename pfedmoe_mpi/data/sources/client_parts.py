@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -84,3 +84,26 @@ def join_blocks(blocks: Sequence[Block], where: str, remedy: str = "give clients
         official_test=np.repeat([blocks[place].test for place in kept], sizes) if official else None,
         left_out=tuple(left_out),
     )
+
+
+def keep_clients(
+    owner: np.ndarray, names: Sequence[str], test: np.ndarray | None, where: str
+) -> tuple[np.ndarray, Clients]:
+    """Return a mask (n,) of the rows of clients with enough rows, and these clients, of rows in any order.
+
+    Args:
+        owner: the client of every row (n,), a place in `names`.
+        test: which rows are test rows (n,), if there is an official test part.
+
+    Raises:
+        DataError: no client has enough rows.
+    """
+    marks = np.zeros(len(owner), bool) if test is None else test
+    counts = {part: np.bincount(owner[marks == part], minlength=len(names)) for part in (False, True)}
+    blocks = [Block(name, part, int(counts[part][k])) for part in counts for k, name in enumerate(names)]
+    clients = join_blocks(blocks, where)
+    places = {name: place for place, name in enumerate(clients.names)}
+    numbers = np.array([places.get(name, -1) for name in names])[owner]
+    kept = numbers >= 0
+    official = marks[kept] if clients.official_test is not None else None
+    return kept, replace(clients, client=numbers[kept], official_test=official)

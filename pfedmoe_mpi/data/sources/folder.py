@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
 from pfedmoe_mpi.data.dataset import IMAGENET_MEAN, IMAGENET_STD, MemoryRows, SourceData
 from pfedmoe_mpi.data.sources.image_file import ColourError, Embedded, decode
-from pfedmoe_mpi.data.sources.image_layout import Layout, read_layout
+from pfedmoe_mpi.data.sources.image_layout import read_layout
 from pfedmoe_mpi.environment import CORES
 from pfedmoe_mpi.errors import DataError
 
@@ -42,11 +41,8 @@ def load_folder(root: Path, size: int) -> SourceData:
         official_test=layout.official_test,
         mean=IMAGENET_MEAN if coloured else (),
         std=IMAGENET_STD if coloured else (),
-        warnings=(
-            *layout.warnings,
-            *describe_conversions(layout.files, conversions),
-            *_describe_copies(layout, x),
-        ),
+        files=layout.files,
+        warnings=(*layout.warnings, *describe_conversions(layout.files, conversions)),
     )
 
 
@@ -97,20 +93,3 @@ def describe_conversions(files: Sequence[str | Embedded], conversions: Sequence[
         for kind, number in Counter(conversions).items()
         if kind
     ]
-
-
-def _describe_copies(layout: Layout, x: np.ndarray) -> list[str]:
-    """Return a warning if images `x` (n, ...) are equal, with the number of copies and two of the files."""
-    first: dict[bytes, int] = {}
-    originals = np.array([first.setdefault(blake2b(image).digest(), row) for row, image in enumerate(x)])
-    copies = np.flatnonzero(originals != np.arange(len(x)))
-    if not len(copies):
-        return []
-    test = layout.official_test
-    leaked = copies[test[copies] & ~test[originals[copies]]] if test is not None else copies[:0]
-    elsewhere = copies[layout.labels[copies] != layout.labels[originals[copies]]]
-    shown = min(leaked if len(leaked) else elsewhere if len(elsewhere) else copies)
-    text = f"images with the pixels of an earlier one: {len(copies)} of {len(x)}"
-    text += f", {len(leaked)} across training and test part" if len(leaked) else ""
-    text += f", {len(elsewhere)} across classes" if len(elsewhere) else ""
-    return [f"{text}; for example {layout.files[originals[shown]]} and {layout.files[shown]}; remove copies"]

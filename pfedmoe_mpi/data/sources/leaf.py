@@ -52,6 +52,7 @@ class _Samples:
     fit: Fit | None = None
     ordered: bool = False
     coloured: bool = False
+    files: Sequence[str] = ()
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -91,6 +92,7 @@ def load_leaf(root: Path, settings: Data) -> SourceData:
         proposals=proposals,
         fit=samples.fit,
         ordered=samples.ordered,
+        files=samples.files,
         left_out=(*clients.left_out, *samples.left_out),
         warnings=samples.warnings,
     )
@@ -236,7 +238,9 @@ def _read_pictures(root: Path, names: Sequence[str], settings: Data) -> _Samples
         raise DataError(f"{root} names images, and there is no folder {folder}", f"put them there: {folder}")
     files = [str(folder / name) for name in names]
     x, conversions = read_images(files, settings.size)
-    return _Samples(x, coloured=x.shape[1] == 3, warnings=tuple(describe_conversions(files, conversions)))
+    return _Samples(
+        x, coloured=x.shape[1] == 3, files=files, warnings=tuple(describe_conversions(files, conversions))
+    )
 
 
 def character_names(names: Sequence[str]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.dataset import Dataset, SourceData, build_dataset, user_path
+from pfedmoe_mpi.data.doubts import doubts
 from pfedmoe_mpi.data.sources.builtin import draw_synthetic, load_digits
 from pfedmoe_mpi.data.sources.folder import load_folder
 from pfedmoe_mpi.data.sources.hdf5 import open_hdf5
@@ -24,9 +25,11 @@ from pfedmoe_mpi.data.sources.table import load_table
 from pfedmoe_mpi.data.sources.text_csv import load_text
 from pfedmoe_mpi.data.sources.tff import load_tff
 from pfedmoe_mpi.data.sources.torchvision_sets import load_torchvision
-from pfedmoe_mpi.data.summary import summarise
+from pfedmoe_mpi.data.summary import read_sample, summarise
 from pfedmoe_mpi.errors import DataError
 from pfedmoe_mpi.user_code import is_reference
+
+_OURS = {"digits", "synthetic"}  # sources without a file of the user's
 
 
 def open_dataset(
@@ -35,8 +38,8 @@ def open_dataset(
     """Open the data set of `settings`.
 
     Only the synthetic source uses `seed` and `clients`. `download` lets torchvision fetch missing files;
-    ranks never set it. `check=False` skips the search of a whole HDF5 file for NaN and the summary, which one
-    rank does for all; rows are checked again when they are read.
+    ranks never set it. `check=False` skips the search of a whole HDF5 file for NaN, copies and doubtful
+    values, and the summary, which one rank does for all; rows are checked again when they are read.
 
     Raises:
         DataError: the data are missing, unreadable, empty, or have unusable shapes, labels or values, or
@@ -45,7 +48,12 @@ def open_dataset(
     source = _load(settings, seed, clients, download, check)
     try:
         data = build_dataset(source, settings)
-        return replace(data, summary=summarise(data, source.where)) if check else data
+        if not check:
+            return data
+        sample = read_sample(data)
+        found = () if settings.source in _OURS else tuple(doubts(source, data, sample))
+        summary = summarise(data, source.where, sample)
+        return replace(data, summary=summary, warnings=(*data.warnings, *found))
     except BaseException:
         source.store.close()
         raise
@@ -80,7 +88,7 @@ def _load(settings: Data, seed: int, clients: int, download: bool, check: bool) 
     }
     if is_reference(settings.source):
         return load_own(settings.source, settings.path)
-    if settings.path and settings.source in {"digits", "synthetic"}:
+    if settings.path and settings.source in _OURS:
         raise DataError(
             f"data.source = {settings.source} reads no file, but data.path = {settings.path}",
             f"set --data.source to the file's format: {', '.join(list(readers)[2:])}",

@@ -9,7 +9,7 @@ code of a data set is run, and no cache is written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from pfedmoe_mpi.config.sections import Data
 from pfedmoe_mpi.data.dataset import IMAGENET_MEAN, IMAGENET_STD, MemoryRows, SourceData
 from pfedmoe_mpi.data.sources import arrow_file
+from pfedmoe_mpi.data.sources.client_parts import keep_clients
 from pfedmoe_mpi.data.sources.csv_table import CsvTable, open_csv
 from pfedmoe_mpi.data.sources.features import Standardise, to_columns
 from pfedmoe_mpi.data.sources.folder import describe_conversions, read_images
@@ -139,27 +140,46 @@ def _source(
         raise DataError(f"{path} has no row below its header", "add rows")
     y, names = table.labels.numbered(declared)
     _check_classes(path, table.columns.label, names)
-    client, client_names = table.clients.numbered() if table.columns.client else (None, ())
-    samples = _samples(path, settings, table)
-    columns = {**table.columns.left_out, **samples.left_out}
-    tested = any(table.official)
     if all(table.official):
         raise DataError(f"{path} has no training row", "write train into rows, or remove --data.split")
+    official = np.array(table.official) if any(table.official) else None
     if table.unread:
+        tested = official is not None
         left_out = (*left_out, unread_validation(f"{table.unread:,} validation rows", tested=tested))
-    proposals = {"partition.kind": "natural"} if client is not None else {}
-    given = samples.settings
-    return SourceData(
+    samples = _samples(path, settings, table)
+    columns = {**table.columns.left_out, **samples.left_out}
+    source = SourceData(
         name=path.stem or path.resolve().name,
         where=str(path),
         store=MemoryRows(samples.x),
         labels=y,
         class_names=names,
-        client=client,
-        client_names=client_names,
-        official_test=np.array(table.official) if tested else None,
+        official_test=official,
         left_out=(*(f"column '{name}': {reason}" for name, reason in columns.items()), *left_out),
-        **{**given, "proposals": {**proposals, **given.get("proposals", {})}},
+        **samples.settings,
+    )
+    absent = [name for name in declared if name not in names]
+    if absent:
+        text = f"{len(absent)} declared classes without a row, such as {absent[0]}"
+        source = replace(source, left_out=(*source.left_out, text))
+    return _with_clients(source, samples.x, *table.clients.numbered()) if table.columns.client else source
+
+
+def _with_clients(source: SourceData, x: np.ndarray, owner: np.ndarray, names: tuple[str, ...]) -> SourceData:
+    """Return the rows of clients with enough rows, and the classes that they have."""
+    kept, clients = keep_clients(owner, names, source.official_test, source.where)
+    classes, labels = np.unique(source.labels[kept], return_inverse=True)
+    return replace(
+        source,
+        store=MemoryRows(x[kept]),
+        labels=labels,
+        class_names=tuple(source.class_names[place] for place in classes),
+        client=clients.client,
+        client_names=clients.names,
+        official_test=clients.official_test,
+        proposals={**source.proposals, **clients.proposals},
+        files=[file for file, keep in zip(source.files, kept, strict=True) if keep] if source.files else (),
+        left_out=(*source.left_out, *clients.left_out),
     )
 
 
@@ -170,7 +190,9 @@ def _samples(path: Path, settings: Data, table: _Rows) -> _Samples:
         x, conversions = read_images(files, settings.size)
         coloured = x.shape[1] == 3
         constants = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if coloured else {}
-        return _Samples(x, {**constants, "warnings": tuple(describe_conversions(files, conversions))})
+        return _Samples(
+            x, {**constants, "files": files, "warnings": tuple(describe_conversions(files, conversions))}
+        )
     if table.columns.text:
         x, fit, warnings = read_texts(table.texts, settings, str(path))
         return _Samples(x, {"fit": fit, "warnings": warnings, "proposals": {"rounds": 12}})

@@ -37,7 +37,17 @@ def find_files(path: Path, source: str) -> Files:
     Raises:
         DataError: no such file, files of several kinds, or parts that leave open which is which.
     """
+    try:
+        return _find(path, source)
+    except OSError as error:
+        raise DataError(f"{path} cannot be listed: {error.strerror}", "check --data.path") from error
+
+
+def _find(path: Path, source: str) -> Files:
     if not path.is_dir():
+        if source == "hf" and path.suffix.lower() not in arrow_file.PARQUET | arrow_file.STREAM:
+            problem = f"{path} is not a file of Hugging Face, which end in .parquet and .arrow"
+            raise DataError(problem, "--data.source table reads .csv and .tsv")
         return Files([path], left_out=_beside(path))
     if source == "table" and ((path / _SPLITS).exists() or (path / _SAVED).exists()):
         raise DataError(f"{path} is a data set that Hugging Face's library saved", "--data.source hf")
@@ -94,8 +104,8 @@ def _json(path: Path) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _shards(path: Path, suffixes: AbstractSet[str]) -> Files:
-    """Return the shards in a folder, in `data`, in folders named as parts, or in its only folder."""
+def _shards(path: Path, suffixes: AbstractSet[str], *, deeper: bool = True) -> Files:
+    """Return the shards in a folder, in folders named as parts, in `data`, or in its only folder."""
     entries = sorted(entry for entry in path.iterdir() if entry.name[0] != ".")
     files = _of_kind(entries, suffixes)
     if files:
@@ -117,8 +127,8 @@ def _shards(path: Path, suffixes: AbstractSet[str]) -> Files:
     if any(parts.values()):
         return _choose(path, parts)
     inner = [f for f in folders if f.name == "data"] or [f for f in folders if any(f.iterdir())]
-    if len(inner) == 1:
-        return _shards(inner[0], suffixes)
+    if len(inner) == 1 and deeper:
+        return _shards(inner[0], suffixes, deeper=False)
     found = f"; it has the folders {', '.join(f.name for f in inner[:_SHOWN])}" if inner else ""
     raise DataError(
         f"{path} has no file {' or '.join(f'*{suffix}' for suffix in sorted(suffixes))}{found}",

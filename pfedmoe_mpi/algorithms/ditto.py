@@ -6,8 +6,11 @@ v_k begins as w^0.
 
 Shared: w, the model, one float32 vector per client and round; v_k never leaves its client.
 
-Departures: v_k trains for `train.epochs`, like w.
+Departures: v_k trains for `train.epochs`, like w, and before it. The mean weighs clients by samples. The norm
+is over parameters; running statistics have no such term, and its gradient is included in `train.clip`.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 
@@ -23,7 +26,8 @@ from pfedmoe_mpi.core.turn import Turn
 
 class Options(Section):
     weight: float = Field(0.1, ge=0)
-    """λ, the weight of the distance to the global model. Default: the middle of the paper's grid."""
+    """λ, weight of the distance to the global model; 0 is local training besides FedAvg.
+    Default: of the size that the paper recommends against attacks; it also tries 1 and 2."""
 
 
 class Ditto(Algorithm):
