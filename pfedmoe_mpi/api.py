@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi import config, environment
+from pfedmoe_mpi.config import presets
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import call_under_mpi
@@ -27,11 +28,12 @@ from pfedmoe_mpi.run.folder import RunFolder
 Prepared = tuple[Mapping[str, Any], Callable[[Comm, str], Path]]
 
 
-def train(file: str | os.PathLike[str] | None = None, /, **settings: Any) -> Run:
+def train(file: str | os.PathLike[str] | None = None, /, preset: str = "", **settings: Any) -> Run:
     """Train a new run and return it; collective.
 
     Args:
         file: a configuration file; `settings` override it.
+        preset: name of settings that both override, see `--preset`.
         settings: by section, `train={"lr": 0.02}`, or `train__lr=0.02`. A model may be a class or a function
             that is defined at the top level of a file.
 
@@ -42,7 +44,7 @@ def train(file: str | os.PathLike[str] | None = None, /, **settings: Any) -> Run
 
     def prepare() -> Prepared:
         base = config.read_toml(Path(file)) if file else {}
-        chosen = config.build({**base, **_flat(settings)})
+        chosen = config.build({**presets.read(preset), **base, **_flat(settings)})
         end = environment.slurm_end() if environment.launched_rank() == 0 else None
 
         def work(world: Comm, code: str) -> Path:

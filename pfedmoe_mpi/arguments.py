@@ -90,6 +90,12 @@ def switch(name: str, text: str, default: bool = False) -> Argument:
 
 
 CONFIG = argument("config", nargs="?", metavar="CONFIG.toml", help="settings as a file; flags override it")
+PRESET = argument(
+    "--preset",
+    default="",
+    metavar="NAME",
+    help="settings by one name, which the file and the flags override: paper = pFedMoE as published",
+)
 OUT = argument("out", metavar="OUT.h5", help="the file to write, which must not exist")
 CHECKPOINT = argument("source", metavar="CHECKPOINT.h5", help="a checkpoint of a run")
 SHELLS = ("bash", "zsh", "tcsh")
@@ -98,7 +104,7 @@ FILES = ("PATH", "FOLDER", "DIR", "OUT", ".h5", ".toml")  # in the names of argu
 COMMANDS = {
     "run": Command(
         "Train from round 1.",
-        (CONFIG, switch("--dry", "print the plan and exit")),
+        (CONFIG, PRESET, switch("--dry", "print the plan and exit")),
         ("run --algorithm fedproto --rounds 60 --run.dir runs/NAME", "run CONFIG.toml --train.lr 0.02 --dry"),
         settings=True,
         mpi=True,

@@ -307,8 +307,10 @@ FUNCTIONS: dict[str, Callable[[Namespace], int]] = {
 
 
 def configured(given: Namespace) -> Config:
-    """Return the configuration of a TOML file, if there is one, with the flags over it."""
+    """Return the configuration of a preset and a TOML file, if there are any, with the flags over them."""
     from pfedmoe_mpi import config
+    from pfedmoe_mpi.config import presets
 
+    preset = presets.read(getattr(given, "preset", ""))
     settings = config.read_toml(Path(given.config)) if given.config else {}
-    return config.build({**settings, **given.settings})
+    return config.build({**preset, **settings, **given.settings})

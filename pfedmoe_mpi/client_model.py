@@ -77,14 +77,14 @@ class ClientModel(nn.Module):
             problem = f"client {self.client} had not trained, so its gate is the initial one"
             raise DataError(problem, "use a client that has trained")
 
-        def of_batch(x: Tensor) -> Tensor:
-            weights = self._method.gate_weights(self, x)  # type: ignore[arg-type]
-            if weights is None:
+        def of_inputs(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+            mixture = self._method.mixture(self, inputs)  # type: ignore[arg-type]
+            if mixture is None:
                 method = self._method.task.config.method
                 raise DataError(f"{method} has no gate, and so no weights", "use predict(x) for its logits")
-            return weights
+            return lambda x: mixture(x).weights
 
-        return self._in_batches(x, lambda inputs: of_batch)
+        return self._in_batches(x, of_inputs)
 
     def _in_batches(self, x: np.ndarray | Tensor, answer: Answer) -> Tensor:
         """Return the answers for raw samples, in evaluation mode, in the batches of the run's evaluations."""

@@ -16,7 +16,7 @@ or the command line. Every hook except `predict` has a default; together the def
     server_update  on rank 0, once a round                 copy the means into the state, on every rank
     predictor      on one rank, per client evaluated       `predict`, or None for a client that never trained
       predict      in `loss` and `predictor`, per batch    no default
-      gate_weights in the evaluation, per batch            None: the method has no gate
+    mixture        on one rank, per client evaluated       None: the method has no gate
 
 `reserve`, `check`, `pretrain` and `prepare` run before round 1; by default they do nothing. The result of a
 hook depends on its arguments, the task and the seed alone: what must last is kept in the parts.
@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfedmoe_mpi.algorithms._mixture import Mixture
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.core.fixedpoint import SCALE
@@ -57,6 +58,7 @@ __all__ = [
     "Block",
     "Inputs",
     "Mean",
+    "Mixture",
     "Module",
     "Parts",
     "Phase",
@@ -205,6 +207,7 @@ class Algorithm:
     homogeneous = False  # True if the method needs equal models: model.pool = auto is then model.shared
     averages_private = False  # True if the method supports unseen.private = average
     bytes_once = 0  # bytes that a deployment sends every client once, before its first round
+    experts = 0  # number of experts that a gate weighs; 0 without a gate
     prepared_size = 0  # length of the vector that `prepare` returns; 0 if the method does not prepare
 
     # Set by the federation. `poll` raises StoppedError once the run must stop: call it now and then in a
@@ -349,10 +352,10 @@ class Algorithm:
         private = [name for name, part in self.client_state(0).items() if isinstance(part, Module)]
         return f"a client that never trained has no {' and no '.join(private)}" if private else ""
 
-    def gate_weights(self, parts: Parts, x: Tensor) -> Tensor | None:
-        """Return gate weights (B, experts): shared experts first, the local one last.
+    def mixture(self, parts: Parts, inputs: Inputs) -> Callable[[Tensor], Mixture] | None:
+        """Return the function from samples (B, *shape) to the mixture whose answer is that of `predictor`.
 
-        Default: None, for methods without such a gate.
+        Only for clients that trained; arguments as in `predictor`. None: the method has no gate.
         """
         return None
 

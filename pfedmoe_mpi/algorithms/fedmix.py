@@ -17,11 +17,14 @@ sample, because FedMix has no common expert whose embeddings it could use; `gate
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from pfedmoe_mpi.algorithms.base import Algorithm, Phase, Spec, Task
+from pfedmoe_mpi.algorithms.base import Algorithm, Inputs, Mixture, Phase, Spec, Task
 from pfedmoe_mpi.config.sections import Section
 from pfedmoe_mpi.core.batches import Batch
 from pfedmoe_mpi.core.parts import Parts
@@ -44,7 +47,8 @@ class FedMix(Algorithm):
             raise ConfigError(
                 "gate.input = shared, but fedmix has no shared representation", "use --gate.input raw"
             )
-        self._names = [f"expert{m}" for m in range(self.options.experts)]
+        self.experts = self.options.experts
+        self._names = [f"expert{m}" for m in range(self.experts)]
 
     def state(self) -> Spec:
         """Return the experts W_1..W_M and the gate φ."""
@@ -56,12 +60,28 @@ class FedMix(Algorithm):
         train = self.task.config.train
         return [self.phase({**dict.fromkeys(self._names, train.lr_shared), "gate": train.lr_gate})]
 
+    def mixture(self, parts: Parts, inputs: Inputs) -> Callable[[Tensor], Mixture]:
+        """Return the mixture of the experts' probabilities."""
+        return partial(self._mixture, parts)
+
+    def _mixture(self, parts: Parts, x: Tensor) -> Mixture:
+        """Return g(x; φ), (B, M), with the experts."""
+        weights: Tensor = parts.gate(self.task.gate_input(x, getattr(parts, self._names[0]).extractor))
+        return Mixture(
+            weights,
+            lambda: [getattr(parts, name)(x).float().log_softmax(1) for name in self._names],
+            _combine,
+        )
+
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
         """Return log p(y | x) (B, classes)."""
-        weights: Tensor = parts.gate(self.task.gate_input(x, getattr(parts, self._names[0]).extractor))
-        experts = [getattr(parts, name)(x).float().log_softmax(1) for name in self._names]
-        return (torch.stack(experts, 1) + weights.clamp_min(MIN_WEIGHT).log().unsqueeze(2)).logsumexp(1)
+        return self._mixture(parts, x).answer()
 
     def loss(self, parts: Parts, batch: Batch) -> Tensor:
         """Return −log p(y | x), averaged over the batch."""
         return torch.nn.functional.nll_loss(self.predict(parts, batch.x), batch.y)
+
+
+def _combine(log_p: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Return log Σ_m g_m p_m(y | x), (B, classes)."""
+    return (torch.stack(list(log_p), 1) + weights.clamp_min(MIN_WEIGHT).log().unsqueeze(2)).logsumexp(1)

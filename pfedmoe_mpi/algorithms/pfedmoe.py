@@ -22,22 +22,24 @@ The gate's input is the raw sample. Token numbers carry no meaning, so for a tex
 the shared extractor's embeddings of its n tokens, times √n (`models.text.pooled`). The gate sends no
 gradient into the embeddings.
 
-Beyond the paper, off by default: several shared extractors, and the variants of the gate (`gate.*`) that the
-paper leaves as open questions. With `unseen.private` = average, clients also send gate and head (for the
-digits 70,094 and 5,010 numbers, upwards only). A client that never trained then answers with their means,
-ŷ = head(Σ_i α_Gi r_Gi); it has no trained extractor of its own, so α_F r_F is left out.
+Beyond the paper, off by default: several shared extractors, a mixture that is a sum (`mixture`), and the
+variants of the gate (`gate.*`) that the paper leaves as open questions. With `unseen.private` = average,
+clients also send gate and head (for the digits 70,094 and 5,010 numbers, upwards only). A client that never
+trained then answers with their means, ŷ = head(Σ_i α_Gi r_Gi); it has no trained extractor of its own, so
+α_F r_F is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from pfedmoe_mpi.algorithms.base import Algorithm, Inputs, Phase, Spec, Task
+from pfedmoe_mpi.algorithms.base import Algorithm, Inputs, Mixture, Phase, Spec, Task
 from pfedmoe_mpi.config.sections import Section
 from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.turn import Turn
@@ -49,6 +51,9 @@ class Options(Section):
     Default: the method shares its extractor."""
     extractors: int = Field(1, ge=1)
     """Number m of shared extractors G_1..G_m; the gate weighs m + 1 experts. Default: the paper has one."""
+    mixture: Literal["mean", "sum"] = "mean"
+    """mean: r = Σ α_i r_i; sum: m + 1 times that, so that with equal weights every extractor counts fully.
+    Default: the paper."""
 
 
 class PFedMoE(Algorithm):
@@ -57,18 +62,20 @@ class PFedMoE(Algorithm):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self._names = ["shared", *(f"shared{number}" for number in range(2, self.options.extractors + 1))]
+        self.experts = 1 + len(self._names)
+        self._scale = self.experts if self.options.mixture == "sum" else 1
         self._averages = task.config.unseen.private == "average" and self.options.share
 
     def state(self) -> Spec:
         """Return θ, or θ_1..θ_m, and with unseen.private = average the mean gate and head."""
-        means = {"mean_gate": self.task.gate(1 + len(self._names)), "mean_head": self.task.head()}
+        means = {"mean_gate": self.task.gate(self.experts), "mean_head": self.task.head()}
         return {**self._theta(), **(means if self._averages else {})} if self.options.share else {}
 
     def client_state(self, client: int) -> Spec:
         """Return ω_k, the client's own model, and φ_k, its gate; without sharing also its own θ."""
         private = {
             "model": self.task.model(self.task.architecture(client)),
-            "gate": self.task.gate(1 + len(self._names)),
+            "gate": self.task.gate(self.experts),
         }
         return private if self.options.share else {**self._theta(), **private}
 
@@ -82,17 +89,25 @@ class PFedMoE(Algorithm):
         shared = dict.fromkeys(self._names, train.lr_shared)
         return [self.phase({**shared, "model": train.lr, "gate": train.lr_gate})]
 
-    def gate_weights(self, parts: Parts, x: Tensor) -> Tensor:
-        """Return (α_G1, …, α_Gm, α_F) of every sample, (B, m + 1)."""
-        return self._alpha(parts, x, self._general(parts, x) if self._gate_reads_shared else [])
+    def mixture(self, parts: Parts, inputs: Inputs) -> Callable[[Tensor], Mixture]:
+        """Return the mixture of r_G1, …, r_Gm and r_F."""
+        return partial(self._mixture, parts)
+
+    def _mixture(self, parts: Parts, x: Tensor) -> Mixture:
+        """Return (α_G1, …, α_Gm, α_F) of every sample, (B, m + 1), with what they weigh."""
+        general = self._general(parts, x)
+
+        def combine(r: Sequence[Tensor], alpha: Tensor) -> Tensor:
+            mixed: Any = sum(a * g for a, g in zip(alpha.unsqueeze(2).unbind(1), r, strict=True))
+            logits: Tensor = parts.model.head(self._scaled(mixed))
+            return logits
+
+        alpha = self._alpha(parts, x, general)
+        return Mixture(alpha, lambda: [*general, parts.model.extractor(x)], combine, private=1)
 
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
         """Return ŷ (B, classes)."""
-        general = self._general(parts, x)
-        alpha = self._alpha(parts, x, general).unsqueeze(2).unbind(1)
-        r = sum(a * g for a, g in zip(alpha, [*general, parts.model.extractor(x)], strict=True))
-        logits: Tensor = parts.model.head(r)
-        return logits
+        return self._mixture(parts, x).answer()
 
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
         """Train and return θ_k; with unseen.private = average also φ_k and the head.
@@ -123,8 +138,12 @@ class PFedMoE(Algorithm):
         general = self._general(parts, x)
         alpha = parts.mean_gate(self._gate_input(parts, x, general))
         r = sum(alpha[:, i : i + 1] * g for i, g in enumerate(general))
-        logits: Tensor = parts.mean_head(r)
+        logits: Tensor = parts.mean_head(self._scaled(r))
         return logits
+
+    def _scaled(self, r: Tensor) -> Tensor:
+        """Return the mixture, times the number of experts with pfedmoe.mixture = sum."""
+        return r * self._scale if self._scale > 1 else r
 
     @property
     def _gate_reads_shared(self) -> bool:

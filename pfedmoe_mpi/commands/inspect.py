@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from pfedmoe_mpi.federation.rebuilt import vectors
 from pfedmoe_mpi.models.names import kind_of
 from pfedmoe_mpi.user_code import label
 
-# Settings of the model that came later: at their default they are not in the digest.
-LATER = {"train": "all", "lora_rank": 4, "lora_alpha": 4.0, "keep_outputs": True}
+# Settings that came later, by section: at their default they are not in the digest.
+LATER: dict[str, dict[str, Any]] = {
+    "model": {"train": "all", "lora_rank": 4, "lora_alpha": 4.0, "keep_outputs": True, "start": "own"},
+    "pfedmoe": {"mixture": "mean"},
+}
 
 
 def run(path: Path, *, digest_only: bool) -> int:
@@ -39,8 +43,9 @@ def digest(loaded: Checkpoint) -> str:
     settings, and the method with its section.
     """
     state = sha256()
-    method, settings = label(loaded.config["algorithm"]), loaded.config["model"]
-    model = {name: value for name, value in settings.items() if LATER.get(name, ...) != value}
+    method = label(loaded.config["algorithm"])
+    model, options = (_without_later(loaded.config, section) for section in ("model", method))
+    assert model is not None
     model.pop("weights", None)  # a path
     model["pool"] = [kind_of(name) for name in model["pool"]]
     if "shared" in model:
@@ -48,7 +53,7 @@ def digest(loaded: Checkpoint) -> str:
     frozen = [identity["frozen"]] if "frozen" in (identity := loaded.identity) else []
     facts = {
         "round": loaded.round,
-        "algorithm": [method, loaded.config.get(method), loaded.config["seed"], model],
+        "algorithm": [method, options, loaded.config["seed"], model],
         "digests": [identity["data_digest"], identity["partition_digest"], *frozen],
         "layouts": [loaded.state_layout.digest, *(loaded.layout(k).digest for k in range(loaded.clients))],
         "history": [metrics.fingerprint(row) for row in loaded.history],
@@ -62,6 +67,12 @@ def digest(loaded: Checkpoint) -> str:
     if loaded.partial is not None:
         state.update(loaded.partial.tobytes())
     return state.hexdigest()
+
+
+def _without_later(settings: Mapping[str, Any], section: str) -> dict[str, Any] | None:
+    """Return a section without the settings of `LATER` that have their default; None without the section."""
+    values, later = settings.get(section), LATER.get(section, {})
+    return values and {name: value for name, value in values.items() if later.get(name, ...) != value}
 
 
 def _description(loaded: Checkpoint) -> str:

@@ -25,6 +25,10 @@ class ModelSettings(Section):
     stem: Annotated[Literal["small", "imagenet"], LowerCase] = "small"
     """First layers of torchvision's ResNets: `small` for 32-pixel images, `imagenet` as published.
     Default: 32-pixel images lose too much in ImageNet's first layers."""
+    start: Annotated[Literal["own", "architecture", "one"], LowerCase] = "own"
+    """First values of the clients' private parts: own = every client draws; architecture = equal for clients
+    of one architecture, as in HtFLlib; one = besides, one head for all models whose heads agree in shape.
+    Default: clients that have never met do not agree on a draw."""
     weights: Texts = ()
     """Files of weights in place of the initial draw: FILE for all architectures, or NAME=FILE,NAME=FILE.
     Default: the papers draw them, except FedJETs."""

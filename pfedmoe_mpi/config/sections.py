@@ -156,11 +156,17 @@ class Gate(Section):
     weights: Annotated[Literal["sample", "learned", "equal"], BeforeValidator(_name)] = "sample"
     """Weights per sample, or the same for all: learned constants, or equal ones (static fusion).
     Default: as in the paper."""
+    start: Annotated[Literal["paper", "even"], BeforeValidator(_name)] = "paper"
+    """First weights: paper = drawn, they differ from sample to sample; even = equal for all samples.
+    Default: as in the paper."""
 
     @model_validator(mode="after")
     def _check(self) -> Gate:
         if self.module:
             names.check_object(self.module)
+        if self.module and self.start == "even":
+            problem = f"gate.start = even, but gate.module = {self.module} draws its own first weights"
+            raise ConfigError(problem, "remove --gate.start, and begin with logits of 0 in the module")
         return self
 
 

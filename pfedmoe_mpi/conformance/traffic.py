@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ import torch
 from pfedmoe_mpi.algorithms.base import Algorithm, Block
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.conformance.recorded_step import RecordedStep, contains_affine
-from pfedmoe_mpi.core.batches import Split, batches
+from pfedmoe_mpi.core.batches import Split
 from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.federation import build, confusion, placement
-from pfedmoe_mpi.federation.evaluation import measure
+from pfedmoe_mpi.federation.evaluation import inputs, measure
+from pfedmoe_mpi.federation.gates import GateSum
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.federation.metrics import CLIENT_METRICS, RANK_METRICS
 from pfedmoe_mpi.federation.round_sum import IN, MEMBER_METRICS, MISSING, RoundSum
@@ -97,7 +99,7 @@ class TrafficCheck:
             setattr(self._comm, name, self._call(name, getattr(self._comm, name)))
         method: Any = self._method
         method.client_step = self._step(method.client_step)
-        for name in ("server_update", "loss", "predict", "gate_weights", "predictor"):
+        for name in ("server_update", "loss", "predict", "mixture", "predictor"):
             setattr(method, name, self._method_call(getattr(method, name)))
         try:
             yield
@@ -268,31 +270,34 @@ class TrafficCheck:
         made, width = self._made, len(CLIENT_METRICS)
         clients, ranks = made.task.clients * width, self._comm.size * len(RANK_METRICS)
         classes = made.task.classes
-        end = 2 + clients + ranks + 2 * classes
+        gates = GateSum(classes, self._fresh.experts)
+        end = 2 + clients + ranks + len(gates.buffer)
         declared = end + made.task.clients * classes**2
         if len(buffer) != declared or buffer[:2].any():
             return self._report(f"the evaluation sums {len(buffer)} numbers, declared are {declared}")
         expected = np.zeros((made.task.clients, width))
-        gates = np.zeros((2, classes), np.int64)
         matrices = np.zeros((made.task.clients, classes, classes), np.int64)
         for client in made.clients.values():
             specs = ((self._fresh.state(), self._state), (client.spec, client.vector))
             parts = made.workbench.parts(*specs)
+            rows = {"test": made.gate_rows, "validation": None}
             test, held = (
-                measure(made.engine, self._fresh, parts, client.splits[s]) for s in ("test", "validation")
+                measure(made.engine, self._fresh, parts, client.splits[split], gate_rows=common)
+                for split, common in rows.items()
             )
             assert test and held, "every client of this federation trains"
+            self._check_mixture(parts, client.splits["test"])
             row = [test.correct, test.samples, test.loss, test.alpha, test.auc, held.correct, held.samples]
             labels = client.splits["test"].y.cpu().numpy()
             by_class = [f(labels, test.answers) for f in (confusion.macro_f1, confusion.balanced_accuracy)]
             expected[client.id] = [*row, 0, 0, 0, 0, *by_class, 0, 0]  # no stream, no concepts, nobody tunes
             matrices[client.id] = confusion.matrix(labels, test.answers, classes)
-            gates += self._gates(parts, client.splits["test"])
+            gates.buffer += test.gate.buffer if test.gate else 0
         found = buffer[2 : 2 + clients].view(np.float64).reshape(expected.shape)
         if not np.array_equal(found, expected, equal_nan=True):
             self._report("the metrics of clients are not those measured")
-        if not np.array_equal(buffer[2 + clients + ranks : end], gates.ravel()):
-            self._report("the gate weights by class are not those of this rank's clients")
+        if not np.array_equal(buffer[2 + clients + ranks : end], gates.buffer):
+            self._report("the sums about gates are not those of this rank's clients")
         if not np.array_equal(buffer[end:], matrices.ravel()):
             self._report("the confusion matrices are not those of this rank's clients")
         own = buffer[2 + clients : 2 + clients + ranks].view(np.float64).reshape(-1, len(RANK_METRICS))
@@ -302,15 +307,15 @@ class TrafficCheck:
         self._before |= {client for client, _ in cohort}
         self._turns.clear()
 
-    def _gates(self, parts: Parts, split: Split) -> np.ndarray:
-        """Return (2, classes): samples of each class and the sum of their shared gate weights."""
-        found = np.zeros((2, self._made.task.classes), np.int64)
+    def _check_mixture(self, parts: Parts, split: Split) -> None:
+        """Check that the method's mixture answers as its predictor does, bit for bit."""
+        engine = self._made.engine
+        samples = partial(inputs, engine, split)
         with torch.no_grad():
-            for batch in batches(split, self._made.engine.evaluation_batch, self._made.engine.normalise):
-                weights = self._fresh.gate_weights(parts, batch.x)
-                for row, label in zip([] if weights is None else weights.double(), batch.y, strict=False):
-                    found[:, label] += (1, round(float(row[:-1].sum()) * 2**40))
-        return found
+            mixture = self._fresh.mixture(parts, samples)
+            answer = self._fresh.predictor(parts, samples, False)
+            if mixture and answer and any(not torch.equal(mixture(x).answer(), answer(x)) for x in samples()):
+                self._report("the answer of `mixture` is not that of `predictor`")
 
     # The simulator's own traffic
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from pfedmoe_mpi.core.flat import Bound, BoundTensor, Layout, flatten
 from pfedmoe_mpi.core.kept import Kept
 from pfedmoe_mpi.models import generators, pretrained
 from pfedmoe_mpi.models.pretrained import Weights
-from pfedmoe_mpi.models.registry import Weightless
+from pfedmoe_mpi.models.registry import Model, Weightless
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,21 @@ class Module:
     weightless: bool = True
     architecture: str = field(default="", compare=False)
 
-    def initial(self, weights: Weights | None = None, frozen: bool = False) -> torch.Tensor:
-        """Return the vector of a new module, or its frozen one; draws from the global generators."""
+    def initial(
+        self,
+        weights: Weights | None = None,
+        frozen: bool = False,
+        seed_head: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """Return the vector of a new module, or its frozen one; draws from the global generators.
+
+        Args:
+            seed_head: seeds them once more for a draw of the head, if the module is a model.
+        """
         module = self.build()
+        if seed_head and isinstance(module, Model):
+            seed_head()
+            module.head.reset_parameters()
         if weights:
             pretrained.fill(module, weights)
         return flatten(module, frozen)
@@ -63,8 +76,8 @@ class Tensor:
         """Name of the shape."""
         return f"tensor{self.shape}"
 
-    def initial(self, weights: Weights | None = None) -> torch.Tensor:
-        """Return the vector before round 1, all `fill`: weights are of modules."""
+    def initial(self) -> torch.Tensor:
+        """Return the vector before round 1, all `fill`."""
         return torch.full((Layout.of_tensor(self.shape).size,), self.fill)
 
 
@@ -132,14 +145,21 @@ class Parts:
 class Workbench:
     """The bound modules of a rank, and the layouts and initial vectors of specifications.
 
-    `weights` are read by architecture, and replace the initial draw. `kept`, which may be set before the
-    first part is bound, has the outputs of frozen layers.
+    `weights` are read by architecture, and replace the initial draw; `start` is the setting `model.start`.
+    `kept`, which may be set before the first part is bound, has the outputs of frozen layers.
     """
 
-    def __init__(self, seed: int, device: torch.device, weights: Mapping[str, Weights] | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        device: torch.device,
+        weights: Mapping[str, Weights] | None = None,
+        start: str = "own",
+    ) -> None:
         self.device = device
         self.kept: Kept | None = None
         self._seed = seed
+        self._start = start
         self._weights = weights or {}
         self._frozen: dict[str, torch.Tensor] = {}  # by kind, on the device
         self._bound: dict[tuple[str, str], Bound | BoundTensor] = {}
@@ -180,12 +200,21 @@ class Workbench:
         self._frozen[kind] = vector.to(self.device)
 
     def initial(self, spec: Spec, client: int = seeds.SERVER) -> torch.Tensor:
-        """Return the vector (layout.size,) before round 1, on the CPU; it depends on seed, part, client."""
+        """Return the vector (layout.size,) before round 1, on the CPU.
+
+        It depends on the seed, the parts' names and, with `start` = own, on the client.
+        """
         vectors = [torch.empty(0)]
+        owner = client if self._start == "own" else seeds.SERVER
+        one_head = self._start == "one" and client != seeds.SERVER
         for name, part in spec.items():
-            seeds.seed_global(self._seed, f"initial/{name}", 0, client)
-            weights = self._weights.get(part.architecture) if isinstance(part, Module) else None
-            vectors.append(part.initial(weights))
+            seeds.seed_global(self._seed, f"initial/{name}", 0, owner)
+            if isinstance(part, Tensor):
+                vectors.append(part.initial())
+            else:
+                seed_head = partial(seeds.seed_global, self._seed, f"initial/head of {name}")
+                weights = self._weights.get(part.architecture)
+                vectors.append(part.initial(weights, seed_head=seed_head if one_head else None))
         return torch.cat(vectors)
 
     def draws(self, spec: Spec) -> bool:

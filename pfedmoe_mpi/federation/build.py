@@ -31,7 +31,7 @@ from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.noise import with_noise
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import frozen, gpu_memory, own_code, placement, pretrained, trial
-from pfedmoe_mpi.federation.distribute import data_digest, distribute, open_everywhere, reserved
+from pfedmoe_mpi.federation.distribute import data_digest, distribute, gate_rows, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config, listed, with_listed
 from pfedmoe_mpi.federation.federation import Clients, Federation
 from pfedmoe_mpi.federation.memory import Host
@@ -73,7 +73,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     method.read_weights = weights.read
     specs = shared_specs(method.client_state(k) for k in range(task.clients))  # ConfigErrors are collective
     begun_with = pretrained.load(comm, settings, (method.state(), *specs), loaded)
-    workbench = Workbench(settings.seed, own_device.device, begun_with.weights)
+    workbench = Workbench(settings.seed, own_device.device, begun_with.weights, settings.model.start)
     frozen_tensors = frozen.load(comm, workbench, (method.state(), specs), loaded)
     state_layout = workbench.layout(method.state())
     layouts = {id(spec): workbench.layout(spec) for spec in {id(spec): spec for spec in specs}.values()}
@@ -124,6 +124,9 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         staging=Staging(own_device.device, largest),
         streamed=streamed,
         stream=make_stream(settings, dataset, partition),
+        gate_rows=gate_rows(comm, dataset, partition, settings.seed, own_device.device)
+        if method.experts
+        else None,
         reserved=reserved(comm, dataset, partition, own_device.device, streamed)
         if method.pretrains
         else None,

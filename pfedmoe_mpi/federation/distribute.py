@@ -18,6 +18,7 @@ from pfedmoe_mpi.core.rows import ranges
 from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.sources.open import open_dataset, print_warnings
 from pfedmoe_mpi.errors import DataError
+from pfedmoe_mpi.federation import gates
 from pfedmoe_mpi.mpi.comm import Comm
 
 
@@ -147,6 +148,15 @@ def reserved(
     rows_of = {"train": train, "test": ~train}
     splits = {name: Split.of(x[rows], y[rows], where, streamed) for name, rows in rows_of.items()}
     return Client(seeds.SERVER, {}, torch.empty(0), splits)
+
+
+def gate_rows(comm: Comm, dataset: Dataset, partition: Partition, seed: int, where: torch.device) -> Split:
+    """Return the same rows on every rank, drawn from all clients' test rows; collective."""
+    union = np.unique(partition.test.flat)
+    generator = seeds.numpy_generator(seed, "gate rows")
+    index = np.sort(generator.choice(union, min(gates.ROWS, len(union)), replace=False))
+    rows = comm.from_root(lambda: dataset.rows(index), "rows for gates")
+    return Split.of(rows, dataset.labels[index], where)
 
 
 def _sizes(partition: Partition, clients: np.ndarray) -> np.ndarray:

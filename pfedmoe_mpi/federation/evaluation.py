@@ -6,22 +6,23 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from pfedmoe_mpi.algorithms.base import Algorithm
+from pfedmoe_mpi.algorithms.base import Algorithm, Mixture
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Split
 from pfedmoe_mpi.core.client import Client
-from pfedmoe_mpi.core.fixedpoint import SCALE
 from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.errors import StoppedError
-from pfedmoe_mpi.federation import confusion, tuning
+from pfedmoe_mpi.federation import confusion, gates, tuning
 from pfedmoe_mpi.federation.federation import Federation
+from pfedmoe_mpi.federation.gates import GateSum
 from pfedmoe_mpi.federation.metrics import CLIENT_METRICS, EvaluationSum
 from pfedmoe_mpi.mpi.comm import Comm
 
@@ -31,9 +32,9 @@ class Measured:
     """The metrics of one client on one split.
 
     `loss` is the mean cross-entropy, `alpha` the mean gate weight of all shared experts together. `auc` is
-    NaN unless the task has two classes and the split has samples of both. `gate`, int64 (2, classes) on the
-    CPU, holds by class the samples and their Σ α·2^SCALE; None without a gate. `answers` (n,) are the
-    predicted classes, int64 on the CPU.
+    NaN unless the task has two classes and the split has samples of both. `gate`: the client's share of the
+    sums about gates; None without a gate, or if they were not asked for. `answers` (n,) are the predicted
+    classes, int64 on the CPU.
     """
 
     correct: int
@@ -41,7 +42,7 @@ class Measured:
     loss: float
     alpha: float
     auc: float
-    gate: torch.Tensor | None
+    gate: GateSum | None
     answers: np.ndarray
 
 
@@ -73,7 +74,7 @@ def evaluate(
     """
     task = federation.task
     place = {client: number for number, client in enumerate(measured.tolist())}
-    result = EvaluationSum(task.clients, comm.size, task.classes, measured)
+    result = EvaluationSum(task.clients, comm.size, task.classes, measured, federation.method.experts)
     try:
         for client in federation.clients.in_store_order(
             client for client in federation.clients if client in place
@@ -94,22 +95,26 @@ def _client_metrics(
 ) -> list[float]:
     """Return CLIENT_METRICS; zeros if the method gives no answer for a client that has not trained.
 
-    Counts of answers are added to the result at `place`, and the weights of a client's gate, unless the
-    client has not trained: the weights of an initial gate mean nothing.
+    Counts of answers are added to the result at `place`, and what a client's gate does, unless the client has
+    not trained: the weights of an initial gate mean nothing.
     """
     parts = federation.parts(client, state)
     unseen = client.id in federation.task.absent_clients(round)
     splits = [client.splits["test"], client.splits["validation"]]
     splits += federation.stream.concepts(client) if federation.stream else [splits[0].empty()] * 2
-    results = [measure(federation.engine, federation.method, parts, split, unseen) for split in splits]
+    rows = [federation.gate_rows, *[None] * (len(splits) - 1)]
+    results = [
+        measure(federation.engine, federation.method, parts, split, unseen, common)
+        for split, common in zip(splits, rows, strict=True)
+    ]
     tuned = _tuned(federation, client, parts)
     measured = [result for result in results if result]
     if not measured:
         return [*[0.0] * (len(CLIENT_METRICS) - len(tuned)), *tuned]
     test = measured[0]
     alpha = float("nan") if unseen else test.alpha
-    if test.gate is not None and not unseen:
-        result.gates[:] += test.gate.numpy()
+    if test.gate is not None:
+        result.gates.buffer += test.gate.buffer
     labels = client.splits["test"].y.cpu().numpy()
     if result.confusion is not None:
         result.confusion[place] = confusion.matrix(labels, test.answers, federation.task.classes)
@@ -135,9 +140,17 @@ def inputs(engine: Engine, split: Split) -> Iterator[torch.Tensor]:
 
 
 def measure(
-    engine: Engine, method: Algorithm, parts: Parts, split: Split, unseen: bool = False
+    engine: Engine,
+    method: Algorithm,
+    parts: Parts,
+    split: Split,
+    unseen: bool = False,
+    gate_rows: Split | None = None,
 ) -> Measured | None:
     """Measure a client's model on a split; None if the method gives no answer for an `unseen` client.
+
+    Args:
+        gate_rows: rows that all clients' gates weigh; with them the gate is measured, too.
 
     Raises:
         StoppedError: a stop was asked for.
@@ -146,45 +159,38 @@ def measure(
     loss = torch.zeros((), dtype=torch.float64, device=engine.device)
     alpha = torch.zeros((), dtype=torch.float64, device=engine.device)
     scores: list[torch.Tensor] = []  # logit of class 1 minus logit of class 0
-    gate: torch.Tensor | None = None
+    kept: list[tuple[Mixture, torch.Tensor]] = []  # with the classes of the samples
     answers: list[torch.Tensor] = []
     for module in parts.modules().values():
         module.eval()
     with torch.no_grad(), engine.autocast():
-        answer = method.predictor(parts, partial(inputs, engine, split), unseen)
-        if answer is None:
+        samples = partial(inputs, engine, split)
+        mixture = None if unseen else method.mixture(parts, samples)
+        predict: Any = None if mixture else method.predictor(parts, samples, unseen)
+        if mixture is None and predict is None:
             return None
         for batch in engine.batches(split):
-            logits = answer(batch.x).float()
+            mixed = mixture(batch.x) if mixture else None
+            logits = (mixed.answer() if mixed else predict(batch.x)).float()
             answers.append(logits.argmax(1))
             correct += (answers[-1] == batch.y).sum()
             loss += nn.functional.cross_entropy(logits, batch.y, reduction="sum").double()
-            weights = method.gate_weights(parts, batch.x)
-            alpha += float("nan") if weights is None else weights[:, :-1].double().sum()
-            if weights is not None:
-                by_class = _by_class(weights[:, :-1].double().sum(1), batch.y, logits.shape[1])
-                gate = by_class if gate is None else gate + by_class
+            shared = mixed.shared if mixed else None
+            alpha += float("nan") if shared is None else shared.sum()
+            if mixed and gate_rows is not None:
+                kept.append((mixed, batch.y))
             if logits.shape[1] == 2:
                 scores.append(logits[:, 1] - logits[:, 0])
+        gate = None
+        if mixture and gate_rows is not None:
+            common = engine.batches(gate_rows)
+            gate = gates.of_client(method, kept, [mixture(batch.x).weights for batch in common])
     n = len(split)
     area = auc(torch.cat(scores).cpu().numpy(), split.y.cpu().numpy()) if scores else math.nan
     right, *totals = torch.stack([correct.double(), loss, alpha]).tolist()  # waits for the device
     mean_loss, mean_alpha = (total / n if n else math.nan for total in totals)
     classes = torch.cat(answers).cpu().numpy() if answers else np.empty(0, np.int64)
-    gates = None if gate is None else gate.cpu()
-    return Measured(int(right), n, mean_loss, mean_alpha, area, gates, classes)
-
-
-def _by_class(alpha: torch.Tensor, y: torch.Tensor, classes: int) -> torch.Tensor:
-    """Return samples and Σ α·2^SCALE by class, int64 (2, classes), without α that are not finite.
-
-    They are integers, so that the order of clients and batches does not matter.
-    """
-    finite = alpha.isfinite()
-    numbers = torch.stack([finite.double(), torch.where(finite, alpha, 0.0) * 2.0**SCALE])
-    return torch.zeros((2, classes), dtype=torch.int64, device=y.device).index_add_(
-        1, y, numbers.round().long()
-    )
+    return Measured(int(right), n, mean_loss, mean_alpha, area, gate, classes)
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:

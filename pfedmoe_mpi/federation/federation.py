@@ -95,6 +95,7 @@ class Federation:
     streamed: bool  # whether this rank's samples stay in host memory
     stream: Stream | None
     reserved: Client | None  # the rows of no client, for methods that train before round 1
+    gate_rows: Split | None = None  # test rows that all gates weigh; None for a method without a gate
 
     def parts(self, client: Client, state: torch.Tensor) -> Parts:
         """Bind a client's private vector and the server's `state` to this rank's modules."""

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.core.fixedpoint import SCALE
+from pfedmoe_mpi.federation import gates
 from pfedmoe_mpi.federation.confusion import MOST_COUNTS, worst_tenth
+from pfedmoe_mpi.federation.gates import GateSum
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, RoundSum
 from pfedmoe_mpi.storage.columns import ClientColumns, Column, has_columns, without_columns
 
@@ -30,7 +32,7 @@ CLIENT_METRICS = (
 PHASES = ("train", "evaluate", "sum", "wait")  # the parts of a rank's time in a round
 RANK_METRICS = (*PHASES, "rss_mb")
 # Values that came later. They follow from the models, and are left out of digests, which do not change.
-LATER = ("accuracy_worst_tenth", "macro_f1", "balanced_accuracy", "test_samples", "accuracy_tuned")
+LATER = ("accuracy_worst_tenth", "macro_f1", "balanced_accuracy", "test_samples", "accuracy_tuned", "gate")
 UNREPEATABLE = ("seconds", "seconds_ranks", "rss_mb", "mpi_bytes")  # differ between runs with the same bits
 
 
@@ -39,24 +41,28 @@ class EvaluationSum:
 
     Position 0 counts the ranks that were asked to stop, position 1 those whose clock asks for a checkpoint.
     Then comes a slot per measured client and per rank: one rank writes float64 bits, the others leave zeros,
-    so that the sum is a gather. The gate weights by class are added up as integers. The confusion matrices of
-    the measured clients come last, unless there are too many numbers.
+    so that the sum is a gather. The sums about gates are added up as integers. The confusion matrices of the
+    measured clients come last, unless there are too many numbers.
 
     Args:
         clients: N.
         measured: the clients that are measured, ascending; default all.
+        experts: how many a gate weighs; 0 without a gate.
     """
 
-    def __init__(self, clients: int, ranks: int, classes: int, measured: np.ndarray | None = None) -> None:
+    def __init__(
+        self, clients: int, ranks: int, classes: int, measured: np.ndarray | None = None, experts: int = 0
+    ) -> None:
         self.number = clients
         self.measured = np.arange(clients) if measured is None else measured
         self._split = 2 + len(self.measured) * len(CLIENT_METRICS)
         self._gates = self._split + ranks * len(RANK_METRICS)
-        self._matrices = self._gates + 2 * classes
+        self._matrices = self._gates + GateSum.size(classes, experts)
         self._shape = (len(self.measured), classes, classes)
         counts = len(self.measured) * classes * classes
         self._counts = counts if counts <= MOST_COUNTS else 0
         self.buffer = np.zeros(self._matrices + self._counts, np.int64)
+        self.gates = GateSum(classes, experts, self.buffer[self._gates : self._matrices])
 
     @property
     def stopped(self) -> bool:
@@ -85,11 +91,6 @@ class EvaluationSum:
     def ranks(self) -> np.ndarray:
         """float64 (ranks, len(RANK_METRICS))."""
         return self.buffer[self._split : self._gates].view(np.float64).reshape(-1, len(RANK_METRICS))
-
-    @property
-    def gates(self) -> np.ndarray:
-        """int64 (2, classes): test samples with a gate weight, and Σ α·2^SCALE of them, over clients."""
-        return self.buffer[self._gates : self._matrices].reshape(2, -1)
 
     @property
     def confusion(self) -> np.ndarray | None:
@@ -143,14 +144,15 @@ def evaluation_metrics(evaluation: EvaluationSum, unseen: Collection[int] = ()) 
         },
         "test_samples": int(tested[training].sum()),
         "accuracy_tuned": summary(tuned[others], measured["tuned_samples"][others]),
-        "alpha_class": _alpha_class(evaluation.gates),
+        "alpha_class": _alpha_class(evaluation.gates["by_class"]),
+        "gate": gates.summary(evaluation.gates),
         "clients": ClientColumns(evaluation.number, columns),
     }
 
 
-def _alpha_class(gates: np.ndarray) -> list[float | None] | None:
+def _alpha_class(by_class: np.ndarray) -> list[float | None] | None:
     """Return the mean gate weight by class, null for a class without samples; None without any gate."""
-    samples, sums = gates
+    samples, sums = by_class
     if not samples.any():
         return None
     return with_nulls(np.where(samples > 0, sums / np.maximum(samples, 1) / 2.0**SCALE, np.nan))

@@ -33,6 +33,11 @@ class Gate(nn.Module):
     `routing` top1 uses only the best expert of each sample: the weights are one-hot in the forward pass, and
     the backward pass has the softmax's gradient (straight-through, Bengio, Léonard, Courville, arXiv
     1308.3432).
+
+    `start` says how the gate begins. With paper the last BatchNorm has gain 1, so that logits have variance 1
+    over samples from the first step on, and α differs at random (standard deviation 0.27). With even the
+    first logits are 0, so that every expert has the same weight for every sample: the last BatchNorm begins
+    with gain 0, or without `batch_norm` the last linear layer with weights and bias 0.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class Gate(nn.Module):
         activation: str = "sigmoid",
         temperature: float = 1.0,
         routing: str = "soft",
+        start: str = "paper",
     ) -> None:
         super().__init__()
         self.temperature = temperature
@@ -61,6 +67,9 @@ class Gate(nn.Module):
             if number < layers:
                 parts.append(ACTIVATIONS[activation]())
         self.layers = nn.Sequential(*parts)
+        if start == "even":  # after all draws, so that everything else begins as with `paper`
+            for parameter in parts[-1].parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _weights(self.layers(self.input_norm(x.flatten(1))), self.temperature, self.top1)

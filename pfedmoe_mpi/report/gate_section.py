@@ -1,4 +1,4 @@
-"""The section of one run's page about gate weights: by client, and by class of the samples."""
+"""The section of one run's page about gates: weights by client and class, and what they do for accuracy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoe_mpi.report import distributions
+from pfedmoe_mpi.report import distributions, gate_use
 from pfedmoe_mpi.report.compare import STD_OVER_CLIENTS, over_clients
 from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, legend_above, style
@@ -28,13 +28,19 @@ FEW = 12  # classes that are drawn as lines; more are drawn as a heat map
 
 def section(run: Run) -> Section:
     """Return tables and figures of gate weights, an empty section for methods without a gate."""
-    if all(np.isnan(numbers(row, "alpha")).all() for row in run.history):
-        return Section("Gates")
-    tables, figures = [_client_table(run)], [client_figure(run)]
+    tables: list[Table] = []
+    figures: list[Figure] = []
+    if not all(np.isnan(numbers(row, "alpha")).all() for row in run.history):
+        tables.append(_client_table(run))
+        figures.append(client_figure(run))
     rounds, table = by_class(run)
     if len(rounds):
         tables.append(_class_table(rounds, table, run.names))
         figures.append(class_figure(rounds, table, run.names))
+    used = gate_use.rows_of(run)
+    if used:
+        tables += gate_use.tables(run, [used[n] for n in first_middle_last(len(used))])
+        figures += gate_use.figures(run, used)
     return Section("Gates", tables, figures)
 
 

@@ -149,7 +149,9 @@ def _client_view(loop: Loop, client: Client, parts: Parts, positions: np.ndarray
     federation, test = loop.federation, client.splits["test"]
     index = torch.from_numpy(positions).to(test.y.device)
     split = test.rows(index)
-    answer = federation.method.predictor(parts, partial(inputs, federation.engine, test), False)
+    samples = partial(inputs, federation.engine, test)
+    answer = federation.method.predictor(parts, samples, False)
+    mixture = federation.method.mixture(parts, samples)
     assert answer, "a client that trained has an answer"
     alphas: list[np.ndarray] = []
     outputs: dict[str, list[np.ndarray]] = {}
@@ -161,9 +163,9 @@ def _client_view(loop: Loop, client: Client, parts: Parts, positions: np.ndarray
                 answer(batch.x)
             for name, value in recorded.items():
                 outputs.setdefault(name, []).append(value.float().cpu().numpy())
-            weights = federation.method.gate_weights(parts, batch.x)
-            if weights is not None:
-                alphas.append(weights[:, :-1].float().sum(1).cpu().numpy())
+            shared = mixture(batch.x).shared if mixture else None
+            if shared is not None:
+                alphas.append(shared.float().sum(1).cpu().numpy())
     return ClientView(
         client.id,
         split.y.cpu().numpy(),

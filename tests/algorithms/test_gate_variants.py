@@ -13,12 +13,13 @@ from pfedmoe_mpi import config
 from pfedmoe_mpi.algorithms.base import Task
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.models.gate import Gate, build_gate
-from support.launcher import SMALL_RUN, checkpoint_digest, run_to_end
+from support.launcher import SMALL_RUN, checkpoint_digest, read_metrics, run_to_end
 from support.small_federation import (
     build_loop,
     first_batch,
     loss_gradients,
     train_federation,
+    weights_of,
     write_data_files,
 )
 
@@ -35,8 +36,8 @@ def alpha_of(path: Path, **changes: Any) -> torch.Tensor:
     for module in parts.modules().values():
         module.eval()
     with torch.no_grad():
-        alpha = method.gate_weights(parts, batch.x)
-    assert alpha is not None and torch.allclose(alpha.sum(1), torch.ones(16))
+        alpha = weights_of(method, parts, batch.x)
+    assert torch.allclose(alpha.sum(1), torch.ones(16))
     return alpha
 
 
@@ -102,8 +103,7 @@ def test_representation_gate_sends_no_gradient_to_its_input(data: dict[str, Path
     loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5", gate__input="shared", model__dim=30)
     method, parts, batch = first_batch(loop)
     assert parts.gate.layers[0].in_features == 30
-    weights = method.gate_weights(parts, batch.x)
-    assert weights is not None
+    weights = weights_of(method, parts, batch.x)
     (weights[:, 0] * torch.arange(16)).sum().backward()
     assert all(p.grad is None for p in parts.shared.parameters())
     assert any(p.grad is not None and p.grad.any() for p in parts.gate.parameters())
@@ -131,12 +131,28 @@ def test_mean_alpha_covers_all_shared_extractors(data: dict[str, Path]) -> None:
     assert it.loop.history[0]["clients"]["alpha"] == [pytest.approx(2 / 3)] * 3
 
 
+def test_sum_gives_the_head_the_mixture_times_the_experts(data: dict[str, Path]) -> None:
+    loops = [
+        build_loop(data["small"], "pfedmoe", model__pool="mlp5", pfedmoe__mixture=mixture, **EXTRACTORS)
+        for mixture in ("mean", "sum")
+    ]
+    outputs = []
+    for loop in loops:
+        method, parts, batch = first_batch(loop)
+        parts.model.head.bias.data.zero_()
+        outputs.append(method.predict(parts, batch.x))
+    torch.testing.assert_close(outputs[1], 3 * outputs[0])
+
+
+EXTRACTORS = {"pfedmoe__extractors": 2, "gate__weights": "equal"}
 VARIANT = ("--pfedmoe.extractors", "2", "--gate.routing", "top1", "--gate.input", "shared", "--rounds", "3")
 
 
 def test_variants_give_the_same_bits_on_other_ranks(tmp_path: Path) -> None:
-    found = set()
+    digests, gates = set(), []
     for ranks in (1, 3):
         run_to_end(ranks, *SMALL_RUN, *VARIANT, "--run.dir", str(ranks), cwd=tmp_path)
-        found.add(checkpoint_digest(tmp_path / str(ranks), 3))
-    assert len(found) == 1
+        digests.add(checkpoint_digest(tmp_path / str(ranks), 3))
+        gates.append([row["gate"] for row in read_metrics(tmp_path / str(ranks))])
+    assert len(digests) == 1
+    assert gates[0] == gates[1] and max(gates[0][-1]["disagreement"]) > 0

@@ -13,6 +13,7 @@ from support.small_federation import (
     first_batch,
     loss_gradients,
     train_federation,
+    weights_of,
     write_data_files,
 )
 
@@ -54,7 +55,7 @@ def test_gate_columns_select_the_shared_and_the_local_extractor(
         module.eval()
     extractor = {"shared": parts.shared, "model": parts.model.extractor}
     with torch.no_grad():
-        alpha = method.gate_weights(parts, batch.x)
+        alpha = weights_of(method, parts, batch.x)
         assert torch.equal(alpha[:, column], torch.ones(16)) and torch.equal(
             alpha[:, 1 - column], torch.zeros(16)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from pfedmoe_mpi import algorithms, cli, config, parser
 from pfedmoe_mpi.config import flags, methods
 from pfedmoe_mpi.errors import ConfigError
+from support.paths import ROOT
 
 FIELDS = config.fields()
 
@@ -50,6 +52,27 @@ def test_every_default_is_accepted_as_a_flag(name: str) -> None:
     default = FIELDS[name].default
     text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     assert config.flatten(parsed(f"--{name}={text}").model_dump())[name] == default
+
+
+def test_preset_lies_below_the_file_and_the_flags(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text("train.batch = 64\ntrain.epochs = 3\n")
+    found = parsed("--preset", "paper", str(file), "--train.epochs", "2").train
+    assert (found.lr, found.batch, found.epochs) == (0.01, 64, 2)
+    with pytest.raises(ConfigError, match="did you mean 'paper'"):
+        parsed("--preset", "papr")
+
+
+def test_preset_paper_is_the_papers_table() -> None:
+    settings = config.flatten(config.to_tree(parsed("--preset", "paper")))
+    preset = config.read_toml(ROOT / "pfedmoe_mpi" / "presets" / "paper.toml")
+    text = (ROOT / "jobs" / "tables" / "pfedmoe-heterogeneous.toml").read_text()
+    table = config.flatten(tomllib.loads(text)["base"])
+    both = preset.keys() & table.keys()
+    assert len(both) > 7 and {name: table[name] for name in both} == {name: settings[name] for name in both}
+    for section in ("gate", "pfedmoe"):  # all of it, but a gate of one's own
+        listed = {name for name in preset if name.startswith(f"{section}.")}
+        assert listed == {name for name in settings if name.startswith(f"{section}.")} - {"gate.module"}
 
 
 @pytest.mark.parametrize("algorithm", methods.names())

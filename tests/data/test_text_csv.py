@@ -32,7 +32,7 @@ from support.data_files import (
 )
 from support.launcher import Result, Session, error_message, read_metrics
 from support.limited_memory import read_messages
-from support.small_federation import shared_comm
+from support.small_federation import shared_comm, weights_of
 from support.text_files import TOPICS, assert_restart_keeps_bits, write_hospitals, write_news
 
 SMALL = {"clients": 4, "rounds": 2, "data.length": 12, "data.vocabulary": 30, "train.device": "cpu"}
@@ -179,17 +179,17 @@ def test_gate_sends_no_gradient_to_the_shared_embedding(news: Path) -> None:
     for module in parts.modules().values():
         module.train().requires_grad_(True)
     x = client.splits["train"].x[:16]
-    alpha = method.gate_weights(parts, x)
-    assert alpha is not None and alpha.shape == (16, 2)
+    alpha = weights_of(method, parts, x)
+    assert alpha.shape == (16, 2)
     alpha[:, 0].square().sum().backward()
     assert all(p.grad is None for name in ("shared", "model") for p in getattr(parts, name).parameters())
     assert any(p.grad is not None and bool(p.grad.any()) for p in parts.gate.parameters())
     with torch.no_grad():
         parts.model.extractor.embedding.weight.mul_(-2)
-    torch.testing.assert_close(method.gate_weights(parts, x), alpha)
+    torch.testing.assert_close(weights_of(method, parts, x), alpha)
     with torch.no_grad():
         parts.shared.embedding.weight[2:9].neg_()
-    assert not torch.allclose(method.gate_weights(parts, x), alpha)  # type: ignore[arg-type]
+    assert not torch.allclose(weights_of(method, parts, x), alpha)
 
 
 # Methods, ranks, commands

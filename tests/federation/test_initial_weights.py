@@ -79,3 +79,22 @@ def test_checkpoint_of_fedjets_gives_its_common_expert(data: Path, common: Path,
 def test_refusals(data: Path, common: Path, weights: str, pattern: str) -> None:
     with pytest.raises(ConfigError, match=pattern):
         built(data, "fedavg", weights.replace("{}", str(common)))
+
+
+def test_start_decides_which_clients_begin_equal(data: Path) -> None:
+    """Two of four clients have mlp4; a model's head begins equal in all only with `one`."""
+
+    def begun(start: str) -> list[dict[str, torch.Tensor]]:
+        changes = {"model.pool": "mlp4,mlp5", "model.start": start, "gate.hidden": 4}
+        federation = build_loop(data, "pfedmoe", **{**SETTINGS, **changes}).federation
+        return [federation.client_layouts[k].views(federation.clients[k].vector) for k in range(3)]
+
+    own, architecture, one = map(begun, ("own", "architecture", "one"))
+    body, head, gate = "model/extractor.fc1.weight", "model/head.weight", "gate/layers.0.weight"
+    for name in (body, head, gate):
+        assert not torch.equal(own[0][name], own[2][name]), name
+        assert torch.equal(architecture[0][name], architecture[2][name]), name
+    assert architecture[0][head].shape == architecture[1][head].shape
+    assert not torch.equal(architecture[0][head], architecture[1][head])
+    assert torch.equal(one[0][head], one[1][head]) and torch.equal(one[0][body], one[2][body])
+    assert torch.equal(one[1][body], architecture[1][body])

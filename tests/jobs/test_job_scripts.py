@@ -192,7 +192,19 @@ def test_digits_table_uses_the_defaults() -> None:
         assert run.config.train == config.build(own).train and run.planned == config.build(own).rounds
 
 
-PAPERS = sorted(path for path in (JOBS / "tables").glob("*.toml") if path.stem != "digits")
+def test_gate_start_compares_pairs() -> None:
+    """Runs of a seed share data and partition, so that their differences are paired."""
+    runs = grid.expand(grid.read(JOBS / "tables" / "gate-start.toml"), {})
+    assert len(runs) == 5 * 2 * 8
+    for seed in range(5):
+        of_seed = [run.config for run in runs if run.config.seed == seed]
+        assert len(of_seed) == 16 and len({(str(each.data), str(each.partition)) for each in of_seed}) == 1
+    gates = {(c.gate.start, c.options.mixture) for r in runs if (c := r.config).algorithm == "pfedmoe"}
+    assert len(gates) == 4
+
+
+OURS = ("digits", "gate-start")
+PAPERS = sorted(path for path in (JOBS / "tables").glob("*.toml") if path.stem not in OURS)
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)

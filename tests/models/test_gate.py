@@ -147,3 +147,34 @@ def test_gate_is_not_saturated_in_evaluation_after_one_epoch() -> None:
     evaluated = gate.eval()(batch)[:, 0].detach()
     assert torch.corrcoef(torch.stack([trained, evaluated]))[0, 1] > 0.9
     assert evaluated.min() > 0.05 and evaluated.max() < 0.95 and evaluated.std() > 0.01
+
+
+@pytest.mark.parametrize("input_norm", ["switch", "layer", "batch", "none"])
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_even_start_has_equal_weights_and_learns(input_norm: str, batch_norm: bool, layers: int) -> None:
+    """All else is drawn as with `paper`, whose weights differ from sample to sample before the first step."""
+    options = {"layers": layers, "input_norm": input_norm, "batch_norm": batch_norm}
+    gates = []
+    for start in ("paper", "even"):
+        torch.manual_seed(3)
+        gates.append(Gate(12, 3, hidden=7, start=start, **options))  # type: ignore[arg-type]
+    drawn, even = gates
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(1))
+    weights = even(x)
+    assert torch.equal(weights, torch.full((64, 3), 1 / 3))
+    assert drawn(x)[:, 0].std() > (0.1 if batch_norm else 0.001)
+    last = tuple(f"layers.{len(even.layers) - 1}.{name}" for name in ("weight", "bias"))
+    before = dict(drawn.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in even.named_parameters() if name not in last)
+    (weights[:, 0] * x[:, 0]).sum().backward()
+    gradient = even.layers[-1].weight.grad
+    assert gradient is not None and gradient.abs().max() > 1e-3
+    torch.optim.SGD(even.parameters(), 0.1).step()
+    assert even(x)[:, 0].std() > 1e-4
+
+
+def test_published_gate_starts_as_a_random_router() -> None:
+    """Its normalisation gives the logits variance 1, whatever was drawn."""
+    x = torch.randn(512, 3072, generator=torch.Generator().manual_seed(1))
+    assert Gate(3072)(x)[:, 0].std().item() == pytest.approx(0.27, abs=0.04)

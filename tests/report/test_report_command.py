@@ -44,8 +44,17 @@ def both(two: Path, tmp_path: Path) -> Path:
 def test_report_is_one_page_with_figures_and_tables(run_command: Callable[..., Result], both: Path) -> None:
     said = run_command("report", both / "pfedmoe").out
     folder = both / "pfedmoe" / "report"
-    assert said == f"wrote {folder / 'report.html'}, 12 figures and 13 tables\n"
-    figures = {"partition", "convergence", "clients", "gates", "gates_class", "seconds", "burden"}
+    assert said == f"wrote {folder / 'report.html'}, 14 figures and 15 tables\n"
+    figures = {
+        "partition",
+        "convergence",
+        "clients",
+        "gates",
+        "gates_class",
+        "gates_use",
+        "seconds",
+        "burden",
+    }
     figures |= {"generalisation", "alpha_samples", "representations_class", "representations_client"}
     figures.add("representations_own")
     for name in figures:

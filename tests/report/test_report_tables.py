@@ -346,6 +346,23 @@ def test_gate_weight_table_equals_the_metrics(runs: Path, single: Path) -> None:
         assert same_number(row["lowest"], min(alpha)) and same_number(row["highest"], max(alpha))
 
 
+def test_gate_tables_equal_the_metrics(runs: Path, single: Path) -> None:
+    history = read_metrics(runs / "pfedmoe-1.0-0")
+    for row in read_table(single, "gate"):
+        gate = history[int(row["round"]) - 1]["gate"]
+        assert same_number(row["entropy"], gate["entropy"])
+        assert same_number(row["at mean weights"], gate["accuracy"]["constant"])
+    found = read_table(single, "gate_experts")
+    assert [(row["round"], row["expert"]) for row in found[:2]] == [("1", "shared"), ("1", "own")]
+    assert len(found) == 6, "first, middle, last"
+    for row in found:
+        gate, m = history[int(row["round"]) - 1]["gate"], ("shared", "own").index(row["expert"])
+        assert same_number(row["load"], gate["load"][m]) and same_number(row["first"], gate["first"][m])
+        assert same_number(row["spread between classes"], gate["spread"]["classes"][m])
+        assert same_number(row["disagreement"], gate["disagreement"][m])
+        assert same_number(row["without"], gate["accuracy"]["without"][m])
+
+
 def test_cost_table_equals_the_metrics(runs: Path, single: Path) -> None:
     history = read_metrics(runs / "pfedmoe-1.0-0")
     found = {row["what"]: row for row in read_table(single, "cost")}

@@ -196,6 +196,13 @@ def first_batch(loop: Loop, k: int = 0) -> tuple[Algorithm, Parts, Batch]:
     return method, parts, Batch(federation.engine.normalise(split.x[:16]), split.y[:16], rows)
 
 
+def weights_of(method: Algorithm, parts: Parts, x: Tensor) -> Tensor:
+    """Return the gate's weights (B, experts) of normalised samples."""
+    mixture = method.mixture(parts, lambda: iter([x]))
+    assert mixture
+    return mixture(x).weights
+
+
 def loss_gradients(loop: Loop) -> dict[str, float]:
     """Return the largest gradient of the loss by tensor, 0 where there is none."""
     method, parts, batch = first_batch(loop)

@@ -44,7 +44,17 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from pfedmoe_mpi.algorithms.base import Algorithm, Block, Inputs, Module, Phase, Spec, Task, TensorPart
+from pfedmoe_mpi.algorithms.base import (
+    Algorithm,
+    Block,
+    Inputs,
+    Mixture,
+    Module,
+    Phase,
+    Spec,
+    Task,
+    TensorPart,
+)
 from pfedmoe_mpi.algorithms.fedjets import common
 from pfedmoe_mpi.algorithms.fedjets.anchors import by_cluster, by_label
 from pfedmoe_mpi.config import Config
@@ -111,6 +121,7 @@ class FedJETs(Algorithm):
             most = len(task.training)
             problem = f"fedjets.experts = {number}, but every expert needs an anchor and {most} clients train"
             raise ConfigError(problem, f"use --fedjets.experts {most} or less, or raise --clients")
+        self.experts = number
         self._names = [f"expert{m}" for m in range(number)]
         self._top = min(options.top, number)
         self._cached_anchors: tuple[Tensor, list[int]] | None = None  # with the `prepared` they come from
@@ -241,8 +252,8 @@ class FedJETs(Algorithm):
         self, parts: Parts, embeddings: Tensor, chosen: list[int], index: Tensor, batch: Batch
     ) -> Tensor:
         """Return the cross-entropy of the mixture of the chosen experts."""
-        mixed = self._mixture(parts, batch.x, embeddings[batch.rows], chosen, index)
-        return F.cross_entropy(mixed, batch.y)
+        mixture = self._mixture(parts, chosen, index, batch.x, embeddings[batch.rows])
+        return F.cross_entropy(mixture.answer(), batch.y)
 
     def _on_device(self, chosen: list[int], like: Tensor) -> Tensor:
         """Return the chosen experts where `like` is: indexing by a list would copy it for every batch."""
@@ -257,33 +268,50 @@ class FedJETs(Algorithm):
         return torch.stack([getattr(parts, self._names[m])(x).float() for m in chosen], 1)
 
     def _mixture(
-        self, parts: Parts, x: Tensor, embeddings: Tensor, chosen: list[int], index: Tensor
-    ) -> Tensor:
-        """Return Σ_m g_m(x̂) W_m(x), (B, classes); `index` is `chosen` on the device."""
-        weights = parts.gate(embeddings)[:, index]
+        self, parts: Parts, chosen: list[int], index: Tensor, x: Tensor, embeddings: Tensor
+    ) -> Mixture:
+        """Return Σ_m g_m(x̂) W_m(x) as weights of all M experts, (B, M), and outputs of the chosen ones.
+
+        `index` is `chosen` on the device.
+        """
+        weights = parts.gate(embeddings)
+        among = weights[:, index]
         if self.options.renormalise:
-            weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        logits: Tensor = (weights.unsqueeze(2) * self._outputs(parts, x, chosen)).sum(1)
-        return logits
+            among = among / among.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+        def combine(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
+            return (weights[:, index].unsqueeze(2) * outputs[0]).sum(1)
+
+        weights = torch.zeros_like(weights).index_copy(1, index, among)
+        return Mixture(weights, lambda: [self._outputs(parts, x, chosen)], combine)
 
     # Evaluation
 
     def predictor(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor]:
         """Return the mixture of the top K over all samples, or for unseen clients the best per sample."""
-        scores = torch.zeros(len(self._names), dtype=torch.float64, device=parts.vector("gate").device)
-        for x in inputs():
-            scores += parts.gate(self._common.embed(parts, x)).double().sum(0)
-        chosen = self._choose_experts(scores)
-        index = self._on_device(chosen, scores)
-
-        def predict_mixture(x: Tensor) -> Tensor:
-            return self._mixture(parts, x, self._common.embed(parts, x), chosen, index)
+        if not unseen:
+            mixed = self.mixture(parts, inputs)
+            return lambda x: mixed(x).answer()
+        chosen, index = self._chosen(parts, inputs)
 
         def predict_best(x: Tensor) -> Tensor:
             best = parts.gate(self._common.embed(parts, x))[:, index].argmax(1)
             return self._outputs(parts, x, chosen)[torch.arange(len(x), device=x.device), best]
 
-        return predict_best if unseen else predict_mixture
+        return predict_best
+
+    def mixture(self, parts: Parts, inputs: Inputs) -> Callable[[Tensor], Mixture]:
+        """Return the mixture of the K experts that the gate chooses over all samples."""
+        chosen, index = self._chosen(parts, inputs)
+        return lambda x: self._mixture(parts, chosen, index, x, self._common.embed(parts, x))
+
+    def _chosen(self, parts: Parts, inputs: Inputs) -> tuple[list[int], Tensor]:
+        """Return the K experts that the gate chooses over all samples; also on the device."""
+        scores = torch.zeros(self.experts, dtype=torch.float64, device=parts.vector("gate").device)
+        for x in inputs():
+            scores += parts.gate(self._common.embed(parts, x)).double().sum(0)
+        chosen = self._choose_experts(scores)
+        return chosen, self._on_device(chosen, scores)
 
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
         """Return the mixture of the K experts that the gate chooses over these samples."""
