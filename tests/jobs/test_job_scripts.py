@@ -203,7 +203,15 @@ def test_gate_start_compares_pairs() -> None:
     assert len(gates) == 4
 
 
-OURS = ("digits", "gate-start")
+def test_hospitals_choose_and_report_on_other_seeds() -> None:
+    table = grid.read(JOBS / "tables" / "hospitals.toml")
+    runs = grid.expand(table, {})
+    assert len(runs) == 72 and {run.config.seed for run in runs} == {0, 1, 2}
+    assert all(run.config.partition.validation == 0.2 for run in runs)
+    assert not {0, 1, 2} & {*table.select["fresh"]}
+
+
+OURS = ("digits", "gate-start", "hospitals")
 PAPERS = sorted(path for path in (JOBS / "tables").glob("*.toml") if path.stem not in OURS)
 
 
