@@ -35,6 +35,9 @@ class FedBN(Algorithm):
         own = torch.zeros(layout.size, dtype=torch.bool)
         for entry in layout.entries:
             own[entry.offset : entry.offset + entry.size] = entry.name.rpartition(".")[0] in inside
+        self.kept_by_clients = {
+            f"model/{e.name}" for e in layout.entries if e.name.rpartition(".")[0] in inside
+        }
         self._own, self._shared = own.nonzero().view(-1), (~own).nonzero().view(-1)
 
     def state(self) -> Spec:

@@ -206,11 +206,13 @@ def moves(world: Comm, case: Case) -> None:
 
 
 def state_change(part: Comm, case: Case, changes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return the server's vector before and after a run, and its layout as JSON."""
+    """Return the server's vector before and after a run, and the layout, as JSON, of what is shared of it."""
     loop = Loop(part, build.build(part, case.settings(**changes)), SilentObserver(), None)
     before = loop.state.numpy().copy()
     loop.run()
-    return before, loop.state.numpy(), loop.federation.state_layout.to_json()
+    own, entries = loop.federation.method.kept_by_clients, loop.federation.state_layout.entries
+    shared = Layout(tuple(entry for entry in entries if entry.name not in own))
+    return before, loop.state.numpy(), shared.to_json()
 
 
 def fixpoint(world: Comm, case: Case) -> None:
