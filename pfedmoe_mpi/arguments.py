@@ -163,6 +163,11 @@ COMMANDS = {
         ),
         ("export best.h5 client7.h5 --client 7", "export runs/NAME/checkpoints/best.h5 OUT.h5 --client 0"),
     ),
+    "pack": Command(
+        "Write a checkpoint that relies on other files as one complete file.",
+        (CHECKPOINT, OUT),
+        ("pack runs/NAME/checkpoints/round-000040.h5 OUT.h5",),
+    ),
     "data prepare": Command(
         "Write any source's data as one HDF5 file; may download torchvision's.",
         (CONFIG, OUT),
@@ -305,12 +310,12 @@ COMMANDS = {
                 "words",
                 nargs="*",
                 metavar="WHAT",
-                help="any of round, ranks, sum, idle, precision, write, network; or start [RANKS], alone and "
-                "without mpirun [default those that make sense on these ranks]",
+                help="any of round, ranks, sum, idle, precision, write, network, gpu; or start [RANKS] or "
+                "wide [RANKS], alone and without mpirun [default those that make sense on these ranks]",
             ),
             switch("--quick", "take a minute: less data, fewer repetitions"),
         ),
-        ("bench --quick", "bench round --train.batch 64", "bench start 16"),
+        ("bench --quick", "bench round --train.batch 64", "bench start 16", "bench wide 64"),
         settings=True,
         mpi=True,
     ),

@@ -157,6 +157,13 @@ def export(given: Namespace) -> int:
     return export.run(Path(given.source), given.client, Path(given.out))
 
 
+def pack(given: Namespace) -> int:
+    """Write a checkpoint as one complete file."""
+    from pfedmoe_mpi.commands import pack
+
+    return pack.run(Path(given.source), Path(given.out))
+
+
 def prepare(given: Namespace) -> int:
     """Write data as one file; needs no MPI, may use the network on a login node."""
     settings = configured(given)
@@ -284,6 +291,7 @@ FUNCTIONS: dict[str, Callable[[Namespace], int]] = {
     "verify": verify,
     "inspect": inspect,
     "export": export,
+    "pack": pack,
     "data prepare": prepare,
     "data partition": partition,
     "weights fetch": fetch,

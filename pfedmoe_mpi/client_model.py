@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pfedmoe_mpi import algorithms, checkpoint, config, user_code
-from pfedmoe_mpi.algorithms.base import Algorithm, Task
+from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi.algorithms.base import Algorithm, Inputs
 from pfedmoe_mpi.checkpoint import Checkpoint, client_file, frozen
 from pfedmoe_mpi.checkpoint.client_file import ClientFile
 from pfedmoe_mpi.config import Config
@@ -22,13 +21,12 @@ from pfedmoe_mpi.core.batches import Normalise
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.parts import Module, Workbench
 from pfedmoe_mpi.data.resize import resize
-from pfedmoe_mpi.errors import CheckpointError, CodeError, ConfigError, DataError
+from pfedmoe_mpi.errors import CheckpointError, DataError
+from pfedmoe_mpi.federation.rebuilt import configuration, method_of, sample_facts, vectors
 from pfedmoe_mpi.models import generators
 from pfedmoe_mpi.mpi.memory import shortage
-from pfedmoe_mpi.storage import untrusted_json
 
-MOST_SHOWN = 300  # characters of an error about a configuration
-MOST = 1 << 30  # classes, tokens of a vocabulary, or numbers in a sample
+Answer = Callable[[Inputs], Callable[[Tensor], Tensor]]  # from all samples to a function of a batch
 
 
 class ClientModel(nn.Module):
@@ -49,7 +47,7 @@ class ClientModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, classes) of raw samples (B, *shape), in the current mode, with gradients."""
-        return self._logits([x])
+        return self._answers([x], self._predictor)
 
     def predict(self, x: np.ndarray | Tensor) -> Tensor:
         """Return logits (n, classes), float32, of n raw samples; `argmax(1)` is the class.
@@ -64,12 +62,39 @@ class ClientModel(nn.Module):
         Raises:
             DataError: the samples have another shape or dtype.
         """
+        return self._in_batches(x, self._predictor)
+
+    def weights(self, x: np.ndarray | Tensor) -> Tensor:
+        """Return the gate's weights (n, experts), float32, of n raw samples, as `predict` takes them.
+
+        They sum to 1; the shared experts come first, the client's own is the last of them. pFedMoE has two
+        experts, (n, 2).
+
+        Raises:
+            DataError: the method has no gate, or this client's gate has never trained; or as for `predict`.
+        """
+        if self._unseen:
+            problem = f"client {self.client} had not trained, so its gate is the initial one"
+            raise DataError(problem, "use a client that has trained")
+
+        def of_batch(x: Tensor) -> Tensor:
+            weights = self._method.gate_weights(self, x)  # type: ignore[arg-type]
+            if weights is None:
+                method = self._method.task.config.method
+                raise DataError(f"{method} has no gate, and so no weights", "use predict(x) for its logits")
+            return weights
+
+        return self._in_batches(x, lambda inputs: of_batch)
+
+    def _in_batches(self, x: np.ndarray | Tensor, answer: Answer) -> Tensor:
+        """Return the answers for raw samples, in evaluation mode, in the batches of the run's evaluations."""
         training = self.training
         self.eval()
         try:
             with torch.no_grad():
                 samples = self._raw(x)
-                return self._logits(list(samples.split(self._method.task.config.eval.batch)) or [samples])
+                batches = list(samples.split(self._method.task.config.eval.batch)) or [samples]
+                return self._answers(batches, answer)
         finally:
             self.train(training)
 
@@ -80,7 +105,12 @@ class ClientModel(nn.Module):
             return part
         return nn.utils.parameters_to_vector(p for p in part.parameters() if p.requires_grad)
 
-    def _logits(self, batches: Sequence[Tensor]) -> Tensor:
+    def _predictor(self, inputs: Inputs) -> Callable[[Tensor], Tensor]:
+        answer: Any = self._method.predictor(self, inputs, self._unseen)  # type: ignore[arg-type]
+        return answer
+
+    def _answers(self, batches: Sequence[Tensor], answer: Answer) -> Tensor:
+        """Return what a function, which may first look at all samples, returns for each batch."""
         device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
         facts, settings = self._facts, self._method.task.config
         normalise = Normalise(facts["mean"], facts["std"], len(self.shape), device)
@@ -89,8 +119,8 @@ class ClientModel(nn.Module):
             return (normalise(batch.to(device)) for batch in batches)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.train.precision == "bf16"):
-            answer: Any = self._method.predictor(self, inputs, self._unseen)  # type: ignore[arg-type]
-            return torch.cat([answer(x).float() for x in inputs()])
+            of_batch = answer(inputs)
+            return torch.cat([of_batch(x).float() for x in inputs()])
 
     def _raw(self, x: np.ndarray | Tensor) -> Tensor:
         """Return the samples as a tensor (n, *shape), with images resized if the run resized them.
@@ -127,40 +157,12 @@ def load(
     """
     if client_file.is_client_file(path):
         with ClientFile(path) as exported:
-            settings = _configuration(exported, code, changed_code)
+            settings = configuration(exported, code, changed_code)
             return _load_exported(exported, client, settings)
     checkpoint.verify(path)
     with Checkpoint(path) as loaded:
-        settings = _configuration(loaded, code, changed_code)
+        settings = configuration(loaded, code, changed_code)
         return _load_from_checkpoint(loaded, path, client, settings)
-
-
-def _configuration(source: ClientFile | Checkpoint, code: Path | None, changed_code: bool) -> Config:
-    """Return the configuration, whose own code is that of the run.
-
-    Raises:
-        CheckpointError: the code changed or is missing, or the configuration cannot be used.
-    """
-    settings = _build(source, code)
-    references = config.references(settings)
-    user_code.forget_changed(references)
-    difference = user_code.difference(source.code, user_code.sources(references)) if references else ""
-    if difference and not changed_code:
-        problem = f"the code of {source.path}'s models changed since the run:\n{difference}"
-        remedy = "pass code=FOLDER with the files of the run, such as RUN_DIR/code, or changed_code=True"
-        raise CheckpointError(problem, remedy)
-    return settings
-
-
-def _build(source: ClientFile | Checkpoint, code: Path | None) -> Config:
-    try:
-        flat = config.flatten(source.config)
-        return config.build(config.relocated(flat, code.absolute()) if code else flat)
-    except CodeError:
-        raise
-    except (ConfigError, RecursionError) as error:
-        problem = f"{source.path} has a configuration that cannot be used: {str(error)[:MOST_SHOWN]}"
-        raise CheckpointError(problem, "use the version of this program that wrote it") from error
 
 
 def _load_exported(exported: ClientFile, client: int | None, settings: Config) -> ClientModel:
@@ -186,7 +188,7 @@ def _load_from_checkpoint(
     if not 0 <= client <= last:
         raise CheckpointError(f"{path} has no client {client}", f"use one of 0 to {last}")
     state = partial(_checked, path, loaded.state_layout, loaded.state)
-    private = partial(_checked, path, loaded.layout(client), loaded.vector(client))
+    private = partial(_checked, path, loaded.layout(client), vectors(loaded)(client))
     samples, digest = loaded.identity.get("samples", ""), loaded.identity.get("frozen", "")
     stored = frozen.read(path, digest) if digest else frozen.NOTHING
 
@@ -223,53 +225,17 @@ class _Source:
 
     def model(self) -> ClientModel:
         """Build the model and fill in its values."""
-        facts = self._facts()
-        method = self._method(facts)
+        facts = sample_facts(self.path, self.samples)
+        if facts["absent"] is None:
+            problem = f"{self.path} does not list the clients that never train: there are too many"
+            raise CheckpointError(problem, f"measure all clients with: evaluate {self.path}")
+        method = method_of(self.config, facts)
         unseen = self.client in method.task.absent_clients(self.round)
         if unseen and method.no_answer_reason:
             problem = f"no prediction for client {self.client}: {method.no_answer_reason}"
             raise CheckpointError(problem, "use a client that has trained")
         with generators.kept():  # building modules draws random numbers
             return self._fill(ClientModel(method, self.client, facts, unseen), method)
-
-    def _facts(self) -> dict[str, Any]:
-        try:
-            facts: dict[str, Any] = untrusted_json.parse(self.samples, "samples")
-            numbers = {name: int(facts[name]) for name in ("classes", "vocabulary")}
-            shape = tuple(map(int, facts["shape"]))
-            if max(math.prod(shape), *numbers.values()) > MOST or min(*shape, *numbers.values()) < 0:
-                raise ValueError("sizes that no data have")
-            if facts["absent"] is not None:
-                never, late = map(frozenset, facts["absent"])
-                facts["absent"] = never, late
-            return {**facts, **numbers, "shape": shape, "class_names": _names(facts, numbers["classes"])}
-        except (KeyError, ValueError, TypeError, OverflowError) as error:
-            problem = f"{self.path} does not describe its samples; an older version may have written it"
-            remedy = "continue its run with more rounds (restart RUN --rounds N) and load that checkpoint"
-            raise CheckpointError(problem, remedy) from error
-
-    def _method(self, facts: Mapping[str, Any]) -> Algorithm:
-        settings = self.config
-        if facts["absent"] is None:
-            problem = f"{self.path} does not list the clients that never train: there are too many"
-            raise CheckpointError(problem, f"measure all clients with: evaluate {self.path}")
-        never, late = facts["absent"]
-        model = settings.model
-        # No method needs counts for a prediction, so they take no memory.
-        counts = np.broadcast_to(np.int64(0), (settings.clients, facts["classes"]))
-        task = Task(
-            settings,
-            facts["shape"],
-            facts["classes"],
-            counts,
-            model.pool,
-            model.shared,
-            model.dim,
-            never,
-            late,
-            facts["vocabulary"],
-        )
-        return algorithms.load(settings.algorithm)(task)
 
     def _fill(self, model: ClientModel, method: Algorithm) -> ClientModel:
         """Add the parts to the model, with the values of the file."""
@@ -299,11 +265,3 @@ class _Source:
             else:
                 model.register_buffer(name, bound.clone())
         return model.eval()
-
-
-def _names(facts: Mapping[str, Any], classes: int) -> tuple[str, ...]:
-    """Return the classes' names; empty if these are numbers, and in files of an earlier version."""
-    names = facts.get("class_names") or ()
-    if not all(isinstance(name, str) for name in names) or len(names) not in {0, classes}:
-        raise ValueError("class_names is not a name for every class")
-    return tuple(names)

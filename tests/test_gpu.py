@@ -178,9 +178,14 @@ def test_the_estimate_bounds_the_memory_that_is_used(name: str) -> None:
     assert need.models < peak < need.total
 
 
-def test_idle_clients_are_in_pinned_memory() -> None:
+def test_clients_pass_through_few_pinned_buffers() -> None:
     built = made("pfedmoe")
-    assert all(client.vector.is_pinned() for client in built.clients.values())
+    assert len(built.staging.buffers) == 2 and all(one.is_pinned() for one in built.staging.buffers)
+    state = built.workbench.initial(built.method.state())
+    for client in built.clients.values():
+        parts = built.parts(client, state)
+        read = built.workbench.read(client.spec, parts, torch.empty_like(client.vector))
+        assert torch.equal(read, client.vector)
     assert all(split.x.is_cuda for client in built.clients.values() for split in client.splits.values())
 
 

@@ -82,7 +82,7 @@ class APFL(Algorithm):
                 alpha.grad = None
             return False
 
-        turn.sgd(phase, loss, follow)
+        turn.sgd(phase, loss, enough=follow)
         return {"model": parts.vector("model")}
 
     def _mixture(self, parts: Parts, x: Tensor, alpha: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
     mpirun -f hostfile -n 2 python -m pfedmoe_mpi bench network
     mpirun -n 8 python -m pfedmoe_mpi bench gpu
     python -m pfedmoe_mpi bench start [RANKS]
+    python -m pfedmoe_mpi bench wide [RANKS]
     mpirun -n 2 python -m pfedmoe_mpi bench --quick
 
 Both sides of a ratio are warmed up, then measured alternately and in alternating order. A time is that of the
@@ -37,10 +38,14 @@ def run(words: list[str], settings: Config, flags: Mapping[str, Any], quick: boo
         from pfedmoe_mpi.bench import start
 
         return start.run([word for word in words if word != "start"], flags, quick)
+    if "wide" in words:
+        from pfedmoe_mpi.bench import wide
+
+        return wide.run([word for word in words if word != "wide"])
     for word in words:
         if word not in PARTS:
             problem = f"'{word}' is not a part of bench{nearest(word, PARTS)}"
-            raise ConfigError(problem, f"use one of {', '.join((*PARTS, 'start'))}")
+            raise ConfigError(problem, f"use one of {', '.join((*PARTS, 'start', 'wide'))}")
     defaults = {**DEFAULTS, **(QUICK if quick else {})}
     settings = config.build({**defaults, **flags, **ALWAYS})
     if settings.algorithm != "pfedmoe" and {"round", "sum"} & set(words):

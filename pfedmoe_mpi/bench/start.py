@@ -43,7 +43,7 @@ def run(words: Sequence[str], flags: Mapping[str, Any], quick: bool = False) -> 
             "bench start launches ranks itself", "run it without mpirun: pfedmoe-mpi bench start 16"
         )
     ranks = int(words[0]) if words else RANKS
-    command = _launcher(ranks)
+    command = launcher(ranks)
     with tempfile.TemporaryDirectory(prefix="pfedmoe-bench-") as folder:
         number = 0
 
@@ -71,7 +71,7 @@ def run(words: Sequence[str], flags: Mapping[str, Any], quick: bool = False) -> 
     return EXIT_DONE
 
 
-def _launcher(ranks: int) -> list[str]:
+def launcher(ranks: int) -> list[str]:
     """Return the command that starts Python on `ranks` ranks of this host, even on more than it has cores."""
     beside_python = str(Path(sys.executable).parent / "mpirun")
     launcher = shutil.which("mpirun") or shutil.which("mpiexec") or shutil.which(beside_python)
@@ -90,9 +90,13 @@ def _launcher(ranks: int) -> list[str]:
     return [launcher, "-n", str(ranks), *options, sys.executable]
 
 
+def paths() -> str:
+    """Return the PYTHONPATH with which started ranks import this package."""
+    return os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def _seconds_until(command: Sequence[str], word: str, times: int) -> float:
     """Run a command to its end; return the seconds until its output has `word` for the `times`-th time."""
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -101,7 +105,7 @@ def _seconds_until(command: Sequence[str], word: str, times: int) -> float:
             stderr=errors,
             encoding="utf-8",
             errors="replace",
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": paths()},
             start_new_session=True,
         )
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,11 @@ _MOST_CODE = 1 << 24  # bytes
 _REMEDY = "`export CHECKPOINT.h5 --client K OUT.h5` writes one from a checkpoint"
 
 
-def write(loaded: Checkpoint, client: int, out: Path) -> None:
+def write(loaded: Checkpoint, client: int, vectors: Callable[[int], np.ndarray], out: Path) -> None:
     """Write the server's and one client's tensors to an HDF5 file, the frozen ones included.
+
+    Args:
+        vectors: returns a client's private vector.
 
     Raises:
         CheckpointError: the client does not exist, the frozen tensors are missing, or the output exists or
@@ -45,13 +49,13 @@ def write(loaded: Checkpoint, client: int, out: Path) -> None:
         raise CheckpointError(f"there is no client {client}", f"clients are 0 to {loaded.clients - 1}")
     try:
         with durable.new_file(out) as temporary, h5py.File(temporary, "w") as file:
-            _fill(file, loaded, client)
+            _fill(file, loaded, client, vectors(client))
     except (OSError, RuntimeError, ValueError, KeyError) as error:  # tensors may have impossible names
         problem = f"{out} cannot be written: {error}"
         raise CheckpointError(problem, "check the folder and its space") from error
 
 
-def _fill(file: Any, loaded: Checkpoint, client: int) -> None:
+def _fill(file: Any, loaded: Checkpoint, client: int, vector: np.ndarray) -> None:
     """Write the attributes and tensors."""
     pool = labels(loaded.config["model"]["pool"])
     file.attrs.update(client=client, round=loaded.round, algorithm=label(loaded.config["algorithm"]))
@@ -60,9 +64,9 @@ def _fill(file: Any, loaded: Checkpoint, client: int) -> None:
         file[_CODE] = np.frombuffer(json.dumps(loaded.code).encode(), np.uint8)
     if "samples" in loaded.identity:
         file.attrs["samples"] = loaded.identity["samples"]
-    server, own = (loaded.state_layout, loaded.state), (loaded.layout(client), loaded.vector(client))
-    for layout, vector in (server, own):
-        tensors.write(file, layout, vector)
+    server, own = (loaded.state_layout, loaded.state), (loaded.layout(client), vector)
+    for layout, values in (server, own):
+        tensors.write(file, layout, values)
     if "frozen" in loaded.identity:
         stored = frozen.read(loaded.path, loaded.identity["frozen"])
         for part, kind in stored.of_client(client).items():

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 
 from pfedmoe_mpi.checkpoint import tensors
-from pfedmoe_mpi.checkpoint.reader import parse_layout
+from pfedmoe_mpi.checkpoint.sealed_file import parse_layout
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.storage import durable, untrusted_hdf5, untrusted_json

@@ -6,7 +6,6 @@ lies where the seal says, it has the type that this program writes, and texts an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,32 +13,33 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pfedmoe_mpi.checkpoint import confusion, measured, seal
+from pfedmoe_mpi.checkpoint import confusion, measured, places, seal
+from pfedmoe_mpi.checkpoint.client_vectors import ClientVectors
+from pfedmoe_mpi.checkpoint.sealed_file import ATTRIBUTE, FLOAT
 from pfedmoe_mpi.config.sections import MOMENTS
-from pfedmoe_mpi.core.flat import Entry, Layout
+from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.storage import untrusted_hdf5, untrusted_json
 from pfedmoe_mpi.storage.columns import Packed
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
 
-_ATTRIBUTE = 1 << 20  # bytes; this program writes attributes of one line
 _ROOT = {
     *("config", "code", "history", "measured", "confusion"),
-    *("layouts", "server", "partition", "clients", "partial"),
+    *("layouts", "server", "partition", "clients", "elsewhere", "partial"),
 }
-_SPLITS = ("train", "validation", "test")
-_FLOAT, _INT = h5py.h5t.IEEE_F32LE, h5py.h5t.STD_I64LE
+SPLITS = ("train", "validation", "test")
 
 
 def verify(path: Path, rank: int = 0, ranks: int = 1) -> None:
-    """Check this rank's share of the seal with plain reads; on rank 0 then the structure too.
+    """Check this rank's share of the seal, and of what the file relies on; on rank 0 then the structure too.
 
     Raises:
         CheckpointError: the file is missing, truncated, unfinished, of another format version, damaged, or
             not of this program; the message names the dataset.
     """
     seal.check(path, rank, ranks)
+    places.check(path, rank, ranks)
     if rank == 0:
         with Checkpoint(path) as loaded:
             loaded.check_measured()
@@ -54,7 +54,7 @@ def open_everywhere(comm: Comm, path: Path) -> Checkpoint:
     return comm.attempt(lambda: Checkpoint(path), "opening the checkpoint")
 
 
-class Checkpoint:
+class Checkpoint(ClientVectors):
     """A verified checkpoint, open for reading. Use as a context manager.
 
     Raises:
@@ -62,11 +62,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        with seal.plain(path) as file:
-            self._ranges = {one.name: one for one in seal.read(file, path).ranges}
-        self._layouts: dict[str, Layout] = {}
-        self._file: Any = None
+        super().__init__(path)
         try:
             self._file = h5py.File(path, "r", locking="best-effort")
             self._load()
@@ -95,7 +91,7 @@ class Checkpoint:
         if set(self._file) - _ROOT:
             raise UnusableError(f"it holds unknown objects: {', '.join(map(ascii, set(self._file) - _ROOT))}")
         facts = {
-            name: untrusted_hdf5.read_attribute(self._file, name, _ATTRIBUTE) for name in self._file.attrs
+            name: untrusted_hdf5.read_attribute(self._file, name, ATTRIBUTE) for name in self._file.attrs
         }
         self.identity = {name: value for name, value in facts.items() if isinstance(value, str)}
         self.round = _natural(facts.get("round"), "round")
@@ -110,23 +106,22 @@ class Checkpoint:
         self.history: list[dict[str, Any]] = [untrusted_json.parse(line, "history") for line in lines if line]
         _check_history(self.history, self.round)
         self.clients: int = self.config["clients"]
-        if len(self._group("clients")) != self.clients:
-            raise UnusableError(
-                f"clients holds {len(self._group('clients'))}, but config.clients = {self.clients}"
-            )
         self._measured: Packed | None = None
         if "measured" in self._file:
             used |= {f"measured/{name}" for name in measured.NAMES}
             self._measured = measured.read(self._dataset, self.clients, self.round)
             self.history = measured.joined(self.history, self._measured, self.clients)
-        for key in ("server/state", *(f"clients/{client:06d}" for client in range(self.clients))):
-            used |= {key, f"layouts/{self._check_vector(key)}"}
-        for split in _SPLITS:
+        used |= {"server/state", f"layouts/{self._check_vector('server/state')}"}
+        used |= self._load_clients()
+        if "server/first_state" in self._ranges:
+            used.add("server/first_state")
+            self._check_length("server/first_state", 1)
+        for split in SPLITS:
             used |= {f"partition/{split}", f"partition/{split}_offsets"}
             self._check_partition(split)
         if _moments(self.config):
             used.add("server/moments")
-            self._check_moments()
+            self._check_length("server/moments", _moments(self.config))
         self.confusion: confusion.Confusion | None = None
         if confusion.GROUP in self._file:
             used |= {*confusion.NAMES}
@@ -143,66 +138,12 @@ class Checkpoint:
                 f"its seal names unknown datasets: {', '.join(map(ascii, set(self._ranges) - used))}"
             )
 
-    # Datasets
-
-    def _group(self, name: str) -> Any:
-        """Return a group of the root, checked to be one."""
-        group = self._file.get(name) if self._file.id.links.exists(name.encode()) else None
-        if not isinstance(group, h5py.Group):
-            raise UnusableError(f"it has no group {name}")
-        return group
-
-    def _dataset(self, key: str, kind: Any = None, dimensions: int = 1) -> Any:
-        """Return a dataset, checked against the seal; `kind` is its HDF5 type, None for a text."""
-        dataset = untrusted_hdf5.find_dataset(self._file, key)
-        if dataset is None:
-            raise UnusableError(f"it has no {key}")
-        stored = dataset.id.get_type()
-        if kind is None and (not isinstance(stored, h5py.h5t.TypeStringID) or stored.is_variable_str()):
-            raise UnusableError(f"{key} is not a text of fixed length")
-        if len(dataset.shape) != dimensions or (kind is not None and stored != kind):
-            raise UnusableError(f"{key} is {dataset.dtype} of shape {dataset.shape}")
-        if dataset.id.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS:
-            raise UnusableError(f"{key} is not stored in one piece")
-        length = stored.get_size() * math.prod(dataset.shape)
-        sealed = self._ranges.get(key)
-        place = (sealed.offset, sealed.length) if sealed else None
-        if place != ((dataset.id.get_offset(), length) if length else None):
-            raise UnusableError(f"{key} lies elsewhere than the seal says")
-        return dataset
-
-    def _text(self, key: str) -> str:
-        """Return a text dataset."""
-        dataset = self._dataset(key, dimensions=0)
-        kind = dataset.id.get_type()
-        raw = np.empty((), f"S{kind.get_size()}")
-        dataset.id.read(h5py.h5s.ALL, h5py.h5s.ALL, raw, kind)
-        return untrusted_hdf5.decode_utf8(bytes(raw[()]), key)
-
-    def _numbers(self, key: str) -> np.ndarray:
-        """Return an int64 dataset."""
-        return np.asarray(self._dataset(key, _INT)[()], np.int64)
-
-    def _check_vector(self, key: str) -> str:
-        """Check a vector and its layout; return the layout's digest."""
-        vector = self._dataset(key, _FLOAT)
-        digest = untrusted_hdf5.read_attribute(vector, "layout", _ATTRIBUTE)
-        if not isinstance(digest, str) or not digest.isalnum():
-            raise UnusableError(f"{key} does not name a layout")
-        if digest not in self._layouts:
-            self._layouts[digest] = _layout(self._text(f"layouts/{digest}"), digest)
-        if self._layouts[digest].size != vector.shape[0]:
-            size = self._layouts[digest].size
-            raise UnusableError(f"{key} has {vector.shape[0]} numbers, but its layout has {size}")
-        return digest
-
-    def _check_moments(self) -> None:
-        """Check the length of what the server's optimiser keeps."""
-        found, wanted = self._dataset("server/moments", _FLOAT).shape[0], _moments(self.config)
-        if found != wanted * self.state_layout.size:
-            raise UnusableError(
-                f"server/moments has {found} numbers, not {wanted} for each of the server's vector"
-            )
+    def _check_length(self, key: str, vectors: int) -> None:
+        """Check that a dataset has the length of this many of the server's vectors."""
+        found = self._dataset(key, FLOAT).shape[0]
+        if found != vectors * self.state_layout.size:
+            each = "the numbers" if vectors == 1 else f"{vectors} for each"
+            raise UnusableError(f"{key} has {found} numbers, not {each} of the server's vector")
 
     def _check_partition(self, split: str) -> None:
         """Check that the offsets of a split divide its row numbers among the clients."""
@@ -248,16 +189,11 @@ class Checkpoint:
         """The layout of the server's tensors in `state`."""
         return self._layout_of("server/state")
 
-    def vector(self, client: int) -> np.ndarray:
-        """Return a client's private vector, float32."""
-        return np.asarray(self._file[f"clients/{client:06d}"][()])
-
-    def layout(self, client: int) -> Layout:
-        """Return the layout of a client's private tensors in `vector`."""
-        return self._layout_of(f"clients/{client:06d}")
-
-    def _layout_of(self, key: str) -> Layout:
-        return self._layouts[untrusted_hdf5.read_attribute(self._file[key], "layout", _ATTRIBUTE)]
+    @property
+    def first_state(self) -> np.ndarray:
+        """The server's vector before round 1, float32; empty unless clients begin with values of it."""
+        known = "server/first_state" in self._ranges
+        return np.asarray(self._file["server/first_state"][()] if known else [], np.float32)
 
     def check_fits(self, state: Layout, clients: Sequence[Layout], sum_length: int) -> None:
         """Check that a federation can resume from this checkpoint.
@@ -350,32 +286,3 @@ def _check_history(history: list[Any], rounds: int) -> None:
                 raise UnusableError(f"history has no {name} of round {number}")
     if len(history) != rounds:
         raise UnusableError(f"history has {len(history)} rows, but round = {rounds}")
-
-
-def _layout(text: str, digest: str) -> Layout:
-    """Return the layout of a text; raise UnusableError if `digest` is not its own."""
-    layout = parse_layout(text, f"layouts/{digest}")
-    if layout.digest != digest:
-        raise UnusableError(f"layouts/{digest} is not the layout of this digest")
-    return layout
-
-
-def parse_layout(text: str, what: str = "the layout") -> Layout:
-    """Return the layout of a text, checked: its tensors lie one after the other, and their names differ.
-
-    Raises:
-        UnusableError: it is not a layout.
-    """
-    rows: Any = untrusted_json.parse(text, what)
-    row: Any
-    entries: list[Entry] = []
-    end = 0
-    for row in rows if isinstance(rows, list) else (None,):
-        fits = isinstance(row, list) and [type(item) for item in row] == [str, list, int, bool]
-        if not fits or row[2] != end or not all(type(n) is int and n >= 0 for n in row[1]):
-            raise UnusableError(f"{what} is not a layout")
-        entries.append(Entry(row[0], tuple(row[1]), row[2], row[3]))
-        end += entries[-1].size
-    if len({entry.name for entry in entries}) != len(entries):
-        raise UnusableError(f"{what} names a tensor twice")
-    return Layout(tuple(entries))

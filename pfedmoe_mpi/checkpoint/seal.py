@@ -20,7 +20,8 @@ from typing import Any
 
 from pfedmoe_mpi.errors import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
+EARLIER = (2,)  # formats that can be read, too: in 2 every client has a vector
 ALIGN = 4096
 REMEDY = "use another checkpoint of the run; `restart RUN_DIR` resumes from the newest good one"
 STRUCTURE = "HDF5's own structure"
@@ -136,6 +137,11 @@ def check(path: Path, rank: int = 0, ranks: int = 1) -> None:
             raise CheckpointError(f"{path} is damaged: {STRUCTURE} has changed", REMEDY)
 
 
+def without_waiting(path: str, flags: int) -> int:
+    """Open a file for `open`, and do not wait if it is a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 class plain:
     """A checkpoint open for plain reads; errors of the system become a CheckpointError."""
 
@@ -143,8 +149,8 @@ class plain:
         self._path = path
 
     def __enter__(self) -> Any:
-        try:  # O_NONBLOCK: do not wait if it is a pipe
-            self._file = open(self._path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))
+        try:
+            self._file = open(self._path, "rb", opener=without_waiting)
         except OSError as error:
             raise self._checkpoint_error(error) from error
         return self._file
@@ -177,7 +183,7 @@ def read(file: Any, path: Path) -> Seal:
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
         raise CheckpointError(f"{path} is not a finished checkpoint of this program", REMEDY)
     version = _VERSION.unpack_from(header)[1]
-    if version != FORMAT:
+    if version not in (FORMAT, *EARLIER):
         problem = f"{path} has format version {version}, this program reads {FORMAT}"
         raise CheckpointError(problem, "use the version of this program that wrote it")
     _, _, count, names_length, expected = _HEADER.unpack(header)

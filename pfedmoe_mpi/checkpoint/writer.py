@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ import numpy as np
 from pfedmoe_mpi.checkpoint import measured, seal
 from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.checkpoint.memory_file import SparseFile
+from pfedmoe_mpi.checkpoint.places import FILES, NAME, ROWS, Places, files_needed
 from pfedmoe_mpi.checkpoint.seal import FORMAT, Table
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.rows import Rows
@@ -36,7 +36,7 @@ from pfedmoe_mpi.storage.lock import ReplacedError
 
 REPLACED = "move the folder back to this path"
 _PIECE = 1 << 24
-_NAME = re.compile(r"round-(\d+)(-partial)?\.h5")
+_CLIENTS = "clients/"
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,26 @@ class Content:
     code: Mapping[str, str] = field(default_factory=dict)  # the user's own files, by name
     moments: np.ndarray = field(default_factory=lambda: np.empty(0))  # kept by the server's optimiser
     confusion: Confusion | None = None  # of the last evaluation
+    first_state: np.ndarray = field(default_factory=lambda: np.empty(0))  # if clients begin with values of it
+    held: Sequence[int] | None = None  # the clients whose vectors are in the file, ascending; None: all
+    elsewhere: Places = field(default_factory=Places)  # of the other clients that have trained
+
+    @property
+    def held_clients(self) -> Sequence[int]:
+        """The clients whose vectors are in the file."""
+        return range(len(self.client_layouts)) if self.held is None else self.held
+
+    @property
+    def length_of_others(self) -> int:
+        """Bytes of the numbers that are not clients' vectors."""
+        return sum(array.nbytes for array in _arrays(self).values())
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """The layouts of the server and of the clients, each once, by their digests in order."""
+        unique = {id(layout): layout for layout in (self.state_layout, *self.client_layouts)}
+        by_digest = {layout.digest: layout for layout in unique.values()}
+        return dict(sorted(by_digest.items()))
 
 
 def name(round: int, partial: bool) -> str:
@@ -68,43 +88,54 @@ def name(round: int, partial: bool) -> str:
 
 def newest_first(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder, newest first; a partial round 21 lies between 20 and 21."""
-    matches = ((_NAME.fullmatch(path.name), path) for path in folder.glob("round-*.h5"))
+    matches = ((NAME.fullmatch(path.name), path) for path in folder.glob("round-*.h5"))
     by_age = [((int(match[1]), not match[2]), path) for match, path in matches if match]
     return [path for _, path in sorted(by_age, reverse=True)]
+
+
+def restart_points(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder without those that are there only because others rely on them."""
+    names = {path.name: path for path in newest_first(folder)}
+    return [path for path in names.values() if files_needed(path) <= names.keys()]
 
 
 def write(
     comm: Comm,
     path: Path,
     content: Content,
-    vectors: Mapping[int, np.ndarray],
+    vectors: Callable[[int], np.ndarray],
     home: Sequence[int],
     check: Callable[[], None] = lambda: None,
-) -> None:
-    """Write one checkpoint; collective.
+    divide: Callable[[Content], Content] = lambda content: content,
+) -> Places:
+    """Write one checkpoint; collective. Return the places of the vectors in it.
 
     Args:
-        vectors: float32, of this rank's clients.
+        content: what rank 0 writes.
+        vectors: returns the vector of one of this rank's clients, float32.
         home: the rank of every client.
         check: called on rank 0 before it creates the file and before it publishes it; an OSError leaves the
             folder as it is.
+        divide: called on rank 0; returns the content with the clients that the file holds, and the others'
+            places.
 
     Raises:
         CheckpointError: on all ranks, if any rank could not write; earlier checkpoints are untouched.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    own = [client for client in range(len(home)) if home[client] == comm.rank]
 
     def lay_out() -> Table:
         check()
-        return _lay_out(temporary, content)
+        return _lay_out(temporary, divide(content))
 
     def finish() -> None:
         check()
         _finish(temporary, path, table, digests)
 
     try:
-        table = comm.from_root(_guarded(lay_out, path), "checkpoint layout")
+        table: Table = comm.from_root(_guarded(lay_out, path), "checkpoint layout")
+        held = {int(name.removeprefix(_CLIENTS)): name for name in table if name.startswith(_CLIENTS)}
+        own = [client for client in held if home[client] == comm.rank]
         hashes = comm.agree(
             _guarded(lambda: _write_clients(temporary, own, table, vectors), path), "checkpoint write"
         )
@@ -115,6 +146,19 @@ def write(
             with suppress(OSError):
                 temporary.unlink()
         raise
+    return Places.of(path.name, {client: (*table[key], digests[key]) for client, key in held.items()})
+
+
+def write_alone(temporary: Path, content: Content, vectors: Callable[[int], np.ndarray]) -> None:
+    """Write and seal one checkpoint, on this rank alone; the caller publishes it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    table = _lay_out(temporary, content)
+    digests = _write_clients(temporary, content.held_clients, table, vectors)
+    with open(temporary, "r+b") as file:
+        seal.put(file, table, digests)
 
 
 def _guarded(work: Callable[[], Any], path: Path) -> Callable[[], Any]:
@@ -132,7 +176,7 @@ def _guarded(work: Callable[[], Any], path: Path) -> Callable[[], Any]:
 
 def _client(client: int) -> str:
     """Return the path of a client's dataset."""
-    return f"clients/{client:06d}"
+    return f"{_CLIENTS}{client:06d}"
 
 
 def _texts(content: Content) -> dict[str, bytes]:
@@ -143,17 +187,26 @@ def _texts(content: Content) -> dict[str, bytes]:
     }
     if content.code:
         texts["code"] = json.dumps(content.code)
-    for layout in (content.state_layout, *content.client_layouts):
-        texts[f"layouts/{layout.digest}"] = layout.to_json()
+    for digest, layout in content.layouts.items():
+        texts[f"layouts/{digest}"] = layout.to_json()
+    if content.elsewhere.files:
+        texts[FILES] = "\n".join(content.elsewhere.files)
     return {key: text.encode() for key, text in texts.items()}
 
 
 def _arrays(content: Content) -> dict[str, np.ndarray]:
-    """Return the datasets of numbers that rank 0 writes: vectors, row numbers, columns, a round's sum."""
+    """Return the datasets of numbers that rank 0 writes: vectors, places, rows, columns, a round's sum."""
     arrays: dict[str, np.ndarray] = {"server/state": np.asarray(content.state, "<f4")}
     arrays |= measured.datasets(content.history)
     if len(content.moments):
         arrays["server/moments"] = np.asarray(content.moments, "<f4")
+    if len(content.first_state):
+        arrays["server/first_state"] = np.asarray(content.first_state, "<f4")
+    if content.elsewhere.files:
+        arrays[ROWS] = content.elsewhere.rows
+    number = {digest: place for place, digest in enumerate(content.layouts)}
+    of_kind = {id(layout): number[layout.digest] for layout in content.client_layouts}
+    arrays["layouts/of_clients"] = np.array([of_kind[id(one)] for one in content.client_layouts], "<i8")
     if content.confusion:
         arrays |= content.confusion.datasets()
     for split, rows in content.partition.items():
@@ -169,12 +222,13 @@ def _arrays(content: Content) -> dict[str, np.ndarray]:
 def _lay_out(path: Path, content: Content) -> Table:
     """Create the file with everything except the clients' bytes; return every dataset's place."""
     # Objects of at least this size are aligned, so that no page holds bytes of two clients.
-    smallest = min([seal.ALIGN, *(4 * layout.size for layout in content.client_layouts if layout.size)])
+    sizes = {client: content.client_layouts[client].size for client in content.held_clients}
+    smallest = min([seal.ALIGN, *(4 * size for size in sizes.values() if size)])
     for stale in path.parent.glob(".round-*.h5.tmp"):
         stale.unlink()
-    texts, arrays, layouts = _texts(content), _arrays(content), content.client_layouts
+    texts, arrays = _texts(content), _arrays(content)
     names = [*(key for key, raw in {**texts, **arrays}.items() if len(raw))]
-    names += [_client(client) for client, layout in enumerate(layouts) if layout.size]
+    names += [_client(client) for client, size in sizes.items() if size]
     names += [] if content.history else ["history"]  # an empty text takes one byte in HDF5
     memory = SparseFile()
     with h5py.File(
@@ -193,9 +247,10 @@ def _lay_out(path: Path, content: Content) -> Table:
         datasets = [_put(file, key, np.array(raw or b"\0")) for key, raw in texts.items()]
         datasets += [_put(file, key, array) for key, array in arrays.items()]
         _describe(file["server/state"], "layout", content.state_layout.digest)
-        for client, layout in enumerate(layouts):
-            datasets.append(_allocate(file, _client(client), h5py.h5t.IEEE_F32LE, (layout.size,)))
-            _describe(datasets[-1], "layout", layout.digest)
+        file.create_group("clients")
+        for client, size in sizes.items():
+            datasets.append(_allocate(file, _client(client), h5py.h5t.IEEE_F32LE, (size,)))
+            _describe(datasets[-1], "layout", content.client_layouts[client].digest)
         table = {d.name[1:]: (int(d.id.get_offset()), int(d.nbytes)) for d in datasets if d.nbytes}
     assert set(table) == set(names), "the user block was made for other datasets"
     memory.save(path)
@@ -231,14 +286,14 @@ def _put(file: Any, key: str, data: np.ndarray) -> Any:
 
 
 def _write_clients(
-    path: Path, own: Sequence[int], table: Table, vectors: Mapping[int, np.ndarray]
+    path: Path, own: Sequence[int], table: Table, vectors: Callable[[int], np.ndarray]
 ) -> dict[str, bytes]:
     """Write this rank's clients' bytes in their places and fsync them; return the SHA-256 of each."""
     digests = {}
     file = os.open(path, os.O_WRONLY)
     try:
         for client in (client for client in own if _client(client) in table):
-            data = np.ascontiguousarray(vectors[client], "<f4").view(np.uint8).data
+            data = np.ascontiguousarray(vectors(client), "<f4").view(np.uint8).data
             offset, length = table[_client(client)]
             assert len(data) == length, f"client {client} has {len(data)} bytes, its layout {length}"
             done = 0

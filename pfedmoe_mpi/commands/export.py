@@ -7,6 +7,7 @@ from pathlib import Path
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, client_file
 from pfedmoe_mpi.errors import EXIT_DONE
+from pfedmoe_mpi.federation.rebuilt import vectors
 
 
 def run(path: Path, client: int, out: Path) -> int:
@@ -17,6 +18,6 @@ def run(path: Path, client: int, out: Path) -> int:
     """
     checkpoint.verify(path)
     with Checkpoint(path) as loaded:
-        client_file.write(loaded, client, out)
+        client_file.write(loaded, client, vectors(loaded), out)
     print(f"wrote client {client} of {path} to {out}")
     return EXIT_DONE

@@ -12,6 +12,7 @@ from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, seal
 from pfedmoe_mpi.errors import EXIT_DONE
 from pfedmoe_mpi.federation import metrics, selection
+from pfedmoe_mpi.federation.rebuilt import vectors
 from pfedmoe_mpi.models.names import kind_of
 from pfedmoe_mpi.user_code import label
 
@@ -37,8 +38,9 @@ def run(path: Path, *, digest_only: bool) -> int:
 def digest(loaded: Checkpoint) -> str:
     """Return the SHA-256 over everything that a restart uses, but no time, memory, host or path.
 
-    It covers vectors, round, partial sum, learning metrics (in their shortest decimal form, which determines
-    the float's bits), data and partition digests, seed, model settings, and the method with its section.
+    It covers vectors, drawn for clients that never trained, round, partial sum, learning metrics (in their
+    shortest decimal form, which determines the float's bits), data and partition digests, seed, model
+    settings, and the method with its section.
     """
     state = sha256()
     method = label(loaded.config["algorithm"])
@@ -58,8 +60,9 @@ def digest(loaded: Checkpoint) -> str:
     }
     state.update(json.dumps(facts, sort_keys=True).encode())
     state.update(loaded.state.tobytes())
+    vector = vectors(loaded)
     for client in range(loaded.clients):
-        state.update(loaded.vector(client).tobytes())
+        state.update(vector(client).tobytes())
     state.update(loaded.moments.tobytes())
     if loaded.partial is not None:
         state.update(loaded.partial.tobytes())

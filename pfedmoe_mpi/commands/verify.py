@@ -20,7 +20,7 @@ from pfedmoe_mpi import checkpoint, config
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.commands import inspect
 from pfedmoe_mpi.errors import EXIT_DONE, CheckpointError, ConfigError, RunError, StoppedError
-from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.federation import metrics, rebuilt
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
 from pfedmoe_mpi.run.evaluate import evaluation_loop
@@ -106,7 +106,7 @@ def _plan(folder: RunFolder, rounds: int) -> tuple[Path, list[Source]]:
         CheckpointError: the folder has no complete checkpoint.
     """
     paths = {}
-    for path in (folder.best, *checkpoint.newest_first(folder.checkpoints)):
+    for path in (folder.best, *checkpoint.restart_points(folder.checkpoints)):
         if path.is_file() and "partial" not in path.stem:
             with Checkpoint(path) as loaded:
                 paths[loaded.round] = path
@@ -193,9 +193,11 @@ def _unlike_vectors(world: Comm, loop: Loop, kept: Path) -> list[str]:
     """Return which vectors differ from those of a checkpoint of the same round; collective."""
     with checkpoint.open_everywhere(world, kept) as loaded:
         unlike = [] if np.array_equal(loaded.state, loop.state.numpy()) else ["the server's vector"]
-        for client in loop.federation.clients.values():
-            if not np.array_equal(loaded.vector(client.id), client.vector.numpy()):
-                unlike.append(f"the vector of client {client.id}")
+        vector, store = rebuilt.vectors(loaded), loop.federation.store
+        for client in loop.federation.clients:
+            changed = loaded.has_trained(client) or store.holds(client)  # others are drawn, here and there
+            if changed and not np.array_equal(vector(client), store.values(client)):
+                unlike.append(f"the vector of client {client}")
         return sorted({name for part in world.gather(unlike, "vectors") for name in part})
 
 

@@ -25,20 +25,19 @@ from pydantic import (
 from pfedmoe_mpi import user_code
 from pfedmoe_mpi.config import methods, neighbours, sections
 from pfedmoe_mpi.config.model_settings import ModelSettings
+from pfedmoe_mpi.config.new_clients import Join, Unseen
 from pfedmoe_mpi.config.partition_settings import PartitionSettings
 from pfedmoe_mpi.config.sections import (
     Data,
     Eval,
     FaultSettings,
     Gate,
-    Join,
     Name,
     Run,
     Section,
     Server,
     StreamSettings,
     Train,
-    Unseen,
 )
 from pfedmoe_mpi.errors import ConfigError, did_you_mean
 from pfedmoe_mpi.models import names

@@ -170,33 +170,6 @@ class Gate(Section):
         return self
 
 
-class Unseen(Section):
-    clients: NotNegative = 0.0
-    """Clients that never train, chosen by `unseen.by`: below 1 a share of N.
-    Default: every client trains, as in pFedMoE's paper."""
-    by: Annotated[Literal["labels", "client"], BeforeValidator(_name)] = "labels"
-    """labels: clients with label combinations that no training client has; client: drawn from all clients.
-    Default: as FedJETs' new clients; the data's own clients rarely differ in their sets of labels."""
-    tune: int = Field(0, ge=0)
-    """Epochs of tuning before a second measurement: of private modules, or of a copy of all without any.
-    Default: they are measured as they come."""
-    shots: int = Field(10, ge=1)
-    """`unseen.tune`: training samples of every class that they tune on.
-    Default: between the 5 of few-shot benchmarks and all that a client has."""
-    private: Annotated[Literal["none", "average"], BeforeValidator(_name)] = "none"
-    """Private parts of these clients; average = the mean of what a method can average (pfedmoe).
-    Default: no method sends more than its paper says."""
-
-
-class Join(Section):
-    share: float = Field(0.0, ge=0, lt=1)
-    """Share of the training clients that join late, drawn once.
-    Default: all clients train from the start."""
-    round: int = Field(10, ge=1)
-    """The first round in which they may train.
-    Default: a quarter of the default run."""
-
-
 class StreamSettings(Section):
     kind: Annotated[Literal["none", "abrupt", "gradual", "recurring"], BeforeValidator(_name)] = "none"
     """How a client's training data drift from one half of its classes to the other.
@@ -380,6 +353,12 @@ class Run(Section):
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints to keep, beside best.h5.
     Default: one to fall back on; every one is as large as all clients' models."""
+    memory: NotNegative | Literal["auto"] = "auto"
+    """Memory of each rank for its clients' vectors, in GB; the rest of them goes to run.scratch.
+    Default: auto = half of a rank's share of what the job may still use on its host."""
+    scratch: str = ""
+    """Folder of a node's own disk for the vectors beyond run.memory, for this start; empty = the run folder.
+    Default: the run folder has to have space for all clients' vectors anyway."""
     force: bool = False
     """Rename a run folder of this name; nothing is ever deleted.
     Default: nothing is overwritten."""

@@ -21,7 +21,9 @@ class RecordedStep:
         self.values: dict[str, torch.Tensor] = {}
         self.vector = torch.empty(0)
 
-    def record_sgd(self, sgd: Callable[..., int], phase: Any, loss: Any = None, **others: Any) -> int:
+    def record_sgd(
+        self, sgd: Callable[..., int], phase: Any, loss: Any = None, *more: Any, **named: Any
+    ) -> int:
         """Run `Turn.sgd` and record every batch's loss, in place of those of an earlier phase."""
         own, parts = self.turn._loss, self.turn.parts
         self.losses = []
@@ -31,7 +33,7 @@ class RecordedStep:
             self.losses.append((float(value.detach().double()), len(batch)))
             return value
 
-        return sgd(phase, recorded_loss, **others)
+        return sgd(phase, recorded_loss, *more, **named)
 
     def loss(self) -> float:
         """Return the mean loss per sample of the last epoch, if it is incomplete with that before it."""
@@ -49,6 +51,8 @@ class RecordedStep:
 def contains_affine(haystack: np.ndarray, needle: np.ndarray) -> bool:
     """Return whether a stretch of (n,) is a·needle + b with a ≠ 0; too few numbers prove nothing."""
     size, length = len(needle), len(haystack)
+    if not size:
+        return False
     varied = needle != np.median(needle)
     if length < size or not np.isfinite(needle).all() or varied.sum() < 16:
         return False

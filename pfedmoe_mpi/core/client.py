@@ -12,10 +12,10 @@ from pfedmoe_mpi.core.parts import Spec
 
 @dataclass
 class Client:
-    """A client of the federation.
+    """A client of the federation, in hand for its turn or its evaluation.
 
-    `vector` (layout of `spec`,) is on the CPU, in pinned memory if there is a GPU. Only a completed client
-    step replaces it, so an abandoned step has no effect.
+    `vector` (layout of `spec`,) is on the CPU. Only a completed client step replaces it, so an abandoned step
+    has no effect.
     """
 
     id: int

@@ -217,6 +217,12 @@ class Workbench:
                 vectors.append(part.initial(weights, seed_head=seed_head if one_head else None))
         return torch.cat(vectors)
 
+    def draws(self, spec: Spec) -> bool:
+        """Return whether all of the initial vector is drawn, and nothing comes from a file of weights."""
+        return not any(
+            isinstance(part, Module) and part.architecture in self._weights for part in spec.values()
+        )
+
     def parts(self, *vectors: tuple[Spec, torch.Tensor]) -> Parts:
         """Return the parts of several specifications, loaded from their vectors."""
         loaded: dict[str, Bound | BoundTensor] = {}

@@ -46,8 +46,8 @@ class Engine:
     seed: int
     rounds: int
     poll: Callable[[], None]  # raises StoppedError
-    graphs: Graphs | None = None  # None: every step is computed anew
     kept: Kept | None = None  # outputs of frozen layers
+    graphs: Graphs | None = None  # None: every step is computed anew
 
     def batches(self, split: Split) -> Iterator[Batch]:
         """Yield a split's samples once, in order, for evaluations.

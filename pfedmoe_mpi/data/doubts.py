@@ -8,6 +8,7 @@ from hashlib import blake2b
 import numpy as np
 
 from pfedmoe_mpi.data.dataset import Dataset, SourceData
+from pfedmoe_mpi.errors import DataError
 
 _SEARCHED = 256 << 20  # bytes of samples in a file that are searched for copies
 _READ = 16 << 20  # bytes that are read at once
@@ -54,7 +55,11 @@ def _copies(source: SourceData, *, images: bool) -> Iterator[str]:
     originals = np.empty(len(labels), np.int64)
     step = max(1, _READ // row_bytes)
     for start in range(0, len(labels), step):
-        for row, sample in enumerate(store.read(np.arange(start, min(start + step, len(labels)))), start):
+        try:
+            samples = store.read(np.arange(start, min(start + step, len(labels))))
+        except DataError:  # a damaged chunk stops only a run that needs its rows
+            return
+        for row, sample in enumerate(samples, start):
             originals[row] = first.setdefault(blake2b(sample, digest_size=16).digest(), row)
     copies = np.flatnonzero(originals != np.arange(len(labels)))
     leaked = copies[test[copies] != test[originals[copies]]] if test is not None else copies[:0]

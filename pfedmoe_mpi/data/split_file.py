@@ -187,8 +187,10 @@ def _client(number: int, value: Any) -> dict[str, np.ndarray]:
 
 def _split(path: Path, parts: Mapping[str, Sequence[np.ndarray]], **facts: Any) -> Split:
     """Return a split; a part without any row counts as not listed."""
-    listed = [tuple(parts[name]) if any(map(len, parts[name])) else () for name in PARTS[1:]]
-    return Split(path, tuple(parts["train"]), *listed, **facts)
+    validation, test = (
+        tuple(parts[name]) if any(map(len, parts[name])) else () for name in ("validation", "test")
+    )
+    return Split(path, tuple(parts["train"]), validation, test, **facts)
 
 
 # HDF5

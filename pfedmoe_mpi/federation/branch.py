@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import torch
 
+from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.federation import pretraining
+from pfedmoe_mpi.federation import pretraining, rebuilt
 from pfedmoe_mpi.federation.federation import Federation
 
 
@@ -41,13 +42,28 @@ def check(federation: Federation, loaded: Checkpoint) -> list[str]:
     return [f"{what}: {', '.join(sorted(names))}" for what, names in lines.items() if names]
 
 
-def begin(federation: Federation, state: torch.Tensor, loaded: Checkpoint) -> None:
-    """Copy the common parts into the server's vector and those of this rank's clients."""
+def begin(federation: Federation, state: torch.Tensor, loaded: Checkpoint) -> list[int]:
+    """Copy the common parts into the server's vector and those of this rank's clients; not collective.
+
+    Returns:
+        the clients of all ranks whose vectors are not those that a new run would draw.
+    """
     _copy(loaded.state_layout, torch.from_numpy(loaded.state), federation.state_layout, state)
     pretraining.begin_private_parts(federation, state)
-    for client in federation.clients.values():
-        before = torch.from_numpy(loaded.vector(client.id))
-        _copy(loaded.layout(client.id), before, federation.client_layouts[client.id], client.vector)
+    chosen = loaded.trained if _drawn_alike(federation, loaded) else list(range(loaded.clients))
+    vector, store = rebuilt.vectors(loaded), federation.store
+    for client in (client for client in chosen if client in federation.clients):
+        values = store.get(client).clone()
+        before = torch.from_numpy(vector(client))
+        _copy(loaded.layout(client), before, federation.client_layouts[client], values)
+        store.put(client, values)
+    return chosen
+
+
+def _drawn_alike(federation: Federation, loaded: Checkpoint) -> bool:
+    """Return whether the run drew the common parts of a client that never trained as a new run does."""
+    begins = type(federation.method).initial is not Algorithm.initial or len(loaded.first_state)
+    return not begins and not loaded.code
 
 
 def _pairs(federation: Federation, loaded: Checkpoint) -> Iterator[tuple[Layout, Layout]]:

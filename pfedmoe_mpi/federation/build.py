@@ -6,9 +6,13 @@ Every user error that needs the data is raised here, on all ranks and before any
 from __future__ import annotations
 
 import math
+import os
+import platform
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -17,25 +21,31 @@ from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.checkpoint import Checkpoint, weights
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Normalise
-from pfedmoe_mpi.core.client import Client
+from pfedmoe_mpi.core.beginning import Beginning
 from pfedmoe_mpi.core.graphs import Graphs
 from pfedmoe_mpi.core.kept import Kept
-from pfedmoe_mpi.core.parts import Workbench
+from pfedmoe_mpi.core.parts import Module, Spec, Tensor, Workbench
+from pfedmoe_mpi.core.staging import Staging
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.noise import with_noise
+from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import frozen, gpu_memory, own_code, placement, pretrained, trial
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, gate_rows, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config, listed, with_listed
-from pfedmoe_mpi.federation.federation import Federation, pin
+from pfedmoe_mpi.federation.federation import Clients, Federation
 from pfedmoe_mpi.federation.memory import Host
 from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
 from pfedmoe_mpi.federation.pretraining import check_initial
 from pfedmoe_mpi.federation.server_optimiser import check_method
+from pfedmoe_mpi.federation.store import Store
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.device import Device
+from pfedmoe_mpi.mpi.memory import available
+
+SHARE = 0.5  # of the free memory, for clients' vectors; torch, activations and buffers take the rest
 
 
 def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint | None = None) -> Federation:
@@ -53,7 +63,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     threads = device.threads(comm, settings.train.threads)
     settings = effective_config(settings, dataset, threads)
     own_device = device.choose(comm, settings.train)
-    host = Host(comm.local()[1], comm.size, own_device.device.type == "cpu")
+    host = Host(comm.local()[1], own_device.device.type == "cpu")
     plan = comm.from_root(lambda: make_plan(settings, dataset, host), "plan", Plan.without_rows)
     partition, costs = plan.partition, plan.costs
     dataset = with_noise(plan.fitted or dataset, partition, settings.partition.noise, settings.seed)
@@ -61,12 +71,13 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     method = algorithms.load(settings.algorithm)(task)
     method.poll = comm.poll
     method.read_weights = weights.read
-    specs = [method.client_state(k) for k in range(task.clients)]  # a ConfigError is raised on all ranks
+    specs = shared_specs(method.client_state(k) for k in range(task.clients))  # ConfigErrors are collective
     begun_with = pretrained.load(comm, settings, (method.state(), *specs), loaded)
     workbench = Workbench(settings.seed, own_device.device, begun_with.weights, settings.model.start)
     frozen_tensors = frozen.load(comm, workbench, (method.state(), specs), loaded)
     state_layout = workbench.layout(method.state())
-    client_layouts = [workbench.layout(spec) for spec in specs]
+    layouts = {id(spec): workbench.layout(spec) for spec in {id(spec): spec for spec in specs}.values()}
+    client_layouts = [layouts[id(spec)] for spec in specs]
     check_initial(method, state_layout, client_layouts)
     check_method(settings, method, state_layout)
     home = placement.homes(costs, comm.size)
@@ -82,14 +93,13 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         settings.seed,
         settings.rounds,
         comm.poll,
-        make_graphs(comm, settings, own_device),
         workbench.kept,
+        make_graphs(comm, settings, own_device),
     )
     shards = distribute(comm, dataset, partition, home, own_device.device, streamed)
-    clients = {
-        k: Client(k, specs[k], pin(workbench.initial(specs[k], k), own_device.device), shards[k])
-        for k in shards
-    }
+    beginning = Beginning(workbench, specs.__getitem__, method.initial)
+    store = Store(beginning.vector, *memory_and_folder(comm, settings))
+    largest = max(layout.size for layout in layouts.values())
     federation = Federation(
         config=settings,
         code=code,
@@ -106,8 +116,12 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         home=home,
         costs=costs,
         state_layout=state_layout,
+        specs=specs,
         client_layouts=client_layouts,
-        clients=clients,
+        clients=Clients(shards, specs, store, keep=bool(tails)),
+        beginning=beginning,
+        store=store,
+        staging=Staging(own_device.device, largest),
         streamed=streamed,
         stream=make_stream(settings, dataset, partition),
         gate_rows=gate_rows(comm, dataset, partition, settings.seed, own_device.device)
@@ -162,6 +176,36 @@ def make_graphs(comm: Comm, settings: Config, chosen: Device) -> Graphs | None:
             print("note: train.graphs = on has no effect on a CPU", file=sys.stderr, flush=True)
         return None
     return Graphs(settings.train.batch)
+
+
+def shared_specs(specs: Iterable[Spec]) -> list[Spec]:
+    """Return the specifications of all clients; equal ones are one object."""
+    known: dict[tuple[object, ...], Spec] = {}
+    return [known.setdefault(tuple(map(_key, spec.items())), spec) for spec in specs]
+
+
+def _key(item: tuple[str, Module | Tensor]) -> tuple[str, ...]:
+    name, part = item
+    return (name, part.kind, part.architecture) if isinstance(part, Module) else (name, repr(part))
+
+
+def memory_and_folder(comm: Comm, settings: Config) -> tuple[float, Path]:
+    """Return a rank's bytes for its clients' vectors, and the folder for the others; collective.
+
+    Raises:
+        ConfigError: on all ranks: run.scratch is not a folder, or cannot be written.
+    """
+    budget, scratch = settings.run.memory, settings.run.scratch
+    ranks = comm.local()[1]
+    folder = Path(scratch or tempfile.gettempdir()).absolute()
+
+    def check() -> None:
+        if scratch and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            problem = f"run.scratch = {scratch} is not a folder that can be written on {platform.node()}"
+            raise ConfigError(problem, f"mkdir -p {scratch} on every host, or name another folder")
+
+    comm.attempt(check, "run.scratch")
+    return SHARE * available(ranks) / ranks if budget == "auto" else 1e9 * budget, folder
 
 
 def make_stream(settings: Config, dataset: Dataset, partition: Partition) -> Stream | None:

@@ -65,7 +65,8 @@ def disk_use(
     line = LINE + BY_CLASS_OR_RANK * (classes + ranks)
     measured = -(-settings.rounds // settings.eval.every)
     metrics = settings.rounds * line + measured * BY_CLIENT * min(settings.drawn_clients, len(clients))
-    checkpoint = 4 * (state + sum(clients)) + 8 * rows + metrics
+    trained = min(1.0, settings.rounds * settings.cohort_size / len(clients))  # checkpoints hold no others
+    checkpoint = 4 * (state + round(trained * sum(clients))) + 8 * rows + metrics
     return DiskUse(checkpoint, min(settings.run.keep + 1, settings.rounds), metrics, 4 * frozen)
 
 

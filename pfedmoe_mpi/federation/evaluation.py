@@ -76,7 +76,9 @@ def evaluate(
     place = {client: number for number, client in enumerate(measured.tolist())}
     result = EvaluationSum(task.clients, comm.size, task.classes, measured, federation.method.experts)
     try:
-        for client in (client for client in federation.clients.values() if client.id in place):
+        for client in federation.clients.in_store_order(
+            client for client in federation.clients if client in place
+        ):
             comm.poll()
             with comm.located(f"evaluation of client {client.id}, round {round}"):
                 values = _client_metrics(federation, client, state, round, result, place[client.id])

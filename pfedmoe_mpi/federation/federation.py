@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,22 +12,63 @@ from pfedmoe_mpi.algorithms.base import Algorithm, Task
 from pfedmoe_mpi.checkpoint.frozen import Frozen
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Split
+from pfedmoe_mpi.core.beginning import Beginning
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.flat import Layout
-from pfedmoe_mpi.core.parts import Parts, Workbench
+from pfedmoe_mpi.core.parts import Parts, Spec, Workbench
+from pfedmoe_mpi.core.staging import Staging
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
+from pfedmoe_mpi.federation.distribute import Shards
 from pfedmoe_mpi.federation.pretrained import Pretrained
+from pfedmoe_mpi.federation.store import Store
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.mpi.device import Device
 
 
+class Clients(Mapping[int, Client]):
+    """A rank's clients by number; each is put together, with its vector, when it is asked for."""
+
+    def __init__(self, shards: Shards, specs: Sequence[Spec], store: Store, keep: bool) -> None:
+        """Take a rank's clients.
+
+        Args:
+            keep: a client's splits are the same objects each time, because outputs are kept for them.
+        """
+        self._splits = shards
+        self._specs = specs
+        self._store = store
+        self._kept: dict[int, dict[str, Split]] | None = {} if keep else None
+
+    def __getitem__(self, client: int) -> Client:
+        splits = self._splits[client]
+        if self._kept is not None:
+            splits = self._kept.setdefault(client, splits)
+        return Client(client, self._specs[client], self._store.get(client), splits)
+
+    def __contains__(self, client: object) -> bool:
+        return client in self._splits
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._splits)
+
+    def __len__(self) -> int:
+        return len(self._splits)
+
+    def in_store_order(self, clients: Iterable[int]) -> Iterator[Client]:
+        """Yield clients, those in the store's scratch file last, which it reads ahead."""
+        return (self[client] for client in self._store.walk(clients))
+
+
 @dataclass(frozen=True)
 class Federation:
-    """Everything that a run is made of; equal on every rank, except `clients`, `streamed` and `device`.
+    """Everything that a run is made of; equal on every rank.
+
+    Not equal are `clients`, `store`, `staging`, `streamed` and `device`.
 
     `home` is the rank that keeps each client, `costs` the relative cost of training each for one epoch,
-    `code` the text of the user's own files by name.
+    `code` the text of the user's own files by name. `specs` and `client_layouts` hold one object for each
+    kind of client.
     """
 
     config: Config
@@ -45,8 +86,12 @@ class Federation:
     home: Sequence[int]
     costs: Sequence[float]
     state_layout: Layout
+    specs: Sequence[Spec]
     client_layouts: Sequence[Layout]
-    clients: Mapping[int, Client]  # those of this rank
+    clients: Clients  # those of this rank
+    beginning: Beginning
+    store: Store  # of this rank
+    staging: Staging
     streamed: bool  # whether this rank's samples stay in host memory
     stream: Stream | None
     reserved: Client | None  # the rows of no client, for methods that train before round 1
@@ -54,7 +99,8 @@ class Federation:
 
     def parts(self, client: Client, state: torch.Tensor) -> Parts:
         """Bind a client's private vector and the server's `state` to this rank's modules."""
-        return self.workbench.parts((self.method.state(), state), (client.spec, client.vector))
+        with self.staging.staged(client.vector) as vector:
+            return self.workbench.parts((self.method.state(), state), (client.spec, vector))
 
 
 def pin(vector: torch.Tensor, where: torch.device) -> torch.Tensor:

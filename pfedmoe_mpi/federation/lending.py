@@ -19,11 +19,13 @@ from pfedmoe_mpi.mpi.comm import Comm
 def lend(comm: Comm, federation: Federation, trainer: Mapping[int, int]) -> dict[int, Client]:
     """Send the vectors and samples of clients that train away from home; collective.
 
+    Until `give_back` the store holds the vectors of the clients that this rank borrows.
+
     Args:
         trainer: the rank that trains each cohort member.
 
     Returns:
-        the clients that this rank borrows.
+        the clients that this rank borrows, without their vectors.
     """
     home, rank = federation.home, comm.rank
     borrowed: dict[int, Client] = {}
@@ -40,24 +42,30 @@ def lend(comm: Comm, federation: Federation, trainer: Mapping[int, int]) -> dict
     where = federation.device.device
     for client in borrowed.values():
         client.splits = {name: split.to(where) for name, split in client.splits.items()}
+        federation.store.put(client.id, client.vector)
+        client.vector = torch.empty(0)
     return borrowed
 
 
-def give_back(
-    comm: Comm, federation: Federation, trainer: Mapping[int, int], clients: Mapping[int, Client]
-) -> None:
+def give_back(comm: Comm, federation: Federation, trainer: Mapping[int, int]) -> None:
     """Send the vectors of borrowed clients home, changed or not; collective.
 
     Args:
         trainer: as for `lend`.
-        clients: those of this rank, the borrowed ones included.
     """
-    home, rank = federation.home, comm.rank
-    transfers = []
+    home, rank, store = federation.home, comm.rank, federation.store
+    vectors: dict[int, torch.Tensor] = {}
     for client in sorted(trainer):
-        if trainer[client] != home[client] and rank in (trainer[client], home[client]):
-            transfers.append((trainer[client], home[client], clients[client].vector.numpy()))
-    comm.move(transfers, "returning clients")
+        if trainer[client] != home[client] and rank == trainer[client]:
+            vectors[client] = store.get(client)
+        elif trainer[client] != home[client] and rank == home[client]:
+            vectors[client] = torch.empty(federation.client_layouts[client].size)
+    comm.move([(trainer[k], home[k], vector.numpy()) for k, vector in vectors.items()], "returning clients")
+    for client, vector in vectors.items():
+        if rank == home[client]:
+            store.put(client, vector)
+        else:
+            store.forget(client)
 
 
 def _empty(federation: Federation, client: int) -> Client:

@@ -23,7 +23,7 @@ from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
 from pfedmoe_mpi.errors import CheckpointError, DivergedError, StoppedError
-from pfedmoe_mpi.federation import branch, evaluation, metrics, pretraining, selection, training
+from pfedmoe_mpi.federation import branch, evaluation, metrics, pretraining, selection, store, training
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
@@ -82,6 +82,8 @@ class Loop:
         self.state = pin(federation.workbench.initial(federation.method.state()), federation.device.device)
         self.history: list[Row] = []
         self.server = ServerOptimiser(federation.config.server, federation.state_layout)
+        if checkpoints and not federation.config.run.scratch:
+            federation.store.folder = checkpoints.parent
         self.saver = Saver(comm, federation, checkpoints, observer, self.server)
         self.steps = 0  # client steps finished since this program started, on all ranks
         self._samples = federation.task.counts.sum(axis=1)
@@ -99,25 +101,35 @@ class Loop:
         return self.federation.method
 
     def resume(self, loaded: checkpoint.Checkpoint) -> None:
-        """Continue from a verified checkpoint of this federation; every rank reads its own clients."""
+        """Continue from a verified checkpoint of this federation; collective. A rank reads its clients.
+
+        Raises:
+            RunError: on all ranks: the vectors do not fit into memory and the scratch folder of one.
+        """
         self.round = loaded.round
         self.history = [metrics.kept(row, self.comm.rank) for row in loaded.history]
         self._pretrained = True
         self.state.copy_(torch.from_numpy(loaded.state))
-        for client in self.federation.clients.values():
-            client.vector.copy_(torch.from_numpy(loaded.vector(client.id)))
+        first = torch.from_numpy(loaded.first_state)
+        pretraining.begin_private_parts(self.federation, first if len(first) else self.state)
+        for client in self.federation.clients:
+            if loaded.has_trained(client):
+                self.federation.store.put(client, torch.from_numpy(loaded.vector(client)))
+        self.saver.resume(loaded)
         self._partial = loaded.partial
         self.saver.confusion = loaded.confusion
         self.server.load(torch.from_numpy(loaded.moments))
+        store.check(self.comm, self.federation.store)
 
     def branch(self, loaded: checkpoint.Checkpoint) -> None:
-        """Continue a fork from the complete rounds of a run's checkpoint, in which parts may be missing.
+        """Continue a fork from a run's complete rounds, in which parts may be missing; collective.
 
         What the server's optimiser keeps begins anew.
         """
         self.round, self.history = loaded.round, list(loaded.history)
         self._pretrained = True
-        branch.begin(self.federation, self.state, loaded)
+        self.saver.trained(branch.begin(self.federation, self.state, loaded))
+        store.check(self.comm, self.federation.store)
 
     def evaluation(self) -> Row:
         """Measure all clients with the server's state, without training; collective.
@@ -159,7 +171,11 @@ class Loop:
                     return False
                 self._pretrained = True
                 self._observer.pretrained(line)
-                pretraining.begin_private_parts(self.federation, self.state)
+                begun = pretraining.begin_private_parts(self.federation, self.state)
+                self.saver.began(self.state)
+                self.saver.trained(begun)
+                if begun:
+                    store.check(self.comm, self.federation.store)
             if not self._prepared:
                 self._prepared = pretraining.prepare(self.comm, self.federation, self.state)
             if self._prepared:
@@ -183,6 +199,7 @@ class Loop:
         total = self._train(round)
         if total.stopped:
             self._save_stopped(total)
+            store.check(self.comm, self.federation.store)
             return False
         self._check_divergence(total)
         state = self._updated(total)
@@ -234,6 +251,8 @@ class Loop:
         )
         self._sum(total.buffer, f"sum of round {round}")
         self.steps += int((total.flags != MISSING).sum() - finished.sum())
+        before = {client for (client, _), done in zip(total.cohort, finished, strict=True) if done}
+        self.saver.trained(client for client in total.clients(IN, LOST, LATE) if client not in before)
         return total
 
     def _task(self, round: int) -> Task:

@@ -14,26 +14,24 @@ from pfedmoe_mpi.mpi.memory import shortage
 
 @dataclass(frozen=True)
 class Host:
-    """What rank 0's host has to hold: the share of `local` of `ranks` ranks, with models there or on GPUs."""
+    """What rank 0's host has to hold: `local` ranks, with models there or on GPUs."""
 
     local: int = 1
-    ranks: int = 1
     cpu: bool = True
 
-    def needed(self, task: Task, method: Algorithm, clients: int) -> float:
-        """Return bytes: the clients' vectors, and weights, gradients, momenta and a copy of a rank's models.
+    def needed(self, task: Task, method: Algorithm) -> float:
+        """Return bytes: weights, gradients, momenta and a copy of a rank's models, and a client's vector.
 
         Frozen tensors are there once. Layouts are made on the meta device. Activations and samples are not
-        counted.
+        counted, and nor are the other clients' vectors, which go to a file where memory is short.
         """
         bench = Workbench(task.config.seed, torch.device("cpu"))
-        models = min(clients, len(task.pool))
+        models = min(task.clients, len(task.pool))
         sizes = [bench.layout(method.client_state(client)).size for client in range(models)]
-        vectors = sum(size * len(range(number, clients, len(task.pool))) for number, size in enumerate(sizes))
         bound = sum(set(sizes)) + bench.layout(method.state()).size
         specs = [method.state(), *(method.client_state(client) for client in range(models))]
         frozen = sum(bench.frozen_layout(part).size for part in modules_by_kind(specs).values())
-        return 4.0 * self.local * (vectors / self.ranks + frozen + (4 if self.cpu else 1) * bound)
+        return 4.0 * self.local * (max(sizes) + frozen + (4 if self.cpu else 1) * bound)
 
 
 def check(task: Task, method: Algorithm, host: Host) -> None:
@@ -42,7 +40,7 @@ def check(task: Task, method: Algorithm, host: Host) -> None:
     Raises:
         ConfigError: they do not; the message has the setting that makes them fit.
     """
-    problem = shortage(host.needed(task, method, task.clients), host.local)
+    problem = shortage(host.needed(task, method), host.local)
     if problem:
         raise ConfigError(
             f"the models do not fit (model.dim = {task.dim}): {problem}", _remedy(task, method, host)
@@ -50,12 +48,7 @@ def check(task: Task, method: Algorithm, host: Host) -> None:
 
 
 def _remedy(task: Task, method: Algorithm, host: Host) -> str:
-    """Return fewer clients where one per rank fits, else a shorter representation."""
-    clients, few = task.clients // 2, min(task.clients, host.ranks)
-    if few < task.clients and not shortage(host.needed(task, method, few), host.local):
-        while shortage(host.needed(task, method, clients), host.local):
-            clients //= 2
-        return f"--clients {clients} fits; or use more hosts, a smaller --model.pool or --model.dim"
+    """Return a shorter representation that fits."""
     dim = task.dim // 2
     while dim and shortage(_shorter(task, method, dim, host), host.local):
         dim //= 2
@@ -67,4 +60,4 @@ def _shorter(task: Task, method: Algorithm, dim: int, host: Host) -> float:
     settings = task.config
     model = settings.model.model_copy(update={"dim": dim})
     smaller = replace(task, dim=dim, config=settings.model_copy(update={"model": model}))
-    return host.needed(smaller, type(method)(smaller), task.clients)
+    return host.needed(smaller, type(method)(smaller))

@@ -94,7 +94,7 @@ def _prepare_clients(federation: Federation, state: torch.Tensor, rows: np.ndarr
     """Write the float32 bits of this rank's clients' values, each client's into its row."""
     method, engine = federation.method, federation.engine
     with torch.no_grad(), engine.autocast():
-        for client in federation.clients.values():
+        for client in federation.clients.in_store_order(federation.clients):
             parts = federation.parts(client, state)
             for module in parts.modules().values():
                 module.eval()
@@ -102,16 +102,25 @@ def _prepare_clients(federation: Federation, state: torch.Tensor, rows: np.ndarr
             rows[client.id] = values.float().cpu().view(torch.int32).numpy()
 
 
-def begin_private_parts(federation: Federation, state: torch.Tensor) -> None:
-    """Copy the values with which private parts begin that the method does not draw; not collective."""
-    method, server = federation.method, federation.state_layout.parts
-    for client in federation.clients.values():
-        slices = federation.client_layouts[client.id].parts
-        for name, place in slices.items():
-            source = method.initial(name, client.id)
-            if source != name:
-                values = state[server[source]] if source in server else client.vector[slices[source]]
-                client.vector[place].copy_(values)
+def begin_private_parts(federation: Federation, server: torch.Tensor) -> list[int]:
+    """Let clients begin with values of the server's first vector, where the method says so; not collective.
+
+    Clients that begin with values of a file of weights get their vectors now, because a restart does not read
+    the file.
+
+    Returns:
+        those clients, on all ranks.
+    """
+    if type(federation.method).initial is not Algorithm.initial:
+        places = federation.state_layout.parts
+        federation.beginning.server = {name: server[place].clone() for name, place in places.items()}
+        federation.store.forget_drawn()
+    filled = {id(spec) for spec in federation.specs if not federation.workbench.draws(spec)}
+    begun = [client for client, spec in enumerate(federation.specs) if id(spec) in filled]
+    for client in begun:
+        if client in federation.clients:
+            federation.store.put(client, federation.store.get(client))
+    return begun
 
 
 def check_initial(method: Algorithm, state: Layout, clients: Sequence[Layout]) -> None:

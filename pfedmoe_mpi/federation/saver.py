@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from pfedmoe_mpi import checkpoint, config
-from pfedmoe_mpi.checkpoint import Content
+from pfedmoe_mpi.checkpoint import Checkpoint, Content
 from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.core.batches import SPLITS
 from pfedmoe_mpi.errors import CheckpointError, RunError
@@ -18,6 +20,7 @@ from pfedmoe_mpi.federation import selection
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.metrics import Row
 from pfedmoe_mpi.federation.server_optimiser import ServerOptimiser
+from pfedmoe_mpi.federation.written import Vectors
 from pfedmoe_mpi.mpi.comm import Comm
 
 TRIES = 3  # checkpoints in a row that may fail before the run ends
@@ -58,6 +61,26 @@ class Saver:
         self._newest: Path | None = None
         self._last_try = time.monotonic()
         self._failed = 0
+        sizes = [layout.size for layout in federation.client_layouts]
+        self._vectors = Vectors(4 * np.array(sizes, np.int64))
+        self._first_state = np.empty(0, np.float32)  # only if clients begin with values of it
+
+    def began(self, state: torch.Tensor) -> None:
+        """Keep the server's vector after what comes before round 1, if clients begin with values of it."""
+        beginning = self._federation.beginning
+        if beginning.server is not None and beginning.needs_server(self._federation.task.clients):
+            self._first_state = state.numpy().copy()
+
+    def trained(self, clients: Iterable[int]) -> None:
+        """Record that these clients have other vectors than the newest checkpoint; the same on all ranks."""
+        self._vectors.change(clients)
+
+    def resume(self, loaded: Checkpoint) -> None:
+        """Continue after a checkpoint."""
+        self._first_state = loaded.first_state
+        self._vectors.change(loaded.trained)
+        if self._folder and loaded.path.parent == self._folder and checkpoint.is_name(loaded.path.name):
+            self._vectors.written(loaded.places)
 
     @property
     def overdue(self) -> bool:
@@ -138,6 +161,7 @@ class Saver:
             finished=finished,
             confusion=self.confusion,
             moments=self._server.moments.numpy().ravel(),
+            first_state=self._first_state,
         )
 
     def _write(self, content: Content, history: Sequence[Row], last: bool, candidate: bool) -> None:
@@ -145,11 +169,12 @@ class Saver:
             return
         self._last_try = time.monotonic()
         path = self._folder / checkpoint.name(content.round, content.partial is not None)
-        clients = self._federation.clients.values()
-        vectors = {client.id: client.vector.numpy() for client in clients}
+        store = self._federation.store
         try:
             home, check = self._federation.home, self._listener.check_folder
-            checkpoint.write(self._comm, path, content, vectors, home, check)
+            divide = partial(self._vectors.divided, path)
+            places = checkpoint.write(self._comm, path, content, store.values, home, check, divide)
+            self._vectors.written(places)
         except CheckpointError as error:
             self._failed += 1
             self._listener.not_written(error)

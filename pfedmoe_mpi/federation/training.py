@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -43,7 +44,7 @@ def train_cohort(
     members = zip(total.cohort, finished, strict=True)
     costs = {client: federation.costs[client] for (client, _), done in members if not done}
     trainer = placement.trainers(costs, federation.home, comm.size)
-    clients = {**federation.clients, **lending.lend(comm, federation, trainer)}
+    borrowed = lending.lend(comm, federation, trainer)
     started = time.perf_counter()
     done, share = 0, sum(rank == comm.rank for rank in trainer.values())
     try:
@@ -51,18 +52,26 @@ def train_cohort(
             if trainer.get(client) == comm.rank:
                 comm.poll()
                 with comm.located(f"client {client}, round {round}"):
-                    train_member(
-                        federation, faults, total, position, clients[client], state, round, role, tested
-                    )
+                    member = _member(federation, client, borrowed)
+                    train_member(federation, faults, total, position, member, state, round, role, tested)
+                    if total.flags[position] != DROPPED:
+                        federation.store.put(client, member.vector)
                 done += 1
                 trained(done, share)
     except StoppedError:
         pass
     seconds = time.perf_counter() - started
-    lending.give_back(comm, federation, trainer, clients)
-    if comm.stop_requested():
+    lending.give_back(comm, federation, trainer)
+    if comm.stop_requested() or federation.store.problem:
         total.request_stop()
     return seconds
+
+
+def _member(federation: Federation, client: int, borrowed: Mapping[int, Client]) -> Client:
+    """Return a client of this rank, or one that it borrowed, with its vector from the store."""
+    if client not in borrowed:
+        return federation.clients[client]
+    return replace(borrowed[client], vector=federation.store.get(client))
 
 
 def train_member(

@@ -58,9 +58,11 @@ def choose(comm: Comm, train: Train) -> Device:
     assert isinstance(train.threads, int)
     torch.set_num_threads(train.threads)
     names = _visible(comm) if train.device != "cpu" else []
-    everyone = comm.gather(names, "GPUs")
-    position = assign(everyone)[comm.rank]
-    host, local_size = platform.node(), comm.local()[1]
+    host, (local_rank, local_size) = platform.node(), comm.local()
+    ranks = comm.gather((host, local_rank, names), "GPUs")
+    everyone = [seen for _, _, seen in ranks]
+    first = [min(local for other, local, _ in ranks if other == at) for at, _, _ in ranks]
+    position = assign(everyone, first)[comm.rank]
     if position is not None:
         model = torch.cuda.get_device_name(position)
         line = f"{host} GPU {position} of {len(names)} ({model})"
@@ -71,7 +73,7 @@ def choose(comm: Comm, train: Train) -> Device:
         chosen = Device(torch.device("cpu"), model, f"{host} {shared}")
     if train.device == "cuda" and not all(everyone):
         raise ConfigError(
-            f"train.device = cuda, but rank {everyone.index([])} sees no GPU",
+            f"train.device = cuda, but rank {comm.names[everyone.index([])]} sees no GPU",
             "use --train.device cpu, or request GPUs for the job (Slurm: --gpus-per-node)",
         )
     models = comm.gather(chosen.model, "devices")
@@ -85,7 +87,7 @@ def choose(comm: Comm, train: Train) -> Device:
     return chosen
 
 
-def assign(visible: Sequence[Sequence[str]]) -> list[int | None]:
+def assign(visible: Sequence[Sequence[str]], first: Sequence[int] = ()) -> list[int | None]:
     """Return for each rank the position of its GPU among those that it sees; None if it sees none.
 
     Rank after rank takes of its GPUs the one with the fewest ranks, and of equals the first. So ranks that
@@ -93,11 +95,15 @@ def assign(visible: Sequence[Sequence[str]]) -> list[int | None]:
 
     Args:
         visible: by rank, the names of the GPUs that it sees; a GPU has the same name on all ranks.
+        first: by rank, how many ranks on its host do other work beside these and come before them; of equals
+            it begins after the GPUs that those take. Default: none.
     """
     ranks_of: Counter[str] = Counter()
     positions: list[int | None] = []
-    for names in visible:
-        position = min(range(len(names)), key=lambda place: (ranks_of[names[place]], place), default=None)
+    for rank, names in enumerate(visible):
+        turn, size = first[rank] if first else 0, len(names)
+        key = {place: (ranks_of[name], (place - turn) % size) for place, name in enumerate(names)}
+        position = min(range(size), key=key.__getitem__, default=None)
         if position is not None:
             ranks_of[names[position]] += 1
         positions.append(position)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +18,32 @@ _FILES = {
 
 def shortage(needed: float, ranks: int = 1) -> str:
     """Return why `needed` bytes for this many ranks on this host do not fit, or nothing if they do."""
-    bounds = [*_host(), *_control_group(), *((free * ranks, name) for free, name in _process())]
-    free, name = min(bounds, default=(0, ""))
+    free, name = _free(ranks)
     if not name or needed <= free:
         return ""
     return f"{needed / 1e9:,.1f} GB are needed on this host, and {free / 1e9:,.1f} GB are free ({name})"
+
+
+def available(ranks: int = 1) -> float:
+    """Return the bytes that this many ranks on this host may still take together; infinite if unknown."""
+    free, name = _free(ranks)
+    return free if name else math.inf
+
+
+def _free(ranks: int) -> tuple[int, str]:
+    """Return the smallest of all limits, and its name; no name if there is none."""
+    of_process = ((free * ranks, name) for free, name in _process())
+    return min([*_host(), *_control_group(), *_slurm(), *of_process], default=(0, ""))
+
+
+def _slurm() -> Iterator[tuple[int, str]]:
+    """Yield what --mem or --mem-per-cpu leaves; where Slurm enforces it, the control group knows it too."""
+    megabytes = os.environ.get("SLURM_MEM_PER_NODE", "")
+    by_cpu, cpus = (os.environ.get(f"SLURM_{name}", "") for name in ("MEM_PER_CPU", "CPUS_ON_NODE"))
+    if not megabytes.isdigit() and by_cpu.isdigit() and cpus.isdigit():
+        megabytes = str(int(by_cpu) * int(cpus))
+    if megabytes.isdigit() and int(megabytes):  # 0: all of the node's
+        yield int(megabytes) << 20, "the job's --mem"
 
 
 def _host() -> Iterator[tuple[int, str]]:

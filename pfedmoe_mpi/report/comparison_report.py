@@ -234,7 +234,7 @@ def _client_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> 
                 "better",
                 "equal",
                 "worse",
-                "better, %",
+                "share better, %",
                 "10th percentile",
                 "median",
                 "90th percentile",

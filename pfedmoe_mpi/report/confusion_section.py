@@ -11,7 +11,7 @@ from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.drawing import COLOR_MAP, WIDTH, Figure, Paint, is_narrow
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.report.run_figures import short_name
-from pfedmoe_mpi.report.tables import Column, Table, client_cells, client_columns, number, percent, word
+from pfedmoe_mpi.report.tables import Cell, Column, Table, client_cells, client_columns, number, percent, word
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.checkpoint.confusion import Confusion
@@ -33,7 +33,7 @@ def section(run: Run) -> Section:
 
     Empty for runs of an earlier version.
     """
-    metrics = [_metrics(run)] if run.last.get("macro_f1") else []
+    metrics = [_metrics(run)] if run.selected.get("macro_f1") else []
     found = run.confusion
     order = _worst_first(run, found) if found else []
     if found is None or not order:
@@ -45,7 +45,7 @@ def section(run: Run) -> Section:
 
 def _metrics(run: Run) -> Table:
     """List what accuracy alone hides of every client."""
-    clients = run.last["clients"]
+    clients = run.selected["clients"]
     columns = [*client_columns(run.client_names), Column("test samples")]
     shown = {
         name: title for name, title in TITLES.items() if any(v is not None for v in clients.get(name) or ())
@@ -63,7 +63,7 @@ def _metrics(run: Run) -> Table:
         "macro-F1: mean over classes in a client's test rows or answers; balanced accuracy: over classes in "
         "its test rows; tuned: of a client that never trains, after unseen.tune epochs"
     ]
-    title = f"Metrics by client, round {run.last['round']}"
+    title = f"Metrics by client, round {run.selected['round']}"
     return Table("client_metrics", title, columns, rows, notes, open=False)
 
 
@@ -80,7 +80,8 @@ def _worst_first(run: Run, found: Confusion) -> list[int]:
 
 def _table(run: Run, found: Confusion, order: Sequence[int]) -> tuple[Table, str]:
     """Return every client's most frequent mistake, and the first of them as a sentence."""
-    rows, said = [], []
+    rows: list[list[Cell]] = []
+    said: list[str] = []
     for client in order:
         counts = found.client(client)
         wrong = counts - np.diag(np.diag(counts))

@@ -10,7 +10,8 @@ from pfedmoe_mpi.report import distributions, gate_use
 from pfedmoe_mpi.report.compare import STD_OVER_CLIENTS, over_clients
 from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, legend_above, style
-from pfedmoe_mpi.report.load import NO_NAMES, Names, Run, numbers
+from pfedmoe_mpi.report.load import Run, numbers
+from pfedmoe_mpi.report.names import NO_NAMES, Names
 from pfedmoe_mpi.report.run_figures import (
     band,
     client_ticks,

@@ -17,6 +17,7 @@ from pfedmoe_mpi.errors import CheckpointError, UserError
 from pfedmoe_mpi.federation.selection import TEST, VALIDATION, best, exhausted
 from pfedmoe_mpi.models.names import labels
 from pfedmoe_mpi.names import check_text
+from pfedmoe_mpi.report.names import Names
 from pfedmoe_mpi.storage import measured, untrusted_json
 from pfedmoe_mpi.storage.columns import ClientColumns
 from pfedmoe_mpi.user_code import label
@@ -24,6 +25,7 @@ from pfedmoe_mpi.user_code import label
 if TYPE_CHECKING:
     from pfedmoe_mpi.checkpoint.confusion import Confusion
     from pfedmoe_mpi.client_model import ClientModel
+    from pfedmoe_mpi.report.client_test_rows import TestRows
 
 T = TypeVar("T")
 STARTS = ("start", "restart")
@@ -38,25 +40,6 @@ class RunFolderError(UserError):
 
 class NoRoundError(RunFolderError):
     """A run that has not finished its first round."""
-
-
-@dataclass(frozen=True)
-class Names:
-    """The names of clients and of classes; empty where they have none but their numbers."""
-
-    clients: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-
-    def client(self, client: int) -> str:
-        """Return a client's name, else `client 3`."""
-        return self.clients[client] if client < len(self.clients) else f"client {client}"
-
-    def class_of(self, label: int) -> str:
-        """Return a class's name, else `class 3`."""
-        return self.classes[label] if label < len(self.classes) else f"class {label}"
-
-
-NO_NAMES = Names()
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +113,12 @@ class Run:
         from pfedmoe_mpi import client_model  # imports torch, which reports do not need
 
         return client_model.load(self.newest, client)
+
+    def test_rows(self, client: int) -> TestRows:
+        """Return row numbers, samples and labels of a client's test rows; reads the run's data."""
+        from pfedmoe_mpi.report import client_test_rows
+
+        return client_test_rows.read(self.newest, client)
 
     @property
     def clients(self) -> int:

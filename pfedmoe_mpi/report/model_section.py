@@ -10,8 +10,8 @@ import numpy as np
 
 from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, is_narrow, legend_above, panels, style
-from pfedmoe_mpi.report.load import NO_NAMES, Names
 from pfedmoe_mpi.report.model_views import EXTREMES, ModelViews
+from pfedmoe_mpi.report.names import NO_NAMES, Names
 from pfedmoe_mpi.report.run_figures import per_cent, short_name, sorted_clients
 from pfedmoe_mpi.report.tables import (
     Cell,

@@ -211,7 +211,7 @@ def _clients(run: Run, views: ModelViews | None) -> Table:
 
     Samples and classes are listed too: they are the first place to look for the cause of a low accuracy.
     """
-    metrics = dict(run.selected["clients"])
+    metrics: dict[str, Any] = dict(run.selected["clients"])
     counts = run.started_with("class_counts")
     absent = run.absent_clients(run.selected["round"])
     accuracy = metrics["accuracy"]

@@ -65,6 +65,10 @@ def criteria(table: Table, runs: Sequence[TableRun]) -> Criteria:
     if without:
         problem = f"has no validation rows in run {without}: partition.validation = 0"
         raise _error(table, problem, "--partition.validation 0.2, or set it in [base]")
+    drawn = next((run.name for run in runs if run.config.eval.clients), "")
+    if drawn:
+        problem = f"measures other clients in every round of run {drawn}: eval.clients"
+        raise _error(table, problem, "--eval.clients 0, because rounds are compared")
     return Criteria(tuple(over), tuple(seeds), tuple(fresh))
 
 

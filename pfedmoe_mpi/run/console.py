@@ -116,7 +116,10 @@ def _describe_frozen(federation: Federation) -> list[str]:
 
 
 def memory(federation: Federation, ranks: int) -> str:
-    """Return a line on the job's memory: all clients' vectors and data, and a rank's bound models."""
+    """Return a line on the job's memory: all clients' vectors and data, and a rank's bound models.
+
+    Vectors beyond a rank's budget, here rank 0's, are in a file.
+    """
     vectors = sum(layout.size for layout in federation.client_layouts)
     different = {id(layout): layout for layout in federation.client_layouts}.values()
     kinds = {layout.digest: layout.size for layout in different}
@@ -128,7 +131,9 @@ def memory(federation: Federation, ranks: int) -> str:
     splits = (federation.partition.train, federation.partition.validation, federation.partition.test)
     data = sample * sum(len(split.flat) for split in splits)
     return (
-        f"memory: clients' vectors {megabytes(vectors)} and data {data / 1e6:.1f} MB over {ranks} rank(s); "
+        f"memory: clients' vectors {megabytes(vectors)} once all have trained, at most "
+        f"{disk.in_units(federation.store.budget)} of them on a rank (run.memory), and data "
+        f"{data / 1e6:.1f} MB over {ranks} rank(s); "
         f"on each rank about {megabytes(bound)} of bound models, not counting torch and activations"
     )
 

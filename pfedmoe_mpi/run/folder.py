@@ -8,24 +8,22 @@ Before every write and deletion, `RunFolder.check` asks whether the path still l
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi import checkpoint
-from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.checkpoint import Checkpoint, pack
 from pfedmoe_mpi.errors import CheckpointError, ConfigError
 from pfedmoe_mpi.federation import metrics
 from pfedmoe_mpi.log import LOGGER
-from pfedmoe_mpi.run import place
+from pfedmoe_mpi.run import logs, old_checkpoints, place
 from pfedmoe_mpi.run.place import holds_anything, make_first_free, numbered, refuse_existing
 from pfedmoe_mpi.storage import durable, measured, untrusted_json
 from pfedmoe_mpi.storage.lock import Lock
@@ -332,22 +330,9 @@ class RunFolder:
         measured.append(self.measured, history)
 
     def keep_newest(self, number: int, written: Path) -> None:
-        """Remove all but the `number` newest complete checkpoints, and partial ones older than the newest.
-
-        A file whose name is newer than `written`, because it is damaged or its round is trained again, gets
-        the suffix .unused.
-        """
+        """Remove the checkpoints that are not among the `number` newest, as `old_checkpoints` does."""
         self.check()
-        paths = checkpoint.newest_first(self.checkpoints)
-        # `written` is missing if the whole folder was removed meanwhile.
-        at = paths.index(written) if written in paths else 0
-        for path in paths[:at]:
-            path.rename(path.with_name(f"{path.name}.unused"))
-        paths = paths[at:]
-        complete = [path for path in paths if "partial" not in path.stem]
-        older = paths[paths.index(complete[0]) :] if complete else []
-        for path in [*complete[number:], *(p for p in older if "partial" in p.stem)]:
-            path.unlink(missing_ok=True)
+        old_checkpoints.remove(self.checkpoints, self.best, number, written)
 
     def mark_best(self, written: Path) -> None:
         """Make best.h5 another name of a checkpoint just written."""
@@ -360,6 +345,16 @@ class RunFolder:
             shutil.copyfile(written, temporary)
         durable.publish(temporary, self.best)
 
+    def complete_best(self) -> None:
+        """Make best.h5 complete by itself, so that it can be taken out of the folder.
+
+        Raises:
+            OSError: it cannot be written; it still relies on other files.
+        """
+        self.check()
+        with suppress(CheckpointError):  # there is none, or it is damaged
+            pack.replace(self.best)
+
     def best_round(self) -> int | None:
         """Return the round of best.h5, None if it is missing or unreadable."""
         try:
@@ -368,28 +363,6 @@ class RunFolder:
         except (OSError, CheckpointError, KeyError):
             return None
 
-    def log_to_file(self, rank: int) -> None:
-        """Log to log/rank-0003.txt; close the log of an earlier run of this process.
-
-        Raises:
-            ConfigError: the log cannot be written.
-        """
-        for earlier in [handler for handler in LOGGER.handlers if isinstance(handler, _LogFile)]:
-            LOGGER.removeHandler(earlier)
-            earlier.close()
-        try:
-            handler = _LogFile(self.path / "log" / f"rank-{rank:04d}.txt", encoding="utf-8")
-        except OSError as error:
-            problem = f"the log of rank {rank} cannot be written: {error}"
-            raise ConfigError(
-                problem, "fix the file system, or resume in another folder with --run.dir NEW"
-            ) from error
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        LOGGER.addHandler(handler)
-        LOGGER.setLevel(logging.INFO)
-
-
-class _LogFile(logging.FileHandler):
-    """A log file that ignores write errors: a full disk must not fill the terminal with tracebacks."""
-
-    def handleError(self, record: logging.LogRecord) -> None: ...
+    def log_to_file(self, hosts: Sequence[str], rank: int) -> None:
+        """Log to a file in `log`; the arguments and errors are those of `logs.log_to_file`."""
+        logs.log_to_file(self.path / "log", hosts, rank)

@@ -80,12 +80,13 @@ def _checkpoint_of(folder: RunFolder, at: int) -> Path:
     if not folder.resumable:
         raise CheckpointError(f"{folder.path} is not a run folder", "name the folder of a run")
     path = folder.checkpoints / checkpoint.name(at, partial=False)
-    if path.is_file():
+    points = checkpoint.restart_points(folder.checkpoints)
+    if path in points:
         return path
     best = folder.best_round()
     if best == at:
         return folder.best
-    names = [each.stem for each in checkpoint.newest_first(folder.checkpoints)]
+    names = [each.stem for each in points]
     rounds = {int(name.split("-")[1]) for name in names if "partial" not in name}
     rounds |= {best} if best is not None else set()
     listed = ", ".join(map(str, sorted(rounds))) or "none"

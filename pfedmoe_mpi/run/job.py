@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -119,6 +120,10 @@ def _check_patience(federation: Federation) -> None:
             f"run.patience = {patience} waits for a better accuracy on validation rows, and there are none",
             "add --partition.validation 0.2, or remove --run.patience",
         )
+    if patience and federation.config.eval.clients:
+        drawn = f"eval.clients = {federation.config.eval.clients:g} measures other clients in every round"
+        problem = f"run.patience = {patience} compares rounds, and {drawn}"
+        raise ConfigError(problem, "remove --eval.clients or --run.patience")
     if 0 < patience < every:
         raise ConfigError(
             f"run.patience = {patience} is less than the rounds between measurements, eval.every = {every}",
@@ -167,7 +172,8 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
         folder.path = world.from_root(
             lambda: folder.create(settings.run.force, first, numbered), "run folder"
         )
-    world.agree(lambda: folder.log_to_file(world.rank), "logs")
+    hosts = world.gather(platform.node(), "hosts")
+    world.attempt(lambda: folder.log_to_file(hosts, world.rank), "logs")
     world.from_root(lambda: frozen.write(folder.path, federation.frozen), "frozen tensors")
     identity = {"code": start.code, **run_identity(federation)}
     reporter = _reporter(world, start, federation)
@@ -192,6 +198,8 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
         reporter.close()
     if not finished:
         return _report_stop(world, reporter, loop)
+    world.timeout = settings.run.timeout or math.inf  # rank 0 may have to copy all clients' vectors
+    world.from_root(reporter.complete_best, "best.h5")
     _report_finish(world, reporter, federation, loop)
     return EXIT_DONE
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.federation import metrics, selection
 from pfedmoe_mpi.log import LOGGER
@@ -74,6 +75,13 @@ class Reporter:
         """Update best.h5 and remove the checkpoints that a new one replaces."""
         if self.progress:
             self._attempt("checkpoints", lambda: self._tidy(path, history, candidate))
+
+    def complete_best(self) -> None:
+        """Make best.h5 complete at the end of a run, and remove the files that only it needed."""
+        newest = checkpoint.newest_first(self.folder.checkpoints)[:1]
+        if self.progress and newest:
+            self._attempt("best.h5", self.folder.complete_best)
+            self._attempt("checkpoints", lambda: self.folder.keep_newest(self.keep, newest[0]))
 
     def not_written(self, error: CheckpointError) -> None:
         """Report a checkpoint that could not be written."""

@@ -29,7 +29,7 @@ FIXED_IN_TRAINING = (
 # Files may move: the checkpoint has the digest of what they hold.
 MOVABLE = ("partition.file",)
 # Never taken from an earlier start.
-PER_START = ("run.dir", "run.force", "run.singleton", "run.code", "run.changed_code")
+PER_START = ("run.dir", "run.force", "run.singleton", "run.code", "run.changed_code", "run.scratch")
 
 
 def restart(source: Path, overrides: Mapping[str, Any]) -> int:

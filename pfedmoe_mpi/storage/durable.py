@@ -33,7 +33,7 @@ def new_file(path: Path) -> Iterator[Path]:
         OSError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _removed_after_error(temporary):
+    with removed_after_error(temporary):
         yield temporary
         if os.path.lexists(path):
             raise FileExistsError(f"{path} exists and is not overwritten")
@@ -49,13 +49,14 @@ def write_text(path: Path, text: str) -> None:
         OSError: the file cannot be written; an earlier file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with _removed_after_error(temporary):
+    with removed_after_error(temporary):
         temporary.write_text(text, encoding="utf-8")
         publish(temporary, path)
 
 
 @contextmanager
-def _removed_after_error(temporary: Path) -> Iterator[None]:
+def removed_after_error(temporary: Path) -> Iterator[None]:
+    """Remove a file if the block ends with an exception."""
     try:
         yield
     except BaseException:

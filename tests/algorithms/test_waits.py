@@ -69,6 +69,6 @@ def test_more_batches_wait_no_more_often(method: str) -> None:
     assert waits(method, 6) == (step, measured)
     epochs = 2 if method == "fedrep" else 1
     assert step["copy to meta"] >= epochs, "an epoch's random numbers go to the device in one copy"
-    per_client = 14 if method == "fedkd" else 3  # fedkd factors the update on the CPU, matrix by matrix
+    per_client = 14 if method == "fedkd" else 5  # fedkd factors the update on the CPU, matrix by matrix
     assert step.total() - 2 * epochs <= per_client, step
-    assert measured.total() <= 3, measured
+    assert measured.total() <= 4, measured

@@ -13,6 +13,7 @@ import pfedmoe_mpi
 from pfedmoe_mpi import config
 from pfedmoe_mpi.bench import bare_loop, command
 from pfedmoe_mpi.bench import start as bench_start
+from pfedmoe_mpi.bench import wide as bench_wide
 from pfedmoe_mpi.bench.network import Sent, bytes_sent, crossed, per_round
 from pfedmoe_mpi.bench.progress import Stage, estimated_round, in_words
 from pfedmoe_mpi.bench.timing import Line, side_by_side
@@ -201,6 +202,8 @@ def test_one_rank_prints_only_single_rank_rows(tmp_path: Path) -> None:
         (1, ("sum", "--algorithm", "fedavg"), "for pfedmoe only"),
         (2, ("start",), "launches ranks itself"),
         (0, ("start", "many"), "takes a number of ranks"),
+        (2, ("wide",), "launches ranks itself"),
+        (0, ("wide", "0"), "takes the largest number of ranks"),
     ],
 )
 def test_impossible_benchmarks_are_refused(
@@ -216,6 +219,17 @@ def test_start_is_compared_with_importing_torch(tmp_path: Path) -> None:
     assert result.code == 0, result.err
     assert re.search(r"^start: one start of 1 ranks .*\nstart: about \d+ (s|min)$", result.err, re.MULTILINE)
     assert re.match(r"≤ 1.2 (met|missed)", row(result.out, "start of 1 ranks to round 1")[4])
+
+
+def test_wide_jobs_are_timed_and_fitted(tmp_path: Path) -> None:
+    result = run_program(0, "bench", "wide", "2", cwd=tmp_path, timeout=240)
+    assert result.code == 0, result.err
+    rows = [re.split(r" {2,}", line.strip()) for line in result.out.splitlines() if re.match(" +[12] ", line)]
+    assert [cells[0] for cells in rows] == ["1", "2"]
+    assert all(float(value) > 0 for cells in rows for value in cells[1:])
+    lines = re.findall(r"^(start|overhead|end): \S+ s \+ \S+ ms for each rank$", result.out, re.MULTILINE)
+    assert lines == ["start", "overhead", "end"]
+    assert bench_wide.line([1, 2, 4], [3.0, 5.0, 9.0]) == (pytest.approx(1.0), pytest.approx(2.0))
 
 
 def test_started_ranks_import_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from pfedmoe_mpi.checkpoint import Checkpoint, seal
 from pfedmoe_mpi.commands.inspect import digest
 from pfedmoe_mpi.errors import CheckpointError
 from support.checkpoint_checks import sample_content
-from support.checkpoint_files import read_ranges, regions, write_alone
+from support.checkpoint_files import read_ranges, regions, write_alone, write_leaning
 from support.files import flip_bit
 from support.mpi_job import run_module
 
@@ -244,7 +244,7 @@ def swapped(draw: random.Random, raw: bytearray, at: int, size: int) -> None:
 MUTATIONS = (flipped, overwritten, zeroed, cut, removed, inserted, appended, repeated, swapped)
 SAYS = re.compile(
     r"the bytes of (\S+) have changed|the first incomplete part is (.+)|(HDF5's own structure) has changed|"
-    r"(its seal|not a finished checkpoint|format version|too long)"
+    r"(its seal|not a finished checkpoint|format version|too long)|relies on (\S+\.h5)"
 )
 
 
@@ -263,7 +263,10 @@ def judged(path: Path, good: str) -> str:
 
 
 def campaign(paths: list[Path], folder: Path, times: int) -> Counter[str]:
-    """Return the outcomes of mutations of every kind; half of them hit parts other than vectors."""
+    """Return the outcomes of mutations of every kind; half of them hit parts other than vectors.
+
+    Every third mutation of a checkpoint that relies on another one hits that one, in which most bytes count.
+    """
     seed = random.randrange(10**6)
     draw, outcomes, seen = random.Random(seed), Counter[str](), set()
     good = {}
@@ -271,15 +274,22 @@ def campaign(paths: list[Path], folder: Path, times: int) -> Counter[str]:
         with Checkpoint(path) as loaded:
             good[path] = digest(loaded)
     for number in range(times):
-        source = paths[number % len(paths)]
+        whole = source = paths[number % len(paths)]
+        needed = [source.with_name(name) for name in checkpoint.files_needed(source)]
+        if needed and draw.random() < 1 / 3:
+            source = needed[0]
+        for other in (whole, *needed):
+            shutil.copyfile(other, folder / other.name)
         raw = bytearray(source.read_bytes())
         spots = [draw.randint(*place) for place in regions(source).values()]
         mutate = MUTATIONS[number // len(paths) % len(MUTATIONS)]
         mutate(draw, raw, draw.choice([draw.choice(spots), draw.randrange(len(raw))]), draw.choice(SIZES))
         path = folder / source.name
         path.write_bytes(raw)
-        says = judged(path, good[source])
-        assert (says == "harmless") == (raw == source.read_bytes()), f"seed {seed}, number {number}: {says}"
+        says = judged(folder / whole.name, good[whole])
+        unchanged = raw == source.read_bytes()
+        fits = says == "harmless" or not unchanged if source != whole else (says == "harmless") == unchanged
+        assert fits, f"seed {seed}, number {number}: {says}"
         outcomes[re.sub(r"[0-9a-f]{64}|\d{6}", "…", says)] += 1
         seen.add(mutate)
     print(f"{times} mutations, seed {seed}: {dict(outcomes.most_common())}")
@@ -292,16 +302,20 @@ SIZES = (1, 4, 32, 48, 512, 4096, 20_000)
 
 def test_hundred_mutations_are_refused_or_harmless(sealed: Path, tmp_path: Path) -> None:
     whole = write_alone(tmp_path / "round-000003.h5", sample_content())
-    (tmp_path / "mutated").mkdir()
-    outcomes = campaign([sealed, whole], tmp_path / "mutated", 100)
+    for name in ("mutated", "leaning", "mutated/leaning"):
+        (tmp_path / name).mkdir()
+    outcomes = campaign([sealed, whole], tmp_path / "mutated", 90)
+    outcomes += campaign([write_leaning(tmp_path / "leaning")], tmp_path / "mutated" / "leaning", 10)
     assert len(outcomes) > 4
 
 
 @pytest.mark.campaign
 def test_thousand_mutations_are_refused_or_harmless(sealed: Path, trained: Path, tmp_path: Path) -> None:
-    """Of a small partial checkpoint, a small complete one and a trained run's."""
+    """Of a small partial checkpoint, a small complete one, a trained run's and one that relies on another."""
     sources = [sealed, write_alone(tmp_path / "round-000003.h5", sample_content())]
     sources.append(trained / "checkpoints" / "round-000002.h5")
-    (tmp_path / "mutated").mkdir()
-    outcomes = campaign(sources, tmp_path / "mutated", 1000)
+    for name in ("mutated", "leaning", "mutated/leaning"):
+        (tmp_path / name).mkdir()
+    outcomes = campaign(sources, tmp_path / "mutated", 900)
+    outcomes += campaign([write_leaning(tmp_path / "leaning")], tmp_path / "mutated" / "leaning", 100)
     assert outcomes.total() == 1000 and {"its seal", "clients/…", "HDF5's own structure"} <= {*outcomes}

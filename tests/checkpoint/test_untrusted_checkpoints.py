@@ -110,6 +110,7 @@ def measured(name: str, data: np.ndarray) -> Edit:
 
 ENTRIES, TWICE = "measured/entries", b'[["a", true], ["a", true]]'
 STATE, MOMENTS, OFFSETS = "server/state", "server/moments", "partition/train_offsets"
+FIRST = "server/first_state"
 ZEROS = np.zeros(700, "<f4")
 ROWS = [sample_row(1), sample_row(2), sample_row(3)]
 CHECKPOINTS: dict[str, tuple[str, Edit]] = {
@@ -154,8 +155,15 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "group for dataset": ("history is not a dataset", grouped("history")),
     "dataset for group": ("no group clients", replaced("clients", data=ZEROS)),
     "no history": ("it has no history", lambda file: file.pop("history")),
-    "no client": ("clients holds 11", lambda file: file["clients"].pop("000003")),
-    "another client": ("it has no clients/000003", lambda file: file["clients"].move("000003", "x")),
+    "another client": ("clients holds 'x'", lambda file: file["clients"].move("000003", "x")),
+    "one client more": ("clients holds '000012'", lambda file: file["clients"].move("000003", "000012")),
+    "other layouts": (
+        "clients/000000 has another layout than layouts/of_clients says",
+        replaced("layouts/of_clients", data=np.arange(12) % 2),
+    ),
+    "no such layout": ("give each client a layout", replaced("layouts/of_clients", data=np.full(12, 99))),
+    "fewer layouts": ("give each client a layout", replaced("layouts/of_clients", data=np.zeros(11, int))),
+    "first state": ("server/first_state has 699", lambda f: f.create_dataset(FIRST, data=ZEROS[:699])),
     "more": ("it holds unknown objects: 'more'", lambda file: file.create_dataset("more", data=ZEROS)),
     "more in a group": (
         "its seal names unknown datasets: 'server/x'",
@@ -200,9 +208,9 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "pool": ("no usable model.pool", configured(model={"pool": []})),
     "pool of numbers": ("no usable clients or model.pool", configured(model={"pool": [1]})),
     "no clients": ("no usable clients", configured(clients=0)),
-    "more clients": ("clients holds 12, but config.clients = 13", configured(clients=13)),
+    "more clients": ("give each client a layout", configured(clients=13)),
     "a trillion clients": (
-        "clients holds 12, but config.clients = 1000000000000",
+        "give each client a layout",
         configured(clients=10**12),
     ),
     "clients true": ("no usable clients", configured(clients=True)),

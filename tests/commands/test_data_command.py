@@ -85,8 +85,8 @@ def test_prepare_keeps_existing_files_and_leaves_none_on_error(tmp_path: Path) -
         with pytest.raises(DataError, match="no folder"):
             write(configured(), tmp_path / "sub" / "out.h5")
     assert out.read_text() == "mine"
-    bad = write_h5(tmp_path / "bad.h5", x=GOOD_X, y=GOOD_Y + 1)
-    with pytest.raises(DataError, match="subtract 1"):
+    bad = write_h5(tmp_path / "bad.h5", x=GOOD_X, y=GOOD_Y[:-1])
+    with pytest.raises(DataError, match="one value per sample"):
         prepare(configured(data__source="hdf5", data__path=str(bad)), tmp_path / "new.h5")
     with pytest.raises(PartitionError):
         write_partition(configured(partition__kind="natural"), tmp_path / "new.h5")

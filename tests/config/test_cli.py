@@ -213,6 +213,8 @@ def test_validation_rows_choose_the_best_checkpoint_and_the_end(
         "--eval.every",
         "4",
     )
+    drawn = ("--run.patience", "3", "--eval.clients", "0.5")
+    assert_refused("compares rounds, and eval.clients = 0.5", *small_run, *flags, *drawn)
     flags = (*small_run, *flags, "--run.patience", "3", "--rounds")
     said = run_command(*flags, "60", "--run.dir", "run").out
     table = read_metrics(tmp_path / "run")

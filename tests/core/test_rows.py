@@ -49,7 +49,7 @@ def test_counts_and_digest_are_those_of_the_clients_one_by_one() -> None:
 def test_clients_have_their_samples_and_the_digest_of_all() -> None:
     parts = drawn_parts(8)
     dataset = open_dataset(Data(source="digits"), 0, clients=8)
-    shards = distribute(single_rank(), dataset, Partition(*parts), [0] * 8, torch.device("cpu"))
+    shards = distribute(single_rank(), dataset, Partition(*parts), [0] * 8, torch.device("cpu"), False)
     whole = sha256()
     for client in range(8):
         own = sha256()

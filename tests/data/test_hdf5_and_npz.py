@@ -148,6 +148,13 @@ def test_labels_and_clients_are_any_integers_or_texts(tmp_path: Path, given: Any
             assert shown == names and [shown[k] for k in data.client] == plain[::-1]
 
 
+def test_a_label_that_often_stands_for_a_missing_one_is_announced(tmp_path: Path) -> None:
+    with open_data("hdf5", write_h5(tmp_path / "a.h5", x=GOOD_X, y=GOOD_Y - 1)) as data:
+        assert any("'-1' is a class; remove its rows if" in warning for warning in data.warnings)
+    with open_data("hdf5", write_h5(tmp_path / "b.h5", x=GOOD_X, y=GOOD_Y % 2 * 2 - 1)) as data:
+        assert not data.warnings and data.class_names == ("-1", "1")
+
+
 @pytest.mark.parametrize("kind", [np.int8, np.uint16, np.int32, np.int64, np.uint64])
 def test_integers_are_tokens(tmp_path: Path, kind: type) -> None:
     x = np.random.default_rng(0).integers(0, 90, (40, 5)).astype(kind)

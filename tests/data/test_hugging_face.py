@@ -161,6 +161,10 @@ def test_bad_folders_are_refused(saved: Path, hub: Path, tmp_path: Path) -> None
     state = copy / "train" / "state.json"
     state.write_text(json.dumps({"_data_files": [{"filename": "../secret.arrow"}]}))
     data_error("'../secret.arrow', which is outside", "hf", copy)
+    state.write_text(
+        json.dumps({"_data_files": [{"filename": "a"}], "_indices_data_files": [{"filename": "i"}]})
+    )
+    data_error("a selection of rows(.|\n)*flatten_indices", "hf", copy)
     state.write_text("{")
     data_error("state.json is damaged", "hf", copy)
     state.write_text("{}")

@@ -30,20 +30,26 @@ def test_huge_models_are_refused_with_what_fits(session: Session, tmp_path: Path
 
 
 def test_limit_of_the_process_counts(tmp_path: Path) -> None:
-    """Two clients of 100 MB fit into 4 GB of address space, forty do not."""
-    flags = ("--clients", "40", "--data.samples", "4000", "--model.dim", "100000", "--dry", "true")
-    result = subprocess.run(
-        [sys.executable, "-m", "pfedmoe_mpi", *SMALL_RUN, *flags],
-        cwd=tmp_path,
-        env=clean_environment("mpich", {}),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)),
-    )
-    said = error_message(Result(result.returncode, result.stdout, result.stderr), "ulimit -v")
-    assert re.search(r"--clients \d+ fits", said)
+    """In 6 GB of address space forty clients of 100 MB fit, as they need no memory; those of 1 GB do not."""
+
+    def plan(dim: int) -> Result:
+        flags = ("--clients", "40", "--data.samples", "4000", "--model.dim", str(dim), "--dry", "true")
+        result = subprocess.run(
+            [sys.executable, "-m", "pfedmoe_mpi", *SMALL_RUN, *flags],
+            cwd=tmp_path,
+            env=clean_environment("mpich", {}),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)),
+        )
+        return Result(result.returncode, result.stdout, result.stderr)
+
+    small = plan(100_000)
+    assert small.code == 0 and "of them on a rank (run.memory)" in small.out, small.err
+    said = error_message(plan(1_000_000), "ulimit -v")
+    assert re.search(r"--model.dim \d+ fits", said)
 
 
 def test_control_group_counts_with_those_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

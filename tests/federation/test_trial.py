@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import build, trial
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi.device import Device
 
 CPU = torch.device("cpu")
 # `put_` has no deterministic kernel on a CPU either.
@@ -67,11 +69,11 @@ def test_an_operation_without_a_deterministic_kernel_is_refused(tmp_path: Path, 
     torch.use_deterministic_algorithms(False)
     settings = Case("fedavg", {}).settings(model__pool=model, model__shared=model, train__device="cpu")
     federation = build.build(comm.start(), settings, warn=False)
+    trial.check(comm.start(), federation)  # on a CPU nothing is tried
     torch.use_deterministic_algorithms(True)
-    with pytest.raises(
-        ConfigError, match=r"train.deterministic = true, but put_ in a step of fedavg"
-    ) as error:
-        trial.try_member(federation, federation.clients[0], "client")
+    pretended = Device(torch.device("cuda"), "a GPU", "", "GPU-a")
+    with pytest.raises(ConfigError, match=r"deterministic = true, but put_ in a step of fedavg") as error:
+        trial.check(comm.start(), replace(federation, device=pretended))
     assert "--train.deterministic false" in error.value.remedy
 
 

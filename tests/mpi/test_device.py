@@ -31,6 +31,14 @@ def test_ranks_take_the_gpus_they_see(visible: list[list[str]], positions: list[
     assert assign(visible) == positions
 
 
+def test_parts_of_a_host_take_gpus_after_each_other() -> None:
+    """Runs at once, `reproduce --together`: each part of the ranks is assigned by itself."""
+    four, two = list("abcd"), list("ab")
+    assert [assign([four] * 2, [first] * 2) for first in (0, 2)] == [[0, 1], [2, 3]]
+    assert [assign([two], [first]) for first in range(4)] == [[0], [1], [0], [1]]
+    assert assign([["c"], []], [2, 2]) == [0, None]
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [

@@ -12,6 +12,7 @@ import pytest
 
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.report import (
+    client_section,
     compare,
     comparison_figures,
     comparison_report,
@@ -302,6 +303,26 @@ def test_selected_round_is_the_one_compared(trained: Path, assert_refused: Calla
         "validation",
         "--text",
     )
+
+
+def test_named_clients_are_shown_over_seeds(trained: Path) -> None:
+    """Five seeds, in which the second client's accuracy is 0, 10, … 40 %, and the others' 50 %."""
+    run, names = load_run(trained), ["Aarau", "Bern", "Chur", "Davos"]
+    runs = []
+    for seed in range(5):
+        columns = {name: run.last["clients"][name] for name in ("alpha", "loss", "samples")}
+        columns |= {"accuracy": [0.5, seed / 10, 0.5, 0.5], "auc": [None] * 4}
+        one = recorded(run, str(seed), client_names=names)
+        settings = {**one.config, "partition.kind": "natural", "seed": seed}
+        runs.append(Run(one.path, settings, [{**run.last, "clients": columns}], one.events))
+    (table,) = client_section.sections(compare.compare(runs))[0].tables
+    assert [row[0].text for row in table.rows] == names
+    half = 2.7764451052 * np.std([0, 0.1, 0.2, 0.3, 0.4], ddof=1) / 5**0.5
+    assert table.rows[1][4].text == "20.00"
+    assert table.rows[1][5].values == pytest.approx((0.2 - half, 0.2 + half))
+    assert table.rows[0][5].text == "50.0 to 50.0" and table.rows[0][6].text == "–"
+    unnamed = [Run(each.path, run.config, each.history, each.events) for each in runs[:1]]
+    assert client_section.sections(compare.compare(unnamed)) == []
 
 
 def test_equal_looking_values_are_marked_alike(trained: Path) -> None:

@@ -188,6 +188,7 @@ def test_client_difference_table_equals_the_metrics(runs: Path, several: Path) -
         assert row["clients"] == str(len(values)) == "4"
         counts = [int(row[name]) for name in ("better", "equal", "worse")]
         assert counts == [(values > 0).sum(), (values == 0).sum(), (values < 0).sum()]
+        assert same_number(row["share better"], counts[0] / len(values))
         for name, share in (("10th percentile", 10), ("median", 50), ("90th percentile", 90)):
             assert same_number(row[name], float(np.percentile(values, share)))
 

@@ -95,6 +95,7 @@ def test_settings_are_chosen_and_trained_with_fresh_seeds(
         (("fresh = [5, 6]", "fresh = 5"), (), r"select.fresh = 5"),
         (("fresh = [5, 6]", "frehs = [5]"), (), r"select.frehs"),
         (("partition.validation = 0.3", ""), (), r"no validation rows(.|\n)*--partition.validation 0.2"),
+        (("", ""), ("--eval.clients", "0.5"), r"eval.clients(.|\n)*--eval.clients 0"),
         (("", ""), ("--only", "*seed0"), "--only = .* leaves out candidates"),
         (("", ""), ("--task", "0"), "--task = 0 leaves out candidates(.|\n)*--out runs/rates/grid"),
         (("", ""), ("--select", "test"), "--select: invalid choice"),

@@ -73,13 +73,29 @@ def kills(number: int) -> Iterator[tuple[int, random.Random]]:
         yield trial, random.Random(seed * 1000 + trial)
 
 
-def survive(tmp_path: Path, draw: random.Random, expected: tuple[str, float]) -> str:
+# Every client trains alone in its round, so that checkpoints lean on each other; no vector stays in memory.
+SPILLING_RUN = (*QUICK_RUN, "--clients", "11", "--participation", "0.09", "--run.memory", "0")
+
+
+@pytest.fixture(scope="module")
+def undisturbed_spilling(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the spilling run with all vectors in memory."""
+    folder = tmp_path_factory.mktemp("spilling")
+    run_to_end(2, *SPILLING_RUN, "--run.memory", "1", cwd=folder)
+    newest = folder / "run" / "checkpoints" / "round-000006.h5"
+    assert checkpoint.files_needed(newest), "it relies on others"
+    return digest(folder / "run", 6)
+
+
+def survive(
+    tmp_path: Path, draw: random.Random, expected: tuple[str, float], flags: tuple[str, ...] = QUICK_RUN
+) -> str:
     """Kill a process at a random moment once config.toml exists, restart and compare; return what happened.
 
     Every third moment is during the write of a checkpoint, if one follows.
     """
     wanted, seconds = expected
-    with running_job(3, *QUICK_RUN, cwd=tmp_path) as job:
+    with running_job(3, *flags, cwd=tmp_path) as job:
         wait_for_file(tmp_path / "run" / "config.toml", job)
         time.sleep(draw.uniform(0, seconds))
         writing = draw.random() < 1 / 3 and wait_for_a_write(tmp_path / "run" / "checkpoints", job)
@@ -91,7 +107,7 @@ def survive(tmp_path: Path, draw: random.Random, expected: tuple[str, float]) ->
                 os.kill(pid, signal.SIGKILL)
         if what != "mpirun":
             launcher.wait_for_end(job, 60)  # the launcher notices by itself
-    for path in checkpoint.newest_first(tmp_path / "run" / "checkpoints"):
+    for path in checkpoint.restart_points(tmp_path / "run" / "checkpoints"):
         checkpoint.verify(path)  # whatever has a checkpoint's name is whole
     output = run_to_end(draw.choice([1, 2, 4]), "restart", "run", cwd=tmp_path)
     assert digest(tmp_path / "run", 6) == wanted, output
@@ -108,19 +124,31 @@ def wait_for_a_write(folder: Path, job: subprocess.Popen[str]) -> bool:
     return False
 
 
-def test_restart_after_a_kill_gives_the_same_bits(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
+def survive_one(
+    folder: Path, trial: int, draw: random.Random, undisturbed: tuple[str, float], spilling: str
+) -> str:
+    """Kill and restart a run; every tenth is one whose vectors are on the disk."""
+    (folder / str(trial)).mkdir()
+    if trial % 10 == 9:
+        return survive(folder / str(trial), draw, (spilling, undisturbed[1]), SPILLING_RUN)
+    return survive(folder / str(trial), draw, undisturbed)
+
+
+def test_restart_after_a_kill_gives_the_same_bits(
+    tmp_path: Path, undisturbed: tuple[str, float], undisturbed_spilling: str
+) -> None:
     for trial, draw in kills(10):
-        (tmp_path / str(trial)).mkdir()
-        survive(tmp_path / str(trial), draw, undisturbed)
+        survive_one(tmp_path, trial, draw, undisturbed, undisturbed_spilling)
 
 
 @pytest.mark.campaign
 @pytest.mark.timeout(7200)
-def test_restarts_after_many_kills_give_the_same_bits(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
+def test_restarts_after_many_kills_give_the_same_bits(
+    tmp_path: Path, undisturbed: tuple[str, float], undisturbed_spilling: str
+) -> None:
     count: dict[str, int] = {}
     for trial, draw in kills(100):
-        (tmp_path / str(trial)).mkdir()
-        what = survive(tmp_path / str(trial), draw, undisturbed)
+        what = survive_one(tmp_path, trial, draw, undisturbed, undisturbed_spilling)
         count[what] = count.get(what, 0) + 1
     print(count)
 

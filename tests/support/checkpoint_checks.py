@@ -92,7 +92,7 @@ def write_together(world: Comm, folder: str) -> None:
     whole = sample_content()
     home, mine = distribute(world, whole)
     path = Path(folder, checkpoint.name(3, False))
-    checkpoint.write(world, path, whole, mine, home)
+    checkpoint.write(world, path, whole, mine.__getitem__, home)
     world.agree(lambda: checkpoint.verify(path, world.rank, world.size), "verify")
     with Checkpoint(path) as loaded:
         for client in range(len(home)):
@@ -112,7 +112,7 @@ def write_fails(world: Comm, folder: str) -> None:
         if world.rank == failing:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 13, unlimited[1]))
         try:
-            checkpoint.write(world, path, whole, mine, home)
+            checkpoint.write(world, path, whole, mine.__getitem__, home)
         except CheckpointError as error:
             heard = str(error)
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
@@ -148,12 +148,12 @@ def write_limited(world: Comm, folder: str) -> None:
     whole = sample_content()
     home, mine = distribute(world, whole)
     first = Path(folder, checkpoint.name(3, False))
-    checkpoint.write(world, first, whole, mine, home)
+    checkpoint.write(world, first, whole, mine.__getitem__, home)
     length, unlimited = first.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in [0, 1, 8, 512, 4095, 4096, 5000, *range(6000, length, length // 30), length - 1]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
         try:
-            checkpoint.write(world, Path(folder, checkpoint.name(4, False)), whole, mine, home)
+            checkpoint.write(world, Path(folder, checkpoint.name(4, False)), whole, mine.__getitem__, home)
         except CheckpointError:
             pass
         else:
@@ -196,7 +196,7 @@ def _write_for_ever(folder: Path, number: int) -> NoReturn:
     home, mine = distribute(world, whole)
     for round in count(number):
         now = replace(whole, round=round, history=[sample_row(n + 1) for n in range(round)])
-        checkpoint.write(world, folder / checkpoint.name(round, False), now, mine, home)
+        checkpoint.write(world, folder / checkpoint.name(round, False), now, mine.__getitem__, home)
         for old in checkpoint.newest_first(folder)[3:]:
             old.unlink()
     raise AssertionError

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Content, seal
+from pfedmoe_mpi.federation.written import Vectors
 from pfedmoe_mpi.mpi.comm import Comm
-from support.checkpoint_checks import distribute
+from support.checkpoint_checks import distribute, sample_content, sample_row
 
 
 @cache
@@ -25,7 +28,21 @@ def single_rank() -> Comm:
 
 def write_alone(path: Path, whole: Content) -> Path:
     home, mine = distribute(single_rank(), whole)
-    checkpoint.write(single_rank(), path, whole, mine, home)
+    checkpoint.write(single_rank(), path, whole, mine.__getitem__, home)
+    return path
+
+
+def write_leaning(folder: Path) -> Path:
+    """Write two checkpoints, and return the second one, which relies on the first for most vectors."""
+    whole = sample_content(sizes=(5000, 3000), state=10)
+    known = Vectors(np.array([4 * layout.size for layout in whole.client_layouts]))
+    for round, changed in ((3, range(12)), (4, (1, 6))):
+        now = replace(whole, round=round, history=[sample_row(n + 1) for n in range(round)])
+        path, (home, mine) = folder / checkpoint.name(round, False), distribute(single_rank(), now)
+        known.change(changed)
+        divide = partial(known.divided, path)
+        known.written(checkpoint.write(single_rank(), path, now, mine.__getitem__, home, divide=divide))
+    assert checkpoint.files_needed(path) == {checkpoint.name(3, False)}
     return path
 
 

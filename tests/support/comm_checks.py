@@ -19,6 +19,7 @@ import numpy as np
 from pfedmoe_mpi.errors import EXIT_STOPPED, ConfigError, StoppedError, UserError
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.mpi.part import divide
 
 # Checks that all ranks pass
 
@@ -217,6 +218,26 @@ def parts(world: Comm) -> None:
     world.wait("parts done")
 
 
+def divided(world: Comm) -> None:
+    """Divide four ranks into three parts; a stop of one rank reaches all, and each counts the whole host."""
+    world.catch_signals()
+    number, part = divide(world, 3)
+    assert (number, part.rank, part.size) == [(0, 0, 2), (0, 1, 2), (1, 0, 1), (2, 0, 1)][world.rank]
+    assert part.local() == (world.rank, world.size) and part.names[part.rank] == world.rank
+    assert part.gather(world.rank, "part") == part.names
+    world.wait("all are divided")
+    assert not part.stop_requested()
+    world.wait("none is stopped")
+    if world.rank == 3:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    deadline = time.monotonic() + 20
+    while not part.stop_requested():
+        assert time.monotonic() < deadline, "no stop in 20 s"
+        time.sleep(0.001)
+    assert part.stopped_by == "SIGUSR1 to rank 3"
+    world.finish()
+
+
 # Checks that end the job
 
 
@@ -281,7 +302,7 @@ HARMLESS: dict[str, Callable[[Comm], None]] = {
     work.__name__: work
     for work in (
         *(total, broadcast, gather, agree, move, barrier, many, polite, quick),
-        *(stop, stop_while_waiting, stop_everywhere, parts),
+        *(stop, stop_while_waiting, stop_everywhere, parts, divided),
     )
 }
 ALONE: dict[str, Callable[..., None]] = {

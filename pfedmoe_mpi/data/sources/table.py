@@ -139,7 +139,8 @@ def _source(
     if not len(table.labels):
         raise DataError(f"{path} has no row below its header", "add rows")
     y, names = table.labels.numbered(declared)
-    _check_classes(path, table.columns.label, names)
+    if not declared:
+        _check_classes(path, table.columns.label, names)
     if all(table.official):
         raise DataError(f"{path} has no training row", "write train into rows, or remove --data.split")
     official = np.array(table.official) if any(table.official) else None

@@ -1,0 +1,62 @@
+"""Which vectors a checkpoint holds itself, and for which it relies on earlier files of its folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pfedmoe_mpi.checkpoint import Content, Places
+
+
+class Vectors:
+    """What is known of the vectors of all clients: which changed, and where the newest checkpoint has them.
+
+    Args:
+        lengths: of every client's vector, in bytes.
+    """
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self._lengths = lengths
+        self._changed = np.zeros(len(lengths), bool)
+        self._places = Places()
+
+    def change(self, clients: Iterable[int]) -> None:
+        """Record that clients have other vectors than before."""
+        chosen = list(clients)
+        self._changed[chosen] = self._lengths[chosen] > 0
+
+    def written(self, places: Places) -> None:
+        """Record that a checkpoint holds the vectors of these clients."""
+        self._places = self._places.updated(places)
+        self._changed[places.rows["client"]] = False
+
+    def divided(self, path: Path, content: Content) -> Content:
+        """Return the content of a checkpoint with the clients whose vectors it holds, and the others' places.
+
+        It holds all of them, and relies on no other file, unless that makes it less than half as long, and
+        unless the bytes in the other files that nobody needs any more are over half of these files.
+        """
+        known = self._places.chosen(_usable(self._places, path) & ~self._changed[self._places.rows["client"]])
+        trained = self._changed.copy()
+        trained[self._places.rows["client"]] = True
+        everyone = np.flatnonzero(trained).tolist()
+        complete = replace(content, held=everyone, elsewhere=Places())
+        fresh = trained.copy()
+        fresh[known.rows["client"]] = False
+        others = content.length_of_others
+        if 2 * (others + self._lengths[fresh].sum()) >= others + self._lengths[trained].sum():
+            return complete
+        in_files = sum(os.path.getsize(path.with_name(name)) for name in known.files)
+        if 2 * known.rows["length"].sum() < in_files:
+            return complete
+        return replace(content, held=np.flatnonzero(fresh).tolist(), elsewhere=known)
+
+
+def _usable(places: Places, path: Path) -> np.ndarray:
+    """Return which places are in files that exist and that the checkpoint at `path` will not replace."""
+    usable = [name != path.name and path.with_name(name).is_file() for name in places.files]
+    return np.array(usable, bool)[places.rows["file"]]
