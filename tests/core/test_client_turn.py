@@ -153,7 +153,7 @@ def play(player: Player, total: RoundSum) -> None:
         stream=None,
     )
     faults = Faults(0, FaultSettings(), [1.0])
-    with Comm.located(SimpleNamespace(rank=0), "client 0, round 1"):
+    with Comm.located(SimpleNamespace(rank=0, names=["0"]), "client 0, round 1"):
         train_member(federation, faults, total, 0, player.client, player.state, 1, "client", tested=False)
 
 
