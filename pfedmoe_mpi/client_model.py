@@ -67,8 +67,7 @@ class ClientModel(nn.Module):
     def weights(self, x: np.ndarray | Tensor) -> Tensor:
         """Return the gate's weights (n, experts), float32, of n raw samples, as `predict` takes them.
 
-        They sum to 1; the shared experts come first, the client's own is the last of them. pFedMoE has two
-        experts, (n, 2).
+        They sum to 1. The shared experts come first; pFedMoE has the client's own as the last one, (n, 2).
 
         Raises:
             DataError: the method has no gate, or this client's gate has never trained; or as for `predict`.
@@ -77,14 +76,14 @@ class ClientModel(nn.Module):
             problem = f"client {self.client} had not trained, so its gate is the initial one"
             raise DataError(problem, "use a client that has trained")
 
-        def of_inputs(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+        def weights_of(inputs: Inputs) -> Callable[[Tensor], Tensor]:
             mixture = self._method.mixture(self, inputs)  # type: ignore[arg-type]
             if mixture is None:
                 method = self._method.task.config.method
                 raise DataError(f"{method} has no gate, and so no weights", "use predict(x) for its logits")
             return lambda x: mixture(x).weights
 
-        return self._in_batches(x, of_inputs)
+        return self._in_batches(x, weights_of)
 
     def _in_batches(self, x: np.ndarray | Tensor, answer: Answer) -> Tensor:
         """Return the answers for raw samples, in evaluation mode, in the batches of the run's evaluations."""
