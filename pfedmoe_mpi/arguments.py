@@ -166,7 +166,7 @@ COMMANDS = {
     "pack": Command(
         "Write a checkpoint that relies on other files as one complete file.",
         (CHECKPOINT, OUT),
-        ("pack runs/NAME/checkpoints/round-000040.h5 OUT.h5", "pack round-000040.h5 whole.h5"),
+        ("pack round-000040.h5 OUT.h5", "pack runs/NAME/checkpoints/round-000040.h5 OUT.h5"),
     ),
     "data prepare": Command(
         "Write any source's data as one HDF5 file; may download torchvision's.",

@@ -67,6 +67,16 @@ def test_control_group_counts_with_those_above_it(tmp_path: Path, monkeypatch: p
     assert "0.8 GB are free (the memory limit" in memory.shortage(9e8) and not memory.shortage(7e8)
 
 
+def test_memory_of_a_slurm_job_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "8")
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "2")
+    assert memory.available(4) == 16 << 20 and "(the job's --mem)" in memory.shortage(1e9)
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "32")
+    assert memory.available() == 32 << 20
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "0")
+    assert memory.available() > 32 << 20, "0 is all of the node's"
+
+
 # Crafted files
 
 
