@@ -57,7 +57,7 @@ def _beginning(loaded: Checkpoint, client: int) -> Beginning:
         problem = f"client {client} of {loaded.path} never trained, and its first vector cannot be drawn: "
         raise CheckpointError(problem + error.problem, error.remedy) from error
     method = method_of(settings, sample_facts(loaded.path, loaded.identity.get("samples", "")))
-    bench = Workbench(settings.seed, torch.device("cpu"))
+    bench = Workbench(settings.seed, torch.device("cpu"), start=settings.model.start)
     beginning = Beginning(bench, method.client_state, method.initial)
     if len(loaded.first_state):
         state = torch.from_numpy(loaded.first_state)

@@ -208,9 +208,9 @@ CHECKPOINTS: dict[str, tuple[str, Edit]] = {
     "pool": ("no usable model.pool", configured(model={"pool": []})),
     "pool of numbers": ("no usable clients or model.pool", configured(model={"pool": [1]})),
     "no clients": ("no usable clients", configured(clients=0)),
-    "more clients": ("give each client a layout", configured(clients=13)),
+    "more clients": ("columns do not fit their entries", configured(clients=13)),
     "a trillion clients": (
-        "give each client a layout",
+        "columns do not fit their entries",
         configured(clients=10**12),
     ),
     "clients true": ("no usable clients", configured(clients=True)),

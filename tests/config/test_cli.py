@@ -17,6 +17,7 @@ import pytest
 from pfedmoe_mpi import __version__, config
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import methods
+from pfedmoe_mpi.federation.rebuilt import vectors
 from support.files import path_digest
 from support.launcher import (
     Result,
@@ -101,7 +102,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
 
 def test_run_folder_holds_the_documented_files(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
-        *("config.toml", "metrics.jsonl", "events.jsonl", "checkpoints", "log", ".lock"),
+        *("config.toml", "metrics.jsonl", "measured", "events.jsonl", "checkpoints", "log", ".lock"),
         "said.txt",  # the test's own
     }
     assert [path.name for path in sorted((trained / "log").iterdir())] == ["rank-0000.txt", "rank-0001.txt"]
@@ -288,7 +289,8 @@ def test_export_writes_the_checkpoint_tensors(
     run_command("export", source, "--client", "3", "out.h5")
     with Checkpoint(source) as loaded, h5py.File(tmp_path / "out.h5") as file:
         own, state = loaded.layout(3), loaded.state_layout
-        expected = {e.name: loaded.vector(3)[e.offset :][: e.size].reshape(e.shape) for e in own.entries}
+        vector = vectors(loaded)(3)
+        expected = {e.name: vector[e.offset :][: e.size].reshape(e.shape) for e in own.entries}
         expected |= {e.name: loaded.state[e.offset :][: e.size].reshape(e.shape) for e in state.entries}
         assert len(expected) == len(own.entries) + len(state.entries) > 0
         for name, tensor in expected.items():

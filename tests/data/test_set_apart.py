@@ -149,6 +149,7 @@ def test_rounds_before_the_join_may_have_no_clients(tmp_path: Path, session: lau
 @pytest.mark.parametrize("method", methods.names())
 def test_every_method_has_unseen_accuracy_or_a_reason(method: str) -> None:
     loop = Loop(comm.start(), build_federation(algorithm=method, rounds=1), SilentObserver(), None)
+    assert loop.begin()
     before = {k: client.vector.clone() for k, client in loop.federation.clients.items()}
     assert loop.run()
     row, reason = loop.history[-1], loop.federation.method.no_answer_reason

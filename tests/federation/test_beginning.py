@@ -31,9 +31,20 @@ def loop_of(data: Path, method: str, folder: Path, **changes: object) -> Loop:
     return loop
 
 
-@pytest.mark.parametrize("method", ["pfedmoe", "standalone", "fedavg", DITTO])
-def test_client_that_never_trained_is_drawn_by_every_reader(data: Path, tmp_path: Path, method: str) -> None:
-    model = {"model__pool": "mlp5", "model__shared": "mlp5"}
+@pytest.mark.parametrize(
+    ("method", "start"),
+    [
+        ("pfedmoe", "own"),
+        ("pfedmoe", "one"),
+        ("standalone", "architecture"),
+        ("fedavg", "own"),
+        (DITTO, "own"),
+    ],
+)
+def test_client_that_never_trained_is_drawn_by_every_reader(
+    data: Path, tmp_path: Path, method: str, start: str
+) -> None:
+    model = {"model__pool": "mlp5", "model__shared": "mlp5", "model__start": start}
     loop = loop_of(data, method, tmp_path, rounds=1, **model)
     assert loop.run()
     (trained,) = (client for client, _ in loop.federation.method.cohort(1))
