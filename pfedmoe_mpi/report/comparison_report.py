@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -49,6 +49,8 @@ from pfedmoe_mpi.report.tables import (
 )
 from pfedmoe_mpi.storage.peer_results import PeerResult
 
+Metric = Callable[[Run], float | None]
+
 
 def report(
     runs: Sequence[Run], baseline: str, target: float | None, peers: Sequence[PeerResult] = ()
@@ -64,7 +66,7 @@ def report(
         comparison_figures.curves(comparison, setting, n) for n, setting in enumerate(comparison.settings)
     ]
     sections = [
-        Section("Results", [results(comparison), accuracies(comparison)], curves),
+        Section("Results", [results(comparison), accuracies(comparison), *fairness(comparison)], curves),
         *paper_section.sections(runs),
         *peer_section.sections(comparison, peers),
         _differences(comparison, base),
@@ -128,26 +130,42 @@ def _mean_accuracies(group: Group | None) -> list[float]:
 
 def accuracies(comparison: Comparison) -> Table:
     """Return all accuracies and the area under the ROC curve, without columns that would be empty."""
-    metrics: dict[str, Callable[[Run], float | None]] = {
+    metrics: dict[str, Metric] = {
         name: partial(accuracy, name=name) for name in ("mean", "weighted", "worst", "std")
     }
-    optional: dict[str, Callable[[Run], float | None]] = {
+    optional: dict[str, Metric] = {
         "unseen": partial(_mean_of, key="accuracy_unseen"),
         "unseen, tuned": partial(_mean_of, key="accuracy_tuned"),
         "AUC": partial(_mean_of, key="auc"),
-        "worst tenth": _worst_tenth,
-        "macro-F1": partial(_mean_of, key="macro_f1"),
-        "balanced accuracy": partial(_mean_of, key="balanced_accuracy"),
     }
     if comparison.groups[0].runs[0].select == "last":
         optional["round chosen on validation"] = chosen_accuracy
     else:
         optional["last round"] = last_accuracy
-    for name, metric in optional.items():
-        if any(values_of(group.finished, metric) for group in comparison.groups):
-            metrics[name] = metric
+    metrics |= {name: metric for name, metric in optional.items() if _is_measured(comparison, metric)}
+    return _details(comparison, "accuracies", "Accuracy in detail", metrics)
+
+
+def fairness(comparison: Comparison) -> list[Table]:
+    """Return the table of metrics in which no class and no client is lost in a mean; none if unmeasured."""
+    metrics: dict[str, Metric] = {
+        "worst tenth": _worst_tenth,
+        "macro-F1": partial(_mean_of, key="macro_f1"),
+        "balanced accuracy": partial(_mean_of, key="balanced_accuracy"),
+    }
+    metrics = {name: metric for name, metric in metrics.items() if _is_measured(comparison, metric)}
+    title = "Every class and the worst clients"
+    return [_details(comparison, "fairness", title, metrics)] if metrics else []
+
+
+def _is_measured(comparison: Comparison, metric: Metric) -> bool:
+    return any(values_of(group.finished, metric) for group in comparison.groups)
+
+
+def _details(comparison: Comparison, name: str, title: str, metrics: Mapping[str, Metric]) -> Table:
+    """Return a table of metrics by method and setting."""
     columns = [Column("method", words=True), Column("setting", words=True), Column("seeds")]
-    columns += [Column(name, SPREAD) for name in metrics]
+    columns += [Column(metric, SPREAD) for metric in metrics]
     rows = []
     for group in comparison.groups:
         cells = [word(group.method), word(group.setting), number(len(group.finished))]
@@ -158,7 +176,7 @@ def accuracies(comparison: Comparison) -> Table:
     notes = [
         f"in %, {when(comparison)}, over the clients of each run ({STD_OVER_CLIENTS}); then {STD_OVER_SEEDS}"
     ]
-    return Table("accuracies", "Accuracy in detail", columns, rows, notes)
+    return Table(name, title, columns, rows, notes)
 
 
 def _mean_of(run: Run, key: str) -> float | None:
@@ -167,7 +185,7 @@ def _mean_of(run: Run, key: str) -> float | None:
 
 
 def _worst_tenth(run: Run) -> float | None:
-    value = run.last.get("accuracy_worst_tenth")
+    value = run.selected.get("accuracy_worst_tenth")
     return None if value is None else float(value)
 
 

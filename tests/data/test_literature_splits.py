@@ -39,7 +39,7 @@ def table(partition: Partition, labels: np.ndarray) -> np.ndarray:
 
 def test_every_kind_is_tested_here() -> None:
     kinds = get_args(PartitionSettings.model_fields["kind"].annotation)
-    assert {values["kind"] for values in (*NEW, *OLD)} == set(kinds)
+    assert {values["kind"] for values in (*NEW, *OLD)} == {*kinds} - {"file"}, "a file has its own tests"
 
 
 @pytest.mark.parametrize("pool", ["all", "official"])

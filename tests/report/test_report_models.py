@@ -24,6 +24,7 @@ from pfedmoe_mpi.models.gate import build_gate
 from pfedmoe_mpi.report import drawing, model_section, probe
 from pfedmoe_mpi.report.load import load_run
 from pfedmoe_mpi.report.model_views import ModelViews, principal_components
+from pfedmoe_mpi.report.names import NO_NAMES
 from support.files import flip_bit
 from support.launcher import Result, Session, read_metrics, run_to_end
 from support.paths import ROOT
@@ -283,7 +284,7 @@ def test_legend_names_the_largest_clients_and_the_others(looked: ModelViews) -> 
     many = replace(looked, clients=np.arange(len(looked.labels)) % 12)
     for views, expected in ((looked, [f"client {k}" for k in range(4)]), (many, 10)):
         canvas = matplotlib.figure.Figure(figsize=(drawing.WIDTH, 3))
-        model_section.plane(views, "client", ()).draw(canvas, drawing.PAPER)
+        model_section.plane(views, "client", NO_NAMES).draw(canvas, drawing.PAPER)
         said = [text.get_text() for text in canvas.legends[0].get_texts()]
         assert said == expected or (len(said) == 11 and said[-1] == "others" and expected == 10)
         looks = {(line.get_color(), line.get_marker()) for line in canvas.axes[0].lines}

@@ -176,7 +176,17 @@ def test_page_shows_the_measured_values(browser: Browser, pages: dict[str, Path]
     assert facts["accuracy, round 3"] == f"{100 * last['accuracy']['mean']:.2f} %"
     assert facts["worst client"] == f"{100 * last['accuracy']['worst']:.2f} %"
     heading = browser.value("[...document.querySelectorAll('h2')].map(e => e.innerText)")
-    assert heading == ["The run", "Data", "Convergence", "Clients", "Gates", "Models", "Cost", "Events"]
+    assert heading == [
+        "The run",
+        "Data",
+        "Convergence",
+        "Clients",
+        "By class",
+        "Gates",
+        "Models",
+        "Cost",
+        "Events",
+    ]
 
 
 def test_long_table_of_clients_is_searched(browser: Browser, pages: dict[str, Path]) -> None:

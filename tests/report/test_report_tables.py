@@ -280,7 +280,7 @@ def test_every_run_is_listed(runs: Path, several: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("report", "tables"), [("several", "results accuracies target cost"), ("single", "")]
+    ("report", "tables"), [("several", "results accuracies fairness target cost"), ("single", "")]
 )
 def test_kind_of_deviation_is_named_where_it_is_printed(
     request: pytest.FixtureRequest, report: str, tables: str
