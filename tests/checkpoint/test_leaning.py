@@ -18,6 +18,7 @@ from pfedmoe_mpi.checkpoint import Checkpoint, Content, pack
 from pfedmoe_mpi.checkpoint.places import FILES, ROWS
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.federation.written import Vectors
+from pfedmoe_mpi.run import old_checkpoints
 from support.checkpoint_checks import sample_content
 from support.checkpoint_files import reseal, single_rank
 from support.files import flip_bit
@@ -85,6 +86,24 @@ def test_checkpoint_holds_what_changed(writer: Writer) -> None:
     complete = writer.write(4, [*range(20)])
     assert checkpoint.files_needed(complete) == set(), "most changed"
     writer.check(complete)
+
+
+def test_files_that_a_kept_checkpoint_needs_are_not_removed(writer: Writer) -> None:
+    """`run.keep` = 1 leaves the newest and the two files that it relies on, until one is complete."""
+    newest, best = writer.folder / "round-000003.h5", writer.folder / "best.h5"
+    old_checkpoints.remove(writer.folder, best, 1, newest)
+    assert len([*writer.folder.glob("round-*.h5")]) == 3
+    writer.check(newest)
+    complete = writer.write(4, [*range(20)])
+    os.link(newest, best)
+    old_checkpoints.remove(writer.folder, best, 1, complete)
+    assert {path.name for path in writer.folder.glob("round-*.h5")} == {
+        *("round-000001.h5", "round-000002.h5", "round-000004.h5"),
+    }, "best.h5 relies on the first two"
+    checkpoint.verify(best)
+    best.unlink()
+    old_checkpoints.remove(writer.folder, best, 1, complete)
+    assert [*writer.folder.glob("round-*.h5")] == [complete]
 
 
 def test_dead_bytes_beyond_half_are_compacted(writer: Writer) -> None:

@@ -172,6 +172,8 @@ def test_metrics_keys_are_the_same_for_every_method(of_each: Path, trained: Path
         "before the sum: the cohort's members"
     )
     assert None not in row["clients"]["accuracy"], "after it: all clients"
+    assert row["accuracy_worst_tenth"] == min(row["clients"]["accuracy"]), "one of four"
+    assert row["macro_f1"]["mean"] == pytest.approx(np.mean(row["clients"]["macro_f1"]))
 
 
 def test_events_record_start_and_end(trained: Path) -> None:
