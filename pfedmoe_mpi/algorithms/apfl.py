@@ -33,7 +33,7 @@ from pfedmoe_mpi.core.turn import Turn
 class Options(Section):
     alpha: float = Field(0.5, ge=0, le=1)
     """α_i before round 1, the share of the client's own model.
-    Default: the middle of the paper's fixed values 0.25, 0.5 and 0.75."""
+    Default: our choice: both models count alike at first."""
     adaptive: bool = True
     """Learn α_i; false keeps it.
     Default: what gives the method its name."""

@@ -27,7 +27,7 @@ from pfedmoe_mpi.core.turn import Turn
 class Options(Section):
     weight: float = Field(0.1, ge=0)
     """λ, weight of the distance to the global model; 0 is local training besides FedAvg.
-    Default: of the size that the paper recommends against attacks; it also tries 1 and 2."""
+    Default: our choice; the paper chooses it for each data set."""
 
 
 class Ditto(Algorithm):
