@@ -26,6 +26,7 @@ from pfedmoe_mpi import algorithms, checkpoint, config
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.conformance.traffic import traffic_errors
 from pfedmoe_mpi.core.flat import Layout
+from pfedmoe_mpi.errors import MessageError
 from pfedmoe_mpi.federation import build, metrics
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.mpi.comm import Comm
@@ -94,18 +95,18 @@ def run_digest(world: Comm, chosen: config.Config, source: Path | None = None) -
 
 
 def on_ranks(world: Comm, ranks: int, work: Callable[[Comm], Any]) -> Any:
-    """Run `work` on the first ranks of the world; return its result, or raise its assertion, on all ranks."""
+    """Run `work` on the first ranks of the world; return its result, or raise its failure, on all ranks."""
     part = world.split(0 if world.rank < ranks else -1)
     result: Any = None
     if part:
         part.timeout = world.timeout
         try:
             result = work(part)
-        except AssertionError as error:
+        except (AssertionError, MessageError) as error:  # the other ranks are waiting for it
             result = error
         part.finish()
     for outcome in world.gather(result, "sub-communicator"):
-        if isinstance(outcome, AssertionError):
+        if isinstance(outcome, AssertionError | MessageError):
             raise outcome
     return result if ranks == world.size else world.gather(result, "result")[0]
 

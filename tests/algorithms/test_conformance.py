@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from pfedmoe_mpi.config import methods
 from pfedmoe_mpi.conformance.command import CHECKS
+from support.launcher import error_message, run_program
 from support.mpi_job import run_conformance
 from support.paths import TESTS
 
@@ -69,3 +71,10 @@ def test_every_designed_violation_has_a_broken_method() -> None:
         *("lonely_collective", "forgotten_buffers", "all_clients", "float_sum"),
         *("scaled_payload", "talking_loss", "remembering_server", "side_channel"),
     }
+
+
+def test_setting_that_a_method_refuses_ends_all_ranks(tmp_path: Path) -> None:
+    """The check asks one rank of the four, and the others wait for its answer."""
+    words = ("conformance", "fedbn", "--server.optimiser", "yogi", "--check", "ranks")
+    result = run_program(4, *words, cwd=tmp_path, timeout=60)
+    error_message(result, "server.optimiser = yogi, but the server of fedbn has an update of its own")
