@@ -206,9 +206,7 @@ class Algorithm:
 
     homogeneous = False  # True if the method needs equal models: model.pool = auto is then model.shared
     averages_private = False  # True if the method supports unseen.private = average
-    kept_by_clients: Collection[
-        str
-    ] = ()  # tensors of the state, PART/NAME, that clients replace by their own
+    kept_by_clients: Collection[str] = ()  # the state's tensors, PART/NAME, that clients replace by their own
     bytes_once = 0  # bytes that a deployment sends every client once, before its first round
     experts = 0  # number of experts that a gate weighs; 0 without a gate
     prepared_size = 0  # length of the vector that `prepare` returns; 0 if the method does not prepare
