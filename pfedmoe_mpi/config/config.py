@@ -27,6 +27,7 @@ from pfedmoe_mpi.config import methods, neighbours, sections
 from pfedmoe_mpi.config.model_settings import ModelSettings
 from pfedmoe_mpi.config.new_clients import Join, Unseen
 from pfedmoe_mpi.config.partition_settings import PartitionSettings
+from pfedmoe_mpi.config.privacy_settings import PrivacySettings
 from pfedmoe_mpi.config.sections import (
     Data,
     Eval,
@@ -83,6 +84,7 @@ class Config(Section):
     train: Train = Train()
     server: Server = Server()
     faults: FaultSettings = FaultSettings()
+    privacy: PrivacySettings = PrivacySettings()
     eval: Eval = Eval()
     run: Run = Run()
 

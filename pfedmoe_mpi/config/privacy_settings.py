@@ -1,0 +1,36 @@
+"""The section `privacy` of the configuration: masked sums and differential privacy."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pfedmoe_mpi.config.sections import LowerCase, NotNegative, Section
+
+
+class PrivacySettings(Section):
+    masked: bool = False
+    """Add pairwise masks to every contribution, which cancel in the sum.
+    Default: the sum has the same bits without them, and takes less time."""
+    neighbours: int = Field(0, ge=0)
+    """Members of the cohort with which each member shares masks; 0 = all.
+    Default: as Bonawitz et al. 2017; the sparse graph of Bell et al. 2020 pays from some hundred members."""
+    unit: Annotated[Literal["client", "sample"], LowerCase] = "client"
+    """What differential privacy protects: all data of a client, or one sample of a client.
+    Default: a contribution is what leaves a client."""
+    clip: NotNegative = 0.0
+    """Largest norm of a client's update, or of a sample's gradient; 0 = no limit.
+    Default: no method of the papers limits it."""
+    noise: NotNegative = 0.0
+    """Standard deviation of the Gaussian noise in multiples of `privacy.clip`; 0 = no noise.
+    Default: no method of the papers adds any."""
+    epsilon: NotNegative = 0.0
+    """Choose `privacy.noise` so that the whole run has at most this ε at `privacy.delta`; 0 = as given.
+    Default: the noise is as given."""
+    delta: float = Field(1e-5, gt=0, lt=1)
+    """δ at which ε is computed.
+    Default: usual in the literature; it should be below 1 / N."""
+    sampling: Annotated[Literal["fixed", "poisson"], LowerCase] = "fixed"
+    """How cohorts are drawn: a fixed number without replacement, or each client independently.
+    Default: as in the papers; amplification by subsampling is accounted for independent draws alone."""
