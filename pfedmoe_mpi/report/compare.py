@@ -24,8 +24,8 @@ WHEN = {  # the round of each run whose accuracies are reported, by `Run.select`
 }
 BEFORE_SUM = "cohort before the sum"
 MOMENT_BEFORE_SUM = (  # the other moment is after the sum, with the new shared state
-    f"{BEFORE_SUM}: the round's cohort after local training, each member with what it trained itself, which is "
-    "when the released code of pFedMoE's authors measures"
+    f"{BEFORE_SUM}: the round's cohort after local training, each member with what it trained itself, which "
+    "is when the released code of pFedMoE's authors measures"
 )
 STD_OVER_CLIENTS = "std over clients: the population's (divided by n)"
 STD_OVER_SEEDS = "mean ± sample standard deviation (divided by n − 1) over seeds"

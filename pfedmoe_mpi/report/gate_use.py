@@ -78,9 +78,11 @@ def _expert_table(run: Run, rows: Sequence[Mapping[str, Any]]) -> Table:
                 ]
             )
     notes = [
-        "load: mean weight; first: test samples whose largest weight it has; spread: population "
-        "standard deviation of the weight over the test samples of a class, of the classes' means, of the clients' means",
-        "disagreement: population standard deviation over clients of the weight of the same test row, mean over rows",
+        "load: mean weight; first: test samples whose largest weight it has; spread: population standard "
+        "deviation of the weight over the test samples of a class, of the classes' means, of the clients' "
+        "means",
+        "disagreement: population standard deviation over clients of the weight of the same test row, mean "
+        "over rows",
         "without: accuracy if the other experts have its weight",
     ]
     return Table("gate_experts", "Experts under the gates", columns, cells, notes)
