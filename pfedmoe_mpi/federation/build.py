@@ -85,6 +85,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     own_device, streamed = place_samples(comm, settings, dataset, partition, home, method, own_device)
     tails = comm.from_root(lambda: frozen.find_tails(task, (method.state(), *specs)), "frozen layers")
     workbench.kept = Kept(tails, normalise, settings.eval.batch, comm.poll)
+    stream = make_stream(settings, dataset, partition)
     engine = Engine(
         own_device.device,
         normalise,
@@ -95,7 +96,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         comm.poll,
         workbench.kept,
         make_graphs(comm, settings, own_device),
-        sample_privacy.of(settings, method),
+        sample_privacy.of(settings, method, state_layout.sizes, stream),
     )
     shards = distribute(comm, dataset, partition, home, own_device.device, streamed)
     beginning = Beginning(workbench, specs.__getitem__, method.initial)
@@ -124,7 +125,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         store=store,
         staging=Staging(own_device.device, largest),
         streamed=streamed,
-        stream=make_stream(settings, dataset, partition),
+        stream=stream,
         gate_rows=gate_rows(comm, dataset, partition, settings.seed, own_device.device)
         if method.experts
         else None,

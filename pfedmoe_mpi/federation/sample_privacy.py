@@ -8,11 +8,16 @@ the gradient of a batch has to be the mean of its samples' gradients.
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pfedmoe_mpi.algorithms.base import Algorithm
+from pfedmoe_mpi.algorithms.base import Algorithm, Task
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
@@ -22,46 +27,135 @@ from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import trial
 from pfedmoe_mpi.federation.federation import Federation
+from pfedmoe_mpi.federation.metrics import Row
+from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.models.switchnorm import SwitchNorm
 from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.privacy.sample_accounts import SampleAccounts
 
 FEW = 4  # samples of a trial
+SEED = "whoever knows the seed can draw the noise again: keep it secret where ε has to hold"
 OTHER = "use --privacy.unit client, or another --algorithm, such as pfedmoe, fedavg or fedrep"
 
 
-def of(settings: Config, method: Algorithm) -> SamplePrivacy | None:
-    """Return the settings of DP-SGD, None without."""
+def of(
+    settings: Config, method: Algorithm, sizes: Mapping[str, int], stream: Stream | None
+) -> SamplePrivacy | None:
+    """Return the settings of DP-SGD, None without; privacy.epsilon is solved for the noise of all rounds.
+
+    Args:
+        sizes: length of each part of the state.
+
+    Raises:
+        ConfigError: the method uses samples otherwise.
+    """
     privacy = settings.privacy
     if privacy.unit != "sample":
         return None
-    poisson = privacy.sampling == "poisson"
-    return SamplePrivacy(privacy.clip, privacy.noise, poisson, frozenset(method.apart))
+    _check_method(settings.method, method, sizes)
+    found = SamplePrivacy(privacy.clip, privacy.noise, privacy.sampling == "poisson", frozenset(method.apart))
+    if not privacy.epsilon:
+        return found
+    accounts = SampleAccounts(settings, method, found)
+    for round in range(1, settings.rounds + 1):
+        accounts.add(method.cohort(round), _samples(method.task, stream, round))
+    return replace(found, noise=accounts.noise(privacy.epsilon, privacy.delta))
+
+
+def _samples(task: Task, stream: Stream | None, round: int) -> np.ndarray:
+    """Return every client's training samples in a round, (N,)."""
+    counts: np.ndarray = stream.counts(round) if stream else task.counts
+    return counts.sum(axis=1)
+
+
+def _check_method(name: str, method: Algorithm, sizes: Mapping[str, int]) -> None:
+    """Refuse a method whose clients use samples otherwise than by gradients of single ones.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    classes = any(block.weight.startswith("class") for block in method.payload(sizes).values())
+    reasons = (
+        method.beyond_gradients,
+        "clients tell which classes they hold" if classes else "",
+        "clients send values before round 1" if method.prepared_size else "",
+    )
+    reason = next(filter(None, reasons), "")
+    if reason:
+        raise ConfigError(f"privacy.unit = sample does not protect {name}: {reason}", OTHER)
+
+
+class Account:
+    """ε after each round."""
+
+    def __init__(self, federation: Federation) -> None:
+        self._federation = federation
+        self._round = 0
+        self._accounts = SampleAccounts(federation.config, federation.method, privacy_of(federation))
+
+    def entry(self, round: int) -> dict[str, Any]:
+        """Return what a row says of privacy after a round; ε is null where it is infinite."""
+        federation, settings = self._federation, self._federation.config.privacy
+        for each in range(self._round + 1, round + 1):
+            samples = _samples(federation.task, federation.stream, each)
+            self._accounts.add(federation.method.cohort(each), samples)
+        self._round = round
+        noise = privacy_of(federation).noise
+        found = self._accounts.spent(noise, settings.delta)
+        sent, private = (each if math.isfinite(each) else None for each in found)
+        return {
+            "unit": "sample",
+            "noise": noise,
+            "delta": settings.delta,
+            "epsilon": sent,
+            "epsilon_private": private,
+        }
+
+
+def privacy_of(federation: Federation) -> SamplePrivacy:
+    """Return the settings of DP-SGD in a federation that has it."""
+    assert federation.engine.samples
+    return federation.engine.samples
+
+
+def check_history(federation: Federation, history: Sequence[Row], forked: bool) -> None:
+    """Refuse to continue rounds whose ε these settings do not describe.
+
+    Raises:
+        ConfigError: a fork, or rounds with another noise, because privacy.epsilon was for fewer rounds.
+    """
+    if not federation.engine.samples or not history:
+        return
+    if forked:
+        problem = "privacy.unit = sample, but ε of a fork has no account of the rounds before it"
+        raise ConfigError(problem, "start a new run, or fork with --privacy.unit client")
+    before = history[-1].get("privacy", {}).get("noise", 0.0)
+    now = federation.engine.samples.noise
+    if before != now:
+        settings = federation.config
+        raise ConfigError(
+            f"privacy.epsilon = {settings.privacy.epsilon:g} for rounds = {settings.rounds} needs noise "
+            f"{now:.4g}, but the rounds so far have {before:.4g}",
+            "restart without --rounds, or start a new run",
+        )
 
 
 def check(comm: Comm, federation: Federation) -> None:
-    """Refuse a method or a model whose clients DP-SGD does not protect; collective.
+    """Try a step of every architecture and role; collective. Rank 0 notes what a seed reveals.
 
     Raises:
-        ConfigError: on all ranks.
+        ConfigError: on all ranks: DP-SGD does not protect the clients.
     """
     if not federation.engine.samples:
         return
-    method, name = federation.method, federation.config.method
-    if method.beyond_gradients:
-        raise ConfigError(f"privacy.unit = sample does not protect {name}: {method.beyond_gradients}", OTHER)
-    for block in method.payload(federation.state_layout.sizes).values():
-        if block.weight.startswith("class"):
-            problem = f"privacy.unit = sample does not protect {name}: clients tell which classes they hold"
-            raise ConfigError(problem, OTHER)
-    if method.prepared_size:
-        problem = f"privacy.unit = sample does not protect {name}: clients send values before round 1"
-        raise ConfigError(problem, OTHER)
 
     def try_all() -> None:
         for client, role in trial.members(federation):
             try_member(federation, client, role)
 
     comm.attempt(try_all, "trial steps")
+    if comm.rank == 0:
+        print(f"note: {SEED}", file=sys.stderr, flush=True)
 
 
 def try_member(federation: Federation, client: Client, role: str) -> None:

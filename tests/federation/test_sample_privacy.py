@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -22,7 +23,10 @@ from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import build, trial
 from pfedmoe_mpi.federation.federation import Federation
+from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from pfedmoe_mpi.federation.sample_privacy import Account, check_history
 from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.run import restart
 from support.mpi_job import run_conformance
 
 SAMPLE: dict[str, Any] = {
@@ -237,3 +241,75 @@ def test_noise_and_batches_repeat_on_any_ranks_and_after_any_restart() -> None:
     flags = [word for name, value in given.items() for word in (f"--{name}", str(value).lower())]
     code, output = run_conformance("pfedmoe", "--check", "ranks,midround", *flags, timeout=200)
     assert code == 0 and output.count(": pass") == 2, output
+
+
+# Accounts
+
+
+def test_rows_have_epsilon_of_what_is_sent_and_of_all() -> None:
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, pld
+
+    def exact(noise: float, steps: int, probability: float = 1.0) -> float:
+        """Return ε by privacy loss distributions, which are tight."""
+        accountant = pld.PLDAccountant()
+        event = GaussianDpEvent(noise)
+        accountant.compose(PoissonSampledDpEvent(probability, event) if probability < 1 else event, steps)
+        return float(accountant.get_epsilon(1e-5))
+
+    found = {}
+    for algorithm in ("ditto", "apfl", "standalone", "pfedmoe", "fedrep"):
+        more = {"fedrep__head_epochs": 4} if algorithm == "fedrep" else {}
+        federation = built(algorithm, privacy__noise=4.0, train__epochs=3, participation=1.0, **more)
+        found[algorithm] = Account(federation).entry(5)
+    expected = {
+        "ditto": (exact(4, 15), exact(4, 30)),
+        "apfl": (exact(4, 15), exact(4, 30)),  # √2 of sensitivity as twice the steps
+        "standalone": (0.0, exact(4, 15)),
+        "pfedmoe": (exact(4, 15), exact(4, 15)),
+        "fedrep": (exact(4, 35), exact(4, 35)),  # the body learns from the head
+    }
+    for algorithm, pair in expected.items():
+        row = found[algorithm]
+        assert row["unit"] == "sample" and row["noise"] == 4.0 and row["delta"] == 1e-5
+        for name, value in zip(("epsilon", "epsilon_private"), pair, strict=True):
+            assert value <= row[name] <= 1.12 * value, (algorithm, name)
+
+    federation = built("fedavg", privacy__noise=2.0, privacy__sampling="poisson", participation=1.0)
+    sizes = federation.task.counts.sum(axis=1)
+    values = [exact(2, 4 * math.ceil(n / 16), min(1, 16 / n)) for n in {*sizes.tolist()}]
+    assert max(values) <= Account(federation).entry(4)["epsilon"] <= 1.12 * max(values)
+
+
+def test_noise_is_solved_for_the_whole_run_and_not_for_more_rounds() -> None:
+    chosen = {"privacy__epsilon": 3.0, "privacy__sampling": "poisson", "participation": 0.6}
+    federation = built("ditto", **chosen)
+    account = Account(federation)
+    entries = [account.entry(round) for round in range(1, 5)]
+    spent = [entry["epsilon_private"] for entry in entries]
+    assert spent == sorted(spent) and 2.99 < spent[-1] <= 3.0
+    assert Account(federation).entry(4) == entries[-1], "a restart counts the rounds before it"
+    assert Account(built("ditto", privacy__noise=0.0)).entry(1)["epsilon"] is None, "infinite"
+
+    check_history(federation, [{"privacy": entries[-1]}], forked=False)
+    with pytest.raises(ConfigError, match="the rounds so far have") as error:
+        check_history(built("ditto", rounds=9, **chosen), [{"privacy": entries[-1]}], forked=False)
+    assert "without --rounds" in error.value.remedy
+    with pytest.raises(ConfigError, match="fork"):
+        check_history(federation, [{"privacy": entries[-1]}], forked=True)
+
+
+def test_a_restart_keeps_the_settings_that_epsilon_is_computed_from() -> None:
+    before = config.to_tree(Case("fedavg", SAMPLE).settings())
+    for name, value in (("train.epochs", 2), ("participation", 0.5), ("privacy.noise", 3.0)):
+        with pytest.raises(ConfigError, match=f"{name}: "):
+            restart.override_settings(before, {name: value}, restart._fixed(before))
+    restart.override_settings(before, {"train.lr": 0.5, "privacy.delta": 1e-6}, restart._fixed(before))
+
+
+def test_a_run_reports_epsilon_in_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    federation = built("pfedmoe", privacy__noise=1.5, rounds=2)
+    assert "keep it secret" in capsys.readouterr().err
+    loop = Loop(comm.start(), federation, SilentObserver(), None)
+    assert loop.run()
+    assert [row["privacy"] for row in loop.history] == [Account(federation).entry(round) for round in (1, 2)]
+    assert all(row["train_loss"] is not None for row in loop.history)
