@@ -49,7 +49,7 @@ SHARE = 0.5  # of the free memory, for clients' vectors; torch, activations and 
 
 
 def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint | None = None) -> Federation:
-    """Assemble a federation; collective. With `warn` rank 0 prints the data's warnings.
+    """Assemble a federation; collective. With `warn` rank 0 prints warnings.
 
     With a checkpoint, whose vectors replace the initial ones, no file of weights is read, and frozen tensors
     are those of its run folder.
@@ -96,7 +96,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         comm.poll,
         workbench.kept,
         make_graphs(comm, settings, own_device),
-        sample_privacy.of(settings, method, state_layout.sizes, stream),
+        sample_privacy.of(comm, settings, method, state_layout.sizes, stream),
     )
     shards = distribute(comm, dataset, partition, home, own_device.device, streamed)
     beginning = Beginning(workbench, specs.__getitem__, method.initial)
@@ -133,7 +133,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         if method.pretrains
         else None,
     )
-    sample_privacy.check(comm, federation)
+    sample_privacy.check(comm, federation, warn)
     trial.check(comm, federation)
     return federation
 

@@ -31,6 +31,7 @@ from pfedmoe_mpi.federation.metrics import Row
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.models.switchnorm import SwitchNorm
 from pfedmoe_mpi.mpi.comm import Comm
+from pfedmoe_mpi.privacy import accountant
 from pfedmoe_mpi.privacy.sample_accounts import SampleAccounts
 
 FEW = 4  # samples of a trial
@@ -39,21 +40,30 @@ OTHER = "use --privacy.unit client, or another --algorithm, such as pfedmoe, fed
 
 
 def of(
-    settings: Config, method: Algorithm, sizes: Mapping[str, int], stream: Stream | None
+    comm: Comm, settings: Config, method: Algorithm, sizes: Mapping[str, int], stream: Stream | None
 ) -> SamplePrivacy | None:
-    """Return the settings of DP-SGD, None without; privacy.epsilon is solved for the noise of all rounds.
+    """Return the settings of DP-SGD, None without; collective. privacy.epsilon is solved for the noise.
 
     Args:
         sizes: length of each part of the state.
 
     Raises:
-        ConfigError: the method uses samples otherwise.
+        ConfigError: on all ranks: the method uses samples otherwise, or dp-accounting is not installed.
     """
     privacy = settings.privacy
     if privacy.unit != "sample":
         return None
     _check_method(settings.method, method, sizes)
     found = SamplePrivacy(privacy.clip, privacy.noise, privacy.sampling == "poisson", frozenset(method.apart))
+    return comm.attempt(lambda: _solved(settings, method, found, stream), "accountant")
+
+
+def _solved(
+    settings: Config, method: Algorithm, found: SamplePrivacy, stream: Stream | None
+) -> SamplePrivacy:
+    """Return the settings with the noise of all rounds that privacy.epsilon asks for, where it does."""
+    privacy = settings.privacy
+    accountant.check()
     if not privacy.epsilon:
         return found
     accounts = SampleAccounts(settings, method, found)
@@ -140,8 +150,8 @@ def check_history(federation: Federation, history: Sequence[Row], forked: bool) 
         )
 
 
-def check(comm: Comm, federation: Federation) -> None:
-    """Try a step of every architecture and role; collective. Rank 0 notes what a seed reveals.
+def check(comm: Comm, federation: Federation, warn: bool) -> None:
+    """Try a step of every architecture and role; collective. With `warn` rank 0 notes what a seed is.
 
     Raises:
         ConfigError: on all ranks: DP-SGD does not protect the clients.
@@ -154,7 +164,7 @@ def check(comm: Comm, federation: Federation) -> None:
             try_member(federation, client, role)
 
     comm.attempt(try_all, "trial steps")
-    if comm.rank == 0:
+    if warn and comm.rank == 0:
         print(f"note: {SEED}", file=sys.stderr, flush=True)
 
 

@@ -19,6 +19,21 @@ TINY = 1e-300  # a δ at which no ε is zero
 PRECISION = 1e-4  # of a noise that is solved for, relative
 
 
+def check() -> None:
+    """Check that dp-accounting is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        import dp_accounting  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "privacy.noise and privacy.epsilon need the package dp-accounting to compute ε",
+            "pip install 'pfedmoe_mpi[privacy]'",
+        ) from error
+
+
 @cache
 def curve(noise: float, probability: float) -> tuple[float, ...]:
     """Return the Rényi divergence at each of `ORDERS` of one use of the mechanism.
@@ -26,17 +41,10 @@ def curve(noise: float, probability: float) -> tuple[float, ...]:
     Args:
         noise: standard deviation over sensitivity, above 0.
         probability: that a member takes part.
-
-    Raises:
-        ConfigError: dp-accounting is not installed.
     """
-    try:
-        from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-        from dp_accounting.rdp import RdpAccountant
-    except ImportError as error:
-        raise ConfigError(
-            "privacy needs the package dp-accounting to compute ε", "pip install 'pfedmoe_mpi[privacy]'"
-        ) from error
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
     logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of orders that it leaves out
     event = GaussianDpEvent(noise)
     if probability < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,7 +27,7 @@ from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.federation.sample_privacy import Account, check_history
 from pfedmoe_mpi.mpi import comm
-from pfedmoe_mpi.run import restart
+from pfedmoe_mpi.run import console, restart
 from support.mpi_job import run_conformance
 
 SAMPLE: dict[str, Any] = {
@@ -196,9 +197,14 @@ def test_methods_of_ones_own_are_tried(tmp_path: Path, problem: str) -> None:
             "--model.train head",
         ),
         ({"privacy__clip": 0.0}, "no effect with privacy.clip = 0", "--privacy.clip 1"),
+        (
+            {"privacy__noise": 1.0, "privacy__epsilon": 2.0},
+            "privacy.epsilon = 2 chooses it",
+            "--privacy.noise",
+        ),
     ],
 )
-def test_settings_that_mix_samples_are_refused(changes: Mapping[str, Any], problem: str, remedy: str) -> None:
+def test_settings_that_do_not_fit_are_refused(changes: Mapping[str, Any], problem: str, remedy: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(problem)) as error:
         built("pfedmoe", **changes)
     assert remedy in error.value.remedy
@@ -225,6 +231,13 @@ def test_frozen_batch_normalisation_is_no_obstacle() -> None:
     names = {"model__pool": "shufflenet_v2_x0_5", "model__shared": "shufflenet_v2_x0_5"}
     federation = built("fedavg", model__train="head", data__size=32, clients=2, data__samples=40, **names)
     assert federation.engine.samples
+
+
+def test_a_missing_accountant_is_refused_before_round_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(ConfigError, match="dp-accounting") as error:
+        built("fedavg")
+    assert "pfedmoe_mpi[privacy]" in error.value.remedy
 
 
 def test_an_adaptive_mixing_weight_is_refused() -> None:
@@ -307,9 +320,11 @@ def test_a_restart_keeps_the_settings_that_epsilon_is_computed_from() -> None:
 
 
 def test_a_run_reports_epsilon_in_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    federation = built("pfedmoe", privacy__noise=1.5, rounds=2)
-    assert "keep it secret" in capsys.readouterr().err
+    chosen = Case("pfedmoe", SAMPLE).settings(privacy__noise=1.5, rounds=2)
+    federation = build.build(comm.start(), chosen)
+    assert capsys.readouterr().err.count("keep it secret") == 1
+    (line,) = (line for line in console.plan(federation, ["cpu"]) if line.startswith("privacy: "))
     loop = Loop(comm.start(), federation, SilentObserver(), None)
     assert loop.run()
     assert [row["privacy"] for row in loop.history] == [Account(federation).entry(round) for round in (1, 2)]
-    assert all(row["train_loss"] is not None for row in loop.history)
+    assert "noise 1.5 times the clip" in line and line in console.table(federation, loop.history)
