@@ -49,7 +49,7 @@ SHARE = 0.5  # of the free memory, for clients' vectors; torch, activations and 
 
 
 def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint | None = None) -> Federation:
-    """Assemble a federation; collective. With `warn` rank 0 prints warnings.
+    """Assemble a federation; collective. With `warn` rank 0 prints the data's warnings.
 
     With a checkpoint, whose vectors replace the initial ones, no file of weights is read, and frozen tensors
     are those of its run folder.
@@ -133,7 +133,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         if method.pretrains
         else None,
     )
-    sample_privacy.check(comm, federation, warn)
+    sample_privacy.check(comm, federation)
     trial.check(comm, federation)
     return federation
 

@@ -9,7 +9,6 @@ the gradient of a batch has to be the mean of its samples' gradients.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,7 +34,6 @@ from pfedmoe_mpi.privacy import accountant
 from pfedmoe_mpi.privacy.sample_accounts import SampleAccounts
 
 FEW = 4  # samples of a trial
-SEED = "whoever knows the seed can draw the noise again: keep it secret where ε has to hold"
 OTHER = "use --privacy.unit client, or another --algorithm, such as pfedmoe, fedavg or fedrep"
 
 
@@ -150,8 +148,8 @@ def check_history(federation: Federation, history: Sequence[Row], forked: bool) 
         )
 
 
-def check(comm: Comm, federation: Federation, warn: bool) -> None:
-    """Try a step of every architecture and role; collective. With `warn` rank 0 notes what a seed is.
+def check(comm: Comm, federation: Federation) -> None:
+    """Try a step of every architecture and role; collective.
 
     Raises:
         ConfigError: on all ranks: DP-SGD does not protect the clients.
@@ -164,8 +162,6 @@ def check(comm: Comm, federation: Federation, warn: bool) -> None:
             try_member(federation, client, role)
 
     comm.attempt(try_all, "trial steps")
-    if warn and comm.rank == 0:
-        print(f"note: {SEED}", file=sys.stderr, flush=True)
 
 
 def try_member(federation: Federation, client: Client, role: str) -> None:

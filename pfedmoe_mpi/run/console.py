@@ -73,6 +73,7 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
     lines += federation.pretrained.lines
     if federation.engine.samples:
         lines.append(_privacy(Account(federation).entry(settings.rounds), settings.rounds))
+        lines.append("warning: whoever knows the seed can draw the noise again: keep it secret for ε to hold")
     lines += _rank_lines(device_lines)
     use = disk.of_federation(federation, len(device_lines))
     return [*lines, memory(federation, len(device_lines)), use.line(settings.run.keep)]
