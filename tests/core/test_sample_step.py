@@ -103,6 +103,9 @@ def test_the_noise_has_the_variance_of_the_formula_and_an_address(poisson: bool)
     assert float(noise.std()) == pytest.approx(deviation, rel=0.01), f"{noise.numel()} draws"
     assert float(noise.mean().abs()) < 5 * deviation / noise.numel() ** 0.5
     assert torch.equal(made.step(7)[1], made.step(7)[1]) and not torch.equal(made.step(7)[1], made.step(8)[1])
+    first = made.step(7)[1]
+    made.client = replace(made.client, id=1)
+    assert not torch.allclose(made.step(7)[1], first, atol=1e-3), "each client has noise of its own"
     neighbours = torch.corrcoef(noise[:, ::12].T).fill_diagonal_(0)
     assert float(neighbours.abs().max()) < 0.45, "each number has noise of its own"
 

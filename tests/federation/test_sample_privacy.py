@@ -22,7 +22,7 @@ from pfedmoe_mpi.core.batches import Batch
 from pfedmoe_mpi.core.sample_step import SampleStep
 from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.federation import build, trial
+from pfedmoe_mpi.federation import build, trial, tuning
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.federation.sample_privacy import Account, check_history
@@ -246,6 +246,45 @@ def test_an_adaptive_mixing_weight_is_refused() -> None:
     assert error.value.remedy == "use --apfl.adaptive false"
 
 
+# Where there is no noise
+
+SERVER = '''"""Mine: a server with samples of its own. 2026."""
+from pfedmoe_mpi.algorithms.fedavg import FedAvg
+
+class Mine(FedAvg):
+    @classmethod
+    def reserve(cls, config):
+        return 0.2
+
+    def pretrain(self, turn):
+        turn.sgd(self.phases("client")[0])
+        return "done"
+'''
+
+
+def test_training_before_round_1_and_tuning_have_no_noise(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(SERVER)
+    unseen_clients = {"unseen__clients": 1, "unseen__by": "client", "unseen__tune": 2}
+    found = []
+    for noise in (0.0, 9.0):
+        loop = Loop(comm.start(), built(str(path), privacy__noise=noise), SilentObserver(), None)
+        assert loop.begin()
+        federation = built("pfedmoe", privacy__noise=noise, **unseen_clients)
+        (unseen,) = federation.task.unseen
+        client = federation.clients[unseen]
+        parts = federation.parts(client, federation.workbench.initial(federation.method.state()))
+        before = parts.vector("model").clone()
+        assert tuning.tune(federation, client, parts) and not torch.equal(parts.vector("model"), before)
+        found.append((loop.state.clone(), parts.vector("model").clone()))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_graphs_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert built("fedavg", train__graphs="on").engine.graphs is None
+    assert "no effect with privacy.unit = sample" in capsys.readouterr().err
+
+
 # Ranks and restarts
 
 
@@ -302,6 +341,16 @@ def test_noise_is_solved_for_the_whole_run_and_not_for_more_rounds() -> None:
     assert spent == sorted(spent) and 2.99 < spent[-1] <= 3.0
     assert Account(federation).entry(4) == entries[-1], "a restart counts the rounds before it"
     assert Account(built("ditto", privacy__noise=0.0)).entry(1)["epsilon"] is None, "infinite"
+
+    settings = {
+        "privacy__noise": 2.0,
+        "privacy__sampling": "poisson",
+        "participation": 1.0,
+        "train__batch": 4,
+    }
+    drifting = {"stream__kind": "gradual", "stream__round": 2}
+    whole, part = (Account(built("fedavg", **settings, **more)).entry(3) for more in ({}, drifting))
+    assert part["epsilon"] > 1.1 * whole["epsilon"], "of fewer rows each is drawn more often"
 
     check_history(federation, [{"privacy": entries[-1]}], forked=False)
     with pytest.raises(ConfigError, match="the rounds so far have") as error:
