@@ -90,7 +90,7 @@ class Loop:
         self._samples = federation.task.counts.sum(axis=1)
         self._tested = federation.partition.test.sizes
         self._faults = Faults(federation.config.seed, federation.config.faults, federation.costs)
-        self._account = Account(federation) if federation.engine.samples else None
+        self._account = Account(federation) if federation.engine.samples and not comm.rank else None
         self._observer = observer
         self._partial: np.ndarray | None = None  # the sum of an interrupted round
         self._pretrained = self._prepared = False
