@@ -28,6 +28,7 @@ from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, MISSING, RoundSum
+from pfedmoe_mpi.federation.sample_privacy import Account
 from pfedmoe_mpi.federation.saver import Listener, Saver
 from pfedmoe_mpi.federation.server_optimiser import ServerOptimiser
 from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
@@ -89,6 +90,7 @@ class Loop:
         self._samples = federation.task.counts.sum(axis=1)
         self._tested = federation.partition.test.sizes
         self._faults = Faults(federation.config.seed, federation.config.faults, federation.costs)
+        self._account = Account(federation) if federation.engine.samples and not comm.rank else None
         self._observer = observer
         self._partial: np.ndarray | None = None  # the sum of an interrupted round
         self._pretrained = self._prepared = False
@@ -362,6 +364,8 @@ class Loop:
             seconds=seconds,
             simulated=self._faults.waited(client for client, _ in total.cohort),
         )
+        if self._account:
+            row["privacy"] = self._account.entry(self.round)
         row["drift"] = metrics.drift([*self.history, row])
         row = metrics.kept(row, self.comm.rank)
         self.history.append(row)
