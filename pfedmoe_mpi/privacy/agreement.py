@@ -1,7 +1,7 @@
 """Keys that two members agree on over a public channel, and messages sealed with them.
 
-X25519 (RFC 7748) gives the two a common number, HKDF with SHA-256 (RFC 5869) makes a key of it for one purpose,
-and ChaCha20-Poly1305 (RFC 8439) seals messages.
+X25519 (RFC 7748) gives the two a common number, HKDF with SHA-256 (RFC 5869) makes a key of it for one
+purpose, and ChaCha20-Poly1305 (RFC 8439) seals messages.
 """
 
 from __future__ import annotations

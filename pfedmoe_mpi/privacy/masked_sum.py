@@ -1,34 +1,35 @@
 """Masked sums: the server learns the sum of a cohort's contributions and no single one of them.
 
-After Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017, figure 4,
-on a complete graph or on the sparse one of Bell et al., CCS 2020 (`graph.py`). In every round
+After Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017,
+figure 4, on a complete graph or on the sparse one of Bell et al., CCS 2020 (`graph.py`). In every round
 
 1. each member draws two key pairs and sends the public keys to its neighbours, through the server;
-2. it draws the seed of a self mask, cuts this seed and the private key of its masks into shares, and sends each
-   neighbour its two shares, sealed; it keeps one of each;
-3. it sends its contribution plus its self mask plus, for each neighbour, a mask of the seed that the two agree
-   on: added by the one with the lower client number, subtracted by the other. All this modulo 2^64;
-4. for each member in the sum, the others in the sum send the server their share of its self mask's seed; for each
-   member that is missing in the sum, their share of its key. Never both: the two together open a contribution.
+2. it draws the seed of a self mask, cuts this seed and the private key of its masks into shares, and sends
+   each neighbour its two shares, sealed; it keeps one of each;
+3. it sends its contribution plus its self mask plus, for each neighbour, a mask of the seed that the two
+   agree on: added by the one with the lower client number, subtracted by the other, all modulo 2^64;
+4. for each member in the sum, the others in the sum send the server their share of its self mask's seed; for
+   each member missing in the sum, their share of its key. Never both: together they open a contribution.
 
 The masks of two members that are both in the sum cancel. The server computes the others and takes them off.
 
-Range. A contribution is int64: n weights, or numbers encoded with shares of the cohort that add up to at most 1
-(`core/fixedpoint.py`). There each |value| · 2^scale is below 2^62, so a member's number is at most
-share · 2^62 + 1/2, and the total of a cohort of n at most 2^62 + n/2, and a rounding error of at most n · 2^10
-in the shares: below 2^63 for n up to 2^51. Weights add up to the number of samples. So every total lies in
-[-2^63, 2^63), where int64 is the residue modulo 2^64: what is left when the masks are off is the sum of the
-unmasked run, bit for bit.
+Range. A contribution is int64: weights, and numbers encoded with shares of the cohort that add up to at most
+1 (`core/fixedpoint.py`). There each |value| · 2^scale is below 2^62, so a member's number is at most
+share · 2^62 + 1/2, and rounding to float64 adds at most 2^10. The total of a cohort of n is then at most
+2^62 + n · (2^10 + 1/2), which is below 2^63 for n < 2^51. Weights add up to a number of samples. So every
+total lies in [-2^63, 2^63), where a residue modulo 2^64 belongs to one int64: what is left when the masks
+are off is the sum of the unmasked run, bit for bit.
 
-Threat model: a server and members that follow the protocol and share what they see. The server and fewer
-than t members, of each member's holders, learn nothing of another member's contribution but the sum. A server
-that lies is not covered: the signatures and the consistency check of figure 4 are left out.
+Threat model: the server and the members follow the protocol and share what they see. The server, with fewer
+than t of the holders of a member's shares, learns nothing of that member's contribution but the sum. A
+server that lies is not covered: the signatures and the consistency check of figure 4 are left out.
 
-What is simulated: keys are drawn by address from the run's seed, so that a run repeats and a restart continues
-an interrupted round without a key on the disk. Whoever knows the seed knows all masks; in a deployment the
-operating system draws them and the client keeps them until the round ends. Ranks play the clients that they
-train, and all of them play the server. The arithmetic, the messages, their bytes and their time are real. The
-members' flags and metrics (loss, accuracy, bytes) beside the contribution are the simulation's own measurements.
+What is simulated: keys are drawn by address from the run's seed, so that a run repeats, and a restart
+continues an interrupted round without a key on the disk. Whoever knows the seed knows all masks; in a
+deployment the operating system draws the keys, and a client keeps them until the round ends. Ranks play the
+clients that they train, and all of them play the server. The arithmetic, the messages, their bytes and their
+time are real. The members' flags and metrics (loss, accuracy, bytes) beside a contribution are the
+simulation's own measurements.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Shamir's secret sharing: any t of n shares give a secret of 32 bytes, fewer tell nothing about it.
 
-Source: Shamir, How to share a secret, CACM 22(11), 1979. The field is that of the Mersenne prime 2^31 - 1: its
-products fit into int64, so a share is a few small integers that numpy computes and anybody can check by hand.
+Source: Shamir, How to share a secret, CACM 22(11), 1979. The field is that of the Mersenne prime 2^31 - 1:
+its products fit into int64, so a share is a few small integers that anybody can check by hand.
 A secret is cut into digits of 30 bits, each the constant term of a polynomial of its own. Coefficients are
 64-bit random numbers modulo the prime: no residue is likelier than another by more than 2^-33 of its
 probability.
