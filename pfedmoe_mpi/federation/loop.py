@@ -26,6 +26,7 @@ from pfedmoe_mpi.errors import CheckpointError, DivergedError, StoppedError
 from pfedmoe_mpi.federation import branch, evaluation, metrics, pretraining, selection, store, training
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation, pin
+from pfedmoe_mpi.federation.masked_round import exchange_keys, opened
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, MISSING, RoundSum
 from pfedmoe_mpi.federation.sample_privacy import Account
@@ -240,6 +241,7 @@ class Loop:
         payload = self._method.payload(federation.state_layout.sizes)
         total = RoundSum(self._task(round), self._method.cohort(round), payload)
         finished = self._take_partial(total)
+        exchange_keys(self.comm, federation, total, round)
         self._seconds["train"] = training.train_cohort(
             self.comm,
             federation,
@@ -251,7 +253,7 @@ class Loop:
             tested=len(evaluation.drawn_clients(federation.config, round, ())) > 0,
             trained=partial(self._observer.client_trained, round),
         )
-        self._sum(total.buffer, f"sum of round {round}")
+        self._sum(total.sent, f"sum of round {round}")
         self.steps += int((total.flags != MISSING).sum() - finished.sum())
         before = {client for (client, _), done in zip(total.cohort, finished, strict=True) if done}
         self.saver.trained(client for client in total.clients(IN, LOST, LATE) if client not in before)
@@ -303,7 +305,7 @@ class Loop:
         raise DivergedError(f"round {self.round + 1}: {what} is not finite", remedy)
 
     def _updated(self, total: RoundSum) -> torch.Tensor:
-        """Return the server's next vector, unchanged if no client contributed.
+        """Return the server's next vector, unchanged if there is no sum.
 
         A method's own `server_update` runs on rank 0 alone, and its result is broadcast; the default one and
         the server's optimiser compute the same bits on every rank.
@@ -312,7 +314,7 @@ class Loop:
             RunError: on all ranks: what the server trained is not finite.
         """
         state = pin(self.state.clone(), self.federation.device.device)
-        if not total.clients(IN):
+        if not opened(self.comm, total):
             return state
         method = self._method
         slices = self.federation.state_layout.parts
