@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,10 +99,18 @@ def _keep(path: Path, result: Mapping[str, Any]) -> None:
     folder = path.parent.parent
     if path.parent.name != "checkpoints" or not (folder / "config.toml").is_file():
         return
-    client = f"-client-{result['client']}" if "client" in result else ""
-    name = f"{result['kind']}-round-{result['round']:06}{client}.json"
+    name = _name(result)
     try:
         (folder / FOLDER).mkdir(exist_ok=True)
         durable.write_text(folder / FOLDER / name, json.dumps(result) + "\n")
     except OSError as error:
         print(f"note: {folder / FOLDER / name} cannot be written: {error.strerror}", file=sys.stderr)
+
+
+def _name(result: Mapping[str, Any]) -> str:
+    """Return the name of the file, equal for equal attacks."""
+    name = f"{result['kind']}-round-{result['round']:06}"
+    if result["kind"] == "membership":
+        return f"{name}.json"
+    protection = "-".join(re.findall(r"[\w.]+", result["protection"]))
+    return f"{name}-client-{result['client']}-samples-{result['samples']}-{protection}.json"

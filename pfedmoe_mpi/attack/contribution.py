@@ -1,7 +1,8 @@
 """One client step of one batch, and what the server receives of it: the target of a reconstruction.
 
 The step and its contribution are those of the method; a batch of a few samples takes the place of the epochs.
-What the server learns from it is the change that `server_update` would make with this contribution alone.
+What the server learns from it is the change that `server_update` would make with this contribution alone,
+less weight decay, which it knows unless a clip has shortened the update.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ PURPOSE = "attack/reconstruction"
 class Contribution:
     """What the server receives of one step, and the samples that an attack would like to have.
 
-    `update` (size,) is the change of the vector of `part`, which is a multiple of the negative gradient for
-    plain SGD; `x` (B, *shape) are the samples as the model saw them, normalised.
+    `gradient` (size,) is that of the vector of `part` up to a factor: the change of the vector, turned round,
+    without weight decay. `x` (B, *shape) are the samples as the model saw them, normalised.
     """
 
     part: str
-    update: Tensor
+    gradient: Tensor
     x: Tensor
 
 
@@ -87,7 +88,14 @@ def take(loop: Loop, client: int, role: str, samples: int, trial: int) -> Contri
             f"the step of client {client} in round {round} changes no shared model", "attack another --client"
         )
     x = next(iter(federation.engine.batches(chosen))).x
-    return Contribution(part, changes[places[part]], x)
+    gradient = -changes[places[part]] - _decay(loop, role, part) * loop.state[places[part]]
+    return Contribution(part, gradient, x)
+
+
+def _decay(loop: Loop, role: str, part: str) -> float:
+    """Return the share by which weight decay shortens a part in one step, which the settings tell."""
+    phases = loop.federation.method.phases(role)
+    return sum(phase.lr[part] * phase.weight_decay for phase in phases if part in phase.lr)
 
 
 def _step(loop: Loop, client: Client, role: str) -> Mapping[str, Tensor]:

@@ -25,6 +25,7 @@ from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop
 from pfedmoe_mpi.models.registry import Model
 
+WORST = 1e6  # the loss of a model that is not finite
 PENALTY = 1e-3  # on the squares of the probe's weights
 PROBE_STEPS = 100
 LEAST = 20  # rows that a probe is trained on
@@ -70,14 +71,15 @@ def _clients(loop: Loop, clients: Sequence[int]) -> dict[str, Any]:
 
     Scores are centred at each client's own threshold, so that one threshold, 0, holds for all.
     """
-    found, members, others = [], [], []
+    found: list[dict[str, Any]] = []
+    members: list[np.ndarray] = []
+    others: list[np.ndarray] = []
     for client in clients:
-        scores = [-each for each in _losses_of_client(loop, client)]
-        centre = float(scores[0].mean())
-        scores = [each - centre for each in scores]
-        found.append({"client": client, **rates(*scores, 0.0)})
-        members.append(scores[0])
-        others.append(scores[1])
+        train, test = (-each for each in _losses_of_client(loop, client))
+        centre = float(train.mean())
+        members.append(train - centre)
+        others.append(test - centre)
+        found.append({"client": client, **rates(members[-1], others[-1], 0.0)})
     pooled = rates(np.concatenate(members), np.concatenate(others), 0.0)
     return {"pooled": pooled, "by_client": found}
 
@@ -106,7 +108,7 @@ def _losses(federation: Federation, split: Split, predict: Callable[[Tensor], Te
         nn.functional.cross_entropy(predict(batch.x).double(), batch.y, reduction="none")
         for batch in federation.engine.batches(split)
     ]
-    return torch.cat(losses).cpu().numpy() if losses else np.empty(0)
+    return torch.cat(losses).nan_to_num(WORST).clamp(max=WORST).cpu().numpy()
 
 
 # The shared part
@@ -171,9 +173,9 @@ def _probed(outputs: Sequence[Tensor], labels: Tensor, classes: int) -> list[Ten
         optimiser.zero_grad()
         value = nn.functional.cross_entropy(scaled[0] @ weight[:-1] + weight[-1], labels)
         value = value + PENALTY * (weight[:-1] ** 2).sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    optimiser.step(loss)
     with torch.no_grad():
         return [each @ weight[:-1] + weight[-1] for each in scaled]

@@ -104,12 +104,12 @@ def attack(loop: Loop, client: int, role: str, samples: int, trials: int, steps:
 def _inverted(
     loop: Loop, client: int, target: Contribution, bounds: tuple[Tensor, Tensor], steps: int, trial: int
 ) -> tuple[Tensor, float]:
-    """Return what the attack finds, in normalised samples, and how well it explains the update."""
+    """Return what the attack finds, in normalised samples, and how well it explains the gradient."""
     federation = loop.federation
     parts = federation.parts(federation.clients[client], loop.state)
     generator = torch_generator(federation.config.seed, f"{PURPOSE}/start", trial, client)
     module, parameters = parts.modules()[target.part], parts.parameters(target.part)
-    return invert(module, parameters, target.update, bounds, len(target.x), steps, generator)
+    return invert(module, parameters, target.gradient, bounds, len(target.x), steps, generator)
 
 
 def _bounds(federation: Federation) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ import torch
 from pfedmoe_mpi.attack import images, membership, rates
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.cli import main
+from pfedmoe_mpi.report import attack_section, drawing
+from pfedmoe_mpi.report.load import load_runs
 from pfedmoe_mpi.run.evaluate import evaluation_loop
 from support import launcher
 from support.launcher import SMALL_RUN, error_message
@@ -50,13 +52,15 @@ def test_a_contribution_shows_its_sample_unless_it_is_protected(
     session: launcher.Session, folder: Path
 ) -> None:
     plain = attacked(session, folder, "fedavg", "reconstruction", *FEW)
-    kept = list((folder / "fedavg" / "attacks").glob("*.json"))
-    assert [json.loads(path.read_text()) for path in kept] == [plain]
+    kept = folder / "fedavg" / "attacks" / "reconstruction-round-000001-client-0-samples-1-none.json"
+    assert json.loads(kept.read_text()) == plain
     assert plain == attacked(session, folder, "fedavg", "reconstruction", *FEW)
     assert plain["attack"]["psnr"] > 20 and plain["attack"]["ssim"] > 0.9
     assert plain["attack"]["mse"] < plain["mean"]["mse"] / 4 < plain["guess"]["mse"]
     shown = [np.array(pair[name]) for pair in plain["images"] for name in ("true", "found")]
     assert len(shown) == 2 and np.abs(shown[0] - shown[1]).mean() < 20
+    pair = attacked(session, folder, "fedavg", "reconstruction", *FEW[:2], "--steps", "200", "--samples", "2")
+    assert pair["attack"]["ssim"] > 0.7 and pair["attack"]["mse"] < pair["mean"]["mse"] / 2  # by descent
     for protection, flags in (("masked", MASKS), ("clip = 0.1 per client with noise 1 × clip", NOISE)):
         found = attacked(session, folder, "fedavg", "reconstruction", *FEW, *flags)
         assert found["protection"] == protection
@@ -64,6 +68,25 @@ def test_a_contribution_shows_its_sample_unless_it_is_protected(
         assert found["distance"] > 0.5
     clipped = attacked(session, folder, "fedavg", "reconstruction", *FEW, *NOISE[:2])
     assert clipped["attack"]["ssim"] > 0.9  # a shorter update has the same direction
+
+
+def test_the_report_shows_attacks(session: launcher.Session, folder: Path) -> None:
+    attacked(session, folder, "fedavg", "membership")
+    found = attacked(session, folder, "fedavg", "reconstruction", *FEW, *MASKS)
+    words = ("report", "fedavg", "--text", "true")
+    text = session(*words, cwd=folder).out
+    assert "Which rows were trained on" in text and "shared: model" in text
+    (run,), _ = load_runs([folder / "fedavg"])
+    (section,) = attack_section.sections(run)
+    rows = [row for row in section.tables[1].rows if row[4].text == "masked"]
+    assert [row[5].text for row in rows] == ["reconstruction", "mean of test rows", "drawn test rows"]
+    assert rows[0][6].values == (found["attack"]["mse"],)
+    figure = next(each for each in section.figures if "protection: masked" in each.title)
+    assert drawing.svg(figure).count("<image") == 2
+    for spoilt, message in (("{", "cannot be read"), ("[]", "not the result"), ("{}", "not the result")):
+        (folder / "fedavg" / "attacks" / "spoilt.json").write_text(spoilt)
+        error_message(session(*words, cwd=folder), message)
+    (folder / "fedavg" / "attacks" / "spoilt.json").unlink()
 
 
 def test_images_are_compared_in_their_best_order() -> None:
