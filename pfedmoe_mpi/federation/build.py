@@ -30,7 +30,16 @@ from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.noise import with_noise
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.federation import frozen, gpu_memory, own_code, placement, pretrained, sample_privacy, trial
+from pfedmoe_mpi.federation import (
+    client_privacy,
+    frozen,
+    gpu_memory,
+    own_code,
+    placement,
+    pretrained,
+    sample_privacy,
+    trial,
+)
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, gate_rows, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config, listed, with_listed
 from pfedmoe_mpi.federation.federation import Clients, Federation
@@ -80,6 +89,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     client_layouts = [layouts[id(spec)] for spec in specs]
     check_initial(method, state_layout, client_layouts)
     check_method(settings, method, state_layout)
+    private = client_privacy.of(comm, settings, method, state_layout, loaded)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
     own_device, streamed = place_samples(comm, settings, dataset, partition, home, method, own_device)
@@ -126,6 +136,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         staging=Staging(own_device.device, largest),
         streamed=streamed,
         stream=stream,
+        private=private,
         gate_rows=gate_rows(comm, dataset, partition, settings.seed, own_device.device)
         if method.experts
         else None,

@@ -27,8 +27,8 @@ from pfedmoe_mpi.federation import branch, evaluation, metrics, pretraining, sel
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
+from pfedmoe_mpi.federation.privacy_account import account_of
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, MISSING, RoundSum
-from pfedmoe_mpi.federation.sample_privacy import Account
 from pfedmoe_mpi.federation.saver import Listener, Saver
 from pfedmoe_mpi.federation.server_optimiser import ServerOptimiser
 from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
@@ -90,7 +90,7 @@ class Loop:
         self._samples = federation.task.counts.sum(axis=1)
         self._tested = federation.partition.test.sizes
         self._faults = Faults(federation.config.seed, federation.config.faults, federation.costs)
-        self._account = Account(federation) if federation.engine.samples else None
+        self._account = account_of(federation)
         self._observer = observer
         self._partial: np.ndarray | None = None  # the sum of an interrupted round
         self._pretrained = self._prepared = False
@@ -238,7 +238,8 @@ class Loop:
         """Return the sum of the cohort's contributions over all ranks; a stop leaves members MISSING."""
         federation = self.federation
         payload = self._method.payload(federation.state_layout.sizes)
-        total = RoundSum(self._task(round), self._method.cohort(round), payload)
+        release = federation.private.release(self.state, round) if federation.private else None
+        total = RoundSum(self._task(round), self._method.cohort(round), payload, release)
         finished = self._take_partial(total)
         self._seconds["train"] = training.train_cohort(
             self.comm,
@@ -303,7 +304,7 @@ class Loop:
         raise DivergedError(f"round {self.round + 1}: {what} is not finite", remedy)
 
     def _updated(self, total: RoundSum) -> torch.Tensor:
-        """Return the server's next vector, unchanged if no client contributed.
+        """Return the server's next vector, unchanged if no client contributed and nothing is noised.
 
         A method's own `server_update` runs on rank 0 alone, and its result is broadcast; the default one and
         the server's optimiser compute the same bits on every rank.
@@ -312,7 +313,7 @@ class Loop:
             RunError: on all ranks: what the server trained is not finite.
         """
         state = pin(self.state.clone(), self.federation.device.device)
-        if not total.clients(IN):
+        if total.empty:
             return state
         method = self._method
         slices = self.federation.state_layout.parts
