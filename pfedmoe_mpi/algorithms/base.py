@@ -16,6 +16,7 @@ or the command line. Every hook except `predict` has a default; together the def
     server_update  on rank 0, once a round                 copy the means into the state, on every rank
     predictor      on one rank, per client evaluated       `predict`, or None for a client that never trained
       predict      in `loss` and `predictor`, per batch    no default
+    tune           on one rank, per unseen client          train the private modules, or all without any
     mixture        on one rank, per client evaluated       None: the method has no gate
 
 `reserve`, `check`, `pretrain` and `prepare` run before round 1; by default they do nothing. The result of a
@@ -28,7 +29,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,8 +37,8 @@ from torch import Tensor
 
 from pfedmoe_mpi.algorithms import _cohort
 from pfedmoe_mpi.algorithms._mixture import Mixture
+from pfedmoe_mpi.algorithms._payload import Block, Mean
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.core.fixedpoint import SCALE
 from pfedmoe_mpi.core.parts import Module, Parts, Spec
 from pfedmoe_mpi.core.parts import Tensor as TensorPart
 from pfedmoe_mpi.core.sgd import Phase
@@ -67,31 +68,6 @@ __all__ = [
     "Task",
     "TensorPart",
 ]
-
-
-@dataclass(frozen=True)
-class Block:
-    """One entry of the payload: `rows` vectors of `size` numbers, each averaged over the cohort.
-
-    The weight of client k in row c is n_k, its training samples (`samples`); 1 (`one`); n_kc, its training
-    samples of class c (`class_samples`); or 1 if n_kc > 0, else 0 (`class_one`). A slot carries the float32
-    bit patterns of every member's (rows, size) exactly: a gather instead of a mean.
-    """
-
-    size: int
-    rows: int = 1
-    weight: Literal["samples", "one", "class_samples", "class_one"] = "samples"
-    scale: int = SCALE  # bits after the binary point in the integer sum
-    slot: bool = False
-    update: bool = False  # the values are a change of the state's part of this name
-
-
-@dataclass(frozen=True)
-class Mean:
-    """The weighted mean of a block. For a slot, both tensors have a leading axis of cohort members."""
-
-    value: Tensor  # float32 (rows, size) on the CPU; NaN in a row of weight 0
-    weight: Tensor  # int64 (rows,), the sum of the members' weights
 
 
 @dataclass(frozen=True)
@@ -357,6 +333,13 @@ class Algorithm:
         Only for clients that trained; arguments as in `predictor`. None: the method has no gate.
         """
         return None
+
+    def tune(self, turn: Turn, phase: Phase) -> None:
+        """Adapt a client that never trains to the few training samples of `turn`, for `unseen.tune` epochs.
+
+        Default: SGD over `phase`, of its private modules, or of all modules if it has none.
+        """
+        turn.sgd(phase)
 
     # Before round 1
 

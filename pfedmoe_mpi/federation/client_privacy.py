@@ -110,24 +110,24 @@ def of(
     _check_method(settings, method, layout)
     history = loaded.history if loaded else ()
     known = history[-1].get("privacy", {}).get("noise") if history else None
-    return comm.attempt(lambda: _solved(settings, method, layout, known), "accountant")
-
-
-def _solved(settings: Config, method: Algorithm, layout: Layout, known: float | None) -> ClientPrivacy:
-    """Return the clipping and noise; `known`: the noise of the rounds so far.
-
-    Raises:
-        ConfigError: dp-accounting is missing, or numbers are beyond those that the integer sum can hold.
-    """
-    privacy = settings.privacy
     found = ClientPrivacy(settings, method, layout, privacy.noise if known is None else known)
-    if privacy.noise or privacy.epsilon:
-        accountant.check()
-    if privacy.epsilon and known is None:
-        uses = found.uses(settings.rounds)
-        found = replace(found, noise=accountant.solve(privacy.epsilon, privacy.delta, [(1.0, *uses)]))
+    found.noise = comm.from_root(lambda: _noise(found, known), "accountant")
     _check_range(found)
     return found
+
+
+def _noise(found: ClientPrivacy, known: float | None) -> float:
+    """Return the noise: that of the rounds so far if it is known, else as the settings ask for.
+
+    Raises:
+        ConfigError: dp-accounting is missing.
+    """
+    privacy = found.settings.privacy
+    if privacy.noise or privacy.epsilon:
+        accountant.check()
+    if not privacy.epsilon or known is not None:
+        return found.noise
+    return accountant.solve(privacy.epsilon, privacy.delta, [(1.0, *found.uses(found.settings.rounds))])
 
 
 def check_history(federation: Federation, forked: bool) -> None:

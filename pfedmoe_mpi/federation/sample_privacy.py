@@ -53,21 +53,19 @@ def of(
         return None
     _check_method(settings.method, method, sizes)
     found = SamplePrivacy(privacy.clip, privacy.noise, privacy.sampling == "poisson", frozenset(method.apart))
-    return comm.attempt(lambda: _solved(settings, method, found, stream), "accountant")
+    return replace(found, noise=comm.from_root(lambda: _noise(settings, method, found, stream), "accountant"))
 
 
-def _solved(
-    settings: Config, method: Algorithm, found: SamplePrivacy, stream: Stream | None
-) -> SamplePrivacy:
-    """Return the settings with the noise of all rounds that privacy.epsilon asks for, where it does."""
+def _noise(settings: Config, method: Algorithm, found: SamplePrivacy, stream: Stream | None) -> float:
+    """Return privacy.noise, or the noise for all rounds together with which privacy.epsilon is kept."""
     privacy = settings.privacy
     accountant.check()
     if not privacy.epsilon:
-        return found
+        return found.noise
     accounts = SampleAccounts(settings, method, found)
     for round in range(1, settings.rounds + 1):
         accounts.add(method.cohort(round), _samples(method.task, stream, round))
-    return replace(found, noise=accounts.noise(privacy.epsilon, privacy.delta))
+    return accounts.noise(privacy.epsilon, privacy.delta)
 
 
 def _samples(task: Task, stream: Stream | None, round: int) -> np.ndarray:
@@ -94,7 +92,7 @@ def _check_method(name: str, method: Algorithm, sizes: Mapping[str, int]) -> Non
 
 
 class Account:
-    """ε after each round."""
+    """ε after each round; rank 0 computes it, because the library takes memory."""
 
     def __init__(self, federation: Federation) -> None:
         self._federation = federation

@@ -101,13 +101,20 @@ def _check_progress(
     """Refuse changes to rounds that are done or in progress; note how new `rounds` change a schedule.
 
     Raises:
-        ConfigError: participation changes within a round, or fewer rounds are asked for than are done.
+        ConfigError: participation or masks change within a round, or fewer rounds are asked for than done.
     """
     if loaded.partial is not None and "participation" in changes:
         before = changes["participation"][0]
         raise ConfigError(
             f"round {loaded.round + 1} is in progress; its cohort was drawn with participation = {before}",
             "remove --participation until the round is done, or resume from an earlier checkpoint "
+            "with --run.dir NEW",
+        )
+    for name in {"privacy.masked", "privacy.neighbours"} & set(changes) if loaded.partial is not None else ():
+        before = changes[name][0]
+        raise ConfigError(
+            f"round {loaded.round + 1} is in progress; its sum was begun with {name} = {str(before).lower()}",
+            f"remove --{name} until the round is done, or resume from an earlier checkpoint "
             "with --run.dir NEW",
         )
     if "rounds" in changes and settings.rounds < loaded.round:
