@@ -185,6 +185,8 @@ class Algorithm:
     averages_private = False  # True if the method supports unseen.private = average
     kept_by_clients: Collection[str] = ()  # the state's tensors, PART/NAME, that clients replace by their own
     bytes_once = 0  # bytes that a deployment sends every client once, before its first round
+    apart: Collection[str] = ()  # private parts, which no value that is sent depends on
+    beyond_gradients = ""  # how clients use samples besides the gradients of single ones; empty: not at all
     experts = 0  # number of experts that a gate weighs; 0 without a gate
     prepared_size = 0  # length of the vector that `prepare` returns; 0 if the method does not prepare
 
@@ -257,13 +259,12 @@ class Algorithm:
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
         """Train `turn.parts` in place and return the payload's values; a block left out has weight 0.
 
-        Default: SGD over `phases`, then the vectors of the state's parts.
+        Default: SGD over `phases`, then the vectors of the state's parts. A part without numbers, such as a
+        gate with gate.weights = equal, is not sent.
         """
         for phase in self.phases(turn.role):
             turn.sgd(phase)
-        vectors = {name: turn.parts.vector(name) for name in self.state()}
-        # A part without numbers, such as a gate with gate.weights = equal, is not sent.
-        return {name: vector for name, vector in vectors.items() if vector.numel()}
+        return {name: v for name in self.state() if (v := turn.parts.vector(name)).numel()}
 
     def phases(self, role: str) -> list[Phase]:
         """Return the phases of a client step, trained one after the other.

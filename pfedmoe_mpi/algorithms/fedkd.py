@@ -61,6 +61,7 @@ class Options(Section):
 
 
 class FedKD(Algorithm):
+    beyond_gradients = "the loss is divided by a batch's mean errors"
     no_answer_reason = ""
 
     def __init__(self, task: Task) -> None:

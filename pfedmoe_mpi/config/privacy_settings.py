@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pfedmoe_mpi.config.sections import LowerCase, NotNegative, Section
+from pfedmoe_mpi.errors import ConfigError
 
 
 class PrivacySettings(Section):
@@ -32,5 +33,15 @@ class PrivacySettings(Section):
     """δ at which ε is computed.
     Default: usual in the literature; it should be below 1 / N."""
     sampling: Annotated[Literal["fixed", "poisson"], LowerCase] = "fixed"
-    """How cohorts are drawn: a fixed number without replacement, or each client independently.
+    """How cohorts (unit = sample: batches) are drawn: a fixed number, or each member independently.
     Default: as in the papers; amplification by subsampling is accounted for independent draws alone."""
+
+    @model_validator(mode="after")
+    def _check_unit(self) -> PrivacySettings:
+        if self.unit == "sample" and not self.clip:
+            problem = "privacy.unit = sample has no effect with privacy.clip = 0"
+            raise ConfigError(problem, "--privacy.clip 1, or remove --privacy.unit")
+        if self.unit == "sample" and self.epsilon and self.noise:
+            problem = f"privacy.noise = {self.noise:g}, but privacy.epsilon = {self.epsilon:g} chooses it"
+            raise ConfigError(problem, "remove --privacy.noise or --privacy.epsilon")
+        return self

@@ -2,12 +2,14 @@
 
 Every rank sends a buffer of the same length in every round, zeros if it trained no member. Position 0 counts
 the ranks that were asked to stop; then one flag per cohort member, so that all ranks read from the result
-whether to update or to save; then the members' metrics as float64 bits; then the blocks.
+whether to update or to save; then the members' metrics as float64 bits; then the blocks. Blocks may be masked
+(`masked_round.py`); flags and metrics are the simulation's own and never are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +21,17 @@ from pfedmoe_mpi.core import fixedpoint
 # Not trained yet; in the sum; left out: not finite, lost on the way, after the deadline.
 MISSING, IN, DROPPED, LOST, LATE = range(5)
 MEMBER_METRICS = ("train_loss", "accuracy_before", "bytes_up", "bytes_down")
+
+
+class Masks(Protocol):
+    """What hides the contributions of a round from all but their clients."""
+
+    @property
+    def costs(self) -> Mapping[str, object]:
+        """What a row says of them."""
+
+    def add(self, client: int, contribution: np.ndarray) -> None:
+        """Add a member's masks to its contribution, uint64 (numbers,), in place, modulo 2^64."""
 
 
 class RoundSum:
@@ -37,6 +50,8 @@ class RoundSum:
             self._places[name] = slice(at, at + length)
             at += length
         self.buffer = np.zeros(at, np.int64)
+        self.masks: Masks | None = None
+        self.unmasked: np.ndarray | None = None  # the blocks of a masked sum once it was opened
 
     @property
     def flags(self) -> np.ndarray:
@@ -47,6 +62,16 @@ class RoundSum:
     def stopped(self) -> bool:
         """Whether any rank was asked to stop."""
         return bool(self.buffer[0])
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """A view of the blocks, int64 (numbers,)."""
+        return self.buffer[self._metrics.stop :]
+
+    @property
+    def sent(self) -> np.ndarray:
+        """The buffer as it is summed: modulo 2^64 if it is masked, so that no signed number overflows."""
+        return self.buffer if self.masks is None else self.buffer.view(np.uint64)
 
     def request_stop(self) -> None:
         """Record that this rank was asked to stop."""
@@ -76,8 +101,11 @@ class RoundSum:
         pieces = {name: self._encode(self.payload[name], client, value) for name, value in values.items()}
         sent = 0
         for name, (weight, numbers) in pieces.items():
-            self._stretch(name, position)[:] += np.concatenate([weight, numbers.ravel()])
+            stretch = self._stretch(name, position)
+            stretch[:] += np.concatenate([weight, numbers.ravel()])  # numpy wraps, as the masks need it
             sent += 4 * int((weight > 0).sum()) * self.payload[name].size
+        if self.masks:
+            self.masks.add(client, self.blocks.view(np.uint64))
         complete = {"bytes_up": sent, **metrics}
         self.metrics()[position] = [complete[name] for name in MEMBER_METRICS]
         self.flags[position] = IN
@@ -119,7 +147,10 @@ class RoundSum:
         return {name: self._mean(name, block) for name, block in self.payload.items()}
 
     def _mean(self, name: str, block: Block) -> Mean:
-        numbers = torch.from_numpy(self.buffer[self._places[name]])
+        assert self.masks is None or self.unmasked is not None, "a masked sum is opened first"
+        place, start = self._places[name], self._metrics.stop
+        blocks = self.blocks if self.unmasked is None else self.unmasked
+        numbers = torch.from_numpy(blocks[place.start - start : place.stop - start])
         if block.slot:
             by_member = numbers.view(len(self.cohort), block.rows * (1 + block.size))
             value = by_member[:, block.rows :].to(torch.int32).view(torch.float32)

@@ -13,6 +13,8 @@ in another way.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -40,7 +42,8 @@ def tune(federation: Federation, client: Client, parts: Parts) -> bool:
     train = shots(client.splits["train"], settings.unseen.shots, settings.seed, client.id)
     sampled = Client(client.id, client.spec, client.vector, {**client.splits, "train": train})
     before_training = 0  # a round whose rate no schedule lowers
-    turn = Turn(federation.engine, method.loss, sampled, parts, before_training, ROLE)
+    engine = replace(federation.engine, samples=None)  # what is measured of a client leaves with no noise
+    turn = Turn(engine, method.loss, sampled, parts, before_training, ROLE)
     try:
         method.tune(turn, phase(federation, client))
     except NotFiniteError:

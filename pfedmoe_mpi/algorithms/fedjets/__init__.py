@@ -109,6 +109,7 @@ class Options(Section):
 
 
 class FedJETs(Algorithm):
+    beyond_gradients = "the gate chooses experts by the embeddings of a client's samples"
     homogeneous = True
 
     def __init__(self, task: Task) -> None:
