@@ -1,8 +1,8 @@
 """FedEM: every client's data are a mixture of M shared components, with weights that it finds by EM.
 
 Marfoq, Neglia, Bellet, Kameni, Vidal: "Federated Multi-Task Learning under a Mixture of Distributions",
-NeurIPS 2021, arXiv 2108.10252. Written from its abstract and the authors' code, without equation numbers. ℓ is
-the cross-entropy and θ_m are the components' parameters. A client with weights π_t, at first 1/M each,
+NeurIPS 2021, arXiv 2108.10252. Written from its abstract and the authors' code, without equation numbers.
+ℓ is the cross-entropy and θ_m are the components' parameters. A client with weights π_t, at first 1/M each,
 receives all θ_m and does
 
     E step  q_s(m) ∝ π_tm exp(−ℓ(h_θm(x_s), y_s))                        for each of its n_t samples s
