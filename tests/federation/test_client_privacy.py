@@ -21,6 +21,8 @@ from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.privacy import accountant
+from pfedmoe_mpi.report import run_report
+from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.run import console, restart
 from support.mpi_job import run_conformance
 
@@ -141,6 +143,10 @@ def test_a_run_reports_epsilon_and_warns_of_a_large_delta() -> None:
     assert "keep it secret" in seed and "not below 1 / clients = 0.2" in delta
     loop = trained(federation)
     assert "noise 1.5 times the clip" in line and line in console.table(federation, loop.history)
+    run = Run(Path("run"), config.flatten(config.to_tree(federation.config)), loop.history, [])
+    assert ("ε of a client at δ = 0.3", f"{loop.history[-1]['privacy']['epsilon']:.3g}") in run_report._facts(
+        run
+    )
     quiet = console.plan(built(privacy__noise=1.5), ["cpu"])
     assert not any("1 / clients" in line for line in quiet)
 
