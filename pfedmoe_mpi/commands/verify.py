@@ -203,7 +203,7 @@ def _unlike_vectors(world: Comm, loop: Loop, kept: Path) -> list[str]:
 
 def _same_bits(one: Any, other: Any) -> bool:
     """Return whether two float32 vectors agree in every bit; NaN stands for what is not defined yet."""
-    return np.array_equal(*(np.asarray(vector).view(np.uint32) for vector in (one, other)))
+    return np.array_equal(np.asarray(one).view(np.uint32), np.asarray(other).view(np.uint32))
 
 
 # The card

@@ -27,7 +27,9 @@ MEMBER_METRICS = ("train_loss", "accuracy_before", "bytes_up", "bytes_down")
 class Masks(Protocol):
     """What hides the contributions of a round from all but their clients."""
 
-    costs: Mapping[str, object]
+    @property
+    def costs(self) -> Mapping[str, object]:
+        """What a row says of them."""
 
     def add(self, client: int, contribution: np.ndarray) -> None:
         """Add a member's masks to its contribution, uint64 (numbers,), in place, modulo 2^64."""
