@@ -24,6 +24,7 @@ class Block:
     weight: Literal["samples", "one", "class_samples", "class_one"] = "samples"
     scale: int = SCALE  # bits after the binary point in the integer sum
     slot: bool = False
+    update: bool = False  # the values are a change of the state's part of this name
 
 
 @dataclass(frozen=True)

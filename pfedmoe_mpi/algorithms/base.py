@@ -35,10 +35,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfedmoe_mpi.algorithms import _cohort
 from pfedmoe_mpi.algorithms._mixture import Mixture
 from pfedmoe_mpi.algorithms._payload import Block, Mean
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.core.parts import Module, Parts, Spec
 from pfedmoe_mpi.core.parts import Tensor as TensorPart
 from pfedmoe_mpi.core.sgd import Phase
@@ -247,14 +247,10 @@ class Algorithm:
         return [(client, "client") for client in self.draw_clients(round, self.task.training)]
 
     def draw_clients(self, round: int, clients: Sequence[int], purpose: str = "cohort") -> list[int]:
-        """Draw max(1, floor(C·n + ½)) of the n clients that have joined, without replacement, ascending."""
-        config, absent = self.task.config, self.task.absent_clients(round)
-        clients = [client for client in clients if client not in absent] if absent else clients
-        if not clients:
-            return []
-        number = max(1, int(config.participation * len(clients) + 0.5))
-        generator = seeds.numpy_generator(config.seed, purpose, round)
-        return sorted(generator.choice(np.array(clients), number, replace=False).tolist())
+        """Draw a round's share of the clients that have joined, ascending, as `_cohort.draw` says."""
+        absent = self.task.absent_clients(round)
+        joined = [client for client in clients if client not in absent] if absent else clients
+        return _cohort.draw(self.task.config, joined, self.task.clients, round, purpose)
 
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
         """Train `turn.parts` in place and return the payload's values; a block left out has weight 0.

@@ -31,6 +31,7 @@ from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.noise import with_noise
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import (
+    client_privacy,
     frozen,
     gpu_memory,
     masked_round,
@@ -90,6 +91,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     check_initial(method, state_layout, client_layouts)
     check_method(settings, method, state_layout)
     masked_round.check(comm, settings, method, state_layout)
+    private = client_privacy.of(comm, settings, method, state_layout, loaded)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
     own_device, streamed = place_samples(comm, settings, dataset, partition, home, method, own_device)
@@ -136,6 +138,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         staging=Staging(own_device.device, largest),
         streamed=streamed,
         stream=stream,
+        private=private,
         gate_rows=gate_rows(comm, dataset, partition, settings.seed, own_device.device)
         if method.experts
         else None,

@@ -27,9 +27,10 @@ FIXED_IN_TRAINING = (
     "server.optimiser",  # checkpoints hold what it keeps from round to round
     *(f"privacy.{name}" for name in ("unit", "clip", "noise", "epsilon", "sampling")),
 )
-# With privacy.unit = sample ε of the rounds so far is computed from these.
+# With differential privacy, ε of the rounds so far is computed from these.
+FIXED_WITH_CLIENTS = ("participation",)
 FIXED_WITH_SAMPLES = (
-    "participation",
+    *FIXED_WITH_CLIENTS,
     *(f"train.{name}" for name in ("epochs", "steps", "batch", "accumulate")),
 )
 # Files may move: the checkpoint has the digest of what they hold.
@@ -87,8 +88,11 @@ def _read_config(world: Comm, folder: RunFolder) -> dict[str, Any]:
 
 def _fixed(before: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the settings that a restart may not change."""
-    by_sample = config.flatten(before).get("privacy.unit") == "sample"
-    return FIXED_IN_TRAINING + (FIXED_WITH_SAMPLES if by_sample else ())
+    settings = config.flatten(before)
+    if not settings.get("privacy.clip"):
+        return FIXED_IN_TRAINING
+    by_sample = settings["privacy.unit"] == "sample"
+    return FIXED_IN_TRAINING + (FIXED_WITH_SAMPLES if by_sample else FIXED_WITH_CLIENTS)
 
 
 def _check_progress(
