@@ -45,6 +45,7 @@ class Options(Section):
 
 
 class FedEM(Algorithm):
+    beyond_gradients = "clients weigh their samples and components by the losses of all samples"
     homogeneous = True
 
     def __init__(self, task: Task) -> None:
