@@ -49,6 +49,8 @@ class Options(Section):
 
 
 class FedProto(Algorithm):
+    beyond_gradients = "clients send mean representations of their samples"
+
     def state(self) -> Spec:
         """Return C̄ (classes, d), NaN in the row of a class without a prototype."""
         return {"prototypes": TensorPart((self.task.classes, self.task.dim), fill=float("nan"))}

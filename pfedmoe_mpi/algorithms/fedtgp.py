@@ -79,6 +79,8 @@ class Generator(nn.Module):
 
 
 class FedTGP(Algorithm):
+    beyond_gradients = "clients send mean representations of their samples"
+
     def state(self) -> Spec:
         """Return the generator, and P̂ (classes, d), NaN before the first round."""
         size = (self.task.classes, self.task.dim)

@@ -20,7 +20,7 @@ from pfedmoe_mpi.errors import ConfigError, nearest
 METHODS = {"local": "standalone"}  # the others by their names, apart from case and hyphens
 SHARED = (  # their methods that are here, too
     *("standalone", "fedavg", "fedprox", "scaffold", "fedrep", "lg_fedavg", "fedproto", "fd", "fml"),
-    *("fedkd", "fedgh", "fedtgp", "fedmrl", "ditto", "apfl", "fedbn"),
+    *("fedkd", "fedgh", "fedtgp", "fedmrl", "ditto", "apfl", "fedbn", "fedper"),
 )
 # Their defaults: plain SGD, ten samples a batch, 2000 rounds.
 DEFAULTS = {

@@ -66,6 +66,7 @@ def test_htfllib_defaults_are_kept() -> None:
     assert made.data.name == "MNIST" and made.partition.test_fraction == 0.25
     assert (made.train.lr, made.model.pool) == (0.005, ("cnn1",)) and "their CNN" in notes
     assert made.options.head_epochs == 1  # type: ignore[attr-defined]
+    assert settings("python main.py -algo FedPer")[0].algorithm == "fedper"
     assert settings("main.py -algo FedProx")[0].options.mu == 0  # type: ignore[attr-defined]
     ours, theirs = (settings(f"main.py -algo FedGH {m}")[0].options for m in ("-m HtFE-img-2", "-m CNN"))
     assert (ours.epochs, ours.lr, theirs.epochs, theirs.lr) == (100, 0.01, 1, 1.0)  # type: ignore[attr-defined]
