@@ -88,8 +88,8 @@ def _attack(
     facts = {"kind": flags.kind, "round": loaded.round, "method": loop.federation.config.method}
     if flags.kind == "membership":
         return {**facts, **membership.attack(loop, flags.shadows)}
-    protection.check(loop.federation.config.privacy)
-    facts["protection"] = protection.summary(loop.federation.config.privacy)
+    protection.check(loop.federation)
+    facts["protection"] = protection.summary(loop.federation)
     client, role = reconstruction.check(loop, flags.client, flags.samples)
     run_attack = partial(reconstruction.attack, loop, client, role)
     return {**facts, **run_attack(flags.samples, flags.trials, flags.steps)}

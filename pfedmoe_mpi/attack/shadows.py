@@ -21,6 +21,7 @@ import numpy as np
 from pfedmoe_mpi import config
 from pfedmoe_mpi.attack.rates import rates
 from pfedmoe_mpi.config.partition_settings import DRAWN
+from pfedmoe_mpi.core.rows import Rows
 from pfedmoe_mpi.core.seeds import numpy_generator
 from pfedmoe_mpi.data import Partition
 from pfedmoe_mpi.data.partition_file import write_rows
@@ -128,4 +129,4 @@ def _divided(federation: Federation, number: int) -> Partition:
         places = order.take(np.arange(first, first + len(test[client])), mode="wrap")
         chosen = np.isin(np.arange(len(rows)), places)
         train[client], test[client] = rows[~chosen], rows[chosen]
-    return replace(partition, train=train, test=test)
+    return replace(partition, train=Rows.of(train), test=Rows.of(test))

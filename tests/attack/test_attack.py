@@ -187,7 +187,10 @@ def test_rates_are_those_of_counting() -> None:
             "train.optimiser = adam",
             [f"fedavg/{NAME}", "--kind", "reconstruction", "--train.optimiser", "adam"],
         ),
-        ("multiple of privacy.clip", [f"fedavg/{NAME}", "--kind", "reconstruction", "--privacy.noise", "1"]),
+        (
+            "privacy.unit = sample",
+            [f"fedavg/{NAME}", "--kind", "reconstruction", "--privacy.unit", "sample", "--privacy.clip", "1"],
+        ),
         ("not the data", [f"fedavg/{NAME}", "--kind", "membership", "--data.samples", "300"]),
         ("only 5 shadow runs", [f"standalone/{NAME}", "--kind", "membership", "--shadows", "4"]),
         ("at least two samples", [f"pfedmoe/{NAME}", "--kind", "reconstruction"]),
