@@ -5,7 +5,7 @@ convolutions, forward and backward, two operations for each multiply-add: what `
 counts. Not counted are element-wise work, normalisation, optimisers, evaluations, servers, what runs before
 round 1, and the factors of FedKD, whose number depends on the data.
 
-A product is counted by its shapes and not computed: its result is zeros.
+A product is counted by its shapes and not computed: its result is zeros. So values do not matter.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pfedmoe_mpi import algorithms
 from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.core.batches import Normalise, Split
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.kept import Kept
-from pfedmoe_mpi.core.parts import Workbench
+from pfedmoe_mpi.core.parts import Spec, Workbench
+from pfedmoe_mpi.core.parts import Tensor as TensorPart
 from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.models import generators
@@ -98,19 +98,28 @@ class Steps:
         self._normalise = Normalise((), (), len(federation.dataset.shape), CPU)
         self._bench = Workbench(federation.config.seed, CPU)
         self._bench.kept = Kept(tails, self._normalise, 2 * self._rows, lambda: None) if tails else None
-        with generators.kept():
-            self._state = self._bench.initial(federation.method.state())
+        self._state = self._vector(federation.method.state())
+
+    def _vector(self, spec: Spec) -> Tensor:
+        """Return values for the parts of `spec`: of modules some that are quickly made and not zero."""
+        layout = self._bench.layout(spec)
+        vector = torch.full((layout.size,), 0.01)
+        for name, place in layout.parts.items():
+            if isinstance(part := spec[name], TensorPart):
+                vector[place] = part.initial()
+        return vector
 
     def operations(self, client: int, role: str) -> Operations:
-        """Return the operations of a client's step, solved for its terms from those of four small steps."""
+        """Return the operations of a client's step, solved for its terms from those of small steps."""
         rows = self._rows
         with generators.kept():
-            private = self._bench.initial(self._federation.method.client_state(client), client)
+            private = self._vector(self._federation.method.client_state(client))
             first, least = self._count(client, role, private, rows)
             first_double, double = self._count(client, role, private, 2 * rows)
-            _, halves = self._count(client, role, private, 2 * rows, batch=rows)
             _, twice = self._count(client, role, private, rows, epochs=2)
-        batch = halves - double
+            batch = 0
+            if double != 2 * least:  # else all of them grow with the rows
+                batch = self._count(client, role, private, 2 * rows, batch=rows)[1] - double
         epoch = (twice - least - batch) // rows
         row = (double - least) // rows - epoch
         once = (first_double - double - first + least) // rows
@@ -125,10 +134,11 @@ class Steps:
             batch: size of a batch; 0: one batch is an epoch.
         """
         federation = self._federation
-        changes = {"epochs": epochs, "steps": 0, "batch": batch or rows, "accumulate": 1, "precision": "fp32"}
+        changes = {"epochs": epochs, "steps": 0, "batch": batch or rows, "accumulate": 1}
+        changes |= {"precision": "fp32", "clip": 0.0}
         train = federation.config.train.model_copy(update=changes)
         settings = federation.config.model_copy(update={"train": train})
-        method = algorithms.load(settings.algorithm)(replace(federation.task, config=settings))
+        method = type(federation.method)(replace(federation.task, config=settings))
         method.prepared = federation.method.prepared
         engine = replace(
             federation.engine,
@@ -170,7 +180,7 @@ def counting() -> Iterator[Counter]:
 
 
 class Counter(TorchDispatchMode):
-    """Mode in which products are counted in `total` instead of computed.
+    """Mode in which products are counted in `total` and not computed, and optimisers do nothing.
 
     It counts as torch's `FlopCounterMode` does, whose import and first operator take seconds. They differ in
     the gradient of the weights of a convolution in g groups, which torch's takes for g times as much.
@@ -185,7 +195,9 @@ class Counter(TorchDispatchMode):
         return False  # else torch imports its compiler, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        product = PRODUCTS.get(func.overloadpacket)
+        if func in UPDATES:
+            return None
+        product = PRODUCTS.get(func)
         if product is None:
             return func(*args, **(kwargs or {}))
         operations, result = product(*args)
@@ -238,11 +250,13 @@ def _each(sizes: Sequence[int], x: Tensor) -> Sequence[int]:
     return sizes if len(sizes) == x.ndim - 2 else [*sizes] * (x.ndim - 2)
 
 
+aten = torch.ops.aten
 PRODUCTS: Mapping[Any, Callable[..., tuple[int, Any]]] = {
-    torch.ops.aten.mm: _matrices,
-    torch.ops.aten.bmm: _matrices,
-    torch.ops.aten.addmm: lambda _, a, b: _matrices(a, b),
-    torch.ops.aten.baddbmm: lambda _, a, b: _matrices(a, b),
-    torch.ops.aten.convolution: _convolution,
-    torch.ops.aten.convolution_backward: _convolution_backward,
+    aten.mm.default: _matrices,
+    aten.bmm.default: _matrices,
+    aten.addmm.default: lambda _, a, b: _matrices(a, b),
+    aten.baddbmm.default: lambda _, a, b: _matrices(a, b),
+    aten.convolution.default: _convolution,
+    aten.convolution_backward.default: _convolution_backward,
 }
+UPDATES = {aten._fused_sgd_.default, aten._fused_adam_.default, aten._fused_adamw_.default}  # of optimisers
