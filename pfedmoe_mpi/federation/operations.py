@@ -134,7 +134,7 @@ class Steps:
             batch: size of a batch; 0: one batch is an epoch.
         """
         federation = self._federation
-        changes = {"epochs": epochs, "steps": 0, "batch": batch or rows, "accumulate": 1}
+        changes: dict[str, Any] = {"epochs": epochs, "steps": 0, "batch": batch or rows, "accumulate": 1}
         changes |= {"precision": "fp32", "clip": 0.0}
         train = federation.config.train.model_copy(update=changes)
         settings = federation.config.model_copy(update={"train": train})
@@ -231,7 +231,8 @@ def _convolution(x: Tensor, weight: Tensor, bias: Any, *how: Any) -> tuple[int, 
 
 def _convolution_backward(y: Tensor, x: Tensor, weight: Tensor, sizes: Any, *how: Any) -> tuple[int, Any]:
     """Count the gradients of a convolution by its input, weights and bias, or those that are wanted."""
-    transposed, by_input, by_weight, by_bias = how[3], *how[-1]
+    transposed: bool = how[3]
+    by_input, by_weight, by_bias = how[-1]
     result = (
         torch.zeros_like(x) if by_input else None,
         torch.zeros_like(weight) if by_weight else None,
