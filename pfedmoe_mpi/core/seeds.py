@@ -21,8 +21,13 @@ SERVER = -1  # the client number of draws that belong to no client
 
 def address(seed: int, purpose: str, round: int = 0, client: int = SERVER) -> int:
     """Return a 63-bit number from the address, the same on every machine."""
+    return int.from_bytes(key(seed, purpose, round, client, 8), "little") >> 1
+
+
+def key(seed: int, purpose: str, round: int = 0, client: int = SERVER, length: int = 32) -> bytes:
+    """Return bytes of the address, at most 64, the same on every machine."""
     packed = struct.pack("<qqq", seed, round, client) + purpose.encode()
-    return int.from_bytes(blake2b(packed, digest_size=8).digest(), "little") >> 1
+    return blake2b(packed, digest_size=length).digest()
 
 
 def numpy_generator(seed: int, purpose: str, round: int = 0, client: int = SERVER) -> np.random.Generator:

@@ -26,7 +26,9 @@ from pfedmoe_mpi.errors import CheckpointError, DivergedError, StoppedError
 from pfedmoe_mpi.federation import branch, evaluation, metrics, pretraining, selection, store, training
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation, pin
+from pfedmoe_mpi.federation.masked_round import exchange_keys, opened
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
+from pfedmoe_mpi.federation.privacy_account import account_of
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, MISSING, RoundSum
 from pfedmoe_mpi.federation.saver import Listener, Saver
 from pfedmoe_mpi.federation.server_optimiser import ServerOptimiser
@@ -89,6 +91,7 @@ class Loop:
         self._samples = federation.task.counts.sum(axis=1)
         self._tested = federation.partition.test.sizes
         self._faults = Faults(federation.config.seed, federation.config.faults, federation.costs)
+        self._account = None if comm.rank else account_of(federation)
         self._observer = observer
         self._partial: np.ndarray | None = None  # the sum of an interrupted round
         self._pretrained = self._prepared = False
@@ -236,8 +239,10 @@ class Loop:
         """Return the sum of the cohort's contributions over all ranks; a stop leaves members MISSING."""
         federation = self.federation
         payload = self._method.payload(federation.state_layout.sizes)
-        total = RoundSum(self._task(round), self._method.cohort(round), payload)
+        release = federation.private.release(self.state, round) if federation.private else None
+        total = RoundSum(self._task(round), self._method.cohort(round), payload, release)
         finished = self._take_partial(total)
+        exchange_keys(self.comm, federation, total, round)
         self._seconds["train"] = training.train_cohort(
             self.comm,
             federation,
@@ -249,7 +254,7 @@ class Loop:
             tested=len(evaluation.drawn_clients(federation.config, round, ())) > 0,
             trained=partial(self._observer.client_trained, round),
         )
-        self._sum(total.buffer, f"sum of round {round}")
+        self._sum(total.sent, f"sum of round {round}")
         self.steps += int((total.flags != MISSING).sum() - finished.sum())
         before = {client for (client, _), done in zip(total.cohort, finished, strict=True) if done}
         self.saver.trained(client for client in total.clients(IN, LOST, LATE) if client not in before)
@@ -301,7 +306,7 @@ class Loop:
         raise DivergedError(f"round {self.round + 1}: {what} is not finite", remedy)
 
     def _updated(self, total: RoundSum) -> torch.Tensor:
-        """Return the server's next vector, unchanged if no client contributed.
+        """Return the server's next vector, unchanged if there is no sum.
 
         A method's own `server_update` runs on rank 0 alone, and its result is broadcast; the default one and
         the server's optimiser compute the same bits on every rank.
@@ -310,7 +315,7 @@ class Loop:
             RunError: on all ranks: what the server trained is not finite.
         """
         state = pin(self.state.clone(), self.federation.device.device)
-        if not total.clients(IN):
+        if not opened(self.comm, total):
             return state
         method = self._method
         slices = self.federation.state_layout.parts
@@ -362,6 +367,8 @@ class Loop:
             seconds=seconds,
             simulated=self._faults.waited(client for client, _ in total.cohort),
         )
+        if self._account:
+            row["privacy"] = self._account.entry(self.round)
         row["drift"] = metrics.drift([*self.history, row])
         row = metrics.kept(row, self.comm.rank)
         self.history.append(row)

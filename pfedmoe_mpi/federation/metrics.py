@@ -33,7 +33,13 @@ PHASES = ("train", "evaluate", "sum", "wait")  # the parts of a rank's time in a
 RANK_METRICS = (*PHASES, "rss_mb")
 # Values that came later. They follow from the models, and are left out of digests, which do not change.
 LATER = ("accuracy_worst_tenth", "macro_f1", "balanced_accuracy", "test_samples", "accuracy_tuned", "gate")
-UNREPEATABLE = ("seconds", "seconds_ranks", "rss_mb", "mpi_bytes")  # differ between runs with the same bits
+UNREPEATABLE = (
+    "seconds",
+    "seconds_ranks",
+    "rss_mb",
+    "mpi_bytes",
+    "masks",
+)  # differ between runs with the same bits
 
 
 class EvaluationSum:
@@ -246,6 +252,7 @@ def row(
         "seconds": {**slowest, "write": None, "total": seconds},
         "seconds_ranks": {name: ranks[name] for name in PHASES},
         "bytes": {"up": up, "down": down, "once": bytes_once},
+        "masks": dict(total.masks.costs) if total.masks else None,
         "mpi_bytes": int(8 * (len(total.buffer) + len(evaluation.buffer))),
         "rss_mb": float(largest["rss_mb"]),
     }

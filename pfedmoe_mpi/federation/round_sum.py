@@ -2,12 +2,14 @@
 
 Every rank sends a buffer of the same length in every round, zeros if it trained no member. Position 0 counts
 the ranks that were asked to stop; then one flag per cohort member, so that all ranks read from the result
-whether to update or to save; then the members' metrics as float64 bits; then the blocks.
+whether to update or to save; then the members' metrics as float64 bits; then the blocks. Blocks may be masked
+(`masked_round.py`); flags and metrics are the simulation's own and never are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,17 +17,37 @@ from torch import Tensor
 
 from pfedmoe_mpi.algorithms.base import Block, Mean, Task
 from pfedmoe_mpi.core import fixedpoint
+from pfedmoe_mpi.privacy.client_release import ClientRelease
 
 # Not trained yet; in the sum; left out: not finite, lost on the way, after the deadline.
 MISSING, IN, DROPPED, LOST, LATE = range(5)
 MEMBER_METRICS = ("train_loss", "accuracy_before", "bytes_up", "bytes_down")
 
 
+class Masks(Protocol):
+    """What hides the contributions of a round from all but their clients."""
+
+    @property
+    def costs(self) -> Mapping[str, object]:
+        """What a row says of them."""
+
+    def add(self, client: int, contribution: np.ndarray) -> None:
+        """Add a member's masks to its contribution, uint64 (numbers,), in place, modulo 2^64."""
+
+
 class RoundSum:
     """The sum of one round over `cohort`, a list of (client, role)."""
 
-    def __init__(self, task: Task, cohort: Sequence[tuple[int, str]], payload: Mapping[str, Block]) -> None:
+    def __init__(
+        self,
+        task: Task,
+        cohort: Sequence[tuple[int, str]],
+        payload: Mapping[str, Block],
+        release: ClientRelease | None = None,
+    ) -> None:
+        """Begin a sum without members; `release`: of clipped updates, with noise."""
         self._task = task
+        self._release = release
         self.cohort = list(cohort)
         self.payload = payload
         members = len(self.cohort)
@@ -37,6 +59,8 @@ class RoundSum:
             self._places[name] = slice(at, at + length)
             at += length
         self.buffer = np.zeros(at, np.int64)
+        self.masks: Masks | None = None
+        self.unmasked: np.ndarray | None = None  # the blocks of a masked sum once it was opened
 
     @property
     def flags(self) -> np.ndarray:
@@ -48,9 +72,24 @@ class RoundSum:
         """Whether any rank was asked to stop."""
         return bool(self.buffer[0])
 
+    @property
+    def blocks(self) -> np.ndarray:
+        """A view of the blocks, int64 (numbers,)."""
+        return self.buffer[self._metrics.stop :]
+
+    @property
+    def sent(self) -> np.ndarray:
+        """The buffer as it is summed: modulo 2^64 if it is masked, so that no signed number overflows."""
+        return self.buffer if self.masks is None else self.buffer.view(np.uint64)
+
     def request_stop(self) -> None:
         """Record that this rank was asked to stop."""
         self.buffer[0] = 1
+
+    @property
+    def empty(self) -> bool:
+        """Whether the means are of nothing: no member is in the sum, and there is no noise."""
+        return not self.clients(IN) and self._release is None
 
     def clients(self, *flags: int) -> list[int]:
         """Return the members with one of the flags."""
@@ -73,11 +112,17 @@ class RoundSum:
         """
         assert set(values) <= set(self.payload), f"{set(values) - set(self.payload)} not declared in payload"
         client = self.cohort[position][0]
-        pieces = {name: self._encode(self.payload[name], client, value) for name, value in values.items()}
+        if self._release:
+            pieces = self._release.encode(values)
+        else:
+            pieces = {name: self._encode(self.payload[name], client, value) for name, value in values.items()}
         sent = 0
         for name, (weight, numbers) in pieces.items():
-            self._stretch(name, position)[:] += np.concatenate([weight, numbers.ravel()])
+            stretch = self._stretch(name, position)
+            stretch[:] += np.concatenate([weight, numbers.ravel()])  # numpy wraps, as the masks need it
             sent += 4 * int((weight > 0).sum()) * self.payload[name].size
+        if self.masks:
+            self.masks.add(client, self.blocks.view(np.uint64))
         complete = {"bytes_up": sent, **metrics}
         self.metrics()[position] = [complete[name] for name in MEMBER_METRICS]
         self.flags[position] = IN
@@ -119,12 +164,17 @@ class RoundSum:
         return {name: self._mean(name, block) for name, block in self.payload.items()}
 
     def _mean(self, name: str, block: Block) -> Mean:
-        numbers = torch.from_numpy(self.buffer[self._places[name]])
+        assert self.masks is None or self.unmasked is not None, "a masked sum is opened first"
+        place, start = self._places[name], self._metrics.stop
+        blocks = self.blocks if self.unmasked is None else self.unmasked
+        numbers = torch.from_numpy(blocks[place.start - start : place.stop - start])
         if block.slot:
             by_member = numbers.view(len(self.cohort), block.rows * (1 + block.size))
             value = by_member[:, block.rows :].to(torch.int32).view(torch.float32)
             value = value.reshape(len(self.cohort), block.rows, block.size)
             return Mean(value, by_member[:, : block.rows].clone())
         weight, value = numbers[: block.rows], numbers[block.rows :].view(block.rows, block.size)
+        if self._release:
+            return self._release.mean(name, value)
         total = self._task.total_weight(block.weight, self.cohort)
         return Mean(fixedpoint.decode(value, weight, total, block.scale), weight.clone())

@@ -172,10 +172,10 @@ class Comm:
     # Exchange
 
     def sum(self, buffer: np.ndarray, purpose: str) -> float:
-        """Sum an int64 buffer (n,) over all ranks, in place; return the seconds waited for the others."""
+        """Sum an int64 or uint64 buffer (n,) over all ranks, in place; return the seconds waited."""
         from mpi4py import MPI
 
-        assert buffer.dtype == np.int64 and buffer.flags.c_contiguous
+        assert buffer.dtype in (np.int64, np.uint64) and buffer.flags.c_contiguous
         waited = self.wait(purpose)
         if self.size > 1:
             for start in range(0, len(buffer), self.chunk):

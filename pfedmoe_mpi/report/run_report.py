@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.report import (
+    attack_section,
     confusion_section,
     distributions,
     gate_section,
@@ -67,6 +68,7 @@ def report(run: Run, target: float | None, models: ModelViews | str = "") -> Rep
         confusion_section.section(run),
         gate_section.section(run),
         model_section.section(views, run.names) if views else Section("Models", text=str(models)),
+        *attack_section.sections(run),
         Section("Cost", [_costs(run), *_ranks(run)], _cost_figures(run)),
         Section("Events", [_events(run), *_left_out(run)]),
     ]

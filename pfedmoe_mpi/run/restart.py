@@ -25,6 +25,13 @@ from pfedmoe_mpi.storage.untrusted_json import UnusableError
 FIXED_IN_TRAINING = (
     *("partition", "gate", "unseen", "join", "stream", "data.mean", "data.std"),
     "server.optimiser",  # checkpoints hold what it keeps from round to round
+    *(f"privacy.{name}" for name in ("unit", "clip", "noise", "epsilon", "sampling")),
+)
+# With differential privacy, ε of the rounds so far is computed from these.
+FIXED_WITH_CLIENTS = ("participation",)
+FIXED_WITH_SAMPLES = (
+    *FIXED_WITH_CLIENTS,
+    *(f"train.{name}" for name in ("epochs", "steps", "batch", "accumulate")),
 )
 # Files may move: the checkpoint has the digest of what they hold.
 MOVABLE = ("partition.file",)
@@ -52,7 +59,7 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
         with checkpoint.open_everywhere(world, found) if found else nullcontext() as loaded:
             before = loaded.config if loaded else _read_config(world, folder)
             settings, changes = world.attempt(
-                lambda: override_settings(before, overrides, FIXED_IN_TRAINING), "settings"
+                lambda: override_settings(before, overrides, _fixed(before)), "settings"
             )
             if loaded:
                 _check_progress(world, loaded, settings, changes)
@@ -79,19 +86,35 @@ def _read_config(world: Comm, folder: RunFolder) -> dict[str, Any]:
     return world.from_root(lambda: config.read_toml(folder.config), "configuration")
 
 
+def _fixed(before: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the settings that a restart may not change."""
+    settings = config.flatten(before)
+    if not settings.get("privacy.clip"):
+        return FIXED_IN_TRAINING
+    by_sample = settings["privacy.unit"] == "sample"
+    return FIXED_IN_TRAINING + (FIXED_WITH_SAMPLES if by_sample else FIXED_WITH_CLIENTS)
+
+
 def _check_progress(
     world: Comm, loaded: Checkpoint, settings: Config, changes: Mapping[str, Sequence[Any]]
 ) -> None:
     """Refuse changes to rounds that are done or in progress; note how new `rounds` change a schedule.
 
     Raises:
-        ConfigError: participation changes within a round, or fewer rounds are asked for than are done.
+        ConfigError: participation or masks change within a round, or fewer rounds are asked for than done.
     """
     if loaded.partial is not None and "participation" in changes:
         before = changes["participation"][0]
         raise ConfigError(
             f"round {loaded.round + 1} is in progress; its cohort was drawn with participation = {before}",
             "remove --participation until the round is done, or resume from an earlier checkpoint "
+            "with --run.dir NEW",
+        )
+    for name in {"privacy.masked", "privacy.neighbours"} & set(changes) if loaded.partial is not None else ():
+        before = changes[name][0]
+        raise ConfigError(
+            f"round {loaded.round + 1} is in progress; its sum was begun with {name} = {str(before).lower()}",
+            f"remove --{name} until the round is done, or resume from an earlier checkpoint "
             "with --run.dir NEW",
         )
     if "rounds" in changes and settings.rounds < loaded.round:
