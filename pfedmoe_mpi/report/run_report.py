@@ -43,8 +43,8 @@ from pfedmoe_mpi.report.tables import (
 # Fields left out of the details in the table of events: its own columns, and what other tables show.
 OMITTED = (
     *("time", "event", "round", "host", "hosts", "pid"),
-    *("samples", "data_digest", "partition_digest", "class_counts", "multiply_adds", "client_names"),
-    *("class_names", "numbers"),
+    *("samples", "data_digest", "partition_digest", "class_counts", "client_names"),
+    *("class_names", "numbers", "operations", "multiply_adds"),
 )
 # Why a client was left out of a sum, by the row's list that names it.
 LEFT_OUT = (("dropped", "not finite"), ("lost", "lost before the sum"), ("late", "after the deadline"))
