@@ -59,6 +59,8 @@ def test_a_contribution_shows_its_sample_unless_it_is_protected(
     assert plain["attack"]["mse"] < plain["mean"]["mse"] / 4 < plain["guess"]["mse"]
     shown = [np.array(pair[name]) for pair in plain["images"] for name in ("true", "found")]
     assert len(shown) == 2 and np.abs(shown[0] - shown[1]).mean() < 20
+    decayed = attacked(session, folder, "fedavg", "reconstruction", *FEW, "--train.weight_decay", "1")
+    assert decayed["attack"]["psnr"] > 60
     pair = attacked(session, folder, "fedavg", "reconstruction", *FEW[:2], "--steps", "200", "--samples", "2")
     assert pair["attack"]["ssim"] > 0.7 and pair["attack"]["mse"] < pair["mean"]["mse"] / 2  # by descent
     for protection, flags in (("masked", MASKS), ("clip = 0.1 per client with noise 1 × clip", NOISE)):
