@@ -340,12 +340,16 @@ COMMANDS = {
                 "words",
                 nargs="*",
                 metavar="WHAT",
-                help="any of round, ranks, sum, idle, precision, write, network, gpu; or start [RANKS] or "
-                "wide [RANKS], alone and without mpirun [default those that make sense on these ranks]",
+                help="any of round, ranks, sum, idle, precision, write, network, gpu; or start [RANKS], "
+                "wide [RANKS] or scale [PART...] [RANKS], alone and without mpirun "
+                "[default those that make sense on these ranks]",
+            ),
+            argument(
+                "--figure", default="", metavar="FILE", help="scale: draw cost against clients (.svg, .png)"
             ),
             switch("--quick", "take a minute: less data, fewer repetitions"),
         ),
-        ("bench --quick", "bench round --train.batch 64", "bench start 16", "bench wide 64"),
+        ("bench --quick", "bench round --train.batch 64", "bench wide 64", "bench scale"),
         settings=True,
         mpi=True,
     ),
