@@ -152,6 +152,7 @@ def _figure(lines: Lines, unit: str) -> Figure:
     drawn = {
         name: [p for p in line if not p.unit or (p.unit == unit and 0 < p.epsilon < math.inf)]
         for name, line in lines.items()
+        if any(p.unit == unit for p in line)
     }
     finite = sorted({p.epsilon for line in drawn.values() for p in line if p.unit})
     end = 2 * finite[-1] if finite else 1.0

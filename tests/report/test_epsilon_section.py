@@ -76,6 +76,8 @@ def test_runs_are_tabled_by_epsilon_beside_those_without(runs: dict[str, Run]) -
 def test_figures_have_a_line_for_each_method_and_end_with_none(runs: dict[str, Run]) -> None:
     (section,) = epsilon_section.sections(compare.compare(list(runs.values())))
     assert [figure.name for figure in section.figures] == ["epsilon_client", "epsilon_sample"]
+    (client,) = [line for line in drawn(section, 0).get_lines() if not line.get_label().startswith("_")]
+    assert client.get_label() == "fedavg" and len(client.get_xdata()) == 2, "Ditto protects samples alone"
     axes = drawn(section, 1)
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
     assert [line.get_label() for line in lines] == ["fedavg", "ditto"] and axes.get_xscale() == "log"
