@@ -9,7 +9,7 @@ whether to update or to save; then the members' metrics as float64 bits; then th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ MEMBER_METRICS = ("train_loss", "accuracy_before", "bytes_up", "bytes_down")
 class Masks(Protocol):
     """What hides the contributions of a round from all but their clients."""
 
-    costs: Mapping[str, object]
+    costs: dict[str, Any]
 
     def add(self, client: int, contribution: np.ndarray) -> None:
         """Add a member's masks to its contribution, uint64 (numbers,), in place, modulo 2^64."""
