@@ -147,6 +147,52 @@ COMMANDS = {
         settings=True,
         mpi=True,
     ),
+    "attack": Command(
+        "Try to tell training rows, or to rebuild samples, from what a checkpoint gives away.",
+        (
+            CHECKPOINT,
+            argument(
+                "--kind",
+                required=True,
+                choices=("membership", "reconstruction"),
+                help="membership: which rows were trained on; reconstruction: a client's samples from one "
+                "contribution",
+            ),
+            argument(
+                "--client",
+                type=number,
+                metavar="K",
+                help="reconstruction: the client [default the first of the next cohort]",
+            ),
+            argument(
+                "--samples",
+                type=several,
+                default=1,
+                metavar="B",
+                help="reconstruction: samples in the batch of the step, at most 8 [default 1]",
+            ),
+            argument(
+                "--trials",
+                type=several,
+                default=4,
+                metavar="N",
+                help="reconstruction: contributions attacked, each of another batch [default 4]",
+            ),
+            argument(
+                "--steps",
+                type=several,
+                default=300,
+                metavar="N",
+                help="reconstruction: steps of the descent [default 300]",
+            ),
+            switch("--json", "print JSON instead of a table"),
+        ),
+        (
+            "attack runs/NAME/checkpoints/best.h5 --kind membership",
+            "attack best.h5 --kind reconstruction --samples 2 --privacy.clip 0.1 --privacy.noise 1",
+        ),
+        settings=True,
+    ),
     "inspect": Command(
         "Print what a checkpoint contains, or its digest.",
         (CHECKPOINT, argument("--digest", action="store_true", help="print the digest alone")),

@@ -143,6 +143,16 @@ def verify(given: Namespace) -> int:
     return verify.run(Path(given.source), int(rounds), given.settings)
 
 
+def attack(given: Namespace) -> int:
+    """Measure what a checkpoint gives away about the training rows."""
+    from pfedmoe_mpi.attack import command
+
+    flags = command.AttackFlags(
+        given.kind, given.client, given.samples, given.trials, given.steps, given.json
+    )
+    return command.run(Path(given.source), flags, given.settings)
+
+
 def inspect(given: Namespace) -> int:
     """Print a checkpoint, or its digest."""
     from pfedmoe_mpi.commands import inspect
@@ -289,6 +299,7 @@ FUNCTIONS: dict[str, Callable[[Namespace], int]] = {
     "fork": fork,
     "evaluate": evaluate,
     "verify": verify,
+    "attack": attack,
     "inspect": inspect,
     "export": export,
     "pack": pack,

@@ -35,6 +35,16 @@ def class_means(turn: Turn, classes: int, extract: Callable[[Tensor], Tensor]) -
     return sums / counts[:, None]
 
 
+def nearest_prototype(prototypes: Tensor, extract: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return logits (B, classes): minus the mean squared difference of `extract(x)` to each prototype.
+
+    A class whose prototype (a row of (classes, d)) is NaN has −∞, so that it is never the answer.
+    """
+    r = extract(x)
+    distances = torch.stack([(r - prototype).square().mean(1) for prototype in prototypes], 1)
+    return torch.where(prototypes.isnan().any(1), -torch.inf, -distances)
+
+
 def class_counts(y: Tensor, classes: int) -> Tensor:
     """Return the number of samples of each class, int64 (classes,), without waiting for the device.
 

@@ -24,10 +24,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
-from pfedmoe_mpi.algorithms.base import Algorithm, Block, Parts, Phase, Spec, TensorPart
+from pfedmoe_mpi.algorithms.base import Algorithm, Block, Parts, Phase, Spec, Task, TensorPart
 from pfedmoe_mpi.config.sections import Section
 from pfedmoe_mpi.core.batches import Batch
 from pfedmoe_mpi.core.turn import Turn
+from pfedmoe_mpi.errors import ConfigError
 
 
 class Options(Section):
@@ -41,6 +42,13 @@ class Options(Section):
 
 class APFL(Algorithm):
     homogeneous = True
+    apart = ("personal",)
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        if task.config.privacy.unit == "sample" and self.options.adaptive:
+            problem = "privacy.unit = sample, but apfl.adaptive = true: α_i learns from a batch without noise"
+            raise ConfigError(problem, "use --apfl.adaptive false")
 
     def state(self) -> Spec:
         """Return w, the global model."""

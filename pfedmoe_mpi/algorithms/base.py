@@ -16,6 +16,7 @@ or the command line. Every hook except `predict` has a default; together the def
     server_update  on rank 0, once a round                 copy the means into the state, on every rank
     predictor      on one rank, per client evaluated       `predict`, or None for a client that never trained
       predict      in `loss` and `predictor`, per batch    no default
+    tune           on one rank, per unseen client          train the private modules, or all without any
     mixture        on one rank, per client evaluated       None: the method has no gate
 
 `reserve`, `check`, `pretrain` and `prepare` run before round 1; by default they do nothing. The result of a
@@ -28,16 +29,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pfedmoe_mpi.algorithms import _cohort
 from pfedmoe_mpi.algorithms._mixture import Mixture
+from pfedmoe_mpi.algorithms._payload import Block, Mean
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.core import seeds
-from pfedmoe_mpi.core.fixedpoint import SCALE
 from pfedmoe_mpi.core.parts import Module, Parts, Spec
 from pfedmoe_mpi.core.parts import Tensor as TensorPart
 from pfedmoe_mpi.core.sgd import Phase
@@ -67,30 +68,6 @@ __all__ = [
     "Task",
     "TensorPart",
 ]
-
-
-@dataclass(frozen=True)
-class Block:
-    """One entry of the payload: `rows` vectors of `size` numbers, each averaged over the cohort.
-
-    The weight of client k in row c is n_k, its training samples (`samples`); 1 (`one`); n_kc, its training
-    samples of class c (`class_samples`); or 1 if n_kc > 0, else 0 (`class_one`). A slot carries the float32
-    bit patterns of every member's (rows, size) exactly: a gather instead of a mean.
-    """
-
-    size: int
-    rows: int = 1
-    weight: Literal["samples", "one", "class_samples", "class_one"] = "samples"
-    scale: int = SCALE  # bits after the binary point in the integer sum
-    slot: bool = False
-
-
-@dataclass(frozen=True)
-class Mean:
-    """The weighted mean of a block. For a slot, both tensors have a leading axis of cohort members."""
-
-    value: Tensor  # float32 (rows, size) on the CPU; NaN in a row of weight 0
-    weight: Tensor  # int64 (rows,), the sum of the members' weights
 
 
 @dataclass(frozen=True)
@@ -208,6 +185,8 @@ class Algorithm:
     averages_private = False  # True if the method supports unseen.private = average
     kept_by_clients: Collection[str] = ()  # the state's tensors, PART/NAME, that clients replace by their own
     bytes_once = 0  # bytes that a deployment sends every client once, before its first round
+    apart: Collection[str] = ()  # private parts, which no value that is sent depends on
+    beyond_gradients = ""  # how clients use samples besides the gradients of single ones; empty: not at all
     experts = 0  # number of experts that a gate weighs; 0 without a gate
     prepared_size = 0  # length of the vector that `prepare` returns; 0 if the method does not prepare
 
@@ -268,25 +247,20 @@ class Algorithm:
         return [(client, "client") for client in self.draw_clients(round, self.task.training)]
 
     def draw_clients(self, round: int, clients: Sequence[int], purpose: str = "cohort") -> list[int]:
-        """Draw max(1, floor(C·n + ½)) of the n clients that have joined, without replacement, ascending."""
-        config, absent = self.task.config, self.task.absent_clients(round)
-        clients = [client for client in clients if client not in absent] if absent else clients
-        if not clients:
-            return []
-        number = max(1, int(config.participation * len(clients) + 0.5))
-        generator = seeds.numpy_generator(config.seed, purpose, round)
-        return sorted(generator.choice(np.array(clients), number, replace=False).tolist())
+        """Draw a round's share of the clients that have joined, ascending, as `_cohort.draw` says."""
+        absent = self.task.absent_clients(round)
+        joined = [client for client in clients if client not in absent] if absent else clients
+        return _cohort.draw(self.task.config, joined, self.task.clients, round, purpose)
 
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
         """Train `turn.parts` in place and return the payload's values; a block left out has weight 0.
 
-        Default: SGD over `phases`, then the vectors of the state's parts.
+        Default: SGD over `phases`, then the vectors of the state's parts. A part without numbers, such as a
+        gate with gate.weights = equal, is not sent.
         """
         for phase in self.phases(turn.role):
             turn.sgd(phase)
-        vectors = {name: turn.parts.vector(name) for name in self.state()}
-        # A part without numbers, such as a gate with gate.weights = equal, is not sent.
-        return {name: vector for name, vector in vectors.items() if vector.numel()}
+        return {name: v for name in self.state() if (v := turn.parts.vector(name)).numel()}
 
     def phases(self, role: str) -> list[Phase]:
         """Return the phases of a client step, trained one after the other.
@@ -359,6 +333,13 @@ class Algorithm:
         Only for clients that trained; arguments as in `predictor`. None: the method has no gate.
         """
         return None
+
+    def tune(self, turn: Turn, phase: Phase) -> None:
+        """Adapt a client that never trains to the few training samples of `turn`, for `unseen.tune` epochs.
+
+        Default: SGD over `phase`, of its private modules, or of all modules if it has none.
+        """
+        turn.sgd(phase)
 
     # Before round 1
 

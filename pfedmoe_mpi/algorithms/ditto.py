@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pfedmoe_mpi.algorithms.base import Algorithm, Parts, Spec
+from pfedmoe_mpi.algorithms.base import Algorithm, Parts, Phase, Spec
 from pfedmoe_mpi.config.sections import Section
 from pfedmoe_mpi.core.batches import Batch
 from pfedmoe_mpi.core.turn import Turn
@@ -32,6 +32,7 @@ class Options(Section):
 
 class Ditto(Algorithm):
     homogeneous = True
+    apart = ("personal",)
 
     def state(self) -> Spec:
         """Return w."""
@@ -45,9 +46,14 @@ class Ditto(Algorithm):
         """Return that v_k begins as w^0."""
         return "model"
 
+    def phases(self, role: str) -> list[Phase]:
+        """Return the phase of v_k, then that of w."""
+        train = self.task.config.train
+        return [self.phase({"personal": train.lr}), self.phase({"model": train.lr_shared})]
+
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
         """Train v_k towards w^t, then w."""
-        parts, train = turn.parts, self.task.config.train
+        parts, (of_personal, of_model) = turn.parts, self.phases(turn.role)
         pieces = [p.detach().clone() for p in parts.parameters("model")]
 
         def personal(batch: Batch) -> Tensor:
@@ -59,8 +65,8 @@ class Ditto(Algorithm):
         def shared(batch: Batch) -> Tensor:
             return torch.nn.functional.cross_entropy(parts.model(batch.x), batch.y)
 
-        turn.sgd(self.phase({"personal": train.lr}), personal)
-        turn.sgd(self.phase({"model": train.lr_shared}), shared)
+        turn.sgd(of_personal, personal)
+        turn.sgd(of_model, shared)
         return {"model": parts.vector("model")}
 
     def predict(self, parts: Parts, x: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class Options(Section):
 
 
 class FD(Algorithm):
+    beyond_gradients = "clients send mean outputs of their samples"
+
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         steps = task.config.train.steps

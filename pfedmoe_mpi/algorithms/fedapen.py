@@ -54,6 +54,7 @@ class Options(Section):
 
 
 class FedAPEN(Algorithm):
+    beyond_gradients = "the ensemble weight learns from held-out samples"
     no_answer_reason = ""
 
     def state(self) -> Spec:

@@ -43,6 +43,8 @@ class Options(Section):
 
 
 class FedGH(Algorithm):
+    beyond_gradients = "clients send mean representations of their samples"
+
     def state(self) -> Spec:
         """Return θ, the global head."""
         return {"head": self.task.head()}

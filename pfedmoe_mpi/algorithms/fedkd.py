@@ -61,6 +61,7 @@ class Options(Section):
 
 
 class FedKD(Algorithm):
+    beyond_gradients = "the loss is divided by a batch's mean errors"
     no_answer_reason = ""
 
     def __init__(self, task: Task) -> None:
@@ -82,7 +83,7 @@ class FedKD(Algorithm):
 
     def payload(self, sizes: Mapping[str, int]) -> Mapping[str, Block]:
         """Return the mentee's update, rebuilt from its factors, with weight n_k."""
-        return {"shared": Block(sizes["shared"])}
+        return {"shared": Block(sizes["shared"], update=True)}
 
     def phases(self, role: str) -> list[Phase]:
         """Return one phase that trains mentor, mentee and W_h together."""

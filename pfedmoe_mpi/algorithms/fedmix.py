@@ -70,7 +70,7 @@ class FedMix(Algorithm):
         return Mixture(
             weights,
             lambda: [getattr(parts, name)(x).float().log_softmax(1) for name in self._names],
-            _combine,
+            combine,
         )
 
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
@@ -82,6 +82,6 @@ class FedMix(Algorithm):
         return torch.nn.functional.nll_loss(self.predict(parts, batch.x), batch.y)
 
 
-def _combine(log_p: Sequence[Tensor], weights: Tensor) -> Tensor:
+def combine(log_p: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Return log Σ_m g_m p_m(y | x), (B, classes)."""
     return (torch.stack(list(log_p), 1) + weights.clamp_min(MIN_WEIGHT).log().unsqueeze(2)).logsumexp(1)

@@ -14,21 +14,26 @@ class; the authors' code has that factor and no weights, an unweighted mean. N_j
 prototypes are computed after training, in evaluation mode (the authors' code collects them during the last
 epoch). The distance is per sample, as in the authors' code: the mean squared difference between its
 representation and the global prototype of its class, over batch and d; samples of a class without a
-prototype contribute no distance. A client answers with its model's own head, not by the nearest prototype
-(eq. 4), as in the tables of arXiv 2402.01350.
+prototype contribute no distance. By default a client answers with its model's own head, not by the nearest
+prototype (eq. 4), as in the tables of arXiv 2402.01350. With `fedproto.answer` = prototype it answers with
+the class, of those that have a global prototype, whose prototype has the least mean squared difference to
+its representation; until the first sum, when no class has one, the head answers. Cross-entropy is infinite
+for a test sample of a class without a prototype, and the client's loss is then null.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from pfedmoe_mpi.algorithms._per_class import class_means
-from pfedmoe_mpi.algorithms.base import Algorithm, Block, Phase, Spec, TensorPart
+from pfedmoe_mpi.algorithms._per_class import class_means, nearest_prototype
+from pfedmoe_mpi.algorithms.base import Algorithm, Block, Inputs, Phase, Spec, TensorPart
 from pfedmoe_mpi.config.sections import Section
 from pfedmoe_mpi.core.batches import Batch
 from pfedmoe_mpi.core.parts import Parts
@@ -38,9 +43,14 @@ from pfedmoe_mpi.core.turn import Turn
 class Options(Section):
     weight: float = Field(1.0, ge=0)
     """λ, weight of the distance to the global prototypes. Default: λ of the authors' code."""
+    answer: Literal["head", "prototype"] = "head"
+    """What a client answers with: its head, or the nearest global prototype (eq. 4), once there is one.
+    Default: the head, as in the tables of pFedMoE's paper."""
 
 
 class FedProto(Algorithm):
+    beyond_gradients = "clients send mean representations of their samples"
+
     def state(self) -> Spec:
         """Return C̄ (classes, d), NaN in the row of a class without a prototype."""
         return {"prototypes": TensorPart((self.task.classes, self.task.dim), fill=float("nan"))}
@@ -59,6 +69,13 @@ class FedProto(Algorithm):
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
         logits: Tensor = parts.model(x)
         return logits
+
+    def predictor(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
+        """Return the head's logits, or those of the nearest prototype where any class has one."""
+        default = super().predictor(parts, inputs, unseen)
+        if self.options.answer == "head" or default is None or bool(parts.prototypes.isnan().all()):
+            return default
+        return partial(nearest_prototype, parts.prototypes, parts.model.extractor)
 
     def loss(self, parts: Parts, batch: Batch) -> Tensor:
         """Return the loss of eq. 7, with the distance per sample."""

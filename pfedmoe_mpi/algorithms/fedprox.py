@@ -49,10 +49,10 @@ class FedProx(Algorithm):
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
         """Train by SGD on h_k, starting at w^t."""
         start = turn.parts.parameter_vector("model").clone()
-        parameters = turn.parts.parameters("model")
-        pieces = start.split([p.numel() for p in parameters])
+        pieces = start.split([p.numel() for p in turn.parts.parameters("model")])
 
         def loss(batch: Batch) -> Tensor:
+            parameters = turn.parts.parameters("model")
             squares = [(p.view(-1) - w).square().sum() for p, w in zip(parameters, pieces, strict=True)]
             return self.loss(turn.parts, batch) + self.options.mu / 2 * torch.stack(squares).sum()
 

@@ -59,6 +59,8 @@ def rows(head: nn.Linear) -> Tensor:
 
 
 class FedSSA(Algorithm):
+    beyond_gradients = "clients tell which classes they hold"
+
     def state(self) -> Spec:
         """Return φ, the global head."""
         return {"header": Module("rows", lambda: Rows(nn.Linear(self.task.dim, self.task.classes)))}

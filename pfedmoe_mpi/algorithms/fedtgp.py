@@ -37,7 +37,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pfedmoe_mpi.algorithms._per_class import class_means, collect_rows, train_on_server
+from pfedmoe_mpi.algorithms._per_class import (
+    class_means,
+    collect_rows,
+    nearest_prototype,
+    train_on_server,
+)
 from pfedmoe_mpi.algorithms.base import Algorithm, Block, Inputs, Mean, Module, Phase, Spec, TensorPart
 from pfedmoe_mpi.config.sections import Section
 from pfedmoe_mpi.core import seeds
@@ -74,6 +79,8 @@ class Generator(nn.Module):
 
 
 class FedTGP(Algorithm):
+    beyond_gradients = "clients send mean representations of their samples"
+
     def state(self) -> Spec:
         """Return the generator, and P̂ (classes, d), NaN before the first round."""
         size = (self.task.classes, self.task.dim)
@@ -103,11 +110,9 @@ class FedTGP(Algorithm):
         """Return the head's logits, or minus the mean squared differences to the prototypes if defined."""
         default = super().predictor(parts, inputs, unseen)
         by_head = self.options.answer == "head" or bool(parts.prototypes.isnan().any())
-        return default if by_head or default is None else partial(self._by_prototype, parts)
-
-    def _by_prototype(self, parts: Parts, x: Tensor) -> Tensor:
-        r = parts.model.extractor(x)
-        return -torch.stack([(r - p).square().mean(1) for p in parts.prototypes], 1)
+        if by_head or default is None:
+            return default
+        return partial(nearest_prototype, parts.prototypes, parts.model.extractor)
 
     def loss(self, parts: Parts, batch: Batch) -> Tensor:
         """Return the cross-entropy of the head plus λ·distance."""

@@ -63,7 +63,7 @@ class Scaffold(Algorithm):
 
     def payload(self, sizes: Mapping[str, int]) -> Mapping[str, Block]:
         """Return Δy and Δc, every client with weight 1."""
-        return {name: Block(size, weight="one") for name, size in sizes.items()}
+        return {name: Block(size, weight="one", update=True) for name, size in sizes.items()}
 
     def phases(self, role: str) -> list[Phase]:
         return [self.phase({"model": self.task.config.train.lr_shared}, momentum=0.0)]

@@ -20,7 +20,7 @@ from pfedmoe_mpi.errors import ConfigError, nearest
 METHODS = {"local": "standalone"}  # the others by their names, apart from case and hyphens
 SHARED = (  # their methods that are here, too
     *("standalone", "fedavg", "fedprox", "scaffold", "fedrep", "lg_fedavg", "fedproto", "fd", "fml"),
-    *("fedkd", "fedgh", "fedtgp", "fedmrl", "ditto", "apfl", "fedbn"),
+    *("fedkd", "fedgh", "fedtgp", "fedmrl", "ditto", "apfl", "fedbn", "fedper"),
 )
 # Their defaults: plain SGD, ten samples a batch, 2000 rounds.
 DEFAULTS = {
@@ -28,6 +28,7 @@ DEFAULTS = {
     "participation": "1.0",
     "rounds": "2000",
     "model.dim": "512",
+    "model.start": "architecture",
     "train.epochs": "1",
     "train.batch": "10",
     "train.lr": "0.01",
@@ -46,6 +47,7 @@ DEFAULTS_OF_METHODS = {
     "fedkd": {"train.clip": "10"},
     "fedmrl": {"fedmrl.dim": "128"},
     "fedgh": {"fedgh.epochs": "100", "fedgh.lr": "0.01"},
+    "fedproto": {"fedproto.answer": "prototype"},
     "fedtgp": {"fedtgp.answer": "prototype"},
     "fedprox": {"fedprox.mu": "0"},
     "ditto": {"ditto.weight": "0"},
@@ -54,12 +56,48 @@ DEFAULTS_OF_METHODS = {
 }
 DECAY = "their learning rate falls after the rounds in which a client trains, here after every round"
 UNUSED_DECAY = "HtFLlib's clients do not use it; to repeat its runs, leave out --train.schedule"
-SUMMED_KL = "KL is summed over the classes here; theirs is the mean over them"
+SUMMED_KL = (
+    "their KL is averaged over batch and classes; here it is summed over the classes, so it weighs as many "
+    "times more"
+)
+NOT_DETACHED = "their KL's gradient reaches the teacher, too; here a teacher's output is a constant"
+UNWEIGHTED = "their server's mean is over clients, unweighted; here it is by samples"
+OWN_CLIP = "they clip the gradient of each model by its own norm; here by the joint norm"
+NO_ANSWER = "before any prototype exists theirs counts no test sample; here the head answers until then"
 DIFFERENCES = {  # in the methods themselves, without a setting
-    "fml": (SUMMED_KL,),
-    "fedkd": (SUMMED_KL,),
+    "fml": (SUMMED_KL, NOT_DETACHED, UNWEIGHTED, OWN_CLIP),
+    "fedkd": (
+        SUMMED_KL,
+        NOT_DETACHED,
+        UNWEIGHTED,
+        OWN_CLIP,
+        "their clients send factors of the shared model's weights; here those of its update",
+    ),
+    "fd": (
+        "their clients share mean logits and feed these as they are to the cross-entropy as its target; here "
+        "mean probabilities",
+        "their teacher of a client contains its own outputs; here those of the others alone",
+    ),
+    "fedproto": (
+        "their class means are collected while a client trains, over all its epochs; here after training, "
+        "in evaluation mode",
+        f"{UNWEIGHTED} of the class",
+        NO_ANSWER,
+    ),
     "fedtgp": (
-        "class means are those of the client's model after training; theirs are of the round's start",
+        "their class means are those of the round's start, since the trained model is saved after them; here "
+        "those of the trained model",
+        NO_ANSWER,
+    ),
+    "fedmrl": (
+        "their projection never trains: what a client learns of it is not saved; here it is the client's own",
+        UNWEIGHTED,
+    ),
+    "apfl": (
+        "their mixing weight moves in every step, by both models' gradients and a decay of 0.02; here in the "
+        "first step of a round, by the gradient of the mixture",
+        "their own model takes the gradient of its own loss, and is replaced by the mixture after a round; "
+        "here it takes that of the mixture's loss, and stays as it is",
     ),
 }
 # PFLlib's defaults where they differ; its FedGH trains one epoch on what it received.

@@ -192,13 +192,18 @@ def _differences(recorded: Mapping[str, Any], replayed: metrics.Row) -> list[str
 def _unlike_vectors(world: Comm, loop: Loop, kept: Path) -> list[str]:
     """Return which vectors differ from those of a checkpoint of the same round; collective."""
     with checkpoint.open_everywhere(world, kept) as loaded:
-        unlike = [] if np.array_equal(loaded.state, loop.state.numpy()) else ["the server's vector"]
+        unlike = [] if _same_bits(loaded.state, loop.state) else ["the server's vector"]
         vector, store = rebuilt.vectors(loaded), loop.federation.store
         for client in loop.federation.clients:
             changed = loaded.has_trained(client) or store.holds(client)  # others are drawn, here and there
-            if changed and not np.array_equal(vector(client), store.values(client)):
+            if changed and not _same_bits(vector(client), store.values(client)):
                 unlike.append(f"the vector of client {client}")
         return sorted({name for part in world.gather(unlike, "vectors") for name in part})
+
+
+def _same_bits(one: Any, other: Any) -> bool:
+    """Return whether two float32 vectors agree in every bit; NaN stands for what is not defined yet."""
+    return np.array_equal(np.asarray(one).view(np.uint32), np.asarray(other).view(np.uint32))
 
 
 # The card

@@ -17,7 +17,8 @@ class Unseen(Section):
     """labels: clients with label combinations that no training client has; client: drawn from all clients.
     Default: as FedJETs' new clients; the data's own clients rarely differ in their sets of labels."""
     tune: int = Field(0, ge=0)
-    """Epochs of tuning before a second measurement: of private modules, or of a copy of all without any.
+    """Epochs of tuning before a second measurement: of private modules, or of a copy of all without any
+    (fedem: EM steps).
     Default: they are measured as they come."""
     shots: int = Field(10, ge=1)
     """`unseen.tune`: training samples of every class that they tune on.

@@ -8,7 +8,9 @@ the batch's address, so a batch is the same on every device. Nothing here waits 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -136,14 +138,51 @@ def epoch(
     only the numbers of its batches had been drawn.
     """
     order = torch.randperm(len(split), generator=generator)
-    images = bool(augment) and split.x.ndim == 4
-    drawn = generator.get_state() if images else None
-    places = changes.draw(split.x.shape[1:], _draws(len(split), generator)) if images else ()
-    numbers = to_device(torch.stack([order, *places]), split.y.device)
     starts = list(range(0, len(split), size))
     if len(starts) > 1 and len(split) - starts[-1] == 1:
         starts.pop()
     pieces = [slice(*ends) for ends in zip(starts, [*starts[1:], len(split)], strict=True)]
+    return _gathered(split, order, pieces, normalise, augment, generator)
+
+
+def poisson(
+    split: Split,
+    updates: int,
+    expected: float,
+    size: int,
+    normalise: Normalise,
+    augment: Sequence[str],
+    generator: torch.Generator,
+) -> Generator[tuple[Batch, ...], None, None]:
+    """Yield the batches of `updates` updates; each draws every sample independently of the others.
+
+    An update has `expected` samples in expectation, in batches of at most `size`; it may have none.
+    """
+    drawn = torch.rand((updates, len(split)), generator=generator) < expected / len(split)
+    ends = [0, *drawn.sum(1).cumsum(0).tolist()]
+    of_updates = [
+        [slice(start, min(start + size, end)) for start in range(begin, end, size)]
+        for begin, end in pairwise(ends)
+    ]
+    pieces = [piece for each in of_updates for piece in each]
+    with closing(_gathered(split, drawn.nonzero()[:, 1], pieces, normalise, augment, generator)) as found:
+        for each in of_updates:
+            yield tuple(islice(found, len(each)))
+
+
+def _gathered(
+    split: Split,
+    order: Tensor,
+    pieces: Sequence[slice],
+    normalise: Normalise,
+    augment: Sequence[str],
+    generator: torch.Generator,
+) -> Generator[Batch, None, None]:
+    """Yield the batches at these pieces of rows (m,), in their order and without gaps."""
+    images = bool(augment) and split.x.ndim == 4
+    drawn = generator.get_state() if images else None
+    places = changes.draw(split.x.shape[1:], _draws(len(order), generator)) if images else ()
+    numbers = to_device(torch.stack([order, *places]), split.y.device)
     on_device = [numbers[0, piece] for piece in pieces]
     used = 0
     try:
@@ -156,7 +195,7 @@ def epoch(
                 x = channels_last(changes.apply(x, augment, numbers[1:, piece]))
             yield Batch(x, split.y[rows], rows)
     finally:
-        if drawn is not None and used < len(split):
+        if drawn is not None and used < len(order):
             generator.set_state(drawn)
             _draws(used, generator)
 

@@ -6,13 +6,14 @@ one per client: a client is its vector, which is copied in before its turn and o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.core.flat import Bound, BoundTensor, Layout, flatten
@@ -96,6 +97,7 @@ class Parts:
 
     def __init__(self, bound: Mapping[str, Bound | BoundTensor]) -> None:
         self._bound = dict(bound)
+        self._values: Mapping[str, Sequence[Any]] = {}  # in place of the parameters, by part
         for name, part in bound.items():
             assert not hasattr(Parts, name), f"part '{name}' has the name of a method of Parts; rename it"
             setattr(self, name, part.module)
@@ -107,9 +109,28 @@ class Parts:
         """Return the flat vector of a part (size,), on the device; writing to it changes the module."""
         return self._bound[name].vector
 
-    def parameters(self, name: str) -> list[nn.Parameter]:
-        """Return the parameters of a part, in the order of its layout."""
-        return self._bound[name].parameters
+    def parameters(self, name: str) -> Sequence[nn.Parameter]:
+        """Return the parameters of a part, in the order of its layout.
+
+        A loss asks for them each time: in DP-SGD it is computed with other tensors in their place.
+        """
+        return self._values.get(name) or self._bound[name].parameters
+
+    def with_parameters(
+        self, values: Mapping[str, Sequence[Any]], function: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return what `function` returns with other tensors as the parameters of these parts."""
+        named = {
+            f"{_PREFIX}{part}.{entry.name}": value
+            for part in values
+            for entry, value in zip(self._bound[part].layout.entries, values[part], strict=False)
+        }
+        self._values = values
+        try:
+            result: torch.Tensor = functional_call(_Modules(self.modules(), function), named, ())
+            return result
+        finally:
+            self._values = {}
 
     def parameter_vector(self, name: str) -> torch.Tensor:
         """Return the leading slice of a part's vector, which holds the parameters without the buffers."""
@@ -140,6 +161,22 @@ class Parts:
         """Assert that every part is still bound to its vector."""
         for part in self._bound.values():
             part.check()
+
+
+_PREFIX = "part "  # a module's attributes have no such name
+
+
+class _Modules(nn.Module):
+    """Modules around a function, for `torch.func.functional_call`, which exchanges their parameters."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], function: Callable[[], torch.Tensor]) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(_PREFIX + name, module)
+        self._function = function
+
+    def forward(self) -> torch.Tensor:
+        return self._function()
 
 
 class Workbench:

@@ -25,6 +25,7 @@ from pfedmoe_mpi.core.fixedpoint import NotFiniteError
 from pfedmoe_mpi.core.graphs import Graphs
 from pfedmoe_mpi.core.kept import Kept
 from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.core.sample_step import NotPerSampleError, SamplePrivacy, SampleStep
 from pfedmoe_mpi.core.sgd import Phase, learning_rate_factor
 from pfedmoe_mpi.core.step import Step
 
@@ -48,6 +49,7 @@ class Engine:
     poll: Callable[[], None]  # raises StoppedError
     kept: Kept | None = None  # outputs of frozen layers
     graphs: Graphs | None = None  # None: every step is computed anew
+    samples: SamplePrivacy | None = None  # None: gradients are neither clipped by sample nor noised
 
     def batches(self, split: Split) -> Iterator[Batch]:
         """Yield a split's samples once, in order, for evaluations.
@@ -65,6 +67,16 @@ class Engine:
         augment = self.train.augment
         found = batches.epoch(split, self.train.batch, self.normalise, augment, generator)
         return found if augment and split.x.ndim == 4 else self._watched(found, split)
+
+    def poisson(
+        self, split: Split, phase: Phase, expected: float, generator: torch.Generator
+    ) -> Generator[tuple[Batch, ...], None, None]:
+        """Yield the batches of an epoch's updates, each of `expected` samples drawn independently."""
+        train = self.train
+        updates = phase.steps or math.ceil(len(split) / expected)
+        return batches.poisson(
+            split, updates, expected, train.batch, self.normalise, train.augment, generator
+        )
 
     def _watched(self, found: Generator[Batch, None, None], split: Split) -> Generator[Batch, None, None]:
         return self.kept.watch(found, split) if self.kept else found
@@ -92,11 +104,13 @@ class Turn:
         # the whole state and payload, for example because it compresses or sends only some experts.
         self.bytes_down: int | None = None
         self.bytes_up: int | None = None
+        self.trained: list[Phase] = []  # phases so far
         self._engine = engine
         self._loss = loss
         self._splits = client.splits
         self._split = client.splits["train"]
         self._generator = seeds.torch_generator(engine.seed, "batches", round, client.id)
+        self._noise = seeds.torch_generator(engine.seed, "sample noise", round, client.id)
         seeds.seed_global(engine.seed, "step", round, client.id)
 
     def sgd(
@@ -116,11 +130,12 @@ class Turn:
                 infinite norm to zero, so a check of the vectors alone would miss it.
         """
         self.parts.train(phase.lr.keys())
+        self.trained.append(phase)
         step = self._step(phase, loss)
         steps, ended, before = 0, False, (0.0, 0)
         for _ in count() if phase.steps else range(phase.epochs):
             seen = 0
-            with closing(self._epoch(phase.accumulate)) as groups:
+            with closing(self._epoch(phase)) as groups:
                 for group in groups:
                     step(group)
                     seen += sum(map(len, group))
@@ -131,8 +146,8 @@ class Turn:
             total, norms = step.read()
             whole = seen == len(self._split)
             before = (total, seen) if whole else (before[0] + total, before[1] + seen)
-            self.loss = before[0] / before[1]
-            if not math.isfinite(self.loss + norms):
+            self.loss = before[0] / before[1] if before[1] else self.loss  # Poisson batches may be empty
+            if not math.isfinite((self.loss if before[1] else 0.0) + norms):
                 raise NotFiniteError("its loss or its gradient is not finite")
             if ended:
                 break
@@ -147,18 +162,36 @@ class Turn:
         """
         engine = self._engine
 
-        def make(kind: type[Kind]) -> Kind:
+        def make(kind: Callable[..., Kind]) -> Kind:
             own = loss or partial(self._loss, self.parts)
             return kind(self.parts, phase, self.rate, own, engine.autocast, engine.poll, self.device)
 
+        if engine.samples:
+            return make(
+                partial(
+                    SampleStep,
+                    privacy=engine.samples,
+                    precision=engine.train.precision,
+                    generator=self._noise,
+                    expected=self._expected(phase) if engine.samples.poisson else None,
+                )
+            )
         if engine.graphs and not loss and not (engine.kept and engine.kept.tails):
             return engine.graphs.step(self.parts, phase, self.rate, make)
         return make(Step)
 
-    def _epoch(self, accumulate: int) -> Generator[tuple[Batch, ...], None, None]:
-        """Yield the batches of an epoch, `accumulate` at a time."""
-        with closing(self._engine.epoch(self._split, self._generator)) as epoch:
-            while group := tuple(islice(epoch, accumulate)):
+    def _expected(self, phase: Phase) -> int:
+        """Return the samples that an update has with privacy.sampling = poisson, in expectation."""
+        return min(len(self._split), self._engine.train.batch * phase.accumulate)
+
+    def _epoch(self, phase: Phase) -> Generator[tuple[Batch, ...], None, None]:
+        """Yield the batches of an epoch, those of an update at a time."""
+        engine = self._engine
+        if engine.samples and engine.samples.poisson:
+            yield from engine.poisson(self._split, phase, self._expected(phase), self._generator)
+            return
+        with closing(engine.epoch(self._split, self._generator)) as epoch:
+            while group := tuple(islice(epoch, phase.accumulate)):
                 yield group
 
     @property
@@ -168,11 +201,21 @@ class Turn:
 
     @property
     def labels(self) -> torch.Tensor:
-        """Classes of the training samples of this round, int64 (n_k,), on the device."""
+        """Classes of the training samples of this round, int64 (n_k,), on the device.
+
+        Raises:
+            NotPerSampleError: privacy.unit = sample.
+        """
+        self._check_read("labels")
         return self._split.y
 
     def batches(self, split: str) -> Iterator[Batch]:
-        """Yield a split's samples once, in order, in evaluation mode, without gradients or augmentation."""
+        """Yield a split's samples once, in order, in evaluation mode, without gradients or augmentation.
+
+        Raises:
+            NotPerSampleError: privacy.unit = sample.
+        """
+        self._check_read("batches")
         for module in self.parts.modules().values():
             module.eval()
         with torch.no_grad(), self._engine.autocast():
@@ -181,3 +224,8 @@ class Turn:
     def training_batches(self) -> Iterator[Batch]:
         """Yield `batches` of the training samples."""
         return self.batches("train")
+
+    def _check_read(self, name: str) -> None:
+        """With privacy.unit = sample, refuse what reads samples: no noise would cover what comes of it."""
+        if self._engine.samples:
+            raise NotPerSampleError(f"its client step reads samples without noise (Turn.{name})")

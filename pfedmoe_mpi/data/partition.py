@@ -137,7 +137,8 @@ def make_partition(
     test parts have at least one row. With `pool` = official, and in `natural` if the data have a test part,
     the test part is the rows that `official_test` (n,) marks; for the other kinds both pools are divided with
     the same shares. A part that the `split` lists is as listed. If rows are `ordered`, neighbours overlap:
-    the test part is then the official one, and the validation part is the last of a client's training rows.
+    only `natural` and `file` may divide them, the test part is then the official one, and the validation part
+    is the last of a client's training rows.
     `min_samples` counts all rows of a client.
 
     Raises:
@@ -146,6 +147,12 @@ def make_partition(
     official = official_test if settings.kind == "natural" or settings.pool == "official" else None
     if split:
         official = _listed_test(settings, split, labels, clients, official)
+    if ordered and settings.kind not in {"natural", "file"}:
+        raise PartitionError(
+            f"partition.kind = {settings.kind} would divide windows that overlap, so that some clients train "
+            "on the words that others are to predict",
+            "set --partition.kind natural",
+        )
     if ordered and official is None:
         raise PartitionError(
             f"partition.pool = {settings.pool} with partition.kind = {settings.kind} would draw test windows "

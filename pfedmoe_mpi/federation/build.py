@@ -30,7 +30,17 @@ from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.data.noise import with_noise
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.federation import frozen, gpu_memory, masked_round, own_code, placement, pretrained, trial
+from pfedmoe_mpi.federation import (
+    client_privacy,
+    frozen,
+    gpu_memory,
+    masked_round,
+    own_code,
+    placement,
+    pretrained,
+    sample_privacy,
+    trial,
+)
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, gate_rows, open_everywhere, reserved
 from pfedmoe_mpi.federation.effective import effective_config, listed, with_listed
 from pfedmoe_mpi.federation.federation import Clients, Federation
@@ -81,11 +91,13 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     check_initial(method, state_layout, client_layouts)
     check_method(settings, method, state_layout)
     masked_round.check(comm, settings, method, state_layout)
+    private = client_privacy.of(comm, settings, method, state_layout, loaded)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
     own_device, streamed = place_samples(comm, settings, dataset, partition, home, method, own_device)
     tails = comm.from_root(lambda: frozen.find_tails(task, (method.state(), *specs)), "frozen layers")
     workbench.kept = Kept(tails, normalise, settings.eval.batch, comm.poll)
+    stream = make_stream(settings, dataset, partition)
     engine = Engine(
         own_device.device,
         normalise,
@@ -96,6 +108,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         comm.poll,
         workbench.kept,
         make_graphs(comm, settings, own_device),
+        sample_privacy.of(comm, settings, method, state_layout.sizes, stream),
     )
     shards = distribute(comm, dataset, partition, home, own_device.device, streamed)
     beginning = Beginning(workbench, specs.__getitem__, method.initial)
@@ -124,7 +137,8 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         store=store,
         staging=Staging(own_device.device, largest),
         streamed=streamed,
-        stream=make_stream(settings, dataset, partition),
+        stream=stream,
+        private=private,
         gate_rows=gate_rows(comm, dataset, partition, settings.seed, own_device.device)
         if method.experts
         else None,
@@ -132,6 +146,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         if method.pretrains
         else None,
     )
+    sample_privacy.check(comm, federation)
     trial.check(comm, federation)
     return federation
 
@@ -172,9 +187,11 @@ def make_graphs(comm: Comm, settings: Config, chosen: Device) -> Graphs | None:
     """Return the CUDA graphs of this rank's steps, None without; rank 0 notes that a CPU has none."""
     if settings.train.graphs == "off":
         return None
-    if not chosen.gpu:
+    without = "" if chosen.gpu else "on a CPU"
+    without = "with privacy.unit = sample" if settings.privacy.unit == "sample" else without
+    if without:
         if comm.rank == 0:
-            print("note: train.graphs = on has no effect on a CPU", file=sys.stderr, flush=True)
+            print(f"note: train.graphs = on has no effect {without}", file=sys.stderr, flush=True)
         return None
     return Graphs(settings.train.batch)
 

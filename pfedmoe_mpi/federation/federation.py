@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,6 +25,9 @@ from pfedmoe_mpi.federation.pretrained import Pretrained
 from pfedmoe_mpi.federation.store import Store
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.mpi.device import Device
+
+if TYPE_CHECKING:
+    from pfedmoe_mpi.federation.client_privacy import ClientPrivacy
 
 
 class Clients(Mapping[int, Client]):
@@ -95,6 +99,7 @@ class Federation:
     streamed: bool  # whether this rank's samples stay in host memory
     stream: Stream | None
     reserved: Client | None  # the rows of no client, for methods that train before round 1
+    private: ClientPrivacy | None = None  # clipping and noise of whole clients
     gate_rows: Split | None = None  # test rows that all gates weigh; None for a method without a gate
 
     def parts(self, client: Client, state: torch.Tensor) -> Parts:

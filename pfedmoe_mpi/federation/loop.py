@@ -28,6 +28,7 @@ from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.masked_round import exchange_keys, opened
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
+from pfedmoe_mpi.federation.privacy_account import account_of
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, MISSING, RoundSum
 from pfedmoe_mpi.federation.saver import Listener, Saver
 from pfedmoe_mpi.federation.server_optimiser import ServerOptimiser
@@ -90,6 +91,7 @@ class Loop:
         self._samples = federation.task.counts.sum(axis=1)
         self._tested = federation.partition.test.sizes
         self._faults = Faults(federation.config.seed, federation.config.faults, federation.costs)
+        self._account = None if comm.rank else account_of(federation)
         self._observer = observer
         self._partial: np.ndarray | None = None  # the sum of an interrupted round
         self._pretrained = self._prepared = False
@@ -237,7 +239,8 @@ class Loop:
         """Return the sum of the cohort's contributions over all ranks; a stop leaves members MISSING."""
         federation = self.federation
         payload = self._method.payload(federation.state_layout.sizes)
-        total = RoundSum(self._task(round), self._method.cohort(round), payload)
+        release = federation.private.release(self.state, round) if federation.private else None
+        total = RoundSum(self._task(round), self._method.cohort(round), payload, release)
         finished = self._take_partial(total)
         exchange_keys(self.comm, federation, total, round)
         self._seconds["train"] = training.train_cohort(
@@ -364,6 +367,8 @@ class Loop:
             seconds=seconds,
             simulated=self._faults.waited(client for client, _ in total.cohort),
         )
+        if self._account:
+            row["privacy"] = self._account.entry(self.round)
         row["drift"] = metrics.drift([*self.history, row])
         row = metrics.kept(row, self.comm.rank)
         self.history.append(row)

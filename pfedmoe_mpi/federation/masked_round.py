@@ -68,9 +68,9 @@ def check(comm: Comm, settings: Config, method: Algorithm, layout: Layout) -> No
 def exchange_keys(comm: Comm, federation: Federation, total: RoundSum, round: int) -> None:
     """Let a round's members exchange keys and shares if sums are masked; collective.
 
-    A method without a payload has nothing to mask.
+    A method without a payload has nothing to mask, and neither has an empty cohort.
     """
-    if federation.config.privacy.masked and len(total.blocks):
+    if federation.config.privacy.masked and len(total.blocks) and total.cohort:
         total.masks = MaskedRound(comm, federation, [client for client, _ in total.cohort], round)
 
 
@@ -79,7 +79,7 @@ def opened(comm: Comm, total: RoundSum) -> bool:
     if isinstance(total.masks, MaskedRound):
         total.masks.open(comm, total)
         return total.unmasked is not None
-    return bool(total.clients(IN))
+    return not total.empty
 
 
 class MaskedRound:

@@ -38,7 +38,7 @@ UNREPEATABLE = (
     "seconds_ranks",
     "rss_mb",
     "mpi_bytes",
-    "privacy",
+    "masks",
 )  # differ between runs with the same bits
 
 
@@ -252,7 +252,7 @@ def row(
         "seconds": {**slowest, "write": None, "total": seconds},
         "seconds_ranks": {name: ranks[name] for name in PHASES},
         "bytes": {"up": up, "down": down, "once": bytes_once},
-        "privacy": dict(total.masks.costs) if total.masks else None,
+        "masks": dict(total.masks.costs) if total.masks else None,
         "mpi_bytes": int(8 * (len(total.buffer) + len(evaluation.buffer))),
         "rss_mb": float(largest["rss_mb"]),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -56,8 +57,9 @@ def _pretrain_on_root(federation: Federation, state: torch.Tensor) -> str | None
     method, bench = federation.method, federation.workbench
     assert federation.reserved
     parts = bench.parts((method.state(), state))
+    engine = replace(federation.engine, samples=None)  # these rows are the server's
     try:
-        line = method.pretrain(Turn(federation.engine, method.loss, federation.reserved, parts, 0, "server"))
+        line = method.pretrain(Turn(engine, method.loss, federation.reserved, parts, 0, "server"))
     except StoppedError:
         return None
     except NotFiniteError as error:

@@ -9,7 +9,7 @@ whether to update or to save; then the members' metrics as float64 bits; then th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pfedmoe_mpi.algorithms.base import Block, Mean, Task
 from pfedmoe_mpi.core import fixedpoint
+from pfedmoe_mpi.privacy.client_release import ClientRelease
 
 # Not trained yet; in the sum; left out: not finite, lost on the way, after the deadline.
 MISSING, IN, DROPPED, LOST, LATE = range(5)
@@ -26,7 +27,9 @@ MEMBER_METRICS = ("train_loss", "accuracy_before", "bytes_up", "bytes_down")
 class Masks(Protocol):
     """What hides the contributions of a round from all but their clients."""
 
-    costs: dict[str, Any]
+    @property
+    def costs(self) -> Mapping[str, object]:
+        """What a row says of them."""
 
     def add(self, client: int, contribution: np.ndarray) -> None:
         """Add a member's masks to its contribution, uint64 (numbers,), in place, modulo 2^64."""
@@ -35,8 +38,16 @@ class Masks(Protocol):
 class RoundSum:
     """The sum of one round over `cohort`, a list of (client, role)."""
 
-    def __init__(self, task: Task, cohort: Sequence[tuple[int, str]], payload: Mapping[str, Block]) -> None:
+    def __init__(
+        self,
+        task: Task,
+        cohort: Sequence[tuple[int, str]],
+        payload: Mapping[str, Block],
+        release: ClientRelease | None = None,
+    ) -> None:
+        """Begin a sum without members; `release`: of clipped updates, with noise."""
         self._task = task
+        self._release = release
         self.cohort = list(cohort)
         self.payload = payload
         members = len(self.cohort)
@@ -75,6 +86,11 @@ class RoundSum:
         """Record that this rank was asked to stop."""
         self.buffer[0] = 1
 
+    @property
+    def empty(self) -> bool:
+        """Whether the means are of nothing: no member is in the sum, and there is no noise."""
+        return not self.clients(IN) and self._release is None
+
     def clients(self, *flags: int) -> list[int]:
         """Return the members with one of the flags."""
         return [client for (client, _), flag in zip(self.cohort, self.flags, strict=True) if flag in flags]
@@ -96,7 +112,10 @@ class RoundSum:
         """
         assert set(values) <= set(self.payload), f"{set(values) - set(self.payload)} not declared in payload"
         client = self.cohort[position][0]
-        pieces = {name: self._encode(self.payload[name], client, value) for name, value in values.items()}
+        if self._release:
+            pieces = self._release.encode(values)
+        else:
+            pieces = {name: self._encode(self.payload[name], client, value) for name, value in values.items()}
         sent = 0
         for name, (weight, numbers) in pieces.items():
             stretch = self._stretch(name, position)
@@ -155,5 +174,7 @@ class RoundSum:
             value = value.reshape(len(self.cohort), block.rows, block.size)
             return Mean(value, by_member[:, : block.rows].clone())
         weight, value = numbers[: block.rows], numbers[block.rows :].view(block.rows, block.size)
+        if self._release:
+            return self._release.mean(name, value)
         total = self._task.total_weight(block.weight, self.cohort)
         return Mean(fixedpoint.decode(value, weight, total, block.scale), weight.clone())

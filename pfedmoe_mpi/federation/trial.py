@@ -32,13 +32,13 @@ def check(comm: Comm, federation: Federation) -> None:
 
     def try_all() -> None:
         if federation.device.device.type == "cuda":
-            for client, role in _members(federation):
+            for client, role in members(federation):
                 try_member(federation, client, role)
 
     comm.attempt(try_all, "trial steps")
 
 
-def _members(federation: Federation) -> Iterator[tuple[Client, str]]:
+def members(federation: Federation) -> Iterator[tuple[Client, str]]:
     """Yield one of this rank's clients, and its role, for every architecture and role."""
     tried: set[tuple[str, ...]] = set()
     for round in range(1, min(ROUNDS, federation.config.rounds) + 1):

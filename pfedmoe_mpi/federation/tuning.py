@@ -7,10 +7,13 @@ and a client is tuned alike after every round.
 Shots are samples per class, the meaning of "K-shot" in few-shot learning (Finn et al., ICML 2017, arXiv
 1703.03400, section 5.2). A method with private modules tunes these and keeps what it shares, as a new client
 would; any other one fine-tunes a copy of all its modules, the usual baseline of personalised federated
-learning (FedAvg(Meta) of Chen et al., arXiv 1802.07876).
+learning (FedAvg(Meta) of Chen et al., arXiv 1802.07876). `Algorithm.tune` may do it
+in another way.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,7 +31,7 @@ ROLE = "client"
 
 
 def tune(federation: Federation, client: Client, parts: Parts) -> bool:
-    """Train a client's bound parts in place for `unseen.tune` epochs at the full learning rate.
+    """Let the method tune a client's bound parts in place for `unseen.tune` epochs at the full learning rate.
 
     Return False if the loss or a gradient was not finite.
 
@@ -39,9 +42,10 @@ def tune(federation: Federation, client: Client, parts: Parts) -> bool:
     train = shots(client.splits["train"], settings.unseen.shots, settings.seed, client.id)
     sampled = Client(client.id, client.spec, client.vector, {**client.splits, "train": train})
     before_training = 0  # a round whose rate no schedule lowers
-    turn = Turn(federation.engine, method.loss, sampled, parts, before_training, ROLE)
+    engine = replace(federation.engine, samples=None)  # what is measured of a client leaves with no noise
+    turn = Turn(engine, method.loss, sampled, parts, before_training, ROLE)
     try:
-        turn.sgd(phase(federation, client))
+        method.tune(turn, phase(federation, client))
     except NotFiniteError:
         return False
     return True

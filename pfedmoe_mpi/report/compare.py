@@ -22,6 +22,11 @@ WHEN = {  # the round of each run whose accuracies are reported, by `Run.select`
     "validation": "in the round of each run that is best on validation rows",
     "test": "in the round of each run that is best on these test rows themselves, so they are too high",
 }
+BEFORE_SUM = "cohort before the sum"
+MOMENT_BEFORE_SUM = (  # the other moment is after the sum, with the new shared state
+    f"{BEFORE_SUM}: the round's cohort after local training, each member with what it trained itself, which "
+    "is when the released code of pFedMoE's authors measures"
+)
 STD_OVER_CLIENTS = "std over clients: the population's (divided by n)"
 STD_OVER_SEEDS = "mean ± sample standard deviation (divided by n − 1) over seeds"
 
@@ -144,6 +149,12 @@ def values_of(runs: Iterable[Run], value: Callable[[Run], float | None]) -> list
 def accuracy(run: Run, name: str = "mean") -> float | None:
     """Return the test accuracy over all clients with the new shared state, in the round of `run.select`."""
     share = run.selected["accuracy"][name]
+    return None if share is None else float(share)
+
+
+def cohort_accuracy(run: Run) -> float | None:
+    """Return the test accuracy of the cohort before the sum, in the round of `run.select`."""
+    share = (run.selected.get("accuracy_cohort") or {}).get("mean")
     return None if share is None else float(share)
 
 

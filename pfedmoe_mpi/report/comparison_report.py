@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,12 +13,15 @@ from pfedmoe_mpi.report import (
     client_section,
     compare,
     comparison_figures,
+    drift_section,
     fork_section,
     paper_section,
     peer_section,
 )
 from pfedmoe_mpi.report.compare import (
+    BEFORE_SUM,
     ENOUGH,
+    MOMENT_BEFORE_SUM,
     STD_OVER_CLIENTS,
     STD_OVER_SEEDS,
     WHEN,
@@ -25,6 +29,7 @@ from pfedmoe_mpi.report.compare import (
     Group,
     accuracy,
     chosen_accuracy,
+    cohort_accuracy,
     last_accuracy,
     mean_std,
     selection_notes,
@@ -72,6 +77,7 @@ def report(
         _differences(comparison, base),
         *fork_section.sections(runs),
         *client_section.sections(comparison),
+        *drift_section.sections(comparison),
         _target_section(comparison, target),
         Section("Cost", [cost(comparison)]),
         Section("Runs", [listed(comparison)]),
@@ -113,7 +119,7 @@ def results(comparison: Comparison) -> Table:
         for (method, values), mark in zip(seeds.items(), marks, strict=True):
             cells[method].append(spread(*moments[method], len(values), mark))
     notes = [
-        f"test accuracy in %, mean over all clients, {when(comparison)}; {STD_OVER_SEEDS}",
+        f"test accuracy in %, mean over all clients after the sum, {when(comparison)}; {STD_OVER_SEEDS}",
         "per column: best in bold, second best underlined, ties as printed; not a statistical test",
     ]
     return Table("results", "Accuracy", columns, list(cells.values()), notes)
@@ -134,6 +140,7 @@ def accuracies(comparison: Comparison) -> Table:
         name: partial(accuracy, name=name) for name in ("mean", "weighted", "worst", "std")
     }
     optional: dict[str, Metric] = {
+        BEFORE_SUM: cohort_accuracy,
         "unseen": partial(_mean_of, key="accuracy_unseen"),
         "unseen, tuned": partial(_mean_of, key="accuracy_tuned"),
         "AUC": partial(_mean_of, key="auc"),
@@ -143,7 +150,8 @@ def accuracies(comparison: Comparison) -> Table:
     else:
         optional["last round"] = last_accuracy
     metrics |= {name: metric for name, metric in optional.items() if _is_measured(comparison, metric)}
-    return _details(comparison, "accuracies", "Accuracy in detail", metrics)
+    table = _details(comparison, "accuracies", "Accuracy in detail", metrics)
+    return replace(table, notes=[*table.notes, MOMENT_BEFORE_SUM]) if BEFORE_SUM in metrics else table
 
 
 def fairness(comparison: Comparison) -> list[Table]:

@@ -78,9 +78,11 @@ def _expert_table(run: Run, rows: Sequence[Mapping[str, Any]]) -> Table:
                 ]
             )
     notes = [
-        "load: mean weight; first: test samples whose largest weight it has; spread: standard deviation of "
-        "the weight over the test samples of a class, of the classes' means, of the clients' means",
-        "disagreement: standard deviation over clients of the weight of the same test row, mean over rows",
+        "load: mean weight; first: test samples whose largest weight it has; spread: population standard "
+        "deviation of the weight over the test samples of a class, of the classes' means, of the clients' "
+        "means",
+        "disagreement: population standard deviation over clients of the weight of the same test row, mean "
+        "over rows",
         "without: accuracy if the other experts have its weight",
     ]
     return Table("gate_experts", "Experts under the gates", columns, cells, notes)
@@ -110,7 +112,7 @@ def figures(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
         _lines(
             "gates_spread",
             "Spread of the gate weights",
-            f"std of the weight of {names[0]}",
+            f"population std of the weight of {names[0]}",
             (rounds, spread),
             f"How much the weight of {names[0]} differs between the samples of a class, between the classes "
             "of a client and between clients: weights that differ within classes alone route at random.",

@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi.report.compare import STD_OVER_SEEDS, WHEN, mean_std, values_of
+from pfedmoe_mpi.report.compare import (
+    BEFORE_SUM,
+    MOMENT_BEFORE_SUM,
+    STD_OVER_SEEDS,
+    WHEN,
+    cohort_accuracy,
+    mean_std,
+    values_of,
+)
 from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.labels import settings_text
 from pfedmoe_mpi.report.load import Run
@@ -41,11 +49,12 @@ def results(name: str, runs: Sequence[Run]) -> Table:
     kept = [n for n, column in enumerate(table.columns) if column.title not in PAPER_COLUMNS]
     columns = [table.columns[n] for n in kept]
     rows = [[row[n] for n in kept] for row in table.rows]
-    return Table(f"table_{name}", name, columns, rows, table.notes[:1])
+    return Table(f"table_{name}", name, columns, rows, table.notes[:2])
 
 
 def results_and_paper(name: str, runs: Sequence[Run], paper: Mapping[str, Any]) -> Table:
-    """Return a row per cell, in the order of the runs: our result, the paper's, and the difference.
+    """Return a row per cell, in the order of the runs: our result at both moments, the paper's, and
+    how far ours after the sum is from it.
 
     Args:
         paper: a table of `paper.toml`: `cells` by column and row in %, the name of their `accuracy`, the
@@ -60,11 +69,13 @@ def results_and_paper(name: str, runs: Sequence[Run], paper: Mapping[str, Any]) 
         percent = paper["cells"].get(column, {}).get(row)
         values = values_of(replicates, lambda run: (run.selected.get(paper["accuracy"]) or {}).get("mean"))
         mean, std = mean_std(values)
+        before = values_of(replicates, cohort_accuracy)
         published = None if percent is None else percent / 100
         mark = "*" if cell in paper["solved"] else ""
         rows.append(
             [
                 *(word(column), word(row), spread(mean, std, len(values))),
+                spread(*mean_std(before), len(before)),
                 Cell("–" if published is None else f"{100 * published:.2f}{mark}", (published,)),
                 _difference(None if mean is None or published is None else mean - published),
                 word(changes),
@@ -76,7 +87,8 @@ def results_and_paper(name: str, runs: Sequence[Run], paper: Mapping[str, Any]) 
 
 
 def _columns() -> list[Column]:
-    columns = [Column("setting", words=True), Column("method", words=True), Column("ours", SPREAD)]
+    columns = [Column("setting", words=True), Column("method", words=True)]
+    columns += [Column("ours", SPREAD), Column(BEFORE_SUM, SPREAD)]
     return [*columns, *map(Column, PAPER_COLUMNS), Column("as run", words=True)]
 
 
@@ -99,7 +111,8 @@ def _changes(run: Run) -> str:
 def _notes(paper: Mapping[str, Any], run: Run) -> list[str]:
     clients = "clients that never trained" if paper["accuracy"] == "accuracy_unseen" else "all clients"
     notes = [
-        f"test accuracy in %, mean over {clients}, {WHEN[run.select]}; ours: {STD_OVER_SEEDS}",
+        f"test accuracy in %, mean over {clients} after the sum, {WHEN[run.select]}; ours: {STD_OVER_SEEDS}",
+        MOMENT_BEFORE_SUM,
         *([f"source of the paper's results: {paper['source']}"] if paper["source"] else []),
         "dash: not published, or the method did not converge",
     ]

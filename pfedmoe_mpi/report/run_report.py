@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.report import (
+    attack_section,
     confusion_section,
     distributions,
     gate_section,
@@ -68,6 +69,7 @@ def report(run: Run, target: float | None, models: ModelViews | str = "") -> Rep
         confusion_section.section(run),
         gate_section.section(run),
         model_section.section(views, run.names) if views else Section("Models", text=str(models)),
+        *attack_section.sections(run),
         Section("Cost", [_costs(run), *_ranks(run)], _cost_figures(run)),
         Section("Events", [_events(run), *_left_out(run)]),
     ]
@@ -291,7 +293,7 @@ def _costs(run: Run) -> Table:
 
 def _mask_costs(run: Run) -> list[list[Cell]]:
     """Return the rows on masked sums: bytes and seconds of a member and of the server; none without masks."""
-    costs = [row["privacy"] for row in run.history if (row.get("privacy") or {}).get("bytes")]
+    costs = [row["masks"] for row in run.history if row.get("masks")]
     whats = [(f"masks, MB {name} by member", "bytes", name, 1e6) for name in ("up", "down", "payload")]
     whats += [(f"masks, seconds of {name}", "seconds", name, 1.0) for name in ("member", "server")]
     rows = []

@@ -17,6 +17,7 @@ from pfedmoe_mpi.data.summary import plain
 from pfedmoe_mpi.federation import disk, selection
 from pfedmoe_mpi.federation.effective import proposals
 from pfedmoe_mpi.federation.metrics import Row
+from pfedmoe_mpi.federation.privacy_account import account_of
 from pfedmoe_mpi.log import LOGGER
 from pfedmoe_mpi.models.names import labels
 
@@ -70,9 +71,26 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
         lines += [f"private: {line} ({name}, {clients} clients)" for line in private]
     lines += _describe_frozen(federation)
     lines += federation.pretrained.lines
+    lines += _describe_privacy(federation)
     lines += _rank_lines(device_lines)
     use = disk.of_federation(federation, len(device_lines))
     return [*lines, memory(federation, len(device_lines)), use.line(settings.run.keep)]
+
+
+def _describe_privacy(federation: Federation) -> Iterator[str]:
+    """Yield ε after all rounds, and what takes the protection away."""
+    settings, account = federation.config, account_of(federation)
+    if account is None:
+        return
+    entry = account.entry(settings.rounds)
+    yield _privacy(entry, settings.rounds)
+    if entry["noise"]:
+        yield "warning: whoever knows the seed can draw the noise again: keep it secret for ε to hold"
+    if entry["unit"] == "client" and entry["delta"] * settings.clients >= 1:
+        yield (
+            f"warning: privacy.delta = {entry['delta']:g} is not below 1 / clients = "
+            f"{1 / settings.clients:g}, so it would allow to publish all data of a client"
+        )
 
 
 def _rank_lines(device_lines: Sequence[str]) -> Iterator[str]:
@@ -195,6 +213,23 @@ class Progress:
             self._bar.stop()
 
 
+def _privacy(entry: Mapping[str, Any], round: int) -> str:
+    """Return a line on a row's entry `privacy`."""
+    if entry["unit"] == "client":
+        epsilon = "infinite" if entry["epsilon"] is None else f"{entry['epsilon']:.3g}"
+        return (
+            f"privacy: one client, noise {entry['noise']:.4g} times the clip: after round {round} "
+            f"ε = {epsilon} of all that the server sends, at δ = {entry['delta']:g}"
+        )
+    epsilon, private = (
+        "infinite" if entry[name] is None else f"{entry[name]:.3g}" for name in ("epsilon", "epsilon_private")
+    )
+    return (
+        f"privacy: one sample of a client, noise {entry['noise']:.4g} times the clip: after round {round} "
+        f"ε = {epsilon} of what a client sends, {private} of its whole model, at δ = {entry['delta']:g}"
+    )
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f} %"
 
@@ -206,6 +241,8 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
     if last["accuracy_unseen"]["mean"] is not None or last["accuracy_tuned"]["mean"] is not None:
         as_they_come, tuned = (_percent(last[key]["mean"]) for key in ("accuracy_unseen", "accuracy_tuned"))
         lines.append(f"unseen clients: accuracy mean {as_they_come}, after tuning {tuned}")
+    if last.get("privacy"):
+        lines.append(_privacy(last["privacy"], last["round"]))
     if last["drift"]:
         lost, rounds = last["drift"]["forgetting"], last["drift"]["recovery"]
         recovery = "not recovered yet" if rounds is None else f"recovered after {rounds} rounds"
@@ -223,7 +260,7 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
 
 def _masks(history: Sequence[Row]) -> list[str]:
     """Return the lines on masked sums: their cost, and the rounds that could not be opened."""
-    costs = {row["round"]: row["privacy"] for row in history if (row.get("privacy") or {}).get("bytes")}
+    costs = {row["round"]: row["masks"] for row in history if row.get("masks")}
     if not costs:
         return []
 

@@ -25,6 +25,13 @@ from pfedmoe_mpi.storage.untrusted_json import UnusableError
 FIXED_IN_TRAINING = (
     *("partition", "gate", "unseen", "join", "stream", "data.mean", "data.std"),
     "server.optimiser",  # checkpoints hold what it keeps from round to round
+    *(f"privacy.{name}" for name in ("unit", "clip", "noise", "epsilon", "sampling")),
+)
+# With differential privacy, ε of the rounds so far is computed from these.
+FIXED_WITH_CLIENTS = ("participation",)
+FIXED_WITH_SAMPLES = (
+    *FIXED_WITH_CLIENTS,
+    *(f"train.{name}" for name in ("epochs", "steps", "batch", "accumulate")),
 )
 # Files may move: the checkpoint has the digest of what they hold.
 MOVABLE = ("partition.file",)
@@ -52,7 +59,7 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
         with checkpoint.open_everywhere(world, found) if found else nullcontext() as loaded:
             before = loaded.config if loaded else _read_config(world, folder)
             settings, changes = world.attempt(
-                lambda: override_settings(before, overrides, FIXED_IN_TRAINING), "settings"
+                lambda: override_settings(before, overrides, _fixed(before)), "settings"
             )
             if loaded:
                 _check_progress(world, loaded, settings, changes)
@@ -77,6 +84,15 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
 def _read_config(world: Comm, folder: RunFolder) -> dict[str, Any]:
     """Return the configuration of a run without a checkpoint, on all ranks."""
     return world.from_root(lambda: config.read_toml(folder.config), "configuration")
+
+
+def _fixed(before: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the settings that a restart may not change."""
+    settings = config.flatten(before)
+    if not settings.get("privacy.clip"):
+        return FIXED_IN_TRAINING
+    by_sample = settings["privacy.unit"] == "sample"
+    return FIXED_IN_TRAINING + (FIXED_WITH_SAMPLES if by_sample else FIXED_WITH_CLIENTS)
 
 
 def _check_progress(

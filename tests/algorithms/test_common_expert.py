@@ -166,7 +166,7 @@ def test_torchvision_backbone_weights_are_accepted(data: Path, tmp_path: Path) -
     for module in (network, parts.common):
         module.eval()
     with torch.no_grad():
-        torch.testing.assert_close(parts.common(x), network(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(parts.common(x), network(x), rtol=1e-6, atol=1e-6)
     assert loop.run_round() and bool(loop.state[federation.state_layout.parts["gate"]].isfinite().all())
     torch.save(resnet34(weights=None).state_dict(), tmp_path / "resnet34.pth")
     refused(

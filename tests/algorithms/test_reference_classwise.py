@@ -244,7 +244,7 @@ def test_fedprox_without_proximal_term_is_fedavg(data: dict[str, Path]) -> None:
         train_federation(data["small"], name, model__pool="mlp4", **more).loop.state
         for name, more in (("fedprox", {"fedprox__mu": 0.0}), ("fedavg", {}))
     )
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 # FD's teacher, where what a client sent got lost

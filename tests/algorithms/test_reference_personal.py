@@ -1,4 +1,4 @@
-"""Ditto, APFL and FedBN against the reference rounds."""
+"""Ditto, APFL, FedBN, FedPer, pFedAFM and FedEM against the reference rounds."""
 
 from __future__ import annotations
 
@@ -79,10 +79,58 @@ def reference_fedbn(it: TrainedFederation) -> list[methods.Round]:
     return history
 
 
+def reference_fedper(it: TrainedFederation) -> list[methods.Round]:
+    base = nets.extractor(it.of_state("base"))
+    heads = [nets.loaded(nn.Linear(12, 4), it.of_client(k, "head")) for k in range(3)]
+    history = personal.fedper(base, heads, it.course)
+    assert_tensors_agree(it.of_state("base", start=False), nets.tensors(base), "base")
+    same_private(it, "head", heads)
+    return history
+
+
+def reference_pfedafm(it: TrainedFederation) -> list[methods.Round]:
+    theta = nets.extractor(it.of_state("shared"))
+    models = [nets.model(it.of_client(k, "model")) for k in range(3)]
+    alphas = [nn.Parameter(it.of_client(k, "weights")["alpha"].clone()) for k in range(3)]
+    assert all(torch.equal(alpha, torch.ones(12)) for alpha in alphas)
+    epochs = it.loop.federation.config.train.epochs
+    history = personal.pfedafm(theta, models, alphas, longer(it, 2 * epochs), epochs)
+    assert_tensors_agree(it.of_state("shared", start=False), nets.tensors(theta), "θ")
+    same_private(it, "model", models)
+    for k, alpha in enumerate(alphas):
+        assert_tensors_agree(it.of_client(k, "weights", start=False), {"alpha": alpha.detach()}, "α")
+    return history
+
+
+def reference_fedem(it: TrainedFederation) -> list[methods.Round]:
+    names = [f"component{m}" for m in range(options(it).components)]
+    components = [nets.model(it.of_state(name)) for name in names]
+    weights = [it.of_client(k, "weights")[""].clone() for k in range(3)]
+    history = personal.fedem(components, weights, it.course)
+    for name, module in zip(names, components, strict=True):
+        assert_tensors_agree(it.of_state(name, start=False), nets.tensors(module), name)
+    for k, own in enumerate(weights):
+        assert_tensors_agree(it.of_client(k, "weights", start=False), {"": own}, f"π of client {k}")
+    return history
+
+
 REFERENCES: dict[str, Callable[[TrainedFederation], list[methods.Round]]] = {
     "ditto": reference_ditto,
     "apfl": reference_apfl,
     "fedbn": reference_fedbn,
+    "fedper": reference_fedper,
+    "pfedafm": reference_pfedafm,
+    "fedem": reference_fedem,
+}
+
+WITHOUT = "a client that never trained has no "
+NO_ANSWER = {
+    "ditto": "personal",
+    "apfl": "personal",
+    "fedbn": "batch normalisation",
+    "fedper": "head",
+    "pfedafm": "model and no weights",
+    "fedem": "",
 }
 
 
@@ -106,19 +154,22 @@ def test_rounds_with_batch_norm_match_the_reference(
 
     monkeypatch.setattr(mlp, "MLPExtractor", normed)
     it = compare(data["small"], method, **{"model.pool": "mlp5", "train.batch": 24})
-    model = sum(t.numel() for t in it.of_state("model").values())
-    sent = model - 4 * 30 if method == "fedbn" else model
+    sent = it.state.numel() - (4 * 30 if method == "fedbn" else 0)
     assert it.loop.history[0]["bytes"]["up"] == it.loop.history[0]["bytes"]["down"] == 4 * sent
     if method == "fedbn":
         norms = [it.of_client(k, "norms", start=False)[""] for k in it.cohorts[-1]]
         assert not torch.allclose(norms[0], norms[1])
-    reason = it.loop.federation.method.no_answer_reason
-    assert ("batch normalisation" if method == "fedbn" else "no personal") in reason
+    assert it.loop.federation.method.no_answer_reason.removeprefix(WITHOUT) == NO_ANSWER[method]
 
 
 @pytest.mark.parametrize(
     ("method", "option", "value"),
-    [("ditto", "weight", 1.0), ("apfl", "alpha", 0.2), ("apfl", "adaptive", False)],
+    [
+        ("ditto", "weight", 1.0),
+        ("apfl", "alpha", 0.2),
+        ("apfl", "adaptive", False),
+        ("fedem", "components", 2),
+    ],
 )
 def test_method_options_match_the_reference(
     data: dict[str, Path], method: str, option: str, value: float
@@ -129,4 +180,20 @@ def test_method_options_match_the_reference(
     first, second = (
         torch.cat([c.vector for c in one.loop.federation.clients.values()]) for one in (it, usual)
     )
-    assert not torch.allclose(first, second, atol=1e-4), "the option changes nothing"
+    changed = len(first) != len(second) or not torch.allclose(first, second, atol=1e-4)
+    assert changed, "the option changes nothing"
+
+
+def test_weights_of_pfedafm_stay_between_0_and_1(data: dict[str, Path]) -> None:
+    """The rounds above do not reach 0."""
+    it = compare(data["small"], "pfedafm", **{"train.lr_gate": 10.0, "participation": 1.0})
+    alpha = torch.cat([it.of_client(k, "weights", start=False)["alpha"] for k in range(3)])
+    assert alpha.min() == 0 and alpha.max() == 1 and ((alpha > 0) & (alpha < 1)).any()
+
+
+def test_components_of_fedem_are_found_by_their_clients(data: dict[str, Path]) -> None:
+    it = train_federation(data["small"], "fedem", **{"participation": 1.0, "rounds": 6, "model.pool": "mlp4"})
+    weights = torch.stack([it.of_client(k, "weights", start=False)[""] for k in range(3)])
+    assert torch.allclose(weights.sum(1), torch.ones(3)) and (weights.max(0).values > 0.5).sum() > 1
+    spread = it.loop.history[-1]["gate"]["spread"]
+    assert max(spread["clients"]) > 0.1 and max(spread["within"]) < 1e-6

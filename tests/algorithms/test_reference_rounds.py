@@ -85,8 +85,9 @@ def reference_fedproto(it: TrainedFederation) -> list[methods.Round]:
     models = [nets.model(it.of_client(k, "model")) for k in range(3)]
     prototypes: dict[int, Tensor] = {}
     assert it.state.isnan().all()
-    weight = it.loop.federation.config.options.weight
-    history = methods.fedproto(prototypes, models, it.course, weight)
+    chosen = it.loop.federation.config.options
+    nearest = chosen.answer == "prototype"
+    history = methods.fedproto(prototypes, models, it.course, chosen.weight, nearest)
     for k in range(3):
         assert_tensors_agree(
             it.of_client(k, "model", start=False), nets.tensors(models[k]), f"ω of client {k}"
@@ -200,6 +201,19 @@ def test_method_options_match_the_reference(
     assert not torch.allclose(it.loop.state, usual.loop.state, atol=1e-3, equal_nan=True), (
         "the option changes nothing"
     )
+
+
+def test_fedproto_can_answer_with_the_nearest_prototype(data: dict[str, Path]) -> None:
+    """The head answers until the first sum; then only classes with a prototype do, here three of four."""
+    it = compare(data["small"], "fedproto", **{"fedproto.answer": "prototype", "train.epochs": 1})
+    usual = train_federation(
+        data["small"],
+        "fedproto",
+        **{"model.pool": unlike("fedproto"), "train.epochs": 1, "seed": it.loop.federation.config.seed},
+    )
+    assert torch.equal(it.loop.state.nan_to_num(), usual.loop.state.nan_to_num())
+    losses, by_head = (one.loop.history[0]["clients"]["loss"] for one in (it, usual))
+    assert losses[2] is None and losses[:2] != by_head[:2] and None not in by_head
 
 
 def test_accuracy_differs_before_and_after_aggregation(data: dict[str, Path]) -> None:

@@ -51,7 +51,7 @@ def command(line: str, folder: Path) -> Result:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tutorial's file alone."""
     folder = tmp_path_factory.mktemp("tutorial")
-    (folder / "fedper.py").write_text(CODE, encoding="utf-8")
+    (folder / "my_fedper.py").write_text(CODE, encoding="utf-8")
     return folder
 
 
@@ -72,10 +72,10 @@ def test_command_prints_what_is_shown(results: list[Result], number: int) -> Non
 def test_fedper_beats_fedavg(results: list[Result], folder: Path) -> None:
     assert not any(result.code for result in results)
     accuracy = {}
-    for name in ("fedper", "fedavg"):
+    for name in ("my_fedper", "fedavg"):
         last = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()[-1]
         accuracy[name] = json.loads(last)["accuracy"]["mean"]
-    assert accuracy["fedper"] > accuracy["fedavg"] + 0.1
+    assert accuracy["my_fedper"] > accuracy["fedavg"] + 0.1
 
 
 def test_all_conformance_checks_are_shown(results: list[Result]) -> None:
@@ -84,7 +84,7 @@ def test_all_conformance_checks_are_shown(results: list[Result]) -> None:
 
 
 def test_file_is_clean(folder: Path) -> None:
-    path = folder / "fedper.py"
+    path = folder / "my_fedper.py"
     for arguments in (["check"], ["format", "--check"]):
         ruff = ["ruff", *arguments, "--config", ROOT / "pyproject.toml", path]
         assert subprocess.run([sys.executable, "-m", *ruff], check=False, timeout=60).returncode == 0

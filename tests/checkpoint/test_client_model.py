@@ -23,7 +23,7 @@ from support.text_files import write_hospitals, write_news
 METHODS = {
     "pfedmoe": (),
     "fedavg": (),
-    "fedproto": (),
+    "fedproto": ("--fedproto.answer", "prototype"),
     "fedtgp": ("--fedtgp.answer", "prototype"),
     "fedjets": ("--clients", "6", "--unseen.clients", "2", "--partition.kind", "pathological"),
     "fedmrl": (),

@@ -66,6 +66,7 @@ def test_htfllib_defaults_are_kept() -> None:
     assert made.data.name == "MNIST" and made.partition.test_fraction == 0.25
     assert (made.train.lr, made.model.pool) == (0.005, ("cnn1",)) and "their CNN" in notes
     assert made.options.head_epochs == 1  # type: ignore[attr-defined]
+    assert settings("python main.py -algo FedPer")[0].algorithm == "fedper"
     assert settings("main.py -algo FedProx")[0].options.mu == 0  # type: ignore[attr-defined]
     ours, theirs = (settings(f"main.py -algo FedGH {m}")[0].options for m in ("-m HtFE-img-2", "-m CNN"))
     assert (ours.epochs, ours.lr, theirs.epochs, theirs.lr) == (100, 0.01, 1, 1.0)  # type: ignore[attr-defined]
@@ -122,16 +123,29 @@ def test_split_is_theirs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "note"),
+    ("method", "named", "setting"),
     [
-        ("FML", "KL is summed over the classes here"),
-        ("FedKD", "KL is summed over the classes here"),
-        ("FedTGP", "class means are those of the client's model after training"),
+        ("FML", "averaged over batch and classes; reaches the teacher; over clients, unweighted", ""),
+        ("FedKD", "averaged over batch and classes; reaches the teacher; over clients, unweighted", ""),
+        ("FD", "share mean logits and feed these as they are; contains its own outputs", ""),
+        ("FedProto", "unweighted; before any prototype exists theirs counts no test sample", "prototype"),
+        ("FedTGP", "class means are those of the round's start; before any prototype exists", "prototype"),
+        ("FedMRL", "their projection never trains; mean is over clients, unweighted", ""),
+        ("APFL", "mixing weight moves in every step", ""),
+        ("Local", "", ""),
     ],
 )
-def test_difference_in_a_method_itself_is_named(method: str, note: str) -> None:
-    assert note in settings(HTFLLIB.format(method))[1]
-    assert note not in settings(HTFLLIB.format("FedProto"))[1]
+def test_differences_in_a_method_itself_are_named(method: str, named: str, setting: str) -> None:
+    """A line for each one, and only those of the method."""
+    made, printed = settings(HTFLLIB.format(method) if method != "APFL" else "main.py -algo APFL")
+    assert made.model.start == "architecture", "their clients copy one model of each architecture"
+    assert getattr(made.options, "answer", "") == setting
+    lines = [" ".join(line.replace("#", "").split()) for line in re.split(r"^# (?! )", printed, flags=re.M)]
+    for note in filter(None, named.split("; ")):
+        assert [line for line in lines if note in line], note
+    others = {note for name, notes in translate.DIFFERENCES.items() for note in notes}
+    own = set(translate.DIFFERENCES.get(made.algorithm, ()))
+    assert {note for note in others if note in lines} == own
 
 
 def test_translate_prints_a_runnable_command(

@@ -12,7 +12,7 @@ from pfedmoe_mpi.commands.verify import _plan
 from pfedmoe_mpi.run.folder import RunFolder
 from support.checkpoint_files import reseal
 from support.files import path_digest
-from support.launcher import Result, Session, read_events, run_program
+from support.launcher import SMALL_RUN, Result, Session, read_events, run_program
 
 
 def test_verify_replays_every_round_that_it_can(
@@ -42,6 +42,15 @@ def test_verify_finds_what_differs(session: Session, run: Path, tmp_path: Path) 
     card = {line.split(",")[0]: line for line in result.out.splitlines() if "replayed on" in line}
     assert "train_loss" in card["| round 3"] and "the server's vector" in card["| round 3"]
     assert "the same bits" in card["| round 1"] and "the same bits" in card["| round 2"]
+
+
+def test_undefined_numbers_are_the_same_bits(session: Session, tmp_path: Path) -> None:
+    """One client of four trained, so that classes that it lacks have no prototype: NaN in the vector."""
+    few = ("--algorithm", "fedproto", "--participation", "0.2", "--partition.kind", "pathological")
+    result = session(*SMALL_RUN, *few, "--run.dir", "few", cwd=tmp_path)
+    assert result.code == 0, result.err
+    result = session("verify", "few", cwd=tmp_path)
+    assert result.code == 0 and "the same bits" in result.out, result.out + result.err
 
 
 def _replace(file: Any, old: str, new: str) -> None:

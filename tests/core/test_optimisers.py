@@ -79,7 +79,7 @@ def test_update_equals_that_of_torch(chosen: Phase) -> None:
             for (key, got), want in zip(
                 parts.modules()[name].state_dict().items(), module.state_dict().values(), strict=True
             ):
-                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=f"step {step}: {name}.{key}")
+                torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, msg=f"step {step}: {name}.{key}")
     parts.check()
 
 

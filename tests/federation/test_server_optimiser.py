@@ -92,7 +92,7 @@ def test_steps_are_those_of_the_paper(
         kept["seldom"] += [state[SELDOM].numpy()] if n in trained else []
     for name, place, chosen in (("often", OFTEN, rounds), ("seldom", SELDOM, trained)):
         wanted = reference(optimiser, start[place], [targets[n][place] for n in chosen], settings)
-        np.testing.assert_allclose(kept[name][-1], wanted[-1], rtol=1e-4, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(kept[name][-1], wanted[-1], rtol=1e-6, atol=1e-6, err_msg=name)
         assert len(wanted) == len(kept[name]) and not np.allclose(wanted[-1], targets[8][place], atol=1e-3)
     assert server.moments.shape == (settings.moments, 160)
     assert not server.moments[0][BUFFERS[0]].any(), "running statistics have no moments"

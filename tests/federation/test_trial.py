@@ -83,7 +83,7 @@ def test_a_trial_leaves_no_trace() -> None:
     for tried in (False, True):
         settings = Case("fedjets", {}).settings(rounds=2, train__device="cpu")
         federation = build.build(comm.start(), settings, warn=False)
-        members = list(trial._members(federation)) if tried else []
+        members = list(trial.members(federation)) if tried else []
         for client, role in members:
             trial.try_member(federation, client, role)
         assert not tried or {role for _, role in members} == {"client", "anchor"}

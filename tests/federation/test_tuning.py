@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from oracles.personal import posterior
 from pfedmoe_mpi.core.batches import Split
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
 from pfedmoe_mpi.core.turn import Turn
@@ -81,6 +82,27 @@ def test_tuning_is_that_many_epochs_on_the_shots() -> None:
     assert turn.rate == 1
     turn.sgd(made.method.phase({"model": made.config.train.lr}, epochs=2))
     assert torch.equal(found, parts.vector("model"))
+
+
+def test_a_new_client_of_fedem_finds_its_weights_and_keeps_the_components() -> None:
+    made = build_federation(algorithm="fedem", unseen__tune=4, unseen__shots=5)
+    client, components = a_new_client(made), [f"component{m}" for m in range(3)]
+    state = made.workbench.initial(made.method.state())
+    parts = made.parts(client, state)
+    before = [parts.vector(name).clone() for name in components]
+    assert torch.allclose(parts.weights, torch.full((3,), 1 / 3))
+    predict = made.method.predictor(parts, lambda: iter([]), unseen=True)
+    split = tuning.shots(client.splits["train"], 5, made.config.seed, client.id)
+    x = made.engine.normalise(split.x)
+    modules = [getattr(parts, name) for name in components]
+    p = torch.stack([module(x).softmax(1) for module in modules]).mean(0)
+    assert predict and torch.allclose(predict(x).exp(), p, atol=1e-6)
+    assert tuning.tune(made, client, parts)
+    assert all(torch.equal(parts.vector(name), v) for name, v in zip(components, before, strict=True))
+    expected = torch.full((3,), 1 / 3)
+    for _ in range(4):
+        expected = posterior(modules, expected, x, split.y).mean(0).float()
+    assert torch.allclose(parts.weights, expected, atol=1e-6) and expected.std() > 1e-3
 
 
 def test_shots_are_samples_of_every_class() -> None:

@@ -211,7 +211,42 @@ def test_hospitals_choose_and_report_on_other_seeds() -> None:
     assert not {0, 1, 2} & {*table.select["fresh"]}
 
 
-OURS = ("digits", "gate-start", "hospitals")
+# Tables of questions that the papers leave open: runs, and methods on the same data.
+QUESTIONS = {
+    "first-experiments": (90, 6),
+    "gate-design": (110, 22),
+    "unlike-clients": (90, 6),
+    "drift": (75, 5),
+    "shared-extractors": (45, 9),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_questions_are_answered_at_one_scale(name: str) -> None:
+    """Ten clients of 1,000 images, five seeds, 60 rounds; methods share the data of a seed."""
+    runs = grid.expand(grid.read(JOBS / "tables" / f"{name}.toml"), {})
+    number, methods = QUESTIONS[name]
+    assert len(runs) == number and {run.config.seed for run in runs} == {0, 1, 2, 3, 4}
+    problems: dict[str, int] = {}
+    for run in runs:
+        made = run.config
+        assert (made.clients, made.participation, run.planned) == (10, 1.0, 60)
+        assert made.data.path == str((JOBS / "tables").resolve() / "../data/cifar10/test")
+        parts = made.partition
+        assert (1 - parts.test_fraction) * (1 - parts.validation) == pytest.approx(0.8, abs=1e-4)
+        key = f"{made.seed} {made.data} {parts} {made.stream}"
+        problems[key] = problems.get(key, 0) + 1
+    assert set(problems.values()) == {methods}
+
+
+def test_ag_news_chooses_and_reports_on_five_other_seeds() -> None:
+    table = grid.read(JOBS / "tables" / "ag-news.toml")
+    runs = grid.expand(table, {})
+    assert len(runs) == 4 * 3 * 3 and all(run.config.partition.validation for run in runs)
+    assert len({*table.select["fresh"]} - {run.config.seed for run in runs}) == 5
+
+
+OURS = ("digits", "gate-start", "hospitals", "ag-news", *QUESTIONS)
 PAPERS = sorted(path for path in (JOBS / "tables").glob("*.toml") if path.stem not in OURS)
 
 

@@ -181,10 +181,27 @@ def fedavg(model: nn.Module, course: Course) -> list[Round]:
 
 
 def fedproto(
-    prototypes: dict[int, Tensor], models: Sequence[nn.Module], course: Course, weight: float
+    prototypes: dict[int, Tensor],
+    models: Sequence[nn.Module],
+    course: Course,
+    weight: float,
+    nearest: bool = False,
 ) -> list[Round]:
-    """Tan et al. 2022; `prototypes` holds C̄ of the classes that have one, and is filled here."""
+    """Tan et al. 2022; `prototypes` holds C̄ of the classes that have one, and is filled here.
+
+    With `nearest` the answer is eq. 4 as soon as any class has a prototype.
+    """
     history = []
+
+    def answer(k: int) -> Predict:
+        def predict(x: Tensor) -> Tensor:
+            logits = torch.full((len(x), models[k].head.out_features), -torch.inf)
+            for c, prototype in prototypes.items():
+                logits[:, c] = -((models[k].extractor(x) - prototype) ** 2).mean(1)
+            return logits
+
+        return predict if nearest and prototypes else models[k]
+
     for t, cohort in enumerate(course.cohorts):
         record = Round()
         sent: dict[int, list[tuple[int, Tensor]]] = {}  # by class: samples of it and C_i, client by client
@@ -197,7 +214,7 @@ def fedproto(
                 return F.cross_entropy(model.head(r), y) + weight * F.mse_loss(r, target)
 
             record.train_loss[k] = course.descend(t, k, {model: course.lr}, loss)
-            record.before[k], _ = course.test(k, model, model)
+            record.before[k], _ = course.test(k, answer(k), model)
             x, y = course.samples[k].train
             with torch.no_grad():
                 r = model.extractor(x)
@@ -206,7 +223,7 @@ def fedproto(
         for c, held in sent.items():
             prototypes[c] = sum(n * mean for n, mean in held) / sum(n for n, _ in held)
         for k, model in enumerate(models):
-            record.after[k], record.test_loss[k] = course.test(k, model, model)
+            record.after[k], record.test_loss[k] = course.test(k, answer(k), model)
         history.append(record)
     return history
 

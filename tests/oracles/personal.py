@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from oracles.classes import epochs, measure_all
-from oracles.methods import Course, Round, entropy
+from oracles.classes import chain, epochs, measure_all
+from oracles.methods import Course, Predict, Round, entropy
 
 
 def ditto(
@@ -128,5 +128,114 @@ def fedbn(models: Sequence[nn.Module], course: Course) -> list[Round]:
         for model in models:
             model.load_state_dict(shared, strict=False)
         measure_all(record, course, lambda k: (models[k], [models[k]]))
+        history.append(record)
+    return history
+
+
+def fedper(base: nn.Module, heads: Sequence[nn.Module], course: Course) -> list[Round]:
+    """Arivazhagan et al. 2019: W_Bj and W_Pj move together, and the server averages the W_Bj."""
+    history = []
+    for t, cohort in enumerate(course.cohorts):
+        record, uploads = Round(), {}
+        for k in cohort:
+            own = uploads[k] = deepcopy(base)
+            rates, predict = {own: course.lr_shared, heads[k]: course.lr}, chain(own, heads[k])
+            record.train_loss[k] = course.descend(t, k, rates, entropy(predict))
+            record.before[k], _ = course.test(k, predict, *rates)
+        base.load_state_dict(course.average(uploads), strict=False)
+        measure_all(record, course, lambda k: (chain(base, heads[k]), [base, heads[k]]))
+        history.append(record)
+    return history
+
+
+def pfedafm(
+    theta: nn.Module,
+    models: Sequence[nn.Module],
+    alphas: Sequence[nn.Parameter],
+    course: Course,
+    length: int,
+) -> list[Round]:
+    """Yi et al. 2024: the first `length` epochs of a round are of ω_k and α_k, the others of θ_k."""
+
+    def mixed(g: nn.Module, k: int) -> nn.Module:
+        class Mixed(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                general, own = g(x), models[k].extractor(x)
+                return models[k].head(general - alphas[k] * general + alphas[k] * own)
+
+        return Mixed()
+
+    history = []
+    own_epochs, shared_epochs = epochs(course, slice(length)), epochs(course, slice(length, None))
+    for t, cohort in enumerate(course.cohorts):
+        record, uploads = Round(), {}
+        for k in cohort:
+            g, model, alpha = deepcopy(theta), models[k], alphas[k]
+            rates = [(list(model.parameters()), course.lr), ([alpha], course.lr_gate)]
+            optimiser = torch.optim.SGD(
+                [{"params": group, "lr": lr * course.rates[t]} for group, lr in rates],
+                momentum=course.momentum,
+                weight_decay=course.weight_decay,
+            )
+            g.eval()
+            model.train()
+            predict = mixed(g, k)
+            for batches in own_epochs.samples[k].epochs[t]:
+                for x, y in batches:
+                    optimiser.zero_grad()
+                    F.cross_entropy(predict(x), y).backward()
+                    if course.clip:
+                        nn.utils.clip_grad_norm_([*model.parameters(), alpha], course.clip)
+                    optimiser.step()
+                    alpha.data = alpha.data.clip(0, 1)
+            model.eval()
+            record.train_loss[k] = shared_epochs.descend(
+                t, k, {g: course.lr_shared}, entropy(chain(g, model.head))
+            )
+            record.before[k], _ = course.test(k, mixed(g, k), g, model)
+            uploads[k] = g
+        theta.load_state_dict(course.average(uploads), strict=False)
+        measure_all(record, course, lambda k: (mixed(theta, k), [theta, models[k]]))
+        history.append(record)
+    return history
+
+
+def posterior(components: Sequence[nn.Module], weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """q_s(m) of Marfoq et al. 2021 for samples (x, y), in float64."""
+    with torch.no_grad():
+        p = torch.stack([m.eval()(x).double().softmax(1) for m in components])
+    joint = weights.double().view(-1, 1) * p[:, torch.arange(len(y)), y]
+    return (joint / joint.sum(0)).T
+
+
+def fedem(components: Sequence[nn.Module], weights: list[Tensor], course: Course) -> list[Round]:
+    """Marfoq et al. 2021, algorithm 1; `weights` holds the clients' π_t, and is changed here."""
+
+    def answer(own: Sequence[nn.Module], k: int) -> Predict:
+        return lambda x: sum(w * m(x).softmax(1) for w, m in zip(weights[k], own, strict=True)).log()
+
+    history = []
+    for t, cohort in enumerate(course.cohorts):
+        record = Round()
+        uploads: list[dict[int, nn.Module]] = [{} for _ in components]
+        for k in cohort:
+            own, samples = [deepcopy(m) for m in components], course.samples[k]
+            q = posterior(own, weights[k], *samples.train).float()
+            weights[k] = q.mean(0)
+            of_sample = {tuple(x.flatten().tolist()): row for x, row in zip(samples.train[0], q, strict=True)}
+            assert len(of_sample) == samples.n, "equal samples"
+
+            def loss(x: Tensor, y: Tensor, own: list = own, of_sample: dict = of_sample) -> Tensor:
+                rows = torch.stack([of_sample[tuple(one.flatten().tolist())] for one in x])
+                losses = [F.cross_entropy(m(x), y, reduction="none") for m in own]
+                return sum((rows[:, m] * each).mean() for m, each in enumerate(losses))
+
+            record.train_loss[k] = course.descend(t, k, dict.fromkeys(own, course.lr_shared), loss)
+            record.before[k], _ = course.test(k, answer(own, k), *own)
+            for m, module in enumerate(own):
+                uploads[m][k] = module
+        for module, sent in zip(components, uploads, strict=True):
+            module.load_state_dict(course.average(sent), strict=False)
+        measure_all(record, course, lambda k: (answer(components, k), list(components)))
         history.append(record)
     return history

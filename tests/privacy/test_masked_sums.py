@@ -50,9 +50,9 @@ def test_masks_change_no_bit(tmp_path: Path) -> None:
     loops = {name: trained(**changes) for name, changes in masked.items()}
     assert {name: digest(loop) for name, loop in loops.items()} == plain
     rows = loops["lossy"].history
-    assert any(row["lost"] for row in rows) and all(row["privacy"]["opened"] for row in rows)
-    assert loops["standalone"].history[0]["privacy"] is None, "nothing is sent"
-    few, all_others = (loops[name].history[0]["privacy"]["bytes"] for name in ("sparse", "lossy"))
+    assert any(row["lost"] for row in rows) and all(row["masks"]["opened"] for row in rows)
+    assert loops["standalone"].history[0]["masks"] is None, "nothing is sent"
+    few, all_others = (loops[name].history[0]["masks"]["bytes"] for name in ("sparse", "lossy"))
     assert few["up"] < all_others["up"] and few["down"] < all_others["down"]
 
     whole = stopped_after_two(tmp_path / "partial")
@@ -131,10 +131,10 @@ def test_round_with_too_few_members_counts_as_empty() -> None:
     loop = make_loop(world(), privacy__masked=True, faults__deadline=0.01, rounds=1)
     before = loop.state.clone()
     assert loop.run() and torch.equal(loop.state, before)
-    assert not loop.history[0]["privacy"]["opened"]
+    assert not loop.history[0]["masks"]["opened"]
     lossy = trained(privacy__masked=True, faults__dropout=0.5, seed=3, rounds=1)
     row = lossy.history[0]
-    assert 0 < len(row["lost"]) < 6 and not row["privacy"]["opened"]
+    assert 0 < len(row["lost"]) < 6 and not row["masks"]["opened"]
 
 
 # Refusals

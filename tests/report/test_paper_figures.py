@@ -53,11 +53,11 @@ def test_results_are_listed_beside_the_papers(report: Path) -> None:
     assert len(rows) == 3
     row = rows["cifar10-n10", "standalone"]
     runs = report.parent / "runs"
-    own = [
-        launcher.read_metrics(runs / f"cifar10-n10-standalone-{seed}")[-1]["accuracy"]["mean"]
-        for seed in (0, 1)
-    ]
+    last = [launcher.read_metrics(runs / f"cifar10-n10-standalone-{seed}")[-1] for seed in (0, 1)]
+    own, before = ([each[name]["mean"] for each in last] for name in ("accuracy", "accuracy_cohort"))
     assert report_runs.same_number(row["ours mean"], sum(own) / 2) and row["ours seeds"] == "2"
+    assert report_runs.same_number(row["cohort before the sum mean"], sum(before) / 2)
+    assert row["cohort before the sum seeds"] == "2"
     assert report_runs.same_number(row["paper"], 0.9635), "Standalone, N = 10, CIFAR-10"
     assert report_runs.same_number(row["difference"], sum(own) / 2 - 0.9635)
     assert row["as run"] == "as the table"
@@ -71,11 +71,12 @@ def test_results_are_listed_beside_the_papers(report: Path) -> None:
 def test_page_latex_and_terminal_show_paper_figures(report: Path, session: launcher.Session) -> None:
     shown = report_runs.page_table(report, "paper_pfedmoe-homogeneous")
     cells = {(row[0][0], row[1][0]): [text for text, _ in row] for row in shown}
-    assert cells["cifar10-n10", "standalone"][3] == "96.35"
-    assert cells["cifar10-n10", "pfedmoe"][3] == "96.80*", "no table prints it"
-    assert cells["cifar10-n50", "pfedmoe"][3:5] == ["–", "–"]
+    assert cells["cifar10-n10", "standalone"][4] == "96.35"
+    assert cells["cifar10-n10", "pfedmoe"][4] == "96.80*", "no table prints it"
+    assert cells["cifar10-n50", "pfedmoe"][4:6] == ["–", "–"]
     assert "96.35" in (report / "tables" / "paper_pfedmoe-homogeneous.tex").read_text()
     said = session("report", "runs", "--text", "true", cwd=report.parent).out
+    assert "mean over all clients after the sum" in said and "cohort before the sum: the round's" in said
     assert "solved from ranges" in said and "reduced scale: 1 of 10 rounds" in said
     alone = session("report", "runs/cifar10-n10-standalone-0", "--text", "true", cwd=report.parent).out
     assert "96.35" in alone and "96.80" not in alone
@@ -91,7 +92,9 @@ def test_differently_altered_runs_are_not_replicates(trained: Path) -> None:
     (section,) = paper_section.sections(made)
     (found,) = section.tables
     assert section.title == "Results by table", "no paper prints it"
-    assert [column.title for column in found.columns] == ["setting", "method", "ours", "as run"]
+    assert [column.title for column in found.columns] == [
+        *("setting", "method", "ours", "cohort before the sum", "as run")
+    ]
     assert [row[-1].text for row in found.rows] == [f"changed: train.epochs = {n}" for n in (1, 5)]
     assert [row[2].values[2] for row in found.rows] == [1, 1]
 

@@ -19,6 +19,7 @@ from pfedmoe_mpi.report import (
     costs,
     document,
     drawing,
+    drift_section,
     page,
     run_figures,
     run_report,
@@ -187,6 +188,19 @@ def recorded(run: Run, path: str, algorithm: str = "standalone", **facts: Any) -
     """Return the same run of another method, with other facts in its start event; None removes a fact."""
     start = {name: value for name, value in {**run.events[0], **facts}.items() if value is not None}
     return Run(Path(path), {**run.config, "algorithm": algorithm}, run.history, [start])
+
+
+def test_drift_is_compared(trained: Path) -> None:
+    """One seed of two recovered; a run without a stream has no such table."""
+    run, drifted = load_run(trained), []
+    for seed, (lost, rounds) in enumerate([(0.25, 4), (0.75, None)]):
+        last = {**run.history[-1], "drift": {"forgetting": lost, "recovery": rounds}}
+        settings = {**run.config, "stream.kind": "abrupt", "seed": seed}
+        drifted.append(Run(Path(f"{seed}"), settings, [*run.history[:-1], last], run.events))
+    assert not drift_section.sections(compare.compare([run]))
+    ((table,),) = (section.tables for section in drift_section.sections(compare.compare([run, *drifted])))
+    assert [cell.text for cell in table.rows[0][2:]] == ["2", "50.00 ± 35.36", "1 of 2", "4"]
+    assert len(table.rows) == 1 and "sample standard deviation" in table.notes[0]
 
 
 def test_start_event_has_the_digests_of_the_checkpoint(trained: Path) -> None:

@@ -135,9 +135,10 @@ def test_accuracy_table_equals_the_metrics(runs: Path, several: Path) -> None:
     assert set(found) == {(method, setting(alpha)) for method, alpha in GROUPS}
     for method, alpha in GROUPS:
         row = found[method, setting(alpha)]
-        columns = [
-            np.array(h[-1]["clients"]["accuracy"]) for h in metrics_by_seed(runs, method, alpha).values()
-        ]
+        histories = metrics_by_seed(runs, method, alpha).values()
+        columns = [np.array(h[-1]["clients"]["accuracy"]) for h in histories]
+        before, _ = moments([h[-1]["accuracy_cohort"]["mean"] for h in histories])
+        assert same_number(row["cohort before the sum mean"], before)
         for name, value in {
             "mean": np.mean,
             "worst": np.min,
@@ -294,6 +295,9 @@ def test_kind_of_deviation_is_named_where_it_is_printed(
         assert over_seeds in (folder / "tables" / f"{name}.tex").read_text(encoding="utf-8")
     for name in ["accuracies"] if tables else ["architectures", "alpha"]:
         assert over_clients in (folder / "tables" / f"{name}.tex").read_text(encoding="utf-8")
+    if not tables:
+        gates = (folder / "tables" / "gate_experts.tex").read_text(encoding="utf-8")
+        assert gates.count("population standard deviation") == 2
 
 
 # One run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from oracles import methods
 from support.small_federation import TRAINING_SAMPLES, TrainedFederation, train_federation
 
+CLOSE = 1e-6  # relative and absolute; float32 on both sides, which differed by 4e-7 at most
 ALL_CLIENTS = frozenset({0, 1, 2})
 SEEDS = (0, 3, 4)  # of cohorts of two, the first is clients 0 and 1, the second clients 1 and 2
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -26,7 +28,7 @@ def assert_tensors_agree(found: dict[str, Tensor], expected: dict[str, Tensor], 
     assert found and set(found) == set(expected), what
     for name, tensor in found.items():
         np.testing.assert_allclose(
-            tensor.numpy(), expected[name].numpy(), rtol=1e-5, atol=1e-5, err_msg=f"{what} {name}"
+            tensor.numpy(), expected[name].numpy(), rtol=CLOSE, atol=CLOSE, err_msg=f"{what} {name}"
         )
 
 
@@ -40,7 +42,9 @@ def assert_same_metrics(it: TrainedFederation, history: list[methods.Round], cli
             assert row["clients"]["accuracy"][k] == record.after[k], (
                 f"after aggregation, round {row['round']}"
             )
-            assert row["clients"]["loss"][k] == pytest.approx(record.test_loss[k], rel=1e-4, abs=1e-5)
+            loss = row["clients"]["loss"][k]
+            loss = math.inf if loss is None else loss
+            assert loss == pytest.approx(record.test_loss[k], rel=CLOSE, abs=CLOSE)
         if clients == ALL_CLIENTS:
             assert row["accuracy"]["mean"] == pytest.approx(np.mean(list(record.after.values())))
         if record.before:
@@ -48,7 +52,7 @@ def assert_same_metrics(it: TrainedFederation, history: list[methods.Round], cli
         if method != "scaffold" and record.train_loss:
             n = [TRAINING_SAMPLES[k] for k in record.train_loss]
             assert row["train_loss"] == pytest.approx(
-                np.average(list(record.train_loss.values()), weights=n), rel=1e-4
+                np.average(list(record.train_loss.values()), weights=n), rel=CLOSE
             )
 
 

@@ -1,8 +1,9 @@
-"""FedJETs: experts of the server, chosen for each client by a gate on a common expert's embeddings.
+"""FedJETs (later DDOME): experts, chosen for each client by a gate on a common expert's embeddings.
 
 Dun, Hipolito Garcia, Zheng, Awadallah, Sim, Kyrillidis, Dimitriadis: "FedJETs: Efficient Just-In-Time
-Personalization with Federated Mixture of Experts", arXiv 2306.08586, 2023 (v3 of 2025: "Learning to
-Specialize").
+Personalization with Federated Mixture of Experts", arXiv 2306.08586, 2023; v3 of 2025, in which the method is
+called DDOME: "Learning to Specialize: Joint Gating-Expert Training for Adaptive MoEs in Decentralized
+Settings".
 
 The server keeps experts W_1..W_M, a gate g(·; W_r) (two-layer MLP, softmax over M) and a frozen, pretrained
 common expert W_c. The gate's only input is W_c's embeddings x̂ of a client's samples. M clients with roughly
@@ -108,6 +109,7 @@ class Options(Section):
 
 
 class FedJETs(Algorithm):
+    beyond_gradients = "the gate chooses experts by the embeddings of a client's samples"
     homogeneous = True
 
     def __init__(self, task: Task) -> None:

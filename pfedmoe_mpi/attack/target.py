@@ -1,0 +1,23 @@
+"""The shared modules that an attack examines."""
+
+from __future__ import annotations
+
+from pfedmoe_mpi.core.parts import Module
+from pfedmoe_mpi.federation.federation import Federation
+
+KINDS = ("model ", "extractor ", "whole model ")  # of modules that take samples, not representations
+
+
+def shared_parts(federation: Federation) -> list[str]:
+    """Return the modules that take samples and that clients send to the sum, the largest first."""
+    method, sizes = federation.method, federation.state_layout.sizes
+    payload = method.payload(sizes)
+    found = [
+        name
+        for name, part in method.state().items()
+        if isinstance(part, Module)
+        and part.kind.startswith(KINDS)
+        and name in payload
+        and not payload[name].slot
+    ]
+    return sorted(found, key=lambda name: -sizes[name])

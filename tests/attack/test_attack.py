@@ -1,0 +1,187 @@
+"""The command `attack`: what it reaches without protection, that protection stops it, and its refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pfedmoe_mpi.attack import images, membership, rates
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.cli import main
+from pfedmoe_mpi.report import attack_section, drawing
+from pfedmoe_mpi.report.load import load_runs
+from pfedmoe_mpi.run.evaluate import evaluation_loop
+from support import launcher
+from support.launcher import SMALL_RUN, error_message
+from support.small_federation import shared_comm
+
+NAME = "checkpoints/round-000001.h5"
+NOISE = ("--privacy.clip", "0.1", "--privacy.noise", "1")
+FEW = ("--trials", "1", "--steps", "100")
+MASKS = ("--privacy.masked", "true")
+
+
+@pytest.fixture(scope="module")
+def folder(session: launcher.Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of FedAvg, and of models that learnt their few rows by heart."""
+    folder = tmp_path_factory.mktemp("attack")
+    one = ("--model.pool", "mlp5")
+    heart = ("--train.epochs", "60", "--train.lr", "0.05", "--data.samples", "400", "--partition.kind", "iid")
+    for name, flags in (("fedavg", one), ("standalone", (*one, *heart)), ("pfedmoe", ())):
+        line = (*SMALL_RUN, "--algorithm", name, *flags, "--run.dir", name)
+        assert session("run", *line, cwd=folder).code == 0
+    return folder
+
+
+def attacked(session: launcher.Session, folder: Path, run: str, kind: str, *flags: str) -> dict[str, Any]:
+    result = session("attack", f"{run}/{NAME}", "--kind", kind, "--json", "true", *flags, cwd=folder)
+    assert result.code == 0, result.err
+    found: dict[str, Any] = json.loads(result.out)
+    return found
+
+
+# Reconstruction
+
+
+def test_a_contribution_shows_its_sample_unless_it_is_protected(
+    session: launcher.Session, folder: Path
+) -> None:
+    plain = attacked(session, folder, "fedavg", "reconstruction", *FEW)
+    kept = folder / "fedavg" / "attacks" / "reconstruction-round-000001-client-0-samples-1-none.json"
+    assert json.loads(kept.read_text()) == plain
+    assert plain == attacked(session, folder, "fedavg", "reconstruction", *FEW)
+    assert plain["attack"]["psnr"] > 20 and plain["attack"]["ssim"] > 0.9
+    assert plain["attack"]["mse"] < plain["mean"]["mse"] / 4 < plain["guess"]["mse"]
+    shown = [np.array(pair[name]) for pair in plain["images"] for name in ("true", "found")]
+    assert len(shown) == 2 and np.abs(shown[0] - shown[1]).mean() < 20
+    pair = attacked(session, folder, "fedavg", "reconstruction", *FEW[:2], "--steps", "200", "--samples", "2")
+    assert pair["attack"]["ssim"] > 0.7 and pair["attack"]["mse"] < pair["mean"]["mse"] / 2  # by descent
+    for protection, flags in (("masked", MASKS), ("clip = 0.1 per client with noise 1 × clip", NOISE)):
+        found = attacked(session, folder, "fedavg", "reconstruction", *FEW, *flags)
+        assert found["protection"] == protection
+        assert found["attack"]["mse"] > found["mean"]["mse"] and found["attack"]["ssim"] < 0.2
+        assert found["distance"] > 0.5
+    clipped = attacked(session, folder, "fedavg", "reconstruction", *FEW, *NOISE[:2])
+    assert clipped["attack"]["ssim"] > 0.9  # a shorter update has the same direction
+
+
+def test_the_report_shows_attacks(session: launcher.Session, folder: Path) -> None:
+    attacked(session, folder, "fedavg", "membership")
+    found = attacked(session, folder, "fedavg", "reconstruction", *FEW, *MASKS)
+    words = ("report", "fedavg", "--text", "true")
+    text = session(*words, cwd=folder).out
+    assert "Which rows were trained on" in text and "shared: model" in text
+    (run,), _ = load_runs([folder / "fedavg"])
+    (section,) = attack_section.sections(run)
+    rows = [row for row in section.tables[1].rows if row[4].text == "masked"]
+    assert [row[5].text for row in rows] == ["reconstruction", "mean of test rows", "drawn test rows"]
+    assert rows[0][6].values == (found["attack"]["mse"],)
+    figure = next(each for each in section.figures if "protection: masked" in each.title)
+    assert drawing.svg(figure).count("<image") == 2
+    for spoilt, message in (("{", "cannot be read"), ("[]", "not the result"), ("{}", "not the result")):
+        (folder / "fedavg" / "attacks" / "spoilt.json").write_text(spoilt)
+        error_message(session(*words, cwd=folder), message)
+    (folder / "fedavg" / "attacks" / "spoilt.json").unlink()
+
+
+def test_images_are_compared_in_their_best_order() -> None:
+    true = torch.rand((3, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(images.matched(true[[2, 0, 1]], true), true)
+    same = images.likeness(true, true)
+    assert (same.mse, same.psnr) == (0, 100) and same.ssim == pytest.approx(1)
+    off = images.likeness(true + 0.1, true)
+    assert off.mse == pytest.approx(0.01) and off.psnr == pytest.approx(20, abs=1e-3) and off.ssim < 1
+    assert np.isnan(images.likeness(true.flatten(1), true.flatten(1)).ssim)
+
+
+# Membership
+
+
+def test_models_that_learnt_by_heart_give_their_members_away(session: launcher.Session, folder: Path) -> None:
+    found = attacked(session, folder, "standalone", "membership")
+    pooled = found["clients"]["pooled"]
+    assert pooled["auc"] > 0.6 and pooled["auc_interval"][0] > 0.5
+    assert (pooled["members"], pooled["others"]) == (320, 80)
+    assert pooled["tpr"] == {"0.001": None, "0.01": None}  # 80 others cannot show either rate
+    assert "no module" in found["shared"]["reason"]
+    result = session("attack", f"standalone/{NAME}", "--kind", "membership", cwd=folder)
+    assert "found at 1 % false positives: needs 100 others, 80 are there" in result.out
+
+
+def test_rows_that_a_model_never_saw_look_alike(folder: Path) -> None:
+    with Checkpoint(folder / "standalone" / NAME) as loaded:
+        loop = evaluation_loop(shared_comm(), loaded, {})
+    federation = loop.federation
+    scores = []
+    for client in range(4):
+        parts = federation.parts(federation.clients[client], loop.state)
+        other = federation.clients[(client + 1) % 4].splits
+        with torch.no_grad():
+            pair = [-membership._losses(federation, other[s], parts.model.eval()) for s in ("train", "test")]
+        scores.append(pair)
+    members, others = (np.concatenate([pair[place] for pair in scores]) for place in (0, 1))
+    assert rates.rates(members, others, 0.0)["auc"] == pytest.approx(0.5, abs=0.08)
+
+
+def test_a_shared_extractor_is_attacked_by_a_probe(session: launcher.Session, folder: Path) -> None:
+    shared = attacked(session, folder, "pfedmoe", "membership")["shared"]
+    assert (shared["part"], shared["head"]) == ("shared", "a probe of the attacker")
+    assert (shared["members"], shared["others"]) == (160, 20) and 0.2 < shared["auc"] < 0.8
+
+
+def test_rates_are_those_of_counting() -> None:
+    others = np.arange(1000.0)
+    members = np.array([999.5, 998.5, 990.5, 500.5, -1.0])
+    found = rates.rates(members, others, 990.0)
+    above = [(others < score).sum() for score in members]
+    assert found["auc"] == pytest.approx(np.mean(above) / 1000)
+    # One other may score as high at 0.1 %, ten at 1 %.
+    assert [found["tpr"][rate]["rate"] for rate in ("0.001", "0.01")] == [2 / 5, 3 / 5]
+    assert found["balanced_accuracy"] == pytest.approx((3 / 5 + 990 / 1000) / 2)
+    low, high = found["auc_interval"]
+    assert low < found["auc"] < high <= 1
+    assert rates.rates(members, others[:99], 0.0)["tpr"] == {"0.001": None, "0.01": None}
+    # Published values of the interval.
+    assert rates.clopper_pearson(0, 10) == pytest.approx([0, 0.3085], abs=1e-4)
+    assert rates.clopper_pearson(5, 10) == pytest.approx([0.1871, 0.8129], abs=1e-4)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("attack needs --kind", [f"fedavg/{NAME}"]),
+        ("--kind", [f"fedavg/{NAME}", "--kind", "poison"]),
+        ("send no gradient", [f"standalone/{NAME}", "--kind", "reconstruction"]),
+        ("clients 0 to 3", [f"fedavg/{NAME}", "--kind", "reconstruction", "--client", "4"]),
+        ("at most 8", [f"fedavg/{NAME}", "--kind", "reconstruction", "--samples", "9"]),
+        (
+            "--train.epochs has no effect",
+            [f"fedavg/{NAME}", "--kind", "reconstruction", "--train.epochs", "2"],
+        ),
+        (
+            "train.optimiser = adam",
+            [f"fedavg/{NAME}", "--kind", "reconstruction", "--train.optimiser", "adam"],
+        ),
+        ("multiple of privacy.clip", [f"fedavg/{NAME}", "--kind", "reconstruction", "--privacy.noise", "1"]),
+        ("not the data", [f"fedavg/{NAME}", "--kind", "membership", "--data.samples", "300"]),
+        ("at least two samples", [f"pfedmoe/{NAME}", "--kind", "reconstruction"]),
+        ("no.h5", ["no.h5", "--kind", "membership"]),
+    ],
+)
+def test_refusals(session: launcher.Session, folder: Path, message: str, words: list[str]) -> None:
+    error_message(session("attack", *words, cwd=folder), message)
+
+
+def test_one_rank(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setenv("PMI_RANK", "0")
+    assert main(["attack", str(folder / "fedavg" / NAME), "--kind", "membership"]) == 2
+    assert "attack runs on one rank" in capsys.readouterr().err
