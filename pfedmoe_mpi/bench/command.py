@@ -5,6 +5,7 @@
     mpirun -n 8 python -m pfedmoe_mpi bench gpu
     python -m pfedmoe_mpi bench start [RANKS]
     python -m pfedmoe_mpi bench wide [RANKS]
+    python -m pfedmoe_mpi bench privacy [NUMBERS]
     mpirun -n 2 python -m pfedmoe_mpi bench --quick
 
 Both sides of a ratio are warmed up, then measured alternately and in alternating order. A time is that of the
@@ -42,10 +43,14 @@ def run(words: list[str], settings: Config, flags: Mapping[str, Any], quick: boo
         from pfedmoe_mpi.bench import wide
 
         return wide.run([word for word in words if word != "wide"])
+    if "privacy" in words:
+        from pfedmoe_mpi.bench import privacy
+
+        return privacy.run([word for word in words if word != "privacy"])
     for word in words:
         if word not in PARTS:
             problem = f"'{word}' is not a part of bench{nearest(word, PARTS)}"
-            raise ConfigError(problem, f"use one of {', '.join((*PARTS, 'start', 'wide'))}")
+            raise ConfigError(problem, f"use one of {', '.join((*PARTS, 'start', 'wide', 'privacy'))}")
     defaults = {**DEFAULTS, **(QUICK if quick else {})}
     settings = config.build({**defaults, **flags, **ALWAYS})
     if settings.algorithm != "pfedmoe" and {"round", "sum"} & set(words):

@@ -14,6 +14,7 @@ import torch
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.algorithms.base import Algorithm, Block
+from pfedmoe_mpi.bench import privacy
 from pfedmoe_mpi.config import methods
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation.loop import Loop
@@ -52,6 +53,8 @@ def test_masks_change_no_bit(tmp_path: Path) -> None:
     rows = loops["lossy"].history
     assert any(row["lost"] for row in rows) and all(row["masks"]["opened"] for row in rows)
     assert loops["standalone"].history[0]["masks"] is None, "nothing is sent"
+    counted, found = privacy.measure(6, 0, 1), loops["fedavg"].history[0]["masks"]["bytes"]
+    assert (counted.sent, counted.received) == (found["up"], found["down"]), "bench counts as a run does"
     few, all_others = (loops[name].history[0]["masks"]["bytes"] for name in ("sparse", "lossy"))
     assert few["up"] < all_others["up"] and few["down"] < all_others["down"]
 
