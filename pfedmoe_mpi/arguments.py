@@ -356,8 +356,8 @@ COMMANDS = {
                 "words",
                 nargs="*",
                 metavar="WHAT",
-                help="any of round, ranks, sum, idle, precision, write, network, gpu; or start [RANKS] or "
-                "wide [RANKS], alone and without mpirun [default those that make sense on these ranks]",
+                help="any of round, ranks, sum, idle, precision, write, network, gpu; or start [RANKS], wide "
+                "[RANKS] or privacy [NUMBERS], without mpirun [default those that suit these ranks]",
             ),
             switch("--quick", "take a minute: less data, fewer repetitions"),
         ),

@@ -24,7 +24,7 @@ from pfedmoe_mpi.privacy.secret_sharing import SHARE
 MEMBERS = (10, 30, 100, 300, 1000)
 SPARSE = 30  # neighbours
 NUMBERS = 100_000  # of a contribution
-SAMPLE = 2  # members that the server opens
+SAMPLE = 5  # members that the server opens
 HEADING = (
     f"{'members':>7}{'neighbours':>12}{'sent, kB':>10}{'received, kB':>14}{'payload, kB':>13}"
     f"{'member, s':>11}{'server, s':>11}{'a tenth missing, s':>20}"

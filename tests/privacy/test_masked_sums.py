@@ -22,6 +22,10 @@ from pfedmoe_mpi.federation.round_sum import RoundSum
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.privacy import graph, secret_sharing, stream
 from pfedmoe_mpi.privacy.masked_sum import Member, Server
+from pfedmoe_mpi.report.load import load_run
+from pfedmoe_mpi.report.run_report import _costs
+from pfedmoe_mpi.run import console, restart
+from support.launcher import SMALL_RUN, Session, read_metrics
 from support.masked_job import digest, make_loop
 from support.mpi_job import run_module
 
@@ -82,6 +86,9 @@ def stopped_after_two(folder: Path) -> str:
     with checkpoint.Checkpoint(folder / "round-000001-partial.h5") as loaded:
         assert len(loaded.finished) == 2 and loaded.partial is not None
         blocks = loaded.partial[1 + 6 * 5 :]
+        for name, change in {"masked": (True, False), "neighbours": (0, 4)}.items():
+            with pytest.raises(ConfigError, match=f"remove --privacy.{name} until the round is done"):
+                restart._check_progress(world(), loaded, loop.federation.config, {f"privacy.{name}": change})
     assert chi_square(blocks.tobytes()) < UNIFORM, "the sum in a checkpoint is masked"
     raw = b"".join(path.read_bytes() for path in folder.iterdir())
     secrets = [
@@ -138,6 +145,18 @@ def test_round_with_too_few_members_counts_as_empty() -> None:
     lossy = trained(privacy__masked=True, faults__dropout=0.5, seed=3, rounds=1)
     row = lossy.history[0]
     assert 0 < len(row["lost"]) < 6 and not row["masks"]["opened"]
+    assert "too few members were left to open: round 1" in console.table(lossy.federation, lossy.history)
+
+
+def test_costs_stand_in_the_output_and_the_report(session: Session, tmp_path: Path) -> None:
+    result = session(*SMALL_RUN, "--privacy.masked", "true", "--run.dir", "run", cwd=tmp_path)
+    assert result.code == 0 and "masked sums, mean of a round: a member sends 0.5 kB" in result.out, (
+        result.err
+    )
+    found = {row[0].text: row[1].values[0] for row in _costs(load_run(tmp_path / "run")).rows}
+    counted = read_metrics(tmp_path / "run")[0]["masks"]
+    assert found["masks, MB up by member"] == counted["bytes"]["up"] / 1e6
+    assert found["masks, seconds of server"] == counted["seconds"]["server"]
 
 
 # Refusals
