@@ -49,7 +49,8 @@ def check(comm: Comm, settings: Config, method: Algorithm, layout: Layout) -> No
     slots = [name for name, block in method.payload(layout.sizes).items() if block.slot]
     first = sorted({1, min(settings.join.round, settings.rounds)})
     sizes = {round: len(method.cohort(round)) for round in first}
-    lonely = [round for round, size in sizes.items() if size == 1]
+    by_chance = settings.privacy.sampling == "poisson"  # such a round then counts as empty
+    lonely = [round for round, size in sizes.items() if size == 1 and not by_chance]
     if slots:
         problem = f"the server of {settings.method} needs each member's own '{slots[0]}', and masks hide it"
     elif method.prepared_size:
