@@ -61,7 +61,9 @@ def run(
     for word in words:
         if word not in PARTS:
             problem = f"'{word}' is not a part of bench{nearest(word, PARTS)}"
-            raise ConfigError(problem, f"use one of {', '.join((*PARTS, 'start', 'wide', 'scale', 'privacy'))}")
+            raise ConfigError(
+                problem, f"use one of {', '.join((*PARTS, 'start', 'wide', 'scale', 'privacy'))}"
+            )
     defaults = {**DEFAULTS, **(QUICK if quick else {})}
     settings = config.build({**defaults, **flags, **ALWAYS})
     if settings.algorithm != "pfedmoe" and {"round", "sum"} & set(words):
