@@ -148,7 +148,7 @@ COMMANDS = {
         mpi=True,
     ),
     "attack": Command(
-        "Try to tell training rows, or to rebuild samples, from what a checkpoint gives away.",
+        "Measure what a checkpoint and a contribution give away.",
         (
             CHECKPOINT,
             argument(
@@ -157,6 +157,13 @@ COMMANDS = {
                 choices=("membership", "reconstruction"),
                 help="membership: which rows were trained on; reconstruction: a client's samples from one "
                 "contribution",
+            ),
+            argument(
+                "--shadows",
+                type=number,
+                default=0,
+                metavar="N",
+                help="membership: train N more runs of as many rounds for the likelihood ratio [default 0]",
             ),
             argument(
                 "--client",

@@ -148,7 +148,7 @@ def attack(given: Namespace) -> int:
     from pfedmoe_mpi.attack import command
 
     flags = command.AttackFlags(
-        given.kind, given.client, given.samples, given.trials, given.steps, given.json
+        given.kind, given.shadows, given.client, given.samples, given.trials, given.steps, given.json
     )
     return command.run(Path(given.source), flags, given.settings)
 

@@ -1,8 +1,9 @@
 """FedEM: every client's data are a mixture of M shared components, with weights that it finds by EM.
 
 Marfoq, Neglia, Bellet, Kameni, Vidal: "Federated Multi-Task Learning under a Mixture of Distributions",
-NeurIPS 2021, arXiv 2108.10252, Algorithm 1. ℓ is the cross-entropy and θ_m are the components' parameters. A
-client with weights π_t, at first 1/M each, receives all θ_m and does
+NeurIPS 2021, arXiv 2108.10252. Written from its abstract and the authors' code, without equation numbers.
+ℓ is the cross-entropy and θ_m are the components' parameters. A client with weights π_t, at first 1/M each,
+receives all θ_m and does
 
     E step  q_s(m) ∝ π_tm exp(−ℓ(h_θm(x_s), y_s))                        for each of its n_t samples s
     M step  π_tm = (1/n_t) Σ_s q_s(m)        θ_tm by SGD on (1/n_t) Σ_s q_s(m) ℓ(h_θm(x_s), y_s)
@@ -40,10 +41,11 @@ from pfedmoe_mpi.core.turn import Turn
 
 class Options(Section):
     components: int = Field(3, ge=2)
-    """Number of components M, all sent to every client. Default: the paper's experiments."""
+    """Number of components M, all sent to every client. Default: the authors' commands."""
 
 
 class FedEM(Algorithm):
+    beyond_gradients = "clients weigh their samples and components by the losses of all samples"
     homogeneous = True
 
     def __init__(self, task: Task) -> None:

@@ -26,9 +26,10 @@ FOLDER = "attacks"  # of a run folder
 
 @dataclass(frozen=True)
 class AttackFlags:
-    """The command's own flags; `client`, `samples`, `trials` and `steps` are of a reconstruction."""
+    """The command's own flags; `shadows` is of membership, the others of a reconstruction."""
 
     kind: str
+    shadows: int
     client: int | None
     samples: int
     trials: int
@@ -86,9 +87,9 @@ def _attack(
         )
     facts = {"kind": flags.kind, "round": loaded.round, "method": loop.federation.config.method}
     if flags.kind == "membership":
-        return {**facts, **membership.attack(loop)}
-    protection.check(loop.federation.config.privacy)
-    facts["protection"] = protection.summary(loop.federation.config.privacy)
+        return {**facts, **membership.attack(loop, flags.shadows)}
+    protection.check(loop.federation)
+    facts["protection"] = protection.summary(loop.federation)
     client, role = reconstruction.check(loop, flags.client, flags.samples)
     run_attack = partial(reconstruction.attack, loop, client, role)
     return {**facts, **run_attack(flags.samples, flags.trials, flags.steps)}

@@ -67,7 +67,8 @@ def take(loop: Loop, client: int, role: str, samples: int, trial: int) -> Contri
     one = replace(whole, splits={**whole.splits, "train": chosen})
     try:
         values = _step(loop, one, role)
-        total = protected(loop, client, role, values, trial)
+        position = federation.method.cohort(round).index((client, role))
+        total = protected(loop, position, values, trial)
     except NotFiniteError as error:
         raise ConfigError(
             f"the step of client {client} in round {round}: {error}", "use a lower --train.lr"

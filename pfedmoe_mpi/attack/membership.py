@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pfedmoe_mpi.attack import shadows as lira
 from pfedmoe_mpi.attack.rates import rates
 from pfedmoe_mpi.attack.target import shared_parts
 from pfedmoe_mpi.core.batches import Split
@@ -39,8 +40,11 @@ def trained_clients(loop: Loop, *left_out: str) -> list[int]:
     return sorted(found)
 
 
-def attack(loop: Loop) -> dict[str, Any]:
+def attack(loop: Loop, shadows: int) -> dict[str, Any]:
     """Return what the attack reaches on the clients' models, and on the shared part if there is one.
+
+    Args:
+        shadows: number of shadow runs to train for the likelihood ratio; 0 for none.
 
     Raises:
         ConfigError: no client has trained or has test rows, or the training rows change between rounds.
@@ -60,7 +64,10 @@ def attack(loop: Loop) -> dict[str, Any]:
     ]
     if not clients:
         raise ConfigError("no client has trained and has test rows", "name a checkpoint of a later round")
-    return {"clients": _clients(loop, clients), "shared": _shared(loop)}
+    found = {"clients": _clients(loop, clients), "shared": _shared(loop)}
+    if shadows:
+        found["clients"]["likelihood_ratio"] = lira.attack(loop, clients, shadows, _losses_of_client)
+    return found
 
 
 # The clients' models

@@ -24,6 +24,9 @@ def _membership(result: Mapping[str, Any]) -> list[str]:
     if len(rows) > MOST_ROWS:
         lines.append(f"… {len(rows) - MOST_ROWS} more clients; --json true prints all")
     lines += ["", "clients' models, all clients together", *_details(found["pooled"])]
+    ratio = found.get("likelihood_ratio")
+    if ratio:
+        lines += ["", f"by likelihood ratio with {ratio['shadows']} shadow runs", *_details(ratio)]
     shared = result["shared"]
     if "reason" in shared:
         return [*lines, "", f"shared part: not attacked, {shared['reason']}"]

@@ -1,8 +1,8 @@
-"""The cost of training a client, relative to others, and in multiply-adds."""
+"""The cost of training a client, relative to others."""
 
 from __future__ import annotations
 
-from pfedmoe_mpi.algorithms.base import Algorithm, Task
+from pfedmoe_mpi.algorithms.base import Task
 from pfedmoe_mpi.models.cost import multiply_adds
 
 
@@ -23,18 +23,3 @@ def client_costs(task: Task) -> list[float]:
 def _cost(task: Task, name: str) -> float:
     """Return the multiply-adds of one sample through an architecture's extractor."""
     return multiply_adds(task.extractor(name).build(), task.shape, bool(task.vocabulary))
-
-
-def sample_costs(task: Task, method: Algorithm) -> list[float]:
-    """Return, by client, the multiply-adds of one training sample forward through all models that it runs.
-
-    Extra heads and gates are not counted: they are below a hundredth of a convolutional extractor.
-    """
-    by_kind: dict[str, float] = {}
-    for name in {*task.pool, task.shared}:
-        cost = _cost(task, name)
-        by_kind |= {part.kind: cost for part in (task.model(name), task.extractor(name))}
-    shared = sum(by_kind.get(part.kind, 0.0) for part in method.state().values())
-    specs = [method.client_state(k) for k in range(min(task.clients, len(task.pool)))]
-    sums = [shared + sum(by_kind.get(part.kind, 0.0) for part in spec.values()) for spec in specs]
-    return [sums[k % len(sums)] for k in range(task.clients)]

@@ -59,6 +59,8 @@ def _members(results: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for result in results:
         found = {"of the clients": result["clients"]["pooled"]}
+        if "likelihood_ratio" in result["clients"]:
+            found["of the clients, likelihood ratio"] = result["clients"]["likelihood_ratio"]
         if "reason" not in result["shared"]:
             found[f"shared: {result['shared']['part']}"] = result["shared"]
         for name, row in found.items():

@@ -314,7 +314,7 @@ def targets(comparison: Comparison, target: float | None) -> Table:
     if target is None:
         notes.append("left out: targets that every run of a setting reached in its first measured round")
     notes += [
-        "dash: not every seed reached it; MB: up and down, all clients; GFLOP: an estimate",
+        "dash: not every seed reached it; MB: up and down, all clients; GFLOP: training by clients",
     ]
     return Table("target", "Rounds and bytes to a target accuracy", columns, rows, notes)
 

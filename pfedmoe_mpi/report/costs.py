@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pfedmoe_mpi.config.sections import Train
 from pfedmoe_mpi.report.load import Run
 
-# Per multiply-add and sample: a multiplication and an addition, once forward and twice backward.
+# Of runs of an earlier version, per multiply-add and sample: two operations, once forward and twice backward.
 OPERATIONS = 6
 MOST_TARGETS = 6  # accuracies of a table without --target
 STEPS = (1, 2, 5, 10, 20)  # per cent from one of them to the next
@@ -46,21 +47,44 @@ def traffic(run: Run) -> list[Traffic]:
 
 
 def operations(run: Run) -> list[float] | None:
-    """Estimate the floating-point operations of each round's training; None if not recorded."""
-    per_sample = run.started_with("multiply_adds")
-    if not per_sample or len(per_sample) != run.clients:
+    """Return the floating-point operations of each round's client steps; None if not recorded.
+
+    `federation.operations` says what is counted; runs of an earlier version recorded an estimate.
+    """
+    recorded = run.started_with("operations") or _of_earlier_version(run)
+    if not recorded or len(recorded["clients"]) != run.clients:
         return None
     names = ("epochs", "steps", "batch", "accumulate")
     train = Train(**{name: run.config[f"train.{name}"] for name in names if f"train.{name}" in run.config})
+    met: set[int] = set()
+    by_round = []
+    for row in run.history:
+        samples = row["clients"]["samples"]
+        total = 0.0
+        for client in row["cohort"] if samples else ():
+            kind = recorded["kinds"][recorded["clients"][client]]
+            trained, batches = _trained(train, samples[client])
+            total += kind["fixed"] + kind["epoch"] * trained + kind["batch"] * batches
+            total += samples[client] * (kind["row"] + kind["once"] * (client not in met))
+        met.update(row["cohort"])
+        by_round += [total] if samples else []
+    return by_round
 
-    def of_client(client: int, rows: int) -> float:
-        return float(per_sample[client] * rows * train.passes(rows))
 
-    return [
-        OPERATIONS * sum(of_client(k, samples[k]) for k in row["cohort"])
-        for row in run.history
-        if (samples := row["clients"]["samples"])
-    ]
+def _trained(train: Train, rows: int) -> tuple[int, int]:
+    """Return how many rows a client step trains, each as often as it is trained, and in how many batches."""
+    updates = train.updates(rows)
+    epochs, more = divmod(train.steps, updates) if train.steps else (train.epochs, 0)
+    batches = max(1, rows // train.batch + (rows % train.batch > 1))
+    return epochs * rows + more * train.batch * train.accumulate, epochs * batches + more * train.accumulate
+
+
+def _of_earlier_version(run: Run) -> dict[str, Any] | None:
+    """Return the estimate from the multiply-adds of a sample's forward pass; None without."""
+    each = run.started_with("multiply_adds")
+    none = {"fixed": 0, "row": 0, "batch": 0, "once": 0}
+    kinds = [{**none, "epoch": OPERATIONS * one} for one in each or ()]
+    return {"kinds": kinds, "clients": list(range(len(kinds)))} if kinds else None
 
 
 @dataclass(frozen=True)

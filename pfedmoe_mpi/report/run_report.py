@@ -44,8 +44,8 @@ from pfedmoe_mpi.report.tables import (
 # Fields left out of the details in the table of events: its own columns, and what other tables show.
 OMITTED = (
     *("time", "event", "round", "host", "hosts", "pid"),
-    *("samples", "data_digest", "partition_digest", "class_counts", "multiply_adds", "client_names"),
-    *("class_names", "numbers"),
+    *("samples", "data_digest", "partition_digest", "class_counts", "client_names"),
+    *("class_names", "numbers", "operations", "multiply_adds"),
 )
 # Why a client was left out of a sum, by the row's list that names it.
 LEFT_OUT = (("dropped", "not finite"), ("lost", "lost before the sum"), ("late", "after the deadline"))
@@ -113,6 +113,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     tuned = (run.selected.get("accuracy_tuned") or {}).get("mean")
     facts += [] if unseen is None else [("accuracy, unseen clients", percent(unseen).text + " %")]
     facts += [] if tuned is None else [("unseen clients, tuned", percent(tuned).text + " %")]
+    privacy = run.last.get("privacy")
+    if privacy:
+        epsilon = "infinite" if privacy["epsilon"] is None else f"{privacy['epsilon']:.3g}"
+        facts.append((f"ε of a {privacy['unit']} at δ = {privacy['delta']:g}", epsilon))
     drift = run.last.get("drift")
     if drift:
         rounds = drift["recovery"]

@@ -216,11 +216,11 @@ def _reporter(world: Comm, start: Start, federation: Federation) -> Reporter:
 
 def _report_facts(federation: Federation) -> dict[str, Any]:
     """Return what reports need: digests of data and partition, how many numbers are trained and frozen if
-    any are, the classes' names, and by client the training samples by class, multiply-adds and names.
+    any are, the classes' names, and by client the training samples by class, operations and names.
 
     What is by client is left out if there are too many numbers for a figure.
     """
-    from pfedmoe_mpi.federation.costs import sample_costs
+    from pfedmoe_mpi.federation import operations
     from pfedmoe_mpi.federation.federation import named_classes
 
     counts, names = federation.task.counts, federation.partition.client_names
@@ -237,10 +237,11 @@ def _report_facts(federation: Federation) -> dict[str, Any]:
         facts["class_names"] = list(classes)
     if counts.size > MOST_COUNTS:
         return facts
-    facts |= {
-        "class_counts": counts.tolist(),
-        "multiply_adds": sample_costs(federation.task, federation.method),
-    }
+    facts["class_counts"] = counts.tolist()
+    try:
+        facts["operations"] = operations.record(federation)
+    except Exception as error:  # of code of the user's own, which need not train on zeros
+        LOGGER.warning("the operations of a client step were not counted: %r", error)
     return {**facts, "client_names": list(names)} if names else facts
 
 

@@ -41,6 +41,7 @@ SAMPLE: dict[str, Any] = {
 REFUSED = {
     "fd": "mean outputs",
     "fedapen": "held-out samples",
+    "fedem": "losses of all samples",
     "fedgh": "mean representations",
     "fedjets": "embeddings",
     "fedkd": "mean errors",

@@ -209,7 +209,7 @@ def posterior(components: Sequence[nn.Module], weights: Tensor, x: Tensor, y: Te
 
 
 def fedem(components: Sequence[nn.Module], weights: list[Tensor], course: Course) -> list[Round]:
-    """Marfoq et al. 2021, algorithm 1; `weights` holds the clients' π_t, and is changed here."""
+    """Marfoq et al. 2021; `weights` holds the clients' π_t, and is changed here."""
 
     def answer(own: Sequence[nn.Module], k: int) -> Predict:
         return lambda x: sum(w * m(x).softmax(1) for w, m in zip(weights[k], own, strict=True)).log()

@@ -71,7 +71,7 @@ def test_report_is_one_page_with_figures_and_tables(run_command: Callable[..., R
 
 def test_report_works_without_gate_and_class_counts(run_command: Callable[..., Result], both: Path) -> None:
     lines = read_events(both / "standalone")
-    del lines[0]["class_counts"], lines[0]["multiply_adds"]
+    del lines[0]["class_counts"], lines[0]["operations"]
     (both / "standalone" / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run_command("report", both / "standalone", "--out", "out")
     names = {path.stem for path in (both.parent / "out" / "figures").iterdir()}

@@ -85,9 +85,11 @@ def traffic(history: list[dict[str, Any]]) -> np.ndarray:
 
 def operations(run: Path) -> np.ndarray:
     """Return the floating-point operations of each round's training."""
-    each = read_events(run)[0]["multiply_adds"]
+    recorded = read_events(run)[0]["operations"]
+    each = [recorded["kinds"][kind]["epoch"] for kind in recorded["clients"]]
+    assert min(each) > 1e4, "one epoch a round, and nothing besides"
     return np.array(
-        [6 * sum(each[k] * row["clients"]["samples"][k] for k in row["cohort"]) for row in read_metrics(run)]
+        [sum(each[k] * row["clients"]["samples"][k] for k in row["cohort"]) for row in read_metrics(run)]
     )
 
 

@@ -40,11 +40,11 @@ def make_runs(session: Session, folder: Path) -> Path:
 
 
 def add_class_counts(run: Path) -> None:
-    """Add class counts and operations to the start event where the run did not record them."""
+    """Add class counts to the start event where the run did not record them."""
     lines = read_events(run)
     if "class_counts" not in lines[0]:
         counts = class_counts(run)
-        lines[0] |= {"class_counts": counts.tolist(), "multiply_adds": [1e6 + k for k in range(len(counts))]}
+        lines[0] |= {"class_counts": counts.tolist()}
         (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
