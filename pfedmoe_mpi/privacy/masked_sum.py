@@ -25,8 +25,9 @@ than t of the holders of a member's shares, learns nothing of that member's cont
 server that lies is not covered: the signatures and the consistency check of figure 4 are left out.
 
 What is simulated: keys are drawn by address from the run's seed, so that a run repeats, and a restart
-continues an interrupted round without a key on the disk. Whoever knows the seed knows all masks; in a
-deployment the operating system draws the keys, and a client keeps them until the round ends. Ranks play the
+continues an interrupted round without a key on the disk. Whoever knows the seed knows all masks, and two runs
+with one seed and other settings use the same masks for other vectors. In a deployment the operating system
+draws the keys, and a client keeps them until the round ends. Ranks play the
 clients that they train, and all of them play the server. The arithmetic, the messages, their bytes and their
 time are real. The members' flags and metrics (loss, accuracy, bytes) beside a contribution are the
 simulation's own measurements.
