@@ -101,6 +101,23 @@ def stopped_after_two(folder: Path) -> str:
     return digest(trained())
 
 
+def test_sum_in_a_checkpoint_stays_masked_after_it_was_opened(tmp_path: Path) -> None:
+    """A stop in the evaluation keeps the masked sum, and the restart opens it once."""
+    loop = make_loop(world().split(0), tmp_path, privacy__masked=True)
+
+    def stop(round: int, clients: object) -> None:
+        loop.comm.signal_received = signal.SIGUSR1
+
+    loop._observer.dropped = stop  # type: ignore[method-assign]
+    assert not loop.run()
+    again = make_loop(world(), privacy__masked=True)
+    with checkpoint.Checkpoint(tmp_path / "round-000001-partial.h5") as loaded:
+        assert len(loaded.finished) == 6 and loaded.partial is not None
+        assert chi_square(loaded.partial[1 + 6 * 5 :].tobytes()) < UNIFORM
+        again.resume(loaded)
+    assert again.run() and digest(again) == digest(trained())
+
+
 # The wire
 
 UNIFORM = 400.0  # of chi-square with 255 degrees of freedom: more has a probability of 1e-8
