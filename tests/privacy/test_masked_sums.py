@@ -33,6 +33,10 @@ REFUSED = {"fd", "fedgh", "fedtgp"}
 SUMMED = [name for name in methods.names() if name not in REFUSED]
 LOSSY = {"faults__dropout": 0.15, "rounds": 3, "clients": 8, "seed": 2}
 SPARSE = {"privacy__neighbours": 4}
+# Half of the clients in a cohort: on three ranks some are lent.
+DRIFT = {"stream__kind": "recurring", "stream__round": 1, "join__share": 0.4, "join__round": 2, "rounds": 2}
+DRIFT |= {"participation": 0.5, "clients": 10}
+NOISE = {"algorithm": "fedavg", "privacy__clip": 1.0, "privacy__noise": 0.5}
 
 world = cache(comm.start)
 
@@ -49,7 +53,7 @@ def trained(folder: Path | None = None, **changes: Any) -> Loop:
 def test_masks_change_no_bit(tmp_path: Path) -> None:
     """Every method that sums, with dropouts, on a sparse graph and after a stop, on 1 and on 3 ranks."""
     runs: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in SUMMED}
-    runs |= {"lossy": LOSSY, "sparse": {**SPARSE, "clients": 8}}
+    runs |= {"lossy": LOSSY, "sparse": {**SPARSE, "clients": 8}, "drift": DRIFT, "noise": NOISE}
     plain = {name: digest(trained(**changes)) for name, changes in runs.items()}
     masked = {name: {**changes, "privacy__masked": True} for name, changes in runs.items()}
     loops = {name: trained(**changes) for name, changes in masked.items()}
