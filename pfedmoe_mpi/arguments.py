@@ -98,6 +98,9 @@ PRESET = argument(
 )
 OUT = argument("out", metavar="OUT.h5", help="the file to write, which must not exist")
 CHECKPOINT = argument("source", metavar="CHECKPOINT.h5", help="a checkpoint of a run")
+REBUILT = "reconstruction"
+BATCH = f"{REBUILT}: samples in a batch"
+SHADOWS = "membership: train N more runs of as many rounds for the likelihood ratio [default 0]"
 SHELLS = ("bash", "zsh", "tcsh")
 FILES = ("PATH", "FOLDER", "DIR", "OUT", ".h5", ".toml")  # in the names of arguments that are files
 
@@ -155,42 +158,16 @@ COMMANDS = {
                 "--kind",
                 required=True,
                 choices=("membership", "reconstruction"),
-                help="membership: which rows were trained on; reconstruction: a client's samples from one "
-                "contribution",
+                help="which rows were trained on, or a client's samples from one contribution",
+            ),
+            argument("--shadows", type=number, default=0, metavar="N", help=SHADOWS),
+            argument("--client", type=number, metavar="K", help=f"{REBUILT}: the client [default first]"),
+            argument("--samples", type=several, default=1, metavar="B", help=f"{BATCH}: 1 to 8 [default 1]"),
+            argument(
+                "--trials", type=several, default=4, metavar="N", help=f"{REBUILT}: batches [default 4]"
             ),
             argument(
-                "--shadows",
-                type=number,
-                default=0,
-                metavar="N",
-                help="membership: train N more runs of as many rounds for the likelihood ratio [default 0]",
-            ),
-            argument(
-                "--client",
-                type=number,
-                metavar="K",
-                help="reconstruction: the client [default the first of the next cohort]",
-            ),
-            argument(
-                "--samples",
-                type=several,
-                default=1,
-                metavar="B",
-                help="reconstruction: samples in the batch of the step, at most 8 [default 1]",
-            ),
-            argument(
-                "--trials",
-                type=several,
-                default=4,
-                metavar="N",
-                help="reconstruction: contributions attacked, each of another batch [default 4]",
-            ),
-            argument(
-                "--steps",
-                type=several,
-                default=300,
-                metavar="N",
-                help="reconstruction: steps of the descent [default 300]",
+                "--steps", type=several, default=300, metavar="N", help=f"{REBUILT}: descent [default 300]"
             ),
             switch("--json", "print JSON instead of a table"),
         ),
@@ -363,12 +340,16 @@ COMMANDS = {
                 "words",
                 nargs="*",
                 metavar="WHAT",
-                help="any of round, ranks, sum, idle, precision, write, network, gpu; or start [RANKS], wide "
-                "[RANKS] or privacy [NUMBERS], without mpirun [default those that suit these ranks]",
+                help="any of round, ranks, sum, idle, precision, write, network, gpu; or start [RANKS], "
+                "wide [RANKS], scale [PART...] [RANKS] or privacy [NUMBERS], alone and without mpirun "
+                "[default those that make sense on these ranks]",
+            ),
+            argument(
+                "--figure", default="", metavar="FILE", help="scale: draw cost against clients (.svg, .png)"
             ),
             switch("--quick", "take a minute: less data, fewer repetitions"),
         ),
-        ("bench --quick", "bench round --train.batch 64", "bench start 16", "bench wide 64"),
+        ("bench --quick", "bench round --train.batch 64", "bench wide 64", "bench scale"),
         settings=True,
         mpi=True,
     ),

@@ -245,7 +245,7 @@ def bench(given: Namespace) -> int:
     settings = config.build(given.settings)
     from pfedmoe_mpi.bench import command
 
-    return command.run(given.words, settings, given.settings, given.quick)
+    return command.run(given.words, settings, given.settings, given.quick, given.figure)
 
 
 def conformance(given: Namespace) -> int:

@@ -67,6 +67,10 @@ def _attack(
     """
     from pfedmoe_mpi.attack import contribution, membership, protection, reconstruction
 
+    if flags.kind == "membership" and flags.client is not None:
+        raise ConfigError("--client has no effect with --kind membership", "remove --client")
+    if flags.kind == "reconstruction" and flags.shadows:
+        raise ConfigError("--shadows has no effect with --kind reconstruction", "remove --shadows")
     if loaded.partial is not None:
         raise CheckpointError(
             f"{loaded.path} was written in the middle of round {loaded.round + 1}",

@@ -5,6 +5,7 @@
     mpirun -n 8 python -m pfedmoe_mpi bench gpu
     python -m pfedmoe_mpi bench start [RANKS]
     python -m pfedmoe_mpi bench wide [RANKS]
+    python -m pfedmoe_mpi bench scale [clients] [writers] [fedavg] [restart] [RANKS] [--figure FILE.svg]
     python -m pfedmoe_mpi bench privacy [NUMBERS]
     mpirun -n 2 python -m pfedmoe_mpi bench --quick
 
@@ -29,7 +30,9 @@ from pfedmoe_mpi.mpi import session
 from pfedmoe_mpi.mpi.comm import Comm
 
 
-def run(words: list[str], settings: Config, flags: Mapping[str, Any], quick: bool = False) -> int:
+def run(
+    words: list[str], settings: Config, flags: Mapping[str, Any], quick: bool = False, figure: str = ""
+) -> int:
     """Measure the parts named by `words` (default: those that make sense on these ranks); print the table.
 
     Raises:
@@ -43,14 +46,24 @@ def run(words: list[str], settings: Config, flags: Mapping[str, Any], quick: boo
         from pfedmoe_mpi.bench import wide
 
         return wide.run([word for word in words if word != "wide"])
+    if "scale" in words:
+        from pfedmoe_mpi.bench import scale
+
+        return scale.run([word for word in words if word != "scale"], flags, quick, figure)
     if "privacy" in words:
         from pfedmoe_mpi.bench import privacy
 
         return privacy.run([word for word in words if word != "privacy"])
+    if figure:
+        raise ConfigError(
+            "--figure is drawn by bench scale alone", "pfedmoe-mpi bench scale --figure cost.svg"
+        )
     for word in words:
         if word not in PARTS:
             problem = f"'{word}' is not a part of bench{nearest(word, PARTS)}"
-            raise ConfigError(problem, f"use one of {', '.join((*PARTS, 'start', 'wide', 'privacy'))}")
+            raise ConfigError(
+                problem, f"use one of {', '.join((*PARTS, 'start', 'wide', 'scale', 'privacy'))}"
+            )
     defaults = {**DEFAULTS, **(QUICK if quick else {})}
     settings = config.build({**defaults, **flags, **ALWAYS})
     if settings.algorithm != "pfedmoe" and {"round", "sum"} & set(words):

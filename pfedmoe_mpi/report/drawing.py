@@ -186,3 +186,11 @@ def save(figure: Figure, folder: Path) -> None:
         canvas = _draw(figure, PAPER)
         canvas.savefig(folder / f"{figure.name}.png", dpi=300, metadata={"Software": None})
         canvas.savefig(folder / f"{figure.name}.pdf", metadata={"CreationDate": None})
+
+
+def save_as(figure: Figure, path: Path) -> None:
+    """Write a figure, on white, in the format of the file's name."""
+    import matplotlib
+
+    with matplotlib.rc_context({**_settings(PAPER), "savefig.facecolor": "white"}):
+        _draw(figure, PAPER).savefig(path, dpi=300)

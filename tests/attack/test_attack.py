@@ -55,10 +55,12 @@ def test_a_contribution_shows_its_sample_unless_it_is_protected(
     kept = folder / "fedavg" / "attacks" / "reconstruction-round-000001-client-0-samples-1-none.json"
     assert json.loads(kept.read_text()) == plain
     assert plain == attacked(session, folder, "fedavg", "reconstruction", *FEW)
-    assert plain["attack"]["psnr"] > 20 and plain["attack"]["ssim"] > 0.9
+    assert plain["attack"]["psnr"] > 60 and plain["attack"]["ssim"] > 0.9
     assert plain["attack"]["mse"] < plain["mean"]["mse"] / 4 < plain["guess"]["mse"]
     shown = [np.array(pair[name]) for pair in plain["images"] for name in ("true", "found")]
     assert len(shown) == 2 and np.abs(shown[0] - shown[1]).mean() < 20
+    decayed = attacked(session, folder, "fedavg", "reconstruction", *FEW, "--train.weight_decay", "1")
+    assert decayed["attack"]["psnr"] > 60
     pair = attacked(session, folder, "fedavg", "reconstruction", *FEW[:2], "--steps", "200", "--samples", "2")
     assert pair["attack"]["ssim"] > 0.7 and pair["attack"]["mse"] < pair["mean"]["mse"] / 2  # by descent
     for protection, flags in (("masked", MASKS), ("clip = 0.1 per client with noise 1 × clip", NOISE)):
@@ -192,6 +194,8 @@ def test_rates_are_those_of_counting() -> None:
             [f"fedavg/{NAME}", "--kind", "reconstruction", "--privacy.unit", "sample", "--privacy.clip", "1"],
         ),
         ("not the data", [f"fedavg/{NAME}", "--kind", "membership", "--data.samples", "300"]),
+        ("--shadows has no effect", [f"fedavg/{NAME}", "--kind", "reconstruction", "--shadows", "9"]),
+        ("--client has no effect", [f"fedavg/{NAME}", "--kind", "membership", "--client", "1"]),
         ("only 5 shadow runs", [f"standalone/{NAME}", "--kind", "membership", "--shadows", "4"]),
         ("at least two samples", [f"pfedmoe/{NAME}", "--kind", "reconstruction"]),
         ("no.h5", ["no.h5", "--kind", "membership"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -204,6 +205,12 @@ def test_one_rank_prints_only_single_rank_rows(tmp_path: Path) -> None:
         (0, ("start", "many"), "takes a number of ranks"),
         (2, ("wide",), "launches ranks itself"),
         (0, ("wide", "0"), "takes the largest number of ranks"),
+        (2, ("scale",), "launches ranks itself"),
+        (0, ("scale", "writer"), "did you mean 'writers'"),
+        (0, ("scale", "1", "2"), "one number of ranks"),
+        (0, ("scale", "fedavg", "--figure", "c.svg"), "add clients"),
+        (0, ("scale", "--figure", "c.txt"), "is not a file .svg"),
+        (0, ("sum", "--figure", "c.svg"), "by bench scale alone"),
     ],
 )
 def test_impossible_benchmarks_are_refused(
@@ -273,3 +280,40 @@ def test_both_sides_are_warmed_up_then_alternated() -> None:
 )
 def test_target_is_met_or_missed(ratio: float, at_least: bool, shown: str) -> None:
     assert Line("x", "1 s", "1 s", ratio, 1.1, at_least).text().endswith(shown)
+
+
+def test_thousands_of_clients_are_measured(tmp_path: Path) -> None:
+    """All parts at a small size: the table, the figure, and a run that is stopped and restarted."""
+    result = run_program(0, "bench", "scale", "1", "--quick", "--figure", "c.svg", cwd=tmp_path, timeout=240)
+    assert result.code == 0, result.err
+    columns = (
+        "clients",
+        "setup",
+        "round",
+        "first",
+        "evaluation",
+        "checkpoint",
+        "written",
+        "changed",
+        "memory",
+    )
+    assert [column in result.out.splitlines()[1] for column in columns] == [True] * len(columns)
+    rows = [
+        line.split() for line in result.out.splitlines() if line.startswith(("clients", "writers", "fedavg"))
+    ]
+    assert [cells[:2] for cells in rows] == [
+        ["clients", "20"],
+        ["clients", "60"],
+        ["writers", "6"],
+        ["fedavg", "200"],
+    ]
+    assert all(float(value.replace(",", "")) > 0 for cells in rows[:2] for value in cells[1:3])
+    assert [len(cells) for cells in rows] == [10, 10, 9, 8], (
+        "only the first are compared; fedavg changes no client"
+    )
+    assert "<svg" in (tmp_path / "c.svg").read_text() and os.listdir(tmp_path) == ["c.svg"]
+    said = result.out[result.out.index("restart ") :]
+    assert re.search(
+        r"stopped with round-\d+(-partial)?\.h5, restarted on 2 rank\(s\): the undisturbed digest", said
+    )
+    assert "≤ 4 GB met" in said

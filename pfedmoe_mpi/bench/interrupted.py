@@ -1,0 +1,81 @@
+"""A run that is stopped in mid-round and restarted on another rank count, and the same run undisturbed."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi.bench import jobs
+from pfedmoe_mpi.bench.progress import announce
+from pfedmoe_mpi.bench.start import launcher
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.commands import inspect
+from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED
+from pfedmoe_mpi.storage import untrusted_json
+
+LIMIT = 7200.0  # seconds for one job
+MEASURED = 0.01  # of the clients, after the last round
+
+
+def compare(place: Path, ranks: int, settings: Mapping[str, Any], stop: int, most: float) -> Iterator[str]:
+    """Run, stop in the round after `stop`, restart, and yield lines on what came out.
+
+    Args:
+        place: a folder for both runs.
+        most: bytes of a rank that are allowed.
+    """
+    rounds = {"eval.every": settings["rounds"], "eval.clients": MEASURED, "run.checkpoint_every": stop // 2}
+    flags = [f"--{name}={value}" for name, value in {**settings, **rounds}.items()]
+    program = ["-m", "pfedmoe_mpi"]
+    announce(f"restart: {settings['clients']:,} clients, undisturbed on {ranks} rank(s)")
+    whole, broken = place / "undisturbed", place / "stopped"
+    started = time.perf_counter()
+    jobs.run([*launcher(ranks), *program, *flags, f"--run.dir={whole}"], LIMIT)
+    yield f"restart   {settings['rounds']} rounds of {settings['clients']:,} clients on {ranks} rank(s): " + (
+        f"{time.perf_counter() - started:.0f} s"
+    )
+    announce(f"restart: stopped in round {stop + 1}")
+    code, _ = jobs.run(
+        [*launcher(ranks), *program, *flags, f"--run.dir={broken}"],
+        LIMIT,
+        _stopper(stop),
+        (EXIT_DONE, EXIT_STOPPED),
+    )
+    newest = checkpoint.newest_first(broken / "checkpoints")[0].name
+    stopped = f"stopped with {newest}" if code == EXIT_STOPPED else "finished before the stop"
+    other = 1 if ranks > 1 else 2
+    announce(f"restart: on {other} rank(s)")
+    jobs.run(
+        [*launcher(other), *program, "restart", str(broken)], LIMIT, codes=(EXIT_DONE,) if code else (0, 2)
+    )
+    digests = [_digest(run / "checkpoints") for run in (whole, broken)]
+    same = "the undisturbed digest" if digests[0] == digests[1] else "ANOTHER DIGEST"
+    yield f"restart   {stopped}, restarted on {other} rank(s): {same} {digests[1][:16]}…"
+    rows = [row for run in (whole, broken) for row in untrusted_json.read_lines(run / "metrics.jsonl")]
+    memory = max(row["rss_mb"] for row in rows) * 2**20
+    verdict = "met" if memory <= most else "missed"
+    yield f"restart   memory of the largest rank {memory / 2**30:.2f} GB, ≤ {most / 2**30:g} GB {verdict}"
+
+
+def _stopper(stop: int) -> Any:
+    """Return a reader of a job's output that stops it within the round after `stop`."""
+    times = [time.perf_counter()]
+
+    def read(process: jobs.Process, line: str) -> None:
+        if not line.startswith("round "):
+            return
+        times.append(time.perf_counter())
+        if line.startswith(f"round {stop}/"):
+            time.sleep((times[-1] - times[1]) / stop / 3)  # a third of a round
+            process.send_signal(signal.SIGUSR1)
+
+    return read
+
+
+def _digest(folder: Path) -> str:
+    with Checkpoint(checkpoint.newest_first(folder)[0]) as loaded:
+        return inspect.digest(loaded)
