@@ -33,6 +33,10 @@ REFUSED = {"fd", "fedgh", "fedtgp"}
 SUMMED = [name for name in methods.names() if name not in REFUSED]
 LOSSY = {"faults__dropout": 0.15, "rounds": 3, "clients": 8, "seed": 2}
 SPARSE = {"privacy__neighbours": 4}
+# Half of the clients in a cohort: on three ranks some are lent.
+DRIFT = {"stream__kind": "recurring", "stream__round": 1, "join__share": 0.4, "join__round": 2, "rounds": 2}
+DRIFT |= {"participation": 0.5, "clients": 10}
+NOISE = {"algorithm": "fedavg", "privacy__clip": 1.0, "privacy__noise": 0.5}
 
 world = cache(comm.start)
 
@@ -49,7 +53,7 @@ def trained(folder: Path | None = None, **changes: Any) -> Loop:
 def test_masks_change_no_bit(tmp_path: Path) -> None:
     """Every method that sums, with dropouts, on a sparse graph and after a stop, on 1 and on 3 ranks."""
     runs: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in SUMMED}
-    runs |= {"lossy": LOSSY, "sparse": {**SPARSE, "clients": 8}}
+    runs |= {"lossy": LOSSY, "sparse": {**SPARSE, "clients": 8}, "drift": DRIFT, "noise": NOISE}
     plain = {name: digest(trained(**changes)) for name, changes in runs.items()}
     masked = {name: {**changes, "privacy__masked": True} for name, changes in runs.items()}
     loops = {name: trained(**changes) for name, changes in masked.items()}
@@ -99,6 +103,23 @@ def stopped_after_two(folder: Path) -> str:
     ]
     assert len(secrets) == 24 and not any(secret in raw for secret in secrets)
     return digest(trained())
+
+
+def test_sum_in_a_checkpoint_stays_masked_after_it_was_opened(tmp_path: Path) -> None:
+    """A stop in the evaluation keeps the masked sum, and the restart opens it once."""
+    loop = make_loop(world().split(0), tmp_path, privacy__masked=True)
+
+    def stop(round: int, clients: object) -> None:
+        loop.comm.signal_received = signal.SIGUSR1
+
+    loop._observer.dropped = stop  # type: ignore[method-assign]
+    assert not loop.run()
+    again = make_loop(world(), privacy__masked=True)
+    with checkpoint.Checkpoint(tmp_path / "round-000001-partial.h5") as loaded:
+        assert len(loaded.finished) == 6 and loaded.partial is not None
+        assert chi_square(loaded.partial[1 + 6 * 5 :].tobytes()) < UNIFORM
+        again.resume(loaded)
+    assert again.run() and digest(again) == digest(trained())
 
 
 # The wire
