@@ -341,7 +341,7 @@ COMMANDS = {
                 nargs="*",
                 metavar="WHAT",
                 help="any of round, ranks, sum, idle, precision, write, network, gpu; or start [RANKS], "
-                "wide [RANKS] or scale [PART...] [RANKS], alone and without mpirun "
+                "wide [RANKS], scale [PART...] [RANKS] or privacy [NUMBERS], alone and without mpirun "
                 "[default those that make sense on these ranks]",
             ),
             argument(

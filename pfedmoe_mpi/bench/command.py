@@ -6,6 +6,7 @@
     python -m pfedmoe_mpi bench start [RANKS]
     python -m pfedmoe_mpi bench wide [RANKS]
     python -m pfedmoe_mpi bench scale [clients] [writers] [fedavg] [restart] [RANKS] [--figure FILE.svg]
+    python -m pfedmoe_mpi bench privacy [NUMBERS]
     mpirun -n 2 python -m pfedmoe_mpi bench --quick
 
 Both sides of a ratio are warmed up, then measured alternately and in alternating order. A time is that of the
@@ -49,6 +50,10 @@ def run(
         from pfedmoe_mpi.bench import scale
 
         return scale.run([word for word in words if word != "scale"], flags, quick, figure)
+    if "privacy" in words:
+        from pfedmoe_mpi.bench import privacy
+
+        return privacy.run([word for word in words if word != "privacy"])
     if figure:
         raise ConfigError(
             "--figure is drawn by bench scale alone", "pfedmoe-mpi bench scale --figure cost.svg"
@@ -56,7 +61,9 @@ def run(
     for word in words:
         if word not in PARTS:
             problem = f"'{word}' is not a part of bench{nearest(word, PARTS)}"
-            raise ConfigError(problem, f"use one of {', '.join((*PARTS, 'start', 'wide', 'scale'))}")
+            raise ConfigError(
+                problem, f"use one of {', '.join((*PARTS, 'start', 'wide', 'scale', 'privacy'))}"
+            )
     defaults = {**DEFAULTS, **(QUICK if quick else {})}
     settings = config.build({**defaults, **flags, **ALWAYS})
     if settings.algorithm != "pfedmoe" and {"round", "sum"} & set(words):

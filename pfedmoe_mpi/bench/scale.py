@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -207,6 +208,7 @@ def _measured(place: Path, ranks: int, part: str, cases: Sequence[Case]) -> list
         path.write_text(json.dumps(asdict(case)), encoding="utf-8")
         _, said = jobs.run([*launcher(ranks), "-m", at_scale.__name__, str(path)], LIMIT)
         costs.append(Cost(**json.loads(said.splitlines()[-1])))
+        shutil.rmtree(case.folder)  # some GB
         print(line(part, costs[-1]), flush=True)
     return costs
 

@@ -39,8 +39,8 @@ def check(comm: Comm, settings: Config, method: Algorithm, layout: Layout) -> No
         layout: of the server's vector.
 
     Raises:
-        ConfigError: on all ranks: the method's server needs single contributions, a cohort has one member,
-            the graph is impossible, or the package cryptography is missing.
+        ConfigError: on all ranks: the method's server needs single contributions, ε takes cohorts for
+            secret, a cohort has one member, the graph is impossible, or the package cryptography is missing.
     """
     if not settings.privacy.masked:
         return
@@ -49,11 +49,18 @@ def check(comm: Comm, settings: Config, method: Algorithm, layout: Layout) -> No
     slots = [name for name, block in method.payload(layout.sizes).items() if block.slot]
     first = sorted({1, min(settings.join.round, settings.rounds)})
     sizes = {round: len(method.cohort(round)) for round in first}
-    lonely = [round for round, size in sizes.items() if size == 1]
+    by_chance = settings.privacy.sampling == "poisson"  # such a round then counts as empty
+    lonely = [round for round, size in sizes.items() if size == 1 and not by_chance]
     if slots:
         problem = f"the server of {settings.method} needs each member's own '{slots[0]}', and masks hide it"
     elif method.prepared_size:
         problem = f"{settings.method} sends a vector of every single client before round 1"
+    elif settings.privacy.draws_clients and settings.privacy.clips_clients:
+        problem = (
+            "privacy.sampling = poisson, and whether a masked sum opens depends on who is in the cohort: "
+            "ε does not cover that"
+        )
+        remedy = "remove --privacy.sampling or --privacy.masked"
     elif lonely:
         problem = f"the cohort of round {lonely[0]} has one member, and the sum is its contribution"
         remedy = "raise --participation so that at least two clients train, or remove --privacy.masked"

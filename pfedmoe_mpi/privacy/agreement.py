@@ -14,12 +14,12 @@ KEY = 32  # bytes of every key
 TAG = 16  # bytes that sealing adds
 
 
-def check_installed() -> None:
-    """Raise ConfigError if the package cryptography is missing."""
+def check_installed(user: str = "privacy.masked = true") -> None:
+    """Raise ConfigError if the package cryptography is missing, which `user` needs."""
     if not find_spec("cryptography"):
         raise ConfigError(
-            "privacy.masked = true needs the package cryptography, which is not installed",
-            "pip install 'pfedmoe_mpi[privacy]', or remove --privacy.masked",
+            f"{user} needs the package cryptography, which is not installed",
+            "pip install 'pfedmoe_mpi[privacy]'",
         )
 
 

@@ -25,8 +25,9 @@ than t of the holders of a member's shares, learns nothing of that member's cont
 server that lies is not covered: the signatures and the consistency check of figure 4 are left out.
 
 What is simulated: keys are drawn by address from the run's seed, so that a run repeats, and a restart
-continues an interrupted round without a key on the disk. Whoever knows the seed knows all masks; in a
-deployment the operating system draws the keys, and a client keeps them until the round ends. Ranks play the
+continues an interrupted round without a key on the disk. Whoever knows the seed knows all masks, and two runs
+with one seed and other settings use the same masks for other vectors. In a deployment the operating system
+draws the keys, and a client keeps them until the round ends. Ranks play the
 clients that they train, and all of them play the server. The arithmetic, the messages, their bytes and their
 time are real. The members' flags and metrics (loss, accuracy, bytes) beside a contribution are the
 simulation's own measurements.
@@ -34,6 +35,7 @@ simulation's own measurements.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 
@@ -65,7 +67,7 @@ class Member:
         return agreement.public(self._share_key) + agreement.public(self._mask_key)
 
     @cached_property
-    def _shares(self) -> dict[int, bytes]:
+    def secret_shares(self) -> dict[int, bytes]:
         """By holder, the share of the self mask's seed and that of the key of masks."""
         held = holders(self._graph, self.client)
         needed = threshold(len(held))
@@ -78,13 +80,14 @@ class Member:
         ]
         return {holder: own + key for holder, own, key in zip(held, *both, strict=True)}
 
-    def _seal_key(self, other: int, publics: Mapping[int, bytes]) -> bytes:
+    def seal_key(self, other: int, publics: Mapping[int, bytes]) -> bytes:
+        """Return the key of the messages 2 between this member and a neighbour."""
         return agreement.agreed(self._share_key, publics[other][: agreement.KEY], f"shares {self._round}")
 
     def shares(self, publics: Mapping[int, bytes]) -> bytes:
         """Return message 2: for each neighbour, ascending, its two shares, sealed for it."""
         return b"".join(
-            agreement.seal(self._seal_key(other, publics), self.client, self._shares[other])
+            agreement.seal(self.seal_key(other, publics), self.client, self.secret_shares[other])
             for other in self._graph[self.client]
         )
 
@@ -107,10 +110,10 @@ class Member:
         shares = []
         for owner in holders(self._graph, self.client):
             if owner == self.client:
-                both = self._shares[owner]
+                both = self.secret_shares[owner]
             else:
-                at = self._graph[owner].index(self.client) * SEALED
-                key = self._seal_key(owner, publics)
+                at = bisect_left(self._graph[owner], self.client) * SEALED
+                key = self.seal_key(owner, publics)
                 both = agreement.unseal(key, owner, sealed[owner][at : at + SEALED])
             shares.append(both[:SHARE] if owner in survivors else both[SHARE:])
         return b"".join(shares)
@@ -161,6 +164,7 @@ class Server:
         chosen = [holder for holder in held if holder in self._survivors][: threshold(len(held))]
         shares = []
         for holder in chosen:
-            at = holders(self._graph, holder).index(member) * SHARE
+            # Its place among the neighbours of the holder and the holder itself, ascending.
+            at = SHARE * (bisect_left(self._graph[holder], member) + (holder < member))
             shares.append(self._revealed[holder][at : at + SHARE])
         return secret_sharing.combine([holder + 1 for holder in chosen], shares)

@@ -30,6 +30,7 @@ from pfedmoe_mpi.report.load import STARTS, Run
 from pfedmoe_mpi.report.model_views import ModelViews
 from pfedmoe_mpi.report.settings_section import VERSIONS
 from pfedmoe_mpi.report.tables import (
+    Cell,
     Column,
     Table,
     amount,
@@ -267,6 +268,7 @@ def _costs(run: Run) -> Table:
     for name in ("up", "down", "once"):
         values = [getattr(sent, name) / 1e6 for sent in by_round]
         rows.append([word(f"MB, {name}"), *(amount(f(values)) for f in (sum, statistics.mean, max))])
+    rows += _mask_costs(run)
     memory = [row["rss_mb"] for row in run.history if row["rss_mb"] is not None]
     rows.append(
         [
@@ -291,6 +293,18 @@ def _costs(run: Run) -> Table:
             f"frozen, once on every rank: {frozen}"
         )
     return Table("cost", "Time, bytes, memory", columns, rows, notes)
+
+
+def _mask_costs(run: Run) -> list[list[Cell]]:
+    """Return the rows on masked sums: bytes and seconds of a member and of the server; none without masks."""
+    costs = [row["masks"] for row in run.history if row.get("masks")]
+    whats = [(f"masks, MB {name} by member", "bytes", name, 1e6) for name in ("up", "down", "payload")]
+    whats += [(f"masks, seconds of {name}", "seconds", name, 1.0) for name in ("member", "server")]
+    rows = []
+    for what, part, name, unit in whats if costs else ():
+        values = [cost[part][name] / unit for cost in costs]
+        rows.append([word(what), *(amount(f(values)) for f in (sum, statistics.mean, max))])
+    return rows
 
 
 def _ranks(run: Run) -> list[Table]:

@@ -252,9 +252,31 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
         if count:
             listed = ", ".join(f"{client} ({times} ×)" for client, times in sorted(count.items()))
             lines.append(f"left out, {why}: client {listed}")
+    lines += _masks(history)
     if top:
         lines.append(f"best on {selecting_rows(history)}: {_line(top)}")
     return "\n".join(lines)
+
+
+def _masks(history: Sequence[Row]) -> list[str]:
+    """Return the lines on masked sums: their cost, and the rounds that could not be opened."""
+    costs = {row["round"]: row["masks"] for row in history if row.get("masks")}
+    if not costs:
+        return []
+
+    def mean(part: str, name: str) -> float:
+        return sum(cost[part][name] for cost in costs.values()) / len(costs)
+
+    up, down, payload = (f"{mean('bytes', name) / 1e3:.1f} kB" for name in ("up", "down", "payload"))
+    member, server = (f"{mean('seconds', name):.3g} s" for name in ("member", "server"))
+    lines = [
+        f"masked sums, mean of a round: a member sends {up} and receives {down} in {member}, beside its "
+        f"contribution of {payload}; the server opens the sum in {server}"
+    ]
+    lost = [str(round) for round, cost in costs.items() if not cost["opened"]]
+    if lost:
+        lines.append(f"masked sums that too few members were left to open: round {', '.join(lost)}")
+    return lines
 
 
 def early_end(settings: Config, history: Sequence[Mapping[str, Any]]) -> str:

@@ -25,10 +25,11 @@ from pfedmoe_mpi.storage.untrusted_json import UnusableError
 FIXED_IN_TRAINING = (
     *("partition", "gate", "unseen", "join", "stream", "data.mean", "data.std"),
     "server.optimiser",  # checkpoints hold what it keeps from round to round
-    *(f"privacy.{name}" for name in ("unit", "clip", "noise", "epsilon", "sampling")),
+    *(f"privacy.{name}" for name in ("unit", "clip", "noise", "epsilon", "delta", "sampling")),
 )
 # With differential privacy, ε of the rounds so far is computed from these.
 FIXED_WITH_CLIENTS = ("participation",)
+FIXED_WITH_EPSILON = ("rounds",)  # for which the noise was chosen
 FIXED_WITH_SAMPLES = (
     *FIXED_WITH_CLIENTS,
     *(f"train.{name}" for name in ("epochs", "steps", "batch", "accumulate")),
@@ -92,7 +93,8 @@ def _fixed(before: Mapping[str, Any]) -> tuple[str, ...]:
     if not settings.get("privacy.clip"):
         return FIXED_IN_TRAINING
     by_sample = settings["privacy.unit"] == "sample"
-    return FIXED_IN_TRAINING + (FIXED_WITH_SAMPLES if by_sample else FIXED_WITH_CLIENTS)
+    fixed = FIXED_IN_TRAINING + (FIXED_WITH_SAMPLES if by_sample else FIXED_WITH_CLIENTS)
+    return fixed + FIXED_WITH_EPSILON if settings["privacy.epsilon"] else fixed
 
 
 def _check_progress(

@@ -131,6 +131,13 @@ def test_more_rounds_go_on_counting_with_the_noise_of_the_rounds_before(tmp_path
         client_privacy.check_history(longer, forked=True)
 
 
+def test_masks_are_refused_for_cohorts_that_nobody_may_know() -> None:
+    """A cohort of one cannot open its masked sum, so an unchanged state would show who was drawn."""
+    with pytest.raises(ConfigError, match=r"privacy\.sampling = poisson, and whether a masked sum opens"):
+        built(privacy__noise=1.0, privacy__masked=True, privacy__sampling="poisson")
+    built(privacy__noise=1.0, privacy__masked=True)
+
+
 def test_a_clip_without_noise_has_no_epsilon() -> None:
     assert client_privacy_of(built()).entry(1)["epsilon"] is None
 
@@ -270,6 +277,14 @@ def test_a_restart_keeps_what_epsilon_is_computed_from() -> None:
             restart.override_settings(before, {name: value}, restart._fixed(before))
     unprotected = config.to_tree(Case("fedavg", {}).settings())
     restart.override_settings(unprotected, {"participation": 0.5}, restart._fixed(unprotected))
+    restart.override_settings(before, {"rounds": 9}, restart._fixed(before))
+
+
+def test_a_restart_keeps_the_rounds_for_which_epsilon_chose_the_noise() -> None:
+    before = config.to_tree(built(privacy__epsilon=8.0).config)
+    for name, value in (("rounds", 9), ("privacy.delta", 1e-3)):
+        with pytest.raises(ConfigError, match=f"cannot be changed now: {name}"):
+            restart.override_settings(before, {name: value}, restart._fixed(before))
 
 
 # Ranks and restarts
