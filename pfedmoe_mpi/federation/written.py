@@ -46,9 +46,9 @@ class Vectors:
         complete = replace(content, held=everyone, elsewhere=Places())
         fresh = trained.copy()
         fresh[known.rows["client"]] = False
-        lengths = (float(self._lengths[clients].sum()) for clients in (fresh, trained))
+        of_fresh, of_trained = (int(self._lengths[clients].sum()) for clients in (fresh, trained))
         in_files = sum(os.path.getsize(path.with_name(name)) for name in known.files)
-        if not leans(content.length_of_others, *lengths, in_files):
+        if not leans(content.length_of_others, of_fresh, of_trained, in_files):
             return complete
         return replace(content, held=np.flatnonzero(fresh).tolist(), elsewhere=known)
 
