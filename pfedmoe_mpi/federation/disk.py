@@ -59,7 +59,7 @@ class DiskUse:
         most = in_units(self.total + self.spare)
         metrics = in_units(self.metrics)
         return (
-            f"disk: {in_units(self.total)} at the end, up to {most} while it trains: checkpoints "
+            f"disk: up to {in_units(self.total)} at the end and {most} while it trains: checkpoints "
             f"{in_units(self.checkpoints)} (run.keep = {keep}){best}, metrics {metrics}{frozen}; "
             f"each checkpoint writes {in_units(self.each)} on average (run.checkpoint_every = {every})"
         )
@@ -253,10 +253,11 @@ def lines(federation: Federation, ranks: Sequence[Scratch], folder: Path) -> Ite
                 "--run.scratch FOLDER has more, a larger --run.memory needs less"
             )
     use = of_federation(federation, len(ranks))
-    free, existing = free_space(folder / "checkpoints")
+    checkpoints = folder / "checkpoints"  # may be a link to another disk
+    free, existing = free_space(checkpoints)
     yield use.line(settings.run.keep, settings.run.checkpoint_every) + free_text(free, existing)
     needed = use.total + use.spare + (0 if settings.run.scratch else sum(beyond.values()))
-    if needed > free + bytes_in(folder):
+    if needed > free + bytes_in(checkpoints):
         yield (
             "warning: this disk is too small: --run.keep 1 keeps fewer checkpoints, --run.dir FOLDER takes "
             "another disk"
