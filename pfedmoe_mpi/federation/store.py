@@ -85,6 +85,7 @@ class Store:
         if before is None:
             before = _buffer(vector.numel())
             self._bytes += _length(before)
+            self._file.remove(client)  # another vector takes its place there
         if before.data_ptr() != vector.data_ptr():
             before.copy_(vector)
         self._trained[client] = before

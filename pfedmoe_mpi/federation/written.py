@@ -37,8 +37,7 @@ class Vectors:
     def divided(self, path: Path, content: Content) -> Content:
         """Return the content of a checkpoint with the clients whose vectors it holds, and the others' places.
 
-        It holds all of them, and relies on no other file, unless that makes it less than half as long, and
-        unless the bytes in the other files that nobody needs any more are over half of these files.
+        It holds all of them, and relies on no other file, unless `leans` says otherwise.
         """
         known = self._places.chosen(_usable(self._places, path) & ~self._changed[self._places.rows["client"]])
         trained = self._changed.copy()
@@ -47,13 +46,26 @@ class Vectors:
         complete = replace(content, held=everyone, elsewhere=Places())
         fresh = trained.copy()
         fresh[known.rows["client"]] = False
-        others = content.length_of_others
-        if 2 * (others + self._lengths[fresh].sum()) >= others + self._lengths[trained].sum():
-            return complete
+        of_fresh, of_trained = (int(self._lengths[clients].sum()) for clients in (fresh, trained))
         in_files = sum(os.path.getsize(path.with_name(name)) for name in known.files)
-        if 2 * known.rows["length"].sum() < in_files:
+        if not leans(content.length_of_others, of_fresh, of_trained, in_files):
             return complete
         return replace(content, held=np.flatnonzero(fresh).tolist(), elsewhere=known)
+
+
+def leans(others: float, fresh: float, trained: float, in_files: float) -> bool:
+    """Return whether a checkpoint relies on earlier files for the vectors that did not change.
+
+    That must make it less than half as long, and at least half of those files must still be needed.
+
+    Args:
+        others: bytes of the numbers that are not clients' vectors.
+        fresh: bytes of the vectors that it would hold.
+        trained: bytes of the vectors of all clients that have trained.
+        in_files: bytes of the files on which it would rely.
+    """
+    shorter = 2 * (others + fresh) < others + trained
+    return shorter and 2 * (trained - fresh) >= in_files
 
 
 def _usable(places: Places, path: Path) -> np.ndarray:

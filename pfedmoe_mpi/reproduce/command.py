@@ -8,7 +8,6 @@ then skips finished runs and resumes the others from their checkpoints.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,17 +305,13 @@ def _plan(
 
 def _disk_line(uses: Sequence[DiskUse], out: Path) -> str:
     """Return a line on the disk space of all unfinished runs, beside the free space of the folder `out`."""
-    from pfedmoe_mpi.federation.disk import in_units
+    from pfedmoe_mpi.federation.disk import free_space, free_text, in_units
 
-    needed = sum(use.total for use in uses)
-    line = f"disk: up to {in_units(needed)} when all are finished"
-    try:
-        existing = next(folder for folder in (out, *out.parents) if folder.exists())
-        free = shutil.disk_usage(existing).free
-    except OSError:
-        return line
+    needed, (free, existing) = sum(use.total for use in uses), free_space(out)
+    meanwhile = needed + max(use.spare for use in uses)
+    line = f"disk: up to {in_units(needed)} when all are finished, {in_units(meanwhile)} before"
     few = "; this is not enough: --run.keep 1 keeps fewer checkpoints, --out FOLDER takes another disk"
-    return f"{line}, {in_units(free)} free in {existing}" + (few if needed > free else "")
+    return line + free_text(free, existing) + (few if meanwhile > free else "")
 
 
 def _format_hours(hours: float) -> str:

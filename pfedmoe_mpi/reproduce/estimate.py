@@ -315,7 +315,7 @@ def _numbers(task: Task) -> tuple[int, list[int], int]:
 def _disk(size: Size, numbers: tuple[int, list[int], int], ranks: int) -> DiskUse:
     """Return the disk use of a run from `_numbers` of its kind."""
     state, by_architecture, frozen = numbers
-    clients = [by_architecture[k % len(by_architecture)] for k in range(len(size.test))]
+    clients = [by_architecture[k % len(by_architecture)] for k, samples in enumerate(size.train) if samples]
     rows = sum(size.train) + sum(size.test)
     return disk_use(size.config, state, clients, rows, size.classes, ranks, frozen)
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import count, groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import config
@@ -43,8 +44,15 @@ def megabytes(numbers: float) -> str:
     return f"{4 * numbers / 1e6:.2f} MB"
 
 
-def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
-    """Return the plan's lines: what is shared, what is private, one line per rank, memory and disk."""
+def plan(
+    federation: Federation, device_lines: Sequence[str], ranks: Sequence[disk.Scratch], folder: Path
+) -> list[str]:
+    """Return the plan's lines: what is shared, what is private, one line per rank, memory, scratch and disk.
+
+    Args:
+        ranks: what each rank has for its clients' vectors.
+        folder: of the run.
+    """
     settings, task = federation.config, federation.task
     lines = [
         f"{settings.method} on {federation.dataset.name}: {task.clients} clients, "
@@ -73,8 +81,7 @@ def plan(federation: Federation, device_lines: Sequence[str]) -> list[str]:
     lines += federation.pretrained.lines
     lines += _describe_privacy(federation)
     lines += _rank_lines(device_lines)
-    use = disk.of_federation(federation, len(device_lines))
-    return [*lines, memory(federation, len(device_lines)), use.line(settings.run.keep)]
+    return [*lines, memory(federation, len(ranks)), *disk.lines(federation, ranks, folder)]
 
 
 def _describe_privacy(federation: Federation) -> Iterator[str]:

@@ -85,6 +85,7 @@ def train(world: Comm, start: Start) -> int:
         UserError: on all ranks, before anything is written: a setting, the data or the checkpoint is wrong.
         RunError: on all ranks: the run cannot continue.
     """
+    from pfedmoe_mpi.federation import disk
     from pfedmoe_mpi.federation.build import build
     from pfedmoe_mpi.federation.loop import is_finished
     from pfedmoe_mpi.run.identity import check_same_federation
@@ -98,8 +99,9 @@ def train(world: Comm, start: Start) -> int:
     else:
         world.from_root(federation.method.check, "the method's files")
     device_lines = world.gather(f"{federation.device.line}, {len(federation.clients)} client(s)", "hosts")
+    ranks = world.gather(disk.scratch_of(federation, platform.node()), "scratch folders")
     if world.rank == 0:
-        print("\n".join(console.plan(federation, device_lines)), flush=True)
+        print("\n".join(console.plan(federation, device_lines, ranks, start.folder.path)), flush=True)
     if start.dry:
         return EXIT_DONE
     if start.loaded and is_finished(federation.config, start.history):

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pfedmoe_mpi.federation.disk import DiskUse, in_units
+from pfedmoe_mpi import checkpoint, config
+from pfedmoe_mpi.federation import disk
+from pfedmoe_mpi.federation.build import build
+from pfedmoe_mpi.federation.disk import Scratch, in_units, scratch_use
+from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from pfedmoe_mpi.run import old_checkpoints
 from support import launcher
+from support.small_federation import shared_comm
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 TABLE = """\
@@ -43,21 +51,25 @@ def on_disk(folder: Path) -> int:
 def test_printed_disk_use_is_what_a_run_leaves(
     tmp_path: Path, run_command: Callable[..., launcher.Result]
 ) -> None:
-    """Two checkpoints are kept, and best.h5 where it is an older one, so at most three."""
+    """All clients train in every round: two complete checkpoints are kept, and best.h5, an older one."""
     (tmp_path / "t.toml").write_text(TABLE, encoding="utf-8")
     said = run_command("reproduce", "t.toml", "--out", "out").out
     dry = {line.split()[0]: sizes(line) for line in said.splitlines() if re.match(r"\w+ +1 +5 ", line)}
     plans = [line for line in said.splitlines() if line.startswith("disk: ") and "each" in line]
+    scratch = [line for line in said.splitlines() if line.startswith("scratch: ")]
+    assert scratch == ["scratch: nothing beyond run.memory, once about 6 of 6 clients have trained"] * 3
     for name, plan in zip(("pfedmoe", "fedproto", "fedmrl"), plans, strict=True):
-        assert ": 2 checkpoints and best.h5 of " in plan and "(run.keep = 2)" in plan
-        total, each, metrics, frozen = sizes(plan)
+        assert "(run.keep = 2)" in plan and "(run.checkpoint_every = 1)" in plan
+        total, most, kept, best, metrics, frozen, each, _ = sizes(plan)
+        assert kept + best == pytest.approx(most - each - metrics - frozen, rel=0.02), "while one is written"
         run = tmp_path / "out" / name
         (file,) = (run / "frozen").iterdir()
         assert file.stat().st_size == pytest.approx(frozen, rel=0.05, abs=20_000)
         names = {path.stem for path in (run / "checkpoints").iterdir()}
         assert names == {"best", "round-000004", "round-000005"}
         last = (run / "checkpoints" / "round-000005.h5").stat().st_size
-        assert last == pytest.approx(each, rel=0.05, abs=60_000), "headers and layouts"
+        for planned in (each, kept / 2, best):
+            assert last == pytest.approx(planned, rel=0.05, abs=60_000), "headers and layouts"
         rows = (run / "metrics.jsonl").stat().st_size + on_disk(run / "measured")
         assert rows == pytest.approx(metrics, rel=0.5)
         assert 2 / 3 * total <= on_disk(run) * 1.02 and on_disk(run) <= total * 1.02 + 200_000
@@ -76,9 +88,57 @@ def test_table_too_large_for_the_disk_is_announced(
     assert "TB free" in said or "GB free" in said or "MB free" in said
 
 
-def test_files_are_those_that_run_keep_allows() -> None:
-    assert DiskUse(10**6, 3, 0).line(2).startswith("disk: up to 3 MB: 2 checkpoints and best.h5 of 1 MB each")
-    assert DiskUse(10**6, 1, 0).line(2).startswith("disk: up to 1 MB: 1 checkpoint of 1 MB each")
+class Folder(SilentObserver):
+    """The checkpoints of a run that keeps two; the lengths of all, and of the folder while one is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.written_sizes: list[int] = []
+        self.most = 0
+
+    def written(self, path: Path, history: object, candidate: bool) -> None:
+        self.most = max(self.most, on_disk(self.path))
+        old_checkpoints.remove(self.path, self.path / "best.h5", 2, path)
+        self.written_sizes.append(path.stat().st_size)
+
+
+def test_plan_of_leaning_checkpoints_and_scratch_file_is_what_a_run_writes(tmp_path: Path) -> None:
+    """Of 30 clients 2 train in a round; the memory is that of a third of them."""
+    chosen = {
+        **{"clients": 30, "participation": 0.06, "rounds": 40, "run.checkpoint_every": 2, "eval.every": 40},
+        **{"data.source": "synthetic", "data.samples": 600, "data.size": 8, "train.epochs": 1},
+        **{"model.pool": ["mlp5", "mlp4"], "model.shared": "mlp5", "model.dim": 12, "gate.hidden": 8},
+        **{"run.memory": 0.003, "run.checkpoint_minutes": 0.0, "train.device": "cpu", "train.threads": 1},
+    }
+    federation = build(shared_comm(), config.build(chosen), warn=False)
+    ranks = [disk.scratch_of(federation, "here")]
+    use, scratch = disk.of_federation(federation, 1), scratch_use(federation, ranks)["here"]
+    folder = Folder(tmp_path / "checkpoints")
+    folder.path.mkdir()
+    loop = Loop(shared_comm(), federation, folder, folder.path)
+    assert loop.run()
+    files = sorted(folder.path.iterdir())
+    assert any(checkpoint.files_needed(path) for path in files)
+    assert use.checkpoints == pytest.approx(on_disk(folder.path), rel=0.25)
+    assert use.each == pytest.approx(sum(folder.written_sizes) / len(folder.written_sizes), rel=0.15)
+    assert use.total + use.spare >= folder.most
+    assert scratch == pytest.approx(federation.store._file._end, rel=0.15)
+
+    def warnings(free: float, **changes: Any) -> list[str]:
+        changed = replace(federation, config=federation.config.model_copy(update=changes))
+        two = [replace(ranks[0], memory=1e9), Scratch("b", 0, free)]
+        placed = replace(changed, home=[client % 2 for client in range(30)])
+        lines = list(disk.lines(placed, two, tmp_path))
+        assert re.match(r"scratch: [\d.]+ MB on b beyond run.memory, in .*, once about \d+ of 30 ", lines[0])
+        return [line for line in lines if line.startswith("warning: ")]
+
+    fast = federation.config.run.model_copy(update={"scratch": "/fast"})
+    assert warnings(0) == [], "vectors are in the run folder"
+    assert warnings(1e9, run=fast) == []
+    (short,) = warnings(1e3, run=fast)
+    assert "b has 1 kB free in run.scratch = /fast: another --run.scratch FOLDER" in short
+    (short,) = warnings(0, rounds=10**12)
+    assert "this disk is too small: --run.keep 1" in short
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,9 @@ def test_oldest_vectors_go_to_the_file_and_drawn_ones_are_dropped(tmp_path: Path
         "what is in the file comes last, in its order"
     )
     assert torch.equal(store.get(0), torch.zeros(1024)) and float(store.get(4)[0]) == 4
+    for client in range(6):
+        store.put(client, store.get(client))
+    assert store._file._end == 2 * 4096, "the file is as long as what is beyond the budget"
 
 
 def test_full_scratch_folder_keeps_vectors_in_memory_and_says_why(tmp_path: Path) -> None:
