@@ -2,7 +2,7 @@
 
 `load` reads a run; `costs` and `compare` compute; `labels` names methods and settings. `run_report` and
 `comparison_report` choose what to show of one run and of several; `paper_section`, `drift_section`,
-`gate_section`, `rank_section` and `model_section` are parts of them. `tables`, `drawing`, `page` and
-`terminal` render the `document`. Only `probe` needs torch and MPI: it evaluates the models of a run and
-returns plain arrays, the `model_views`.
+`epsilon_section`, `gate_section`, `rank_section` and `model_section` are parts of them. `tables`, `drawing`,
+`page` and `terminal` render the `document`. Only `probe` needs torch and MPI: it evaluates the models of a
+run and returns plain arrays, the `model_views`.
 """

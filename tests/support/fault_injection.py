@@ -16,8 +16,7 @@ from typing import Any
 from pfedmoe_mpi import cli, environment
 from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.checkpoint import writer
-from pfedmoe_mpi.core import turn
-from pfedmoe_mpi.federation import build, evaluation, loop, metrics, round_sum
+from pfedmoe_mpi.federation import build, evaluation, loop, metrics, round_sum, training
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.run import folder
 
@@ -26,7 +25,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "data": (build, "open_everywhere", 1),
     "clients": (build, "distribute", 1),
     "folder": (folder.RunFolder, "log_to_file", 1),
-    "training": (turn.Turn, "sgd", 2),
+    "training": (training, "train_member", 2),
     "contribution": (round_sum.RoundSum, "add", 2),
     "sum": (comm.Comm, "sum", 3),
     "update": (Algorithm, "server_update", 2),
