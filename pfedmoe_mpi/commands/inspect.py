@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,13 @@ def digest(loaded: Checkpoint) -> str:
     state.update(json.dumps(facts, sort_keys=True).encode())
     state.update(loaded.state.tobytes())
     vector = vectors(loaded)
-    for client in range(loaded.clients):
-        state.update(vector(client).tobytes())
+    with ThreadPoolExecutor(1) as hasher:  # the next vector is read or drawn meanwhile
+        hashed = hasher.submit(state.update, b"")
+        for client in range(loaded.clients):
+            values = vector(client)
+            hashed.result()  # so that no more than two vectors are in memory
+            hashed = hasher.submit(state.update, values)
+        hashed.result()
     state.update(loaded.moments.tobytes())
     if loaded.partial is not None:
         state.update(loaded.partial.tobytes())

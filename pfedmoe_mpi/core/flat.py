@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -154,8 +154,17 @@ def tensors(module: nn.Module, frozen: bool = False) -> dict[str, Tensor]:
 
 def flatten(module: nn.Module, frozen: bool = False) -> Tensor:
     """Return a module's vector, or its frozen one, as a new CPU vector (layout.size,)."""
-    values = [t.detach().reshape(-1).cpu() for t in tensors(module, frozen).values()]
-    return torch.cat(values) if values else torch.empty(0)
+    return joined(pieces(module, frozen))
+
+
+def pieces(module: nn.Module, frozen: bool = False) -> list[Tensor]:
+    """Return the tensors of a module's vector, or of its frozen one, each flat on the CPU, in order."""
+    return [t.detach().reshape(-1).cpu() for t in tensors(module, frozen).values()]
+
+
+def joined(flat: Sequence[Tensor]) -> Tensor:
+    """Return flat tensors one after the other as a new vector."""
+    return torch.cat(list(flat)) if flat else torch.empty(0)
 
 
 class Bound:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call
 
 from pfedmoe_mpi.core import seeds
-from pfedmoe_mpi.core.flat import Bound, BoundTensor, Layout, flatten
+from pfedmoe_mpi.core.flat import Bound, BoundTensor, Layout, joined, pieces
 from pfedmoe_mpi.core.kept import Kept
 from pfedmoe_mpi.models import generators, pretrained
 from pfedmoe_mpi.models.pretrained import Weights
@@ -41,8 +41,10 @@ class Module:
         weights: Weights | None = None,
         frozen: bool = False,
         seed_head: Callable[[], None] | None = None,
-    ) -> torch.Tensor:
-        """Return the vector of a new module, or its frozen one; draws from the global generators.
+    ) -> list[torch.Tensor]:
+        """Return the pieces of the vector of a new module, or of its frozen one, in order.
+
+        It draws from the global generators.
 
         Args:
             seed_head: seeds them once more for a draw of the head, if the module is a model.
@@ -53,7 +55,7 @@ class Module:
             module.head.reset_parameters()
         if weights:
             pretrained.fill(module, weights)
-        return flatten(module, frozen)
+        return pieces(module, frozen)
 
     def layout(self) -> Layout:
         """Return the layout of that vector; the global generators are not changed."""
@@ -201,10 +203,14 @@ class Workbench:
         self._frozen: dict[str, torch.Tensor] = {}  # by kind, on the device
         self._bound: dict[tuple[str, str], Bound | BoundTensor] = {}
         self._layouts: dict[str, tuple[Layout, Layout]] = {}  # by kind: of the vector, of the frozen one
+        self._joined: dict[tuple[tuple[str, str], ...], Layout] = {}  # by the parts' names and kinds
 
     def layout(self, spec: Spec) -> Layout:
         """Return the layout of the vector of `spec`; a kind is built once, on the meta device."""
-        return Layout.join({name: self._layout(part) for name, part in spec.items()})
+        kinds = tuple((name, part.kind) for name, part in spec.items())
+        if kinds not in self._joined:
+            self._joined[kinds] = Layout.join({name: self._layout(part) for name, part in spec.items()})
+        return self._joined[kinds]
 
     def _layout(self, part: Module | Tensor) -> Layout:
         return Layout.of_tensor(part.shape) if isinstance(part, Tensor) else self._both_layouts(part)[0]
@@ -228,7 +234,7 @@ class Workbench:
             vector = torch.empty(0)
             if self.frozen_layout(part).size:
                 seeds.seed_global(self._seed, f"frozen/{part.kind}")
-                vector = part.initial(self._weights.get(part.architecture), frozen=True)
+                vector = joined(part.initial(self._weights.get(part.architecture), frozen=True))
             self._frozen[part.kind] = vector.to(self.device)
         return self._frozen[part.kind]
 
@@ -241,18 +247,18 @@ class Workbench:
 
         It depends on the seed, the parts' names and, with `start` = own, on the client.
         """
-        vectors = [torch.empty(0)]
+        found: list[torch.Tensor] = []  # joined once: every copy takes fresh memory
         owner = client if self._start == "own" else seeds.SERVER
         one_head = self._start == "one" and client != seeds.SERVER
         for name, part in spec.items():
             seeds.seed_global(self._seed, f"initial/{name}", 0, owner)
             if isinstance(part, Tensor):
-                vectors.append(part.initial())
+                found.append(part.initial())
             else:
                 seed_head = partial(seeds.seed_global, self._seed, f"initial/head of {name}")
                 weights = self._weights.get(part.architecture)
-                vectors.append(part.initial(weights, seed_head=seed_head if one_head else None))
-        return torch.cat(vectors)
+                found += part.initial(weights, seed_head=seed_head if one_head else None)
+        return joined(found)
 
     def draws(self, spec: Spec) -> bool:
         """Return whether all of the initial vector is drawn, and nothing comes from a file of weights."""
