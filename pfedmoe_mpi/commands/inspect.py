@@ -67,7 +67,7 @@ def digest(loaded: Checkpoint) -> str:
         for client in range(loaded.clients):
             values = vector(client)
             hashed.result()  # so that no more than two vectors are in memory
-            hashed = hasher.submit(state.update, values)
+            hashed = hasher.submit(state.update, values.data)
         hashed.result()
     state.update(loaded.moments.tobytes())
     if loaded.partial is not None:
