@@ -25,6 +25,7 @@ from pfedmoe_mpi.report import run_report
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.run import console, restart
 from support.mpi_job import run_conformance
+from support.small_federation import plan_of
 
 CLIP: dict[str, Any] = {
     "privacy.clip": 1.0,
@@ -144,7 +145,7 @@ def test_a_clip_without_noise_has_no_epsilon() -> None:
 
 def test_a_run_reports_epsilon_and_warns_of_a_large_delta() -> None:
     federation = built("pfedmoe", privacy__noise=1.5, rounds=2, privacy__delta=0.3)
-    plan = console.plan(federation, ["cpu"])
+    plan = plan_of(federation)
     (line,) = (line for line in plan if line.startswith("privacy: "))
     seed, delta = plan[plan.index(line) + 1 :][:2]
     assert "keep it secret" in seed and "not below 1 / clients = 0.2" in delta
@@ -154,7 +155,7 @@ def test_a_run_reports_epsilon_and_warns_of_a_large_delta() -> None:
     assert ("ε of a client at δ = 0.3", f"{loop.history[-1]['privacy']['epsilon']:.3g}") in run_report._facts(
         run
     )
-    quiet = console.plan(built(privacy__noise=1.5), ["cpu"])
+    quiet = plan_of(built(privacy__noise=1.5))
     assert not any("1 / clients" in line for line in quiet)
 
 

@@ -29,6 +29,7 @@ from pfedmoe_mpi.federation.sample_privacy import Account, check_history
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.run import console, restart
 from support.mpi_job import run_conformance
+from support.small_federation import plan_of
 
 SAMPLE: dict[str, Any] = {
     "privacy.unit": "sample",
@@ -372,7 +373,7 @@ def test_a_restart_keeps_the_settings_that_epsilon_is_computed_from() -> None:
 
 def test_a_run_reports_epsilon_in_its_rows() -> None:
     federation = built("pfedmoe", privacy__noise=1.5, rounds=2)
-    plan = console.plan(federation, ["cpu"])
+    plan = plan_of(federation)
     (line,) = (line for line in plan if line.startswith("privacy: "))
     assert "keep it secret" in plan[plan.index(line) + 1]
     loop = Loop(comm.start(), federation, SilentObserver(), None)

@@ -18,9 +18,12 @@ from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.core.batches import Batch
 from pfedmoe_mpi.core.parts import Parts
+from pfedmoe_mpi.federation import disk
 from pfedmoe_mpi.federation.build import build as build_federation
+from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.run import console
 
 SETTINGS: dict[str, Any] = {
     "data.source": "hdf5",
@@ -233,3 +236,8 @@ def longer(it: TrainedFederation, epochs: int) -> Course:
             )
         samples.append(replace(own, epochs=rounds))
     return replace(course, samples=samples)
+
+
+def plan_of(federation: Federation) -> list[str]:
+    """Return the plan's lines of one rank on the CPU, with a run folder that does not exist."""
+    return console.plan(federation, ["cpu"], [disk.scratch_of(federation, "here")], Path("run"))
