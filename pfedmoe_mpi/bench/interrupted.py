@@ -14,7 +14,7 @@ from pfedmoe_mpi.bench.progress import announce
 from pfedmoe_mpi.bench.start import launcher
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.commands import inspect
-from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED
+from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, RunError
 from pfedmoe_mpi.storage import untrusted_json
 
 LIMIT = 7200.0  # seconds for one job
@@ -27,6 +27,10 @@ def compare(place: Path, ranks: int, settings: Mapping[str, Any], stop: int, mos
     Args:
         place: a folder for both runs.
         most: bytes of a rank that are allowed.
+
+    Raises:
+        LaunchError: a job fails.
+        RunError: the restarted run ends with other bits.
     """
     rounds = {"eval.every": settings["rounds"], "eval.clients": MEASURED, "run.checkpoint_every": stop // 2}
     flags = [f"--{name}={value}" for name, value in {**settings, **rounds}.items()]
@@ -53,8 +57,11 @@ def compare(place: Path, ranks: int, settings: Mapping[str, Any], stop: int, mos
         [*launcher(other), *program, "restart", str(broken)], LIMIT, codes=(EXIT_DONE,) if code else (0, 2)
     )
     digests = [_digest(run / "checkpoints") for run in (whole, broken)]
-    same = "the undisturbed digest" if digests[0] == digests[1] else "ANOTHER DIGEST"
-    yield f"restart   {stopped}, restarted on {other} rank(s): {same} {digests[1][:16]}…"
+    found = f"restart   {stopped}, restarted on {other} rank(s)"
+    if digests[0] != digests[1]:
+        problem = f"{found}: digest {digests[1]}, undisturbed {digests[0]}"
+        raise RunError(problem, "`verify RUN_DIR` on a run of these settings names the vectors that differ")
+    yield f"{found}: the undisturbed digest {digests[1][:16]}…"
     rows = [row for run in (whole, broken) for row in untrusted_json.read_lines(run / "metrics.jsonl")]
     memory = max(row["rss_mb"] for row in rows) * 2**20
     verdict = "met" if memory <= most else "missed"

@@ -25,11 +25,12 @@ def run(
     Args:
         limit: seconds after which it is killed.
         read: is called with every line of the output when it comes.
-        codes: the exit codes that are no failure.
+        codes: the exit codes of success.
 
     Raises:
         LaunchError: the command fails, or takes longer.
     """
+    on_term = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the job, too, as Ctrl-C does
     before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # the job inherits it
     process = subprocess.Popen(
         command,
@@ -55,6 +56,7 @@ def run(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)  # a launcher that is killed leaves its ranks running
             process.wait()
+        signal.signal(signal.SIGTERM, on_term)
     if process.returncode not in codes:
         tail = "".join(said)[-2000:].strip()
         raise LaunchError(

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +18,9 @@ from statistics import median
 import numpy as np
 
 from pfedmoe_mpi import environment
+from pfedmoe_mpi.bench import jobs
 from pfedmoe_mpi.bench.progress import announce
-from pfedmoe_mpi.bench.start import LIMIT, launcher, paths
+from pfedmoe_mpi.bench.start import LIMIT, launcher
 from pfedmoe_mpi.errors import EXIT_DONE, ConfigError, LaunchError
 from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.memory import shortage
@@ -102,52 +100,22 @@ def measure(ranks: int) -> Times:
     Raises:
         LaunchError: it fails.
     """
+    marks: dict[str, float] = {}
+    started = time.perf_counter()
+
+    def mark(process: jobs.Process, text: str) -> None:
+        """Keep the seconds until round 1 began and the last was done."""
+        if text.startswith("run folder "):
+            marks["start"] = time.perf_counter() - started
+        elif re.match(rf"round {ROUNDS}/", text):
+            marks["last"] = time.perf_counter() - started
+
     with tempfile.TemporaryDirectory(prefix="pfedmoe-bench-") as folder:
-        command = [*launcher(ranks), "-m", "pfedmoe_mpi", *SETTINGS, f"--run.dir={folder}/run"]
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            env={**os.environ, "PYTHONPATH": paths()},
-            start_new_session=True,
-        )
-        timer = threading.Timer(LIMIT, os.killpg, (process.pid, signal.SIGKILL))
-        timer.start()
-        said: list[str] = []
-        try:
-            marks = _marks(process, said, started)
-            process.wait()
-        finally:  # an interrupted benchmark leaves no ranks behind
-            timer.cancel()
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)  # a launcher that is killed leaves its ranks running
-                process.wait()
+        jobs.run([*launcher(ranks), "-m", "pfedmoe_mpi", *SETTINGS, f"--run.dir={folder}/run"], LIMIT, mark)
         ended = time.perf_counter() - started
-        code = process.returncode
-        if code or len(marks) < 2:
-            raise LaunchError(
-                f"`{' '.join(command)}` failed with code {code}:\n{''.join(said)[-2000:].strip()}",
-                "run this command alone to find its fault",
-            )
         rows = untrusted_json.read_lines(Path(folder, "run", "metrics.jsonl"))[1:]
     seconds = [row["seconds"] for row in rows if row["seconds"]["write"] is None]
     rounds = [each["total"] for each in seconds]
     overheads = [each["total"] - each["train"] - each["evaluate"] for each in seconds]
     memory = max(row["rss_mb"] for row in rows) * 2**20
     return Times(marks["start"], median(rounds), median(overheads), ended - marks["last"], memory)
-
-
-def _marks(process: subprocess.Popen[str], said: list[str], started: float) -> dict[str, float]:
-    """Read a job's output into `said`; return the seconds until round 1 began and the last was done."""
-    assert process.stdout
-    marks: dict[str, float] = {}
-    for text in process.stdout:
-        said.append(text)
-        if text.startswith("run folder "):
-            marks["start"] = time.perf_counter() - started
-        elif re.match(rf"round {ROUNDS}/", text):
-            marks["last"] = time.perf_counter() - started
-    return marks
