@@ -147,18 +147,8 @@ def make_partition(
     official = official_test if settings.kind == "natural" or settings.pool == "official" else None
     if split:
         official = _listed_test(settings, split, labels, clients, official)
-    if ordered and settings.kind not in {"natural", "file"}:
-        raise PartitionError(
-            f"partition.kind = {settings.kind} would divide windows that overlap, so that some clients train "
-            "on the words that others are to predict",
-            "set --partition.kind natural",
-        )
-    if ordered and official is None:
-        raise PartitionError(
-            f"partition.pool = {settings.pool} with partition.kind = {settings.kind} would draw test windows "
-            "that overlap training windows, which contain the words to predict",
-            "set --partition.pool official, or --partition.kind natural",
-        )
+    if ordered:
+        _refuse_overlaps(settings, official)
     if split:
         owner = np.max([split.owner(part, len(labels)) for part in split.parts], axis=0)
         generator = numpy_generator(seed, "partition")
@@ -188,6 +178,26 @@ def make_partition(
         reserved=np.sort(split.reserved) if split else np.empty(0, np.int64),
         client_names=split.names if split else (),
     )
+
+
+def _refuse_overlaps(settings: PartitionSettings, official: np.ndarray | None) -> None:
+    """Refuse to divide neighbours that overlap between clients, or between training and test.
+
+    Raises:
+        PartitionError: with the setting that divides them elsewhere.
+    """
+    if settings.kind not in {"natural", "file"}:
+        raise PartitionError(
+            f"partition.kind = {settings.kind} would divide windows that overlap, so that some clients train "
+            "on the words that others are to predict",
+            "set --partition.kind natural",
+        )
+    if official is None:
+        raise PartitionError(
+            f"partition.pool = {settings.pool} with partition.kind = {settings.kind} would draw test windows "
+            "that overlap training windows, which contain the words to predict",
+            "set --partition.pool official, or --partition.kind natural",
+        )
 
 
 def _listed_test(
