@@ -86,7 +86,7 @@ def _attack(
     loop = evaluation_loop(world, loaded, {**overrides, **step})
     if loop.federation.data_digest != loaded.identity["data_digest"]:
         raise CheckpointError(
-            "these are not the data of the training, so nobody's rows are known",
+            "the run trained on other data, so it is not known which of these rows it trained on",
             "set --data.path to the data that it was trained on",
         )
     facts = {"kind": flags.kind, "round": loaded.round, "method": loop.federation.config.method}

@@ -125,7 +125,7 @@ def _shared(loop: Loop) -> dict[str, Any]:
     """Return the attack on the shared module, or the reason why there is none.
 
     A shared model answers by its own head. On the outputs of a shared extractor the attacker trains a linear
-    head with half of the rows that nobody trained on; the other half are the others.
+    head with half of the rows that no client trained on; the other half are the non-members.
     """
     federation = loop.federation
     name = next(iter(shared_parts(federation)), None)
@@ -138,7 +138,7 @@ def _shared(loop: Loop) -> dict[str, Any]:
     draw = numpy_generator(federation.config.seed, "attack/shadow rows")
     shadow, rest = np.array_split(draw.permutation(rows[1]), 2)
     if min(len(shadow), len(rest)) < LEAST:
-        return {"reason": f"fewer than {2 * LEAST} rows that nobody trained on"}
+        return {"reason": f"fewer than {2 * LEAST} rows that no client trained on"}
     own = federation.clients[trained[0]]
     parts = federation.parts(own, loop.state)
     module = parts.modules()[name].eval()

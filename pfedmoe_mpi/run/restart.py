@@ -112,7 +112,8 @@ def _check_progress(
             "remove --participation until the round is done, or resume from an earlier checkpoint "
             "with --run.dir NEW",
         )
-    for name in {"privacy.masked", "privacy.neighbours"} & set(changes) if loaded.partial is not None else ():
+    masks = [name for name in ("privacy.masked", "privacy.neighbours") if name in changes]
+    for name in masks if loaded.partial is not None else ():
         before = changes[name][0]
         raise ConfigError(
             f"round {loaded.round + 1} is in progress; its sum was begun with {name} = {str(before).lower()}",

@@ -193,7 +193,7 @@ def test_rates_are_those_of_counting() -> None:
             "privacy.unit = sample",
             [f"fedavg/{NAME}", "--kind", "reconstruction", "--privacy.unit", "sample", "--privacy.clip", "1"],
         ),
-        ("not the data", [f"fedavg/{NAME}", "--kind", "membership", "--data.samples", "300"]),
+        ("trained on other data", [f"fedavg/{NAME}", "--kind", "membership", "--data.samples", "300"]),
         ("--shadows has no effect", [f"fedavg/{NAME}", "--kind", "reconstruction", "--shadows", "9"]),
         ("--client has no effect", [f"fedavg/{NAME}", "--kind", "membership", "--client", "1"]),
         ("only 5 shadow runs", [f"standalone/{NAME}", "--kind", "membership", "--shadows", "4"]),
