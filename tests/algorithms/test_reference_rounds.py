@@ -178,7 +178,7 @@ def test_pfedmoes_defaults_match_the_reference(data: dict[str, Path]) -> None:
     settings = it.loop.federation.config
     assert (settings.gate.start, settings.options.mixture) == ("even", "sum")
     gate = nets.gate(it.of_client(0, "gate", start=False)).eval()
-    assert gate(it.samples[0].test[0])[:, 0].std() > 1e-3
+    assert gate(it.samples[0].test[0])[:, 0].std() > 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)
