@@ -100,7 +100,10 @@ OUT = argument("out", metavar="OUT.h5", help="the file to write, which must not 
 CHECKPOINT = argument("source", metavar="CHECKPOINT.h5", help="a checkpoint of a run")
 REBUILT = "reconstruction"
 BATCH = f"{REBUILT}: samples in a batch"
-SHADOWS = "membership: train N more runs of as many rounds for the likelihood ratio [default 0]"
+SHADOWS = (
+    "membership by likelihood ratio: train N more runs of as many rounds, or use runs trained before "
+    "[default none]"
+)
 SHELLS = ("bash", "zsh", "tcsh")
 FILES = ("PATH", "FOLDER", "DIR", "OUT", ".h5", ".toml")  # in the names of arguments that are files
 
@@ -160,7 +163,7 @@ COMMANDS = {
                 choices=("membership", "reconstruction"),
                 help="which rows were trained on, or a client's samples from one contribution",
             ),
-            argument("--shadows", type=number, default=0, metavar="N", help=SHADOWS),
+            argument("--shadows", nargs="+", default=(), metavar="N|RUN_DIR", help=SHADOWS),
             argument("--client", type=number, metavar="K", help=f"{REBUILT}: the client [default first]"),
             argument("--samples", type=several, default=1, metavar="B", help=f"{BATCH}: 1 to 8 [default 1]"),
             argument(
@@ -173,6 +176,7 @@ COMMANDS = {
         ),
         (
             "attack runs/NAME/checkpoints/best.h5 --kind membership",
+            "attack runs/s0/checkpoints/round-000020.h5 --kind membership --shadows runs/s1 runs/s2",
             "attack best.h5 --kind reconstruction --samples 2 --privacy.clip 0.1 --privacy.noise 1",
         ),
         settings=True,

@@ -147,8 +147,11 @@ def attack(given: Namespace) -> int:
     """Measure what a checkpoint gives away about the training rows."""
     from pfedmoe_mpi.attack import command
 
+    words = given.shadows
+    count = int(words[0]) if len(words) == 1 and words[0].isdecimal() else None
+    shadows = tuple(map(Path, words)) if count is None else count
     flags = command.AttackFlags(
-        given.kind, given.shadows, given.client, given.samples, given.trials, given.steps, given.json
+        given.kind, shadows, given.client, given.samples, given.trials, given.steps, given.json
     )
     return command.run(Path(given.source), flags, given.settings)
 

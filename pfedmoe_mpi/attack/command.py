@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ class AttackFlags:
     """The command's own flags; `shadows` is of membership, the others of a reconstruction."""
 
     kind: str
-    shadows: int
+    shadows: int | Sequence[Path]
     client: int | None
     samples: int
     trials: int
@@ -66,6 +66,7 @@ def _attack(
         UserError: the checkpoint, its data or its method cannot be attacked.
     """
     from pfedmoe_mpi.attack import contribution, membership, protection, reconstruction
+    from pfedmoe_mpi.attack.shadows import Shadows
 
     if flags.kind == "membership" and flags.client is not None:
         raise ConfigError("--client has no effect with --kind membership", "remove --client")
@@ -91,7 +92,8 @@ def _attack(
         )
     facts = {"kind": flags.kind, "round": loaded.round, "method": loop.federation.config.method}
     if flags.kind == "membership":
-        return {**facts, **membership.attack(loop, flags.shadows)}
+        runs = Shadows(loop, flags.shadows, overrides) if flags.shadows else None
+        return {**facts, **membership.attack(loop, runs)}
     protection.check(loop.federation)
     facts["protection"] = protection.summary(loop.federation)
     client, role = reconstruction.check(loop, flags.client, flags.samples)

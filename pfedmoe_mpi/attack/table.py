@@ -24,13 +24,22 @@ def _membership(result: Mapping[str, Any]) -> list[str]:
     if len(rows) > MOST_ROWS:
         lines.append(f"… {len(rows) - MOST_ROWS} more clients; --json true prints all")
     lines += ["", "clients' models, all clients together", *_details(found["pooled"])]
-    ratio = found.get("likelihood_ratio")
-    if ratio:
-        lines += ["", f"by likelihood ratio with {ratio['shadows']} shadow runs", *_details(ratio)]
+    lines += _ratio(found)
     shared = result["shared"]
     if "reason" in shared:
         return [*lines, "", f"shared part: not attacked, {shared['reason']}"]
-    return [*lines, "", f"shared part {shared['part']}, head: {shared['head']}", *_details(shared)]
+    lines += ["", f"shared part {shared['part']}, head: {shared['head']}", *_details(shared)]
+    return [*lines, *_ratio(shared)]
+
+
+def _ratio(found: Mapping[str, Any]) -> list[str]:
+    """Return the likelihood ratio beside an attack by loss, if there is one."""
+    ratio = found.get("likelihood_ratio")
+    if not ratio:
+        return []
+    if "reason" in ratio:
+        return ["", f"by likelihood ratio: not attacked, {ratio['reason']}"]
+    return ["", f"by likelihood ratio with {ratio['shadows']} shadow runs", *_details(ratio)]
 
 
 def _rates(row: Mapping[str, Any]) -> str:

@@ -1,9 +1,10 @@
-"""The shared modules that an attack examines."""
+"""The clients and the shared modules that an attack examines."""
 
 from __future__ import annotations
 
 from pfedmoe_mpi.core.parts import Module
 from pfedmoe_mpi.federation.federation import Federation
+from pfedmoe_mpi.federation.loop import Loop
 
 KINDS = ("model ", "extractor ", "whole model ")  # of modules that take samples, not representations
 
@@ -21,3 +22,11 @@ def shared_parts(federation: Federation) -> list[str]:
         and not payload[name].slot
     ]
     return sorted(found, key=lambda name: -sizes[name])
+
+
+def trained_clients(loop: Loop, *left_out: str) -> list[int]:
+    """Return the clients that trained in any round and were not in these lists of its row, ascending."""
+    found = set()
+    for row in loop.history:
+        found |= set(row["cohort"]).difference(*(row.get(name, ()) for name in left_out))
+    return sorted(found)

@@ -2,15 +2,13 @@
 
 A sum must be made of flags, the metrics of members and what `client_step` returned under the declared weights
 and scales, every integer of it; the evaluation's sum of the declared metrics; a broadcast of the server's
-vector, as a server that never saw a client computes it. Clients lent to another rank and the digests of a
-checkpoint are the simulator's own traffic. Nothing else is sent. Every violation is reported as a sentence.
+vector, as a server that never saw a client computes it. With `privacy.masked` contributions have their masks
+on, and the protocol's messages are those of this rank's members. Clients lent to another rank and digests of
+a checkpoint are the simulator's own traffic. Nothing else is sent. Every violation is reported as a sentence.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +21,9 @@ import torch
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Block
 from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.conformance.masked_traffic import SECONDS, TAKEN_OFF, MaskedTraffic
 from pfedmoe_mpi.conformance.recorded_step import RecordedStep, contains_affine
+from pfedmoe_mpi.conformance.source import fresh_method, outside_imports
 from pfedmoe_mpi.core.batches import Split
 from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.turn import Turn
@@ -37,7 +37,6 @@ from pfedmoe_mpi.federation.server_optimiser import ServerOptimiser
 from pfedmoe_mpi.mpi.comm import Comm
 
 CALLS = ("sum", "broadcast", "gather", "from_root", "agree", "move", "wait", "local", "split")
-OUTSIDE = {"mpi4py", "h5py", "socket", "subprocess", "multiprocessing", "ctypes", "os", "tempfile", "pickle"}
 
 
 def traffic_errors(comm: Comm, chosen: Config, folder: Path) -> list[str]:
@@ -49,16 +48,6 @@ def traffic_errors(comm: Comm, chosen: Config, folder: Path) -> list[str]:
         loop.run()
     check.check_calls(chosen)
     return [error for errors in comm.gather(check.errors, "wire") for error in errors]
-
-
-def fresh_method(method: Algorithm) -> Algorithm:
-    """Return a new instance from the method's source, which remembers nothing."""
-    spec = importlib.util.spec_from_file_location("fresh", inspect.getfile(type(method)))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made: Algorithm = getattr(module, type(method).__name__)(method.task)
-    return made
 
 
 class TrafficCheck:
@@ -76,19 +65,13 @@ class TrafficCheck:
         self._server = ServerOptimiser(self._made.config.server, self._made.state_layout)
         self._state = loop.state  # after this round's sum, as the fresh method computes it
         self._sums = self._moves = 0
-        self._check_source()
+        self._reduced = np.empty(0, np.int64)  # the round's sum
+        self._masked: tuple[int, MaskedTraffic] | None = None  # by round
+        for name in outside_imports(self._method):
+            self._report(f"the method imports {name}")
 
     def _report(self, problem: str) -> None:
         self.errors.append(f"rank {self._comm.rank}, round {self._loop.round + 1}: {problem}")
-
-    def _check_source(self) -> None:
-        tree = ast.parse(Path(inspect.getfile(type(self._method))).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            names = [item.name for item in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
-                if name.partition(".")[0] in OUTSIDE or name.startswith("pfedmoe_mpi.mpi"):
-                    self._report(f"the method imports {name}")
 
     # Standing between
 
@@ -124,8 +107,8 @@ class TrafficCheck:
                 result = call(*arguments)
                 if name in ("from_root", "agree"):
                     self._check_checkpoint(name, result)
-                if name == "sum" and self._sums % 2 == 1:
-                    self._update(arguments[0])
+                if name == "sum":
+                    self._after_sum(*arguments)
                 return result
             finally:
                 self._depth -= 1
@@ -163,8 +146,42 @@ class TrafficCheck:
     # Sums
 
     def _check_sum(self, buffer: np.ndarray, purpose: str) -> None:
-        self._sums += 1
-        (self._check_round if self._sums % 2 else self._check_evaluation)(buffer.copy())
+        if purpose != TAKEN_OFF:  # which is made of messages that all ranks have
+            self._sums += 1
+            (self._check_round if self._sums % 2 else self._check_evaluation)(buffer.copy().view(np.int64))
+
+    def _after_sum(self, buffer: np.ndarray, purpose: str) -> None:
+        """Compute the next state once the round's sum is reduced, and opened if it is masked."""
+        if purpose == TAKEN_OFF:
+            numbers = self._reduced[len(self._reduced) - len(buffer) :].view(np.uint64)
+            numbers += buffer
+            self._update(self._reduced)
+        elif self._sums % 2 == 1:
+            self._reduced = buffer.copy().view(np.int64)
+            self._state = self._loop.state.clone()
+            if not self._masks():
+                self._update(self._reduced)
+
+    def _masks(self) -> MaskedTraffic | None:
+        """Return the masks of the round in progress, None without."""
+        total, round = self._empty(), self._loop.round + 1
+        if not (self._made.config.privacy.masked and len(total.blocks) and total.cohort):
+            return None
+        if self._masked is None or self._masked[0] != round:
+            cohort = [client for client, _ in total.cohort]
+            self._masked = round, MaskedTraffic(self._made, self._comm.rank, cohort, round)
+        return self._masked[1]
+
+    def _check_gather(self, value: Any, purpose: str) -> None:
+        """Allow only the messages of this rank's members, and seconds."""
+        total, masks = self._empty(), self._masks()
+        if len(self._reduced) == len(total.buffer):
+            total.buffer[:] = self._reduced
+        allowed = masks.messages(purpose, total.clients(IN)) if masks else None
+        found, seconds = value if isinstance(value, tuple) else (value, 0.0)
+        is_time = purpose == SECONDS and isinstance(found, float)
+        if not is_time and (allowed is None or allowed != found or not isinstance(seconds, float)):
+            self._report(f"'{purpose}' gathers more than the messages of masks")
 
     def _empty(self) -> RoundSum:
         """Return the round's sum before any contribution."""
@@ -178,7 +195,7 @@ class TrafficCheck:
         total = self._empty()
         if len(buffer) != len(total.buffer):
             return self._report(f"{len(buffer)} numbers are summed, declared are {len(total.buffer)}")
-        members = len(total.cohort)
+        members, masks = len(total.cohort), self._masks()
         parts = {"stop": 1, "flags": members, "metrics": members * len(MEMBER_METRICS)}
         parts |= {f"block '{name}'": length for name, length in self._lengths(total).items()}
         expected = np.zeros_like(buffer)
@@ -191,6 +208,8 @@ class TrafficCheck:
                 expected[place] = self._metrics(client, total, flag == IN, buffer[place]).view(np.int64)
                 if flag == IN:
                     self._contribute(expected, total, position)
+                    if masks:
+                        masks.add(client, expected[len(buffer) - len(total.blocks) :].view(np.uint64))
         at = 0
         for name, length in parts.items():
             if not np.array_equal(buffer[at : at + length], expected[at : at + length]):
@@ -245,7 +264,6 @@ class TrafficCheck:
         """Compute the next state, after the reduction, with the new instance."""
         total = self._empty()
         total.buffer[:] = buffer
-        self._state = self._loop.state.clone()
         if total.clients(IN):
             parts = self._made.state_layout.parts
             stretches = {name: self._state[place] for name, place in parts.items()}
@@ -358,7 +376,11 @@ class TrafficCheck:
         expected: list[str] = []
         overridden = type(self._method).server_update is not Algorithm.server_update
         for round in range(1, chosen.rounds + 1):
-            expected += ["move", "move", "sum", *(["broadcast"] if overridden else []), "sum"]
+            masks = self._loop.history[round - 1]["masks"]
+            opened = not masks or masks["opened"]
+            expected += [*(["gather", "gather"] if masks else []), "move", "move", "sum"]
+            expected += ["gather", *(["sum"] if opened else []), "gather"] if masks else []
+            expected += [*(["broadcast"] if overridden and opened else []), "sum"]
             if round in {1, chosen.rounds} or round % chosen.run.checkpoint_every == 0:
                 expected += ["from_root", "agree", "from_root"]
         if self._calls != expected:

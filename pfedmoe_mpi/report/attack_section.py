@@ -58,12 +58,15 @@ def _members(results: Sequence[Mapping[str, Any]]) -> Table:
     columns += [Column("found at 0.1 % FPR, %"), Column("found at 1 % FPR, %")]
     rows = []
     for result in results:
-        found = {"of the clients": result["clients"]["pooled"]}
-        if "likelihood_ratio" in result["clients"]:
-            found["of the clients, likelihood ratio"] = result["clients"]["likelihood_ratio"]
-        if "reason" not in result["shared"]:
-            found[f"shared: {result['shared']['part']}"] = result["shared"]
+        clients, shared = result["clients"], result["shared"]
+        found = {"of the clients": clients["pooled"]}
+        found["of the clients, likelihood ratio"] = clients.get("likelihood_ratio")
+        if "reason" not in shared:
+            found[f"shared: {shared['part']}"] = shared
+            found[f"shared: {shared['part']}, likelihood ratio"] = shared.get("likelihood_ratio")
         for name, row in found.items():
+            if row is None or "reason" in row:
+                continue
             low, high = row["auc_interval"] or (None, None)
             text = "–" if low is None else f"{low:.3f} to {high:.3f}"
             tpr = [row["tpr"][rate] for rate in ("0.001", "0.01")]

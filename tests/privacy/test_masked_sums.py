@@ -16,8 +16,12 @@ from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.algorithms.base import Algorithm, Block
 from pfedmoe_mpi.bench import privacy
 from pfedmoe_mpi.config import methods
+from pfedmoe_mpi.conformance.checks import Case
+from pfedmoe_mpi.conformance.traffic import traffic_errors
 from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.federation import masked_round
 from pfedmoe_mpi.federation.loop import Loop
+from pfedmoe_mpi.federation.masked_round import MaskedRound
 from pfedmoe_mpi.federation.round_sum import RoundSum
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.privacy import graph, secret_sharing, stream
@@ -140,6 +144,31 @@ def check_wire(sent: list[dict[str, Any]]) -> None:
         assert len(masked) == len(plain) > 20_000
         assert chi_square(masked) < UNIFORM < chi_square(plain)
         assert not rank["shown"]
+
+
+def test_conformance_checks_that_contributions_are_masked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a round that opens, and one that does not."""
+    given = {"privacy.masked": True, "train.device": "cpu"}
+    settings = Case("pfedmoe", given).settings(rounds=2, faults__dropout=0.2, participation=1.0, seed=4)
+    assert not traffic_errors(world().split(0), settings, tmp_path)
+
+    add = MaskedRound.add
+    monkeypatch.setattr(
+        MaskedRound, "add", lambda self, k, numbers: None if k == 1 else add(self, k, numbers)
+    )
+    errors = traffic_errors(world().split(0), settings.model_copy(update={"rounds": 1}), tmp_path)
+    assert any("block 'shared' of the sum: more than the method returned" in error for error in errors)
+
+    class Talking(Member):
+        def reveal(self, *arguments: Any) -> bytes:
+            return 2 * super().reveal(*arguments)
+
+    monkeypatch.setattr(MaskedRound, "add", add)
+    monkeypatch.setattr(masked_round, "Member", Talking)
+    errors = traffic_errors(world().split(0), settings.model_copy(update={"rounds": 1}), tmp_path)
+    assert any("'shares of survivors' gathers more" in error for error in errors)
 
 
 # Members that are missing

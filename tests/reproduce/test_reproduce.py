@@ -14,6 +14,7 @@ from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.reproduce import grid
 from support import launcher
 from support.files import path_digest
+from support.mpi_job import run_module
 from support.paths import ROOT
 from support.text_files import HOSPITALS, write_hospitals, write_news, write_stories
 
@@ -260,18 +261,17 @@ def test_fixed_turn_cost_does_not_grow_with_samples(
 def test_table_is_stopped_resumed_and_finished(table: Path, session: launcher.Session) -> None:
     """Its runs equal those of `run` bit for bit, whatever was trained in the same process before."""
     folder = table.parent
-    flags = ("--only", "n8-*", "--out", "out", "--rounds", "30", "--run.checkpoint_every", "100")
-    with launcher.running_job(2, "reproduce", str(table), *flags, cwd=folder) as job:
-        second = folder / "out" / "n8-pfedmoe-seed1"
-        launcher.wait_for_file(second / "metrics.jsonl", job)
-        job.send_signal(signal.SIGUSR1)
-        assert job.wait(60) == 75
+    flags = ("--only", "n8-*", "--out", str(folder / "out"), "--rounds", "6", "--run.checkpoint_every", "100")
+    second = folder / "out" / "n8-pfedmoe-seed1"
+    in_its_third_round = ("stop", "1", f"record:{6 + 3}")
+    ended = run_module("fault_injection", *in_its_third_round, "reproduce", str(table), *flags, ranks=2)
+    assert ended.code == 75, ended.output
     assert launcher.read_events(second)[-1]["event"] == "stop"
     assert not (folder / "out" / "n8-standalone-seed0").exists()
     first = path_digest(folder / "out" / "n8-pfedmoe-seed0")
     done = launcher.read_events(second)[-1]["round"]
     dry = session("reproduce", str(table), *flags, "--dry", "true", cwd=folder)
-    assert f"left to do: 3 runs, {90 - done} rounds" in dry.out
+    assert f"left to do: 3 runs, {18 - done} rounds" in dry.out
     again = session("reproduce", str(table), *flags, cwd=folder, timeout=120)
     assert again.code == 0, again.err
     assert "4 runs in" in again.out and "1 of them finished" in again.out
@@ -282,12 +282,12 @@ def test_table_is_stopped_resumed_and_finished(table: Path, session: launcher.Se
         alone = ("--run.dir", f"alone/{name}")
         result = session(str(folder / "out" / name / "config.toml"), *alone, cwd=folder)
         assert result.code == 0, result.err
-        ours = launcher.checkpoint_digest(folder / "out" / name, 30)
-        assert ours == launcher.checkpoint_digest(folder / "alone" / name, 30)
+        ours = launcher.checkpoint_digest(folder / "out" / name, 6)
+        assert ours == launcher.checkpoint_digest(folder / "alone" / name, 6)
         said = (folder / "out" / name / "log" / "rank-0000.txt").read_text()
-        assert "round 30/30" in said and said.count("clients after round") == 1, "each run has its own log"
+        assert "round 6/6" in said and said.count("clients after round") == 1, "each run has its own log"
     other = session("reproduce", str(table), "--only", "n8-*", "--out", "out", "--scale", "0.5", cwd=folder)
-    launcher.error_message(other, "contains a run with other settings: rounds 30 → 5")
+    launcher.error_message(other, "contains a run with other settings: rounds 6 → 5")
     for pool, code in (('["MLP-5", "mlp4"]', 0), ('["mlp5"]', 2)):
         table.write_text(TABLE.replace('["mlp5", "mlp4"]', pool), encoding="utf-8")
         edited = session("reproduce", str(table), *flags, cwd=folder)
@@ -355,7 +355,7 @@ def test_runs_at_once_are_stopped_resumed_and_equal_runs_alone(
     starts = [launcher.read_events(folder / "out" / name)[0] for name in ours]
     assert {start["ranks"] for start in starts} == {1, 2}, "all ranks are used"
     assert starts[0]["code"] == starts[1]["code"] != "", "which the first rank of the job knows"
-    again = launcher.run_program(3, *flags, "--only", "n8-*", cwd=folder)
+    again = launcher.shared_session(3)(*flags, "--only", "n8-*", cwd=folder)
     assert again.code == 1 and "\nfailed: n8-pfedmoe-lr1e+30\nfailed: n8-standalone-lr1e+30\n" in again.out
     assert again.err.count(" | error: ") == 2, again.err
     result = session(f"out/{ours[0]}/config.toml", "--run.dir", f"alone/{ours[0]}", cwd=folder)

@@ -1,7 +1,7 @@
 """The program with a fault: `mpirun -n 3 python -m support.fault_injection ACTION RANK PHASE ARGUMENT ...`.
 
 ACTION is `raise` or `stop`: on RANK (or on `all` ranks) PHASE's function raises, or its process gets
-SIGUSR1, at the call that `PHASES` names. The program itself is unchanged.
+SIGUSR1, at the call that `PHASES` names; `PHASE:NUMBER` names another one. The program itself is unchanged.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Injected(Exception):
 
 def inject(action: str, phase: str) -> None:
     """Make the function of a phase raise, or send its process a signal."""
-    owner, name, call = PHASES[phase]
+    phase, _, number = phase.partition(":")
+    owner, name, usual = PHASES[phase]
+    call = int(number or usual)
     original: Callable[..., Any] = getattr(owner, name)
     calls = 0
 
