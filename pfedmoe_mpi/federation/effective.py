@@ -146,7 +146,7 @@ def effective_config(settings: Config, dataset: Dataset, threads: int) -> Config
             f"model.shared = {shared}",
         )
     dim = model_names.resolve_dim([*pool, shared], model.dim)
-    start = settings.gate.start
+    start: str = settings.gate.start
     if start == "auto":  # a gate of the user's own draws its own first weights
         start = "paper" if settings.gate.module else kind.gate_start
     flat = config.flatten(config.to_tree(settings))
