@@ -61,7 +61,7 @@ class Sizes:
 
 
 TINY = {"model.pool": "mlp4,mlp5", "model.shared": "mlp5", "data.size": 8, "data.samples": 600}
-LONG = {"train.epochs": 60}  # rounds that are long enough to be stopped
+LONG = {"train.epochs": 60, "rounds": 8}  # rounds that are long enough to be stopped, and enough of them
 QUICK = Sizes((20, 60), 3, 4, 2, 3, 6, 40, 200, TINY)
 
 
@@ -99,7 +99,7 @@ def run(words: Sequence[str], flags: Mapping[str, Any], quick: bool = False, fig
             number, share = sizes.clients[-1], _participation(sizes.clients[-1], sizes)
             run = {**settings, **_divided(place, number), "participation": share, "rounds": sizes.rounds}
             run |= LONG if quick else {}
-            for line in interrupted.compare(place, ranks, run, sizes.rounds // 2, MOST):
+            for line in interrupted.compare(place, ranks, run, run["rounds"] // 2, MOST):
                 print(line, flush=True)
     return EXIT_DONE
 

@@ -23,7 +23,7 @@ from pfedmoe_mpi.bench.progress import announce
 from pfedmoe_mpi.bench.start import LIMIT, launcher
 from pfedmoe_mpi.errors import EXIT_DONE, ConfigError, LaunchError
 from pfedmoe_mpi.mpi import device
-from pfedmoe_mpi.mpi.memory import shortage
+from pfedmoe_mpi.mpi.memory import available, shortage
 from pfedmoe_mpi.storage import untrusted_json
 
 RANKS, ROUNDS = 64, 20
@@ -39,7 +39,8 @@ HEADING = f"{'ranks':>6}{'start, s':>10}{'round, ms':>11}{'overhead, ms':>14}{'e
 class Times:
     """Seconds of one job: until round 1, a round (median), its part beside training, and the end.
 
-    `memory`: bytes of the largest rank.
+    `memory`: bytes that the job took of what was free on the host, for each rank. Ranks share the code of
+    torch, so that their sizes (`rss_mb`) count it once for each of them.
     """
 
     start: float
@@ -101,14 +102,14 @@ def measure(ranks: int) -> Times:
         LaunchError: it fails.
     """
     marks: dict[str, float] = {}
-    started = time.perf_counter()
+    free, started = available(), time.perf_counter()
 
     def mark(process: jobs.Process, text: str) -> None:
-        """Keep the seconds until round 1 began and the last was done."""
+        """Keep the seconds until round 1 began and the last was done, and the memory taken by then."""
         if text.startswith("run folder "):
             marks["start"] = time.perf_counter() - started
         elif re.match(rf"round {ROUNDS}/", text):
-            marks["last"] = time.perf_counter() - started
+            marks["last"], marks["memory"] = time.perf_counter() - started, free - available()
 
     with tempfile.TemporaryDirectory(prefix="pfedmoe-bench-") as folder:
         jobs.run([*launcher(ranks), "-m", "pfedmoe_mpi", *SETTINGS, f"--run.dir={folder}/run"], LIMIT, mark)
@@ -117,5 +118,10 @@ def measure(ranks: int) -> Times:
     seconds = [row["seconds"] for row in rows if row["seconds"]["write"] is None]
     rounds = [each["total"] for each in seconds]
     overheads = [each["total"] - each["train"] - each["evaluate"] for each in seconds]
-    memory = max(row["rss_mb"] for row in rows) * 2**20
-    return Times(marks["start"], median(rounds), median(overheads), ended - marks["last"], memory)
+    return Times(
+        start=marks["start"],
+        round=median(rounds),
+        overhead=median(overheads),
+        end=ended - marks["last"],
+        memory=marks["memory"] / ranks,
+    )

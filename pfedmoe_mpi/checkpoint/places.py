@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -88,27 +89,41 @@ def file_of(path: Path, name: str) -> Path:
     return beside if beside.exists() else Path(path.resolve().parent, name)
 
 
-def read_vector(path: Path, places: Places, row: Any) -> np.ndarray:
+def read_vector(path: Path, places: Places, row: Any, file: Any = None) -> np.ndarray:
     """Return a client's vector, float32, from the file that holds it.
+
+    Args:
+        file: that file, if it is open; several threads may read it.
 
     Raises:
         CheckpointError: the file is missing, or the bytes are others.
     """
     name = places.files[row["file"]]
     try:
-        with open(file_of(path, name), "rb", opener=seal.without_waiting) as file:
-            offset, length = int(row["offset"]), int(row["length"])
-            is_there = offset + length <= os.fstat(file.fileno()).st_size
-            data = np.empty(length if is_there else 0, np.uint8)
-            file.seek(offset)
-            file.readinto(data.data)
+        beside = file_of(path, name)
+        with nullcontext(file) if file else open(beside, "rb", opener=seal.without_waiting) as source:
+            data = _bytes(source.fileno(), int(row["offset"]), int(row["length"]))
     except OSError as error:
         problem = f"{path} relies on {name} in its folder, which cannot be read: {error.strerror}"
         raise CheckpointError(problem, _REMEDY.format(path=path)) from error
     if sha256(data.data).digest() != row["sha256"].tobytes():
-        problem = f"{path} relies on {name}, where the bytes of clients/{row['client']:06d} have changed"
+        where = f"{path} is damaged:" if name == path.name else f"{path} relies on {name}, where"
+        problem = f"{where} the bytes of clients/{row['client']:06d} have changed"
         raise CheckpointError(problem, seal.REMEDY)
     return data.view("<f4")
+
+
+def _bytes(file: int, offset: int, length: int) -> np.ndarray:
+    """Return bytes of an open file, none if it ends before them."""
+    is_there = offset + length <= os.fstat(file).st_size
+    data = np.empty(length if is_there else 0, np.uint8)
+    done = 0
+    while done < len(data):
+        step = os.preadv(file, [data[done:].data], offset + done)
+        if not step:  # it has become shorter
+            return data[:0]
+        done += step
+    return data
 
 
 def check(path: Path, rank: int = 0, ranks: int = 1) -> None:

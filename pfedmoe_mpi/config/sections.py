@@ -351,8 +351,8 @@ class Run(Section):
     """End after this many rounds without a better accuracy on validation rows; 0 trains all rounds.
     Default: the papers train a fixed number of rounds."""
     keep: int = Field(2, ge=1)
-    """How many of the newest checkpoints to keep, beside best.h5.
-    Default: one to fall back on; every one is as large as all clients' models."""
+    """How many of the newest checkpoints to keep, beside best.h5 and the earlier files on which these rely.
+    Default: one to fall back on; a complete one is as large as all models that have trained."""
     memory: NotNegative | Literal["auto"] = "auto"
     """Memory of each rank for its clients' vectors, in GB; the rest of them goes to run.scratch.
     Default: auto = half of a rank's share of what the job may still use on its host."""

@@ -104,10 +104,9 @@ class Loop:
         return self.federation.method
 
     def resume(self, loaded: checkpoint.Checkpoint) -> None:
-        """Continue from a verified checkpoint of this federation; collective. A rank reads its clients.
+        """Continue from a verified checkpoint of this federation; not collective.
 
-        Raises:
-            RunError: on all ranks: the vectors do not fit into memory and the scratch folder of one.
+        Its files stay: a client's vector is read from them when the client trains or is measured.
         """
         self.round = loaded.round
         self.history = [metrics.kept(row, self.comm.rank) for row in loaded.history]
@@ -115,14 +114,10 @@ class Loop:
         self.state.copy_(torch.from_numpy(loaded.state))
         first = torch.from_numpy(loaded.first_state)
         pretraining.begin_private_parts(self.federation, first if len(first) else self.state)
-        for client in self.federation.clients:
-            if loaded.has_trained(client):
-                self.federation.store.put(client, torch.from_numpy(loaded.vector(client)))
         self.saver.resume(loaded)
         self._partial = loaded.partial
         self.saver.confusion = loaded.confusion
         self.server.load(torch.from_numpy(loaded.moments))
-        store.check(self.comm, self.federation.store)
 
     def branch(self, loaded: checkpoint.Checkpoint) -> None:
         """Continue a fork from a run's complete rounds, in which parts may be missing; collective.

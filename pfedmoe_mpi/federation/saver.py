@@ -16,7 +16,7 @@ from pfedmoe_mpi.checkpoint import Checkpoint, Content
 from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.core.batches import SPLITS
 from pfedmoe_mpi.errors import CheckpointError, RunError
-from pfedmoe_mpi.federation import selection
+from pfedmoe_mpi.federation import resumed, selection
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.metrics import Row
 from pfedmoe_mpi.federation.server_optimiser import ServerOptimiser
@@ -76,7 +76,8 @@ class Saver:
         self._vectors.change(clients)
 
     def resume(self, loaded: Checkpoint) -> None:
-        """Continue after a checkpoint."""
+        """Continue after a checkpoint, with the vectors that are in its files."""
+        resumed.begin(self._federation, loaded)
         self._first_state = loaded.first_state
         self._vectors.change(loaded.trained)
         if self._folder and loaded.path.parent == self._folder and checkpoint.is_name(loaded.path.name):
@@ -175,6 +176,7 @@ class Saver:
             divide = partial(self._vectors.divided, path)
             places = checkpoint.write(self._comm, path, content, store.values, home, check, divide)
             self._vectors.written(places)
+            resumed.follow(self._federation, path, places)
         except CheckpointError as error:
             self._failed += 1
             self._listener.not_written(error)

@@ -1,17 +1,18 @@
-"""The private vectors of a rank's clients: drawn, in memory, or in a scratch file.
+"""The private vectors of a rank's clients: drawn, in a checkpoint, in memory, or in a scratch file.
 
 A client that never trained has no vector: it begins with one that is a pure function of its number, and that
-is drawn when it is asked for. Vectors of clients that trained stay in memory up to the budget `run.memory`;
-beyond it those that were replaced longest ago go to a file in `run.scratch`. Drawn vectors take a part of the
-budget, as long as no others need it. The file has no name, so that nothing is left of it however
-the program ends. No bit of a run depends on the budget.
+is drawn when it is asked for. One that has not trained since a restart is read from a checkpoint. Vectors of
+clients that trained stay in memory up to the budget `run.memory`; beyond it those that were replaced longest
+ago go to a file in `run.scratch`. Drawn and read vectors take a part of the budget, as long as no others need
+it. The file has no name, so that nothing is left of it however the program ends. No bit of a run depends on
+the budget.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from pfedmoe_mpi.errors import RunError
 from pfedmoe_mpi.mpi.comm import Comm
 
 PAGE = 4096  # bytes; vectors take whole pages in memory and in the file
-DRAWN = 0.25  # of the budget, at most, is for drawn vectors: they save time and not disk
+DRAWN = 0.25  # of the budget, at most, is for drawn and read vectors: they save time and not disk
 
 
 class Store:
@@ -42,15 +43,32 @@ class Store:
         self.problem = ""  # why vectors beyond the budget had to stay in memory
         self._draw = draw
         self._trained: dict[int, Tensor] = {}  # in memory, the one replaced longest ago first
-        self._drawn: dict[int, Tensor] = {}
-        self._bytes = self._drawn_bytes = 0  # of both, and of those that were drawn
+        self._relied: dict[int, Callable[[int], Tensor]] = {}  # what reads a vector from elsewhere
+        self._drawn: dict[int, Tensor] = {}  # or read: what can be had again
+        self._bytes = self._drawn_bytes = 0  # of both in memory, and of those that can be had again
         self._file = _ScratchFile()
-        self._ahead: dict[int, Future[Tensor]] = {}  # vectors that are being read from the file
+        self._ahead: dict[int, Future[Tensor]] = {}  # vectors that are being read
         self._reader: ThreadPoolExecutor | None = None
 
     def holds(self, client: int) -> bool:
-        """Return whether `put` was called for a client; the others' vectors are drawn."""
-        return client in self._trained or client in self._file
+        """Return whether `put` or `rely` was called for a client; the others' vectors are drawn."""
+        return client in self._trained or client in self._file or client in self._relied
+
+    def rely(self, clients: Iterable[int], read: Callable[[int], Tensor]) -> None:
+        """Leave vectors where they are until these clients train.
+
+        Args:
+            clients: in the order in which they are best read.
+            read: returns the vector of one of them; it may be called in another thread.
+        """
+        for client in clients:
+            self.forget(client)
+            self._relied[client] = read
+
+    @property
+    def relied(self) -> Collection[int]:
+        """The clients whose vectors are elsewhere."""
+        return self._relied.keys()
 
     def get(self, client: int) -> Tensor:
         """Return a client's vector; only `put` may change it."""
@@ -59,7 +77,7 @@ class Store:
         if client in self._file:
             return self._read(client)
         if client not in self._drawn:
-            vector = self._draw(client)
+            vector = self._read(client) if client in self._relied else self._draw(client)
             spare = min(self.budget - self._bytes, DRAWN * self.budget - self._drawn_bytes)
             if _length(vector) > spare:
                 return vector
@@ -80,6 +98,7 @@ class Store:
         if not vector.numel():
             return
         self._ahead.pop(client, None)
+        self._relied.pop(client, None)
         self._forget_drawn(client)
         before = self._trained.pop(client, None)
         if before is None:
@@ -94,6 +113,7 @@ class Store:
     def forget(self, client: int) -> None:
         """Remove the vector of a client that was here for a round."""
         self._ahead.pop(client, None)
+        self._relied.pop(client, None)
         self._forget_drawn(client)
         vector = self._trained.pop(client, None)
         self._bytes -= _length(vector) if vector is not None else 0
@@ -105,22 +125,27 @@ class Store:
             self._forget_drawn(client)
 
     def walk(self, clients: Iterable[int]) -> Iterator[int]:
-        """Yield clients so that few are read from the file twice, and read the next one meanwhile."""
-        chosen = list(clients)
-        stored = self._file.in_order(client for client in chosen if client not in self._trained)
+        """Yield clients so that few are read from files twice, and read the next one meanwhile."""
+        chosen = dict.fromkeys(clients)  # an ordered set
+        stored = [client for client in self._relied if client in chosen and client not in self._drawn]
+        stored += self._file.in_order(client for client in chosen if client not in self._trained)
         in_file = {*stored}
         yield from (client for client in chosen if client not in in_file)
         for number, client in enumerate(stored):
             self._reader = self._reader or ThreadPoolExecutor(1)
             for wanted in stored[number : number + 2]:
-                if wanted not in self._ahead and wanted in self._file:
-                    self._ahead[wanted] = self._reader.submit(self._file.read, wanted)
+                read = self._relied.get(wanted, self._file.read if wanted in self._file else None)
+                if read and wanted not in self._ahead:
+                    self._ahead[wanted] = self._reader.submit(read, wanted)
             yield client
             self._ahead.pop(client, None)
         self._ahead.clear()
 
     def _read(self, client: int) -> Tensor:
-        return self._ahead[client].result() if client in self._ahead else self._file.read(client)
+        """Return a vector that is elsewhere or in the file."""
+        if client in self._ahead:
+            return self._ahead[client].result()
+        return self._relied.get(client, self._file.read)(client)
 
     def _forget_drawn(self, client: int) -> None:
         vector = self._drawn.pop(client, None)

@@ -314,6 +314,6 @@ def test_thousands_of_clients_are_measured(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "c.svg").read_text() and os.listdir(tmp_path) == ["c.svg"]
     said = result.out[result.out.index("restart ") :]
     assert re.search(
-        r"stopped with round-\d+(-partial)?\.h5, restarted on 2 rank\(s\): the undisturbed digest", said
+        r"stopped with round-\d+-partial\.h5, restarted on 2 rank\(s\): the undisturbed digest", said
     )
     assert "≤ 4 GB met" in said

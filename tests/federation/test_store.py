@@ -69,6 +69,27 @@ def test_oldest_vectors_go_to_the_file_and_drawn_ones_are_dropped(tmp_path: Path
     assert store._file._end == 2 * 4096, "the file is as long as what is beyond the budget"
 
 
+def test_vectors_elsewhere_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    """In the given order, the next one ahead; a client that trains again has its vector here."""
+    reads: list[int] = []
+
+    def read(client: int) -> Tensor:
+        reads.append(client)
+        return torch.full((1024,), float(client))
+
+    store = Store(drawn, 4096 * 4, tmp_path)
+    store.get(1)
+    store.rely([3, 1, 2], read)
+    assert reads == [] and [store.holds(client) for client in (1, 4)] == [True, False]
+    for number, client in enumerate(store.walk([1, 2, 3, 4])):
+        assert client == [4, 3, 1, 2][number]
+        assert torch.equal(store.get(client), drawn(4) if client == 4 else torch.full((1024,), float(client)))
+    assert reads == [3, 1, 2]
+    store.get(3), store.put(1, torch.zeros(1024)), store.forget(2)
+    assert reads == [3, 1, 2], "one stays in memory, in a quarter of the budget"
+    assert float(store.get(1)[0]) == 0 and torch.equal(store.get(2), drawn(2)) and {*store.relied} == {3}
+
+
 def test_full_scratch_folder_keeps_vectors_in_memory_and_says_why(tmp_path: Path) -> None:
     store = Store(drawn, 0.0, tmp_path)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
