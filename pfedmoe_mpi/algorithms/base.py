@@ -188,6 +188,7 @@ class Algorithm:
     apart: Collection[str] = ()  # private parts, which no value that is sent depends on
     beyond_gradients = ""  # how clients use samples besides the gradients of single ones; empty: not at all
     experts = 0  # number of experts that a gate weighs; 0 without a gate
+    gate_start = "paper"  # what `gate.start` = auto means
     prepared_size = 0  # length of the vector that `prepare` returns; 0 if the method does not prepare
 
     # Set by the federation. `poll` raises StoppedError once the run must stop: call it now and then in a

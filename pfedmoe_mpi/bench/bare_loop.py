@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pfedmoe_mpi.algorithms.pfedmoe import PFedMoE
 from pfedmoe_mpi.core import batches, seeds
 from pfedmoe_mpi.core.batches import Split
 from pfedmoe_mpi.core.flat import Layout, float_buffers
@@ -27,7 +28,10 @@ from pfedmoe_mpi.models.registry import Model
 
 @dataclass(frozen=True)
 class BareClient:
-    """A client: its copy of the shared extractor, its model, its gate, and the gate's view of x, `seen`."""
+    """A client: its copy of the shared extractor, its model, its gate, and the gate's view of x, `seen`.
+
+    `scale`: factor on the mixture, see pfedmoe.mixture.
+    """
 
     id: int
     shared: nn.Module
@@ -35,6 +39,7 @@ class BareClient:
     gate: nn.Module
     seen: Callable[[Tensor, nn.Module], Tensor]
     splits: Mapping[str, Split]
+    scale: int
 
     def modules(self) -> tuple[nn.Module, ...]:
         """Return the shared extractor, the model and the gate."""
@@ -44,7 +49,7 @@ class BareClient:
         """Return logits (B, classes)."""
         alpha = self.gate(self.seen(x, self.shared))
         representation = alpha[:, :1] * self.shared(x) + alpha[:, 1:] * self.model.extractor(x)
-        logits: Tensor = self.model.head(representation)
+        logits: Tensor = self.model.head(self.scale * representation)
         return logits
 
 
@@ -58,12 +63,15 @@ class BareLoop:
             problem = "the plain loop trains whole epochs, with an update for every batch"
             raise ConfigError(problem, "remove --train.steps and --train.accumulate")
         self.seconds = {"train": 0.0, "evaluate": 0.0}  # of the last round
+        method = federation.method
+        assert isinstance(method, PFedMoE)
         self.clients = [
             BareClient(
                 k,
                 **_modules(federation, state, client.spec, client.vector),
                 seen=federation.task.gate_input,
                 splits=client.splits,
+                scale=method.scale,
             )
             for k, client in federation.clients.items()
         ]

@@ -18,6 +18,7 @@ import numpy as np
 
 from pfedmoe_mpi.checkpoint import frozen, tensors
 from pfedmoe_mpi.checkpoint.reader import Checkpoint, check_code
+from pfedmoe_mpi.config import recorded
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.models.names import labels
@@ -94,7 +95,10 @@ class ClientFile:
         self._file = h5py.File(path, "r", locking="best-effort")
         try:
             self.client, self.round = self._number("client"), self._number("round")
-            self.config: dict[str, Any] = untrusted_json.parse(self._text("config"), "its attribute 'config'")
+            settings = untrusted_json.parse(self._text("config"), "its attribute 'config'")
+            if not isinstance(settings, dict):
+                raise UnusableError("its attribute 'config' has no settings")
+            self.config = recorded.complete(settings)
             self.samples = self._text("samples")
             self.code = self._code()
         except untrusted_hdf5.FROM_HDF5 as error:

@@ -16,6 +16,7 @@ import numpy as np
 from pfedmoe_mpi.checkpoint import confusion, measured, places, seal
 from pfedmoe_mpi.checkpoint.client_vectors import ClientVectors
 from pfedmoe_mpi.checkpoint.sealed_file import ATTRIBUTE, FLOAT
+from pfedmoe_mpi.config import recorded
 from pfedmoe_mpi.config.sections import MOMENTS
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
@@ -97,6 +98,7 @@ class Checkpoint(ClientVectors):
         self.round = _natural(facts.get("round"), "round")
         self.config: dict[str, Any] = untrusted_json.parse(self._text("config"), "config")
         _check_config(self.config)
+        self.config = recorded.complete(self.config)
         _check_identity(self.identity)
         self.code: dict[str, str] = {}  # the user's own files, by name
         if "code" in self._ranges:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -11,17 +10,12 @@ from typing import Any
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, seal
+from pfedmoe_mpi.config import recorded
 from pfedmoe_mpi.errors import EXIT_DONE
 from pfedmoe_mpi.federation import metrics, selection
 from pfedmoe_mpi.federation.rebuilt import vectors
 from pfedmoe_mpi.models.names import kind_of
 from pfedmoe_mpi.user_code import label
-
-# Settings that came later, by section: at their default they are not in the digest.
-LATER: dict[str, dict[str, Any]] = {
-    "model": {"train": "all", "lora_rank": 4, "lora_alpha": 4.0, "keep_outputs": True, "start": "own"},
-    "pfedmoe": {"mixture": "mean"},
-}
 
 
 def run(path: Path, *, digest_only: bool) -> int:
@@ -45,7 +39,7 @@ def digest(loaded: Checkpoint) -> str:
     """
     state = sha256()
     method = label(loaded.config["algorithm"])
-    model, options = (_without_later(loaded.config, section) for section in ("model", method))
+    model, options = (recorded.without_later(loaded.config, section) for section in ("model", method))
     assert model is not None
     model.pop("weights", None)  # a path
     model["pool"] = [kind_of(name) for name in model["pool"]]
@@ -73,12 +67,6 @@ def digest(loaded: Checkpoint) -> str:
     if loaded.partial is not None:
         state.update(loaded.partial.tobytes())
     return state.hexdigest()
-
-
-def _without_later(settings: Mapping[str, Any], section: str) -> dict[str, Any] | None:
-    """Return a section without the settings of `LATER` that have their default; None without the section."""
-    values, later = settings.get(section), LATER.get(section, {})
-    return values and {name: value for name, value in values.items() if later.get(name, ...) != value}
 
 
 def _description(loaded: Checkpoint) -> str:

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from pfedmoe_mpi import user_code
-from pfedmoe_mpi.config import methods, neighbours, sections
+from pfedmoe_mpi.config import methods, neighbours, recorded, sections
 from pfedmoe_mpi.config.model_settings import ModelSettings
 from pfedmoe_mpi.config.new_clients import Join, Unseen
 from pfedmoe_mpi.config.partition_settings import PartitionSettings
@@ -215,7 +215,10 @@ def choices(field: Any) -> tuple[str, ...]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the settings of a file by their dotted names; its relative paths become relative to it."""
+    """Return the settings of a file by their dotted names; its relative paths become relative to it.
+
+    A run's config.toml keeps its meaning: settings that did not exist yet are as they were then.
+    """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
@@ -224,6 +227,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ours = path.is_dir() or path.suffix == ".h5"
         remedy = f"to continue a run: pfedmoe-mpi restart {path}" if ours else "correct the file"
         raise ConfigError(f"{path} cannot be read as TOML: {error}", remedy) from error
+    tree = recorded.complete(tree) if recorded.is_recorded(tree) else tree
     return located(flatten(tree), path.resolve().parent)
 
 

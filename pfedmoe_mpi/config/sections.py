@@ -156,9 +156,9 @@ class Gate(Section):
     weights: Annotated[Literal["sample", "learned", "equal"], BeforeValidator(_name)] = "sample"
     """Weights per sample, or the same for all: learned constants, or equal ones (static fusion).
     Default: as in the paper."""
-    start: Annotated[Literal["paper", "even"], BeforeValidator(_name)] = "paper"
-    """First weights: paper = drawn, they differ from sample to sample; even = equal for all samples.
-    Default: as in the paper."""
+    start: Annotated[Literal["auto", "paper", "even"], BeforeValidator(_name)] = "auto"
+    """First weights: paper = drawn, so that they vary by sample; even = equal; of the program's own gate.
+    Default: auto = even for pfedmoe, chosen on validation rows (jobs/tables/README.md), else paper."""
 
     @model_validator(mode="after")
     def _check(self) -> Gate:

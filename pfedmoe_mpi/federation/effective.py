@@ -146,7 +146,13 @@ def effective_config(settings: Config, dataset: Dataset, threads: int) -> Config
             f"model.shared = {shared}",
         )
     dim = model_names.resolve_dim([*pool, shared], model.dim)
+    start = settings.gate.start
+    if start == "auto":  # a gate of the user's own draws its own first weights
+        start = "paper" if settings.gate.module else kind.gate_start
     flat = config.flatten(config.to_tree(settings))
     return config.build(
-        {**flat, "model.pool": pool, "model.shared": shared, "model.dim": dim, "train.threads": threads}
+        {
+            **{**flat, "model.pool": pool, "model.shared": shared, "model.dim": dim},
+            **{"gate.start": start, "train.threads": threads},
+        }
     )

@@ -81,6 +81,7 @@ def _notes(
         name
         for name in unlabelled
         if not _is_section(name, firsts)
+        and name != "gate.start"  # its default depends on the method
         and (name not in within_methods or _varies_between_methods(name, setting, firsts))
     ]
     along = [f"{name} ({'; '.join(_values(name, firsts))})" for name in within_methods if name not in between]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from pfedmoe_mpi.config import recorded
 from pfedmoe_mpi.config.config import REFERENCES
 from pfedmoe_mpi.errors import CheckpointError, UserError
 from pfedmoe_mpi.federation.selection import TEST, VALIDATION, best, exhausted
@@ -303,7 +304,7 @@ def _below(path: Path) -> list[Path]:
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        settings = _flat(tomllib.loads(path.read_text(encoding="utf-8-sig")))
+        settings = _flat(recorded.complete(tomllib.loads(path.read_text(encoding="utf-8-sig"))))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise RunFolderError(
             f"cannot read {path}: {error}", "name a folder that a run has written"

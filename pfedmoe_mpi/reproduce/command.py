@@ -33,6 +33,7 @@ AUTO = {
     "model.pool": ["auto"],
     "model.shared": "auto",
     "model.dim": 0,
+    "gate.start": "auto",
 }  # a run folder has the resolved values
 
 

@@ -52,7 +52,7 @@ def _fork(
 def _settings(loaded: Checkpoint, overrides: Mapping[str, Any]) -> tuple[config.Config, dict[str, list[Any]]]:
     """Return the settings of the fork, and what differs from the run's: {name: [before, after]}.
 
-    With another algorithm, the section of the run's own is left out.
+    With another algorithm, what belongs to the run's own is left out: its section, and how its gate starts.
 
     Raises:
         ConfigError: nothing would differ after the round, or what may not.
@@ -60,7 +60,8 @@ def _settings(loaded: Checkpoint, overrides: Mapping[str, Any]) -> tuple[config.
     before = config.flatten(loaded.config)
     if "algorithm" in overrides:
         section = config.build(before).method
-        before = {name: value for name, value in before.items() if name.partition(".")[0] != section}
+        own = [name for name in before if name.partition(".")[0] == section or name == "gate.start"]
+        before = {name: value for name, value in before.items() if name not in own}
     settings, changes = override_settings(before, overrides, SHARED, same_method=False)
     if not changes:
         problem = "no setting differs from the run's, so its fork would be the same run"

@@ -144,6 +144,26 @@ def test_sum_gives_the_head_the_mixture_times_the_experts(data: dict[str, Path])
     torch.testing.assert_close(outputs[1], 3 * outputs[0])
 
 
+def test_sum_leaves_the_one_expert_of_top1_as_it_is(data: dict[str, Path]) -> None:
+    answers = []
+    for mixture in ("mean", "sum"):
+        changes = {"gate__routing": "top1", "pfedmoe__mixture": mixture}
+        loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5", **changes)
+        method, parts, batch = first_batch(loop)
+        answers.append(method.predict(parts, batch.x))
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize(("method", "start"), [("pfedmoe", "even"), ("fedmix", "paper")])
+def test_gate_begins_even_by_default_in_pfedmoe_alone(data: dict[str, Path], method: str, start: str) -> None:
+    """The run records which of the two it was; FedMix's gate is the program's own, too."""
+    loop = build_loop(data["small"], method, model__pool="mlp5")
+    chosen, parts, batch = first_batch(loop)
+    assert loop.federation.config.gate.start == start
+    spread = weights_of(chosen, parts, batch.x).std(0)
+    assert (spread.max() < 1e-6) == (start == "even")
+
+
 EXTRACTORS = {"pfedmoe__extractors": 2, "gate__weights": "equal"}
 VARIANT = ("--pfedmoe.extractors", "2", "--gate.routing", "top1", "--gate.input", "shared", "--rounds", "3")
 

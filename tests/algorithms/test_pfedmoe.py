@@ -24,7 +24,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_gradients_reach_theta_omega_and_phi(data: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5")
+    loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5", gate__start="paper")
     found = loss_gradients(loop)
     assert {name.partition("/")[0] for name in found} == {"shared", "model", "gate"}
     constants = {
@@ -45,7 +45,7 @@ def test_gate_columns_select_the_shared_and_the_local_extractor(
     data: dict[str, Path], column: int, alone: str, silent: str
 ) -> None:
     """With all weight on one column the prediction is head ∘ that extractor, whatever the other one is."""
-    loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5")
+    loop = build_loop(data["small"], "pfedmoe", model__pool="mlp5", pfedmoe__mixture="mean")
     method, parts, batch = first_batch(loop)
     last = parts.gate.layers[-1]
     with torch.no_grad():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from oracles import methods, nets
+from pfedmoe_mpi import config
 from pfedmoe_mpi.config.methods import names
 from pfedmoe_mpi.errors import RunError
 from pfedmoe_mpi.models import mlp
@@ -41,13 +42,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def reference_pfedmoe(it: TrainedFederation) -> list[methods.Round]:
-    share = it.loop.federation.config.options.share
+    options = it.loop.federation.config.options
+    share, scale = options.share, 2 if options.mixture == "sum" else 1
     models = [nets.model(it.of_client(k, "model")) for k in range(3)]
     gates = [nets.gate(it.of_client(k, "gate")) for k in range(3)]
     theta: Any = nets.extractor(it.of_state("shared")) if share else None
     if not share:
         theta = [nets.extractor(it.of_client(k, "shared")) for k in range(3)]
-    history = methods.pfedmoe(theta, models, gates, it.course)
+    history = methods.pfedmoe(theta, models, gates, it.course, scale)
     for k in range(3):
         assert_tensors_agree(
             it.of_client(k, "model", start=False), nets.tensors(models[k]), f"ω of client {k}"
@@ -131,11 +133,14 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 # Rounds against the reference
 
+LITERAL = {"gate.start": "paper", "pfedmoe.mixture": "mean"}  # the paper as it is written
+
 
 def compare(
     path: Path, method: str, clients: frozenset[int] = ALL_CLIENTS, **changes: Any
 ) -> TrainedFederation:
-    settings = {"model.pool": unlike(method), **changes}
+    paper = LITERAL if method == "pfedmoe" else {}
+    settings = {"model.pool": unlike(method), **paper, **changes}
     return train_and_compare(path, method, REFERENCES[method], settings, clients)
 
 
@@ -165,6 +170,15 @@ def test_rounds_match_the_reference(data: dict[str, Path], method: str, variant:
     assert {len(cohort) for cohort in it.cohorts} == {{"some": 2, "all": 3, "one": 1}[variant]}
     if variant == "some":  # in round 2 client 2 has samples of a class with a prototype, and of one without
         assert it.cohorts[:2] == [[0, 1], [1, 2]]
+
+
+def test_pfedmoes_defaults_match_the_reference(data: dict[str, Path]) -> None:
+    """Gates that begin even, and the sum; after training, their weights differ by sample."""
+    it = compare(data["small"], "pfedmoe", **{name: config.fields()[name].default for name in LITERAL})
+    settings = it.loop.federation.config
+    assert (settings.gate.start, settings.options.mixture) == ("even", "sum")
+    gate = nets.gate(it.of_client(0, "gate", start=False)).eval()
+    assert gate(it.samples[0].test[0])[:, 0].std() > 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -230,7 +230,7 @@ def test_mean_gate_and_head_match_the_reference(data: dict[str, Path]) -> None:
     )
     head = it.of_state("mean_head", start=False)
     with torch.no_grad():
-        r = gate.eval()(x)[:, :1] * theta(x)
+        r = 2 * gate.eval()(x)[:, :1] * theta(x)  # pfedmoe.mixture = sum, two experts
         torch.testing.assert_close(answer(x), r @ head["weight"].T + head["bias"], rtol=1e-5, atol=1e-5)
 
 

@@ -48,7 +48,11 @@ def fedjets(parts: Any, x: Tensor) -> tuple[Tensor, Any]:
 @pytest.mark.parametrize(
     ("method", "plain", "changes"),
     [
-        ("pfedmoe", pfedmoe, {"model__pool": "mlp5"}),
+        (
+            "pfedmoe",
+            pfedmoe,
+            {"model__pool": "mlp5", "gate__start": "paper", "pfedmoe__mixture": "mean"},
+        ),
         ("fedjets", fedjets, {"fedjets__experts": 3, "fedjets__common_epochs": 1, "train__lr_gate": 1.0}),
     ],
 )
@@ -118,8 +122,8 @@ def test_published_gates_differ_before_they_learn_and_even_ones_do_not(data: Pat
     """Nothing is learned at rate 0, except running statistics; a published gate is a random router."""
     still = {"train__lr": 0.0, "train__lr_shared": 0.0, "train__lr_gate": 0.0, "model__pool": "mlp5"}
     still["train__epochs"] = 20
-    _, published = measured(data, "pfedmoe", **still)
-    _, even = measured(data, "pfedmoe", gate__start="even", **still)
+    _, published = measured(data, "pfedmoe", gate__start="paper", **still)
+    _, even = measured(data, "pfedmoe", **still)
     spread = np.hypot(published["spread"]["within"][0], published["spread"]["classes"][0])
     assert spread > 0.15 and published["disagreement"][0] > 0.1
     assert even["load"] == [0.5, 0.5] and even["entropy"] == pytest.approx(1)

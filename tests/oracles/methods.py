@@ -119,15 +119,19 @@ def pfedmoe(
     models: Sequence[nn.Module],
     gates: Sequence[nn.Module],
     course: Course,
+    scale: int = 1,
 ) -> list[Round]:
-    """`theta` is the server's extractor; as a list it is one for each client, and never averaged."""
+    """`theta` is the server's extractor; as a list it is one for each client, and never averaged.
+
+    `scale`: factor on r, which the paper does not have.
+    """
     shared = isinstance(theta, nn.Module)
 
     def mixture(g: nn.Module, k: int) -> Predict:
         def predict(x: Tensor) -> Tensor:
             alpha = gates[k](x)
             r = alpha[:, 0].unsqueeze(1) * g(x) + alpha[:, 1].unsqueeze(1) * models[k].extractor(x)
-            return models[k].head(r)
+            return models[k].head(scale * r)
 
         return predict
 

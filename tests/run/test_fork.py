@@ -11,6 +11,7 @@ import pytest
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.report import fork_section
 from pfedmoe_mpi.report.load import load_run
+from pfedmoe_mpi.run import fork
 from support.launcher import Result, read_events, reproducible_rows, run_program
 
 
@@ -19,13 +20,20 @@ def test_fork_repeats_the_run_where_no_change_has_an_effect(
 ) -> None:
     """The rank count differs too: every draw of the fork is that of the run."""
     run_command("fork", run, "--at", "2", "--run.keep", "9", "--run.dir", "fork")
-    fork = tmp_path / "fork"
-    assert reproducible_rows(fork) == reproducible_rows(run)
+    made = tmp_path / "fork"
+    assert reproducible_rows(made) == reproducible_rows(run)
     newest = "checkpoints/round-000003.h5"
-    with Checkpoint(run / newest) as one, Checkpoint(fork / newest) as other:
+    with Checkpoint(run / newest) as one, Checkpoint(made / newest) as other:
         np.testing.assert_array_equal(one.state, other.state)
         for client in range(4):
             np.testing.assert_array_equal(one.vector(client), other.vector(client))
+
+
+def test_fork_of_another_method_begins_its_gate_by_its_own_default(run: Path) -> None:
+    with Checkpoint(run / "checkpoints" / "round-000003.h5") as loaded:
+        assert loaded.config["gate"]["start"] == "even"
+        settings, changes = fork._settings(loaded, {"algorithm": "standalone", "rounds": 9})
+    assert settings.gate.start == "auto" and "gate.start" not in changes
 
 
 def test_fork_keeps_common_parts_and_repeats_on_any_ranks_and_through_a_restart(
