@@ -93,6 +93,8 @@ def _describe_privacy(federation: Federation) -> Iterator[str]:
     yield _privacy(entry, settings.rounds)
     if entry["noise"]:
         yield "warning: whoever knows the seed can draw the noise again: keep it secret for ε to hold"
+    if federation.task.vocabulary:
+        yield "warning: the vocabulary comes from the training texts without noise, and ε does not cover it"
     if entry["unit"] == "client" and entry["delta"] * settings.clients >= 1:
         yield (
             f"warning: privacy.delta = {entry['delta']:g} is not below 1 / clients = "

@@ -120,6 +120,7 @@ def test_texts_are_trained_too(tmp_path: Path) -> None:
             warnings.simplefilter("error", UserWarning)
             federation = build.build(comm.start(), chosen, warn=False)
         assert federation.engine.samples, "the trial compared the gradients"
+    assert any("the vocabulary comes from the training texts" in line for line in plan_of(federation))
 
 
 # Refusals

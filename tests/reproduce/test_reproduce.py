@@ -347,7 +347,7 @@ def test_runs_at_once_are_stopped_resumed_and_equal_runs_alone(
         for name in ours:
             launcher.wait_for_file(folder / "out" / name / "metrics.jsonl", job)
         job.send_signal(signal.SIGUSR1)
-        out, err = job.communicate(timeout=60)
+        out, err = job.communicate(timeout=120)
     assert job.returncode == 75, out + err
     for name in ours:
         assert launcher.read_events(folder / "out" / name)[-1]["event"] == "stop"
