@@ -18,6 +18,7 @@ import pytest
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, Content, writer
 from pfedmoe_mpi.checkpoint.memory_file import SparseFile
+from pfedmoe_mpi.config import recorded
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.federation import metrics
@@ -76,7 +77,7 @@ def test_written_content_is_read_back(tmp_path: Path, whole: Content) -> None:
     with Checkpoint(path) as loaded:
         assert (loaded.round, loaded.config, loaded.history) == (
             whole.round,
-            whole.config,
+            recorded.complete(whole.config),
             list(whole.history),
         )
         assert json.dumps([metrics.learning(row) for row in loaded.history], sort_keys=True) == json.dumps(

@@ -172,7 +172,7 @@ def test_cost_counts_recurrent_steps() -> None:
 
 
 def test_gate_sends_no_gradient_to_the_shared_embedding(news: Path) -> None:
-    loop = loop_of(news, gate__hidden=8)
+    loop = loop_of(news, gate__hidden=8, gate__start="paper")
     federation = loop.federation
     client, method = federation.clients[1], federation.method
     parts = federation.workbench.parts((method.state(), loop.state), (client.spec, client.vector))

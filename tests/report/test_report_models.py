@@ -33,7 +33,7 @@ from support.report_runs import read_table, same_number
 
 @dataclass
 class ReferenceClient:
-    """One client in plain torch: its test rows, and its models' outputs on any rows."""
+    """One client in plain torch: its test rows, and its models' outputs on any rows; the mixture is a sum."""
 
     x: torch.Tensor
     y: np.ndarray
@@ -48,7 +48,7 @@ class ReferenceClient:
     @torch.no_grad()
     def representations(self, x: torch.Tensor) -> dict[str, np.ndarray]:
         a, g, f = self.gate(x)[:, :1], self.shared(x), self.model.extractor(x)
-        return {"r_G": g.numpy(), "r_F": f.numpy(), "r": (a * g + (1 - a) * f).numpy()}
+        return {"r_G": g.numpy(), "r_F": f.numpy(), "r": (2 * (a * g + (1 - a) * f)).numpy()}
 
     @torch.no_grad()
     def right(self, x: torch.Tensor, y: np.ndarray) -> float:
