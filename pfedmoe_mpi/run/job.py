@@ -186,6 +186,12 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
             (loop.branch if start.fork else loop.resume)(start.loaded)
             if start.changes or not start.resuming:
                 _save_again(loop, start.loaded)
+            if not start.resuming and not loop.saver.written:
+                raise RunError(
+                    "the run ends because its first checkpoint cannot be written, and without one it depends "
+                    f"on {start.loaded.path}",
+                    "fix the error above, and run the command again with another --run.dir",
+                )
         world.from_root(lambda: folder.describe(config.to_toml(settings), start.history), "run folder")
         world.from_root(lambda: folder.keep_code(federation.code), "run folder")
         facts = {**identity, "changes": start.changes, "warnings": list(start.warnings), **report_facts}
