@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -93,10 +93,19 @@ def newest_first(folder: Path) -> list[Path]:
     return [path for _, path in sorted(by_age, reverse=True)]
 
 
+def newest(folder: Path, tried: Collection[Path]) -> Path | None:
+    """Return the newest checkpoint that was not tried; a run may have written and removed some meanwhile."""
+    return next((path for path in newest_first(folder) if path not in tried), None)
+
+
 def restart_points(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder without those that are there only because others rely on them."""
     names = {path.name: path for path in newest_first(folder)}
-    return [path for path in names.values() if files_needed(path) <= names.keys()]
+    points = []
+    for path in names.values():
+        with suppress(OSError):
+            points += [path] if files_needed(path) <= names.keys() else []
+    return points
 
 
 def write(
