@@ -1,5 +1,6 @@
 """Checkpoints: one sealed HDF5 file each, written by all ranks and readable with any HDF5 tool."""
 
+from pfedmoe_mpi.checkpoint.folder import name, newest, newest_first, restart_points
 from pfedmoe_mpi.checkpoint.opened import Opened, OpenFiles
 from pfedmoe_mpi.checkpoint.places import Places, files_needed, is_name
 from pfedmoe_mpi.checkpoint.reader import (
@@ -11,7 +12,7 @@ from pfedmoe_mpi.checkpoint.reader import (
     verify,
 )
 from pfedmoe_mpi.checkpoint.seal import FORMAT
-from pfedmoe_mpi.checkpoint.writer import Content, name, newest, newest_first, restart_points, write
+from pfedmoe_mpi.checkpoint.writer import Content, write
 
 __all__ = [
     "FORMAT",

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoe_mpi.checkpoint import places, seal
+from pfedmoe_mpi.checkpoint import folder, places, seal
 from pfedmoe_mpi.checkpoint.places import Places
 from pfedmoe_mpi.errors import CheckpointError
 
@@ -131,20 +131,36 @@ class Opened(OpenFiles):
 def open_files(path: Path) -> Opened:
     """Open a checkpoint and all files on which it relies.
 
-    A run removes those only after it has removed or replaced the checkpoint; then the new one is opened.
+    A run removes those only after it has removed or replaced the checkpoint, which is opened again then; or
+    when newer ones need vectors of it and nothing else.
 
     Raises:
         CheckpointError: a file is missing, or the first one is not a checkpoint.
     """
     while True:
-        opened = Opened(path)
+        try:
+            opened = Opened(path)
+        except CheckpointError as error:
+            newest = _newest(path) if isinstance(error.__cause__, FileNotFoundError) else None
+            if newest is None:
+                raise
+            remedy = f"check the path; the newest checkpoint there is {newest.name}"
+            raise CheckpointError(error.problem, remedy) from error
         try:
             opened.open_others()
-        except CheckpointError:
+        except CheckpointError as error:
             if opened.replaced:
                 continue
-            raise
+            newest = _newest(path)
+            if newest is None or newest == path:
+                raise
+            raise CheckpointError(error.problem, f"use {newest}, with which its run has gone on") from error
         return opened
+
+
+def _newest(path: Path) -> Path | None:
+    """Return the newest checkpoint of a folder that relies on no missing file."""
+    return next(iter(folder.restart_points(path.parent)), None)
 
 
 def _close(files: dict[str, int]) -> None:

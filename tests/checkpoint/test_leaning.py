@@ -232,6 +232,29 @@ def test_checkpoint_that_is_replaced_while_it_is_opened_is_opened_again(
         assert loaded.round == 4 and [*writer.folder.iterdir()] == [best]
 
 
+def test_what_a_run_has_removed_leads_to_its_newest_checkpoint(writer: Writer) -> None:
+    complete = writer.write(4, [*range(20)])
+    (writer.folder / "round-000001.h5").unlink()
+    with pytest.raises(CheckpointError, match=r"relies on round-000001.h5") as caught:
+        checkpoint.verify(writer.folder / "round-000003.h5")
+    assert caught.value.remedy == f"use {complete}, with which its run has gone on"
+    with pytest.raises(CheckpointError, match="there is no checkpoint") as caught:
+        checkpoint.verify(writer.folder / "round-000001.h5")
+    assert caught.value.remedy == "check the path; the newest checkpoint there is round-000004.h5"
+
+
+def test_ranks_read_the_same_file(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 has opened `best.h5` after it was replaced, the first time; or always."""
+    best, comm, others = writer.folder / "best.h5", single_rank(), [b"newer"]
+    os.link(writer.folder / "round-000003.h5", best)
+    monkeypatch.setattr(comm, "gather", lambda value, purpose: [value, others.pop() if others else value])
+    with checkpoint.open_everywhere(comm, best) as loaded:
+        assert loaded.round == 3 and not others
+    others = [b"newer"] * 99
+    with pytest.raises(CheckpointError, match="is not the same file on all ranks"):
+        checkpoint.open_files_everywhere(comm, best)
+
+
 @pytest.mark.parametrize(
     ("limits", "wanted", "most", "after"),
     [
