@@ -146,7 +146,9 @@ def _already_finished(world: Comm, start: Start, loaded: Checkpoint, settings: C
         problem = f"the run is finished: {state}, so {given} has no effect"
         more = f"add --rounds {2 * loaded.round} to train as many again"
         raise ConfigError(problem, "add --run.patience 0 to train the other rounds" if early else more)
-    world.from_root(lambda: start.folder.complete(loaded.history), "run folder")
+    world.timeout = settings.run.timeout or math.inf  # rank 0 may have to copy all clients' vectors
+    done = (loaded.history, settings.run.keep, loaded.path)
+    world.from_root(lambda: start.folder.complete(*done), "run folder")
     if world.rank == 0:
         more = (
             "--run.patience 0 trains the others"
@@ -190,7 +192,7 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
                 raise RunError(
                     "the run ends because its first checkpoint cannot be written, and without one it depends "
                     f"on {start.loaded.path}",
-                    "fix the error above, and run the command again with another --run.dir",
+                    "fix the error above, and run the command again with --run.force true",
                 )
         world.from_root(lambda: folder.describe(config.to_toml(settings), start.history), "run folder")
         world.from_root(lambda: folder.keep_code(federation.code), "run folder")

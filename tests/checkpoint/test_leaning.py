@@ -20,6 +20,7 @@ from pfedmoe_mpi.checkpoint.places import FILES, ROWS
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.federation.written import Vectors
 from pfedmoe_mpi.run import old_checkpoints
+from pfedmoe_mpi.run.folder import RunFolder
 from support.checkpoint_checks import sample_content
 from support.checkpoint_files import reseal, single_rank
 from support.files import flip_bit
@@ -119,6 +120,21 @@ def test_nothing_is_removed_while_it_is_unknown_what_is_needed(writer: Writer) -
     best.write_bytes(b"damaged")
     old_checkpoints.remove(writer.folder, best, 1, complete)
     assert [*writer.folder.glob("round-*.h5")] == [complete]
+
+
+def test_run_killed_before_best_was_complete_is_completed(writer: Writer, tmp_path: Path) -> None:
+    """And the files that only best.h5 needed are removed."""
+    folder = RunFolder(tmp_path / "run")
+    complete = writer.write(4, [*range(20)])
+    os.link(writer.folder / "round-000003.h5", writer.folder / "best.h5")
+    folder.path.mkdir()
+    folder.checkpoints.mkdir()
+    for path in writer.folder.glob("*.h5"):
+        path.rename(folder.checkpoints / path.name)
+    folder.complete([], 1, folder.checkpoints / complete.name)
+    assert {path.name for path in folder.checkpoints.iterdir()} == {"best.h5", complete.name}
+    checkpoint.verify(folder.best)
+    assert folder.best_round() == 3 and folder.finished
 
 
 def test_dead_bytes_beyond_half_are_compacted(writer: Writer) -> None:
