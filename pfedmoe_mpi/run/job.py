@@ -101,7 +101,11 @@ def train(world: Comm, start: Start) -> int:
     device_lines = world.gather(f"{federation.device.line}, {len(federation.clients)} client(s)", "hosts")
     ranks = world.gather(disk.scratch_of(federation, platform.node()), "scratch folders")
     if world.rank == 0:
-        print("\n".join(console.plan(federation, device_lines, ranks, start.folder.path)), flush=True)
+        done = disk.NEW
+        if start.loaded:
+            done = disk.Done.of(start.loaded, len(federation.task.training), start.resuming)
+        lines = console.plan(federation, device_lines, ranks, start.folder.path, done)
+        print("\n".join(lines), flush=True)
     if start.dry:
         return EXIT_DONE
     if start.loaded and is_finished(federation.config, start.history):
