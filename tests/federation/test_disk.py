@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pfedmoe_mpi import checkpoint, config
+from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.federation import disk
 from pfedmoe_mpi.federation.build import build
 from pfedmoe_mpi.federation.disk import Scratch, in_units, scratch_use
@@ -123,6 +124,7 @@ def test_plan_of_leaning_checkpoints_and_scratch_file_is_what_a_run_writes(tmp_p
     assert use.each == pytest.approx(sum(folder.written_sizes) / len(folder.written_sizes), rel=0.15)
     assert use.total + use.spare >= folder.most
     assert scratch == pytest.approx(federation.store._file._end, rel=0.15)
+    check_plan_of_restart({**chosen, "rounds": 56, "eval.every": 56}, folder)
 
     def warnings(free: float, **changes: Any) -> list[str]:
         changed = replace(federation, config=federation.config.model_copy(update=changes))
@@ -139,6 +141,25 @@ def test_plan_of_leaning_checkpoints_and_scratch_file_is_what_a_run_writes(tmp_p
     assert "b has 1 kB free in run.scratch = /fast: another --run.scratch FOLDER" in short
     (short,) = warnings(0, rounds=10**12)
     assert "this disk is too small: --run.keep 1" in short
+
+
+def check_plan_of_restart(chosen: dict[str, Any], folder: Folder) -> None:
+    """What trained before stays in its checkpoint; the first of a fork is complete."""
+    federation, before = build(shared_comm(), config.build(chosen), warn=False), len(folder.written_sizes)
+    with Checkpoint(checkpoint.newest_first(folder.path)[0]) as loaded:
+        done, elsewhere = (disk.Done.of(loaded, 30, stays) for stays in (True, False))
+        assert sum(done.files) == sum(loaded.path.with_name(n).stat().st_size for n in loaded.places.files)
+        loop = Loop(shared_comm(), federation, folder, folder.path)
+        loop.resume(loaded)
+        assert loop.run()
+        complete = sum(4 * loaded.layout(client).size for client in loaded.trained)
+    use, written = disk.of_federation(federation, 1, done), folder.written_sizes[before:]
+    assert use.checkpoints == pytest.approx(on_disk(folder.path), rel=0.25)
+    assert use.each == pytest.approx(sum(written) / len(written), rel=0.25)
+    scratch = scratch_use(federation, [disk.scratch_of(federation, "here")], done)["here"]
+    assert scratch == pytest.approx(federation.store._file._end, rel=0.25)
+    forked = disk.of_federation(federation, 1, elsewhere)
+    assert forked.each * 9 > complete + 8 * min(written), "the first of nine"
 
 
 @pytest.mark.parametrize(
