@@ -19,6 +19,7 @@ from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import build, client_privacy
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from pfedmoe_mpi.federation.privacy_account import check_fork
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.privacy import accountant
 from pfedmoe_mpi.report import run_report
@@ -128,8 +129,11 @@ def test_more_rounds_go_on_counting_with_the_noise_of_the_rounds_before(tmp_path
     rows = [row["privacy"] for row in loop.history]
     assert rows[:3] == entries and {row["noise"] for row in rows} == {noise}
     assert rows[-1]["epsilon"] == pytest.approx(by_hand(noise, 0.5, 5, 1e-5), rel=0.02)
-    with pytest.raises(ConfigError, match="fork"):
-        client_privacy.check_history(longer, forked=True)
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon = 3, but a fork") as error:
+        check_fork(longer)
+    assert "fork with --privacy.epsilon 0" in error.value.remedy
+    with Checkpoint(path) as loaded:
+        assert client_privacy_of(built(privacy__noise=0.5, loaded=loaded)).noise == 0.5, "a fork's own"
 
 
 def test_masks_are_refused_for_cohorts_that_nobody_may_know() -> None:

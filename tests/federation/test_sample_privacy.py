@@ -25,7 +25,8 @@ from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import build, trial, tuning
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from pfedmoe_mpi.federation.sample_privacy import Account, check_history
+from pfedmoe_mpi.federation.privacy_account import check_fork
+from pfedmoe_mpi.federation.sample_privacy import Account
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.run import console, restart
 from support.mpi_job import run_conformance
@@ -355,12 +356,10 @@ def test_noise_is_solved_for_the_whole_run_and_not_for_more_rounds() -> None:
     whole, part = (Account(built("fedavg", **settings, **more)).entry(3) for more in ({}, drifting))
     assert part["epsilon"] > 1.1 * whole["epsilon"], "of fewer rows each is drawn more often"
 
-    check_history(federation, [{"privacy": entries[-1]}], forked=False)
-    with pytest.raises(ConfigError, match="the rounds so far have") as error:
-        check_history(built("ditto", rounds=9, **chosen), [{"privacy": entries[-1]}], forked=False)
-    assert "without --rounds" in error.value.remedy
-    with pytest.raises(ConfigError, match="fork"):
-        check_history(federation, [{"privacy": entries[-1]}], forked=True)
+    with pytest.raises(ConfigError, match="a fork adds the noise of its run") as error:
+        check_fork(federation)
+    assert "fork with --privacy.epsilon 0" in error.value.remedy
+    check_fork(built("ditto", privacy__noise=0.0))
 
 
 def test_a_restart_keeps_the_settings_that_epsilon_is_computed_from() -> None:
@@ -370,6 +369,9 @@ def test_a_restart_keeps_the_settings_that_epsilon_is_computed_from() -> None:
         with pytest.raises(ConfigError, match=f"{name}: "):
             restart.override_settings(before, {name: value}, restart._fixed(before))
     restart.override_settings(before, {"train.lr": 0.5}, restart._fixed(before))
+    solved = config.to_tree(Case("fedavg", {**SAMPLE, "privacy.epsilon": 3.0}).settings())
+    with pytest.raises(ConfigError, match="rounds: "):  # for which the noise was chosen
+        restart.override_settings(solved, {"rounds": 9}, restart._fixed(solved))
 
 
 def test_a_run_reports_epsilon_in_its_rows() -> None:
