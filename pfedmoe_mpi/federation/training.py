@@ -121,5 +121,5 @@ def train_member(
 def _member_metrics(turn: Turn, accuracy: float, state_size: int) -> dict[str, float]:
     """Return MEMBER_METRICS; without `bytes_up` where it is the size of the payload."""
     bytes_down = 4 * state_size if turn.bytes_down is None else turn.bytes_down
-    values = {"train_loss": turn.loss, "accuracy_before": accuracy, "bytes_down": bytes_down}
+    values = {"train_loss": turn.measured_loss, "accuracy_before": accuracy, "bytes_down": bytes_down}
     return values if turn.bytes_up is None else {**values, "bytes_up": turn.bytes_up}

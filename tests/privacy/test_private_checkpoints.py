@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 
 from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import Config
-from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.core.turn import Turn
+from pfedmoe_mpi.errors import ConfigError, RunError
 from pfedmoe_mpi.federation.build import build
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.privacy.masked_sum import Member
 from pfedmoe_mpi.run.evaluate import evaluation_loop
 from pfedmoe_mpi.run.identity import run_identity
 from support.launcher import Session, checkpoint_digest, read_metrics
-from support.masked_job import make_loop
+from support.masked_job import digest, make_loop
 
 PRIVATE: dict[str, dict[str, Any]] = {
     "client": {"privacy__clip": 1.0, "privacy__noise": 0.5, "privacy__masked": True},
@@ -90,3 +92,29 @@ def check_measured_without_packages(path: Path, settings: Config, monkeypatch: p
         assert loop.evaluation()["accuracy"]["mean"] is not None
         with pytest.raises(ConfigError, match="which is not installed"):
             build(comm.start(), settings, loaded=loaded, warn=False)
+
+
+@pytest.mark.parametrize("unit", PRIVATE)
+def test_a_client_that_diverges_can_stop_a_private_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    """The stop keeps the others' contributions without noise, and the restart adds it once."""
+    step = Algorithm.client_step
+
+    def spoilt(self: Algorithm, turn: Turn) -> Any:
+        values = step(self, turn)
+        return {name: value * float("nan") for name, value in values.items()} if turn.client == 1 else values
+
+    monkeypatch.setattr(Algorithm, "client_step", spoilt)
+    settings = {**PRIVATE[unit], "algorithm": "fedavg", "rounds": 1}
+    dropped = make_loop(comm.start(), **settings)
+    assert dropped.run() and dropped.history[0]["dropped"] == [1]
+    stopped = make_loop(comm.start(), tmp_path, **settings, faults__nonfinite="stop")
+    with pytest.raises(RunError, match="vector of client 1 is not finite"):
+        stopped.run()
+    again = make_loop(comm.start(), **settings)
+    with Checkpoint(tmp_path / "round-000001-partial.h5") as loaded:
+        assert loaded.finished == [0, 2, 3, 4, 5]
+        again.resume(loaded)
+    assert again.run() and digest(again) == digest(dropped)
+    assert again.history[0]["privacy"] == dropped.history[0]["privacy"]
