@@ -18,6 +18,7 @@ from torch import Tensor
 from pfedmoe_mpi import config
 from pfedmoe_mpi.config import methods
 from pfedmoe_mpi.conformance.checks import Case
+from pfedmoe_mpi.conformance.traffic import traffic_errors
 from pfedmoe_mpi.core.batches import Batch
 from pfedmoe_mpi.core.sample_step import SampleStep
 from pfedmoe_mpi.core.turn import Turn
@@ -292,6 +293,16 @@ def test_training_before_round_1_and_tuning_have_no_noise(tmp_path: Path) -> Non
 def test_graphs_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
     assert built("fedavg", train__graphs="on").engine.graphs is None
     assert "no effect with privacy.unit = sample" in capsys.readouterr().err
+
+
+# The wire
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
+def test_conformance_checks_the_wire(tmp_path: Path, sampling: str) -> None:
+    given = {**SAMPLE, "privacy.noise": 0.5, "privacy.sampling": sampling}
+    settings = Case("fedrep", given).settings(rounds=2, faults__dropout=0.2)
+    assert not traffic_errors(comm.start().split(0), settings, tmp_path)
 
 
 # Ranks and restarts
