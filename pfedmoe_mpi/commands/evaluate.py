@@ -37,7 +37,7 @@ def run(path: Path, overrides: Mapping[str, Any], as_json: bool) -> int:
 
 def _evaluate(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], as_json: bool) -> int:
     """Evaluate an open checkpoint, and print the result on rank 0; collective."""
-    loop = evaluation_loop(world, loaded, overrides)
+    loop = evaluation_loop(world, loaded, overrides, protected=False)
     other_data = loop.federation.data_digest != loaded.identity["data_digest"]
     result = loop.evaluation()
     if world.rank == 0:

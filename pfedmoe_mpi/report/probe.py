@@ -55,7 +55,7 @@ def view_models(run: Run) -> ModelViews:
             "the run has no good checkpoint", f"pfedmoe-mpi restart {run.path}, or report with --models false"
         )
     with found as loaded:
-        loop = evaluation_loop(world, loaded, {"train.device": "auto"})
+        loop = evaluation_loop(world, loaded, {"train.device": "auto"}, protected=False)
         if loop.federation.data_digest != loaded.identity["data_digest"]:
             raise ProbeError(
                 "the data have changed since the checkpoint", "restore the run's data, or --models false"
