@@ -95,8 +95,6 @@ def load_everywhere(comm: Comm, files: Opened) -> Checkpoint:
 class Checkpoint(ClientVectors):
     """A verified checkpoint, open for reading. Use as a context manager.
 
-    The vectors can be read afterwards, too.
-
     Raises:
         CheckpointError: its structure is not that of a checkpoint, even if its seal is valid.
     """
@@ -123,8 +121,10 @@ class Checkpoint(ClientVectors):
         self.close()
 
     def close(self) -> None:
+        """Close it; who keeps `files` can read them further."""
         if self._file:
             self._file.close()
+        self.__dict__.pop("files", None)
 
     def _load(self) -> None:
         """Check the whole structure; read all of it except the vectors and row numbers."""

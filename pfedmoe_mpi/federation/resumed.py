@@ -14,31 +14,40 @@ from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.federation.federation import Federation
 
 
-def begin(federation: Federation, loaded: Checkpoint) -> None:
-    """Let this rank's clients have the vectors of a verified checkpoint; not collective.
+class Resumed:
+    """The vectors of a rank's clients that are in files of checkpoints, which stay open as long as needed."""
 
-    Its files stay open, so that another run that removes them does no harm.
-    """
-    _rely(federation, federation.clients, loaded.places, loaded.files)
+    def __init__(self, federation: Federation) -> None:
+        self._federation = federation
+        self._names: frozenset[str] = frozenset()  # of the open files
 
+    def begin(self, loaded: Checkpoint) -> None:
+        """Let this rank's clients have the vectors of a verified checkpoint; not collective."""
+        self._rely(self._federation.clients, loaded.places, loaded.files)
 
-def follow(federation: Federation, path: Path, places: Places) -> None:
-    """Read what a new checkpoint holds from there, because earlier files may be removed; not collective."""
-    relied = federation.store.relied
-    if relied.isdisjoint(places.rows["client"].tolist()):
-        return
-    try:
-        files = OpenFiles(path, places.files)
-    except CheckpointError:  # this rank alone does not see it yet: it is opened when it is read
-        files = OpenFiles(path, ())
-    _rely(federation, relied, places, files)
+    def follow(self, path: Path, places: Places) -> None:
+        """Close the files that are not needed any more, once a checkpoint is written; not collective.
 
+        Args:
+            path: of the checkpoint.
+            places: of all vectors, those in it included.
+        """
+        relied = self._federation.store.relied
+        needed = places.chosen(np.isin(places.rows["client"], [*relied]))
+        if self._names == frozenset(needed.files):
+            return
+        try:
+            files = OpenFiles(path, needed.files)
+        except CheckpointError:  # this rank alone does not see one of them now, and those open have the same
+            return
+        self._rely(relied, needed, files)
 
-def _rely(federation: Federation, clients: Collection[int], places: Places, files: OpenFiles) -> None:
-    """Let those of the clients that have a place be read, best in the order of these places."""
-    order = np.lexsort((places.rows["offset"], places.rows["file"]))
-    own = [client for client in places.rows["client"][order].tolist() if client in clients]
-    federation.store.rely(own, partial(_read, files, places))
+    def _rely(self, clients: Collection[int], places: Places, files: OpenFiles) -> None:
+        """Let those of the clients that have a place be read, best in the order of these places."""
+        self._names = frozenset(places.files)
+        order = np.lexsort((places.rows["offset"], places.rows["file"]))
+        own = [client for client in places.rows["client"][order].tolist() if client in clients]
+        self._federation.store.rely(own, partial(_read, files, places))
 
 
 def _read(files: OpenFiles, places: Places, client: int) -> torch.Tensor:

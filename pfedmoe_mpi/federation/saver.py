@@ -16,9 +16,10 @@ from pfedmoe_mpi.checkpoint import Checkpoint, Content
 from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.core.batches import SPLITS
 from pfedmoe_mpi.errors import CheckpointError, RunError
-from pfedmoe_mpi.federation import resumed, selection
+from pfedmoe_mpi.federation import selection
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.metrics import Row
+from pfedmoe_mpi.federation.resumed import Resumed
 from pfedmoe_mpi.federation.server_optimiser import ServerOptimiser
 from pfedmoe_mpi.federation.written import Vectors
 from pfedmoe_mpi.mpi.comm import Comm
@@ -58,6 +59,7 @@ class Saver:
         self._folder = folder
         self._listener = listener
         self._server = server
+        self._resumed = Resumed(federation)
         self._newest: Path | None = None
         self._last_try = time.monotonic()
         self._failed = 0
@@ -77,7 +79,7 @@ class Saver:
 
     def resume(self, loaded: Checkpoint) -> None:
         """Continue after a checkpoint, with the vectors that are in its files."""
-        resumed.begin(self._federation, loaded)
+        self._resumed.begin(loaded)
         self._first_state = loaded.first_state
         self._vectors.change(loaded.trained)
         if self._folder and loaded.path.parent == self._folder and checkpoint.is_name(loaded.path.name):
@@ -181,7 +183,7 @@ class Saver:
             divide = partial(self._vectors.divided, path)
             places = checkpoint.write(self._comm, path, content, store.values, home, check, divide)
             self._vectors.written(places)
-            resumed.follow(self._federation, path, places)
+            self._resumed.follow(path, self._vectors.places)
         except CheckpointError as error:
             self._failed += 1
             self._listener.not_written(error)

@@ -62,7 +62,9 @@ class Store:
             read: returns the vector of one of them; it may be called in another thread.
         """
         for client in clients:
-            self.forget(client)
+            if client not in self._relied:  # else it is the same vector in another place
+                self.forget(client)
+            self._relied.pop(client, None)
             self._relied[client] = read
 
     @property

@@ -17,12 +17,15 @@ class Vectors:
 
     Args:
         lengths: of every client's vector, in bytes.
+
+    Attributes:
+        places: of the vectors in checkpoints; those of clients that have changed since are the earlier ones.
     """
 
     def __init__(self, lengths: np.ndarray) -> None:
         self._lengths = lengths
         self._changed = np.zeros(len(lengths), bool)
-        self._places = Places()
+        self.places = Places()
 
     def change(self, clients: Iterable[int]) -> None:
         """Record that clients have other vectors than before."""
@@ -31,7 +34,7 @@ class Vectors:
 
     def written(self, places: Places) -> None:
         """Record that a checkpoint holds the vectors of these clients."""
-        self._places = self._places.updated(places)
+        self.places = self.places.updated(places)
         self._changed[places.rows["client"]] = False
 
     def divided(self, path: Path, content: Content) -> Content:
@@ -39,9 +42,9 @@ class Vectors:
 
         It holds all of them, and relies on no other file, unless `leans` says otherwise.
         """
-        known = self._places.chosen(_usable(self._places, path) & ~self._changed[self._places.rows["client"]])
+        known = self.places.chosen(_usable(self.places, path) & ~self._changed[self.places.rows["client"]])
         trained = self._changed.copy()
-        trained[self._places.rows["client"]] = True
+        trained[self.places.rows["client"]] = True
         everyone = np.flatnonzero(trained).tolist()
         complete = replace(content, held=everyone, elsewhere=Places())
         fresh = trained.copy()

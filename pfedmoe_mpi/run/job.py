@@ -203,6 +203,8 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
         facts = {**identity, "changes": start.changes, "warnings": list(start.warnings), **report_facts}
         facts |= {"fork": start.fork} if start.fork else {}
         _report_start(world, reporter, start.loaded, device_lines, facts)
+        if start.loaded:
+            start.loaded.close()  # what is still needed of its files stays open, and the rest takes no space
         finished = loop.run()
     except RunError as error:
         diverged = isinstance(error, DivergedError)

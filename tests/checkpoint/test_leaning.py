@@ -215,15 +215,15 @@ def test_open_checkpoint_outlives_its_files(
     monkeypatch.setattr(opened, "_most_open", lambda wanted: most)
     path = writer.folder / "round-000003.h5"
     with checkpoint.open_verified(path) as loaded:
-        files = [*loaded.elsewhere.files]
-        for name in (path.name, *files[:most]):
+        names = loaded.elsewhere.files
+        for name in (path.name, *names[:most]):
             (writer.folder / name).unlink()
-    for client, vector in writer.vectors.items():
-        assert np.array_equal(loaded.vector(client), vector)
-    for name in files[most:]:
-        (writer.folder / name).unlink()
-        with pytest.raises(CheckpointError, match=f"relies on {name} in its folder, which cannot be read"):
-            [loaded.vector(client) for client in writer.vectors]
+        for client, vector in writer.vectors.items():
+            assert np.array_equal(loaded.vector(client), vector)
+        for name in names[most:]:
+            (writer.folder / name).unlink()
+            with pytest.raises(CheckpointError, match=f"relies on {name} in its folder, which cannot be"):
+                [loaded.vector(client) for client in writer.vectors]
 
 
 def test_checkpoint_that_is_replaced_while_it_is_opened_is_opened_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def loop_of(folder: Path, rounds: int, memory: float | str = "auto") -> Loop:
     return loop
 
 
+def removed(file: Path) -> str:
+    """Return the path of an open file that was removed, empty if it is still there."""
+    try:
+        target = os.readlink(file)
+    except OSError:  # it was open while the folder was read
+        return ""
+    return target if target.endswith("(deleted)") and "round-" in target else ""
+
+
 def newest(folder: Path) -> Path:
     path = checkpoint.newest_first(folder)[0]
     checkpoint.verify(path)
@@ -70,6 +80,7 @@ def test_vectors_stay_in_checkpoints_until_clients_train(tmp_path: Path) -> None
     assert isinstance(observer, KeepsOne)
     assert {True, False} <= {*observer.complete}, "the earlier files were needed for a while, and removed"
     assert 0 < left[-1] < left[0] and not path.exists()
+    assert not [file for file in Path("/dev/fd").iterdir() if str(tmp_path) in removed(file)], "closed"
     assert again.state.numpy().tobytes() == whole.state.numpy().tobytes()
     for client in range(CLIENTS):
         assert np.array_equal(store.values(client), whole.federation.store.values(client))
