@@ -24,6 +24,7 @@ from pfedmoe_mpi.federation.written import leans
 
 LINE, BY_CLASS_OR_RANK = 1_300, 60  # bytes of a line of metrics.jsonl, and of it by class and rank
 BY_CLIENT = 48  # bytes of the numbers of a measured client: accuracy, loss, F1 and others
+SAMPLES = 16  # bytes of a client's numbers of samples to train and to test, which are written once
 OF_CLIENT = 32  # bytes of a checkpoint by client: the number of its layout, and where its rows begin
 FILE, HEADER, SEAL, PLACE = 16_000, 300, 150, 64  # bytes of a checkpoint: once, by vector, by one elsewhere
 STEPS = 1_000  # checkpoints that are followed
@@ -147,7 +148,7 @@ def disk_use(
     most = max((kept + of_best)[:-1] + sizes[1:], default=0.0)
     most = max(float(most), float(kept[-1] + of_best[-1] + copied), kept[-1] + best)
     written = sizes[1:] if len(done.files) and len(sizes) > 1 else sizes
-    metrics = settings.rounds * line + columns(settings.rounds)
+    metrics = settings.rounds * line + columns(settings.rounds) + SAMPLES * settings.clients
     at_end = round(kept[-1]), round(written.mean()), round(best), round(most - kept[-1] - best)
     return DiskUse(*at_end, metrics, 4 * frozen)
 
