@@ -137,6 +137,21 @@ def test_disk_that_stays_full_ends_the_run(disk: Path, undisturbed: str) -> None
     assert checkpoint_digest(disk / "run", 8) == undisturbed
 
 
+def test_fork_without_a_checkpoint_of_its_own_ends(
+    disk: Path, run: Path, session: launcher.Session, tmp_path: Path
+) -> None:
+    """A restart of it would begin at round 1; its checkpoints are on a disk that is full."""
+    (disk / "checkpoints").mkdir()
+    (tmp_path / "fork").mkdir()
+    (tmp_path / "fork" / "checkpoints").symlink_to(disk / "checkpoints")
+    fill(disk)
+    flags = ("fork", str(run), "--at", "2", "--train.lr", "0.01", "--run.dir", "fork")
+    result = session(*flags, cwd=tmp_path)
+    assert result.code == 1 and "its first checkpoint cannot be written" in result.err, result.err
+    assert not (tmp_path / "fork" / "config.toml").exists()
+    assert session(*flags, "--run.force", "true", cwd=tmp_path).code == 0
+
+
 def test_read_only_checkpoints_end_the_run(tmp_path: Path, undisturbed: str) -> None:
     as_root()
     folder = tmp_path / "run" / "checkpoints"
