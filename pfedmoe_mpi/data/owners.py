@@ -40,12 +40,17 @@ def draw_owners(
             return _assign(pools, labels, counts, generator), generator
     raise PartitionError(
         f"none of partition.tries = {settings.tries} draws satisfied the settings; in the last, {reason}",
-        _remedy(settings, clients),
+        _remedy(settings, clients, len(labels)),
     )
 
 
-def _remedy(settings: PartitionSettings, clients: int) -> str:
+def _remedy(settings: PartitionSettings, clients: int, rows: int) -> str:
     """Return the changes of settings that make a draw more likely to fit."""
+    if rows < 2 * clients * settings.min_samples:
+        most = rows // (2 * settings.min_samples)
+        scarce = f"{rows} rows are few for {clients} clients of at least {settings.min_samples}: "
+        fewer = f"lower --clients to {most}" if most > 1 else "lower --clients"
+        return f"{scarce}take more rows, {fewer}, or lower --partition.min_samples"
     steps = [
         f"lower --clients (now {clients})",
         f"lower --partition.min_samples (now {settings.min_samples})",

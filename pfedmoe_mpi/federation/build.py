@@ -6,7 +6,6 @@ Every user error that needs the data is raised here, on all ranks and before any
 from __future__ import annotations
 
 import math
-import os
 import platform
 import sys
 import tempfile
@@ -217,13 +216,21 @@ def memory_and_folder(comm: Comm, settings: Config) -> tuple[float, Path]:
     ranks = comm.local()[1]
     folder = Path(scratch or tempfile.gettempdir()).absolute()
 
-    def check() -> None:
-        if scratch and not (folder.is_dir() and os.access(folder, os.W_OK)):
-            problem = f"run.scratch = {scratch} is not a folder that can be written on {platform.node()}"
-            raise ConfigError(problem, f"mkdir -p {scratch} on every host, or name another folder")
-
-    comm.attempt(check, "run.scratch")
+    comm.attempt(lambda: _check_scratch(folder) if scratch else None, "run.scratch")
     return SHARE * available(ranks) / ranks if budget == "auto" else 1e9 * budget, folder
+
+
+def _check_scratch(folder: Path) -> None:
+    """Refuse a folder in which this rank cannot make the file for its clients' vectors."""
+    name, host = f"run.scratch = {folder}", platform.node()
+    if not folder.exists():
+        raise ConfigError(f"{name} is missing on {host}", f"mkdir -p {folder} on every host")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        problem = f"{name} cannot be written on {host}: {error.strerror or error}"
+        raise ConfigError(problem, "name a folder of the node's own disk that you may write") from error
 
 
 def make_stream(settings: Config, dataset: Dataset, partition: Partition) -> Stream | None:

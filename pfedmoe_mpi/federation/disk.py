@@ -126,10 +126,12 @@ def disk_use(
         frozen: numbers of the frozen tensors.
     """
     line = LINE + BY_CLASS_OR_RANK * (classes + ranks)
-    by_client = BY_CLIENT * min(settings.drawn_clients, settings.clients)
+    drawn = min(settings.drawn_clients, settings.clients)
+    measured = min(settings.clients, drawn + settings.cohort_size) if drawn < settings.clients else drawn
 
     def columns(round: int) -> int:
-        return -(-round // settings.eval.every) * by_client
+        last = settings.clients if round == settings.rounds and settings.eval.last == "all" else measured
+        return BY_CLIENT * ((-(-round // settings.eval.every) - 1) * measured + last)
 
     def others(round: int) -> tuple[int, int]:
         return 4 * state + 8 * rows + OF_CLIENT * settings.clients + columns(round), FILE + round * line

@@ -162,9 +162,10 @@ def memory(federation: Federation, ranks: int) -> str:
         sample *= length
     splits = (federation.partition.train, federation.partition.validation, federation.partition.test)
     data = sample * sum(len(split.flat) for split in splits)
+    most = f", at most {disk.in_units(federation.store.budget)} of them on a rank (run.memory)"
     return (
-        f"memory: clients' vectors {megabytes(vectors)} once all have trained, at most "
-        f"{disk.in_units(federation.store.budget)} of them on a rank (run.memory), and data "
+        f"memory: clients' vectors {megabytes(vectors)} once all have trained"
+        f"{most if federation.store.budget < 4 * vectors else ''}, and data "
         f"{data / 1e6:.1f} MB over {ranks} rank(s); "
         f"on each rank about {megabytes(bound)} of bound models, not counting torch and activations"
     )

@@ -248,7 +248,7 @@ class RunFolder:
             several = (
                 f"rounds {rounds[0]} to {rounds[-1]} are" if len(rounds) > 1 else f"round {rounds[0]} is"
             )
-            text = f"{several} trained again, because no checkpoint contains"
+            text = f"{several} trained again, because no good round-*.h5 contains"
             text += " them" if len(rounds) > 1 else " it"
         except untrusted_json.UnusableError as error:
             text = f"{self.metrics.name} is damaged: {error}"

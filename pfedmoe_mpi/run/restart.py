@@ -56,6 +56,7 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
         if world.rank == 0:
             for warning in warnings:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
+            _note_best(folder, found.round if found else 0) if warnings else None
         with found or nullcontext() as loaded:
             before = loaded.config if loaded else _read_config(world, folder)
             settings, changes = world.attempt(
@@ -79,6 +80,14 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
                     warnings=warnings,
                 )
                 return job.train(world, start)
+
+
+def _note_best(folder: RunFolder, resumed: int) -> None:
+    """Name best.h5 if it has more rounds than what is left beside damaged checkpoints."""
+    best = folder.best_round() or 0
+    if best > resumed:
+        command = f"pfedmoe-mpi restart {folder.best} --run.dir NEW"
+        print(f"note: best.h5 holds round {best}: {command} resumes there", file=sys.stderr, flush=True)
 
 
 def _read_config(world: Comm, folder: RunFolder) -> dict[str, Any]:

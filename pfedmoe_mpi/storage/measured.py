@@ -88,7 +88,7 @@ def read(folder: Path, rounds: Sequence[int]) -> dict[int, ClientColumns]:
             packed.check(clients, _ANY_ROUND)
             packed.check_values(clients)
         except untrusted_hdf5.FROM_HDF5 as error:
-            raise UnusableError(f"{path.name}: {error}") from error
+            raise UnusableError(f"{path.name} is damaged ({error})") from error
         found |= packed.by_round(clients, [round for round in rounds if first <= round < after])
     return found
 

@@ -31,6 +31,14 @@ def test_rounds_trained_again_are_printed_and_their_rows_kept(
     assert "rounds 1 to 3 are trained again" in result.out and "metrics.jsonl.2" in result.out
     assert (run / "metrics.jsonl.2").read_text() == again and (run / "metrics.jsonl.1").read_text() == kept
     assert reproducible_rows(run) == rows
+    newest, best = run / "checkpoints" / "round-000003.h5", run / "checkpoints" / "best.h5"
+    best.unlink()
+    newest.rename(best)
+    newest.write_bytes(best.read_bytes()[:-9])
+    assert (
+        f"note: best.h5 holds round 3: pfedmoe-mpi restart {best} --run.dir NEW"
+        in run_command("restart", run).err
+    )
 
 
 def test_half_line_is_not_a_round(run_command: Callable[..., Result], run: Path) -> None:
