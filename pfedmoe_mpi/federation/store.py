@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Store:
             self._relied[client] = read
 
     @property
-    def relied(self) -> Collection[int]:
+    def relied(self) -> Set[int]:
         """The clients whose vectors are elsewhere."""
         return self._relied.keys()
 
