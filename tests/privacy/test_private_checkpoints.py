@@ -17,7 +17,9 @@ from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import ConfigError, RunError
 from pfedmoe_mpi.federation.build import build
+from pfedmoe_mpi.federation.privacy_account import account_of
 from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.privacy import accountant
 from pfedmoe_mpi.privacy.masked_sum import Member
 from pfedmoe_mpi.run.evaluate import evaluation_loop
 from pfedmoe_mpi.run.identity import run_identity
@@ -75,6 +77,11 @@ def test_a_partial_checkpoint_serves_every_command(
     done(*fork, *re.findall(r"--privacy\.\w+ 0", message)[0].split())
     of_fork = [row["privacy"]["epsilon"] for row in read_metrics(tmp_path / "fork")]
     assert of_fork == [rows[0]["privacy"]["epsilon"], rows[1]["privacy"]["epsilon"], None]
+    monkeypatch.setattr(accountant, "solve", lambda *arguments: 99.0)  # as another version might
+    with Checkpoint(tmp_path / "packed.h5") as loaded:
+        resumed = build(comm.start(), stopped.federation.config, loaded=loaded, warn=False)
+    account = account_of(resumed)
+    assert account and account.entry(1) == rows[0]["privacy"], "the noise is that of the rounds before"
     check_no_keys(tmp_path)
     check_measured_without_packages(tmp_path / "packed.h5", stopped.federation.config, monkeypatch)
 
