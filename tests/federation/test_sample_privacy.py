@@ -295,7 +295,7 @@ def test_graphs_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no effect with privacy.unit = sample" in capsys.readouterr().err
 
 
-# The wire
+# The wire, ranks and restarts
 
 
 @pytest.mark.parametrize("sampling", ["fixed", "poisson"])
@@ -303,9 +303,6 @@ def test_conformance_checks_the_wire(tmp_path: Path, sampling: str) -> None:
     given = {**SAMPLE, "privacy.noise": 0.5, "privacy.sampling": sampling}
     settings = Case("fedrep", given).settings(rounds=2, faults__dropout=0.2)
     assert not traffic_errors(comm.start().split(0), settings, tmp_path)
-
-
-# Ranks and restarts
 
 
 def test_noise_and_batches_repeat_on_any_ranks_and_after_any_restart() -> None:

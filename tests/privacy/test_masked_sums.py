@@ -19,7 +19,7 @@ from pfedmoe_mpi.config import methods
 from pfedmoe_mpi.conformance.checks import Case
 from pfedmoe_mpi.conformance.traffic import traffic_errors
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.federation import masked_round
+from pfedmoe_mpi.federation import masked_round, metrics
 from pfedmoe_mpi.federation.loop import Loop
 from pfedmoe_mpi.federation.masked_round import MaskedRound
 from pfedmoe_mpi.federation.round_sum import RoundSum
@@ -41,6 +41,17 @@ SPARSE = {"privacy__neighbours": 4}
 DRIFT = {"stream__kind": "recurring", "stream__round": 1, "join__share": 0.4, "join__round": 2, "rounds": 2}
 DRIFT |= {"participation": 0.5, "clients": 10}
 NOISE = {"algorithm": "fedavg", "privacy__clip": 1.0, "privacy__noise": 0.5}
+
+SAMPLES = {"algorithm": "fedavg", "privacy__unit": "sample", "privacy__clip": 1.0, "privacy__noise": 0.5}
+LATE = {"join__share": 0.3, "join__round": 2}
+UNSEEN = {"unseen__clients": 2, "unseen__by": "client", "unseen__tune": 1}
+COMBINED = {
+    "samples, late and lost": {**SAMPLES, **LATE, **LOSSY, "privacy__sampling": "poisson"},
+    "samples, drift": {**SAMPLES, "stream__kind": "gradual", "stream__round": 1, "rounds": 2},
+    "averaged private parts, late and lost": {**UNSEEN, **LATE, **LOSSY, "unseen__private": "average"},
+    "unseen, server, drift": {**UNSEEN, **DRIFT, "algorithm": "fedprox", "server__optimiser": "adam"},
+    "clients, unseen, server": {**UNSEEN, **NOISE, "clients": 8, "server__optimiser": "momentum"},
+}
 
 world = cache(comm.start)
 
@@ -79,6 +90,16 @@ def test_masks_change_no_bit(tmp_path: Path) -> None:
     sent, resumed = found.pop("sent"), found.pop("resumed")
     assert found == plain and resumed == whole
     check_wire(sent)
+
+
+@pytest.mark.parametrize("settings", COMBINED.values(), ids=COMBINED)
+def test_masks_change_no_bit_of_what_is_combined(settings: dict[str, Any]) -> None:
+    plain, masked = (trained(**settings, privacy__masked=on) for on in (False, True))
+    assert digest(masked) == digest(plain)
+    rows = [[metrics.learning(row) for row in loop.history] for loop in (plain, masked)]
+    np.testing.assert_equal(*rows)
+    assert all(row["masks"]["opened"] for row in masked.history)
+    assert "faults__dropout" not in settings or any(row["lost"] for row in masked.history)
 
 
 def stopped_after_two(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from pathlib import Path
@@ -16,11 +17,13 @@ from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import ConfigError, RunError
 from pfedmoe_mpi.federation.build import build
+from pfedmoe_mpi.federation.privacy_account import account_of
 from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.privacy import accountant
 from pfedmoe_mpi.privacy.masked_sum import Member
 from pfedmoe_mpi.run.evaluate import evaluation_loop
 from pfedmoe_mpi.run.identity import run_identity
-from support.launcher import Session, checkpoint_digest, read_metrics
+from support.launcher import Session, checkpoint_digest, error_message, read_metrics
 from support.masked_job import digest, make_loop
 
 PRIVATE: dict[str, dict[str, Any]] = {
@@ -40,7 +43,7 @@ GATE = {"gate__input_norm": "layer", "gate__batch_norm": False, "participation":
 def test_a_partial_checkpoint_serves_every_command(
     tmp_path: Path, session: Session, monkeypatch: pytest.MonkeyPatch, unit: str
 ) -> None:
-    """The restart has the digest and the ε of the undisturbed run, and no file has a key."""
+    """The restart has the digest and the ε of the undisturbed run, a fork none, and no file has a key."""
     settings = {**GATE, **PRIVATE[unit], "run__checkpoint_every": 1}
     for name in ("whole", "stopped"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
@@ -69,6 +72,16 @@ def test_a_partial_checkpoint_serves_every_command(
     assert done("inspect", "packed.h5", "--digest") == done("inspect", str(partial), "--digest")
     done("export", "packed.h5", "--client", "1", "model.h5")
     assert done("verify", "again", "--rounds", "1").count("the same bits") == 1
+    fork = ("fork", "again", "--at", "2", "--train.lr", "0.2", "--run.dir", "fork")
+    message = error_message(session(*fork, cwd=tmp_path), "a fork adds the noise of its run once more")
+    done(*fork, *re.findall(r"--privacy\.\w+ 0", message)[0].split())
+    of_fork = [row["privacy"]["epsilon"] for row in read_metrics(tmp_path / "fork")]
+    assert of_fork == [rows[0]["privacy"]["epsilon"], rows[1]["privacy"]["epsilon"], None]
+    monkeypatch.setattr(accountant, "solve", lambda *arguments: 99.0)  # as another version might
+    with Checkpoint(tmp_path / "packed.h5") as loaded:
+        resumed = build(comm.start(), stopped.federation.config, loaded=loaded, warn=False)
+    account = account_of(resumed)
+    assert account and account.entry(1) == rows[0]["privacy"], "the noise is that of the rounds before"
     check_no_keys(tmp_path)
     check_measured_without_packages(tmp_path / "packed.h5", stopped.federation.config, monkeypatch)
 
