@@ -11,7 +11,6 @@ contributes, its updates or zeros, in the rounds in which it is drawn. ε is tha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Block
 from pfedmoe_mpi.checkpoint import Checkpoint
-from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.config import Config, flatten
 from pfedmoe_mpi.core.fixedpoint import SCALE
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import ConfigError
@@ -109,15 +108,23 @@ def of(
         return None
     _check_method(settings, method, layout)
     found = ClientPrivacy(settings, method, layout, privacy.noise)
-    known = noise_of(loaded.history) if loaded else None
+    known = noise_of(loaded, settings)
     found.noise = comm.from_root(lambda: _noise(found, known), "accountant")
     _check_range(found)
     return found
 
 
-def noise_of(history: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the noise of the rounds so far; None before round 1 and without differential privacy."""
-    return history[-1].get("privacy", {}).get("noise") if history else None
+def noise_of(loaded: Checkpoint | None, settings: Config) -> float | None:
+    """Return the noise of a checkpoint's rounds if `privacy.epsilon` chose it for the same ε, δ and unit.
+
+    None: the settings ask for another protection, such as that of an attack, or there are no such rounds.
+    """
+    if not loaded or not loaded.history:
+        return None
+    before, privacy = flatten(loaded.config), settings.privacy
+    entry = loaded.history[-1].get("privacy") or {}
+    chosen = before.get("privacy.epsilon"), before.get("privacy.delta"), entry.get("unit")
+    return entry.get("noise") if chosen == (privacy.epsilon, privacy.delta, privacy.unit) else None
 
 
 def _noise(found: ClientPrivacy, known: float | None) -> float:

@@ -61,7 +61,7 @@ def of(
         return None
     _check_method(settings.method, method, sizes)
     found = SamplePrivacy(privacy.clip, privacy.noise, privacy.sampling == "poisson", frozenset(method.apart))
-    known = noise_of(loaded.history) if loaded else None
+    known = noise_of(loaded, settings)
     noise = comm.from_root(lambda: _noise(settings, method, found, stream, known), "accountant")
     return replace(found, noise=noise)
 

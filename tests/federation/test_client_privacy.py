@@ -137,6 +137,8 @@ def test_more_rounds_go_on_counting_with_the_noise_of_the_rounds_before(tmp_path
     assert "fork with --privacy.epsilon 0" in error.value.remedy
     with Checkpoint(path) as loaded:
         assert client_privacy_of(built(privacy__noise=0.5, loaded=loaded)).noise == 0.5, "a fork's own"
+        stronger = client_privacy_of(built(rounds=3, loaded=loaded, **{**chosen, "privacy__epsilon": 1.0}))
+    assert stronger.entry(3)["epsilon"] == pytest.approx(1.0, rel=0.01), "an attack's own"
 
 
 def test_masks_are_refused_for_cohorts_that_nobody_may_know() -> None:
