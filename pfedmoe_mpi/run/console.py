@@ -61,7 +61,7 @@ def plan(
     settings, task = federation.config, federation.task
     lines = [
         f"{settings.method} on {federation.dataset.name}: {task.clients} clients, "
-        f"cohort {settings.cohort_size}, {settings.rounds} rounds, "
+        f"{_cohort(settings)}, {settings.rounds} rounds, "
         f"sample {_sample(task)}, {task.classes} classes, d = {task.dim}",
         *federation.dataset.summary,
     ]
@@ -87,6 +87,13 @@ def plan(
     lines += _describe_privacy(federation)
     lines += _rank_lines(device_lines)
     return [*lines, memory(federation, len(ranks)), *disk.lines(federation, ranks, folder, done)]
+
+
+def _cohort(settings: Config) -> str:
+    """Return how many clients train in a round."""
+    if settings.privacy.draws_clients:
+        return f"cohort about {settings.expected_cohort:.3g}, drawn by Poisson"
+    return f"cohort {settings.cohort_size}"
 
 
 def _describe_privacy(federation: Federation) -> Iterator[str]:
