@@ -161,9 +161,9 @@ def test_a_run_reports_epsilon_and_warns_of_a_large_delta() -> None:
     loop = trained(federation)
     assert "noise 1.5 times the clip" in line and line in console.table(federation, loop.history)
     run = Run(Path("run"), config.flatten(config.to_tree(federation.config)), loop.history, [])
-    assert ("ε of a client at δ = 0.3", f"{loop.history[-1]['privacy']['epsilon']:.3g}") in run_report._facts(
-        run
-    )
+    facts = run_report._facts(run)
+    assert ("ε of a client at δ = 0.3", f"{loop.history[-1]['privacy']['epsilon']:.3g}") in facts
+    assert ("noise, in multiples of the clip", "1.5") in facts
     quiet = plan_of(built(privacy__noise=1.5))
     assert not any("1 / clients" in line for line in quiet)
 
@@ -188,6 +188,9 @@ def test_an_empty_round_releases_noise_alone() -> None:
     chosen = {"privacy__sampling": "poisson", "participation": 0.001, "rounds": 2}
     loop = trained(built(privacy__noise=1.0, **chosen))
     assert [row["cohort"] for row in loop.history] == [[], []]
+    plan = plan_of(loop.federation)
+    assert "5 clients, cohort about 0.005, drawn by Poisson, 2 rounds" in plan[0]
+    assert any("once about 0 of 5 clients have trained" in line for line in plan)
     initial = loop.federation.workbench.initial(loop.federation.method.state())
     moved = float((loop.state - initial).std())
     # Of two rounds, with m = 0.001 · 5.

@@ -29,6 +29,8 @@ from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.federation.privacy_account import check_fork
 from pfedmoe_mpi.federation.sample_privacy import Account
 from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.report import epsilon_section
+from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.run import console, restart
 from support.mpi_job import run_conformance
 from support.small_federation import plan_of
@@ -340,6 +342,14 @@ def test_rows_have_epsilon_of_what_is_sent_and_of_all() -> None:
         "pfedmoe": (exact(4, 15), exact(4, 15)),
         "fedrep": (exact(4, 35), exact(4, 35)),  # the body learns from the head
     }
+    run = Run(Path("run"), {}, [{"privacy": found["standalone"]}], [])
+    assert epsilon_section.facts(run)[:2] == [
+        ("ε of a sample at δ = 1e-05, of what a client sends", "0"),
+        (
+            "ε of a sample at δ = 1e-05, of a client's whole model",
+            f"{found['standalone']['epsilon_private']:.3g}",
+        ),
+    ]
     for algorithm, pair in expected.items():
         row = found[algorithm]
         assert row["unit"] == "sample" and row["noise"] == 4.0 and row["delta"] == 1e-5
