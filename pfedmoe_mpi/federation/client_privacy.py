@@ -20,6 +20,7 @@ import torch
 from pfedmoe_mpi.algorithms.base import Algorithm, Block
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import Config, flatten
+from pfedmoe_mpi.config.privacy_settings import PrivacySettings
 from pfedmoe_mpi.core.fixedpoint import SCALE
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import ConfigError
@@ -156,12 +157,11 @@ def _check_range(found: ClientPrivacy) -> None:
     settings, privacy = found.settings, found.settings.privacy
     expected = [found.expected(round) for round in (1, settings.rounds)]
     longest, shortest = (length(privacy.clip, m) for m in (min(expected), max(expected)))
-    sigma = found.noise * longest
-    if settings.clients * longest >= 2.0**61 or sigma > discrete_gaussian.LARGEST:
-        raise ConfigError(
-            f"privacy.clip = {privacy.clip:g} with noise {found.noise:g} is beyond the range of the sum",
-            f"use a lower --privacy.clip; the sum holds values below {2.0 ** (62 - SCALE):.0f}",
-        )
+    if settings.clients * longest >= 2.0**61:
+        fits = rounded_down(2.0**61 / settings.clients / length(1.0, min(expected)))
+        problem = f"privacy.clip = {privacy.clip:g} is too large: the sum of {settings.clients} updates holds"
+        raise ConfigError(f"{problem} at most {fits}", f"--privacy.clip {fits}")
+    check_noise(privacy, found.noise, discrete_gaussian.LARGEST / longest)
     numbers = sum(b.rows * b.size for b in found.method.payload(found.layout.sizes).values())
     sigma = found.noise * shortest
     if found.noise and numbers * settings.rounds / (40 * sigma * sigma) > privacy.delta / 1000:
@@ -170,6 +170,30 @@ def _check_range(found: ClientPrivacy) -> None:
             f"2^−{SCALE} for privacy.delta = {privacy.delta:g}",
             "raise --privacy.clip or --privacy.noise",
         )
+
+
+def check_noise(privacy: PrivacySettings, noise: float, largest: float) -> None:
+    """Check that z is at most the `largest` that sums hold.
+
+    Raises:
+        ConfigError: it is larger.
+    """
+    if noise <= largest:
+        return
+    fits = f"with privacy.clip = {privacy.clip:g}, sums hold at most {rounded_down(largest)}"
+    if privacy.epsilon:
+        problem = f"privacy.epsilon = {privacy.epsilon:g} needs noise {noise:g} times the clip"
+        raise ConfigError(f"{problem}; {fits}", "raise --privacy.epsilon, or use a lower --privacy.clip")
+    raise ConfigError(
+        f"privacy.noise = {noise:g} is too large: {fits}",
+        f"--privacy.noise {rounded_down(largest)}, or a lower --privacy.clip",
+    )
+
+
+def rounded_down(value: float) -> str:
+    """Return a number above 0 with at most three digits that is not above this one."""
+    digits = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.floor(value / digits) * digits:g}"
 
 
 def _check_method(settings: Config, method: Algorithm, layout: Layout) -> None:

@@ -260,9 +260,10 @@ def test_a_method_is_refused_with_the_reason(algorithm: str) -> None:
         ),
         ({"algorithm": "fedmix", "gate.batch_norm": True}, "gate has BatchNorm", "--gate.batch_norm false"),
         ({"model.pool": "shufflenet_v2_x0_5", "model.shared": "shufflenet_v2_x0_5"}, "variance", "cnn5"),
-        ({"privacy.clip": 1e7, "privacy.noise": 1}, "beyond the range", "lower --privacy.clip"),
+        ({"privacy.clip": 1e7, "privacy.noise": 1}, "the sum of 5 updates holds at most", "--privacy.clip "),
+        ({"privacy.noise": 3e5}, "privacy.noise = 300000 is too large", "--privacy.noise 65500"),
         ({"privacy.clip": 1e-9, "privacy.noise": 1}, "close to the sum's unit", "raise --privacy.clip"),
-        ({"privacy.epsilon": 1e-9}, "beyond the range", "--privacy.clip"),
+        ({"privacy.epsilon": 1e-9}, "privacy.epsilon = 1e-09 needs noise", "raise --privacy.epsilon"),
     ],
 )
 def test_a_combination_is_refused_with_a_remedy(changes: dict[str, Any], problem: str, remedy: str) -> None:

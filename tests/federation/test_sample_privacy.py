@@ -210,6 +210,11 @@ def test_methods_of_ones_own_are_tried(tmp_path: Path, problem: str) -> None:
         ),
         ({"privacy__clip": 0.0}, "no effect with privacy.clip = 0", "--privacy.clip 1"),
         (
+            {"privacy__clip": 4.0, "privacy__noise": 1e30},
+            "privacy.noise = 1e+30 is too large: with privacy.clip = 4, sums hold at most 1.04e+06",
+            "--privacy.noise 1.04e+06",
+        ),
+        (
             {"privacy__noise": 1.0, "privacy__epsilon": 2.0},
             "privacy.epsilon = 2 chooses it",
             "--privacy.noise",
