@@ -149,7 +149,15 @@ def test_masks_are_refused_for_cohorts_that_nobody_may_know() -> None:
 
 
 def test_a_clip_without_noise_has_no_epsilon() -> None:
-    assert client_privacy_of(built()).entry(1)["epsilon"] is None
+    federation = built()
+    assert client_privacy_of(federation).entry(1)["epsilon"] is None
+    assert "privacy: one client: clips, without noise: no ε" in plan_of(federation)
+
+
+@pytest.mark.parametrize(("epsilon", "text"), [(0.02, "which may hide all"), (1e300, "protects nothing")])
+def test_the_plan_warns_of_an_epsilon_that_is_far_from_usual(epsilon: float, text: str) -> None:
+    (warning,) = (line for line in plan_of(built(privacy__epsilon=epsilon)) if text in line)
+    assert warning.startswith(f"warning: privacy.epsilon = {epsilon:g} ") and "--privacy.epsilon 8" in warning
 
 
 def test_a_run_reports_epsilon_and_warns_of_a_large_delta() -> None:
@@ -165,7 +173,7 @@ def test_a_run_reports_epsilon_and_warns_of_a_large_delta() -> None:
     assert ("ε of a client at δ = 0.3", f"{loop.history[-1]['privacy']['epsilon']:.3g}") in facts
     assert ("noise, in multiples of the clip", "1.5") in facts
     quiet = plan_of(built(privacy__noise=1.5))
-    assert not any("1 / clients" in line for line in quiet)
+    assert not any("1 / clients" in line or "usual" in line for line in quiet)
 
 
 # Cohorts

@@ -118,6 +118,7 @@ def test_texts_are_trained_too(tmp_path: Path) -> None:
     (tmp_path / "texts.csv").write_text(table)
     source = {"data.source": "table", "data.path": str(tmp_path / "texts.csv"), "data.text": "text"}
     settings = {**SAMPLE, **source, "data.label": "label", "partition.kind": "iid", "clients": 2, "rounds": 1}
+    settings["privacy.noise"] = 1.0
     for pool in ("fasttext", "transformer", "lstm"):
         chosen = config.build({**settings, "algorithm": "fedavg", "model.pool": pool, "model.shared": pool})
         with warnings.catch_warnings():
