@@ -25,6 +25,7 @@ NAME = "checkpoints/round-000001.h5"
 NOISE = ("--privacy.clip", "0.1", "--privacy.noise", "1")
 FEW = ("--trials", "1", "--steps", "100")
 MASKS = ("--privacy.masked", "true")
+EMPTY = ("--kind", "reconstruction", "--privacy.sampling", "poisson", "--participation", "0.001")
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +268,9 @@ def test_rates_are_those_of_counting() -> None:
             "privacy.unit = sample",
             [f"fedavg/{NAME}", "--kind", "reconstruction", "--privacy.unit", "sample", "--privacy.clip", "1"],
         ),
+        ("--privacy.noise 16300", [f"fedavg/{NAME}", *EMPTY[:2], *NOISE[:1], "1", *NOISE[2:3], "30000"]),
+        ("no client was drawn into the cohort of round 2", [f"fedavg/{NAME}", *EMPTY]),
+        ("no client was drawn", [f"fedavg/{NAME}", *EMPTY, "--client", "3"]),
         ("trained on other data", [f"fedavg/{NAME}", "--kind", "membership", "--data.samples", "300"]),
         ("--shadows has no effect", [f"fedavg/{NAME}", "--kind", "reconstruction", "--shadows", "9"]),
         ("--client has no effect", [f"fedavg/{NAME}", "--kind", "membership", "--client", "1"]),
