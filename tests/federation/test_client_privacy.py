@@ -259,8 +259,14 @@ def test_a_method_is_refused_with_the_reason(algorithm: str) -> None:
             "privacy.noise = 1 needs a privacy.clip",
             "--privacy.clip 1",
         ),
-        ({"privacy.clip": 0, "privacy.epsilon": 8}, "privacy.epsilon = 8 needs", "--privacy.clip 1"),
-        ({"privacy.noise": 1, "privacy.epsilon": 8}, "epsilon = 8 chooses it", "remove --privacy.noise or"),
+        ({"privacy.clip": 0, "privacy.epsilon": 8}, "privacy.epsilon = 8 needs", "--privacy.epsilon 0"),
+        (
+            {"privacy.clip": 0, "privacy.delta": 1e-3},
+            "privacy.delta = 0.001 has no",
+            "remove --privacy.delta",
+        ),
+        ({"privacy.neighbours": 4}, "privacy.neighbours = 4 has no", "--privacy.masked true"),
+        ({"privacy.noise": 1, "privacy.epsilon": 8}, "epsilon = 8 chooses it", "--privacy.epsilon 0"),
         (
             {"algorithm": "pfedmoe", "unseen.private": "average"},
             "unseen.private = average",
@@ -294,6 +300,7 @@ def test_a_missing_accountant_is_refused_before_round_1(monkeypatch: pytest.Monk
 
 def test_a_restart_keeps_what_epsilon_is_computed_from() -> None:
     before = config.to_tree(Case("fedavg", CLIP).settings())
+    before["privacy"] |= {"neighbours": 4}  # which an earlier version let pass without masks
     for name, value in (("participation", 0.5), ("privacy.clip", 2.0), ("privacy.sampling", "poisson")):
         with pytest.raises(ConfigError, match=f"{name}: "):
             restart.override_settings(before, {name: value}, restart._fixed(before))
