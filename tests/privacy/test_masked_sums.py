@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi import checkpoint, config
 from pfedmoe_mpi.algorithms.base import Algorithm, Block
 from pfedmoe_mpi.bench import privacy
 from pfedmoe_mpi.config import methods
@@ -20,6 +20,7 @@ from pfedmoe_mpi.conformance.checks import Case
 from pfedmoe_mpi.conformance.traffic import traffic_errors
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import masked_round
+from pfedmoe_mpi.federation.build import build
 from pfedmoe_mpi.federation.loop import Loop
 from pfedmoe_mpi.federation.masked_round import MaskedRound
 from pfedmoe_mpi.federation.round_sum import RoundSum
@@ -224,6 +225,13 @@ def test_costs_stand_in_the_output_and_the_report(session: Session, tmp_path: Pa
 def test_what_cannot_be_masked_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         make_loop(world(), privacy__masked=True, **changes)
+
+
+def test_an_earlier_run_that_sends_nothing_goes_on_with_masks(tmp_path: Path) -> None:
+    loop = trained(tmp_path, algorithm="standalone", rounds=1)
+    masked = config.changed(loop.federation.config, {"privacy.masked": True})
+    with checkpoint.Checkpoint(tmp_path / "round-000001.h5") as loaded:
+        build(world(), masked, loaded=loaded, warn=False)
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
