@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -50,7 +51,7 @@ def run(path: Path, flags: AttackFlags, overrides: Mapping[str, Any]) -> int:
         with checkpoint.open_everywhere(world, path) as loaded:
             result = _attack(world, loaded, flags, overrides)
         print(json.dumps(result) if flags.as_json else table.text(result))
-        _keep(path.absolute(), result)
+        _keep(path.absolute(), result, _name(result, flags, overrides))
         return EXIT_DONE
 
     return under_mpi(work, {"command": "attack", **overrides}, singleton=True)
@@ -100,12 +101,11 @@ def _attack(
     return {**facts, **run_attack(flags.samples, flags.trials, flags.steps)}
 
 
-def _keep(path: Path, result: Mapping[str, Any]) -> None:
+def _keep(path: Path, result: Mapping[str, Any], name: str) -> None:
     """Write the result into the run folder of a checkpoint; a note if that is not possible."""
     folder = path.parent.parent
     if path.parent.name != "checkpoints" or not (folder / "config.toml").is_file():
         return
-    name = _name(result)
     try:
         (folder / FOLDER).mkdir(exist_ok=True)
         durable.write_text(folder / FOLDER / name, json.dumps(result) + "\n")
@@ -113,10 +113,19 @@ def _keep(path: Path, result: Mapping[str, Any]) -> None:
         print(f"note: {folder / FOLDER / name} cannot be written: {error.strerror}", file=sys.stderr)
 
 
-def _name(result: Mapping[str, Any]) -> str:
-    """Return the name of the file, equal for equal attacks."""
-    name = f"{result['kind']}-round-{result['round']:06}"
-    if result["kind"] == "membership":
-        return f"{name}.json"
-    protection = "-".join(re.findall(r"[\w.]+", result["protection"]))
-    return f"{name}-client-{result['client']}-samples-{result['samples']}-{protection}.json"
+def _name(result: Mapping[str, Any], flags: AttackFlags, overrides: Mapping[str, Any]) -> str:
+    """Return the name of the result's file: only equal attacks have the same."""
+    parts = [f"{result['kind']}-round-{result['round']:06}"]
+    folders: Sequence[Path] = ()
+    if result["kind"] == "reconstruction":
+        parts += [f"{name}-{result[name]}" for name in ("client", "samples", "trials", "steps")]
+        parts += re.findall(r"[\w.]+", result["protection"])
+    elif isinstance(flags.shadows, int):
+        parts.append(f"shadows-{flags.shadows}")
+    elif flags.shadows:
+        folders = flags.shadows
+        parts.append(f"shadows-{len(folders)}")
+    if folders or overrides:
+        given = [[str(each.absolute()) for each in folders], sorted(map(str, overrides.items()))]
+        parts.append(hashlib.sha256(json.dumps(given).encode()).hexdigest()[:8])
+    return "-".join(parts) + ".json"

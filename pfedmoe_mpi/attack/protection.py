@@ -11,11 +11,13 @@ from torch import Tensor
 
 from pfedmoe_mpi.core.seeds import address
 from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.federation.client_privacy import check_noise
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop
 from pfedmoe_mpi.federation.masked_round import MaskedRound
 from pfedmoe_mpi.federation.round_sum import RoundSum
-from pfedmoe_mpi.privacy.client_release import ClientRelease
+from pfedmoe_mpi.privacy import discrete_gaussian
+from pfedmoe_mpi.privacy.client_release import ClientRelease, length
 
 PURPOSE = "attack/protection"
 
@@ -34,9 +36,13 @@ def check(federation: Federation) -> None:
     """Refuse protection that a single step of a drawn batch does not show.
 
     Raises:
-        ConfigError: noise for single samples, whose size belongs to the run's own batches.
+        ConfigError: noise for single samples, whose size belongs to the run's own batches, or more noise than
+            one contribution, which is not divided by the number of members, holds.
     """
     privacy = federation.config.privacy
+    if federation.private:
+        largest = discrete_gaussian.LARGEST / length(privacy.clip, 1.0)
+        check_noise(privacy, federation.private.noise, largest)
     if privacy.clip and privacy.unit == "sample":
         raise ConfigError(
             "privacy.unit = sample: its noise belongs to the batches of the run, not to a step of --samples",

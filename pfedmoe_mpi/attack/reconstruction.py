@@ -50,6 +50,9 @@ def check(loop: Loop, client: int | None, samples: int) -> tuple[int, str]:
         problem = f"--client {client}: the run has clients 0 to {task.clients - 1}"
         raise ConfigError(problem, f"--client {task.clients - 1}")
     cohort = dict(federation.method.cohort(round))
+    if not cohort:
+        problem = f"no client was drawn into the cohort of round {round}, the next one (privacy.sampling)"
+        raise ConfigError(problem, "name the checkpoint of another round")
     chosen = min(cohort) if client is None else client
     if chosen not in cohort:
         some = ", ".join(map(str, sorted(cohort)[:8]))

@@ -48,10 +48,7 @@ REFERENCES = (
     *("algorithm", "data.source", "model.pool", "model.shared"),
     *("gate.module", "fedjets.common_model"),
 )
-LISTS = (
-    "model.pool",
-    "model.weights",
-)  # those of several names; a comma in a folder's name separates none of them
+LISTS = ("model.pool", "model.weights")  # of several names; a comma in a folder's name separates none
 PATHS = ("data.path", "partition.file", "run.dir", "run.code", "fedjets.common")
 WEIGHTS = "model.weights"  # a path, or NAME=PATH for each architecture
 BOOKKEEPING = ("run.table", "run.cell", "run.scale", "run.altered")  # `reproduce` writes them; not flags
@@ -151,6 +148,12 @@ class Config(Section):
     def cohort_size(self) -> int:
         """K = max(1, floor(C·n + ½)) of the n clients that train."""
         return max(1, int(self.participation * (self.clients - self.unseen_clients) + 0.5))
+
+    @property
+    def expected_cohort(self) -> float:
+        """K, or C·n where each of the n clients that train is drawn independently."""
+        drawn = self.participation * (self.clients - self.unseen_clients)
+        return drawn if self.privacy.draws_clients else self.cohort_size
 
 
 @cache

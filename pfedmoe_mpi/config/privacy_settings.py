@@ -40,15 +40,35 @@ class PrivacySettings(Section):
     def _check(self) -> PrivacySettings:
         if self.unit == "sample" and not self.clip:
             problem = "privacy.unit = sample has no effect with privacy.clip = 0"
-            raise ConfigError(problem, "--privacy.clip 1, or remove --privacy.unit")
+            raise ConfigError(problem, "--privacy.clip 1 or --privacy.unit client")
         for name, value in (("noise", self.noise), ("epsilon", self.epsilon)):
             if value and not self.clip:
                 problem = f"privacy.{name} = {value:g} needs a privacy.clip: noise is a multiple of it"
-                raise ConfigError(problem, f"--privacy.clip 1, or remove --privacy.{name}")
+                raise ConfigError(problem, f"--privacy.clip 1 or --privacy.{name} 0")
         if self.epsilon and self.noise:
             problem = f"privacy.noise = {self.noise:g}, but privacy.epsilon = {self.epsilon:g} chooses it"
-            raise ConfigError(problem, "remove --privacy.noise or --privacy.epsilon")
+            raise ConfigError(problem, "--privacy.noise 0 or --privacy.epsilon 0")
+        if not self._is_recorded:
+            self._check_effect()
         return self
+
+    @property
+    def _is_recorded(self) -> bool:
+        """Whether all settings are given, as a run records them; what had no effect goes on having none."""
+        return self.model_fields_set == set(type(self).model_fields)
+
+    def _check_effect(self) -> None:
+        """Refuse settings of a protection that is not chosen.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        if self.neighbours and not self.masked:
+            problem = f"privacy.neighbours = {self.neighbours} has no effect with privacy.masked = false"
+            raise ConfigError(problem, "--privacy.masked true, or remove --privacy.neighbours")
+        if self.delta != type(self).model_fields["delta"].default and not self.clip:
+            problem = f"privacy.delta = {self.delta:g} has no effect with privacy.clip = 0"
+            raise ConfigError(problem, "--privacy.clip 1, or remove --privacy.delta")
 
     @property
     def clips_clients(self) -> bool:

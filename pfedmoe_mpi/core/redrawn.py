@@ -29,7 +29,13 @@ class Redrawn:
         """Draw the module's vector (layout.size,) into `out`, children before their parents."""
         for name, view in self._layout.views(out).items():
             self._tensors[name].data = view
-        self.module.apply(lambda part: part.reset_parameters() if hasattr(part, "reset_parameters") else None)
+        self.module.apply(_reset)
+
+
+def _reset(part: nn.Module) -> None:
+    reset: Callable[[], None] | None = getattr(part, "reset_parameters", None)
+    if reset:
+        reset()
 
 
 def redrawn(build: Callable[[], nn.Module]) -> Redrawn | None:

@@ -134,7 +134,7 @@ def _assign_evenly(
         raise PartitionError(
             f"clients = {clients}: a client would get {' + '.join(map(str, smallest))} rows (training + "
             f"test), but partition.min_samples = {settings.min_samples} and every part needs a row",
-            _remedy(settings, clients),
+            _remedy(settings, clients, len(labels)),
         )
     return owner
 

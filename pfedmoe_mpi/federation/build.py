@@ -89,7 +89,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     client_layouts = [layouts[id(spec)] for spec in specs]
     check_initial(method, state_layout, client_layouts)
     check_method(settings, method, state_layout)
-    masked_round.check(comm, settings, method, state_layout)
+    masked_round.check(comm, settings, method, state_layout, loaded)
     private = client_privacy.of(comm, settings, method, state_layout, loaded)
     home = placement.homes(costs, comm.size)
     normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)

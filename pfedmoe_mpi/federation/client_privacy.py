@@ -11,7 +11,6 @@ contributes, its updates or zeros, in the rounds in which it is drawn. ε is tha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +19,8 @@ import torch
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Block
 from pfedmoe_mpi.checkpoint import Checkpoint
-from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.config import Config, flatten
+from pfedmoe_mpi.config.privacy_settings import PrivacySettings
 from pfedmoe_mpi.core.fixedpoint import SCALE
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import ConfigError
@@ -109,15 +109,23 @@ def of(
         return None
     _check_method(settings, method, layout)
     found = ClientPrivacy(settings, method, layout, privacy.noise)
-    known = noise_of(loaded.history) if loaded else None
+    known = noise_of(loaded, settings)
     found.noise = comm.from_root(lambda: _noise(found, known), "accountant")
     _check_range(found)
     return found
 
 
-def noise_of(history: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the noise of the rounds so far; None before round 1 and without differential privacy."""
-    return history[-1].get("privacy", {}).get("noise") if history else None
+def noise_of(loaded: Checkpoint | None, settings: Config) -> float | None:
+    """Return the noise of a checkpoint's rounds if `privacy.epsilon` chose it for the same ε, δ and unit.
+
+    None: the settings ask for another protection, such as that of an attack, or there are no such rounds.
+    """
+    if not loaded or not loaded.history:
+        return None
+    before, privacy = flatten(loaded.config), settings.privacy
+    entry = loaded.history[-1].get("privacy") or {}
+    chosen = before.get("privacy.epsilon"), before.get("privacy.delta"), entry.get("unit")
+    return entry.get("noise") if chosen == (privacy.epsilon, privacy.delta, privacy.unit) else None
 
 
 def _noise(found: ClientPrivacy, known: float | None) -> float:
@@ -149,12 +157,11 @@ def _check_range(found: ClientPrivacy) -> None:
     settings, privacy = found.settings, found.settings.privacy
     expected = [found.expected(round) for round in (1, settings.rounds)]
     longest, shortest = (length(privacy.clip, m) for m in (min(expected), max(expected)))
-    sigma = found.noise * longest
-    if settings.clients * longest >= 2.0**61 or sigma > discrete_gaussian.LARGEST:
-        raise ConfigError(
-            f"privacy.clip = {privacy.clip:g} with noise {found.noise:g} is beyond the range of the sum",
-            f"use a lower --privacy.clip; the sum holds values below {2.0 ** (62 - SCALE):.0f}",
-        )
+    if settings.clients * longest >= 2.0**61:
+        fits = rounded_down(2.0**61 / settings.clients / length(1.0, min(expected)))
+        problem = f"privacy.clip = {privacy.clip:g} is too large: the sum of {settings.clients} updates holds"
+        raise ConfigError(f"{problem} at most {fits}", f"--privacy.clip {fits}")
+    check_noise(privacy, found.noise, discrete_gaussian.LARGEST / longest)
     numbers = sum(b.rows * b.size for b in found.method.payload(found.layout.sizes).values())
     sigma = found.noise * shortest
     if found.noise and numbers * settings.rounds / (40 * sigma * sigma) > privacy.delta / 1000:
@@ -163,6 +170,30 @@ def _check_range(found: ClientPrivacy) -> None:
             f"2^−{SCALE} for privacy.delta = {privacy.delta:g}",
             "raise --privacy.clip or --privacy.noise",
         )
+
+
+def check_noise(privacy: PrivacySettings, noise: float, largest: float) -> None:
+    """Check that z is at most the `largest` that sums hold.
+
+    Raises:
+        ConfigError: it is larger.
+    """
+    if noise <= largest:
+        return
+    fits = f"with privacy.clip = {privacy.clip:g}, sums hold at most {rounded_down(largest)}"
+    if privacy.epsilon:
+        problem = f"privacy.epsilon = {privacy.epsilon:g} needs noise {noise:g} times the clip"
+        raise ConfigError(f"{problem}; {fits}", "raise --privacy.epsilon, or use a lower --privacy.clip")
+    raise ConfigError(
+        f"privacy.noise = {noise:g} is too large: {fits}",
+        f"--privacy.noise {rounded_down(largest)}, or a lower --privacy.clip",
+    )
+
+
+def rounded_down(value: float) -> str:
+    """Return a number above 0 with at most three digits that is not above this one."""
+    digits = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.floor(value / digits) * digits:g}"
 
 
 def _check_method(settings: Config, method: Algorithm, layout: Layout) -> None:

@@ -1,8 +1,9 @@
 """The disk space of a run, estimated before it trains: its run folder, and the scratch files of its ranks.
 
 Cohorts are not drawn for it: of n clients, K of them in a round, n (1 - (1 - K/n)^t) are expected to have
-trained after t rounds. From that and what a resumed run has follow, by the rule of `written.leans`, the
-checkpoints that are complete, those that hold what changed, and the earlier files on which these rely.
+trained after t rounds, also where K is a mean (privacy.sampling = poisson). From that and what a resumed run
+has follow, by the rule of `written.leans`, the checkpoints that are complete, those that hold what changed,
+and the earlier files on which these rely.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def share_trained(settings: Config, rounds: int, done: Done = NEW) -> float:
 
 def _share_outside(settings: Config) -> float:
     """Return the share of the clients that train that are not in the cohort of a round."""
-    return max(0.0, 1 - settings.cohort_size / max(1, settings.clients - settings.unseen_clients))
+    return max(0.0, 1 - settings.expected_cohort / max(1, settings.clients - settings.unseen_clients))
 
 
 def _scheduled(settings: Config, done: Done) -> tuple[int, list[int]]:

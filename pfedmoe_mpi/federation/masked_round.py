@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.algorithms.base import Algorithm
+from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.core.flat import Layout
@@ -32,26 +33,32 @@ from pfedmoe_mpi.privacy import agreement, graph
 from pfedmoe_mpi.privacy.masked_sum import Member, Server
 
 
-def check(comm: Comm, settings: Config, method: Algorithm, layout: Layout) -> None:
+def check(comm: Comm, settings: Config, method: Algorithm, layout: Layout, loaded: Checkpoint | None) -> None:
     """Check that a method's sums can be masked; collective.
 
     Args:
         layout: of the server's vector.
+        loaded: of a run that goes on; earlier versions masked methods that send nothing, without an effect.
 
     Raises:
-        ConfigError: on all ranks: the method's server needs single contributions, ε takes cohorts for
-            secret, a cohort has one member, the graph is impossible, or the package cryptography is missing.
+        ConfigError: on all ranks: clients send nothing, the server needs single contributions, ε takes
+            cohorts for secret, a cohort has one member, the graph is impossible, or the package cryptography
+            is missing.
     """
     if not settings.privacy.masked:
         return
     comm.attempt(agreement.check_installed, "packages")
     problem, remedy = "", "remove --privacy.masked, or choose another --algorithm"
-    slots = [name for name, block in method.payload(layout.sizes).items() if block.slot]
+    payload = method.payload(layout.sizes)
+    slots = [name for name, block in payload.items() if block.slot]
     first = sorted({1, min(settings.join.round, settings.rounds)})
     sizes = {round: len(method.cohort(round)) for round in first}
     by_chance = settings.privacy.sampling == "poisson"  # such a round then counts as empty
     lonely = [round for round, size in sizes.items() if size == 1 and not by_chance]
-    if slots:
+    if not payload and not loaded:
+        problem = f"clients of {settings.method} send nothing to the server"
+        remedy = "--privacy.masked false, or choose another --algorithm"
+    elif slots:
         problem = f"the server of {settings.method} needs each member's own '{slots[0]}', and masks hide it"
     elif method.prepared_size:
         problem = f"{settings.method} sends a vector of every single client before round 1"
@@ -75,7 +82,7 @@ def check(comm: Comm, settings: Config, method: Algorithm, layout: Layout) -> No
 def exchange_keys(comm: Comm, federation: Federation, total: RoundSum, round: int) -> None:
     """Let a round's members exchange keys and shares if sums are masked; collective.
 
-    A method without a payload has nothing to mask, and neither has an empty cohort.
+    An empty cohort has nothing to mask, and neither has a method without a payload.
     """
     if federation.config.privacy.masked and len(total.blocks) and total.cohort:
         total.masks = MaskedRound(comm, federation, [client for client, _ in total.cohort], round)

@@ -20,13 +20,13 @@ from pfedmoe_mpi.algorithms.base import Algorithm, Task
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.client import Client
-from pfedmoe_mpi.core.fixedpoint import NotFiniteError
+from pfedmoe_mpi.core.fixedpoint import SCALE, NotFiniteError
 from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.core.sample_step import NotPerSampleError, SamplePrivacy
 from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import trial
-from pfedmoe_mpi.federation.client_privacy import noise_of
+from pfedmoe_mpi.federation.client_privacy import check_noise, noise_of
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.models.switchnorm import SwitchNorm
@@ -35,6 +35,7 @@ from pfedmoe_mpi.privacy import accountant
 from pfedmoe_mpi.privacy.sample_accounts import SampleAccounts
 
 FEW = 4  # samples of a trial
+MOST_NOISE = 2.0 ** (62 - SCALE)  # z·C: what a sum of contributions holds
 OTHER = "use --privacy.unit client, or another --algorithm, such as pfedmoe, fedavg or fedrep"
 
 
@@ -54,15 +55,17 @@ def of(
         sizes: length of each part of the state.
 
     Raises:
-        ConfigError: on all ranks: the method uses samples otherwise, or dp-accounting is not installed.
+        ConfigError: on all ranks: the method uses samples otherwise, the noise is too large, or
+            dp-accounting is not installed.
     """
     privacy = settings.privacy
     if privacy.unit != "sample":
         return None
     _check_method(settings.method, method, sizes)
     found = SamplePrivacy(privacy.clip, privacy.noise, privacy.sampling == "poisson", frozenset(method.apart))
-    known = noise_of(loaded.history) if loaded else None
+    known = noise_of(loaded, settings)
     noise = comm.from_root(lambda: _noise(settings, method, found, stream, known), "accountant")
+    check_noise(privacy, noise, MOST_NOISE / privacy.clip)
     return replace(found, noise=noise)
 
 

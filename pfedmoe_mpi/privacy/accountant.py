@@ -16,6 +16,7 @@ from pfedmoe_mpi.errors import ConfigError
 
 ORDERS = (*(k / 4 for k in range(5, 28)), *range(7, 65), 128, 256, 512, 1024)
 TINY = 1e-300  # a δ at which no ε is zero
+LEAST = 1e-4  # noise that is tried
 PRECISION = 1e-4  # of a noise that is solved for, relative
 
 
@@ -77,10 +78,12 @@ def epsilon(noise: float, probability: float, steps: int, delta: float) -> float
 def solve(target: float, delta: float, uses: Iterable[tuple[float, float, int]]) -> float:
     """Return the least noise, to a ten-thousandth, with which no ε of several accounts exceeds a target.
 
+    It is at least `LEAST`.
+
     Args:
         uses: of each account: sensitivity, probability and steps.
     """
-    noise = PRECISION
+    noise = LEAST
     for sensitivity, probability, steps in uses:
         low = high = noise
         while epsilon(high / sensitivity, probability, steps, delta) > target:

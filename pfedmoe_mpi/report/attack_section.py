@@ -60,12 +60,12 @@ def _members(results: Sequence[Mapping[str, Any]]) -> Table:
     for result in results:
         clients, shared = result["clients"], result["shared"]
         found = {"of the clients": clients["pooled"]}
-        found["of the clients, likelihood ratio"] = clients.get("likelihood_ratio")
+        found |= _ratio("of the clients", clients)
         if "reason" not in shared:
-            found[f"shared: {shared['part']}"] = shared
-            found[f"shared: {shared['part']}, likelihood ratio"] = shared.get("likelihood_ratio")
+            name = f"shared: {shared['part']}"
+            found |= {name: shared, **_ratio(name, shared)}
         for name, row in found.items():
-            if row is None or "reason" in row:
+            if "reason" in row:
                 continue
             low, high = row["auc_interval"] or (None, None)
             text = "–" if low is None else f"{low:.3f} to {high:.3f}"
@@ -82,11 +82,19 @@ def _members(results: Sequence[Mapping[str, Any]]) -> Table:
         "members: training rows, others: test rows; AUC 0.5, balanced accuracy 50 %: no better than guessing",
         "found: share of the members that score above all but this share of the others; dash: too few others",
     ]
+    rows = [row for place, row in enumerate(rows) if row not in rows[:place]]  # by loss, with all shadow runs
     return Table("attacks_membership", "Which rows were trained on", columns, rows, notes)
+
+
+def _ratio(name: str, found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the likelihood ratio beside an attack by loss, if there is one."""
+    ratio = found.get("likelihood_ratio")
+    return {f"{name}, likelihood ratio of {ratio['shadows']} shadow runs": ratio} if ratio else {}
 
 
 def _images(results: Sequence[Mapping[str, Any]]) -> Table:
     columns = [Column("round"), Column("client"), Column("part", words=True), Column("samples")]
+    columns += [Column("contributions"), Column("steps")]
     columns += [Column("protection", words=True), Column("guess", words=True)]
     columns += [Column("MSE"), Column("PSNR, dB"), Column("SSIM")]
     rows = []
@@ -97,12 +105,16 @@ def _images(results: Sequence[Mapping[str, Any]]) -> Table:
             rows.append(
                 [
                     *(number(result["round"]), number(result["client"]), word(result["part"])),
-                    *(number(result["samples"]), word(result["protection"]), word(name)),
+                    *(number(result[each]) for each in ("samples", "trials", "steps")),
+                    *(word(result["protection"]), word(name)),
                     *(number(row["mse"], "{:.5f}"), number(row["psnr"], "{:.1f}")),
                     number(row["ssim"], "{:.3f}"),
                 ]
             )
-    notes = ["values in 0 to 1; means over the contributions attacked, each of one step with so many samples"]
+    notes = [
+        "values in 0 to 1; means over the contributions attacked, each of one step with so many samples; "
+        "steps: of the descent that rebuilds them"
+    ]
     return Table("attacks_reconstruction", "Samples rebuilt from a contribution", columns, rows, notes)
 
 

@@ -1,4 +1,4 @@
-"""Differential privacy: accuracy against ε, and what each method loses to the noise."""
+"""Differential privacy: ε of a run, accuracy against ε, and what each method loses to the noise."""
 
 from __future__ import annotations
 
@@ -53,6 +53,24 @@ class Point:
 
 
 Lines = Mapping[tuple[str, str], Sequence[Point]]  # by (method, setting), in order of ε
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """Return the facts on one run's differential privacy, none without it."""
+    entry: Mapping[str, Any] = run.history[-1].get("privacy") or {}
+    if not entry:
+        return []
+    unit, at = entry["unit"], f"at δ = {entry['delta']:g}"
+    if not entry["noise"]:
+        return [(f"ε of a {unit}", "none: clips, without noise")]
+    epsilon = INFINITE if entry["epsilon"] is None else f"{entry['epsilon']:.3g}"
+    found = [("noise, in multiples of the clip", f"{entry['noise']:.4g}")]
+    if unit == "client":
+        return [(f"ε of a client {at}", epsilon), *found]
+    found.insert(0, (f"ε of a sample {at}, of what a client sends", epsilon))
+    if (private := _private(run)) is not None:
+        found.insert(1, (f"ε of a sample {at}, of a client's whole model", f"{private:.3g}"))
+    return found
 
 
 def sections(comparison: Comparison) -> list[Section]:

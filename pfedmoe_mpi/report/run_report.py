@@ -14,6 +14,7 @@ from pfedmoe_mpi.report import (
     attack_section,
     confusion_section,
     distributions,
+    epsilon_section,
     gate_section,
     model_section,
     paper_section,
@@ -113,10 +114,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     tuned = (run.selected.get("accuracy_tuned") or {}).get("mean")
     facts += [] if unseen is None else [("accuracy, unseen clients", percent(unseen).text + " %")]
     facts += [] if tuned is None else [("unseen clients, tuned", percent(tuned).text + " %")]
-    privacy = run.last.get("privacy")
-    if privacy:
-        epsilon = "infinite" if privacy["epsilon"] is None else f"{privacy['epsilon']:.3g}"
-        facts.append((f"ε of a {privacy['unit']} at δ = {privacy['delta']:g}", epsilon))
+    facts += epsilon_section.facts(run)
     drift = run.last.get("drift")
     if drift:
         rounds = drift["recovery"]

@@ -55,13 +55,13 @@ class Size:
     Attributes:
         train: training samples by client, 0 for one that never trains.
         test: samples by client that an evaluation measures.
-        members: clients of the cohort.
+        members: clients of the cohort, or their expected number.
         settings: the run's effective settings.
     """
 
     train: Sequence[int]
     test: Sequence[int]
-    members: int
+    members: float
     shape: tuple[int, ...]
     classes: int
     dtype: str
@@ -174,8 +174,8 @@ def _size(settings: Config, dataset: Dataset, data: str, sizes: dict[str, Size])
         test = [len(a) + len(b) for a, b in zip(partition.test, partition.validation, strict=True)]
         fitted = dataset.fitted(partition)
         kind = (fitted.shape, fitted.classes, fitted.dtype.name, fitted.vocabulary)
-        sizes[key] = Size(train, test, settings.cohort_size, *kind, flat)
-    size = replace(sizes[key], settings=flat, members=settings.cohort_size)
+        sizes[key] = Size(train, test, settings.expected_cohort, *kind, flat)
+    size = replace(sizes[key], settings=flat, members=settings.expected_cohort)
     plan.check_models(_task(size))
     return size
 
@@ -328,11 +328,12 @@ def _cost(size: Size, paces: Sequence[Pace], disk: DiskUse, ranks: int) -> Cost:
     settings = size.config
     training = [k for k, n in enumerate(size.train) if n]
     members = min(size.members, len(training))
+    busy = min(ranks, max(1, members))
     epochs, share = {k: settings.train.passes(size.train[k]) for k in training}, members / len(training)
     turns = sum(paces[k % len(paces)].turn(size.train[k], epochs[k]) for k in training) * share
     tests = sum(n * paces[k % len(paces)].test for k, n in enumerate(size.test))
     drawn = min(1.0, settings.drawn_clients / len(size.test))
-    measured = tests * (drawn / min(ranks, len(size.test)) + share / min(ranks, members))
+    measured = tests * (drawn / min(ranks, len(size.test)) + share / busy)
     samples = settings.rounds * share * sum(epochs[k] * size.train[k] for k in training)
-    seconds = settings.rounds * (turns / min(ranks, members) + measured / settings.eval.every)
+    seconds = settings.rounds * (turns / busy + measured / settings.eval.every)
     return Cost(samples, seconds, disk)

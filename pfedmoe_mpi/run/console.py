@@ -18,9 +18,9 @@ from pfedmoe_mpi.data.summary import plain
 from pfedmoe_mpi.federation import disk, selection
 from pfedmoe_mpi.federation.effective import proposals
 from pfedmoe_mpi.federation.metrics import Row
-from pfedmoe_mpi.federation.privacy_account import account_of
 from pfedmoe_mpi.log import LOGGER
 from pfedmoe_mpi.models.names import labels
+from pfedmoe_mpi.run import privacy_lines
 
 if TYPE_CHECKING:
     from pfedmoe_mpi.algorithms.base import Task
@@ -61,7 +61,7 @@ def plan(
     settings, task = federation.config, federation.task
     lines = [
         f"{settings.method} on {federation.dataset.name}: {task.clients} clients, "
-        f"cohort {settings.cohort_size}, {settings.rounds} rounds, "
+        f"{_cohort(settings)}, {settings.rounds} rounds, "
         f"sample {_sample(task)}, {task.classes} classes, d = {task.dim}",
         *federation.dataset.summary,
     ]
@@ -84,27 +84,16 @@ def plan(
         lines += [f"private: {line} ({name}, {clients} clients)" for line in private]
     lines += _describe_frozen(federation)
     lines += federation.pretrained.lines
-    lines += _describe_privacy(federation)
+    lines += privacy_lines.plan(federation)
     lines += _rank_lines(device_lines)
     return [*lines, memory(federation, len(ranks)), *disk.lines(federation, ranks, folder, done)]
 
 
-def _describe_privacy(federation: Federation) -> Iterator[str]:
-    """Yield ε after all rounds, and what takes the protection away."""
-    settings, account = federation.config, account_of(federation)
-    if account is None:
-        return
-    entry = account.entry(settings.rounds)
-    yield _privacy(entry, settings.rounds)
-    if entry["noise"]:
-        yield "warning: whoever knows the seed can draw the noise again: keep it secret for ε to hold"
-    if federation.task.vocabulary:
-        yield "warning: the vocabulary comes from the training texts without noise, and ε does not cover it"
-    if entry["unit"] == "client" and entry["delta"] * settings.clients >= 1:
-        yield (
-            f"warning: privacy.delta = {entry['delta']:g} is not below 1 / clients = "
-            f"{1 / settings.clients:g}, so it would allow to publish all data of a client"
-        )
+def _cohort(settings: Config) -> str:
+    """Return how many clients train in a round."""
+    if settings.privacy.draws_clients:
+        return f"cohort about {settings.expected_cohort:.3g}, drawn by Poisson"
+    return f"cohort {settings.cohort_size}"
 
 
 def _rank_lines(device_lines: Sequence[str]) -> Iterator[str]:
@@ -228,23 +217,6 @@ class Progress:
             self._bar.stop()
 
 
-def _privacy(entry: Mapping[str, Any], round: int) -> str:
-    """Return a line on a row's entry `privacy`."""
-    if entry["unit"] == "client":
-        epsilon = "infinite" if entry["epsilon"] is None else f"{entry['epsilon']:.3g}"
-        return (
-            f"privacy: one client, noise {entry['noise']:.4g} times the clip: after round {round} "
-            f"ε = {epsilon} of all that the server sends, at δ = {entry['delta']:g}"
-        )
-    epsilon, private = (
-        "infinite" if entry[name] is None else f"{entry[name]:.3g}" for name in ("epsilon", "epsilon_private")
-    )
-    return (
-        f"privacy: one sample of a client, noise {entry['noise']:.4g} times the clip: after round {round} "
-        f"ε = {epsilon} of what a client sends, {private} of its whole model, at δ = {entry['delta']:g}"
-    )
-
-
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f} %"
 
@@ -257,7 +229,7 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
         as_they_come, tuned = (_percent(last[key]["mean"]) for key in ("accuracy_unseen", "accuracy_tuned"))
         lines.append(f"unseen clients: accuracy mean {as_they_come}, after tuning {tuned}")
     if last.get("privacy"):
-        lines.append(_privacy(last["privacy"], last["round"]))
+        lines.append(privacy_lines.line(last["privacy"], last["round"]))
     if last["drift"]:
         lost, rounds = last["drift"]["forgetting"], last["drift"]["recovery"]
         recovery = "not recovered yet" if rounds is None else f"recovered after {rounds} rounds"

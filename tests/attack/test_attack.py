@@ -25,6 +25,7 @@ NAME = "checkpoints/round-000001.h5"
 NOISE = ("--privacy.clip", "0.1", "--privacy.noise", "1")
 FEW = ("--trials", "1", "--steps", "100")
 MASKS = ("--privacy.masked", "true")
+EMPTY = ("--kind", "reconstruction", "--privacy.sampling", "poisson", "--participation", "0.001")
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +54,11 @@ def test_a_contribution_shows_its_sample_unless_it_is_protected(
     session: launcher.Session, folder: Path
 ) -> None:
     plain = attacked(session, folder, "fedavg", "reconstruction", *FEW)
-    kept = folder / "fedavg" / "attacks" / "reconstruction-round-000001-client-0-samples-1-none.json"
+    name = "reconstruction-round-000001-client-0-samples-1-trials-1-steps-100-none.json"
+    kept = folder / "fedavg" / "attacks" / name
     assert json.loads(kept.read_text()) == plain
     assert plain == attacked(session, folder, "fedavg", "reconstruction", *FEW)
+    assert [each.name for each in kept.parent.iterdir()] == [name]
     assert plain["attack"]["psnr"] > 60 and plain["attack"]["ssim"] > 0.9
     assert plain["attack"]["mse"] < plain["mean"]["mse"] / 4 < plain["guess"]["mse"]
     shown = [np.array(pair[name]) for pair in plain["images"] for name in ("true", "found")]
@@ -71,6 +74,7 @@ def test_a_contribution_shows_its_sample_unless_it_is_protected(
         assert found["distance"] > 0.5
     clipped = attacked(session, folder, "fedavg", "reconstruction", *FEW, *NOISE[:2])
     assert clipped["attack"]["ssim"] > 0.9  # a shorter update has the same direction
+    assert json.loads(kept.read_text()) == plain and len(list(kept.parent.iterdir())) == 6
 
 
 def test_the_report_shows_attacks(session: launcher.Session, folder: Path) -> None:
@@ -81,9 +85,10 @@ def test_the_report_shows_attacks(session: launcher.Session, folder: Path) -> No
     assert "Which rows were trained on" in text and "shared: model" in text
     (run,), _ = load_runs([folder / "fedavg"])
     (section,) = attack_section.sections(run)
-    rows = [row for row in section.tables[1].rows if row[4].text == "masked"]
-    assert [row[5].text for row in rows] == ["reconstruction", "mean of test rows", "drawn test rows"]
-    assert rows[0][6].values == (found["attack"]["mse"],)
+    rows = [row for row in section.tables[1].rows if row[6].text == "masked"]
+    assert [row[7].text for row in rows] == ["reconstruction", "mean of test rows", "drawn test rows"]
+    assert [cell.text for cell in rows[0][3:6]] == ["1", "1", "100"]
+    assert rows[0][8].values == (found["attack"]["mse"],)
     figure = next(each for each in section.figures if "protection: masked" in each.title)
     assert drawing.svg(figure).count("<image") == 2
     for spoilt, message in (("{", "cannot be read"), ("[]", "not the result"), ("{}", "not the result")):
@@ -123,6 +128,11 @@ def test_shadow_runs_tell_members(session: launcher.Session, folder: Path) -> No
     assert found == plain
     assert (ratio["shadows"], ratio["members"], ratio["others"]) == (5, 160, 40)
     assert ratio["auc_interval"][0] > 0.6
+    (run,), _ = load_runs([folder / "standalone"])
+    (section,) = attack_section.sections(run)
+    models = [row[1].text for row in section.tables[0].rows]
+    assert models == ["of the clients", "of the clients, likelihood ratio of 5 shadow runs"]
+    assert len(list((folder / "standalone" / "attacks").iterdir())) == 2
     with Checkpoint(folder / "standalone" / NAME) as loaded:
         loop = evaluation_loop(shared_comm(), loaded, {})
     own = loop.federation.partition
@@ -267,6 +277,9 @@ def test_rates_are_those_of_counting() -> None:
             "privacy.unit = sample",
             [f"fedavg/{NAME}", "--kind", "reconstruction", "--privacy.unit", "sample", "--privacy.clip", "1"],
         ),
+        ("--privacy.noise 16300", [f"fedavg/{NAME}", *EMPTY[:2], *NOISE[:1], "1", *NOISE[2:3], "30000"]),
+        ("no client was drawn into the cohort of round 2", [f"fedavg/{NAME}", *EMPTY]),
+        ("no client was drawn", [f"fedavg/{NAME}", *EMPTY, "--client", "3"]),
         ("trained on other data", [f"fedavg/{NAME}", "--kind", "membership", "--data.samples", "300"]),
         ("--shadows has no effect", [f"fedavg/{NAME}", "--kind", "reconstruction", "--shadows", "9"]),
         ("--client has no effect", [f"fedavg/{NAME}", "--kind", "membership", "--client", "1"]),

@@ -137,6 +137,8 @@ def test_more_rounds_go_on_counting_with_the_noise_of_the_rounds_before(tmp_path
     assert "fork with --privacy.epsilon 0" in error.value.remedy
     with Checkpoint(path) as loaded:
         assert client_privacy_of(built(privacy__noise=0.5, loaded=loaded)).noise == 0.5, "a fork's own"
+        stronger = client_privacy_of(built(rounds=3, loaded=loaded, **{**chosen, "privacy__epsilon": 1.0}))
+    assert stronger.entry(3)["epsilon"] == pytest.approx(1.0, rel=0.01), "an attack's own"
 
 
 def test_masks_are_refused_for_cohorts_that_nobody_may_know() -> None:
@@ -147,7 +149,15 @@ def test_masks_are_refused_for_cohorts_that_nobody_may_know() -> None:
 
 
 def test_a_clip_without_noise_has_no_epsilon() -> None:
-    assert client_privacy_of(built()).entry(1)["epsilon"] is None
+    federation = built()
+    assert client_privacy_of(federation).entry(1)["epsilon"] is None
+    assert "privacy: one client: clips, without noise: no ε" in plan_of(federation)
+
+
+@pytest.mark.parametrize(("epsilon", "text"), [(0.02, "which may hide all"), (1e300, "protects nothing")])
+def test_the_plan_warns_of_an_epsilon_that_is_far_from_usual(epsilon: float, text: str) -> None:
+    (warning,) = (line for line in plan_of(built(privacy__epsilon=epsilon)) if text in line)
+    assert warning.startswith(f"warning: privacy.epsilon = {epsilon:g} ") and "--privacy.epsilon 8" in warning
 
 
 def test_a_run_reports_epsilon_and_warns_of_a_large_delta() -> None:
@@ -159,11 +169,11 @@ def test_a_run_reports_epsilon_and_warns_of_a_large_delta() -> None:
     loop = trained(federation)
     assert "noise 1.5 times the clip" in line and line in console.table(federation, loop.history)
     run = Run(Path("run"), config.flatten(config.to_tree(federation.config)), loop.history, [])
-    assert ("ε of a client at δ = 0.3", f"{loop.history[-1]['privacy']['epsilon']:.3g}") in run_report._facts(
-        run
-    )
+    facts = run_report._facts(run)
+    assert ("ε of a client at δ = 0.3", f"{loop.history[-1]['privacy']['epsilon']:.3g}") in facts
+    assert ("noise, in multiples of the clip", "1.5") in facts
     quiet = plan_of(built(privacy__noise=1.5))
-    assert not any("1 / clients" in line for line in quiet)
+    assert not any("1 / clients" in line or "usual" in line for line in quiet)
 
 
 # Cohorts
@@ -186,6 +196,9 @@ def test_an_empty_round_releases_noise_alone() -> None:
     chosen = {"privacy__sampling": "poisson", "participation": 0.001, "rounds": 2}
     loop = trained(built(privacy__noise=1.0, **chosen))
     assert [row["cohort"] for row in loop.history] == [[], []]
+    plan = plan_of(loop.federation)
+    assert "5 clients, cohort about 0.005, drawn by Poisson, 2 rounds" in plan[0]
+    assert any("once about 0 of 5 clients have trained" in line for line in plan)
     initial = loop.federation.workbench.initial(loop.federation.method.state())
     moved = float((loop.state - initial).std())
     # Of two rounds, with m = 0.001 · 5.
@@ -246,8 +259,14 @@ def test_a_method_is_refused_with_the_reason(algorithm: str) -> None:
             "privacy.noise = 1 needs a privacy.clip",
             "--privacy.clip 1",
         ),
-        ({"privacy.clip": 0, "privacy.epsilon": 8}, "privacy.epsilon = 8 needs", "--privacy.clip 1"),
-        ({"privacy.noise": 1, "privacy.epsilon": 8}, "epsilon = 8 chooses it", "remove --privacy.noise or"),
+        ({"privacy.clip": 0, "privacy.epsilon": 8}, "privacy.epsilon = 8 needs", "--privacy.epsilon 0"),
+        (
+            {"privacy.clip": 0, "privacy.delta": 1e-3},
+            "privacy.delta = 0.001 has no",
+            "remove --privacy.delta",
+        ),
+        ({"privacy.neighbours": 4}, "privacy.neighbours = 4 has no", "--privacy.masked true"),
+        ({"privacy.noise": 1, "privacy.epsilon": 8}, "epsilon = 8 chooses it", "--privacy.epsilon 0"),
         (
             {"algorithm": "pfedmoe", "unseen.private": "average"},
             "unseen.private = average",
@@ -255,9 +274,10 @@ def test_a_method_is_refused_with_the_reason(algorithm: str) -> None:
         ),
         ({"algorithm": "fedmix", "gate.batch_norm": True}, "gate has BatchNorm", "--gate.batch_norm false"),
         ({"model.pool": "shufflenet_v2_x0_5", "model.shared": "shufflenet_v2_x0_5"}, "variance", "cnn5"),
-        ({"privacy.clip": 1e7, "privacy.noise": 1}, "beyond the range", "lower --privacy.clip"),
+        ({"privacy.clip": 1e7, "privacy.noise": 1}, "the sum of 5 updates holds at most", "--privacy.clip "),
+        ({"privacy.noise": 3e5}, "privacy.noise = 300000 is too large", "--privacy.noise 65500"),
         ({"privacy.clip": 1e-9, "privacy.noise": 1}, "close to the sum's unit", "raise --privacy.clip"),
-        ({"privacy.epsilon": 1e-9}, "beyond the range", "--privacy.clip"),
+        ({"privacy.epsilon": 1e-9}, "privacy.epsilon = 1e-09 needs noise", "raise --privacy.epsilon"),
     ],
 )
 def test_a_combination_is_refused_with_a_remedy(changes: dict[str, Any], problem: str, remedy: str) -> None:
@@ -280,6 +300,7 @@ def test_a_missing_accountant_is_refused_before_round_1(monkeypatch: pytest.Monk
 
 def test_a_restart_keeps_what_epsilon_is_computed_from() -> None:
     before = config.to_tree(Case("fedavg", CLIP).settings())
+    before["privacy"] |= {"neighbours": 4}  # which an earlier version let pass without masks
     for name, value in (("participation", 0.5), ("privacy.clip", 2.0), ("privacy.sampling", "poisson")):
         with pytest.raises(ConfigError, match=f"{name}: "):
             restart.override_settings(before, {name: value}, restart._fixed(before))

@@ -29,6 +29,8 @@ from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.federation.privacy_account import check_fork
 from pfedmoe_mpi.federation.sample_privacy import Account
 from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.report import epsilon_section
+from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.run import console, restart
 from support.mpi_job import run_conformance
 from support.small_federation import plan_of
@@ -116,6 +118,7 @@ def test_texts_are_trained_too(tmp_path: Path) -> None:
     (tmp_path / "texts.csv").write_text(table)
     source = {"data.source": "table", "data.path": str(tmp_path / "texts.csv"), "data.text": "text"}
     settings = {**SAMPLE, **source, "data.label": "label", "partition.kind": "iid", "clients": 2, "rounds": 1}
+    settings["privacy.noise"] = 1.0
     for pool in ("fasttext", "transformer", "lstm"):
         chosen = config.build({**settings, "algorithm": "fedavg", "model.pool": pool, "model.shared": pool})
         with warnings.catch_warnings():
@@ -207,6 +210,11 @@ def test_methods_of_ones_own_are_tried(tmp_path: Path, problem: str) -> None:
             "--model.train head",
         ),
         ({"privacy__clip": 0.0}, "no effect with privacy.clip = 0", "--privacy.clip 1"),
+        (
+            {"privacy__clip": 4.0, "privacy__noise": 1e30},
+            "privacy.noise = 1e+30 is too large: with privacy.clip = 4, sums hold at most 1.04e+06",
+            "--privacy.noise 1.04e+06",
+        ),
         (
             {"privacy__noise": 1.0, "privacy__epsilon": 2.0},
             "privacy.epsilon = 2 chooses it",
@@ -337,6 +345,14 @@ def test_rows_have_epsilon_of_what_is_sent_and_of_all() -> None:
         "pfedmoe": (exact(4, 15), exact(4, 15)),
         "fedrep": (exact(4, 35), exact(4, 35)),  # the body learns from the head
     }
+    run = Run(Path("run"), {}, [{"privacy": found["standalone"]}], [])
+    assert epsilon_section.facts(run)[:2] == [
+        ("ε of a sample at δ = 1e-05, of what a client sends", "0"),
+        (
+            "ε of a sample at δ = 1e-05, of a client's whole model",
+            f"{found['standalone']['epsilon_private']:.3g}",
+        ),
+    ]
     for algorithm, pair in expected.items():
         row = found[algorithm]
         assert row["unit"] == "sample" and row["noise"] == 4.0 and row["delta"] == 1e-5

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi import checkpoint, config
 from pfedmoe_mpi.algorithms.base import Algorithm, Block
 from pfedmoe_mpi.bench import privacy
 from pfedmoe_mpi.config import methods
@@ -20,6 +20,7 @@ from pfedmoe_mpi.conformance.checks import Case
 from pfedmoe_mpi.conformance.traffic import traffic_errors
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import masked_round, metrics
+from pfedmoe_mpi.federation.build import build
 from pfedmoe_mpi.federation.loop import Loop
 from pfedmoe_mpi.federation.masked_round import MaskedRound
 from pfedmoe_mpi.federation.round_sum import RoundSum
@@ -34,7 +35,7 @@ from support.masked_job import digest, make_loop
 from support.mpi_job import run_module
 
 REFUSED = {"fd", "fedgh", "fedtgp"}
-SUMMED = [name for name in methods.names() if name not in REFUSED]
+SUMMED = [name for name in methods.names() if name not in {*REFUSED, "standalone"}]
 LOSSY = {"faults__dropout": 0.15, "rounds": 3, "clients": 8, "seed": 2}
 SPARSE = {"privacy__neighbours": 4}
 # Half of the clients in a cohort: on three ranks some are lent.
@@ -68,14 +69,14 @@ def trained(folder: Path | None = None, **changes: Any) -> Loop:
 def test_masks_change_no_bit(tmp_path: Path) -> None:
     """Every method that sums, with dropouts, on a sparse graph and after a stop, on 1 and on 3 ranks."""
     runs: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in SUMMED}
-    runs |= {"lossy": LOSSY, "sparse": {**SPARSE, "clients": 8}, "drift": DRIFT, "noise": NOISE}
+    runs |= {"lossy": LOSSY, "sparse": {"clients": 8}, "drift": DRIFT, "noise": NOISE}
     plain = {name: digest(trained(**changes)) for name, changes in runs.items()}
     masked = {name: {**changes, "privacy__masked": True} for name, changes in runs.items()}
+    masked["sparse"] |= SPARSE
     loops = {name: trained(**changes) for name, changes in masked.items()}
     assert {name: digest(loop) for name, loop in loops.items()} == plain
     rows = loops["lossy"].history
     assert any(row["lost"] for row in rows) and all(row["masks"]["opened"] for row in rows)
-    assert loops["standalone"].history[0]["masks"] is None, "nothing is sent"
     counted, found = privacy.measure(6, 0, 1), loops["fedavg"].history[0]["masks"]["bytes"]
     assert (counted.sent, counted.received) == (found["up"], found["down"]), "bench counts as a run does"
     few, all_others = (loops[name].history[0]["masks"]["bytes"] for name in ("sparse", "lossy"))
@@ -237,6 +238,7 @@ def test_costs_stand_in_the_output_and_the_report(session: Session, tmp_path: Pa
     ("changes", "named"),
     [
         *(({"algorithm": name}, "each member's own") for name in sorted(REFUSED)),
+        ({"algorithm": "standalone"}, "clients of standalone send nothing"),
         ({"participation": 0.1}, "has one member"),
         ({"privacy__neighbours": 3}, "--privacy.neighbours 4"),
     ],
@@ -244,6 +246,13 @@ def test_costs_stand_in_the_output_and_the_report(session: Session, tmp_path: Pa
 def test_what_cannot_be_masked_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         make_loop(world(), privacy__masked=True, **changes)
+
+
+def test_an_earlier_run_that_sends_nothing_goes_on_with_masks(tmp_path: Path) -> None:
+    loop = trained(tmp_path, algorithm="standalone", rounds=1)
+    masked = config.changed(loop.federation.config, {"privacy.masked": True})
+    with checkpoint.Checkpoint(tmp_path / "round-000001.h5") as loaded:
+        build(world(), masked, loaded=loaded, warn=False)
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
