@@ -36,7 +36,7 @@ SMALL_RUN = (
 )
 QUICK_RUN = (
     *("--clients", "6", "--rounds", "6", "--model.pool", "mlp4,mlp5", "--model.shared", "mlp5"),
-    *("--run.checkpoint_every", "1", "--train.epochs", "2", "--run.dir", "run"),
+    *("--run.checkpoint_every", "1", "--run.dir", "run"),
 )
 
 
