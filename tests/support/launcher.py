@@ -285,8 +285,15 @@ class Session:
             )
         return self._process
 
+    def end(self) -> None:
+        """Let the process end by itself, as it then removes its shared memory."""
+        if self._process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.communicate(timeout=10)  # without input there is no next command line
+            self.close()
+
     def close(self) -> None:
-        """End the process; the next command line starts another."""
+        """Kill the process; the next command line starts another."""
         if self._process:
             kill_tree(self._process.pid)
             self._process.communicate()
@@ -297,5 +304,5 @@ class Session:
 def shared_session(ranks: int) -> Session:
     """Return the session of all tests on so many ranks; it ends with this process."""
     session = Session(ranks)
-    atexit.register(session.close)
+    atexit.register(session.end)
     return session
