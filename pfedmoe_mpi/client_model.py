@@ -158,8 +158,7 @@ def load(
         with ClientFile(path) as exported:
             settings = configuration(exported, code, changed_code)
             return _load_exported(exported, client, settings)
-    checkpoint.verify(path)
-    with Checkpoint(path) as loaded:
+    with checkpoint.open_verified(path) as loaded:
         settings = configuration(loaded, code, changed_code)
         return _load_from_checkpoint(loaded, path, client, settings)
 

@@ -47,7 +47,6 @@ def run(path: Path, flags: AttackFlags, overrides: Mapping[str, Any]) -> int:
         raise ConfigError("attack runs on one rank", "start it without mpirun")
 
     def work(world: Comm, code: str) -> int:
-        checkpoint.verify(path)
         with checkpoint.open_everywhere(world, path) as loaded:
             result = _attack(world, loaded, flags, overrides)
         print(json.dumps(result) if flags.as_json else table.text(result))

@@ -40,7 +40,8 @@ def check(federation: Federation) -> None:
     if privacy.clip and privacy.unit == "sample":
         raise ConfigError(
             "privacy.unit = sample: its noise belongs to the batches of the run, not to a step of --samples",
-            "--privacy.clip 0 --privacy.noise 0 --privacy.epsilon 0 attacks a step without it",
+            "--privacy.unit client --privacy.sampling fixed --privacy.clip 0 --privacy.noise 0 "
+            "--privacy.epsilon 0 attacks a step without it",
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
-from pfedmoe_mpi.checkpoint.places import FILES, ROWS, TYPE, Places, contradiction, read_vector
+from pfedmoe_mpi.checkpoint.places import FILES, ROWS, TYPE, Places, contradiction
 from pfedmoe_mpi.checkpoint.sealed_file import SealedFile
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
@@ -79,7 +81,7 @@ class ClientVectors(SealedFile):
         """The clients that have a vector, ascending."""
         return sorted([*self._held, *self.elsewhere.rows["client"].tolist()])
 
-    @property
+    @cached_property
     def places(self) -> Places:
         """Where all vectors lie that are not empty, those of this file included."""
         found = {}
@@ -90,12 +92,14 @@ class ClientVectors(SealedFile):
         return self.elsewhere.updated(Places.of(self.path.name, found))
 
     def vector(self, client: int) -> np.ndarray:
-        """Return the private vector, float32, of a client that holds one or has none to hold."""
-        if client in self._held:
-            return np.asarray(self._file[_client(client)][()])
-        row = self.elsewhere.find(client)
+        """Return the private vector, float32, of a client that holds one or has none to hold.
+
+        Raises:
+            CheckpointError: its file is missing, or its bytes have changed.
+        """
+        row = self.places.find(client)
         assert row is not None or not self.layout(client).size, "the client never trained"
-        return np.empty(0, np.float32) if row is None else read_vector(self.path, self.elsewhere, row)
+        return np.empty(0, np.float32) if row is None else self.files.read(self.places, row)
 
     def layout(self, client: int) -> Layout:
         """Return the layout of a client's private tensors in `vector`."""

@@ -13,7 +13,7 @@ from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.storage import durable
 
 
-def write(path: Path, out: Path) -> None:
+def write(loaded: Checkpoint, out: Path) -> None:
     """Write a verified checkpoint as a complete one to a new file.
 
     Raises:
@@ -25,7 +25,7 @@ def write(path: Path, out: Path) -> None:
         raise CheckpointError(f"there is no folder {out.parent}", "create it, or choose another name")
     try:
         with durable.new_file(out) as temporary:
-            _write(path, temporary)
+            _write(loaded, temporary)
     except OSError as error:
         raise CheckpointError(
             f"{out} cannot be written: {error}", "check the folder and its space"
@@ -42,30 +42,29 @@ def replace(path: Path) -> None:
     with Checkpoint(path) as loaded:
         if not loaded.elsewhere.files:
             return
-    temporary = path.with_name(f".{path.name}.tmp")
-    with durable.removed_after_error(temporary):
-        _write(path, temporary)
-        durable.publish(temporary, path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with durable.removed_after_error(temporary):
+            _write(loaded, temporary)
+            durable.publish(temporary, path)
 
 
-def _write(path: Path, temporary: Path) -> None:
-    with Checkpoint(path) as loaded:
-        content = Content(
-            config=loaded.config,
-            round=loaded.round,
-            state=loaded.state,
-            state_layout=loaded.state_layout,
-            client_layouts=[loaded.layout(client) for client in range(loaded.clients)],
-            partition={split: loaded.partition(split) for split in SPLITS},
-            history=loaded.history,
-            identity=loaded.identity,
-            partial=loaded.partial,
-            finished=loaded.finished,
-            code=loaded.code,
-            moments=loaded.moments,
-            confusion=loaded.confusion,
-            first_state=loaded.first_state,
-            held=loaded.trained,
-            elsewhere=Places(),
-        )
-        writer.write_alone(temporary, content, loaded.vector)
+def _write(loaded: Checkpoint, temporary: Path) -> None:
+    content = Content(
+        config=loaded.config,
+        round=loaded.round,
+        state=loaded.state,
+        state_layout=loaded.state_layout,
+        client_layouts=[loaded.layout(client) for client in range(loaded.clients)],
+        partition={split: loaded.partition(split) for split in SPLITS},
+        history=loaded.history,
+        identity=loaded.identity,
+        partial=loaded.partial,
+        finished=loaded.finished,
+        code=loaded.code,
+        moments=loaded.moments,
+        confusion=loaded.confusion,
+        first_state=loaded.first_state,
+        held=loaded.trained,
+        elsewhere=Places(),
+    )
+    writer.write_alone(temporary, content, loaded.vector)

@@ -7,10 +7,8 @@ bytes there. Files are named by those who hold the bytes, so that a checkpoint r
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -28,9 +26,6 @@ ROW = np.dtype(
     [("client", "<i8"), ("file", "<i8"), ("offset", "<i8"), ("length", "<i8"), ("sha256", "u1", (32,))]
 )
 TYPE = h5py.h5t.py_create(ROW, logical=True)
-_REMEDY = (
-    "copy that file, too; or, where both are, write a complete one: python -m pfedmoe_mpi pack {path} OUT.h5"
-)
 
 
 @dataclass(frozen=True)
@@ -89,79 +84,37 @@ def file_of(path: Path, name: str) -> Path:
     return beside if beside.exists() else Path(path.resolve().parent, name)
 
 
-def read_vector(path: Path, places: Places, row: Any, file: Any = None) -> np.ndarray:
-    """Return a client's vector, float32, from the file that holds it.
-
-    Args:
-        file: that file, if it is open; several threads may read it.
-
-    Raises:
-        CheckpointError: the file is missing, or the bytes are others.
-    """
-    name = places.files[row["file"]]
-    try:
-        beside = file_of(path, name)
-        with nullcontext(file) if file else open(beside, "rb", opener=seal.without_waiting) as source:
-            data = _bytes(source.fileno(), int(row["offset"]), int(row["length"]))
-    except OSError as error:
-        problem = f"{path} relies on {name} in its folder, which cannot be read: {error.strerror}"
-        raise CheckpointError(problem, _REMEDY.format(path=path)) from error
-    if sha256(data.data).digest() != row["sha256"].tobytes():
-        where = f"{path} is damaged:" if name == path.name else f"{path} relies on {name}, where"
-        problem = f"{where} the bytes of clients/{row['client']:06d} have changed"
-        raise CheckpointError(problem, seal.REMEDY)
-    return data.view("<f4")
-
-
-def _bytes(file: int, offset: int, length: int) -> np.ndarray:
-    """Return bytes of an open file, none if it ends before them."""
-    is_there = offset + length <= os.fstat(file).st_size
-    data = np.empty(length if is_there else 0, np.uint8)
-    done = 0
-    while done < len(data):
-        step = os.preadv(file, [data[done:].data], offset + done)
-        if not step:  # it has become shorter
-            return data[:0]
-        done += step
-    return data
-
-
-def check(path: Path, rank: int = 0, ranks: int = 1) -> None:
-    """Check this rank's share of the vectors in other files on which a checkpoint relies, with plain reads.
-
-    Raises:
-        CheckpointError: a file is missing, or its bytes have changed.
-    """
-    places = _read(path)
-    order = np.lexsort((places.rows["offset"], places.rows["file"]))
-    for row in places.rows[order[rank::ranks]]:
-        read_vector(path, places, row)
-
-
 def files_needed(path: Path) -> set[str]:
-    """Return the names of the files on which a checkpoint relies; none if it cannot be read."""
+    """Return the names of the files on which a checkpoint relies; none if it is missing or damaged.
+
+    Raises:
+        OSError: it cannot be read now.
+    """
     try:
-        return set(_read(path).files)
-    except CheckpointError:
+        with seal.errors(path), open(path, "rb", opener=seal.without_waiting) as file:
+            return set(read(file, seal.read(file, path), path).files)
+    except CheckpointError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | IsADirectoryError):
+            raise cause from error
         return set()
 
 
-def _read(path: Path) -> Places:
-    """Return the places in a checkpoint, read without the HDF5 library.
+def read(file: Any, sealed: seal.Seal, path: Path) -> Places:
+    """Return the places of vectors in other files, read without the HDF5 library.
 
     Raises:
-        CheckpointError: it is not a checkpoint, or these bytes have changed.
+        CheckpointError: these bytes have changed, or contradict themselves.
     """
-    with seal.plain(path) as file:
-        ranges = {one.name: one for one in seal.read(file, path).ranges}
-        if FILES not in ranges or ROWS not in ranges:
-            return Places()
-        found = []
-        for name in (FILES, ROWS):
-            file.seek(ranges[name].offset)
-            found.append(file.read(ranges[name].length))
-            if sha256(found[-1]).digest() != ranges[name].digest:
-                raise CheckpointError(f"{path} is damaged: the bytes of {name} have changed", seal.REMEDY)
+    ranges = {one.name: one for one in sealed.ranges}
+    if FILES not in ranges or ROWS not in ranges:
+        return Places()
+    found = []
+    for name in (FILES, ROWS):
+        file.seek(ranges[name].offset)
+        found.append(file.read(ranges[name].length))
+        if sha256(found[-1]).digest() != ranges[name].digest:
+            raise CheckpointError(f"{path} is damaged: the bytes of {name} have changed", seal.REMEDY)
     names = tuple(found[0].decode(errors="replace").split("\n"))
     whole = len(found[1]) % ROW.itemsize == 0
     rows = np.frombuffer(found[1], ROW) if whole else np.empty(0, ROW)

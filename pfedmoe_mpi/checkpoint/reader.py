@@ -13,8 +13,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pfedmoe_mpi.checkpoint import confusion, measured, places, seal
+from pfedmoe_mpi.checkpoint import confusion, measured, seal
 from pfedmoe_mpi.checkpoint.client_vectors import ClientVectors
+from pfedmoe_mpi.checkpoint.opened import Opened, open_files
 from pfedmoe_mpi.checkpoint.sealed_file import ATTRIBUTE, FLOAT
 from pfedmoe_mpi.config import recorded
 from pfedmoe_mpi.config.sections import MOMENTS
@@ -29,6 +30,7 @@ _ROOT = {
     *("config", "code", "history", "measured", "confusion"),
     *("layouts", "server", "partition", "clients", "elsewhere", "partial"),
 }
+TRIES = 10  # openings of a checkpoint that a run replaces meanwhile
 SPLITS = ("train", "validation", "test")
 
 
@@ -39,33 +41,71 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> None:
         CheckpointError: the file is missing, truncated, unfinished, of another format version, damaged, or
             not of this program; the message names the dataset.
     """
-    seal.check(path, rank, ranks)
-    places.check(path, rank, ranks)
+    files = open_files(path)
+    files.check(rank, ranks)
     if rank == 0:
-        with Checkpoint(path) as loaded:
+        with Checkpoint(files) as loaded:
             loaded.check_measured()
 
 
+def open_verified(path: Path) -> Checkpoint:
+    """Open a checkpoint, and check all of it; the errors are those of `verify`."""
+    files = open_files(path)
+    files.check()
+    loaded = Checkpoint(files)
+    loaded.check_measured()
+    return loaded
+
+
 def open_everywhere(comm: Comm, path: Path) -> Checkpoint:
-    """Open a verified checkpoint on every rank; collective.
+    """Open a checkpoint on every rank, and check all of it together; collective.
 
     Raises:
-        CheckpointError: on all ranks, if the file is missing on one of them.
+        CheckpointError: on all ranks, as for `verify`; or ranks have different files of this name.
     """
-    return comm.attempt(lambda: Checkpoint(path), "opening the checkpoint")
+    return load_everywhere(comm, open_files_everywhere(comm, path))
+
+
+def open_files_everywhere(comm: Comm, path: Path) -> Opened:
+    """Open the same files of a checkpoint on every rank, so that a run may remove them; collective.
+
+    Raises:
+        CheckpointError: on all ranks: a file is missing, or ranks have different files of this name.
+    """
+    for _ in range(TRIES):
+        files = comm.attempt(lambda: open_files(path), "opening the checkpoint")
+        if len(set(comm.gather(files.seal.digest, "comparing checkpoints"))) == 1:
+            return files
+    problem = f"{path} is not the same file on all ranks"
+    raise CheckpointError(problem, "name a file in a folder that all hosts share")
+
+
+def load_everywhere(comm: Comm, files: Opened) -> Checkpoint:
+    """Check the open files of a checkpoint, a share on each rank, and return it; collective.
+
+    Raises:
+        CheckpointError: on all ranks, as for `verify`.
+    """
+    comm.agree(lambda: files.check(comm.rank, comm.size), "checking the checkpoint")
+    loaded = comm.attempt(lambda: Checkpoint(files), "reading the checkpoint")
+    comm.from_root(loaded.check_measured, "checking clients' numbers")
+    return loaded
 
 
 class Checkpoint(ClientVectors):
     """A verified checkpoint, open for reading. Use as a context manager.
 
+    The vectors can be read afterwards, too.
+
     Raises:
         CheckpointError: its structure is not that of a checkpoint, even if its seal is valid.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, source: Path | Opened) -> None:
+        super().__init__(source)
+        path = self.path
         try:
-            self._file = h5py.File(path, "r", locking="best-effort")
+            self._file = h5py.File(self.files.file, "r")
             self._load()
         except BaseException as error:
             self.close()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
@@ -50,12 +51,16 @@ class Range:
 
 @dataclass(frozen=True)
 class Seal:
-    """The content of a user block: `start` is its length, `rest` the digest of bytes in no range."""
+    """The content of a user block: `start` is its length, `rest` the digest of bytes in no range.
+
+    `digest` is that of the block itself, which covers the whole file.
+    """
 
     start: int
     length: int
     ranges: tuple[Range, ...]
     rest: bytes
+    digest: bytes = b""
 
     def gaps(self) -> Iterator[tuple[int, int]]:
         """Yield (offset, length) of the pieces of HDF5's own structure."""
@@ -121,20 +126,18 @@ def _digest(file: Any, places: Iterator[tuple[int, int]] | Sequence[tuple[int, i
 # Reading
 
 
-def check(path: Path, rank: int = 0, ranks: int = 1) -> None:
+def check(file: Any, seal: Seal, path: Path, rank: int = 0, ranks: int = 1) -> None:
     """Compare this rank's share of the file with its seal: the ranks share the clients, rank 0 does the rest.
 
     Raises:
-        CheckpointError: as `read`, and for changed bytes, with the name of the dataset.
+        CheckpointError: bytes have changed; the message names the dataset.
     """
-    with plain(path) as file:
-        seal = read(file, path)
-        for number, one in enumerate(seal.ranges):
-            is_own = number % ranks == rank if one.name.startswith("clients/") else rank == 0
-            if is_own and _digest(file, [(one.offset, one.length)]) != one.digest:
-                raise CheckpointError(f"{path} is damaged: the bytes of {one.name} have changed", REMEDY)
-        if rank == 0 and _digest(file, seal.gaps()) != seal.rest:
-            raise CheckpointError(f"{path} is damaged: {STRUCTURE} has changed", REMEDY)
+    for number, one in enumerate(seal.ranges):
+        is_own = number % ranks == rank if one.name.startswith("clients/") else rank == 0
+        if is_own and _digest(file, [(one.offset, one.length)]) != one.digest:
+            raise CheckpointError(f"{path} is damaged: the bytes of {one.name} have changed", REMEDY)
+    if rank == 0 and _digest(file, seal.gaps()) != seal.rest:
+        raise CheckpointError(f"{path} is damaged: {STRUCTURE} has changed", REMEDY)
 
 
 def without_waiting(path: str, flags: int) -> int:
@@ -142,33 +145,19 @@ def without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-class plain:
-    """A checkpoint open for plain reads; errors of the system become a CheckpointError."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Any:
-        try:
-            self._file = open(self._path, "rb", opener=without_waiting)
-        except OSError as error:
-            raise self._checkpoint_error(error) from error
-        return self._file
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._file.close()
-        if isinstance(error, OSError | EOFError):
-            raise self._checkpoint_error(error) from error
-
-    def _checkpoint_error(self, error: BaseException) -> CheckpointError:
-        if isinstance(error, FileNotFoundError):
-            return CheckpointError(f"there is no checkpoint {self._path}", "check the path")
-        if isinstance(error, IsADirectoryError):
-            best = self._path / "checkpoints" / "best.h5"
-            return CheckpointError(
-                f"{self._path} is a folder, not a checkpoint", f"name a checkpoint, such as {best}"
-            )
-        return CheckpointError(f"{self._path} cannot be read: {error or 'it ends early'}", REMEDY)
+@contextmanager
+def errors(path: Path) -> Iterator[None]:
+    """Turn the system's errors in the block into CheckpointError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint {path}", "check the path") from error
+    except IsADirectoryError as error:
+        best = path / "checkpoints" / "best.h5"
+        problem = f"{path} is a folder, not a checkpoint"
+        raise CheckpointError(problem, f"name a checkpoint, such as {best}") from error
+    except (OSError, EOFError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error or 'it ends early'}", REMEDY) from error
 
 
 def read(file: Any, path: Path) -> Seal:
@@ -220,4 +209,4 @@ def _parse(block: bytes, count: int, names_length: int, length: int) -> Seal | N
     ends = [len(block), *(place for one in ranges for place in (one.offset, one.end)), length]
     if not all(before <= after for before, after in pairwise(ends)) or not all(r.length for r in ranges):
         return None
-    return Seal(len(block), length, ranges, block[table + names_length :][:32])
+    return Seal(len(block), length, ranges, block[table + names_length :][:32], block[-32:])

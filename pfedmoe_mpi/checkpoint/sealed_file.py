@@ -9,7 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pfedmoe_mpi.checkpoint import seal
+from pfedmoe_mpi.checkpoint.opened import Opened, open_files
 from pfedmoe_mpi.core.flat import Entry, Layout
 from pfedmoe_mpi.storage import untrusted_hdf5, untrusted_json
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
@@ -19,12 +19,16 @@ FLOAT, INT = h5py.h5t.IEEE_F32LE, h5py.h5t.STD_I64LE
 
 
 class SealedFile:
-    """A file whose seal was verified, open for reading."""
+    """A file whose seal was verified, open for reading.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with seal.plain(path) as file:
-            self._ranges = {one.name: one for one in seal.read(file, path).ranges}
+    Args:
+        source: its path, or its files as they were opened before.
+    """
+
+    def __init__(self, source: Path | Opened) -> None:
+        self.files = source if isinstance(source, Opened) else open_files(source)
+        self.path = self.files.path
+        self._ranges = {one.name: one for one in self.files.seal.ranges}
         self._layouts: dict[str, Layout] = {}
         self._file: Any = None
 

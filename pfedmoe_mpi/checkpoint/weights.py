@@ -89,10 +89,10 @@ def _from_hdf5(path: Path) -> dict[str, dict[str, Tensor]]:
         raise ConfigError(f"{path} cannot be opened as HDF5: {error}", remedy) from error
     if is_checkpoint:
         try:
-            checkpoint.verify(path)
+            verified = checkpoint.open_verified(path)
         except CheckpointError as error:
             raise ConfigError(error.problem, "use another checkpoint of that run") from error
-        with checkpoint.Checkpoint(path) as loaded:
+        with verified as loaded:
             state = torch.from_numpy(loaded.state)
             tensors = {name: view.clone() for name, view in loaded.state_layout.views(state).items()}
             tensors |= _frozen_of_server(loaded)

@@ -24,7 +24,7 @@ import numpy as np
 from pfedmoe_mpi.checkpoint import measured, seal
 from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.checkpoint.memory_file import SparseFile
-from pfedmoe_mpi.checkpoint.places import FILES, NAME, ROWS, Places, files_needed
+from pfedmoe_mpi.checkpoint.places import FILES, ROWS, Places
 from pfedmoe_mpi.checkpoint.seal import FORMAT, Table
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.rows import Rows
@@ -79,24 +79,6 @@ class Content:
         unique = {id(layout): layout for layout in (self.state_layout, *self.client_layouts)}
         by_digest = {layout.digest: layout for layout in unique.values()}
         return dict(sorted(by_digest.items()))
-
-
-def name(round: int, partial: bool) -> str:
-    """Return `round-000020.h5`, or `round-000021-partial.h5` for a round in progress."""
-    return f"round-{round + 1:06d}-partial.h5" if partial else f"round-{round:06d}.h5"
-
-
-def newest_first(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder, newest first; a partial round 21 lies between 20 and 21."""
-    matches = ((NAME.fullmatch(path.name), path) for path in folder.glob("round-*.h5"))
-    by_age = [((int(match[1]), not match[2]), path) for match, path in matches if match]
-    return [path for _, path in sorted(by_age, reverse=True)]
-
-
-def restart_points(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder without those that are there only because others rely on them."""
-    names = {path.name: path for path in newest_first(folder)}
-    return [path for path in names.values() if files_needed(path) <= names.keys()]
 
 
 def write(

@@ -29,7 +29,6 @@ def run(path: Path, overrides: Mapping[str, Any], as_json: bool) -> int:
 
     def work(world: Comm, code: str) -> int:
         source = world.from_root(path.absolute, "source")  # ranks may be in unlike folders
-        world.agree(lambda: checkpoint.verify(source, world.rank, world.size), "checking the checkpoint")
         with checkpoint.open_everywhere(world, source) as loaded:
             return _evaluate(world, loaded, overrides, as_json)
 
@@ -38,7 +37,7 @@ def run(path: Path, overrides: Mapping[str, Any], as_json: bool) -> int:
 
 def _evaluate(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], as_json: bool) -> int:
     """Evaluate an open checkpoint, and print the result on rank 0; collective."""
-    loop = evaluation_loop(world, loaded, overrides)
+    loop = evaluation_loop(world, loaded, overrides, protected=False)
     other_data = loop.federation.data_digest != loaded.identity["data_digest"]
     result = loop.evaluation()
     if world.rank == 0:

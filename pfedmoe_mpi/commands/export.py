@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pfedmoe_mpi import checkpoint
-from pfedmoe_mpi.checkpoint import Checkpoint, client_file
+from pfedmoe_mpi.checkpoint import client_file
 from pfedmoe_mpi.errors import EXIT_DONE
 from pfedmoe_mpi.federation.rebuilt import vectors
 
@@ -16,8 +16,7 @@ def run(path: Path, client: int, out: Path) -> int:
     Raises:
         CheckpointError: the checkpoint is damaged, has no such client, or `out` exists or cannot be written.
     """
-    checkpoint.verify(path)
-    with Checkpoint(path) as loaded:
+    with checkpoint.open_verified(path) as loaded:
         client_file.write(loaded, client, vectors(loaded), out)
     print(f"wrote client {client} of {path} to {out}")
     return EXIT_DONE

@@ -24,8 +24,7 @@ def run(path: Path, *, digest_only: bool) -> int:
     Raises:
         CheckpointError: a missing or damaged checkpoint.
     """
-    checkpoint.verify(path)
-    with Checkpoint(path) as loaded:
+    with checkpoint.open_verified(path) as loaded:
         print(digest(loaded) if digest_only else _description(loaded))
     return EXIT_DONE
 

@@ -16,7 +16,7 @@ def run(path: Path, out: Path) -> int:
         CheckpointError: the checkpoint is damaged or relies on a missing file, or `out` exists or cannot be
             written.
     """
-    checkpoint.verify(path)
-    pack.write(path, out)
+    with checkpoint.open_verified(path) as loaded:
+        pack.write(loaded, out)
     print(f"wrote {path}, complete, to {out}")
     return EXIT_DONE

@@ -7,7 +7,7 @@ which rounds were replayed here. Nothing is written into the run folder.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pfedmoe_mpi import checkpoint, config
-from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.checkpoint import Checkpoint, Opened
 from pfedmoe_mpi.commands import inspect
 from pfedmoe_mpi.errors import EXIT_DONE, CheckpointError, ConfigError, RunError, StoppedError
 from pfedmoe_mpi.federation import metrics, rebuilt
@@ -41,7 +41,6 @@ class Source:
 
     after: int
     rounds: int
-    path: Path | None  # None: from the settings, before round 1
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,11 @@ def run(folder: Path, rounds: int, overrides: Mapping[str, Any]) -> int:
 
 def _verify(world: Comm, path: Path, rounds: int, overrides: Mapping[str, Any]) -> int:
     folder = RunFolder(world.from_root(path.absolute, "source"))  # ranks may be in unlike folders
-    newest, plan = world.from_root(lambda: _plan(folder, rounds), "plan")
-    _check(world, newest)
-    with checkpoint.open_everywhere(world, newest) as last:
+    kept = _open_kept(world, folder)
+    plan = world.from_root(lambda: _plan(folder, kept, rounds), "plan")
+    with checkpoint.load_everywhere(world, kept[max(kept)]) as last:
         results = [
-            each for source in plan for each in _replay(world, folder, source, last.history, overrides)
+            each for source in plan for each in _replay(world, folder, kept, source, last.history, overrides)
         ]
         if world.rank == 0:
             print(_card(last, results, world.size), flush=True)
@@ -89,34 +88,49 @@ def _verify(world: Comm, path: Path, rounds: int, overrides: Mapping[str, Any]) 
     return EXIT_DONE
 
 
-def _check(world: Comm, path: Path) -> None:
-    """Verify the seal of a checkpoint, a share on each rank; collective."""
-    world.agree(partial(checkpoint.verify, path, world.rank, world.size), "checking the checkpoint")
+def _open_kept(world: Comm, folder: RunFolder) -> dict[int, Opened]:
+    """Return the files of the run's complete checkpoints by round; collective.
+
+    They are open from now on, because the run may still write checkpoints and remove others.
+    """
+    paths = world.from_root(
+        lambda: [folder.best, *checkpoint.restart_points(folder.checkpoints)], "checkpoints"
+    )
+    kept = {}
+    for path in (path for path in paths if "partial" not in path.stem):
+        try:
+            files = checkpoint.open_files_everywhere(world, path)
+        except CheckpointError:
+            if world.from_root(path.exists, "checkpoint"):
+                raise
+            continue
+        kept[world.from_root(partial(_round_of, files), "round")] = files
+    return kept
+
+
+def _round_of(files: Opened) -> int:
+    with Checkpoint(files) as loaded:
+        return loaded.round
 
 
 # What is replayed
 
 
-def _plan(folder: RunFolder, rounds: int) -> tuple[Path, list[Source]]:
-    """Return the newest complete checkpoint, and the starts from which `rounds` rounds are replayed.
+def _plan(folder: RunFolder, kept: Collection[int], rounds: int) -> list[Source]:
+    """Return the starts from which `rounds` rounds are replayed, where checkpoints of these are kept.
 
     Rounds that follow a checkpoint, or the start, at once are drawn first: they cost one round each.
 
     Raises:
         CheckpointError: the folder has no complete checkpoint.
     """
-    paths = {}
-    for path in (folder.best, *checkpoint.restart_points(folder.checkpoints)):
-        if path.is_file() and "partial" not in path.stem:
-            with Checkpoint(path) as loaded:
-                paths[loaded.round] = path
-    done = max(paths, default=0)
+    done = max(kept, default=0)
     if not done:
         problem = f"{folder.path} has no checkpoint of a complete round"
         raise CheckpointError(problem, "name the folder of a run that has trained")
-    starts: dict[int, Path | None] = {} if 0 in paths or folder.changed_settings() else {0: None}
-    starts |= {round: paths[round] for round in sorted(paths)}
-    ends = [*list(starts)[1:], done]
+    begin = [] if folder.changed_settings() else [0]  # from the settings, before round 1
+    starts = sorted({*begin, *kept})
+    ends = [*starts[1:], done]
     gaps = {start: end - start for start, end in zip(starts, ends, strict=True)}
     chosen = dict.fromkeys(starts, 0)
     for distance in range(1, max(gaps.values()) + 1):
@@ -124,12 +138,13 @@ def _plan(folder: RunFolder, rounds: int) -> tuple[Path, list[Source]]:
         reachable = [start for start, gap in gaps.items() if gap >= distance]
         for start in random.sample(reachable, min(left, len(reachable))):
             chosen[start] = distance
-    return paths[done], [Source(start, length, starts[start]) for start, length in chosen.items() if length]
+    return [Source(start, length) for start, length in chosen.items() if length]
 
 
 def _replay(
     world: Comm,
     folder: RunFolder,
+    kept: Mapping[int, Opened],
     source: Source,
     history: Sequence[Mapping[str, Any]],
     overrides: Mapping[str, Any],
@@ -138,9 +153,8 @@ def _replay(
 
     Where the run kept a checkpoint of the round, the vectors are compared too.
     """
-    if source.path:
-        _check(world, source.path)
-    with checkpoint.open_everywhere(world, source.path) if source.path else nullcontext() as loaded:
+    begin = kept.get(source.after)
+    with checkpoint.load_everywhere(world, begin) if begin else nullcontext() as loaded:
         loop = _resumed(world, loaded, overrides) if loaded else _started(world, folder, overrides)
     if not loop.begin():
         raise StoppedError
@@ -148,11 +162,9 @@ def _replay(
         if not loop.run_round():
             raise StoppedError
         names = world.from_root(lambda: _differences(history[loop.round - 1], loop.history[-1]), "metrics")
-        kept = folder.checkpoints / checkpoint.name(loop.round, partial=False)
         compared = "metrics"
-        if world.from_root(kept.is_file, "kept checkpoint"):
-            _check(world, kept)
-            names += _unlike_vectors(world, loop, kept)
+        if loop.round in kept:
+            names += _unlike_vectors(world, loop, kept[loop.round])
             compared = "metrics and all vectors"
         yield Replayed(loop.round, compared, names)
 
@@ -189,9 +201,9 @@ def _differences(recorded: Mapping[str, Any], replayed: metrics.Row) -> list[str
     return sorted(name for name in names if before.get(name) != now.get(name))
 
 
-def _unlike_vectors(world: Comm, loop: Loop, kept: Path) -> list[str]:
+def _unlike_vectors(world: Comm, loop: Loop, kept: Opened) -> list[str]:
     """Return which vectors differ from those of a checkpoint of the same round; collective."""
-    with checkpoint.open_everywhere(world, kept) as loaded:
+    with checkpoint.load_everywhere(world, kept) as loaded:
         unlike = [] if _same_bits(loaded.state, loop.state) else ["the server's vector"]
         vector, store = rebuilt.vectors(loaded), loop.federation.store
         for client in loop.federation.clients:

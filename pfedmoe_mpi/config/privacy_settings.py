@@ -56,6 +56,11 @@ class PrivacySettings(Section):
         return self.unit == "client" and self.clip > 0
 
     @property
+    def unprotected(self) -> PrivacySettings:
+        """The settings that draw the same cohorts, without masks, clip and noise."""
+        return PrivacySettings(sampling="poisson" if self.draws_clients else "fixed")
+
+    @property
     def draws_clients(self) -> bool:
         """Whether every client is drawn into a cohort independently."""
         return self.unit == "client" and self.sampling == "poisson"

@@ -68,8 +68,7 @@ def run_federation(
     """Run a federation from round 1, or from a checkpoint, to its end, and return its loop."""
     loop = Loop(world, build.build(world, chosen), SilentObserver(), folder)
     if source:
-        world.agree(lambda: checkpoint.verify(source, world.rank, world.size), "verify")
-        with Checkpoint(source) as loaded:
+        with checkpoint.open_everywhere(world, source) as loaded:
             loop.resume(loaded)
     loop.run()
     return loop

@@ -17,9 +17,12 @@ class RecordedStep:
     def __init__(self, turn: Turn) -> None:
         self.turn = turn
         self.samples = turn.samples
-        self.losses: list[tuple[float, int]] = []
+        self.losses: list[tuple[float, int]] = []  # sums over a batch, and its samples
         self.values: dict[str, torch.Tensor] = {}
         self.vector = torch.empty(0)
+        self._by_sample = turn._engine.samples is not None
+        if self._by_sample:
+            turn._step = self._recording(turn._step)  # type: ignore[method-assign]
 
     def record_sgd(
         self, sgd: Callable[..., int], phase: Any, loss: Any = None, *more: Any, **named: Any
@@ -30,18 +33,35 @@ class RecordedStep:
 
         def recorded_loss(batch: Any) -> torch.Tensor:
             value: torch.Tensor = loss(batch) if loss else own(parts, batch)
-            self.losses.append((float(value.detach().double()), len(batch)))
+            self.losses.append((float(value.detach().double()) * len(batch), len(batch)))
             return value
 
-        return sgd(phase, recorded_loss, *more, **named)
+        return sgd(phase, loss if self._by_sample else recorded_loss, *more, **named)
+
+    def _recording(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `Turn._step` of DP-SGD, whose updates record the losses: a loss sees one sample there."""
+
+        def made(*arguments: Any) -> Any:
+            step = make(*arguments)
+            gradients = step.gradients
+
+            def recorded(batch: Any) -> Any:
+                found = gradients(batch)
+                self.losses.append((float(found[1].double().sum()), len(batch)))
+                return found
+
+            step.gradients = recorded
+            return step
+
+        return made
 
     def loss(self) -> float:
         """Return the mean loss per sample of the last epoch, if it is incomplete with that before it."""
         epochs = [[0.0, 0]]  # sum and samples
-        for loss, size in self.losses:
+        for total, size in self.losses:
             if epochs[-1][1] == self.samples:
                 epochs.append([0.0, 0])
-            epochs[-1][0] += loss * size
+            epochs[-1][0] += total
             epochs[-1][1] += size
         counted = epochs[-1:] if epochs[-1][1] == self.samples else epochs[-2:]
         samples = sum(number for _, number in counted)

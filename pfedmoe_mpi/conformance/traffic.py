@@ -2,8 +2,9 @@
 
 A sum must be made of flags, the metrics of members and what `client_step` returned under the declared weights
 and scales, every integer of it; the evaluation's sum of the declared metrics; a broadcast of the server's
-vector, as a server that never saw a client computes it. With `privacy.masked` contributions have their masks
-on, and the protocol's messages are those of this rank's members. Clients lent to another rank and digests of
+vector, as a server that never saw a client computes it. With `privacy.clip` contributions of clients are
+clipped, and the server's vector has the noise; with `privacy.masked` contributions have their masks on, and
+the protocol's messages are those of this rank's members. Clients lent to another rank and digests of
 a checkpoint are the simulator's own traffic. Nothing else is sent. Every violation is reported as a sentence.
 """
 
@@ -19,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pfedmoe_mpi.algorithms.base import Algorithm, Block
+from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.conformance import contribution
 from pfedmoe_mpi.conformance.masked_traffic import SECONDS, TAKEN_OFF, MaskedTraffic
 from pfedmoe_mpi.conformance.recorded_step import RecordedStep, contains_affine
 from pfedmoe_mpi.conformance.source import fresh_method, outside_imports
@@ -188,7 +190,9 @@ class TrafficCheck:
         method = self._fresh
         parts = self._made.state_layout.parts
         payload = method.payload({name: place.stop - place.start for name, place in parts.items()})
-        return RoundSum(self._made.task, method.cohort(self._loop.round + 1), payload)
+        round, private = self._loop.round + 1, self._made.private
+        release = private.release(self._loop.state, round) if private else None
+        return RoundSum(self._made.task, method.cohort(round), payload, release)
 
     def _check_round(self, buffer: np.ndarray) -> None:
         """Allow, before the reduction, only what this rank's clients returned, as declared."""
@@ -229,42 +233,36 @@ class TrafficCheck:
         if not np.isnan(seen) and not any(seen == right / tested for right in range(tested + 1)):
             self._report(f"the accuracy of client {client} is not a share of its {tested} samples")
         blocks = [block for name, block in total.payload.items() if name in step.values]
-        sent = sum(4 * int((self._weight(block, client) > 0).sum()) * block.size for block in blocks)
+        weights = [contribution.weight(self._made.task.counts, block, client) for block in blocks]
+        sent = sum(4 * int((own > 0).sum()) * b.size for own, b in zip(weights, blocks, strict=True))
         down = 4 * self._made.state_layout.size if step.turn.bytes_down is None else step.turn.bytes_down
         up = sent if step.turn.bytes_up is None else step.turn.bytes_up
         return np.array([step.loss(), seen, up, down], np.float64)
 
-    def _weight(self, block: Block, client: int) -> np.ndarray:
-        counts = self._made.task.counts[client]
-        rules = {"samples": [counts.sum()], "one": [1], "class_samples": counts, "class_one": counts > 0}
-        return np.array(rules[block.weight], np.int64)
-
     def _contribute(self, buffer: np.ndarray, total: RoundSum, position: int) -> None:
-        """Add what a member returned, weighted and scaled as declared."""
-        client, counts = total.cohort[position][0], self._made.task.counts
+        """Add what a member returned, weighted and scaled as declared, or clipped."""
+        client, private = total.cohort[position][0], self._made.private
+        values = self._turns[client].values
+        if private:
+            state = {name: self._loop.state[self._made.state_layout.parts[name]] for name in total.payload}
+            expected = private.expected(self._loop.round + 1)
+            clip = self._made.config.privacy.clip
+            pieces = contribution.clipped(clip, expected, total.payload, state, values)
+        else:
+            pieces = contribution.declared(self._made.task.counts, total, client, values)
         at = 1 + len(total.cohort) * (1 + len(MEMBER_METRICS))
         for name, block in total.payload.items():
             length = block.rows * (1 + block.size)
-            if name in self._turns[client].values:
-                weight = self._weight(block, client)
-                value = self._turns[client].values[name].float().numpy().reshape(block.rows, block.size)
-                if block.slot:
-                    numbers = np.ascontiguousarray(value).view(np.int32).astype(np.int64)
-                else:
-                    cohort = [k for k, _ in total.cohort]
-                    whole = len(cohort) if block.weight.endswith("one") else counts[cohort].sum()
-                    share = weight.astype(float) / float(whole)
-                    counted = np.where(weight[:, None] > 0, value, 0.0).astype(float)
-                    numbers = np.rint(counted * (share * 2.0**block.scale)[:, None]).astype(np.int64)
+            if name in pieces:
                 start = at + (position * length if block.slot else 0)
-                buffer[start : start + length] += np.concatenate([weight, numbers.ravel()])
+                buffer[start : start + length] += np.concatenate(pieces[name])
             at += self._lengths(total)[name]
 
     def _update(self, buffer: np.ndarray) -> None:
         """Compute the next state, after the reduction, with the new instance."""
         total = self._empty()
         total.buffer[:] = buffer
-        if total.clients(IN):
+        if not total.empty:
             parts = self._made.state_layout.parts
             stretches = {name: self._state[place] for name, place in parts.items()}
             try:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from pfedmoe_mpi.core import seeds
+from pfedmoe_mpi.core import redrawn, seeds
 from pfedmoe_mpi.core.flat import Bound, BoundTensor, Layout, joined, pieces
 from pfedmoe_mpi.core.kept import Kept
 from pfedmoe_mpi.models import generators, pretrained
@@ -50,9 +50,8 @@ class Module:
             seed_head: seeds them once more for a draw of the head, if the module is a model.
         """
         module = self.build()
-        if seed_head and isinstance(module, Model):
-            seed_head()
-            module.head.reset_parameters()
+        if seed_head:
+            _draw_head(module, seed_head)
         if weights:
             pretrained.fill(module, weights)
         return pieces(module, frozen)
@@ -65,6 +64,13 @@ class Module:
         """Return the module without memory if possible; the global generators are not changed."""
         with Weightless() if self.weightless else generators.kept():
             return self.build()
+
+
+def _draw_head(module: nn.Module, seed_head: Callable[[], None]) -> None:
+    """Draw the head of a model once more, from generators seeded again."""
+    if isinstance(module, Model):
+        seed_head()
+        module.head.reset_parameters()
 
 
 @dataclass(frozen=True)
@@ -201,6 +207,8 @@ class Workbench:
         self._start = start
         self._weights = weights or {}
         self._frozen: dict[str, torch.Tensor] = {}  # by kind, on the device
+        self._drawn: set[str] = set()  # kinds
+        self._redrawn: dict[str, redrawn.Redrawn | None] = {}  # by kind
         self._bound: dict[tuple[str, str], Bound | BoundTensor] = {}
         self._layouts: dict[str, tuple[Layout, Layout]] = {}  # by kind: of the vector, of the frozen one
         self._joined: dict[tuple[tuple[str, str], ...], Layout] = {}  # by the parts' names and kinds
@@ -247,18 +255,39 @@ class Workbench:
 
         It depends on the seed, the parts' names and, with `start` = own, on the client.
         """
-        found: list[torch.Tensor] = []  # joined once: every copy takes fresh memory
+        layout = self.layout(spec)
+        vector = torch.empty(layout.size)
         owner = client if self._start == "own" else seeds.SERVER
         one_head = self._start == "one" and client != seeds.SERVER
         for name, part in spec.items():
             seeds.seed_global(self._seed, f"initial/{name}", 0, owner)
+            out = vector[layout.parts.get(name, slice(0))]  # a part may have no values
             if isinstance(part, Tensor):
-                found.append(part.initial())
+                out.copy_(part.initial())
             else:
                 seed_head = partial(seeds.seed_global, self._seed, f"initial/head of {name}")
-                weights = self._weights.get(part.architecture)
-                found += part.initial(weights, seed_head=seed_head if one_head else None)
-        return joined(found)
+                self._draw(part, seed_head if one_head else None, out)
+        return vector
+
+    def _draw(self, part: Module, seed_head: Callable[[], None] | None, out: torch.Tensor) -> None:
+        """Draw the initial values of a part into its place in a vector."""
+        weights = self._weights.get(part.architecture)
+        kept = None if weights or self._layout(part).size > redrawn.MOST else self._kept_module(part)
+        if kept:
+            kept.draw(out)
+            if seed_head:
+                _draw_head(kept.module, seed_head)
+        elif found := part.initial(weights, seed_head=seed_head):
+            torch.cat(found, out=out)
+
+    def _kept_module(self, part: Module) -> redrawn.Redrawn | None:
+        """Return the module that is drawn again for this part; None the first time, or if there is none."""
+        if part.kind not in self._redrawn:
+            if part.kind not in self._drawn:
+                self._drawn.add(part.kind)
+                return None
+            self._redrawn[part.kind] = redrawn.redrawn(part.build)
+        return self._redrawn[part.kind]
 
     def draws(self, spec: Spec) -> bool:
         """Return whether all of the initial vector is drawn, and nothing comes from a file of weights."""

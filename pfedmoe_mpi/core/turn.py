@@ -98,8 +98,7 @@ class Turn:
         self.parts = parts
         self.device = engine.device
         self.rate = learning_rate_factor(engine.train, round, engine.rounds)
-        # Mean training loss per sample in the last epoch; an incomplete one counts with the one before it.
-        self.loss = float("nan")
+        self.measured_loss = float("nan")  # for the round's row, also where a method may not read `loss`
         # Bytes that a deployment would send to and from this client. A method sets them if it does not send
         # the whole state and payload, for example because it compresses or sends only some experts.
         self.bytes_down: int | None = None
@@ -146,8 +145,9 @@ class Turn:
             total, norms = step.read()
             whole = seen == len(self._split)
             before = (total, seen) if whole else (before[0] + total, before[1] + seen)
-            self.loss = before[0] / before[1] if before[1] else self.loss  # Poisson batches may be empty
-            if not math.isfinite((self.loss if before[1] else 0.0) + norms):
+            if before[1]:  # Poisson batches may be empty
+                self.measured_loss = before[0] / before[1]
+            if not math.isfinite((self.measured_loss if before[1] else 0.0) + norms):
                 raise NotFiniteError("its loss or its gradient is not finite")
             if ended:
                 break
@@ -193,6 +193,16 @@ class Turn:
         with closing(engine.epoch(self._split, self._generator)) as epoch:
             while group := tuple(islice(epoch, phase.accumulate)):
                 yield group
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss per sample in the last epoch; an incomplete one counts with the one before it.
+
+        Raises:
+            NotPerSampleError: privacy.unit = sample.
+        """
+        self._check_read("loss")
+        return self.measured_loss
 
     @property
     def samples(self) -> int:

@@ -43,7 +43,10 @@ def check(federation: Federation, loaded: Checkpoint) -> list[str]:
 
 
 def begin(federation: Federation, state: torch.Tensor, loaded: Checkpoint) -> list[int]:
-    """Copy the common parts into the server's vector and those of this rank's clients; not collective.
+    """Copy the common parts into the server's vector, and leave the clients' where they are; not collective.
+
+    A client's vector is read from the run's checkpoint whenever it is asked for. So the fork's first
+    checkpoint, which holds all of them, is written from one vector after the other.
 
     Returns:
         the clients of all ranks whose vectors are not those that a new run would draw.
@@ -51,12 +54,15 @@ def begin(federation: Federation, state: torch.Tensor, loaded: Checkpoint) -> li
     _copy(loaded.state_layout, torch.from_numpy(loaded.state), federation.state_layout, state)
     pretraining.begin_private_parts(federation, state)
     chosen = loaded.trained if _drawn_alike(federation, loaded) else list(range(loaded.clients))
-    vector, store = rebuilt.vectors(loaded), federation.store
-    for client in (client for client in chosen if client in federation.clients):
-        values = store.get(client).clone()
-        before = torch.from_numpy(vector(client))
-        _copy(loaded.layout(client), before, federation.client_layouts[client], values)
-        store.put(client, values)
+    vector, layouts = rebuilt.vectors(loaded), federation.client_layouts
+
+    def read(client: int) -> torch.Tensor:
+        values = federation.beginning.vector(client)
+        _copy(loaded.layout(client), torch.from_numpy(vector(client)), layouts[client], values)
+        return values
+
+    own = (client for client in chosen if client in federation.clients and layouts[client].size)
+    federation.store.rely(own, read)
     return chosen
 
 

@@ -108,7 +108,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         comm.poll,
         workbench.kept,
         make_graphs(comm, settings, own_device),
-        sample_privacy.of(comm, settings, method, state_layout.sizes, stream),
+        sample_privacy.of(comm, settings, method, state_layout.sizes, stream, loaded),
     )
     shards = distribute(comm, dataset, partition, home, own_device.device, streamed)
     beginning = Beginning(workbench, specs.__getitem__, method.initial)

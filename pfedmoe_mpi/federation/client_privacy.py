@@ -11,6 +11,7 @@ contributes, its updates or zeros, in the rounds in which it is drawn. ε is tha
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +24,6 @@ from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.fixedpoint import SCALE
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.privacy import accountant, discrete_gaussian
 from pfedmoe_mpi.privacy.client_release import ClientRelease, length
@@ -108,16 +108,20 @@ def of(
     if not privacy.clips_clients:
         return None
     _check_method(settings, method, layout)
-    history = loaded.history if loaded else ()
-    known = history[-1].get("privacy", {}).get("noise") if history else None
-    found = ClientPrivacy(settings, method, layout, privacy.noise if known is None else known)
+    found = ClientPrivacy(settings, method, layout, privacy.noise)
+    known = noise_of(loaded.history) if loaded else None
     found.noise = comm.from_root(lambda: _noise(found, known), "accountant")
     _check_range(found)
     return found
 
 
+def noise_of(history: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the noise of the rounds so far; None before round 1 and without differential privacy."""
+    return history[-1].get("privacy", {}).get("noise") if history else None
+
+
 def _noise(found: ClientPrivacy, known: float | None) -> float:
-    """Return the noise: that of the rounds so far if it is known, else as the settings ask for.
+    """Return privacy.noise, or what privacy.epsilon needs: the noise of the rounds so far if it is known.
 
     Raises:
         ConfigError: dp-accounting is missing.
@@ -125,20 +129,11 @@ def _noise(found: ClientPrivacy, known: float | None) -> float:
     privacy = found.settings.privacy
     if privacy.noise or privacy.epsilon:
         accountant.check()
-    if not privacy.epsilon or known is not None:
-        return found.noise
+    if not privacy.epsilon:
+        return privacy.noise
+    if known is not None:
+        return known
     return accountant.solve(privacy.epsilon, privacy.delta, [(1.0, *found.uses(found.settings.rounds))])
-
-
-def check_history(federation: Federation, forked: bool) -> None:
-    """Refuse to continue another run's rounds, of which no account is known.
-
-    Raises:
-        ConfigError: a fork.
-    """
-    if federation.private and forked:
-        problem = "privacy.clip limits updates, but ε of a fork has no account of the rounds before it"
-        raise ConfigError(problem, "start a new run, or fork with --privacy.clip 0 --privacy.noise 0")
 
 
 def _check_range(found: ClientPrivacy) -> None:

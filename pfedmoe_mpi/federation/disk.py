@@ -1,12 +1,13 @@
-"""The disk space of a run, estimated before round 1: its run folder, and the scratch files of its ranks.
+"""The disk space of a run, estimated before it trains: its run folder, and the scratch files of its ranks.
 
 Cohorts are not drawn for it: of n clients, K of them in a round, n (1 - (1 - K/n)^t) are expected to have
-trained after round t. From that follow, by the rule of `written.leans`, the checkpoints that are complete,
-those that hold what changed, and the earlier files on which these rely.
+trained after t rounds. From that and what a resumed run has follow, by the rule of `written.leans`, the
+checkpoints that are complete, those that hold what changed, and the earlier files on which these rely.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.checkpoint.places import file_of
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.store import PAGE
@@ -65,6 +68,44 @@ class DiskUse:
         )
 
 
+@dataclass(frozen=True)
+class Done:
+    """What there is before the next round.
+
+    Attributes:
+        round: how many rounds are complete.
+        trained: the share of the clients that have a vector; 1 if a file of weights has their values.
+        files: bytes of the files in the run's folder on which the next checkpoint may rely, the newest
+            checkpoint last; none if the next one is complete, as in a new run and in another folder.
+        live: by file, the share of all vectors that is needed there.
+    """
+
+    round: int = 0
+    trained: float = 0.0
+    files: Sequence[float] = ()
+    live: Sequence[float] = ()
+
+    @classmethod
+    def of(cls, loaded: Checkpoint, clients: int, stays: bool) -> Done:
+        """Return what a checkpoint has.
+
+        Args:
+            clients: how many train.
+            stays: whether the run goes on in the checkpoint's folder.
+        """
+        places = loaded.places
+        counts = np.bincount(places.rows["file"], minlength=len(places.files)).tolist()
+        order = sorted(range(len(places.files)), key=lambda file: places.files[file] == loaded.path.name)
+        trained = min(1.0, len(loaded.trained) / max(1, clients))
+        if not stays:
+            return cls(loaded.round, trained)
+        files = [os.path.getsize(file_of(loaded.path, places.files[file])) for file in order]
+        return cls(loaded.round, trained, files, [counts[file] / max(1, clients) for file in order])
+
+
+NEW = Done()
+
+
 def disk_use(
     settings: Config,
     state: int,
@@ -73,7 +114,7 @@ def disk_use(
     classes: int,
     ranks: int,
     frozen: int,
-    begun: bool = False,
+    done: Done = NEW,
 ) -> DiskUse:
     """Return the disk use of a run.
 
@@ -82,7 +123,6 @@ def disk_use(
         clients: numbers of the vector of each client that trains.
         rows: rows of the data in the partition.
         frozen: numbers of the frozen tensors.
-        begun: whether checkpoints hold all clients from the first on, because a file has their values.
     """
     line = LINE + BY_CLASS_OR_RANK * (classes + ranks)
     by_client = BY_CLIENT * min(settings.drawn_clients, settings.clients)
@@ -93,25 +133,28 @@ def disk_use(
     def others(round: int) -> tuple[int, int]:
         return 4 * state + 8 * rows + OF_CLIENT * settings.clients + columns(round), FILE + round * line
 
-    number, rounds = _scheduled(settings)
-    sizes, relied = _follow(settings, rounds, clients, others, begun)
-    kept = _kept(sizes, relied, settings.run.keep)
-    earlier = max(0, min(settings.run.keep, number) - len(sizes))  # kept ones that were not followed
+    number, rounds = _scheduled(settings, done)
+    sizes, relied = _follow(settings, rounds, clients, others, done)
+    keep = settings.run.keep
+    kept = _kept(sizes, relied, keep)
+    earlier = max(0, min(keep, number) - len(sizes))  # kept ones that were not followed
     kept += earlier * sizes.mean()
-    best = most_of_best = 0.0
-    if number > settings.run.keep or relied.any():
-        share = 1.0 if begun else share_trained(settings, settings.rounds)
-        best = sum(others(settings.rounds)) + share * _space(clients)
-        most_of_best = max(best, float((sizes + relied).max()))
-    most = float((kept[:-1] + sizes[1:]).max(initial=kept[-1])) + most_of_best
+    best, of_best = 0.0, np.zeros(len(sizes))
+    if number > keep or relied.any():
+        best = sum(others(settings.rounds)) + share_trained(settings, settings.rounds, done) * _space(clients)
+        of_best = _of_best(sizes, relied, keep)
+    copied = best if relied.any() else 0.0  # at the end
+    most = max((kept + of_best)[:-1] + sizes[1:], default=0.0)
+    most = max(float(most), float(kept[-1] + of_best[-1] + copied), kept[-1] + best)
+    written = sizes[1:] if len(done.files) and len(sizes) > 1 else sizes
     metrics = settings.rounds * line + columns(settings.rounds)
-    at_end = round(kept[-1]), round(sizes.mean()), round(best), round(most - kept[-1] - best)
+    at_end = round(kept[-1]), round(written.mean()), round(best), round(most - kept[-1] - best)
     return DiskUse(*at_end, metrics, 4 * frozen)
 
 
-def share_trained(settings: Config, rounds: int) -> float:
+def share_trained(settings: Config, rounds: int, done: Done = NEW) -> float:
     """Return the expected share of the clients that train that have done so after this many rounds."""
-    return 1 - _share_outside(settings) ** rounds
+    return 1 - (1 - done.trained) * _share_outside(settings) ** (rounds - done.round)
 
 
 def _share_outside(settings: Config) -> float:
@@ -119,15 +162,16 @@ def _share_outside(settings: Config) -> float:
     return max(0.0, 1 - settings.cohort_size / max(1, settings.clients - settings.unseen_clients))
 
 
-def _scheduled(settings: Config) -> tuple[int, list[int]]:
+def _scheduled(settings: Config, done: Done) -> tuple[int, list[int]]:
     """Return how many checkpoints there will be, and the first and the last STEPS of their rounds, ascending.
 
-    Those by the clock and by validation rows are not known before.
+    The first is that of a resumed run. Those by the clock and by validation rows are not known before.
     """
     every, last = settings.run.checkpoint_every, settings.rounds
-    middle = range(every, last, every)
-    number = len(middle) + sum(round not in middle for round in {1, last})
-    return number, sorted({1, *middle[-STEPS:], last})
+    first = max(1, done.round)
+    middle = range(first // every * every + every, last, every)
+    number = len(middle) + len({first, last})
+    return number, sorted({first, *middle[-STEPS:], last})
 
 
 def _follow(
@@ -135,7 +179,7 @@ def _follow(
     rounds: Sequence[int],
     clients: Sequence[int],
     others: Callable[[int], tuple[int, int]],
-    begun: bool,
+    done: Done,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the bytes of the checkpoints of these rounds, and those of the files on which each relies.
 
@@ -143,20 +187,17 @@ def _follow(
         others: returns the bytes of a checkpoint beside clients' vectors: of numbers, and of texts.
     """
     vectors, space = 4 * sum(clients), _space(clients)
-    files, live = (
-        np.empty(0),
-        np.empty(0),
-    )  # bytes of earlier files, and the share of all vectors needed in each
-    sizes, relied = [], []
-    before, trained = 0, 0.0  # the round of the checkpoint before, and the share of the vectors in it
-    for round in rounds:
+    files, live = np.array(done.files), np.array(done.live)
+    sizes, relied = [*files[-1:]], [float(files[:-1].sum())] * bool(len(files))
+    before = done.round  # the round of the checkpoint before
+    for round in rounds[len(sizes) :]:
         outside = _share_outside(settings) ** (round - before)
         live = live * outside
         needed = live * len(clients) >= 0.5
         files, live = files[needed], live[needed]
-        unchanged, before = trained * outside, round
-        trained = 1.0 if begun else share_trained(settings, round)
-        held = fresh = trained - unchanged
+        unchanged, before = float(live.sum()), round
+        trained = share_trained(settings, round, done)
+        held = fresh = max(0.0, trained - unchanged)
         numbers, texts = others(round)
         places = PLACE * unchanged * len(clients)
         if not leans(numbers, fresh * vectors, trained * vectors, float(files.sum())):
@@ -178,12 +219,23 @@ def _kept(sizes: np.ndarray, relied: np.ndarray, keep: int) -> np.ndarray:
     return kept
 
 
+def _of_best(sizes: np.ndarray, relied: np.ndarray, keep: int) -> np.ndarray:
+    """Return the most bytes that best.h5 needs beside the kept checkpoints, after each is written.
+
+    While the oldest of these relies on the same complete one as best.h5, it needs hardly any other file.
+    """
+    number = np.arange(len(sizes))
+    complete = np.maximum.accumulate(np.where(relied > 0, 0, number))
+    before: np.ndarray = np.concatenate([[0.0], np.maximum.accumulate(sizes + relied)])
+    return before[complete[np.maximum(number - keep + 1, 0)]]
+
+
 def _space(clients: Iterable[int]) -> int:
     """Return the bytes that vectors take in a checkpoint: whole pages, with their headers and seals."""
     return sum(-(-(4 * size + HEADER) // PAGE) * PAGE + SEAL for size in clients if size)
 
 
-def of_federation(federation: Federation, ranks: int) -> DiskUse:
+def of_federation(federation: Federation, ranks: int, done: Done = NEW) -> DiskUse:
     """Return the disk use of a federation's run."""
     splits = (federation.partition.train, federation.partition.validation, federation.partition.test)
     rows = sum(len(split.flat) for split in splits)
@@ -191,7 +243,8 @@ def of_federation(federation: Federation, ranks: int) -> DiskUse:
     classes = federation.task.classes
     frozen = sum(layout.size for layout in federation.frozen.layouts.values())
     numbers = (federation.state_layout.size, clients, rows, classes, ranks, frozen)
-    return disk_use(federation.config, *numbers, begun=_begun(federation))
+    begun = not done.round and _begun(federation)
+    return disk_use(federation.config, *numbers, done=Done(trained=1.0) if begun else done)
 
 
 def _begun(federation: Federation) -> bool:
@@ -218,12 +271,15 @@ def scratch_of(federation: Federation, host: str) -> Scratch:
     return Scratch(host, store.budget, free_space(store.folder)[0])
 
 
-def scratch_use(federation: Federation, ranks: Sequence[Scratch]) -> dict[str, float]:
-    """Return by host the bytes of clients' vectors beyond the memory of its ranks, at the end of the run."""
-    settings = federation.config
-    share = 1.0 if _begun(federation) else share_trained(settings, settings.rounds)
+def scratch_use(federation: Federation, ranks: Sequence[Scratch], done: Done = NEW) -> dict[str, float]:
+    """Return by host the bytes of clients' vectors beyond the memory of its ranks, at the end of the run.
+
+    The vectors of clients that do not train again are in the checkpoint of a resumed run.
+    """
+    settings, begun = federation.config, not done.round and _begun(federation)
+    share = 1.0 if begun else share_trained(settings, settings.rounds - done.round)
     sizes = np.array([4 * layout.size for layout in federation.client_layouts], float)
-    if not _begun(federation):
+    if not begun:
         sizes[sorted(federation.task.unseen)] = 0
     vectors = share * np.bincount(federation.home, -(-sizes // PAGE) * PAGE, len(ranks))
     by_host: dict[str, float] = {}
@@ -235,16 +291,18 @@ def scratch_use(federation: Federation, ranks: Sequence[Scratch]) -> dict[str, f
 # The plan
 
 
-def lines(federation: Federation, ranks: Sequence[Scratch], folder: Path) -> Iterator[str]:
+def lines(federation: Federation, ranks: Sequence[Scratch], folder: Path, done: Done = NEW) -> Iterator[str]:
     """Yield what the run writes to scratch files and to its folder, with a warning where it does not fit."""
-    settings, beyond = federation.config, scratch_use(federation, ranks)
-    trained = round(len(federation.task.training) * share_trained(settings, settings.rounds))
+    settings, beyond = federation.config, scratch_use(federation, ranks, done)
+    rounds = settings.rounds - done.round
+    trained = round(len(federation.task.training) * share_trained(settings, rounds))
+    again = f" in {rounds} rounds" if done.round else ""
     largest = sorted(((size, host) for host, size in beyond.items() if size), reverse=True)
     hosts = ", ".join(f"{in_units(size)} on {host}" for size, host in largest[:MOST_HOSTS])
     hosts += f", less on {len(largest) - MOST_HOSTS} other hosts" if len(largest) > MOST_HOSTS else ""
     where = settings.run.scratch or "the run folder"
     scratch = f"{hosts} beyond run.memory, in {where}" if hosts else "nothing beyond run.memory"
-    yield f"scratch: {scratch}, once about {trained} of {settings.clients} clients have trained"
+    yield f"scratch: {scratch}, once about {trained} of {settings.clients} clients have trained{again}"
     free_on = {rank.host: rank.free for rank in ranks} if settings.run.scratch else {}
     for host, free in free_on.items():
         if beyond[host] > free:
@@ -252,7 +310,7 @@ def lines(federation: Federation, ranks: Sequence[Scratch], folder: Path) -> Ite
                 f"warning: {host} has {in_units(free)} free in run.scratch = {where}: another "
                 "--run.scratch FOLDER has more, a larger --run.memory needs less"
             )
-    use = of_federation(federation, len(ranks))
+    use = of_federation(federation, len(ranks), done)
     checkpoints = folder / "checkpoints"  # may be a link to another disk
     free, existing = free_space(checkpoints)
     yield use.line(settings.run.keep, settings.run.checkpoint_every) + free_text(free, existing)

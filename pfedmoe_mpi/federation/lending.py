@@ -13,6 +13,7 @@ import torch
 from pfedmoe_mpi.core.batches import SPLITS, Split
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.federation.federation import Federation
+from pfedmoe_mpi.federation.store import buffer
 from pfedmoe_mpi.mpi.comm import Comm
 
 
@@ -59,11 +60,11 @@ def give_back(comm: Comm, federation: Federation, trainer: Mapping[int, int]) ->
         if trainer[client] != home[client] and rank == trainer[client]:
             vectors[client] = store.get(client)
         elif trainer[client] != home[client] and rank == home[client]:
-            vectors[client] = torch.empty(federation.client_layouts[client].size)
+            vectors[client] = buffer(federation.client_layouts[client].size)
     comm.move([(trainer[k], home[k], vector.numpy()) for k, vector in vectors.items()], "returning clients")
     for client, vector in vectors.items():
         if rank == home[client]:
-            store.put(client, vector)
+            store.take(client, vector)
         else:
             store.forget(client)
 

@@ -120,14 +120,15 @@ class Loop:
         self.server.load(torch.from_numpy(loaded.moments))
 
     def branch(self, loaded: checkpoint.Checkpoint) -> None:
-        """Continue a fork from a run's complete rounds, in which parts may be missing; collective.
+        """Continue a fork from a run's complete rounds, in which parts may be missing; not collective.
 
-        What the server's optimiser keeps begins anew.
+        What the server's optimiser keeps begins anew. Clients' vectors are read from the run's checkpoint
+        until the fork has one of its own, which must be written before anything else.
         """
-        self.round, self.history = loaded.round, list(loaded.history)
+        self.round = loaded.round
+        self.history = [metrics.kept(row, self.comm.rank) for row in loaded.history]
         self._pretrained = True
         self.saver.trained(branch.begin(self.federation, self.state, loaded))
-        store.check(self.comm, self.federation.store)
 
     def evaluation(self) -> Row:
         """Measure all clients with the server's state, without training; collective.

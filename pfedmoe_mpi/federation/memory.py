@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
+from pfedmoe_mpi.core import redrawn
 from pfedmoe_mpi.core.parts import Workbench, modules_by_kind
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.mpi.memory import shortage
@@ -22,6 +23,7 @@ class Host:
     def needed(self, task: Task, method: Algorithm) -> float:
         """Return bytes: weights, gradients, momenta and a copy of a rank's models, and a client's vector.
 
+        Of models that are drawn again for each client there is another copy.
         Frozen tensors are there once. Layouts are made on the meta device. Activations and samples are not
         counted, and nor are the other clients' vectors, which go to a file where memory is short.
         """
@@ -30,8 +32,11 @@ class Host:
         sizes = [bench.layout(method.client_state(client)).size for client in range(models)]
         bound = sum(set(sizes)) + bench.layout(method.state()).size
         specs = [method.state(), *(method.client_state(client) for client in range(models))]
-        frozen = sum(bench.frozen_layout(part).size for part in modules_by_kind(specs).values())
-        return 4.0 * self.local * (max(sizes) + frozen + (4 if self.cpu else 1) * bound)
+        kinds = modules_by_kind(specs).values()
+        frozen = sum(bench.frozen_layout(part).size for part in kinds)
+        drawn = [bench.layout({"": part}).size for part in kinds]
+        again = sum(size for size in drawn if size <= redrawn.MOST)
+        return 4.0 * self.local * (max(sizes) + frozen + again + (4 if self.cpu else 1) * bound)
 
 
 def check(task: Task, method: Algorithm, host: Host) -> None:

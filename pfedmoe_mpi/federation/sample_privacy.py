@@ -9,7 +9,7 @@ the gradient of a batch has to be the mean of its samples' gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Task
+from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
@@ -25,8 +26,8 @@ from pfedmoe_mpi.core.sample_step import NotPerSampleError, SamplePrivacy
 from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import trial
+from pfedmoe_mpi.federation.client_privacy import noise_of
 from pfedmoe_mpi.federation.federation import Federation
-from pfedmoe_mpi.federation.metrics import Row
 from pfedmoe_mpi.federation.stream import Stream
 from pfedmoe_mpi.models.switchnorm import SwitchNorm
 from pfedmoe_mpi.mpi.comm import Comm
@@ -38,9 +39,16 @@ OTHER = "use --privacy.unit client, or another --algorithm, such as pfedmoe, fed
 
 
 def of(
-    comm: Comm, settings: Config, method: Algorithm, sizes: Mapping[str, int], stream: Stream | None
+    comm: Comm,
+    settings: Config,
+    method: Algorithm,
+    sizes: Mapping[str, int],
+    stream: Stream | None,
+    loaded: Checkpoint | None,
 ) -> SamplePrivacy | None:
-    """Return the settings of DP-SGD, None without; collective. privacy.epsilon is solved for the noise.
+    """Return the settings of DP-SGD, None without; collective.
+
+    `privacy.epsilon` is solved for the noise of the planned rounds; a run that goes on keeps its noise.
 
     Args:
         sizes: length of each part of the state.
@@ -53,15 +61,25 @@ def of(
         return None
     _check_method(settings.method, method, sizes)
     found = SamplePrivacy(privacy.clip, privacy.noise, privacy.sampling == "poisson", frozenset(method.apart))
-    return replace(found, noise=comm.from_root(lambda: _noise(settings, method, found, stream), "accountant"))
+    known = noise_of(loaded.history) if loaded else None
+    noise = comm.from_root(lambda: _noise(settings, method, found, stream, known), "accountant")
+    return replace(found, noise=noise)
 
 
-def _noise(settings: Config, method: Algorithm, found: SamplePrivacy, stream: Stream | None) -> float:
-    """Return privacy.noise, or the noise for all rounds together with which privacy.epsilon is kept."""
+def _noise(
+    settings: Config, method: Algorithm, found: SamplePrivacy, stream: Stream | None, known: float | None
+) -> float:
+    """Return privacy.noise, or what privacy.epsilon needs: the noise of the rounds so far if it is known.
+
+    Raises:
+        ConfigError: dp-accounting is missing.
+    """
     privacy = settings.privacy
     accountant.check()
     if not privacy.epsilon:
-        return found.noise
+        return privacy.noise
+    if known is not None:
+        return known
     accounts = SampleAccounts(settings, method, found)
     for round in range(1, settings.rounds + 1):
         accounts.add(method.cohort(round), _samples(method.task, stream, round))
@@ -122,28 +140,6 @@ def privacy_of(federation: Federation) -> SamplePrivacy:
     """Return the settings of DP-SGD in a federation that has it."""
     assert federation.engine.samples
     return federation.engine.samples
-
-
-def check_history(federation: Federation, history: Sequence[Row], forked: bool) -> None:
-    """Refuse to continue rounds whose ε these settings do not describe.
-
-    Raises:
-        ConfigError: a fork, or rounds with another noise, because privacy.epsilon was for fewer rounds.
-    """
-    if not federation.engine.samples or not history:
-        return
-    if forked:
-        problem = "privacy.unit = sample, but ε of a fork has no account of the rounds before it"
-        raise ConfigError(problem, "start a new run, or fork with --privacy.unit client")
-    before = history[-1].get("privacy", {}).get("noise", 0.0)
-    now = federation.engine.samples.noise
-    if before != now:
-        settings = federation.config
-        raise ConfigError(
-            f"privacy.epsilon = {settings.privacy.epsilon:g} for rounds = {settings.rounds} needs noise "
-            f"{now:.4g}, but the rounds so far have {before:.4g}",
-            "restart without --rounds, or start a new run",
-        )
 
 
 def check(comm: Comm, federation: Federation) -> None:

@@ -111,6 +111,11 @@ class Saver:
         """
         self._write(self._content(round, state, history), history, last, candidate)
 
+    @property
+    def written(self) -> bool:
+        """Whether a checkpoint has been written."""
+        return self._newest is not None
+
     def has(self, round: int) -> bool:
         """Return whether the newest checkpoint written is that of `round` complete rounds."""
         return self._newest is not None and self._newest.name == checkpoint.name(round, partial=False)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,12 @@ class Store:
             self._relied[client] = read
 
     @property
-    def relied(self) -> Collection[int]:
+    def relied(self) -> Set[int]:
         """The clients whose vectors are elsewhere."""
         return self._relied.keys()
 
     def get(self, client: int) -> Tensor:
-        """Return a client's vector; only `put` may change it."""
+        """Return a client's vector, which may not be changed."""
         if client in self._trained:
             return self._trained[client]
         if client in self._file:
@@ -91,7 +91,11 @@ class Store:
         return self.get(client).numpy()
 
     def put(self, client: int, vector: Tensor) -> None:
-        """Keep a copy of the vector that a client has trained.
+        """Keep a copy of the vector that a client has trained, as `take` keeps one."""
+        self.take(client, buffer(vector.numel()).copy_(vector))
+
+    def take(self, client: int, vector: Tensor) -> None:
+        """Keep the vector that a client has trained, in a `buffer` that nobody changes any more.
 
         If the scratch file cannot be written, the vector stays in memory, and `problem` says why.
         """
@@ -102,12 +106,9 @@ class Store:
         self._forget_drawn(client)
         before = self._trained.pop(client, None)
         if before is None:
-            before = _buffer(vector.numel())
-            self._bytes += _length(before)
+            self._bytes += _length(vector)
             self._file.remove(client)  # another vector takes its place there
-        if before.data_ptr() != vector.data_ptr():
-            before.copy_(vector)
-        self._trained[client] = before
+        self._trained[client] = vector
         self._make_space()
 
     def forget(self, client: int) -> None:
@@ -224,7 +225,7 @@ class _ScratchFile:
     def read(self, client: int) -> Tensor:
         """Return a client's vector in a buffer of whole pages."""
         offset, numbers = self._places[client]
-        vector = _buffer(numbers)
+        vector = buffer(numbers)
         data = _pages(vector)
         done = 0
         while done < len(data):
@@ -241,9 +242,11 @@ class _ScratchFile:
             self._free.setdefault(_rounded(4 * numbers), []).append(offset)
 
 
-def _buffer(numbers: int) -> Tensor:
-    """Return a vector (numbers,) at the start of a buffer of whole pages."""
-    return torch.zeros(_rounded(4 * numbers) // 4)[:numbers]
+def buffer(numbers: int) -> Tensor:
+    """Return a vector (numbers,), without values yet, at the start of a buffer of whole pages."""
+    whole = torch.empty(_rounded(4 * numbers) // 4)
+    whole[numbers:] = 0
+    return whole[:numbers]
 
 
 def _pages(vector: Tensor) -> memoryview:

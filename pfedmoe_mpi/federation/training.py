@@ -16,6 +16,7 @@ from pfedmoe_mpi.federation import evaluation, lending, placement
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, RoundSum
+from pfedmoe_mpi.federation.store import buffer
 from pfedmoe_mpi.log import LOGGER
 from pfedmoe_mpi.mpi.comm import Comm
 
@@ -55,7 +56,7 @@ def train_cohort(
                     member = _member(federation, client, borrowed)
                     train_member(federation, faults, total, position, member, state, round, role, tested)
                     if total.flags[position] != DROPPED:
-                        federation.store.put(client, member.vector)
+                        federation.store.take(client, member.vector)
                 done += 1
                 trained(done, share)
     except StoppedError:
@@ -87,7 +88,7 @@ def train_member(
 ) -> None:
     """Train one member, at `position` of the cohort, and add its contribution to the round's sum.
 
-    Its private vector changes only if the whole step is done and finite; otherwise the member is DROPPED.
+    It has another private vector only if the whole step is done and finite; otherwise the member is DROPPED.
 
     Raises:
         StoppedError: a stop was asked for; the member's step leaves no trace.
@@ -104,7 +105,7 @@ def train_member(
             measured = evaluation.measure(federation.engine, method, parts, client.splits["test"])
             assert measured
             accuracy = measured.correct / measured.samples if measured.samples else accuracy
-        vector = federation.workbench.read(client.spec, parts, torch.empty_like(client.vector))
+        vector = federation.workbench.read(client.spec, parts, buffer(client.vector.numel()))
         if not bool(vector.sum().isfinite()):  # one pass; a sum beyond float32 means a useless model too
             raise NotFiniteError("its private vector is not finite")
         fate = faults.fate(round, client.id)
@@ -112,7 +113,7 @@ def train_member(
             total.add(position, values, _member_metrics(turn, accuracy, federation.state_layout.size))
         else:
             total.leave_out(position, fate)
-        client.vector.copy_(vector)
+        client.vector = vector
     except NotFiniteError as error:
         LOGGER.warning("client %d in round %d: %s", client.id, round, error)
         total.leave_out(position, DROPPED)
@@ -121,5 +122,5 @@ def train_member(
 def _member_metrics(turn: Turn, accuracy: float, state_size: int) -> dict[str, float]:
     """Return MEMBER_METRICS; without `bytes_up` where it is the size of the payload."""
     bytes_down = 4 * state_size if turn.bytes_down is None else turn.bytes_down
-    values = {"train_loss": turn.loss, "accuracy_before": accuracy, "bytes_down": bytes_down}
+    values = {"train_loss": turn.measured_loss, "accuracy_before": accuracy, "bytes_down": bytes_down}
     return values if turn.bytes_up is None else {**values, "bytes_up": turn.bytes_up}

@@ -13,14 +13,14 @@ import torch
 
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
-from pfedmoe_mpi.core.parts import Module
+from pfedmoe_mpi.core.parts import Module, Spec
 from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import evaluation
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.mpi.comm import Comm
 
-ROUNDS = 20  # whose cohorts are looked through for clients of every architecture and role
+ROUNDS = 20  # whose cohorts are looked through for every role
 
 
 def check(comm: Comm, federation: Federation) -> None:
@@ -39,15 +39,27 @@ def check(comm: Comm, federation: Federation) -> None:
 
 
 def members(federation: Federation) -> Iterator[tuple[Client, str]]:
-    """Yield one of this rank's clients, and its role, for every architecture and role."""
+    """Yield one of this rank's clients, and its role, for every architecture and role.
+
+    After the first cohorts, later ones are looked through for the architectures that were not met.
+    """
+    own = [client for client in federation.task.training if client in federation.clients]
+    missing = {_kinds(federation.specs[client]) for client in own}
     tried: set[tuple[str, ...]] = set()
-    for round in range(1, min(ROUNDS, federation.config.rounds) + 1):
-        for number, role in federation.method.cohort(round):
-            client = federation.clients.get(number)
-            kinds = (role, *(part.kind for part in client.spec.values())) if client else ()
-            if client and kinds not in tried:
-                tried.add(kinds)
-                yield client, role
+    for round in range(1, federation.config.rounds + 1):
+        if round > ROUNDS and not missing:
+            return
+        for client, role in federation.method.cohort(round):
+            if client in federation.clients:
+                kinds = _kinds(federation.specs[client])
+                missing.discard(kinds)
+                if (role, *kinds) not in tried:
+                    tried.add((role, *kinds))
+                    yield federation.clients[client], role
+
+
+def _kinds(spec: Spec) -> tuple[str, ...]:
+    return tuple(part.kind for part in spec.values())
 
 
 def try_member(federation: Federation, client: Client, role: str) -> None:

@@ -67,8 +67,13 @@ class Gate(nn.Module):
             if number < layers:
                 parts.append(ACTIVATIONS[activation]())
         self.layers = nn.Sequential(*parts)
-        if start == "even":  # after all draws, so that everything else begins as with `paper`
-            for parameter in parts[-1].parameters():
+        self.even = start == "even"
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set what `start` says; after all draws, so that everything else begins as with `paper`."""
+        if self.even:
+            for parameter in self.layers[-1].parameters():
                 nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -61,12 +61,20 @@ class SwitchNorm(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features))
-        self.mean_weight = nn.Parameter(torch.ones(2))
-        self.var_weight = nn.Parameter(torch.ones(2))
-        self.register_buffer("running_mean", torch.zeros(features))
-        self.register_buffer("running_var", torch.ones(features))
+        self.weight = nn.Parameter(torch.empty(features))
+        self.bias = nn.Parameter(torch.empty(features))
+        self.mean_weight = nn.Parameter(torch.empty(2))
+        self.var_weight = nn.Parameter(torch.empty(2))
+        self.register_buffer("running_mean", torch.empty(features))
+        self.register_buffer("running_var", torch.empty(features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the values before training."""
+        for ones in (self.weight, self.mean_weight, self.var_weight, self.running_var):
+            nn.init.ones_(ones)
+        for zeros in (self.bias, self.running_mean):
+            nn.init.zeros_(zeros)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))

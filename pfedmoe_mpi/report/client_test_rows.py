@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from pfedmoe_mpi import checkpoint
-from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.data.noise import with_noise
 from pfedmoe_mpi.data.sources.open import open_dataset
 from pfedmoe_mpi.errors import CheckpointError
@@ -35,8 +34,7 @@ def read(path: Path, client: int, code: Path | None = None, changed_code: bool =
         CheckpointError: there is no such client, or the data are no longer those of the run.
         DataError: the data cannot be read.
     """
-    checkpoint.verify(path)
-    with Checkpoint(path) as loaded:
+    with checkpoint.open_verified(path) as loaded:
         settings = rebuilt.configuration(loaded, code, changed_code)
         digest, last = loaded.identity["partition_digest"], loaded.clients - 1
     if not 0 <= client <= last:

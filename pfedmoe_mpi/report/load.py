@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -178,13 +179,11 @@ class Run:
         """The confusion matrices of the last evaluation in its newest checkpoint; None if it has none."""
         from pfedmoe_mpi import checkpoint  # imports torch, which rows do not need
 
-        for path in checkpoint.newest_first(self.path / "checkpoints"):
-            try:
-                checkpoint.verify(path)
-                with checkpoint.Checkpoint(path) as loaded:
-                    return loaded.confusion
-            except CheckpointError:
-                continue
+        tried: set[Path] = set()
+        while path := checkpoint.newest(self.path / "checkpoints", tried):
+            tried.add(path)
+            with suppress(CheckpointError), checkpoint.open_verified(path) as loaded:
+                return loaded.confusion
         return None
 
     @cached_property

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from pfedmoe_mpi.algorithms.base import Algorithm
-from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.core import seeds
 from pfedmoe_mpi.core.batches import Split, batches
 from pfedmoe_mpi.core.client import Client
@@ -50,13 +49,13 @@ def view_models(run: Run) -> ModelViews:
     world = comm.start(allow_singleton=True)
     if world.size > 1:
         raise ProbeError("report runs on one rank", "start it without mpirun")
-    path, _, _ = restart.choose(world, run.path)
-    if path is None:
+    found, _, _ = restart.choose(world, run.path)
+    if found is None:
         raise ProbeError(
             "the run has no good checkpoint", f"pfedmoe-mpi restart {run.path}, or report with --models false"
         )
-    with Checkpoint(path) as loaded:
-        loop = evaluation_loop(world, loaded, {"train.device": "auto"})
+    with found as loaded:
+        loop = evaluation_loop(world, loaded, {"train.device": "auto"}, protected=False)
         if loop.federation.data_digest != loaded.identity["data_digest"]:
             raise ProbeError(
                 "the data have changed since the checkpoint", "restore the run's data, or --models false"

@@ -45,13 +45,18 @@ def megabytes(numbers: float) -> str:
 
 
 def plan(
-    federation: Federation, device_lines: Sequence[str], ranks: Sequence[disk.Scratch], folder: Path
+    federation: Federation,
+    device_lines: Sequence[str],
+    ranks: Sequence[disk.Scratch],
+    folder: Path,
+    done: disk.Done = disk.NEW,
 ) -> list[str]:
     """Return the plan's lines: what is shared, what is private, one line per rank, memory, scratch and disk.
 
     Args:
         ranks: what each rank has for its clients' vectors.
         folder: of the run.
+        done: what a resumed run has.
     """
     settings, task = federation.config, federation.task
     lines = [
@@ -81,7 +86,7 @@ def plan(
     lines += federation.pretrained.lines
     lines += _describe_privacy(federation)
     lines += _rank_lines(device_lines)
-    return [*lines, memory(federation, len(ranks)), *disk.lines(federation, ranks, folder)]
+    return [*lines, memory(federation, len(ranks)), *disk.lines(federation, ranks, folder, done)]
 
 
 def _describe_privacy(federation: Federation) -> Iterator[str]:

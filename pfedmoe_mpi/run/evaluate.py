@@ -14,8 +14,14 @@ if TYPE_CHECKING:  # it imports torch, which is imported only after the argument
     from pfedmoe_mpi.federation.loop import Loop
 
 
-def evaluation_loop(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any]) -> Loop:
+def evaluation_loop(
+    world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any], protected: bool = True
+) -> Loop:
     """Return a loop over a verified checkpoint's federation, to measure and not to train; collective.
+
+    Args:
+        protected: False leaves the settings of privacy out, which no measurement needs: neither the packages
+            of the extra `privacy` nor trial steps.
 
     Raises:
         UserError: on all ranks: the data are missing, or the checkpoint's models cannot take them.
@@ -27,6 +33,8 @@ def evaluation_loop(world: Comm, loaded: Checkpoint, overrides: Mapping[str, Any
     settings, _ = world.attempt(
         lambda: override_settings(loaded.config, overrides, ("server.optimiser",)), "settings"
     )
+    if not protected:
+        settings = settings.model_copy(update={"privacy": settings.privacy.unprotected})
     federation = build(world, settings, loaded=loaded)
     own_code.check_unchanged(world, settings, federation.code, loaded)
     loaded_layouts = [loaded.state_layout, *map(loaded.layout, range(loaded.clients))]

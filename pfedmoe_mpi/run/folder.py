@@ -207,13 +207,24 @@ class RunFolder:
             problem = f"the run folder {self.path} cannot be written: {error}"
             raise ConfigError(problem, "free space, or resume with --run.dir NEW") from error
 
-    def complete(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write what a run killed between its last checkpoint and its end did not write."""
-        rounds = [row["round"] for row in history]
-        if self._metrics_rounds() != rounds or not measured.holds(self.measured, history):
-            self.rewrite_metrics(history)
-        if not self.finished:
-            self.event("finish", round=len(history))
+    def complete(self, history: Sequence[Mapping[str, Any]], keep: int, newest: Path) -> None:
+        """Write what a run killed between its last checkpoint and its end did not write.
+
+        The arguments are also as for `complete_best`.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        try:
+            rounds = [row["round"] for row in history]
+            if self._metrics_rounds() != rounds or not measured.holds(self.measured, history):
+                self.rewrite_metrics(history)
+            self.complete_best(keep, newest)
+            if not self.finished:
+                self.event("finish", round=len(history))
+        except OSError as error:
+            problem = f"the run folder {self.path} cannot be written: {error}"
+            raise ConfigError(problem, "free space, and restart the run again") from error
 
     def rounds_after(self, done: int) -> list[int]:
         """Return the rounds in metrics.jsonl that come after the first `done`.
@@ -345,8 +356,12 @@ class RunFolder:
             shutil.copyfile(written, temporary)
         durable.publish(temporary, self.best)
 
-    def complete_best(self) -> None:
-        """Make best.h5 complete by itself, so that it can be taken out of the folder.
+    def complete_best(self, keep: int, newest: Path) -> None:
+        """Make best.h5 complete by itself, and remove the files that only it needed.
+
+        Args:
+            keep: how many of the complete checkpoints stay.
+            newest: the last one of the run.
 
         Raises:
             OSError: it cannot be written; it still relies on other files.
@@ -354,6 +369,7 @@ class RunFolder:
         self.check()
         with suppress(CheckpointError):  # there is none, or it is damaged
             pack.replace(self.best)
+        self.keep_newest(keep, newest)
 
     def best_round(self) -> int | None:
         """Return the round of best.h5, None if it is missing or unreadable."""

@@ -8,7 +8,6 @@ effect of the changed settings.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ def _fork(
 ) -> int:
     """Fork a run; collective. `code` and `end`: as for `job.begin`."""
     path = world.from_root(lambda: _checkpoint_of(RunFolder(source.absolute()), at), "checkpoint")
-    world.agree(partial(checkpoint.verify, path, world.rank, world.size), "checking the checkpoint")
     with checkpoint.open_everywhere(world, path) as loaded:
         settings, changes = world.attempt(lambda: _settings(loaded, overrides), "settings")
         target = world.from_root(lambda: job.new_folder(settings), "run folder")

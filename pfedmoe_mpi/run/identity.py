@@ -11,8 +11,9 @@ import torch
 
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import CheckpointError
-from pfedmoe_mpi.federation import branch, client_privacy, own_code, sample_privacy
+from pfedmoe_mpi.federation import branch, own_code
 from pfedmoe_mpi.federation.federation import Federation, samples_text
+from pfedmoe_mpi.federation.privacy_account import check_fork
 from pfedmoe_mpi.federation.round_sum import RoundSum
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.mpi.comm import Comm
@@ -52,8 +53,8 @@ def check_same_federation(
         CheckpointError: on all ranks: the user's own code, the data, the partition or the models differ.
         ConfigError: on all ranks: the settings of a fork change the architecture of a part.
     """
-    sample_privacy.check_history(federation, loaded.history, forked)
-    client_privacy.check_history(federation, forked)
+    if forked:
+        check_fork(federation)
     own_code.check_unchanged(world, federation.config, federation.code, loaded)
     for name, digest in (("data", federation.data_digest), ("partition", federation.partition.digest())):
         before = loaded.identity[f"{name}_digest"]

@@ -101,7 +101,11 @@ def train(world: Comm, start: Start) -> int:
     device_lines = world.gather(f"{federation.device.line}, {len(federation.clients)} client(s)", "hosts")
     ranks = world.gather(disk.scratch_of(federation, platform.node()), "scratch folders")
     if world.rank == 0:
-        print("\n".join(console.plan(federation, device_lines, ranks, start.folder.path)), flush=True)
+        done = disk.NEW
+        if start.loaded:
+            done = disk.Done.of(start.loaded, len(federation.task.training), start.resuming)
+        lines = console.plan(federation, device_lines, ranks, start.folder.path, done)
+        print("\n".join(lines), flush=True)
     if start.dry:
         return EXIT_DONE
     if start.loaded and is_finished(federation.config, start.history):
@@ -146,7 +150,9 @@ def _already_finished(world: Comm, start: Start, loaded: Checkpoint, settings: C
         problem = f"the run is finished: {state}, so {given} has no effect"
         more = f"add --rounds {2 * loaded.round} to train as many again"
         raise ConfigError(problem, "add --run.patience 0 to train the other rounds" if early else more)
-    world.from_root(lambda: start.folder.complete(loaded.history), "run folder")
+    world.timeout = settings.run.timeout or math.inf  # rank 0 may have to copy all clients' vectors
+    done = (loaded.history, settings.run.keep, loaded.path)
+    world.from_root(lambda: start.folder.complete(*done), "run folder")
     if world.rank == 0:
         more = (
             "--run.patience 0 trains the others"
@@ -186,6 +192,12 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
             (loop.branch if start.fork else loop.resume)(start.loaded)
             if start.changes or not start.resuming:
                 _save_again(loop, start.loaded)
+            if not start.resuming and not loop.saver.written:
+                raise RunError(
+                    "the run ends because its first checkpoint cannot be written, and without one it depends "
+                    f"on {start.loaded.path}",
+                    "fix the error above, and run the command again with --run.force true",
+                )
         world.from_root(lambda: folder.describe(config.to_toml(settings), start.history), "run folder")
         world.from_root(lambda: folder.keep_code(federation.code), "run folder")
         facts = {**identity, "changes": start.changes, "warnings": list(start.warnings), **report_facts}

@@ -80,8 +80,7 @@ class Reporter:
         """Make best.h5 complete at the end of a run, and remove the files that only it needed."""
         newest = checkpoint.newest_first(self.folder.checkpoints)[:1]
         if self.progress and newest:
-            self._attempt("best.h5", self.folder.complete_best)
-            self._attempt("checkpoints", lambda: self.folder.keep_newest(self.keep, newest[0]))
+            self._attempt("best.h5", lambda: self.folder.complete_best(self.keep, newest[0]))
 
     def not_written(self, error: CheckpointError) -> None:
         """Report a checkpoint that could not be written."""

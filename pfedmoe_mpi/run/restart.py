@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
         if world.rank == 0:
             for warning in warnings:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
-        with checkpoint.open_everywhere(world, found) if found else nullcontext() as loaded:
+        with found or nullcontext() as loaded:
             before = loaded.config if loaded else _read_config(world, folder)
             settings, changes = world.attempt(
                 lambda: override_settings(before, overrides, _fixed(before)), "settings"
@@ -173,44 +172,52 @@ def _stays(source: Path, folder: RunFolder, overrides: Mapping[str, Any]) -> boo
     return folder.resumable and source.exists() and (not new or _resolved(new) == folder.path)
 
 
-def choose(world: Comm, source: Path) -> tuple[Path | None, Path | None, list[str]]:
+def choose(world: Comm, source: Path) -> tuple[Checkpoint | None, Path | None, list[str]]:
     """Return (checkpoint, run folder, warnings), the same on all ranks.
 
-    The checkpoint is the newest good one of a run folder, or the file itself; None: start before round 1. The
-    run folder is None for a file that is not the newest of its folder. The warnings are on damaged files.
+    The checkpoint, open, is the newest good one of a run folder, or the file itself; None: start before
+    round 1. The run folder is None for a file that is not the newest of its folder. The warnings are on
+    damaged files. A run may write and remove checkpoints meanwhile.
 
     Raises:
         CheckpointError: on all ranks: the source is missing or not a run folder, or the file is damaged.
     """
     folder = RunFolder(source.absolute())
-    is_folder, paths, run_path = world.from_root(lambda: _candidates(source, folder), "checkpoints")
-    warnings = []
-    for path in paths:
+    is_folder, run_path = world.from_root(lambda: _kind_of(source, folder), "source")
+    warnings: list[str] = []
+    tried: set[Path] = set()
+    while path := world.from_root(lambda: _next(source, folder, tried), "checkpoints"):
+        tried.add(path)
         try:
-            world.agree(partial(checkpoint.verify, path, world.rank, world.size), "checking the checkpoint")
+            return checkpoint.open_everywhere(world, path), run_path, warnings
         except CheckpointError as error:
             if not is_folder:
                 raise
-            warnings.append(error.problem)
-            continue
-        return path, run_path, warnings
+            removed = not world.from_root(path.exists, "checkpoint")
+            warnings += [] if removed else [error.problem]
     return None, run_path, warnings
 
 
-def _candidates(source: Path, folder: RunFolder) -> tuple[bool, list[Path], Path | None]:
-    """Return whether the source is a folder, the files to try in order, and the run folder as of `choose`."""
+def _next(source: Path, folder: RunFolder, tried: Collection[Path]) -> Path | None:
+    """Return the newest checkpoint that was not tried yet, or the source itself if it is a file."""
+    if source.is_dir():
+        return checkpoint.newest(folder.checkpoints, tried)
+    return None if tried else source.absolute()
+
+
+def _kind_of(source: Path, folder: RunFolder) -> tuple[bool, Path | None]:
+    """Return whether the source is a folder, and the run folder as of `choose`."""
     if not source.exists():
         raise CheckpointError(f"there is no run folder or checkpoint {source}", "check the path")
     if source.is_dir():
-        paths = checkpoint.newest_first(folder.checkpoints)
         if not folder.resumable:
             raise _not_a_run(folder)
-        return True, paths, folder.path
+        return True, folder.path
     source = source.absolute()
     run = RunFolder(source.parent.parent)
     file = _resolved(source.parent) / source.name
     is_newest = checkpoint.newest_first(run.checkpoints)[:1] == [file] and run.config.is_file()
-    return False, [source], run.path if is_newest else None
+    return False, run.path if is_newest else None
 
 
 def _not_a_run(folder: RunFolder) -> CheckpointError:

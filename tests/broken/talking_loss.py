@@ -12,5 +12,5 @@ class TalkingLoss(Base):
 
     def client_step(self, turn):
         sent = super().client_step(turn)
-        turn.loss = float(turn.parts.vector("gate")[turn.round])
+        turn.measured_loss = float(turn.parts.vector("gate")[turn.round])
         return sent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 
 from pfedmoe_mpi import checkpoint
-from pfedmoe_mpi.checkpoint import Checkpoint, Content, pack
+from pfedmoe_mpi.checkpoint import Checkpoint, Content, opened, pack
 from pfedmoe_mpi.checkpoint.places import FILES, ROWS
 from pfedmoe_mpi.errors import CheckpointError
 from pfedmoe_mpi.federation.written import Vectors
 from pfedmoe_mpi.run import old_checkpoints
+from pfedmoe_mpi.run.folder import RunFolder
 from support.checkpoint_checks import sample_content
 from support.checkpoint_files import reseal, single_rank
 from support.files import flip_bit
@@ -106,6 +108,35 @@ def test_files_that_a_kept_checkpoint_needs_are_not_removed(writer: Writer) -> N
     assert [*writer.folder.glob("round-*.h5")] == [complete]
 
 
+def test_nothing_is_removed_while_it_is_unknown_what_is_needed(writer: Writer) -> None:
+    best = writer.folder / "best.h5"
+    best.symlink_to(best)  # an error of the system, not a missing or damaged file
+    complete = writer.write(4, [*range(20)])
+    with pytest.raises(OSError, match="symbolic links"):
+        old_checkpoints.remove(writer.folder, best, 1, complete)
+    assert len([*writer.folder.glob("round-*.h5")]) == 4
+    assert len(checkpoint.restart_points(writer.folder)) == 4
+    best.unlink()
+    best.write_bytes(b"damaged")
+    old_checkpoints.remove(writer.folder, best, 1, complete)
+    assert [*writer.folder.glob("round-*.h5")] == [complete]
+
+
+def test_run_killed_before_best_was_complete_is_completed(writer: Writer, tmp_path: Path) -> None:
+    """And the files that only best.h5 needed are removed."""
+    folder = RunFolder(tmp_path / "run")
+    complete = writer.write(4, [*range(20)])
+    os.link(writer.folder / "round-000003.h5", writer.folder / "best.h5")
+    folder.path.mkdir()
+    folder.checkpoints.mkdir()
+    for path in writer.folder.glob("*.h5"):
+        path.rename(folder.checkpoints / path.name)
+    folder.complete([], 1, folder.checkpoints / complete.name)
+    assert {path.name for path in folder.checkpoints.iterdir()} == {"best.h5", complete.name}
+    checkpoint.verify(folder.best)
+    assert folder.best_round() == 3 and folder.finished
+
+
 def test_dead_bytes_beyond_half_are_compacted(writer: Writer) -> None:
     lengths = []
     for round in range(4, 24):
@@ -159,7 +190,8 @@ def test_missing_file_is_named_with_what_helps(writer: Writer, tmp_path: Path) -
 def test_packed_checkpoint_stands_alone(writer: Writer, tmp_path: Path) -> None:
     path, alone = writer.folder / "round-000003.h5", tmp_path / "alone" / "packed.h5"
     alone.parent.mkdir()
-    pack.write(path, alone)
+    with checkpoint.open_verified(path) as loaded:
+        pack.write(loaded, alone)
     writer.check(alone)
     with Checkpoint(path) as before, Checkpoint(alone) as after:
         assert (before.config, before.history, before.identity) == (
@@ -168,11 +200,96 @@ def test_packed_checkpoint_stands_alone(writer: Writer, tmp_path: Path) -> None:
             after.identity,
         )
     with pytest.raises(CheckpointError, match="exists already"):
-        pack.write(path, alone)
+        pack.write(loaded, alone)
     os.link(path, writer.folder / "best.h5")
     pack.replace(writer.folder / "best.h5")
     writer.check(writer.folder / "best.h5")
     assert checkpoint.files_needed(writer.folder / "best.h5") == set() != checkpoint.files_needed(path)
+
+
+@pytest.mark.parametrize("most", [9, 1])
+def test_open_checkpoint_outlives_its_files(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Of those beyond the limit of open files only the open ones do."""
+    monkeypatch.setattr(opened, "_most_open", lambda wanted: most)
+    path = writer.folder / "round-000003.h5"
+    with checkpoint.open_verified(path) as loaded:
+        files = [*loaded.elsewhere.files]
+        for name in (path.name, *files[:most]):
+            (writer.folder / name).unlink()
+    for client, vector in writer.vectors.items():
+        assert np.array_equal(loaded.vector(client), vector)
+    for name in files[most:]:
+        (writer.folder / name).unlink()
+        with pytest.raises(CheckpointError, match=f"relies on {name} in its folder, which cannot be read"):
+            [loaded.vector(client) for client in writer.vectors]
+
+
+def test_checkpoint_that_is_replaced_while_it_is_opened_is_opened_again(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`best.h5` becomes another name of a newer file, and what the older one needed is removed."""
+    best, newer, open_all = (
+        writer.folder / "best.h5",
+        writer.write(4, [*range(20)]),
+        opened.Opened.open_others,
+    )
+    os.link(writer.folder / "round-000003.h5", best)
+
+    def replaced_meanwhile(files: opened.Opened) -> None:
+        if newer.exists():
+            newer.rename(best)
+            old_checkpoints.remove(writer.folder, best, 0, newer)
+        open_all(files)
+
+    monkeypatch.setattr(opened.Opened, "open_others", replaced_meanwhile)
+    with checkpoint.open_verified(best) as loaded:
+        assert loaded.round == 4 and [*writer.folder.iterdir()] == [best]
+
+
+def test_what_a_run_has_removed_leads_to_its_newest_checkpoint(writer: Writer) -> None:
+    complete = writer.write(4, [*range(20)])
+    (writer.folder / "round-000001.h5").unlink()
+    with pytest.raises(CheckpointError, match=r"relies on round-000001.h5") as caught:
+        checkpoint.verify(writer.folder / "round-000003.h5")
+    assert caught.value.remedy == f"use {complete}, with which its run has gone on"
+    with pytest.raises(CheckpointError, match="there is no checkpoint") as caught:
+        checkpoint.verify(writer.folder / "round-000001.h5")
+    assert caught.value.remedy == "check the path; the newest checkpoint there is round-000004.h5"
+
+
+def test_ranks_read_the_same_file(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 has opened `best.h5` after it was replaced, the first time; or always."""
+    best, comm, others = writer.folder / "best.h5", single_rank(), [b"newer"]
+    os.link(writer.folder / "round-000003.h5", best)
+    monkeypatch.setattr(comm, "gather", lambda value, purpose: [value, others.pop() if others else value])
+    with checkpoint.open_everywhere(comm, best) as loaded:
+        assert loaded.round == 3 and not others
+    others = [b"newer"] * 99
+    with pytest.raises(CheckpointError, match="is not the same file on all ranks"):
+        checkpoint.open_files_everywhere(comm, best)
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted", "most", "after"),
+    [
+        ((resource.RLIM_INFINITY,) * 2, 10**6, 10**6, (resource.RLIM_INFINITY,) * 2),
+        ((64, 100), 30, 30, (80, 100)),
+        ((64, 100), 300, 40, (100, 100)),
+        ((64, resource.RLIM_INFINITY), 300, 300, (620, resource.RLIM_INFINITY)),
+        ((4, 4), 300, 0, (4, 4)),
+    ],
+)
+def test_half_of_the_files_that_may_be_open_are_left(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], wanted: int, most: int, after: tuple[int, int]
+) -> None:
+    """Of 10 that are open."""
+    known = [limits]
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: known.append(pair))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: known[-1])
+    monkeypatch.setattr(opened, "_open_now", lambda: 10)
+    assert opened._most_open(wanted) == most and known[-1] == after
 
 
 def changed_rows(**columns: int) -> Callable[[Any], None]:

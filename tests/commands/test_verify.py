@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pfedmoe_mpi.commands.verify import _plan
+from pfedmoe_mpi.commands.verify import _open_kept, _plan
 from pfedmoe_mpi.run.folder import RunFolder
-from support.checkpoint_files import reseal
+from support.checkpoint_files import reseal, single_rank
 from support.files import path_digest
 from support.launcher import SMALL_RUN, Result, Session, read_events, shared_session
 
@@ -66,14 +66,17 @@ def test_rounds_after_a_restart_with_other_settings_begin_at_checkpoints_alone(
     """Settings before the change are in checkpoints alone, so that round 1 cannot be replayed."""
     run_command("restart", run, "--rounds", "4", "--train.lr", "0.5")
     assert read_events(run)[2]["changes"]["train.lr"] == [0.05, 0.5]
-    starts = {source.after for source in _plan(RunFolder(run), 9)[1]}
+    folder = RunFolder(run)
+    starts = {source.after for source in _plan(folder, _open_kept(single_rank(), folder), 9)}
     assert 0 not in starts and 3 in starts
     assert run_command("verify", run, "--rounds", "2").code == 0
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3])
 def test_as_many_rounds_as_asked_for_are_drawn(run: Path, rounds: int) -> None:
-    assert sum(source.rounds for source in _plan(RunFolder(run), rounds)[1]) == rounds
+    folder = RunFolder(run)
+    plan = _plan(folder, _open_kept(single_rank(), folder), rounds)
+    assert sum(source.rounds for source in plan) == rounds
 
 
 def test_verify_refuses(assert_refused: Callable[..., str], run: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_without_noise_and_with_a_large_clip_it_is_the_plain_step(train: dict[st
     settings = {"epochs": 2, "decay": 0.01, "clip": 1.0, **train}
     plain = player(phase(BOTH, **settings), privacy=None, **train).step()
     found = player(phase(BOTH, **settings), privacy=SamplePrivacy(1e6, 0.0), **train).step()
-    assert found[0].loss == pytest.approx(plain[0].loss, rel=1e-5)
+    assert found[0].measured_loss == pytest.approx(plain[0].measured_loss, rel=1e-5)
     for one, two in zip(found[1:], plain[1:], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
 
@@ -132,11 +132,11 @@ def test_a_poisson_step_divides_by_the_expected_size_and_survives_empty_batches(
         Phase({"own": 0.1}, 1, 0.0, 0.0, 0.0, steps=40), privacy=SamplePrivacy(1e6, 0.0, True), **settings
     )
     turn, _, own = made.step()
-    assert math.isfinite(turn.loss) and not torch.equal(own, made.client.vector)
+    assert math.isfinite(turn.measured_loss) and not torch.equal(own, made.client.vector)
     few = player(
         Phase({"own": 0.1}, 1, 0.0, 0.0, 0.0, steps=1), privacy=SamplePrivacy(1e6, 1e-9, True), **settings
     )
-    losses = [few.step(round)[0].loss for round in range(1, 60)]
+    losses = [few.step(round)[0].measured_loss for round in range(1, 60)]
     empty = sum(math.isnan(loss) for loss in losses)
     assert 1 <= empty <= 20, "e^-2 of updates have no sample; they have no loss, and are no error"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from pfedmoe_mpi import checkpoint, config
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import methods
 from pfedmoe_mpi.conformance.checks import Case
+from pfedmoe_mpi.conformance.traffic import traffic_errors
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import build, client_privacy
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from pfedmoe_mpi.federation.privacy_account import check_fork
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.privacy import accountant
+from pfedmoe_mpi.privacy.client_release import ClientRelease
 from pfedmoe_mpi.report import run_report
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.run import console, restart
@@ -128,8 +132,11 @@ def test_more_rounds_go_on_counting_with_the_noise_of_the_rounds_before(tmp_path
     rows = [row["privacy"] for row in loop.history]
     assert rows[:3] == entries and {row["noise"] for row in rows} == {noise}
     assert rows[-1]["epsilon"] == pytest.approx(by_hand(noise, 0.5, 5, 1e-5), rel=0.02)
-    with pytest.raises(ConfigError, match="fork"):
-        client_privacy.check_history(longer, forked=True)
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon = 3, but a fork") as error:
+        check_fork(longer)
+    assert "fork with --privacy.epsilon 0" in error.value.remedy
+    with Checkpoint(path) as loaded:
+        assert client_privacy_of(built(privacy__noise=0.5, loaded=loaded)).noise == 0.5, "a fork's own"
 
 
 def test_masks_are_refused_for_cohorts_that_nobody_may_know() -> None:
@@ -286,6 +293,25 @@ def test_a_restart_keeps_the_rounds_for_which_epsilon_chose_the_noise() -> None:
     for name, value in (("rounds", 9), ("privacy.delta", 1e-3)):
         with pytest.raises(ConfigError, match=f"cannot be changed now: {name}"):
             restart.override_settings(before, {name: value}, restart._fixed(before))
+
+
+# The wire
+
+
+def test_conformance_checks_that_contributions_are_clipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With masks on them, and noise in the server's vector; a longer update is found."""
+    given = {**CLIP, "privacy.clip": 0.01, "privacy.noise": 0.5}
+    masked = Case("fedavg", {**given, "privacy.masked": True}).settings(rounds=1)
+    for settings in (masked, Case("fedem", given).settings(rounds=2, faults__dropout=0.3)):
+        assert not traffic_errors(comm.start().split(0), settings, tmp_path)
+    encode = ClientRelease.encode
+    monkeypatch.setattr(
+        ClientRelease, "encode", lambda self, values: encode(replace(self, clip=0.02), values)
+    )
+    errors = traffic_errors(comm.start().split(0), masked, tmp_path)
+    assert any("block 'model' of the sum: more than the method returned" in error for error in errors)
 
 
 # Ranks and restarts

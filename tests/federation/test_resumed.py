@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,25 @@ def test_vectors_stay_in_checkpoints_until_clients_train(tmp_path: Path) -> None
     assert again.state.numpy().tobytes() == whole.state.numpy().tobytes()
     for client in range(CLIENTS):
         assert np.array_equal(store.values(client), whole.federation.store.values(client))
+
+
+def test_fork_reads_one_vector_after_the_other_and_then_needs_its_run_no_more(tmp_path: Path) -> None:
+    assert loop_of(tmp_path / "run", 10).run()
+    fork = loop_of(tmp_path / "fork", 12, memory=0.0)
+    store = fork.federation.store
+    path = newest(tmp_path / "run")
+    with Checkpoint(path) as loaded:
+        fork.branch(loaded)
+        assert store._bytes == store._file._end == 0 and sorted(store.relied) == loaded.trained
+        fork.save()
+        assert store._bytes == store._file._end == 0, "no vector is kept"
+        first = newest(tmp_path / "fork")
+        assert not checkpoint.files_needed(first) and checkpoint.files_needed(path)
+        with Checkpoint(first) as own:
+            assert own.trained == loaded.trained
+            assert all(np.array_equal(own.vector(k), loaded.vector(k)) for k in own.trained)
+    shutil.rmtree(tmp_path / "run")
+    assert fork.run() and fork.round == 12
 
 
 def test_vector_that_has_changed_since_the_restart_ends_the_job(tmp_path: Path) -> None:

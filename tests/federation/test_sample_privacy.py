@@ -18,6 +18,7 @@ from torch import Tensor
 from pfedmoe_mpi import config
 from pfedmoe_mpi.config import methods
 from pfedmoe_mpi.conformance.checks import Case
+from pfedmoe_mpi.conformance.traffic import traffic_errors
 from pfedmoe_mpi.core.batches import Batch
 from pfedmoe_mpi.core.sample_step import SampleStep
 from pfedmoe_mpi.core.turn import Turn
@@ -25,7 +26,8 @@ from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import build, trial, tuning
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from pfedmoe_mpi.federation.sample_privacy import Account, check_history
+from pfedmoe_mpi.federation.privacy_account import check_fork
+from pfedmoe_mpi.federation.sample_privacy import Account
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.run import console, restart
 from support.mpi_job import run_conformance
@@ -155,6 +157,11 @@ BODIES = {
         if turn.round > 1:
             list(turn.training_batches())
         return super().client_step(turn)
+""",
+    r"reads samples without noise \(Turn.loss\)": """
+    def client_step(self, turn):
+        values = super().client_step(turn)
+        return values if turn.loss < 3 else {}
 """,
     "trains something besides the parts": """
     def client_step(self, turn):
@@ -288,6 +295,16 @@ def test_graphs_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no effect with privacy.unit = sample" in capsys.readouterr().err
 
 
+# The wire
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
+def test_conformance_checks_the_wire(tmp_path: Path, sampling: str) -> None:
+    given = {**SAMPLE, "privacy.noise": 0.5, "privacy.sampling": sampling}
+    settings = Case("fedrep", given).settings(rounds=2, faults__dropout=0.2)
+    assert not traffic_errors(comm.start().split(0), settings, tmp_path)
+
+
 # Ranks and restarts
 
 
@@ -355,12 +372,10 @@ def test_noise_is_solved_for_the_whole_run_and_not_for_more_rounds() -> None:
     whole, part = (Account(built("fedavg", **settings, **more)).entry(3) for more in ({}, drifting))
     assert part["epsilon"] > 1.1 * whole["epsilon"], "of fewer rows each is drawn more often"
 
-    check_history(federation, [{"privacy": entries[-1]}], forked=False)
-    with pytest.raises(ConfigError, match="the rounds so far have") as error:
-        check_history(built("ditto", rounds=9, **chosen), [{"privacy": entries[-1]}], forked=False)
-    assert "without --rounds" in error.value.remedy
-    with pytest.raises(ConfigError, match="fork"):
-        check_history(federation, [{"privacy": entries[-1]}], forked=True)
+    with pytest.raises(ConfigError, match="a fork adds the noise of its run") as error:
+        check_fork(federation)
+    assert "fork with --privacy.epsilon 0" in error.value.remedy
+    check_fork(built("ditto", privacy__noise=0.0))
 
 
 def test_a_restart_keeps_the_settings_that_epsilon_is_computed_from() -> None:
@@ -370,6 +385,9 @@ def test_a_restart_keeps_the_settings_that_epsilon_is_computed_from() -> None:
         with pytest.raises(ConfigError, match=f"{name}: "):
             restart.override_settings(before, {name: value}, restart._fixed(before))
     restart.override_settings(before, {"train.lr": 0.5}, restart._fixed(before))
+    solved = config.to_tree(Case("fedavg", {**SAMPLE, "privacy.epsilon": 3.0}).settings())
+    with pytest.raises(ConfigError, match="rounds: "):  # for which the noise was chosen
+        restart.override_settings(solved, {"rounds": 9}, restart._fixed(solved))
 
 
 def test_a_run_reports_epsilon_in_its_rows() -> None:

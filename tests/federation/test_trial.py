@@ -78,6 +78,19 @@ def test_an_operation_without_a_deterministic_kernel_is_refused(tmp_path: Path, 
     assert "--train.deterministic false" in error.value.remedy
 
 
+def test_an_architecture_is_tried_that_trains_for_the_first_time_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One client trains in a round; another architecture comes after the rounds that are looked through."""
+    monkeypatch.setattr(trial, "ROUNDS", 1)
+    pool = {"model__pool": "mlp3,mlp4,mlp5", "participation": 0.2, "train__device": "cpu"}
+    federation = build.build(comm.start(), Case("standalone", {}).settings(rounds=60, **pool), warn=False)
+    tried = [client.spec["model"].kind.split()[-1] for client, _ in trial.members(federation)]
+    assert sorted(tried) == ["mlp3", "mlp4", "mlp5"]
+    short = replace(federation, config=federation.config.model_copy(update={"rounds": 1}))
+    assert len(list(trial.members(short))) == 1, "who never trains is not tried"
+
+
 def test_a_trial_leaves_no_trace() -> None:
     found = []
     for tried in (False, True):

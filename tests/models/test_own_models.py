@@ -188,7 +188,9 @@ def test_vector_of_an_own_model(tmp_path: Path, kind: str) -> None:
     part = Module("model", lambda: registry.build_model(reference, SHAPE, 3, DIM, "small"), weightless=False)
     bench = Workbench(0, torch.device("cpu"))
     layout, vector = bench.layout({"model": part}), bench.initial({"model": part}, 1)
-    assert torch.equal(vector, bench.initial({"model": part}, 1))
+    for _ in range(3):  # the second time on, a kept module may be drawn again
+        assert torch.equal(vector, bench.initial({"model": part}, 1))
+    assert torch.equal(vector, Workbench(0, torch.device("cpu")).initial({"model": part}, 1))
     assert vector.shape == (layout.size,) and len({e.name for e in layout.entries}) == len(layout.entries)
     parts = bench.parts(({"model": part}, vector))
     parts.check()
