@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,11 +37,9 @@ def small_run() -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def session() -> Iterator[launcher.Session]:
+def session() -> launcher.Session:
     """Run command lines in one process without a launcher: `session("inspect", "x.h5", cwd=folder)`."""
-    running = launcher.Session()
-    yield running
-    running.close()
+    return launcher.shared_session(1)
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of three rounds on two ranks, measured every second round and saved every round."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ("--rounds", "3", "--eval.every", "2", "--run.checkpoint_every", "1", "--run.dir", "run")
-    result = launcher.run_program(2, *SMALL_RUN, *flags, cwd=folder)
+    result = launcher.shared_session(2)(*SMALL_RUN, *flags, cwd=folder)
     assert result.code == 0, result.err
     (folder / "run" / "said.txt").write_text(result.out)
     return folder / "run"

@@ -213,11 +213,11 @@ def test_ranks_sharing_a_gpu_and_a_restart_give_the_same_bits(tmp_path: Path, pr
     arguments = (*CNN, "--train.precision", precision)
     found = set()
     for ranks in (1, 2, 4) if precision == "fp32" else (2,):
-        output = run_to_end(ranks, *arguments, "--run.dir", str(ranks), cwd=tmp_path)
+        output = run_to_end(ranks, *arguments, "--run.dir", str(ranks), cwd=tmp_path, own_job=True)
         assert "GPU 0 of" in output
         found.add(checkpoint_digest(tmp_path / str(ranks), 3))
-    run_to_end(1, *arguments, "--rounds", "1", "--run.dir", "run", cwd=tmp_path)
-    run_to_end(2, "restart", "run", "--rounds", "3", cwd=tmp_path)
+    run_to_end(1, *arguments, "--rounds", "1", "--run.dir", "run", cwd=tmp_path, own_job=True)
+    run_to_end(2, "restart", "run", "--rounds", "3", cwd=tmp_path, own_job=True)
     found.add(checkpoint_digest(tmp_path / "run", 3))
     assert len(found) == 1
 
@@ -228,6 +228,6 @@ def test_a_stop_in_the_middle_of_a_round_keeps_the_bits(tmp_path: Path) -> None:
         wait_for_file(tmp_path / "run" / "events.jsonl", job)
         os.kill(rank_processes(job.pid)[1], signal.SIGUSR1)
         assert launcher.wait_for_end(job, 60).code == 75
-    run_to_end(1, "restart", "run", cwd=tmp_path)
-    run_to_end(2, *arguments, "--run.dir", "whole", cwd=tmp_path)
+    run_to_end(1, "restart", "run", cwd=tmp_path, own_job=True)
+    run_to_end(2, *arguments, "--run.dir", "whole", cwd=tmp_path, own_job=True)
     assert checkpoint_digest(tmp_path / "run", 1) == checkpoint_digest(tmp_path / "whole", 1)

@@ -12,7 +12,7 @@ from pfedmoe_mpi.commands.verify import _open_kept, _plan
 from pfedmoe_mpi.run.folder import RunFolder
 from support.checkpoint_files import reseal, single_rank
 from support.files import path_digest
-from support.launcher import SMALL_RUN, Result, Session, read_events, run_program
+from support.launcher import SMALL_RUN, Result, Session, read_events, shared_session
 
 
 def test_verify_replays_every_round_that_it_can(
@@ -20,7 +20,7 @@ def test_verify_replays_every_round_that_it_can(
 ) -> None:
     """On three ranks, although the run had two; nothing is written."""
     before = path_digest(run)
-    result = run_program(3, "verify", str(run), "--rounds", "9", cwd=tmp_path)
+    result = shared_session(3)("verify", str(run), "--rounds", "9", cwd=tmp_path)
     assert result.code == 0 and path_digest(run) == before, result.err
     lines = result.out.splitlines()
     replayed = [line for line in lines if "replayed on 3 ranks" in line]

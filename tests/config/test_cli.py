@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tomllib
@@ -18,7 +17,6 @@ from pfedmoe_mpi import __version__, config
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import methods
 from pfedmoe_mpi.federation.rebuilt import vectors
-from support.files import path_digest
 from support.launcher import (
     Result,
     Session,
@@ -244,44 +242,7 @@ def test_validation_rows_choose_the_best_checkpoint_and_the_end(
     assert "validation rows choose best.h5" in report
 
 
-# Reading checkpoints
-
-
-def test_inspect_prints_the_checkpoint(run_command: Callable[..., Result], trained: Path) -> None:
-    path = trained / "checkpoints" / "round-000003.h5"
-    text = run_command("inspect", path).out
-    mean = read_metrics(trained)[2]["accuracy"]["mean"]
-    for said in (
-        "pfedmoe, round 3 of 3",
-        "data synthetic, partition dirichlet",
-        f"accuracy mean {100 * mean:.2f} %, worst ",
-        "best on test: round ",
-        "server: 139,100 numbers (shared 139,100)",
-        "clients 0, 2: 157,628 numbers (model 144,110, gate 13,518)",
-        "clients 1, 3: ",
-        "threads: 1",
-    ):
-        assert said in text, said
-    short = run_command("inspect", path, "--digest").out
-    assert len(short) == 65 and f"digest: {short}" in text
-    assert run_command("inspect", "--digest", path).out == short
-
-
-def test_digest_depends_on_learning_alone(
-    run_command: Callable[..., Result], small_run: tuple[str, ...], tmp_path: Path
-) -> None:
-    def after(name: str, *flags: str) -> str:
-        run_command(*small_run, "--run.dir", name, *flags)
-        return run_command("inspect", tmp_path / name / "checkpoints" / "round-000001.h5", "--digest").out
-
-    first = after("a")
-    assert after("b", "--run.keep", "7", "--run.checkpoint_every", "2") == first
-    unlike = {
-        after("c", "--seed", "1"),
-        after("d", "--train.lr", "0.02"),
-        after("e", "--pfedmoe.share", "false"),
-    }
-    assert len(unlike | {first}) == 4
+# Reading checkpoints of every method
 
 
 def test_export_writes_the_checkpoint_tensors(
@@ -304,20 +265,6 @@ def test_export_writes_the_checkpoint_tensors(
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]
 
 
-def test_evaluate_on_several_ranks_repeats_the_last_row(run: Path, tmp_path: Path) -> None:
-    before = path_digest(run)
-    result = run_program(
-        2, "evaluate", str(run / "checkpoints" / "round-000003.h5"), "--json", "true", cwd=tmp_path
-    )
-    assert (result.code, result.err) == (0, "")
-    measured, row = json.loads(result.out), read_metrics(run)[2]
-    assert measured["round"] == 3 and measured["other_data"] is False
-    assert measured["accuracy"] == row["accuracy"]
-    for name in ("accuracy", "loss", "alpha"):
-        assert measured["clients"][name] == row["clients"][name]
-    assert path_digest(run) == before
-
-
 def test_evaluate_prints_a_table(run_command: Callable[..., Result], of_each: Path) -> None:
     lines = run_command("evaluate", of_each / "checkpoints" / "round-000001.h5").out.splitlines()
     row = read_metrics(of_each)[0]
@@ -330,17 +277,6 @@ def test_evaluate_prints_a_table(run_command: Callable[..., Result], of_each: Pa
             f"{row['clients']['accuracy'][client]:.4f}",
         ]
     assert lines[5].startswith(f"mean {row['accuracy']['mean']:.4f}")
-
-
-def test_evaluate_on_other_data_is_announced(
-    run_command: Callable[..., Result], small_run: tuple[str, ...], run: Path
-) -> None:
-    run_command("data", "prepare", "other.h5", *small_run, "--seed", "5")
-    flags = ("--data.source", "hdf5", "--data.path", "other.h5")
-    result = json.loads(
-        run_command("evaluate", run / "checkpoints" / "best.h5", *flags, "--json", "true").out
-    )
-    assert result["other_data"] is True and 0 <= result["accuracy"]["mean"] <= 1
 
 
 # Data

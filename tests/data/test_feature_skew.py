@@ -97,8 +97,8 @@ def test_run_with_noise_has_the_same_bits_on_any_ranks_and_store(
     runs = {
         "one": session(*digits, *flags, "--run.dir", "one", cwd=tmp_path),
         "clean": session(*digits, *flags, "--partition.noise", "0", "--run.dir", "clean", cwd=tmp_path),
-        "file": launcher.run_program(3, *file, *flags, "--run.dir", "file", cwd=tmp_path),
-        "sent": launcher.run_program(2, *digits, *flags, "--run.dir", "sent", cwd=tmp_path),
+        "file": launcher.shared_session(3)(*file, *flags, "--run.dir", "file", cwd=tmp_path),
+        "sent": launcher.shared_session(2)(*digits, *flags, "--run.dir", "sent", cwd=tmp_path),
     }
     for result in runs.values():
         assert result.code == 0, result.err

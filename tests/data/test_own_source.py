@@ -91,7 +91,7 @@ def test_run_on_one_and_three_ranks_and_restart(tmp_path: Path, session: Session
     )
     flags = ("--data.source", "./mydata.py:load", "--model.pool", "mlp5", "--rounds", "2")
     for ranks in (1, 3):
-        run_to_end(ranks, *flags, "--run.dir", f"run{ranks}", cwd=tmp_path)
+        run_to_end(ranks, *flags, "--run.dir", f"run{ranks}", cwd=tmp_path, own_job=True)
     assert checkpoint_digest(tmp_path / "run1", 2) == checkpoint_digest(tmp_path / "run3", 2)
     assert (tmp_path / "run1" / "code" / "mydata.py").is_file()
     assert session("restart", "run1", "--rounds", "3", cwd=tmp_path).code == 0

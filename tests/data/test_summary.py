@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 
 from support.data_files import open_data, write_h5, write_image_folder
-from support.launcher import run_program
+from support.launcher import run_program, shared_session
 
 
 def write_table(path: Path) -> Path:
@@ -58,7 +58,7 @@ def test_texts_have_no_range(tmp_path: Path) -> None:
 def test_two_ranks_say_it_once(tmp_path: Path) -> None:
     flags = ("--data.source", "table", "--data.path", write_table(tmp_path / "t.csv"), "--data.label", "y")
     flags += ("--data.client", "site", "--train.device", "cpu", "--model.dim", "16")
-    result = run_program(2, *map(str, flags), "--dry", "true", cwd=tmp_path)
+    result = shared_session(2)(*map(str, flags), "--dry", "true", cwd=tmp_path)
     assert result.code == 0 and result.out.count("data: 2 clients of their own: north, south") == 1
     result = run_program(0, "data", "partition", "p.h5", *map(str, flags), cwd=tmp_path)
     assert result.err.count("data: left out: column 'id': row numbers") == 1 and result.out.startswith(

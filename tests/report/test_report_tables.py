@@ -5,20 +5,22 @@ from __future__ import annotations
 import html
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from support.launcher import Session, read_events, read_metrics
+from support.launcher import Session, read_metrics
 from support.report_runs import (
     RUNS,
     class_counts,
     make_runs,
     metrics_by_seed,
+    operations,
     page_table,
+    reached,
     read_table,
     same_number,
+    traffic,
 )
 
 T_4 = 2.7764451051977987  # Student's t: 95 % of 4 degrees of freedom lie within, Fisher and Yates
@@ -68,35 +70,6 @@ def by_group(found: list[dict[str, str]]) -> dict[tuple[str, str], dict[str, str
 
 def moments(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1))
-
-
-def traffic(history: list[dict[str, Any]]) -> np.ndarray:
-    """Return (rounds, 3): bytes up, down and once of all cohort members."""
-    found, met = [], set()
-    for row in history:
-        members = len(row["cohort"])
-        summed = members - len(row["dropped"]) - len(row["lost"]) - len(row["late"])
-        new = set(row["cohort"]) - met
-        met |= new
-        sent = row["bytes"]
-        found.append(((sent["up"] or 0) * summed, (sent["down"] or 0) * members, sent["once"] * len(new)))
-    return np.array(found, float)
-
-
-def operations(run: Path) -> np.ndarray:
-    """Return the floating-point operations of each round's training."""
-    recorded = read_events(run)[0]["operations"]
-    each = [recorded["kinds"][kind]["epoch"] for kind in recorded["clients"]]
-    assert min(each) > 1e4, "one epoch a round, and nothing besides"
-    return np.array(
-        [sum(each[k] * row["clients"]["samples"][k] for k in row["cohort"]) for row in read_metrics(run)]
-    )
-
-
-def reached(history: list[dict[str, Any]], target: float) -> int | None:
-    """Return the index of the first row that reaches the target."""
-    there = np.flatnonzero([row["accuracy"]["mean"] >= target for row in history])
-    return int(there[0]) if len(there) else None
 
 
 # Several runs

@@ -355,7 +355,7 @@ def test_runs_at_once_are_stopped_resumed_and_equal_runs_alone(
     starts = [launcher.read_events(folder / "out" / name)[0] for name in ours]
     assert {start["ranks"] for start in starts} == {1, 2}, "all ranks are used"
     assert starts[0]["code"] == starts[1]["code"] != "", "which the first rank of the job knows"
-    again = launcher.run_program(3, *flags, "--only", "n8-*", cwd=folder)
+    again = launcher.run_program(3, *flags, "--only", "n8-*", cwd=folder, timeout=240)
     assert again.code == 1 and "\nfailed: n8-pfedmoe-lr1e+30\nfailed: n8-standalone-lr1e+30\n" in again.out
     assert again.err.count(" | error: ") == 2, again.err
     result = session(f"out/{ours[0]}/config.toml", "--run.dir", f"alone/{ours[0]}", cwd=folder)

@@ -65,7 +65,7 @@ def test_train_and_restart(tmp_path: Path, tiny_vit: Any) -> None:
     assert signal.getsignal(signal.SIGINT) is before, "the notebook's own Ctrl-C is gone"
     words = [f"--{name}={value}" for name, value in {**SMALL, "rounds": 2}.items()]
     own = f"--model.pool={STRANGERS}/nets.py:TinyViT,mlp5"
-    run_to_end(1, *words, own, "--run.dir", "same", cwd=tmp_path)
+    run_to_end(1, *words, own, "--run.dir", "same", cwd=tmp_path, own_job=True)
     assert checkpoint_digest(tmp_path / "same", 2) == checkpoint_digest(tmp_path / "run", 2)
 
 

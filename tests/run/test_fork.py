@@ -12,7 +12,7 @@ from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.report import fork_section
 from pfedmoe_mpi.report.load import load_run
 from pfedmoe_mpi.run import fork
-from support.launcher import Result, read_events, reproducible_rows, run_program
+from support.launcher import Result, read_events, reproducible_rows, shared_session
 
 
 def test_fork_repeats_the_run_where_no_change_has_an_effect(
@@ -40,7 +40,7 @@ def test_fork_keeps_common_parts_and_repeats_on_any_ranks_and_through_a_restart(
     run_command: Callable[..., Result], run: Path, tmp_path: Path
 ) -> None:
     change = ("--at", "2", "--gate.weights", "equal", "--rounds")
-    on_two = run_program(2, "fork", str(run), *change, "5", "--run.dir", "two", cwd=tmp_path)
+    on_two = shared_session(2)("fork", str(run), *change, "5", "--run.dir", "two", cwd=tmp_path)
     assert on_two.code == 0 and on_two.err.count("the fork does not have: gate") == 1, on_two.err
     run_command("fork", run, *change, "4", "--run.dir", "one")
     run_command("restart", "one", "--rounds", "5", "--eval.every", "2")

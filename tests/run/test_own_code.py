@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     shutil.copytree(STRANGERS, folder / "code", ignore=shutil.ignore_patterns("__pycache__"))
     for name in CASES:
-        run_to_end(1, *flags(name, folder / "code"), "--run.dir", name, cwd=folder)
+        run_to_end(1, *flags(name, folder / "code"), "--run.dir", name, cwd=folder, own_job=True)
     return folder
 
 
@@ -67,6 +67,7 @@ def test_same_bits_on_three_ranks_and_after_a_stop(folder: Path, tmp_path: Path,
         3,
         *(*SMALL_RUN, *own, "--rounds", "2", "--run.dir", str(tmp_path / "three")),
         cwd=folder / "code",
+        own_job=True,
     )
     assert checkpoint_digest(tmp_path / "three", 2) == expected
     run = str(tmp_path / "stopped")
@@ -74,7 +75,7 @@ def test_same_bits_on_three_ranks_and_after_a_stop(folder: Path, tmp_path: Path,
         "fault_injection", "stop", "1", "training", *flags(name, folder / "code"), "--run.dir", run, ranks=2
     )
     assert ended.code == 75, ended.output
-    run_to_end(3, "restart", run, cwd=tmp_path)
+    run_to_end(3, "restart", run, cwd=tmp_path, own_job=True)
     assert checkpoint_digest(tmp_path / "stopped", 2) == expected
 
 
@@ -142,7 +143,7 @@ def test_changed_code_needs_permission(folder: Path, tmp_path: Path, session: la
 def test_missing_files_of_a_run(folder: Path, tmp_path: Path, session: launcher.Session) -> None:
     code = tmp_path / "code"
     shutil.copytree(folder / "code", code)
-    run_to_end(1, *flags("near", code), "--rounds", "1", "--run.dir", "run", cwd=tmp_path)
+    run_to_end(1, *flags("near", code), "--rounds", "1", "--run.dir", "run", cwd=tmp_path, own_job=True)
     shutil.rmtree(code)
     error_message(
         session("restart", "run", "--rounds", "2", cwd=tmp_path), r"there is no file (.|\n)*--run\.code"

@@ -1,7 +1,8 @@
-"""The program as its users start it, and many of its command lines in one process."""
+"""The program as its users start it, and many of its command lines in one process or job."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -10,9 +11,11 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,15 @@ LAUNCHER_PREFIXES = (
     "OMP_",
 )  # what a job around the tests may have set
 
+MOST_SHARED = 3  # ranks of a job that waits for command lines: more would be a burden on two cores
+
 SMALL_RUN = (
     *("--data.source", "synthetic", "--data.samples", "200", "--data.size", "8", "--clients", "4"),
     *("--model.pool", "mlp5,mlp4", "--model.shared", "mlp5", "--rounds", "1", "--train.device", "cpu"),
 )
 QUICK_RUN = (
     *("--clients", "6", "--rounds", "6", "--model.pool", "mlp4,mlp5", "--model.shared", "mlp5"),
-    *("--run.checkpoint_every", "1", "--train.epochs", "2", "--run.dir", "run"),
+    *("--run.checkpoint_every", "1", "--run.dir", "run"),
 )
 
 
@@ -210,9 +215,17 @@ def wait_for_file(path: Path, job: subprocess.Popen[str], timeout: float = 120) 
         time.sleep(0.01)
 
 
-def run_to_end(ranks: int, *arguments: str, cwd: Path, timeout: float = 240, mpi: str = "mpich") -> str:
-    """Return the output of a job that must exit with 0."""
-    result = run_program(ranks, *arguments, cwd=cwd, timeout=timeout, mpi=mpi)
+def run_to_end(
+    ranks: int, *arguments: str, cwd: Path, timeout: float = 240, mpi: str = "mpich", own_job: bool = False
+) -> str:
+    """Return the output of a command line that must exit with 0.
+
+    On up to three ranks it runs in the job that all such command lines share, unless it is to have its own.
+    """
+    if ranks > MOST_SHARED or mpi != "mpich" or own_job:
+        result = run_program(ranks, *arguments, cwd=cwd, timeout=timeout, mpi=mpi)
+    else:
+        result = shared_session(ranks)(*arguments, cwd=cwd, timeout=timeout)
     assert result.code == 0, result.out + result.err
     return result.out + result.err
 
@@ -229,39 +242,67 @@ def checkpoint_digest(run: Path, round: int) -> str:
 
 
 class Session:
-    """Command lines run one after the other in one process without a launcher, to save start-up time."""
+    """Command lines run one after the other in one process, or in one job of several ranks, to save time.
 
-    def __init__(self) -> None:
+    The process starts with the first command line, and again with the one after a failure.
+    """
+
+    def __init__(self, ranks: int = 1) -> None:
+        self._launcher = [] if ranks == 1 else [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks)]
         self._process: subprocess.Popen[str] | None = None
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 what the process writes to stderr
 
-    def __call__(self, *arguments: str, cwd: Path, timeout: float = 60) -> Result:
-        process = self._started()
+    def __call__(self, *arguments: str, cwd: Path, timeout: float = 120) -> Result:
+        process, logged = self._started(), os.fstat(self._log.fileno()).st_size
         assert process.stdin and process.stdout
-        process.stdin.write(json.dumps([str(cwd), *map(str, arguments)]) + "\n")
-        process.stdin.flush()
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            line = process.stdout.readline() if selector.select(timeout) else ""
-        if not line:
+        try:
+            process.stdin.write(json.dumps([str(cwd), *map(str, arguments)]) + "\n")
+            process.stdin.flush()
+            with selectors.DefaultSelector() as selector:
+                selector.register(process.stdout, selectors.EVENT_READ)
+                line = process.stdout.readline() if selector.select(timeout) else ""
+        except BaseException:  # the test's time limit: the next command line must not get this one's answer
             self.close()
-            pytest.fail(f"the process ended, or said nothing within {timeout} s: {' '.join(arguments)}")
+            raise
+        if not (line.startswith("[") and line.endswith("\n")):  # or mpirun reports an end
+            self.close()
+            said = os.pread(self._log.fileno(), 100_000, logged).decode(errors="replace")
+            pytest.fail(f"the process ended, or took more than {timeout} s: {' '.join(arguments)}\n{said}")
         return Result(*json.loads(line))
 
     def _started(self) -> subprocess.Popen[str]:
+        if self._process and self._process.poll() is not None:
+            self.close()
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "support.command_server"],
+                [*self._launcher, sys.executable, "-m", "support.command_server"],
                 env=with_support(clean_environment("mpich", {})),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                stderr=self._log,
                 text=True,
                 start_new_session=True,
             )
         return self._process
 
+    def end(self) -> None:
+        """Let the process end by itself, as it then removes its shared memory."""
+        if self._process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.communicate(timeout=10)  # without input there is no next command line
+            self.close()
+
     def close(self) -> None:
-        """End the process; the next command line starts another."""
+        """Kill the process; the next command line starts another."""
         if self._process:
             kill_tree(self._process.pid)
             self._process.communicate()
             self._process = None
+
+
+@cache
+def shared_session(ranks: int) -> Session:
+    """Return the session of all tests on so many ranks; it ends with this process."""
+    session = Session(ranks)
+    atexit.register(session.end)
+    return session

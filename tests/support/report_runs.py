@@ -96,3 +96,32 @@ def metrics_by_seed(runs: Path, method: str, alpha: float) -> dict[int, list[dic
     for path in runs.glob(f"{method}-{alpha}-*"):
         found[int(path.name.rpartition("-")[2])] = read_metrics(path)
     return dict(sorted(found.items()))
+
+
+def traffic(history: list[dict[str, Any]]) -> np.ndarray:
+    """Return (rounds, 3): bytes up, down and once of all cohort members."""
+    found, met = [], set()
+    for row in history:
+        members = len(row["cohort"])
+        summed = members - len(row["dropped"]) - len(row["lost"]) - len(row["late"])
+        new = set(row["cohort"]) - met
+        met |= new
+        sent = row["bytes"]
+        found.append(((sent["up"] or 0) * summed, (sent["down"] or 0) * members, sent["once"] * len(new)))
+    return np.array(found, float)
+
+
+def operations(run: Path) -> np.ndarray:
+    """Return the floating-point operations of each round's training."""
+    recorded = read_events(run)[0]["operations"]
+    each = [recorded["kinds"][kind]["epoch"] for kind in recorded["clients"]]
+    assert min(each) > 1e4, "one epoch a round, and nothing besides"
+    return np.array(
+        [sum(each[k] * row["clients"]["samples"][k] for k in row["cohort"]) for row in read_metrics(run)]
+    )
+
+
+def reached(history: list[dict[str, Any]], target: float) -> int | None:
+    """Return the index of the first row that reaches the target."""
+    there = np.flatnonzero([row["accuracy"]["mean"] >= target for row in history])
+    return int(there[0]) if len(there) else None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.launcher import Result, run_program
+from support.launcher import Result, run_to_end
 
 HEADER = "age,sex,cp,trestbps,chol,fbs,restecg,thalach,exang,oldpeak,slope,ca,thal,target"
 HOSPITALS = {"alpha": 48, "beta": 40, "gamma": 36}
@@ -80,7 +80,6 @@ def assert_restart_keeps_bits(done: Callable[..., Result], flags: Sequence[str],
     newest = "checkpoints/round-000002.h5"
     done(*flags, "--run.dir", "whole")
     for words in ([*flags, "--rounds", "1", "--run.dir", "half"], ["restart", "half", "--rounds", "2"]):
-        result = run_program(2, *words, cwd=cwd)
-        assert result.code == 0, result.err
+        run_to_end(2, *words, cwd=cwd)
     assert len({done("inspect", f"{run}/{newest}", "--digest").out for run in ("whole", "half")}) == 1
     return f"half/{newest}"
