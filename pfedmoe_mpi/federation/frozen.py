@@ -23,15 +23,18 @@ def load(
 ) -> Frozen:
     """Return the frozen tensors of all parts; collective. With a checkpoint set those of its run folder.
 
+    This is where every architecture is built on every rank for the first time.
+
     Args:
         specs: of the server and of every client.
 
     Raises:
         CheckpointError: on all ranks: those of the checkpoint are missing, damaged or of other models.
+        ConfigError: on all ranks: a model of the user's own cannot be built on one of them.
     """
     state, clients = specs
     modules = modules_by_kind((state, *clients))
-    layouts = {kind: bench.frozen_layout(part) for kind, part in modules.items()}
+    layouts = comm.attempt(lambda: {k: bench.frozen_layout(part) for k, part in modules.items()}, "models")
     layouts = {kind: layout for kind, layout in layouts.items() if layout.size}
     digest = loaded.identity.get("frozen") if loaded else None
     if loaded and digest:

@@ -140,6 +140,19 @@ def test_changed_code_needs_permission(folder: Path, tmp_path: Path, session: la
     assert len(read_metrics(tmp_path / "run")) == 4
 
 
+def test_model_that_fails_on_one_rank_is_refused_on_all(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(
+        "from mpi4py import MPI\nfrom torch import nn\n\n\nclass Net(nn.Module):\n"
+        "    def __init__(self, shape, dim):\n        super().__init__()\n"
+        "        assert MPI.COMM_WORLD.rank != 1, 'no host of mine'\n"
+        "        self.layer = nn.Linear(shape[0] * shape[1] * shape[2], dim)\n"
+        "    def forward(self, x):\n        return self.layer(x.flatten(1))\n"
+    )
+    words = (*SMALL_RUN, "--model.pool", "./nets.py:Net", "--model.dim", "8", "--run.timeout", "30")
+    result = launcher.shared_session(2)(*words, "--run.dir", "run", cwd=tmp_path)
+    error_message(result, "nets.py:8: AssertionError: no host of mine")
+
+
 def test_missing_files_of_a_run(folder: Path, tmp_path: Path, session: launcher.Session) -> None:
     code = tmp_path / "code"
     shutil.copytree(folder / "code", code)
