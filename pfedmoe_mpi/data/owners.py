@@ -46,15 +46,12 @@ def draw_owners(
 
 def _remedy(settings: PartitionSettings, clients: int, rows: int) -> str:
     """Return the changes of settings that make a draw more likely to fit."""
-    if rows < 2 * clients * settings.min_samples:
-        most = rows // (2 * settings.min_samples)
-        scarce = f"{rows} rows are few for {clients} clients of at least {settings.min_samples}: "
-        fewer = f"lower --clients to {most}" if most > 1 else "lower --clients"
-        return f"{scarce}take more rows, {fewer}, or lower --partition.min_samples"
     steps = [
         f"lower --clients (now {clients})",
         f"lower --partition.min_samples (now {settings.min_samples})",
     ]
+    if rows < 2 * clients * settings.min_samples:
+        steps.insert(0, f"take more rows (now {rows})")
     if settings.kind in {"dirichlet", "dirichlet_class", "quantity"}:
         steps.insert(0, f"raise --partition.alpha (now {settings.alpha:g})")
         if settings.kind != "dirichlet":  # where sizes differ widely, one draw in hundreds fits

@@ -133,7 +133,7 @@ def test_checkpoint_or_run_folder_is_not_a_configuration(
         ("clients = 200 with partition.min_samples = 10 need 2000 rows", ["--clients", "200"]),
         ("data.samples = 200 is below the number of clients", ["--clients", "500"]),
         (
-            "none of partition.tries = 2 draws satisfied(.|\n)*200 rows are few .* lower --clients to 10",
+            "none of partition.tries = 2 draws satisfied(.|\n)*take more rows .now 200.*--clients .now 19",
             ["--partition.alpha", "0.001", "--clients", "19", "--partition.tries", "2"],
         ),
         ("run.scratch = /proc cannot be written", ["--run.scratch", "/proc"]),
