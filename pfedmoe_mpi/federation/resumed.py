@@ -38,7 +38,9 @@ class Resumed:
             return
         try:
             files = OpenFiles(path, needed.files)
-        except CheckpointError:  # this rank alone does not see one of them now, and those open have the same
+        except CheckpointError as error:  # this rank alone does not see one of them now
+            if not self._names:  # a fork's vectors, which cannot be read from files that are open
+                raise OSError(str(error)) from error
             return
         self._rely(relied, needed, files)
 

@@ -54,6 +54,17 @@ class RandomMask(nn.Module):
             self.weight.copy_(self.mask * torch.rand(4))
 
 
+COMMON = nn.Linear(4, 3)
+
+
+class SharesLayer(nn.Module):
+    """Has a layer that all of its kind share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.common, self.own = COMMON, nn.Linear(3, 2)
+
+
 OURS: dict[str, Callable[[], nn.Module]] = {
     "cnn5": lambda: registry.build_model("cnn5", (3, 32, 32), 4, 8, "small"),
     "mlp4": lambda: registry.build_extractor("mlp4", SHAPE, 8, "small"),
@@ -65,6 +76,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
     "draws last": DrawsLast,
     "needs an argument": NeedsArgument,
     "random mask": RandomMask,
+    "shares a layer": SharesLayer,
 }
 
 

@@ -143,6 +143,16 @@ def test_plan_of_leaning_checkpoints_and_scratch_file_is_what_a_run_writes(tmp_p
     assert "this disk is too small: --run.keep 1" in short
 
 
+def test_plan_counts_that_the_last_round_measures_everybody() -> None:
+    settings = {"data.source": "synthetic", "clients": 400, "rounds": 10, "eval.clients": 0.01}
+
+    def metrics(last: str) -> int:
+        chosen = config.build({**settings, "participation": 0.01, "eval.last": last})
+        return disk.disk_use(chosen, 10, [20] * 400, 4_000, 10, 1, 0).metrics
+
+    assert metrics("all") - metrics("drawn") == disk.BY_CLIENT * (400 - 8)
+
+
 def check_plan_of_restart(chosen: dict[str, Any], folder: Folder) -> None:
     """What trained before stays in its checkpoint; the first of a fork is complete."""
     federation, before = build(shared_comm(), config.build(chosen), warn=False), len(folder.written_sizes)
