@@ -24,7 +24,7 @@ from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import build, gpu_memory
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import comm, launch
 from support import launcher
 from support.launcher import checkpoint_digest, rank_processes, run_to_end, running_job, wait_for_file
 from support.text_files import write_hospitals, write_news
@@ -49,7 +49,7 @@ FAMILIES = {  # the side of its images, and whether torchvision has it
 
 @cache
 def shared_comm() -> comm.Comm:
-    return comm.start()
+    return launch.start()
 
 
 def made(method: str, **changes: Any) -> Federation:

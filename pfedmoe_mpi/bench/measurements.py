@@ -20,7 +20,7 @@ from pfedmoe_mpi.bench.progress import Stage, announce, estimated_round
 from pfedmoe_mpi.bench.timing import QUICK_REPEATS, REPEATS, Line, Pair, run_round, side_by_side
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import ConfigError, StoppedError
-from pfedmoe_mpi.mpi import comm, device
+from pfedmoe_mpi.mpi import device, launch
 from pfedmoe_mpi.mpi.comm import Comm
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Bench:
         code = self.world.gather(code, "code")[0]
         return [
             f"{datetime.now().astimezone():%Y-%m-%d %H:%M %z}, pfedmoe_mpi {code}",
-            f"torch {torch.__version__}, {comm.library()}",
+            f"torch {torch.__version__}, {launch.library()}",
             f"{device.processor()}{gpu}: {ranks} on {self.hosts} host(s), {environment.CORES} cores here",
             *([f"quick: {self._repeats} pairs instead of {REPEATS}, little data"] if self._quick else []),
         ]

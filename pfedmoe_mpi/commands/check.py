@@ -26,7 +26,7 @@ from pfedmoe_mpi.commands import check_folder
 from pfedmoe_mpi.commands.finding import Finding, count_text
 from pfedmoe_mpi.config.sections import Train
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_FAULT, UserError
-from pfedmoe_mpi.mpi import comm, device, session
+from pfedmoe_mpi.mpi import device, launch, session
 from pfedmoe_mpi.mpi.comm import Comm
 
 SUM_SIZES = (1, 1_000, 665_048, 4_000_000)  # int64 numbers; pFedMoE's shared extractor has 665,048
@@ -70,7 +70,7 @@ def _versions(world: Comm, code: str) -> Iterator[Finding]:
 
     from pfedmoe_mpi.storage import hdf5_check
 
-    library = " ".join(comm.library().split())
+    library = " ".join(launch.library().split())
     yield Finding(True, f"MPI library: {library}, used through mpi4py {metadata.version('mpi4py')}")
     versions = (
         f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
@@ -192,7 +192,7 @@ def _signals(world: Comm) -> Finding:
 
 def _stopping() -> Finding:
     """Return how this MPI's launcher treats signals; that is known, not tried."""
-    library = comm.library()
+    library = launch.library()
     if "Open MPI" in library:
         return Finding(
             True,

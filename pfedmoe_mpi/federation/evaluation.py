@@ -80,7 +80,7 @@ def evaluate(
             client for client in federation.clients if client in place
         ):
             comm.poll()
-            with comm.located(f"evaluation of client {client.id}, round {round}"):
+            with comm.located(f"evaluation of client {client.id}, round {round}", alone=True):
                 values = _client_metrics(federation, client, state, round, result, place[client.id])
                 result.clients[place[client.id]] = values
     except StoppedError:

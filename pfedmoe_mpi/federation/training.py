@@ -52,7 +52,7 @@ def train_cohort(
         for position, (client, role) in enumerate(total.cohort):
             if trainer.get(client) == comm.rank:
                 comm.poll()
-                with comm.located(f"client {client}, round {round}"):
+                with comm.located(f"client {client}, round {round}", alone=True):
                     member = _member(federation, client, borrowed)
                     train_member(federation, faults, total, position, member, state, round, role, tested)
                     if total.flags[position] != DROPPED:

@@ -1,4 +1,6 @@
-"""The only module that imports mpi4py: start, wait, exchange, signals and abort; independent of learning.
+"""The communicator: wait, exchange, signals and abort; independent of learning.
+
+Only this module and `launch` import mpi4py.
 
 No rank blocks inside MPI: a blocked rank spins, runs no signal handler and cannot time out. Each rank posts a
 non-blocking operation and tests it, sleeping in between, and checks for a stop and a time-out.
@@ -12,7 +14,6 @@ import signal
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -20,8 +21,8 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from pfedmoe_mpi.environment import SIGNALS, launched_size
-from pfedmoe_mpi.errors import EXIT_FAULT, LaunchError, MessageError, StoppedError, UserError
+from pfedmoe_mpi.environment import SIGNALS
+from pfedmoe_mpi.errors import EXIT_FAULT, MessageError, StoppedError, UserError
 
 T = TypeVar("T")
 
@@ -296,15 +297,27 @@ class Comm:
     # The end
 
     @contextmanager
-    def located(self, place: str) -> Iterator[None]:
-        """Name this rank and the innermost `place` in an exception that ends the job."""
+    def located(self, place: str, alone: bool = False) -> Iterator[None]:
+        """Name this rank and the innermost `place` in an exception that ends the job.
+
+        Args:
+            alone: the other ranks do not do this. They could not raise a MessageError, too, and would wait:
+                it becomes an exception that ends the job.
+        """
+        where = f"rank {self.names[self.rank]}, {place}"
         try:
             yield
-        except (StoppedError, MessageError):
+        except StoppedError:
             raise
+        except MessageError as error:
+            if not alone:
+                raise
+            unexpected = RuntimeError(str(error)).with_traceback(error.__traceback__)
+            unexpected.add_note(where)
+            raise unexpected from None
         except Exception as error:
             if not getattr(error, "__notes__", None):
-                error.add_note(f"rank {self.names[self.rank]}, {place}")
+                error.add_note(where)
             raise
 
     def abort(self, reason: str, remedy: str = "") -> NoReturn:
@@ -352,49 +365,3 @@ class Comm:
             signal.signal(number, signal.SIG_IGN)  # the exit code is already decided
         while self.size > 1 and self._control.Iprobe(tag=_STOP):
             self._control.Recv(np.empty(1, np.int64), tag=_STOP)
-
-
-def start(allow_singleton: bool = False) -> Comm:
-    """Start MPI and return the world communicator.
-
-    Args:
-        allow_singleton: accept a single rank where the launcher started several.
-
-    Raises:
-        LaunchError: there is no MPI library, or the launcher belongs to another MPI, so that ranks do not see
-            each other.
-    """
-    import mpi4py
-
-    mpi4py.rc.initialize = False
-    mpi4py.rc.finalize = True
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise LaunchError(
-            f"mpi4py cannot load an MPI library: {str(error).splitlines()[0]}",
-            "on a cluster, load its MPI module in the job script (module load mpich); "
-            "elsewhere: pip install 'pfedmoe_mpi[mpich]'",
-        ) from error
-    if not MPI.Is_initialized():
-        with warnings.catch_warnings():  # mpi4py warns of a mismatched launcher too, on every rank
-            warnings.simplefilter("ignore", RuntimeWarning)
-            MPI.Init_thread(MPI.THREAD_FUNNELED)
-    world = Comm(MPI.COMM_WORLD)
-    launched = launched_size(os.environ)
-    if world.size == 1 and launched > 1 and not allow_singleton:
-        plugin = "pmix" if "Open MPI" in library() else "pmi2"
-        raise LaunchError(
-            f"the launcher started {launched} ranks, but each believes it is alone: mpi4py uses {library()}, "
-            "and the launcher belongs to another MPI",
-            f"start with the mpirun of that MPI or `srun --mpi={plugin}`; "
-            "to run a single rank, add --run.singleton true",
-        )
-    return world
-
-
-def library() -> str:
-    """Return the name and version of the MPI library."""
-    from mpi4py import MPI
-
-    return " ".join(MPI.Get_library_version().splitlines()[0].strip("\0").split())

@@ -55,7 +55,7 @@ def under_mpi(
     Raises:
         LaunchError: MPI cannot be started here.
     """
-    from pfedmoe_mpi.mpi import comm
+    from pfedmoe_mpi.mpi import launch
 
     files = raise_file_limit()
     if files < OPEN_FILES:
@@ -65,7 +65,7 @@ def under_mpi(
         )
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `catch_signals`
     code = code_version() if launched_rank() == 0 and not earlier else ""
-    world = comm.start(singleton)
+    world = launch.start(singleton)
     world.catch_signals()
     try:
         _check_start(world, given, earlier)
@@ -100,7 +100,7 @@ def call_under_mpi(prepare: Callable[[], tuple[Mapping[str, Any], Callable[[Comm
         UserError, RunError: of `prepare` on any rank, or of `work`: on all ranks.
         ConfigError: this is not the main thread, which alone receives signals.
     """
-    from pfedmoe_mpi.mpi import comm
+    from pfedmoe_mpi.mpi import launch
 
     if threading.current_thread() is not threading.main_thread():
         problem = "a run was started in another thread than the main one"
@@ -112,7 +112,7 @@ def call_under_mpi(prepare: Callable[[], tuple[Mapping[str, Any], Callable[[Comm
         given, work = prepare()
     except UserError as error:
         earlier = error  # the other ranks wait for this one
-    world = comm.start()
+    world = launch.start()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     world.catch_signals()
     try:

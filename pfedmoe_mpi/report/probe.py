@@ -23,7 +23,7 @@ from pfedmoe_mpi.core.parts import Parts
 from pfedmoe_mpi.errors import UserError
 from pfedmoe_mpi.federation.evaluation import inputs, measure
 from pfedmoe_mpi.federation.loop import Loop
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.report.model_views import ModelViews
 from pfedmoe_mpi.run import restart
@@ -46,7 +46,7 @@ def view_models(run: Run) -> ModelViews:
     Raises:
         UserError: there is no good checkpoint, the data are missing or changed, or there is no MPI library.
     """
-    world = comm.start(allow_singleton=True)
+    world = launch.start(allow_singleton=True)
     if world.size > 1:
         raise ProbeError("report runs on one rank", "start it without mpirun")
     found, _, _ = restart.choose(world, run.path)

@@ -15,7 +15,7 @@ from pfedmoe_mpi.federation import branch, own_code
 from pfedmoe_mpi.federation.federation import Federation, samples_text
 from pfedmoe_mpi.federation.privacy_account import check_fork
 from pfedmoe_mpi.federation.round_sum import RoundSum
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from pfedmoe_mpi.mpi.comm import Comm
 
 CONDITIONS = ("torch", "device", "threads", "precision")  # a restart repeats bits only where these are equal
@@ -34,7 +34,7 @@ def run_identity(federation: Federation) -> dict[str, str]:
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "h5py": metadata.version("h5py"),
-        "mpi": comm.library(),
+        "mpi": launch.library(),
         "device": federation.device.model,
         "threads": str(federation.config.train.threads),
         "precision": federation.config.train.precision,

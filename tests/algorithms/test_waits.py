@@ -17,7 +17,7 @@ from pfedmoe_mpi.core.parts import Workbench
 from pfedmoe_mpi.core.turn import Engine, Turn
 from pfedmoe_mpi.federation import build, evaluation
 from pfedmoe_mpi.federation.federation import Federation
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from support.waits import META, Waits
 
 SETTINGS = {
@@ -34,7 +34,7 @@ OWN = {
 @cache
 def federation(method: str) -> Federation:
     settings = Case(method, {}).settings(**SETTINGS, **OWN.get(method, {}))
-    return build.build(comm.start(), settings, warn=False)
+    return build.build(launch.start(), settings, warn=False)
 
 
 class MetaEngine(Engine):

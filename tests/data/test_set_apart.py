@@ -17,7 +17,7 @@ from pfedmoe_mpi.data.partition import Partition
 from pfedmoe_mpi.data.set_apart import choose_unseen
 from pfedmoe_mpi.federation import federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from support import launcher
 from support.launcher import error_message, read_metrics
 from support.mpi_job import run_conformance
@@ -91,7 +91,7 @@ def test_written_partition_is_that_of_the_run(tmp_path: Path, session: launcher.
 
 
 def test_unseen_accuracy_is_that_of_the_global_model() -> None:
-    loop = Loop(comm.start(), build_federation(algorithm="fedavg"), SilentObserver(), None)
+    loop = Loop(launch.start(), build_federation(algorithm="fedavg"), SilentObserver(), None)
     assert loop.run()
     federation, row = loop.federation, loop.history[-1]
     accuracy = row["clients"]["accuracy"]
@@ -115,7 +115,7 @@ def test_unseen_accuracy_is_that_of_the_global_model() -> None:
 def test_evaluate_treats_late_clients_like_the_run(method: str) -> None:
     """`evaluate` of a round before the join treats late clients as untrained."""
     own = {"unseen__clients": 0, "join__share": 0.5, "join__round": 3, "rounds": 4}
-    loop = Loop(comm.start(), build_federation(algorithm=method, **own), SilentObserver(), None)
+    loop = Loop(launch.start(), build_federation(algorithm=method, **own), SilentObserver(), None)
     for _ in range(3):
         assert loop.begin() and loop.run_round()
         found, row = loop.evaluation(), loop.history[-1]
@@ -126,7 +126,7 @@ def test_evaluate_treats_late_clients_like_the_run(method: str) -> None:
 
 def test_scaffold_control_ignores_unseen_clients() -> None:
     """SCAFFOLD's c is the mean of the c_i of the N clients that train; the unseen have no part in N."""
-    loop = Loop(comm.start(), build_federation(algorithm="scaffold"), SilentObserver(), None)
+    loop = Loop(launch.start(), build_federation(algorithm="scaffold"), SilentObserver(), None)
     assert loop.run()
     federation = loop.federation
     control = loop.state[federation.state_layout.parts["control"]]
@@ -148,7 +148,7 @@ def test_rounds_before_the_join_may_have_no_clients(tmp_path: Path, session: lau
 
 @pytest.mark.parametrize("method", methods.names())
 def test_every_method_has_unseen_accuracy_or_a_reason(method: str) -> None:
-    loop = Loop(comm.start(), build_federation(algorithm=method, rounds=1), SilentObserver(), None)
+    loop = Loop(launch.start(), build_federation(algorithm=method, rounds=1), SilentObserver(), None)
     assert loop.begin()
     before = {k: client.vector.clone() for k, client in loop.federation.clients.items()}
     assert loop.run()
@@ -267,7 +267,7 @@ def test_means_are_declared_and_counted_in_bytes(data: dict[str, Path]) -> None:
 )
 def test_means_work_with_other_gates(flags: dict[str, Any]) -> None:
     chosen = {"algorithm": "pfedmoe", "unseen__private": "average", "rounds": 1, **flags}
-    loop = Loop(comm.start(), build_federation(**chosen), SilentObserver(), None)
+    loop = Loop(launch.start(), build_federation(**chosen), SilentObserver(), None)
     assert loop.run() and loop.history[-1]["accuracy_unseen"]["mean"] is not None
     alpha = loop.history[-1]["clients"]["alpha"]
     untrained = {k for k, a in enumerate(alpha) if a is None}

@@ -22,7 +22,7 @@ from pfedmoe_mpi.federation import build, client_privacy
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.federation.privacy_account import check_fork
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from pfedmoe_mpi.privacy import accountant
 from pfedmoe_mpi.privacy.client_release import ClientRelease
 from pfedmoe_mpi.report import run_report
@@ -50,11 +50,11 @@ REFUSED = {
 
 
 def built(algorithm: str = "fedavg", loaded: Checkpoint | None = None, **changes: Any) -> Federation:
-    return build.build(comm.start(), Case(algorithm, CLIP).settings(**changes), warn=False, loaded=loaded)
+    return build.build(launch.start(), Case(algorithm, CLIP).settings(**changes), warn=False, loaded=loaded)
 
 
 def trained(federation: Federation, folder: Path | None = None) -> Loop:
-    loop = Loop(comm.start(), federation, SilentObserver(), folder)
+    loop = Loop(launch.start(), federation, SilentObserver(), folder)
     assert loop.run()
     return loop
 
@@ -126,7 +126,7 @@ def test_more_rounds_go_on_counting_with_the_noise_of_the_rounds_before(tmp_path
     checkpoint.verify(path, 0, 1)
     with Checkpoint(path) as loaded:
         longer = built(rounds=5, loaded=loaded, **chosen)
-        loop = Loop(comm.start(), longer, SilentObserver(), None)
+        loop = Loop(launch.start(), longer, SilentObserver(), None)
         loop.resume(loaded)
         assert loop.run()
     rows = [row["privacy"] for row in loop.history]
@@ -326,12 +326,12 @@ def test_conformance_checks_that_contributions_are_clipped(
     given = {**CLIP, "privacy.clip": 0.01, "privacy.noise": 0.5}
     masked = Case("fedavg", {**given, "privacy.masked": True}).settings(rounds=1)
     for settings in (masked, Case("fedem", given).settings(rounds=2, faults__dropout=0.3)):
-        assert not traffic_errors(comm.start().split(0), settings, tmp_path)
+        assert not traffic_errors(launch.start().split(0), settings, tmp_path)
     encode = ClientRelease.encode
     monkeypatch.setattr(
         ClientRelease, "encode", lambda self, values: encode(replace(self, clip=0.02), values)
     )
-    errors = traffic_errors(comm.start().split(0), masked, tmp_path)
+    errors = traffic_errors(launch.start().split(0), masked, tmp_path)
     assert any("block 'model' of the sum: more than the method returned" in error for error in errors)
 
 

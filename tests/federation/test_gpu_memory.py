@@ -25,7 +25,7 @@ from pfedmoe_mpi.federation.gpu_memory import (
     stay_in_host_memory,
 )
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 
 GB = 1e9
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def rank(gpu: str, samples: float, free: float, models: float = 1.0, step: float
 
 def made(method: str = "pfedmoe", **changes: Any) -> Federation:
     settings = Case(method, {}).settings(train__device="cpu", rounds=2, **changes)
-    return build.build(comm.start(), settings, warn=False)
+    return build.build(launch.start(), settings, warn=False)
 
 
 # Ranks that share a GPU
@@ -147,7 +147,7 @@ def test_samples_in_host_memory_give_the_same_bits() -> None:
     found = []
     for where in ("auto", "host"):
         federation = made("fedjets", train__samples_in=where, stream__kind="abrupt", stream__round=2)
-        loop = Loop(comm.start(), federation, SilentObserver(), None)
+        loop = Loop(launch.start(), federation, SilentObserver(), None)
         assert loop.run() and federation.streamed == (where == "host")
         found.append(digest(loop))
     assert found[0] == found[1]

@@ -21,7 +21,7 @@ from pfedmoe_mpi.data.set_apart import reserve_rows
 from pfedmoe_mpi.errors import ConfigError, PartitionError, StoppedError
 from pfedmoe_mpi.federation import federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from support import launcher
 from support.launcher import checkpoint_digest, run_to_end
 from support.unseen_clients import FLAGS, build_federation
@@ -100,7 +100,7 @@ def test_divergence_before_round_1_is_reported() -> None:
         algorithm="fedjets", train__lr_shared=1e30, train__clip=0.0, fedjets__common_target=1.0
     )
     with pytest.raises(ConfigError, match="training before round 1 diverged"):
-        Loop(comm.start(), federation, SilentObserver(), None).run()
+        Loop(launch.start(), federation, SilentObserver(), None).run()
 
 
 def test_pretraining_accuracy_is_reported(tmp_path: Path, session: launcher.Session) -> None:
@@ -139,7 +139,7 @@ def with_two(monkeypatch: pytest.MonkeyPatch) -> federation.Federation:
 
 def test_prepare_sees_the_pretrained_state(monkeypatch: pytest.MonkeyPatch) -> None:
     federation = with_two(monkeypatch)
-    loop = Loop(comm.start(), federation, SilentObserver(), None)
+    loop = Loop(launch.start(), federation, SilentObserver(), None)
     assert loop.begin() and (loop.state == 7).all()
     for k, client in federation.clients.items():
         x = federation.engine.normalise(client.splits["train"].x)
@@ -159,9 +159,9 @@ def test_stop_before_round_1_saves_only_finished_pretraining(
         if left[0] < 0:
             raise StoppedError
 
-    world = comm.start()
+    world = launch.start()
     monkeypatch.setattr(world, "poll", poll)
-    monkeypatch.setattr(comm, "start", lambda: world)
+    monkeypatch.setattr(launch, "start", lambda: world)
     federation = with_two(monkeypatch)
     loop = Loop(world, federation, SilentObserver(), tmp_path)
     start = loop.state.clone()
@@ -194,8 +194,8 @@ def test_signal_during_pretraining_stops_with_75(
 
 def test_pretraining_rank_is_not_timed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time-out applies to rounds; before the first one it is infinite, or the user's setting."""
-    world, seen = comm.start(), []
-    monkeypatch.setattr(comm, "start", lambda: world)
+    world, seen = launch.start(), []
+    monkeypatch.setattr(launch, "start", lambda: world)
     agree = world.agree
     monkeypatch.setattr(world, "agree", lambda *given: seen.append(world.timeout) or agree(*given))
     for changes, expected in (({}, float("inf")), ({"run__timeout": 77.0}, 77.0)):

@@ -13,7 +13,7 @@ from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.federation.privacy_account import check_fork
 from pfedmoe_mpi.federation.sample_privacy import Account
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from pfedmoe_mpi.report import epsilon_section
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.run import console, restart
@@ -106,7 +106,7 @@ def test_a_run_reports_epsilon_in_its_rows() -> None:
     plan = plan_of(federation)
     (line,) = (line for line in plan if line.startswith("privacy: "))
     assert "keep it secret" in plan[plan.index(line) + 1]
-    loop = Loop(comm.start(), federation, SilentObserver(), None)
+    loop = Loop(launch.start(), federation, SilentObserver(), None)
     assert loop.run()
     assert [row["privacy"] for row in loop.history] == [Account(federation).entry(round) for round in (1, 2)]
     assert "noise 1.5 times the clip" in line and line in console.table(federation, loop.history)

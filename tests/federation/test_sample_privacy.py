@@ -24,7 +24,7 @@ from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import build, trial, tuning
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from support.mpi_job import run_conformance
 from support.sample_privacy import SAMPLE, built
 from support.small_federation import plan_of
@@ -105,7 +105,7 @@ def test_texts_are_trained_too(tmp_path: Path) -> None:
         chosen = config.build({**settings, "algorithm": "fedavg", "model.pool": pool, "model.shared": pool})
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            federation = build.build(comm.start(), chosen, warn=False)
+            federation = build.build(launch.start(), chosen, warn=False)
         assert federation.engine.samples, "the trial compared the gradients"
     assert any("the vocabulary comes from the training texts" in line for line in plan_of(federation))
 
@@ -268,7 +268,7 @@ def test_training_before_round_1_and_tuning_have_no_noise(tmp_path: Path) -> Non
     unseen_clients = {"unseen__clients": 1, "unseen__by": "client", "unseen__tune": 2}
     found = []
     for noise in (0.0, 9.0):
-        loop = Loop(comm.start(), built(str(path), privacy__noise=noise), SilentObserver(), None)
+        loop = Loop(launch.start(), built(str(path), privacy__noise=noise), SilentObserver(), None)
         assert loop.begin()
         federation = built("pfedmoe", privacy__noise=noise, **unseen_clients)
         (unseen,) = federation.task.unseen
@@ -292,7 +292,7 @@ def test_graphs_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
 def test_conformance_checks_the_wire(tmp_path: Path, sampling: str) -> None:
     given = {**SAMPLE, "privacy.noise": 0.5, "privacy.sampling": sampling}
     settings = Case("fedrep", given).settings(rounds=2, faults__dropout=0.2)
-    assert not traffic_errors(comm.start().split(0), settings, tmp_path)
+    assert not traffic_errors(launch.start().split(0), settings, tmp_path)
 
 
 def test_noise_and_batches_repeat_on_any_ranks_and_after_any_restart() -> None:

@@ -15,7 +15,7 @@ from pfedmoe_mpi.core.flat import Bound
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import build, trial
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from pfedmoe_mpi.mpi.device import Device
 
 CPU = torch.device("cpu")
@@ -69,12 +69,12 @@ def test_an_operation_without_a_deterministic_kernel_is_refused(tmp_path: Path, 
     model = f"{tmp_path / 'nets.py'}:Net"
     torch.use_deterministic_algorithms(False)
     settings = Case("fedavg", {}).settings(model__pool=model, model__shared=model, train__device="cpu")
-    federation = build.build(comm.start(), settings, warn=False)
-    trial.check(comm.start(), federation)  # on a CPU nothing is tried
+    federation = build.build(launch.start(), settings, warn=False)
+    trial.check(launch.start(), federation)  # on a CPU nothing is tried
     torch.use_deterministic_algorithms(True)
     pretended = Device(torch.device("cuda"), "a GPU", "", "GPU-a")
     with pytest.raises(ConfigError, match=r"deterministic = true, but put_ in a step of fedavg") as error:
-        trial.check(comm.start(), replace(federation, device=pretended))
+        trial.check(launch.start(), replace(federation, device=pretended))
     assert "--train.deterministic false" in error.value.remedy
 
 
@@ -84,7 +84,7 @@ def test_an_architecture_is_tried_that_trains_for_the_first_time_late(
     """One client trains in a round; another architecture comes after the rounds that are looked through."""
     monkeypatch.setattr(trial, "ROUNDS", 1)
     pool = {"model__pool": "mlp3,mlp4,mlp5", "participation": 0.2, "train__device": "cpu"}
-    federation = build.build(comm.start(), Case("standalone", {}).settings(rounds=60, **pool), warn=False)
+    federation = build.build(launch.start(), Case("standalone", {}).settings(rounds=60, **pool), warn=False)
     tried = [client.spec["model"].kind.split()[-1] for client, _ in trial.members(federation)]
     assert sorted(tried) == ["mlp3", "mlp4", "mlp5"]
     short = replace(federation, config=federation.config.model_copy(update={"rounds": 1}))
@@ -95,12 +95,12 @@ def test_a_trial_leaves_no_trace() -> None:
     found = []
     for tried in (False, True):
         settings = Case("fedjets", {}).settings(rounds=2, train__device="cpu")
-        federation = build.build(comm.start(), settings, warn=False)
+        federation = build.build(launch.start(), settings, warn=False)
         members = list(trial.members(federation)) if tried else []
         for client, role in members:
             trial.try_member(federation, client, role)
         assert not tried or {role for _, role in members} == {"client", "anchor"}
-        loop = Loop(comm.start(), federation, SilentObserver(), None)
+        loop = Loop(launch.start(), federation, SilentObserver(), None)
         assert loop.run()
         found.append(digest(loop))
     assert found[0] == found[1]

@@ -17,13 +17,13 @@ from pfedmoe_mpi.federation import tuning
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.federation.metrics import learning
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from support.small_federation import build_loop, write_data
 from support.unseen_clients import build_federation
 
 
 def trained(**changes: Any) -> Loop:
-    loop = Loop(comm.start(), build_federation(**changes), SilentObserver(), None)
+    loop = Loop(launch.start(), build_federation(**changes), SilentObserver(), None)
     assert loop.run()
     return loop
 
@@ -126,7 +126,7 @@ def test_tuning_that_diverges_is_not_measured(monkeypatch: pytest.MonkeyPatch) -
         raise NotFiniteError
 
     monkeypatch.setattr(Turn, "sgd", diverge)
-    loop = Loop(comm.start(), made, SilentObserver(), None)
+    loop = Loop(launch.start(), made, SilentObserver(), None)
     row = loop.evaluation()
     assert row["accuracy_tuned"]["mean"] is None and row["clients"]["accuracy"][client.id] is not None
 

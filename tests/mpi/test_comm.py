@@ -111,9 +111,9 @@ def test_launched_rank_is_read_before_mpi_starts(monkeypatch: pytest.MonkeyPatch
 
 def _alone(environment: dict[str, str], singleton: bool) -> subprocess.CompletedProcess[str]:
     script = (
-        "from pfedmoe_mpi.mpi import comm\n"
+        "from pfedmoe_mpi.mpi import launch\n"
         "from pfedmoe_mpi.errors import LaunchError\n"
-        f"try: print('size', comm.start({singleton}).size)\n"
+        f"try: print('size', launch.start({singleton}).size)\n"
         "except LaunchError as error: print('refused', error)"
     )
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI", "SLURM"))}

@@ -18,7 +18,7 @@ from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import ConfigError, RunError
 from pfedmoe_mpi.federation.build import build
 from pfedmoe_mpi.federation.privacy_account import account_of
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from pfedmoe_mpi.privacy import accountant
 from pfedmoe_mpi.privacy.masked_sum import Member
 from pfedmoe_mpi.run.evaluate import evaluation_loop
@@ -47,9 +47,9 @@ def test_a_partial_checkpoint_serves_every_command(
     settings = {**GATE, **PRIVATE[unit], "run__checkpoint_every": 1}
     for name in ("whole", "stopped"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
-    undisturbed = make_loop(comm.start().split(0), tmp_path / "whole" / "checkpoints", **settings)
+    undisturbed = make_loop(launch.start().split(0), tmp_path / "whole" / "checkpoints", **settings)
     assert undisturbed.run()
-    stopped = make_loop(comm.start().split(0), tmp_path / "stopped" / "checkpoints", **settings)
+    stopped = make_loop(launch.start().split(0), tmp_path / "stopped" / "checkpoints", **settings)
     stopped.saver.identity = run_identity(stopped.federation)
 
     def stop(round: int, done: int, members: int) -> None:
@@ -79,7 +79,7 @@ def test_a_partial_checkpoint_serves_every_command(
     assert of_fork == [rows[0]["privacy"]["epsilon"], rows[1]["privacy"]["epsilon"], None]
     monkeypatch.setattr(accountant, "solve", lambda *arguments: 99.0)  # as another version might
     with Checkpoint(tmp_path / "packed.h5") as loaded:
-        resumed = build(comm.start(), stopped.federation.config, loaded=loaded, warn=False)
+        resumed = build(launch.start(), stopped.federation.config, loaded=loaded, warn=False)
     account = account_of(resumed)
     assert account and account.entry(1) == rows[0]["privacy"], "the noise is that of the rounds before"
     check_no_keys(tmp_path)
@@ -101,10 +101,10 @@ def check_measured_without_packages(path: Path, settings: Config, monkeypatch: p
     monkeypatch.setattr("pfedmoe_mpi.privacy.agreement.find_spec", lambda name: None)
     checkpoint.verify(path)
     with Checkpoint(path) as loaded:
-        loop = evaluation_loop(comm.start(), loaded, {}, protected=False)
+        loop = evaluation_loop(launch.start(), loaded, {}, protected=False)
         assert loop.evaluation()["accuracy"]["mean"] is not None
         with pytest.raises(ConfigError, match="which is not installed"):
-            build(comm.start(), settings, loaded=loaded, warn=False)
+            build(launch.start(), settings, loaded=loaded, warn=False)
 
 
 @pytest.mark.parametrize("unit", PRIVATE)
@@ -120,12 +120,12 @@ def test_a_client_that_diverges_can_stop_a_private_run(
 
     monkeypatch.setattr(Algorithm, "client_step", spoilt)
     settings = {**PRIVATE[unit], "algorithm": "fedavg", "rounds": 1}
-    dropped = make_loop(comm.start(), **settings)
+    dropped = make_loop(launch.start(), **settings)
     assert dropped.run() and dropped.history[0]["dropped"] == [1]
-    stopped = make_loop(comm.start(), tmp_path, **settings, faults__nonfinite="stop")
+    stopped = make_loop(launch.start(), tmp_path, **settings, faults__nonfinite="stop")
     with pytest.raises(RunError, match="vector of client 1 is not finite"):
         stopped.run()
-    again = make_loop(comm.start(), **settings)
+    again = make_loop(launch.start(), **settings)
     with Checkpoint(tmp_path / "round-000001-partial.h5") as loaded:
         assert loaded.finished == [0, 2, 3, 4, 5]
         again.resume(loaded)

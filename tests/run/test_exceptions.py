@@ -23,10 +23,10 @@ NAMED = {
 AFTER_ROUND_1 = {"sum", "update", "record", "layout", "write", "seal"}
 
 
-def fails(tmp_path: Path, rank: int | str, phase: str, mpi: str) -> None:
+def fails(tmp_path: Path, rank: int | str, phase: str, mpi: str, action: str = "raise") -> None:
     """Run with the fault and check the job's exit code and output."""
     run = tmp_path / "run"
-    fault = ("fault_injection", "raise", str(rank), phase)
+    fault = ("fault_injection", action, str(rank), phase)
     ended = run_module(*fault, *FLAGS, "--run.dir", str(run), ranks=RANKS, mpi=mpi)
     seconds = time.time() - float(re.findall(r"fault at ([\d.]+)", ended.output)[0])
     text = ended.output
@@ -57,6 +57,12 @@ def test_exception_ends_the_job(tmp_path: Path, phase: str, rank: int) -> None:
 @pytest.mark.parametrize(("phase", "rank"), cases()[3::3])
 def test_exception_ends_the_job_under_open_mpi(tmp_path: Path, phase: str, rank: int) -> None:
     fails(tmp_path, rank, phase, "openmpi")
+
+
+@pytest.mark.parametrize("phase", ["training", "evaluation"])
+def test_error_with_a_message_of_one_client_ends_the_job(tmp_path: Path, phase: str) -> None:
+    """The others, who wait for it, would print a message of their own after the time-out of ten minutes."""
+    fails(tmp_path, 1, phase, "mpich", action="refuse")
 
 
 def test_ranks_failing_together_print_one_traceback(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from pfedmoe_mpi import checkpoint, config
 from pfedmoe_mpi.federation import build
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from support import launcher
 from support.data_files import shared_data
 from support.fault_injection import PHASES, ROOT_PHASES
@@ -127,7 +127,7 @@ def test_stop_during_server_training_is_repeated(
     chosen = config.build({**flags, "algorithm": method, "rounds": 1})
 
     def fresh() -> Loop:
-        world = comm.start().split(0)
+        world = launch.start().split(0)
         assert world
         return Loop(world, build.build(world, chosen), SilentObserver(), tmp_path)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pfedmoe_mpi import config
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import comm, launch
 from pfedmoe_mpi.reproduce import command
 from pfedmoe_mpi.run import job
 from support.launcher import SMALL_RUN
@@ -18,7 +18,7 @@ SMALL = dict(zip((word.removeprefix("--") for word in SMALL_RUN[::2]), SMALL_RUN
 
 
 def test_each_run_has_its_own_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    world, seen = comm.start(), []
+    world, seen = launch.start(), []
     monkeypatch.setattr(job, "_train_rounds", lambda world, *_: seen.append(world.timeout) or 0)
     for number, timeout in enumerate((5.0, 0.0, 7.0)):
         settings = config.build({**SMALL, "run.timeout": timeout, "run.dir": str(tmp_path / str(number))})
@@ -27,7 +27,7 @@ def test_each_run_has_its_own_timeout(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_work_between_runs_has_the_default_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    world, seen = comm.start(), []
+    world, seen = launch.start(), []
 
     def train(world: comm.Comm, *_: Any) -> int:
         seen.append(world.timeout)

@@ -20,7 +20,7 @@ from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, Content
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import CheckpointError
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.storage.columns import NO_VALUES, ClientColumns, Column
 from support.files import flip_bit
@@ -191,7 +191,7 @@ def writer_killed(folder: str, seed: str, times: str) -> None:
 
 
 def _write_for_ever(folder: Path, number: int) -> NoReturn:
-    world = comm.start()
+    world = launch.start()
     whole = sample_content(clients=8, sizes=(100_000, 20_000))
     home, mine = distribute(world, whole)
     for round in count(number):
@@ -206,7 +206,7 @@ def main(check: str, *arguments: str) -> None:
     if check == "writer_killed":
         writer_killed(*arguments)
         return
-    world = comm.start()
+    world = launch.start()
     try:
         {work.__name__: work for work in (write_together, write_fails, write_limited, damaged_for_one)}[
             check

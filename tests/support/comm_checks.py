@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pfedmoe_mpi.errors import EXIT_STOPPED, ConfigError, StoppedError, UserError
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import comm, launch
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.part import divide
 
@@ -311,7 +311,7 @@ ALONE: dict[str, Callable[..., None]] = {
 
 
 def main(name: str, *arguments: str) -> None:
-    world = comm.start()
+    world = launch.start()
     try:
         if name in ALONE:
             ALONE[name](world, *arguments)

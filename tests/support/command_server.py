@@ -37,9 +37,9 @@ def serve(answers: TextIO) -> None:
 
 def serve_job(answers: TextIO) -> None:
     """Do the same on every rank of a job; rank 0 reads the lines, and answers with the output of all."""
-    from pfedmoe_mpi.mpi import comm
+    from pfedmoe_mpi.mpi import launch
 
-    world = comm.start()
+    world = launch.start()
     world.timeout = math.inf  # `Session` limits the time of each line
     try:
         for line in _lines_of_rank_0():

@@ -1,7 +1,8 @@
 """The program with a fault: `mpirun -n 3 python -m support.fault_injection ACTION RANK PHASE ARGUMENT ...`.
 
-ACTION is `raise` or `stop`: on RANK (or on `all` ranks) PHASE's function raises, or its process gets
-SIGUSR1, at the call that `PHASES` names; `PHASE:NUMBER` names another one. The program itself is unchanged.
+ACTION is `raise`, `refuse` or `stop`: on RANK (or on `all` ranks) PHASE's function raises an exception or an
+error with a message, or its process gets SIGUSR1, at the call that `PHASES` names; `PHASE:NUMBER` names
+another one. The program itself is unchanged.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from pfedmoe_mpi import cli, environment
 from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.checkpoint import writer
+from pfedmoe_mpi.errors import UserError
 from pfedmoe_mpi.federation import build, evaluation, loop, metrics, round_sum, training
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.run import folder
@@ -58,6 +60,8 @@ def inject(action: str, phase: str) -> None:
             print(f"fault at {time.time()}", flush=True)
         if calls == call and action == "raise":
             raise Injected(phase)
+        if calls == call and action == "refuse":
+            raise UserError(f"Injected: {phase}", "the remedy")
         if calls == call:
             os.kill(os.getpid(), signal.SIGUSR1)
         return original(*arguments, **keywords)

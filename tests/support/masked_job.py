@@ -15,7 +15,7 @@ import numpy as np
 from pfedmoe_mpi import checkpoint, config
 from pfedmoe_mpi.federation.build import build
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from pfedmoe_mpi.mpi.comm import Comm
 
 SETTINGS: dict[str, Any] = {
@@ -52,7 +52,7 @@ def digest(loop: Loop) -> str:
 
 def main() -> None:
     """Print the digests of the runs in a file of {name: changes}, and resume the partial checkpoint."""
-    world = comm.start()
+    world = launch.start()
     runs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     found = {}
     for name, changes in runs.items():

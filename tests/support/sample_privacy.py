@@ -7,7 +7,7 @@ from typing import Any
 from pfedmoe_mpi.conformance.checks import Case
 from pfedmoe_mpi.federation import build
 from pfedmoe_mpi.federation.federation import Federation
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 
 SAMPLE: dict[str, Any] = {
     "privacy.unit": "sample",
@@ -21,4 +21,4 @@ SAMPLE: dict[str, Any] = {
 
 def built(algorithm: str, **changes: Any) -> Federation:
     """Return a small federation of a method on this process."""
-    return build.build(comm.start(), Case(algorithm, SAMPLE).settings(**changes), warn=False)
+    return build.build(launch.start(), Case(algorithm, SAMPLE).settings(**changes), warn=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pfedmoe_mpi import config
 from pfedmoe_mpi.federation import build, federation
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 
 SETTINGS = {
     "data.source": "synthetic",
@@ -25,4 +25,4 @@ FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(
 
 def build_federation(**changes: Any) -> federation.Federation:
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    return build.build(comm.start(), config.build({**SETTINGS, **dotted}))
+    return build.build(launch.start(), config.build({**SETTINGS, **dotted}))
