@@ -15,6 +15,7 @@ from pfedmoe_mpi.errors import EXIT_DONE
 from pfedmoe_mpi.federation import metrics, selection
 from pfedmoe_mpi.federation.rebuilt import vectors
 from pfedmoe_mpi.models.names import kind_of
+from pfedmoe_mpi.run import privacy_lines
 from pfedmoe_mpi.user_code import label
 
 
@@ -85,6 +86,7 @@ def _description(loaded: Checkpoint) -> str:
         top = selection.best(loaded.history)
         kind = selection.ROWS[selection.selected_on(loaded.history)]
         lines.append(f"best on {kind}: round {top['round'] if top else None}")
+        lines += [privacy_lines.line(row["privacy"], loaded.round)] if row.get("privacy") else []
     lines.append(f"server: {_sizes(loaded.state_layout) or 'nothing shared'}")
     same_layout: dict[str, list[int]] = {}
     for client in range(loaded.clients):

@@ -23,6 +23,7 @@ from pfedmoe_mpi.errors import EXIT_DONE, CheckpointError, ConfigError, RunError
 from pfedmoe_mpi.federation import metrics, rebuilt
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
+from pfedmoe_mpi.run import privacy_lines
 from pfedmoe_mpi.run.evaluate import evaluation_loop
 from pfedmoe_mpi.run.folder import RunFolder
 from pfedmoe_mpi.user_code import label
@@ -230,12 +231,13 @@ def _card(last: Checkpoint, results: Sequence[Replayed], ranks: int) -> str:
         for name, value in config.flatten(last.config).items()
         if name != "algorithm" and not name.startswith(FREE) and value != defaults.get(name)
     }
-    row = last.history[-1]["accuracy"]
+    row, privacy = last.history[-1]["accuracy"], last.history[-1].get("privacy")
     facts = {
         "method": label(last.config["algorithm"]),
         "rounds": f"{last.round} of {last.config['rounds']}",
         "accuracy": f"mean {_percent(row['mean'])}, worst client {_percent(row['worst'])}",
         "settings that differ from the default": ", ".join(f"{name} = {own[name]}" for name in sorted(own)),
+        **({"privacy": privacy_lines.line(privacy, last.round).removeprefix("privacy: ")} if privacy else {}),
         "data, SHA-256": last.identity["data_digest"],
         "partition, SHA-256": last.identity["partition_digest"],
         **{name: last.identity[name] for name in IDENTITY if name in last.identity},

@@ -69,9 +69,11 @@ def test_a_partial_checkpoint_serves_every_command(
     assert checkpoint_digest(tmp_path / "again", 3) == checkpoint_digest(tmp_path / "whole", 3)
     rows = read_metrics(tmp_path / "again")
     assert [row["privacy"] for row in rows] == [row["privacy"] for row in undisturbed.history]
+    epsilon, card = f"ε = {rows[-1]['privacy']['epsilon']:.3g} of ", done("verify", "again", "--rounds", "1")
+    assert card.count("the same bits") == card.count(f"after round 3 {epsilon}") == 1
+    assert f"after round 3 {epsilon}" in done("inspect", "again/checkpoints/round-000003.h5")
     assert done("inspect", "packed.h5", "--digest") == done("inspect", str(partial), "--digest")
     done("export", "packed.h5", "--client", "1", "model.h5")
-    assert done("verify", "again", "--rounds", "1").count("the same bits") == 1
     fork = ("fork", "again", "--at", "2", "--train.lr", "0.2", "--run.dir", "fork")
     message = error_message(session(*fork, cwd=tmp_path), "a fork adds the noise of its run once more")
     done(*fork, *re.findall(r"--privacy\.\w+ 0", message)[0].split())
