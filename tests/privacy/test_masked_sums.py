@@ -24,7 +24,7 @@ from pfedmoe_mpi.federation.build import build
 from pfedmoe_mpi.federation.loop import Loop
 from pfedmoe_mpi.federation.masked_round import MaskedRound
 from pfedmoe_mpi.federation.round_sum import RoundSum
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from pfedmoe_mpi.privacy import graph, secret_sharing, stream
 from pfedmoe_mpi.privacy.masked_sum import Member, Server
 from pfedmoe_mpi.report.load import load_run
@@ -54,7 +54,7 @@ COMBINED = {
     "clients, unseen, server": {**UNSEEN, **NOISE, "clients": 8, "server__optimiser": "momentum"},
 }
 
-world = cache(comm.start)
+world = cache(launch.start)
 
 
 def trained(folder: Path | None = None, **changes: Any) -> Loop:

@@ -22,7 +22,7 @@ from pfedmoe_mpi.federation import disk
 from pfedmoe_mpi.federation.build import build as build_federation
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
-from pfedmoe_mpi.mpi import comm
+from pfedmoe_mpi.mpi import launch
 from pfedmoe_mpi.run import console
 
 SETTINGS: dict[str, Any] = {
@@ -51,7 +51,7 @@ CLASSES = (
 SAMPLES = (50, 61, 41)
 TRAINING_SAMPLES = (40, 49, 33)  # of them; 49 and 33 leave a last batch of one, which joins the one before it
 
-shared_comm = cache(comm.start)
+shared_comm = cache(launch.start)
 
 
 def write_data(path: Path, side: int, spoilt: int | None = None) -> Path:
