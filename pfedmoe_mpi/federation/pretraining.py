@@ -82,7 +82,7 @@ def prepare(comm: Comm, federation: Federation, state: torch.Tensor) -> bool:
         return True
     gathered = np.zeros(1 + federation.task.clients * method.prepared_size, np.int64)
     try:
-        _prepare_clients(federation, state, gathered[1:].reshape(federation.task.clients, -1))
+        _prepare_clients(comm, federation, state, gathered[1:].reshape(federation.task.clients, -1))
     except StoppedError:
         gathered[0] = 1
     with _patient(comm, federation):
@@ -92,16 +92,17 @@ def prepare(comm: Comm, federation: Federation, state: torch.Tensor) -> bool:
     return not gathered[0]
 
 
-def _prepare_clients(federation: Federation, state: torch.Tensor, rows: np.ndarray) -> None:
+def _prepare_clients(comm: Comm, federation: Federation, state: torch.Tensor, rows: np.ndarray) -> None:
     """Write the float32 bits of this rank's clients' values, each client's into its row."""
     method, engine = federation.method, federation.engine
     with torch.no_grad(), engine.autocast():
         for client in federation.clients.in_store_order(federation.clients):
-            parts = federation.parts(client, state)
-            for module in parts.modules().values():
-                module.eval()
-            values = method.prepare(parts, partial(inputs, engine, client.splits["train"]))
-            rows[client.id] = values.float().cpu().view(torch.int32).numpy()
+            with comm.located(f"preparation of client {client.id}", alone=True):
+                parts = federation.parts(client, state)
+                for module in parts.modules().values():
+                    module.eval()
+                values = method.prepare(parts, partial(inputs, engine, client.splits["train"]))
+                rows[client.id] = values.float().cpu().view(torch.int32).numpy()
 
 
 def begin_private_parts(federation: Federation, server: torch.Tensor) -> list[int]:

@@ -15,7 +15,12 @@ from support.mpi_job import run_module
 
 RANKS = 3
 FLAGS = (*SMALL_RUN, "--clients", "6", "--rounds", "3", "--run.checkpoint_every", "1")
+PREPARED = (
+    *("--algorithm", "fedjets", "--model.pool", "mlp5"),
+    *("--fedjets.anchors", "clusters", "--fedjets.common_target", "0"),
+)
 NAMED = {
+    "preparation": r"preparation of client \d",
     "training": r"client \d, round 1",
     "contribution": r"client \d, round 1",
     "evaluation": r"evaluation of client \d, round 1",
@@ -27,7 +32,8 @@ def fails(tmp_path: Path, rank: int | str, phase: str, mpi: str, action: str = "
     """Run with the fault and check the job's exit code and output."""
     run = tmp_path / "run"
     fault = ("fault_injection", action, str(rank), phase)
-    ended = run_module(*fault, *FLAGS, "--run.dir", str(run), ranks=RANKS, mpi=mpi)
+    flags = (*FLAGS, *PREPARED) if phase == "preparation" else FLAGS
+    ended = run_module(*fault, *flags, "--run.dir", str(run), ranks=RANKS, mpi=mpi)
     seconds = time.time() - float(re.findall(r"fault at ([\d.]+)", ended.output)[0])
     text = ended.output
     assert ended.code not in {0, 2, 75}, text
@@ -59,7 +65,7 @@ def test_exception_ends_the_job_under_open_mpi(tmp_path: Path, phase: str, rank:
     fails(tmp_path, rank, phase, "openmpi")
 
 
-@pytest.mark.parametrize("phase", ["training", "evaluation"])
+@pytest.mark.parametrize("phase", ["preparation", "training", "evaluation"])
 def test_error_with_a_message_of_one_client_ends_the_job(tmp_path: Path, phase: str) -> None:
     """The others, who wait for it, would print a message of their own after the time-out of ten minutes."""
     fails(tmp_path, 1, phase, "mpich", action="refuse")
