@@ -9,16 +9,12 @@ from pathlib import Path
 import pytest
 
 from pfedmoe_mpi import checkpoint
-from support.fault_injection import PHASES, ROOT_PHASES
+from support.fault_injection import PHASES, PREPARED, ROOT_PHASES
 from support.launcher import SMALL_RUN
 from support.mpi_job import run_module
 
 RANKS = 3
 FLAGS = (*SMALL_RUN, "--clients", "6", "--rounds", "3", "--run.checkpoint_every", "1")
-PREPARED = (
-    *("--algorithm", "fedjets", "--model.pool", "mlp5"),
-    *("--fedjets.anchors", "clusters", "--fedjets.common_target", "0"),
-)
 NAMED = {
     "preparation": r"preparation of client \d",
     "training": r"client \d, round 1",

@@ -22,7 +22,7 @@ from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.mpi import launch
 from support import launcher
 from support.data_files import shared_data
-from support.fault_injection import PHASES, ROOT_PHASES
+from support.fault_injection import PHASES, PREPARED, ROOT_PHASES
 from support.launcher import (
     SMALL_RUN,
     checkpoint_digest,
@@ -42,8 +42,13 @@ STOPPED = [phase for phase in PHASES if phase not in {"data", "folder", "end"}]
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of FLAGS."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run_to_end(2, *FLAGS, "--run.dir", "run", cwd=folder)
+    return digest(tmp_path_factory.mktemp("undisturbed"), *FLAGS)
+
+
+def digest(folder: Path, *flags: str) -> str:
+    """Return the digest of an undisturbed run in a folder, which is made."""
+    folder.mkdir(exist_ok=True)
+    run_to_end(2, *flags, "--run.dir", "run", cwd=folder)
     return checkpoint_digest(folder / "run", 4)
 
 
@@ -58,14 +63,18 @@ def test_signal_to_one_rank_in_any_phase_stops_with_75(
 ) -> None:
     """The run exits with 75 and a checkpoint; the restart on other ranks gives the same bits."""
     rank = 0 if phase in ROOT_PHASES else (number + 1) % 3
-    ended = stopped(rank, phase, *FLAGS, "--run.dir", str(tmp_path / "run"))
+    flags, expected = FLAGS, undisturbed
+    if phase == "preparation":
+        flags = (*FLAGS, *PREPARED)
+        expected = digest(tmp_path / "undisturbed", *flags)
+    ended = stopped(rank, phase, *flags, "--run.dir", str(tmp_path / "run"))
     assert ended.code == 75 and ended.left == 0, ended.output
     stop = read_events(tmp_path / "run")[-1]
     assert stop["event"] == "stop" and stop["by"] in {f"SIGUSR1 to rank {rank}", ""}
     assert checkpoint.newest_first(tmp_path / "run" / "checkpoints")
     again = session("restart", "run", cwd=tmp_path)
     assert again.code == 0, again.err
-    assert checkpoint_digest(tmp_path / "run", 4) == undisturbed
+    assert checkpoint_digest(tmp_path / "run", 4) == expected
 
 
 @pytest.mark.parametrize("mpi", ["mpich", pytest.param("openmpi", marks=pytest.mark.openmpi)])

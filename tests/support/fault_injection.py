@@ -40,6 +40,11 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "end": (loop.Loop, "run", 1),
 }
 ROOT_PHASES = {"layout", "seal"}
+# Flags of a run in which clients are prepared; in other runs the phase is not reached.
+PREPARED = (
+    *("--algorithm", "fedjets", "--model.pool", "mlp5"),
+    *("--fedjets.anchors", "clusters", "--fedjets.common_target", "0"),
+)
 
 
 class Injected(Exception):
