@@ -9,7 +9,7 @@ import math
 import platform
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,32 +24,29 @@ from pfedmoe_mpi.core.beginning import Beginning
 from pfedmoe_mpi.core.graphs import Graphs
 from pfedmoe_mpi.core.kept import Kept
 from pfedmoe_mpi.core.parts import Module, Spec, Tensor, Workbench
+from pfedmoe_mpi.core.sample_step import SamplePrivacy
 from pfedmoe_mpi.core.staging import Staging
+from pfedmoe_mpi.core.tail import Tail
 from pfedmoe_mpi.core.turn import Engine
 from pfedmoe_mpi.data import Dataset, Partition
-from pfedmoe_mpi.data.noise import with_noise
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import (
     client_privacy,
     frozen,
     gpu_memory,
     masked_round,
-    own_code,
     placement,
     pretrained,
     sample_privacy,
     trial,
 )
-from pfedmoe_mpi.federation.distribute import data_digest, distribute, gate_rows, open_everywhere, reserved
-from pfedmoe_mpi.federation.effective import effective_config, listed, with_listed
+from pfedmoe_mpi.federation.distribute import data_digest, distribute, gate_rows, reserved
 from pfedmoe_mpi.federation.federation import Clients, Federation
-from pfedmoe_mpi.federation.memory import Host
-from pfedmoe_mpi.federation.plan import Plan, make_plan, make_task
 from pfedmoe_mpi.federation.pretraining import check_initial
+from pfedmoe_mpi.federation.problem import Problem, pose
 from pfedmoe_mpi.federation.server_optimiser import check_method
 from pfedmoe_mpi.federation.store import Store
 from pfedmoe_mpi.federation.stream import Stream
-from pfedmoe_mpi.mpi import device
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.device import Device
 from pfedmoe_mpi.mpi.memory import available
@@ -66,23 +63,15 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     Raises:
         UserError: on all ranks: a setting or the data cannot be used.
     """
-    code = own_code.load(comm, settings)
-    settings = with_listed(settings, comm.from_root(lambda: listed(settings), "partition file"))
-    dataset = open_everywhere(comm, settings, warn=warn)
-    threads = device.threads(comm, settings.train.threads)
-    settings = effective_config(settings, dataset, threads)
-    own_device = device.choose(comm, settings.train)
-    host = Host(comm.local()[1], own_device.device.type == "cpu")
-    plan = comm.from_root(lambda: make_plan(settings, dataset, host), "plan", Plan.without_rows)
-    partition, costs = plan.partition, plan.costs
-    dataset = with_noise(plan.fitted or dataset, partition, settings.partition.noise, settings.seed)
-    task = make_task(settings, dataset, partition)
+    problem = pose(comm, settings, warn=warn)
+    settings, task = problem.config, problem.task
+    dataset, partition = problem.dataset, problem.partition
     method = algorithms.load(settings.algorithm)(task)
     method.poll = comm.poll
     method.read_weights = weights.read
     specs = shared_specs(method.client_state(k) for k in range(task.clients))  # ConfigErrors are collective
     begun_with = pretrained.load(comm, settings, (method.state(), *specs), loaded)
-    workbench = Workbench(settings.seed, own_device.device, begun_with.weights, settings.model.start)
+    workbench = Workbench(settings.seed, problem.device.device, begun_with.weights, settings.model.start)
     frozen_tensors = frozen.load(comm, workbench, (method.state(), specs), loaded)
     state_layout = workbench.layout(method.state())
     layouts = {id(spec): workbench.layout(spec) for spec in {id(spec): spec for spec in specs}.values()}
@@ -91,31 +80,20 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     check_method(settings, method, state_layout)
     masked_round.check(comm, settings, method, state_layout, loaded)
     private = client_privacy.of(comm, settings, method, state_layout, loaded)
-    home = placement.homes(costs, comm.size)
-    normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), own_device.device)
-    own_device, streamed = place_samples(comm, settings, dataset, partition, home, method, own_device)
+    home = placement.homes(problem.costs, comm.size)
+    own_device, streamed = place_samples(comm, problem, home, method)
     tails = comm.from_root(lambda: frozen.find_tails(task, (method.state(), *specs)), "frozen layers")
-    workbench.kept = Kept(tails, normalise, settings.eval.batch, comm.poll)
     stream = make_stream(settings, dataset, partition)
-    engine = Engine(
-        own_device.device,
-        normalise,
-        settings.train,
-        settings.eval.batch,
-        settings.seed,
-        settings.rounds,
-        comm.poll,
-        workbench.kept,
-        make_graphs(comm, settings, own_device),
-        sample_privacy.of(comm, settings, method, state_layout.sizes, stream, loaded),
-    )
+    samples = sample_privacy.of(comm, settings, method, state_layout.sizes, stream, loaded)
+    engine = make_engine(comm, problem, tails, samples)
+    workbench.kept = engine.kept
     shards = distribute(comm, dataset, partition, home, own_device.device, streamed)
     beginning = Beginning(workbench, specs.__getitem__, method.initial)
     store = Store(beginning.vector, *memory_and_folder(comm, settings))
     largest = max(layout.size for layout in layouts.values())
     federation = Federation(
         config=settings,
-        code=code,
+        code=problem.code,
         dataset=dataset,
         partition=partition,
         data_digest=data_digest(comm, shards),
@@ -127,7 +105,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
         engine=engine,
         device=own_device,
         home=home,
-        costs=costs,
+        costs=problem.costs,
         state_layout=state_layout,
         specs=specs,
         client_layouts=client_layouts,
@@ -151,19 +129,14 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
 
 
 def place_samples(
-    comm: Comm,
-    settings: Config,
-    dataset: Dataset,
-    partition: Partition,
-    home: Sequence[int],
-    method: Algorithm,
-    chosen: Device,
+    comm: Comm, problem: Problem, home: Sequence[int], method: Algorithm
 ) -> tuple[Device, bool]:
     """Return the device with its memory in its line, and whether samples stay in host memory; collective.
 
     Raises:
         ConfigError: on all ranks: memory of a GPU does not suffice.
     """
+    chosen, dataset, partition = problem.device, problem.dataset, problem.partition
     free, need = 0.0, gpu_memory.Need(0.0, 0.0, 0.0)
     if chosen.gpu:
         splits = (partition.train, partition.validation, partition.test)
@@ -173,13 +146,33 @@ def place_samples(
         unused = torch.cuda.memory_reserved(chosen.device) - torch.cuda.memory_allocated(chosen.device)
         free = float(torch.cuda.mem_get_info(chosen.device)[0] + unused)
     ranks = comm.gather(gpu_memory.Rank(chosen.gpu, free, need), "memory of GPUs")
-    streamed = gpu_memory.stay_in_host_memory(ranks, settings.train)[comm.rank]
+    streamed = gpu_memory.stay_in_host_memory(ranks, problem.config.train)[comm.rank]
     if chosen.gpu:
         sharing = sum(rank.gpu == chosen.gpu for rank in ranks)
         needed = need.fixed if streamed else need.total
         line = f"{chosen.line}, {sharing} rank(s) on it, {needed / 1e9:.1f} of {free / 1e9:.1f} GB estimated"
         chosen = replace(chosen, line=line + (", samples in host memory" if streamed else ""))
     return chosen, streamed
+
+
+def make_engine(
+    comm: Comm, problem: Problem, tails: Mapping[str, Tail], samples: SamplePrivacy | None
+) -> Engine:
+    """Return the settings by which this rank computes; `tails` are of frozen layers, by kind of module."""
+    settings, dataset, device = problem.config, problem.dataset, problem.device.device
+    normalise = Normalise(dataset.mean, dataset.std, len(dataset.shape), device)
+    return Engine(
+        device,
+        normalise,
+        settings.train,
+        settings.eval.batch,
+        settings.seed,
+        settings.rounds,
+        comm.poll,
+        Kept(tails, normalise, settings.eval.batch, comm.poll),
+        make_graphs(comm, settings, problem.device),
+        samples,
+    )
 
 
 def make_graphs(comm: Comm, settings: Config, chosen: Device) -> Graphs | None:

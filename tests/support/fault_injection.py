@@ -18,13 +18,13 @@ from pfedmoe_mpi import cli, environment
 from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.checkpoint import writer
 from pfedmoe_mpi.errors import UserError
-from pfedmoe_mpi.federation import build, evaluation, loop, metrics, pretraining, round_sum, training
+from pfedmoe_mpi.federation import build, evaluation, loop, metrics, pretraining, problem, round_sum, training
 from pfedmoe_mpi.mpi import comm
 from pfedmoe_mpi.run import folder
 
 # phase: (owner of the function, its name, which call raises)
 PHASES: dict[str, tuple[Any, str, int]] = {
-    "data": (build, "open_everywhere", 1),
+    "data": (problem, "open_everywhere", 1),
     "clients": (build, "distribute", 1),
     "folder": (folder.RunFolder, "log_to_file", 1),
     "preparation": (pretraining, "inputs", 1),
