@@ -12,7 +12,8 @@ kept between 0 and 1. v̄_i answers.
 Shared: w, the model, one float32 vector per client and round; v_i and α_i never leave their client.
 
 Departures: v_i begins as w^0. After the round v̄_i is mixed with the new w. Running statistics of BatchNorm
-are w's of w_i and v_i's of v̄_i; frozen tensors are not mixed. Both gradients count in one `train.clip`.
+are w's of w_i and v_i's of v̄_i; frozen tensors are not mixed. Both gradients count in one `train.clip`; with
+`privacy.unit = sample` each has a norm of its own, because v_i's noise must not reach w_i.
 """
 
 from __future__ import annotations

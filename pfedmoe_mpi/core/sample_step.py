@@ -79,12 +79,12 @@ class SampleStep(Step):
         generator: torch.Generator,
         expected: float | None,
     ) -> None:
-        super().__init__(parts, phase, rate, loss, autocast, poll, device)
+        self._groups = privacy.groups(list(phase.lr))
+        super().__init__(parts, phase, rate, loss, autocast, poll, device, self._groups)
         self._parts, self._device = parts, device
         self._privacy, self._precision = privacy, precision
         self._generator, self._expected = generator, expected
         self._names = list(phase.lr)
-        self._groups = privacy.groups(self._names)
 
     def _update(self, group: Sequence[Batch], poll: Callable[[], None]) -> None:
         parameters = {name: self._parts.parameters(name) for name in self._names}

@@ -92,9 +92,19 @@ class Optimiser:
     """The optimiser of a phase: a fused update of each part with its learning rate; its state starts at zero.
 
     The update order is torch's. Parameters without a gradient are not changed.
+
+    Args:
+        groups: parts whose gradients have one norm to clip; default: all in one group.
     """
 
-    def __init__(self, parts: Parts, phase: Phase, factor: float, device: torch.device = CPU) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        phase: Phase,
+        factor: float,
+        device: torch.device = CPU,
+        groups: Sequence[Sequence[str]] = (),
+    ) -> None:
         self._clip = phase.clip
         self._updates: list[_SGD | _Adam] = []
         for name, lr in phase.lr.items():
@@ -105,20 +115,22 @@ class Optimiser:
                 self._updates.append(_SGD(parameters, lr * factor, phase.momentum, phase.weight_decay))
             else:
                 self._updates.append(_Adam(parameters, lr * factor, phase))
-        self._all = [p for name in phase.lr for p in parts.parameters(name)]
+        groups = groups or [list(phase.lr)]
+        self._groups = [[p for name in names for p in parts.parameters(name)] for names in groups]
         # Sum of the gradient norms: finite if all are.
         self.norms = torch.zeros((), dtype=torch.float64, device=device)
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        for parameter in self._all:
-            parameter.grad = None
+        for group in self._groups:
+            for parameter in group:
+                parameter.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
-        """Clip the joint norm of the gradients, and do one update."""
-        if self._clip:
-            self.norms += nn.utils.clip_grad_norm_(self._all, self._clip)
+        """Clip the joint norm of each group's gradients, and do one update."""
+        for group in self._groups if self._clip else ():
+            self.norms += nn.utils.clip_grad_norm_(group, self._clip)
         for update in self._updates:
             update.step()
 

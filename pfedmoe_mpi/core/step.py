@@ -20,6 +20,7 @@ class Step:
         loss: maps a batch to a scalar, the mean over its samples.
         autocast: the context of the forward pass.
         poll: called before every batch; raises StoppedError.
+        groups: as of `Optimiser`.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class Step:
         autocast: Callable[[], AbstractContextManager[object]],
         poll: Callable[[], None],
         device: torch.device,
+        groups: Sequence[Sequence[str]] = (),
     ) -> None:
         self._loss, self._autocast, self._poll = loss, autocast, poll
-        self._optimiser = Optimiser(parts, phase, rate, device)
+        self._optimiser = Optimiser(parts, phase, rate, device, groups)
         self._total = torch.zeros((), dtype=torch.float64, device=device)
 
     def __call__(self, group: Sequence[Batch]) -> None:
@@ -52,7 +54,7 @@ class Step:
         self._optimiser.step()
 
     def read(self) -> tuple[float, float]:
-        """Return the sum of the samples' losses since the last call, and the sum of the gradients' norms."""
+        """Return the sum of the samples' losses since the last call, and of all gradients' norms so far."""
         total, norms = torch.stack([self._total, self._optimiser.norms]).tolist()
         self._total.zero_()
         return total, norms

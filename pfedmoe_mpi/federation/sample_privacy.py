@@ -170,7 +170,7 @@ def try_member(federation: Federation, client: Client, role: str) -> None:
     method, engine = federation.method, federation.engine
     assert engine.samples
     privacy = replace(engine.samples, clip=1.0, noise=0.0, poisson=False, compare=True)
-    engine = replace(engine, poll=lambda: None, graphs=None, samples=privacy)
+    engine = replace(engine, poll=lambda: None, kept=None, graphs=None, samples=privacy)
     few = {name: split.rows(slice(0, FEW)) for name, split in client.splits.items()}
     parts = federation.parts(client, federation.workbench.initial(method.state()))
     _check_norms(method, parts, role)
@@ -180,7 +180,7 @@ def try_member(federation: Federation, client: Client, role: str) -> None:
     try:
         method.client_step(turn)
     except NotFiniteError:  # few samples and initial values may diverge
-        pass
+        return
     except NotPerSampleError as error:
         raise ConfigError(f"privacy.unit = sample does not protect {name}: {error}", OTHER) from error
     except (RuntimeError, ValueError) as error:

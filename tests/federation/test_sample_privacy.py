@@ -19,10 +19,11 @@ from pfedmoe_mpi.config import methods
 from pfedmoe_mpi.conformance.checks import Case
 from pfedmoe_mpi.conformance.traffic import traffic_errors
 from pfedmoe_mpi.core.batches import Batch
+from pfedmoe_mpi.core.fixedpoint import NotFiniteError
 from pfedmoe_mpi.core.sample_step import SampleStep
 from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.federation import build, trial, tuning
+from pfedmoe_mpi.federation import build, sample_privacy, trial, tuning
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.mpi import launch
 from support.mpi_job import run_conformance
@@ -78,9 +79,21 @@ def test_gradients_of_samples_are_those_of_a_loop(algorithm: str, monkeypatch: p
     assert compared
 
 
+def test_a_trial_that_diverges_says_nothing_of_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ditto's first phase diverges, so that the second is not trained."""
+    federation = built("ditto", privacy__noise=1.0)
+
+    def diverge(*_: Any, **__: Any) -> None:
+        raise NotFiniteError
+
+    monkeypatch.setattr(Turn, "sgd", diverge)
+    sample_privacy.check(launch.start(), federation)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
 @pytest.mark.parametrize("algorithm", ["ditto", "apfl"])
-def test_what_is_apart_does_not_reach_what_is_sent(algorithm: str) -> None:
-    federation = built(algorithm, privacy__noise=1.0)
+def test_what_is_apart_does_not_reach_what_is_sent(algorithm: str, clip: float) -> None:
+    federation = built(algorithm, privacy__noise=1.0, train__clip=clip)
     client, state = federation.clients[0], federation.workbench.initial(federation.method.state())
     sent = []
     for factor in (1.0, 3.0):
