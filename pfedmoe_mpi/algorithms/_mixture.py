@@ -20,6 +20,7 @@ class Mixture:
         evaluate: Callable[[], Sequence[Tensor]],
         combine: Callable[[Sequence[Tensor], Tensor], Tensor],
         private: int = 0,
+        evaluated: Sequence[int] | None = None,
     ) -> None:
         """Keep what the mixture is made of.
 
@@ -28,9 +29,11 @@ class Mixture:
             evaluate: returns the experts' outputs.
             combine: maps these and any weights (B, experts) to logits (B, classes).
             private: how many experts are the client's own; they are the last ones.
+            evaluated: the experts that have outputs, default all; the others count for nothing in any answer.
         """
         self.weights = weights
         self.private = private
+        self.evaluated = range(weights.shape[1]) if evaluated is None else evaluated
         self._evaluate: Callable[[], Sequence[Tensor]] | None = evaluate
         self._combine = combine
         self._outputs: Sequence[Tensor] = ()

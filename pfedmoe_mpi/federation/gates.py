@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from pfedmoe_mpi.algorithms.base import Algorithm, Mixture
-from pfedmoe_mpi.core.fixedpoint import SCALE
 
+SCALE = 30  # bits after the binary point, so that sums over 2^33 samples fit
 ROWS = 64  # test rows that all gates weigh
 
 # Measured on a client's test samples, each for one expert except those of `SINGLE`.
@@ -28,6 +28,7 @@ BY_EXPERT = (
     "classes",  # Σ (mean of the sample's class - mean of the client)²
     "clients",  # Σ (mean of the client)²
     "without",  # accuracy if the others have its weight
+    "replaceable",  # clients with others, of which it is measured
 )
 SINGLE = ("samples", "measured", "entropy", "constant")  # `constant`: accuracy with each weight at its mean
 
@@ -68,7 +69,7 @@ class GateSum:
         return self._parts[name]
 
     def add(self, name: str, value: np.ndarray | float) -> None:
-        """Add real numbers, rounded."""
+        """Add real numbers, rounded to multiples of 2^-SCALE."""
         self._parts[name] += np.rint(np.asarray(value, float) * 2.0**SCALE).astype(np.int64)
 
     def real(self, name: str) -> np.ndarray:
@@ -147,19 +148,27 @@ def _add_accuracies(
         return float(torch.cat(right).double().mean())
 
     total.add("constant", accuracy(lambda weights: np.tile(mean, (len(weights), 1))))
-    changes = [partial(without_expert, mean=mean, expert=m) for m in range(len(mean))]
-    total.add("without", np.array([accuracy(change) for change in changes]))
+    for expert in range(len(mean)):
+        others = np.isin(np.arange(len(mean)), measured[0][0].evaluated) & (np.arange(len(mean)) != expert)
+        if others.any():
+            without = accuracy(partial(without_expert, mean=mean, keep=others))
+            total["without"][expert] += round(without * 2**SCALE)
+            total["replaceable"][expert] += 1
 
 
-def without_expert(weights: np.ndarray, mean: np.ndarray, expert: int) -> np.ndarray:
-    """Return weights (n, experts) in which the others have an expert's weight, in their proportions.
+def without_expert(weights: np.ndarray, mean: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Return weights (n, experts) in which those to keep have all the weight, in their proportions.
 
-    Where the others have no weight, as with top-1 routing, their proportions are those of the `mean`.
+    Where these have no weight, as with top-1 routing, their proportions are those of the `mean`, and equal if
+    the gate never uses them.
+
+    Args:
+        mean: the client's mean weights, (experts,).
+        keep: a mask, (experts,).
     """
-    keep = np.arange(weights.shape[1]) != expert
     others = weights * keep
     empty = others.sum(1) == 0
-    others[empty] = mean * keep
+    others[empty] = mean * keep if (mean * keep).any() else keep
     rest = np.maximum(others.sum(1, keepdims=True), np.finfo(float).tiny)
     return others / rest * weights.sum(1, keepdims=True)
 
@@ -188,6 +197,9 @@ def summary(total: GateSum) -> dict[str, Any]:
         "spread": {name: np.sqrt(values).tolist() for name, values in spread.items()},
         "accuracy": {
             "constant": float(total.real("constant")) / k,
-            "without": (total.real("without") / k).tolist(),
+            "without": [
+                float(value) / int(number) if number else None
+                for value, number in zip(total.real("without"), total["replaceable"], strict=True)
+            ],
         },
     }

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoe_mpi.core.fixedpoint import SCALE
 from pfedmoe_mpi.federation import gates
 from pfedmoe_mpi.federation.confusion import MOST_COUNTS, worst_tenth
 from pfedmoe_mpi.federation.gates import GateSum
@@ -161,7 +160,7 @@ def _alpha_class(by_class: np.ndarray) -> list[float | None] | None:
     samples, sums = by_class
     if not samples.any():
         return None
-    return with_nulls(np.where(samples > 0, sums / np.maximum(samples, 1) / 2.0**SCALE, np.nan))
+    return with_nulls(np.where(samples > 0, sums / np.maximum(samples, 1) / 2.0**gates.SCALE, np.nan))
 
 
 def _concept(measured: Mapping[str, np.ndarray], name: str, clients: np.ndarray) -> float | None:
@@ -175,20 +174,23 @@ def drift(history: Sequence[Row]) -> dict[str, float | None] | None:
     """Return the cost of the last change of concept so far; None without a stream or before a change.
 
     `forgetting`: the best accuracy on the old concept up to the change, minus its accuracy now.
-    `recovery`: rounds from the change until the accuracy on the new concept reached that of the old one right
-    before the change; null if it has not.
+    `recovery`: rounds from the change until a measured accuracy on the new concept was as high as the last
+    one on the old concept before the change; null if none was.
     """
-    rows = [row for row in history if None not in row["accuracy_concepts"].values()]
-    is_second = [row["accuracy_concepts"]["share"] >= 0.5 for row in rows]
-    changes = [n for n in range(1, len(rows)) if is_second[n] != is_second[n - 1]]
-    if not changes:
+    measured = [row for row in history if None not in row["accuracy_concepts"].values()]
+    streamed = [row for row in history if measured and row["round"] <= measured[-1]["round"]]
+    is_second = [row["accuracy_concepts"]["share"] >= 0.5 for row in streamed]
+    changes = [row["round"] for n, row in enumerate(streamed) if n and is_second[n] != is_second[n - 1]]
+    before = [row["accuracy_concepts"] for row in measured if changes and row["round"] < changes[-1]]
+    after = [row for row in measured if changes and row["round"] >= changes[-1]]
+    if not before or not after:
         return None
-    at = changes[-1]
-    new_name, old_name = ("second", "first") if is_second[at] else ("first", "second")
-    old, new = ([row["accuracy_concepts"][name] for row in rows] for name in (old_name, new_name))
-    reached = [n for n in range(at, len(rows)) if new[n] >= old[at - 1]]
-    recovery = rows[reached[0]]["round"] - rows[at]["round"] if reached else None
-    return {"forgetting": max(old[:at]) - old[-1], "recovery": recovery}
+    new, old = ("second", "first") if is_second[-1] else ("first", "second")
+    reached = [row["round"] for row in after if row["accuracy_concepts"][new] >= before[-1][old]]
+    return {
+        "forgetting": max(each[old] for each in before) - after[-1]["accuracy_concepts"][old],
+        "recovery": reached[0] - changes[-1] if reached else None,
+    }
 
 
 def row(

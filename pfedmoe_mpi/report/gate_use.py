@@ -97,7 +97,10 @@ def figures(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     }
     for m, name in enumerate(names):
         accuracy[f"without {name}"] = [row["gate"]["accuracy"]["without"][m] for row in rows]
-    per_cent = {name: [100 * value for value in values] for name, values in accuracy.items()}
+    per_cent = {
+        name: [np.nan if value is None else 100 * value for value in values]
+        for name, values in accuracy.items()
+    }
     spread = {text: [row["gate"]["spread"][name][0] for row in rows] for name, text in SPREADS.items()}
     rounds = [row["round"] for row in rows]
     return [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pfedmoe_mpi.federation.gates import ROWS
+from pfedmoe_mpi.federation.gates import ROWS, GateSum, without_expert
 from pfedmoe_mpi.federation.loop import Loop
 from support.small_federation import build_loop, write_data_files
 
@@ -135,6 +135,35 @@ def test_one_expert_is_replaced_where_top1_used_no_other(data: Path) -> None:
     _, gate = measured(data, "pfedmoe", gate__routing="top1", model__pool="mlp5", pfedmoe__extractors=2)
     assert gate["entropy"] == 0 and gate["load"] == pytest.approx(gate["first"])
     assert all(0 < accuracy <= 1 for accuracy in gate["accuracy"]["without"])
+
+
+def test_an_expert_that_is_never_used_replaces_one_that_always_is() -> None:
+    """A gate that has collapsed: this is what the number is for."""
+    own = np.array([[0.0, 1.0], [0.0, 1.0]])
+    replaced = without_expert(own, own.mean(0), np.array([True, False]))
+    assert replaced.tolist() == [[1, 0], [1, 0]]
+    three = np.array([[1.0, 0.0, 0.0]])
+    assert without_expert(three, three[0], np.array([False, True, True])).tolist() == [[0, 0.5, 0.5]]
+
+
+def test_clients_that_evaluate_one_expert_have_no_accuracy_without_it(data: Path) -> None:
+    """FedJETs with K = 1: without another expert's weight nothing changes for them."""
+    options = {"fedjets__experts": 3, "fedjets__top": 1, "fedjets__common_epochs": 1}
+    loop, gate = measured(data, "fedjets", **options)
+    chosen = [m for m in range(3) if gate["load"][m] > 0]
+    by_client = np.array(loop.history[-1]["clients"]["accuracy"])
+    if len(chosen) == 1:
+        assert gate["accuracy"]["without"][chosen[0]] is None
+    for m in {0, 1, 2} - set(chosen):
+        assert gate["accuracy"]["without"][m] == pytest.approx(by_client.mean())
+    assert set(chosen) != {0, 1, 2}, "three clients, so that no case is without a check"
+
+
+def test_sums_hold_ten_million_samples() -> None:
+    total = GateSum(2, 2)
+    total.add("load", [9e6, 1.5])
+    total.add("load", [9e6, 1.5])
+    assert total.real("load").tolist() == [18e6, 3.0]
 
 
 def test_methods_without_a_gate_have_no_numbers(data: Path) -> None:

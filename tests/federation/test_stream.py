@@ -141,6 +141,10 @@ def test_forgetting_and_recovery_follow_their_definitions() -> None:
     assert metrics.drift(back) == {"forgetting": pytest.approx(0.7), "recovery": 2}
     again = [*back, row(8, 0.5, 0.6, 0.0)]
     assert metrics.drift(again) == {"forgetting": pytest.approx(0.25), "recovery": None}
+    unmeasured = [row(n, None, None, float(n >= 4)) for n in (4, 5)]
+    assert metrics.drift([*before, *unmeasured]) is None
+    late = [*before, *unmeasured, row(6, 0.4, 0.85, 1.0), row(7, None, None, 0.0)]
+    assert metrics.drift(late) == {"forgetting": pytest.approx(0.5), "recovery": 2}, "from round 4 to 6"
 
 
 DRIFT = (

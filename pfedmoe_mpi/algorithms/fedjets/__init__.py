@@ -236,6 +236,10 @@ class FedJETs(Algorithm):
         turn.bytes_down = 4 * sum(value.numel() for value in values.values())
         return values
 
+    def phases(self, role: str) -> list[Phase]:
+        """Return the phase of all experts and the gate; a client step trains K of these experts."""
+        return [self._phase([*self._names, *self._learned_gate])]
+
     def _phase(self, names: Sequence[str]) -> Phase:
         """Return a phase with the configured optimiser for experts and plain SGD for the gate."""
         train = self.task.config.train
@@ -285,7 +289,7 @@ class FedJETs(Algorithm):
             return (weights[:, index].unsqueeze(2) * outputs[0]).sum(1)
 
         weights = torch.zeros_like(weights).index_copy(1, index, among)
-        return Mixture(weights, lambda: [self._outputs(parts, x, chosen)], combine)
+        return Mixture(weights, lambda: [self._outputs(parts, x, chosen)], combine, evaluated=chosen)
 
     # Evaluation
 
