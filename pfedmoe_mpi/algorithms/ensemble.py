@@ -53,7 +53,9 @@ class Ensemble(Algorithm):
         return [(k, self._names[q % len(self._names)]) for k, q in zip(members, order, strict=True)]
 
     def phases(self, role: str) -> list[Phase]:
-        return [self.phase({role: self.task.config.train.lr_shared})]
+        """Return the phase of a member's model; of all models for the role of a client that is tuned."""
+        names = [role] if role in self._names else self._names
+        return [self.phase(dict.fromkeys(names, self.task.config.train.lr_shared))]
 
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
         """Train and return the member's model."""

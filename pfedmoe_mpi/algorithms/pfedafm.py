@@ -74,18 +74,23 @@ class PFedAFM(Algorithm):
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
         """Train ω_k and α_k, then θ_k through the client's head."""
         parts, (own, general) = turn.parts, self.phases(turn.role)
-        alpha = parts.vector("weights")
+
+        def through_head(batch: Batch) -> Tensor:
+            return nn.functional.cross_entropy(parts.model.head(parts.shared(batch.x)), batch.y)
+
+        self.tune(turn, own)
+        turn.sgd(general, through_head)
+        return {"shared": parts.vector("shared")}
+
+    def tune(self, turn: Turn, phase: Phase) -> None:
+        """Train ω_k and α_k, which is kept between 0 and 1."""
+        alpha = turn.parts.vector("weights")
 
         def clip(steps: int) -> bool:
             alpha.clamp_(0, 1)
             return False
 
-        def through_head(batch: Batch) -> Tensor:
-            return nn.functional.cross_entropy(parts.model.head(parts.shared(batch.x)), batch.y)
-
-        turn.sgd(own, enough=clip)
-        turn.sgd(general, through_head)
-        return {"shared": parts.vector("shared")}
+        turn.sgd(phase, enough=clip)
 
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
         """Return ŷ (B, classes)."""

@@ -54,14 +54,16 @@ def tune(federation: Federation, client: Client, parts: Parts) -> bool:
 def phase(federation: Federation, client: Client) -> Phase:
     """Return the phase that tunes a client: its private modules, or all modules if it has none.
 
-    The learning rates are those of the method's own phases, `train.lr` for modules that these leave out.
+    The learning rates are those of the method's own phases; modules that these leave out stay as they are.
     """
     method = federation.method
-    rates = {name: rate for phase in method.phases(ROLE) for name, rate in phase.lr.items()}
+    phases = method.phases(ROLE)
+    rates = {name: rate for phase in phases for name, rate in phase.lr.items()}
+    plain = frozenset().union(*(phase.plain for phase in phases))
     private = [name for name, part in client.spec.items() if isinstance(part, Module)]
     names = private or [name for name, part in method.state().items() if isinstance(part, Module)]
-    lr = {name: rates.get(name, federation.config.train.lr) for name in names}
-    return method.phase(lr, epochs=federation.config.unseen.tune)
+    lr = {name: rates[name] for name in names if name in rates}
+    return method.phase(lr, epochs=federation.config.unseen.tune, plain=plain & lr.keys())
 
 
 def shots(split: Split, number: int, seed: int, client: int) -> Split:

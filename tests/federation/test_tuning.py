@@ -57,6 +57,8 @@ def test_tuning_changes_nothing_but_what_it_reports(method: str) -> None:
         ("fedrep", {"head": 0.3}),
         ("fml", {"model": 0.3}),
         ("fedmix", {"expert0": 0.4, "expert1": 0.4, "gate": 0.5}),
+        ("ensemble", {f"model{q}": 0.4 for q in range(5)}),
+        ("pfedafm", {"model": 0.3, "weights": 0.5}),
     ],
 )
 def test_private_modules_are_tuned_or_all_without_any(method: str, parts: dict[str, float]) -> None:
@@ -64,6 +66,28 @@ def test_private_modules_are_tuned_or_all_without_any(method: str, parts: dict[s
     made = build_federation(algorithm=method, unseen__tune=7, train__steps=2, **rates)
     phase = tuning.phase(made, a_new_client(made))
     assert phase.lr == parts and (phase.epochs, phase.steps) == (7, 0)
+
+
+def test_fedjets_is_tuned_as_it_trains() -> None:
+    """The common expert stays, and so does a frozen gate; the gate's SGD is plain."""
+    experts = dict.fromkeys((f"expert{m}" for m in range(4)), 0.4)
+    rates = {"train__lr": 0.3, "train__lr_shared": 0.4, "train__lr_gate": 0.5}
+    for frozen in (False, True):
+        options = {"fedjets__gate_frozen": frozen, "fedjets__common_target": 0.0}
+        made = build_federation(algorithm="fedjets", unseen__tune=2, **options, **rates)
+        phase = tuning.phase(made, a_new_client(made))
+        assert phase.lr == experts | ({} if frozen else {"gate": 0.5})
+        assert phase.plain == (set() if frozen else {"gate"})
+
+
+def test_tuned_mixing_weights_of_pfedafm_stay_between_0_and_1() -> None:
+    made = build_federation(algorithm="pfedafm", unseen__tune=5, train__lr_gate=0.5)
+    client = a_new_client(made)
+    parts = made.parts(client, made.workbench.initial(made.method.state()))
+    assert tuning.tune(made, client, parts)
+    alpha = parts.vector("weights")
+    assert not torch.equal(alpha, torch.ones_like(alpha))
+    assert float(alpha.min()) >= 0 and float(alpha.max()) <= 1
 
 
 def test_tuning_is_that_many_epochs_on_the_shots() -> None:
