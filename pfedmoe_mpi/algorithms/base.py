@@ -9,7 +9,7 @@ or the command line. Every hook except `predict` has a default; together the def
     client_state   on every rank, whenever needed          no private parts
     initial        on one rank, per private part           a private part begins with values of its own
     payload        on every rank, once a round             every part of the state, weighted by n_k
-    cohort         on every rank, once a round             K clients, drawn without replacement
+    cohort         on every rank, also in advance          K clients, drawn without replacement
     client_step    on one rank, once per member            train `phases`, then send the state's parts
       phases       in `client_step`                        all modules together for E epochs
       loss         in `client_step`, per batch             cross-entropy of `predict`
@@ -98,7 +98,10 @@ class Task:
         return [client for client in range(self.clients) if client not in self.unseen]
 
     def absent_clients(self, round: int) -> frozenset[int]:
-        """Return the clients that have not trained by a round: they never train, or they join later."""
+        """Return the clients outside of training until a round: they never train, or they join later.
+
+        Clients that take part but were in no cohort so far are not among them.
+        """
         return self.unseen | (self.late if round < self.config.join.round else frozenset())
 
     def samples(self, client: int) -> int:
@@ -241,7 +244,7 @@ class Algorithm:
     # A round
 
     def cohort(self, round: int) -> list[tuple[int, str]]:
-        """Return (client, role) of the clients that train in a round, ascending.
+        """Return (client, role) of the clients that train in a round, ascending; called for any round.
 
         Default: `draw_clients` from all clients that train, each in the role "client".
         """

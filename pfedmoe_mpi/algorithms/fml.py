@@ -6,8 +6,8 @@ paper's two local objectives, with the outputs p_l of the client's own model and
     L_local = α·CE(p_l, y) + (1 − α)·KL(p_m ‖ p_l)        L_meme = β·CE(p_m, y) + (1 − β)·KL(p_l ‖ p_m)
 
 Each model descends its own objective, with the other model's output as a constant, both in one step. The
-global model is the mean of the meme models. A client answers with its own model; one that never trained
-answers with the global model.
+global model is the mean of the meme models. A client answers with its own model; one that takes no part
+in training answers with the global model.
 
 Shared: the meme model with its head, one float32 vector per client and round.
 

@@ -14,8 +14,8 @@ from pfedmoe_mpi.core.parts import Spec
 class Client:
     """A client of the federation, in hand for its turn or its evaluation.
 
-    `vector` (layout of `spec`,) is on the CPU. Only a completed client step replaces it, so an abandoned step
-    has no effect.
+    `vector` (layout of `spec`,) is on the CPU; while another rank trains the client it is empty. Only a
+    completed client step replaces its values, so an abandoned step has no effect.
     """
 
     id: int

@@ -75,7 +75,11 @@ def _draw_head(module: nn.Module, seed_head: Callable[[], None]) -> None:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A part that is a plain float32 tensor; NaN marks values that are not yet defined."""
+    """A part that is a plain float32 tensor.
+
+    NaN marks values that are not yet defined. A client in whose private tensor it appears has diverged,
+    unless `fill` is NaN.
+    """
 
     shape: tuple[int, ...]
     fill: float = 0.0

@@ -319,8 +319,9 @@ class Loop:
         if not overridden or self.comm.rank == 0:
             by_name, means = {name: state[place] for name, place in slices.items()}, total.means()
             try:
-                method.server_update(by_name, means, self.round + 1)
-                self.server.update(self.state, state, means)
+                with self.comm.located(f"server update of round {self.round + 1}", alone=overridden):
+                    method.server_update(by_name, means, self.round + 1)
+                    self.server.update(self.state, state, means)
             except StoppedError:  # the evaluation stops too, and this state is never used
                 pass
             except NotFiniteError:

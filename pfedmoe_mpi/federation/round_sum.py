@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from pfedmoe_mpi.algorithms.base import Block, Mean, Task
+from pfedmoe_mpi.config import methods
+from pfedmoe_mpi.config.methods import MethodError
 from pfedmoe_mpi.core import fixedpoint
 from pfedmoe_mpi.privacy.client_release import ClientRelease
 
@@ -45,17 +47,26 @@ class RoundSum:
         payload: Mapping[str, Block],
         release: ClientRelease | None = None,
     ) -> None:
-        """Begin a sum without members; `release`: of clipped updates, with noise."""
+        """Begin a sum without members; `release`: of clipped updates, with noise.
+
+        Raises:
+            MethodError: the cohort is not one of clients that train, ascending.
+        """
+        members = [client for client, _ in cohort]
+        if members != sorted({k for k in members if 0 <= k < task.clients} - task.unseen):
+            shown = ", ".join(map(str, members[:10])) + (", …" if len(members) > 10 else "")
+            reason = f"cohort: {shown} are not clients that train, each once, in ascending order"
+            raise MethodError.at(methods.path(task.config.algorithm), None, reason)
         self._task = task
         self._release = release
         self.cohort = list(cohort)
         self.payload = payload
-        members = len(self.cohort)
-        self._metrics = slice(1 + members, 1 + members * (1 + len(MEMBER_METRICS)))
+        number = len(members)
+        self._metrics = slice(1 + number, 1 + number * (1 + len(MEMBER_METRICS)))
         self._places: dict[str, slice] = {}
         at = self._metrics.stop
         for name, block in payload.items():
-            length = block.rows * (1 + block.size) * (members if block.slot else 1)
+            length = block.rows * (1 + block.size) * (number if block.slot else 1)
             self._places[name] = slice(at, at + length)
             at += length
         self.buffer = np.zeros(at, np.int64)
@@ -100,7 +111,7 @@ class RoundSum:
         return self.buffer[self._metrics].view(np.float64).reshape(len(self.cohort), len(MEMBER_METRICS))
 
     def add(self, position: int, values: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:
-        """Add one member's contribution, or nothing if any of its values is not finite.
+        """Add one member's contribution.
 
         Args:
             position: of the member in the cohort.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 
 from pfedmoe_mpi.core.client import Client
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
+from pfedmoe_mpi.core.parts import Tensor
 from pfedmoe_mpi.core.turn import Turn
 from pfedmoe_mpi.errors import StoppedError
 from pfedmoe_mpi.federation import evaluation, lending, placement
@@ -106,8 +108,7 @@ def train_member(
             assert measured
             accuracy = measured.correct / measured.samples if measured.samples else accuracy
         vector = federation.workbench.read(client.spec, parts, buffer(client.vector.numel()))
-        if not bool(vector.sum().isfinite()):  # one pass; a sum beyond float32 means a useless model too
-            raise NotFiniteError("its private vector is not finite")
+        _check_private(federation, client, vector)
         fate = faults.fate(round, client.id)
         if fate == IN:
             total.add(position, values, _member_metrics(turn, accuracy, federation.state_layout.size))
@@ -117,6 +118,16 @@ def train_member(
     except NotFiniteError as error:
         LOGGER.warning("client %d in round %d: %s", client.id, round, error)
         total.leave_out(position, DROPPED)
+
+
+def _check_private(federation: Federation, client: Client, vector: torch.Tensor) -> None:
+    """Raise NotFiniteError if a client's new vector is not finite, apart from what is still undefined."""
+    for name, place in federation.client_layouts[client.id].parts.items():
+        part, values = client.spec[name], vector[place]
+        if isinstance(part, Tensor) and math.isnan(part.fill):
+            values = values.nan_to_num(0.0, posinf=torch.inf, neginf=-torch.inf)
+        if not bool(values.sum().isfinite()):  # one pass; a sum beyond float32 means a useless model too
+            raise NotFiniteError(f"its private part '{name}' is not finite")
 
 
 def _member_metrics(turn: Turn, accuracy: float, state_size: int) -> dict[str, float]:
