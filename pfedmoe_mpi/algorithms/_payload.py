@@ -32,4 +32,4 @@ class Mean:
     """The weighted mean of a block. For a slot, both tensors have a leading axis of cohort members."""
 
     value: Tensor  # float32 (rows, size) on the CPU; NaN in a row of weight 0
-    weight: Tensor  # int64 (rows,), the sum of the members' weights
+    weight: Tensor  # int64 (rows,), the sum of the members' weights; with noise float64, the expected one

@@ -9,10 +9,10 @@ train.
 Shared: Δy (the model with its buffers) and Δc (its parameters), two float32 vectors per client and round.
 
 Departures: there is no momentum, because option II does not describe it; for the same reason other optimisers
-than SGD are refused. The correction enters as the linear
-term ⟨c − c_i, y⟩ of the loss, whose gradient it is; the joint norm is clipped with it. Weight decay is part
-of g. BatchNorm's running statistics have no control: their mean difference is added like that of the
-parameters.
+than SGD are refused. The correction enters as the linear term ⟨c − c_i, y⟩ of the loss, whose gradient it is;
+the joint norm is clipped with it. Weight decay is part of g. BatchNorm's running statistics have no control:
+their mean difference is added like that of the parameters. With clients' differential privacy |S| is the
+expected size of the cohort.
 """
 
 from __future__ import annotations
@@ -97,4 +97,4 @@ class Scaffold(Algorithm):
         """Update x and c (lines 16 and 17)."""
         model, control = means["model"], means["control"]
         state["model"] += self.options.lr_server * model.value[0]
-        state["control"] += int(control.weight) / len(self.task.training) * control.value[0]
+        state["control"] += float(control.weight) / len(self.task.training) * control.value[0]

@@ -84,7 +84,7 @@ class ClientRelease:
             total = total + torch.from_numpy(self._drawn(name, total.numel())).view(total.shape)
         update = total.double() * 2.0**-SCALE
         before = 0.0 if block.update else self.state[name].double().view(total.shape)
-        return Mean((before + update).float(), torch.full((block.rows,), max(1, round(self.expected))))
+        return Mean((before + update).float(), torch.full((block.rows,), self.expected, dtype=torch.float64))
 
     def _drawn(self, name: str, size: int) -> np.ndarray:
         """Return the noise of a block, int64 (size,)."""

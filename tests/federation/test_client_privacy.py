@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pfedmoe_mpi import checkpoint, config
+from pfedmoe_mpi.algorithms.base import Mean
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.config import methods
 from pfedmoe_mpi.conformance.checks import Case
@@ -190,6 +191,20 @@ def test_poisson_cohorts_draw_each_client_independently() -> None:
         drawn[round, [client for client, _ in cohort]] = 1
     assert np.abs(drawn.mean(0) - 0.3).max() < 5 * math.sqrt(0.21 / 800)
     assert client_privacy_of(federation).expected(1) == pytest.approx(2.4)
+
+
+def test_the_weight_of_a_noised_mean_is_the_expected_cohort() -> None:
+    """SCAFFOLD's control moves by |S|/N of its mean, in which the same |S| divided the sum."""
+    federation = built("scaffold", privacy__sampling="poisson", participation=0.3)
+    state = federation.workbench.initial(federation.method.state())
+    release = client_privacy_of(federation).release(state, 1)
+    rows = federation.state_layout.parts["control"]
+    mean = release.mean("control", torch.zeros(1, rows.stop - rows.start, dtype=torch.int64))
+    assert mean.weight.tolist() == pytest.approx([0.3 * federation.task.clients]) != [1, 2]
+    total = {name: part.clone() for name, part in (("model", state[:1]), ("control", torch.zeros(3)))}
+    means = {"model": Mean(torch.zeros(1, 1), mean.weight), "control": Mean(torch.ones(1, 3), mean.weight)}
+    federation.method.server_update(total, means, 1)
+    assert total["control"].tolist() == pytest.approx([0.3] * 3)
 
 
 def test_an_empty_round_releases_noise_alone() -> None:
