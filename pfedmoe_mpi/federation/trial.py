@@ -69,7 +69,7 @@ def try_member(federation: Federation, client: Client, role: str) -> None:
         ConfigError: an operation has no deterministic kernel, or the device's memory does not suffice.
     """
     method, train = federation.method, federation.config.train
-    engine = replace(federation.engine, poll=lambda: None, graphs=None)
+    engine = replace(federation.engine, poll=lambda: None, kept=None, graphs=None)
     few = {name: split.rows(slice(0, train.batch)) for name, split in client.splits.items()}
     state = federation.workbench.initial(method.state())
     try:

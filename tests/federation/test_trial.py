@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,20 @@ def test_an_architecture_is_tried_that_trains_for_the_first_time_late(
     assert sorted(tried) == ["mlp3", "mlp4", "mlp5"]
     short = replace(federation, config=federation.config.model_copy(update={"rounds": 1}))
     assert len(list(trial.members(short))) == 1, "who never trains is not tried"
+
+
+def test_a_stop_does_not_leave_a_trial() -> None:
+    """The other ranks would wait for its end; outputs of frozen layers, too, are made under a poll."""
+    settings = Case("standalone", {}).settings(model__pool="cnn5", model__train="head", data__size=16)
+    comm = launch.start()
+    federation = build.build(comm, settings, warn=False)
+    assert federation.engine.kept and federation.engine.kept.tails
+    comm.signal_received = signal.SIGUSR1
+    try:
+        for client, role in trial.members(federation):
+            trial.try_member(federation, client, role)
+    finally:
+        comm.signal_received = 0
 
 
 def test_a_trial_leaves_no_trace() -> None:
