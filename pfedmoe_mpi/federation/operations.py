@@ -56,11 +56,14 @@ class Operations:
     once: int
 
 
-def record(federation: Federation) -> dict[str, Any]:
+def record(federation: Federation) -> dict[str, Any] | None:
     """Return `kinds`, the operations of each kind of client, and `clients`, the kind of each by number.
 
-    Clients of one architecture and role are of one kind.
+    Clients of one architecture and role are of one kind. None if roles may depend on what clients prepare,
+    such as FedJETs' anchors by clusters: that is not known before round 1.
     """
+    if federation.method.prepared_size:
+        return None
     steps = Steps(federation)
     task = federation.task
     numbers: dict[tuple[str, str], int] = {}

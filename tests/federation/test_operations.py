@@ -114,6 +114,11 @@ def test_frozen_layers_and_counted_updates(method: str, settings: dict[str, Any]
     assert min(found) > 1e6 and recorded(loop) == pytest.approx(found, rel=0.02)
 
 
+def test_roles_that_clients_have_yet_to_prepare_are_not_guessed(small: Path) -> None:
+    loop = build_loop(small, "fedjets", model__pool="mlp5", fedjets__anchors="clusters")
+    assert operations.record(loop.federation) is None
+
+
 IMAGES = (3, 32, 32)
 ARCHITECTURES = [
     *[(name, IMAGES, 0) for name in ("cnn1", "resnet18", "mobilenet_v3_small")],
