@@ -42,7 +42,7 @@ from pfedmoe_mpi.federation import (
 )
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, gate_rows, reserved
 from pfedmoe_mpi.federation.federation import Clients, Federation
-from pfedmoe_mpi.federation.pretraining import check_initial
+from pfedmoe_mpi.federation.initial_values import check_initial
 from pfedmoe_mpi.federation.problem import Problem, pose
 from pfedmoe_mpi.federation.server_optimiser import check_method
 from pfedmoe_mpi.federation.store import Store

@@ -47,13 +47,3 @@ def _by_class(labels: np.ndarray, answers: np.ndarray) -> list[np.ndarray]:
     """Return by class the rows, the answers and the correct answers."""
     length = int(max(labels.max(initial=-1), answers.max(initial=-1))) + 1
     return [np.bincount(c, minlength=length) for c in (labels, answers, labels[labels == answers])]
-
-
-def worst_tenth(accuracy: np.ndarray) -> float | None:
-    """Return the mean of the lowest tenth of the clients' accuracies; None if no client has one.
-
-    They are max(1, floor(n / 10 + ½)) of the n clients with an accuracy, as in q-FedAvg's tables (Li et al.,
-    ICLR 2020, arXiv 1905.10497).
-    """
-    values = np.sort(accuracy[np.isfinite(accuracy)])
-    return float(values[: max(1, int(len(values) / 10 + 0.5))].mean()) if len(values) else None

@@ -23,9 +23,10 @@ from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
 from pfedmoe_mpi.errors import CheckpointError, DivergedError, StoppedError
-from pfedmoe_mpi.federation import branch, evaluation, metrics, pretraining, selection, store, training
+from pfedmoe_mpi.federation import evaluation, fork, metrics, pretraining, selection, store, training
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation, pin
+from pfedmoe_mpi.federation.initial_values import begin_private_parts
 from pfedmoe_mpi.federation.masked_round import exchange_keys, opened
 from pfedmoe_mpi.federation.metrics import EvaluationSum, Row
 from pfedmoe_mpi.federation.privacy_account import account_of
@@ -109,26 +110,26 @@ class Loop:
         Its files stay: a client's vector is read from them when the client trains or is measured.
         """
         self.round = loaded.round
-        self.history = [metrics.kept(row, self.comm.rank) for row in loaded.history]
+        self.history = [metrics.for_rank(row, self.comm.rank) for row in loaded.history]
         self._pretrained = True
         self.state.copy_(torch.from_numpy(loaded.state))
         first = torch.from_numpy(loaded.first_state)
-        pretraining.begin_private_parts(self.federation, first if len(first) else self.state)
+        begin_private_parts(self.federation, first if len(first) else self.state)
         self.saver.resume(loaded)
         self._partial = loaded.partial
         self.saver.confusion = loaded.confusion
         self.server.load(torch.from_numpy(loaded.moments))
 
-    def branch(self, loaded: checkpoint.Checkpoint) -> None:
+    def fork(self, loaded: checkpoint.Checkpoint) -> None:
         """Continue a fork from a run's complete rounds, in which parts may be missing; not collective.
 
         What the server's optimiser keeps begins anew. Clients' vectors are read from the run's checkpoint
         until the fork has one of its own, which must be written before anything else.
         """
         self.round = loaded.round
-        self.history = [metrics.kept(row, self.comm.rank) for row in loaded.history]
+        self.history = [metrics.for_rank(row, self.comm.rank) for row in loaded.history]
         self._pretrained = True
-        self.saver.trained(branch.begin(self.federation, self.state, loaded))
+        self.saver.trained(fork.begin(self.federation, self.state, loaded))
 
     def evaluation(self) -> Row:
         """Measure all clients with the server's state, without training; collective.
@@ -170,7 +171,7 @@ class Loop:
                     return False
                 self._pretrained = True
                 self._observer.pretrained(line)
-                begun = pretraining.begin_private_parts(self.federation, self.state)
+                begun = begin_private_parts(self.federation, self.state)
                 self.saver.began(self.state)
                 self.saver.trained(begun)
                 if begun:
@@ -367,7 +368,7 @@ class Loop:
         if self._account:
             row["privacy"] = self._account.entry(self.round)
         row["drift"] = metrics.drift([*self.history, row])
-        row = metrics.kept(row, self.comm.rank)
+        row = metrics.for_rank(row, self.comm.rank)
         self.history.append(row)
         reported = dict(row)  # with the seconds of writing the checkpoint that holds the row itself
         last = self.finished

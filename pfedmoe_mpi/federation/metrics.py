@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pfedmoe_mpi.federation import gates
-from pfedmoe_mpi.federation.confusion import MOST_COUNTS, worst_tenth
+from pfedmoe_mpi.federation.confusion import MOST_COUNTS
 from pfedmoe_mpi.federation.gates import GateSum
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, LATE, LOST, RoundSum
 from pfedmoe_mpi.storage.columns import ClientColumns, Column, has_columns, without_columns
@@ -170,6 +170,16 @@ def _concept(measured: Mapping[str, np.ndarray], name: str, clients: np.ndarray)
     return float((correct[tested] / samples[tested]).mean()) if tested.any() else None
 
 
+def worst_tenth(accuracy: np.ndarray) -> float | None:
+    """Return the mean of the lowest tenth of the clients' accuracies; None if no client has one.
+
+    They are max(1, floor(n / 10 + ½)) of the n clients with an accuracy, as in q-FedAvg's tables (Li et al.,
+    ICLR 2020, arXiv 1905.10497).
+    """
+    values = np.sort(accuracy[np.isfinite(accuracy)])
+    return float(values[: max(1, int(len(values) / 10 + 0.5))].mean()) if len(values) else None
+
+
 def drift(history: Sequence[Row]) -> dict[str, float | None] | None:
     """Return the cost of the last change of concept so far; None without a stream or before a change.
 
@@ -275,7 +285,7 @@ def fingerprint(row: Row) -> Row:
     return kept
 
 
-def kept(row: Mapping[str, Any], rank: int) -> Row:
+def for_rank(row: Mapping[str, Any], rank: int) -> Row:
     """Return what a rank keeps of a row: rank 0 all of it, in memory; the others no columns."""
     if rank:
         return dict(without_columns(row))

@@ -11,7 +11,7 @@ import torch
 
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import CheckpointError
-from pfedmoe_mpi.federation import branch, own_code
+from pfedmoe_mpi.federation import fork, own_code
 from pfedmoe_mpi.federation.federation import Federation, samples_text
 from pfedmoe_mpi.federation.privacy_account import check_fork
 from pfedmoe_mpi.federation.round_sum import RoundSum
@@ -64,7 +64,7 @@ def check_same_federation(
                 "restart with the same data, or start a new run",
             )
     if forked:
-        notes = branch.check(federation, loaded)
+        notes = fork.check(federation, loaded)
     else:
         payload = federation.method.payload(federation.state_layout.sizes)
         total = RoundSum(federation.task, federation.method.cohort(loaded.round + 1), payload)

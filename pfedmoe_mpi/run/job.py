@@ -189,7 +189,7 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
     loop.saver.identity = identity
     try:
         if start.loaded:
-            (loop.branch if start.fork else loop.resume)(start.loaded)
+            (loop.fork if start.fork else loop.resume)(start.loaded)
             if start.changes or not start.resuming:
                 _save_again(loop, start.loaded)
             if not start.resuming and not loop.saver.written:

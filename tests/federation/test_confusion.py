@@ -10,8 +10,8 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
 
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.checkpoint.confusion import NAMES, Confusion, read
-from pfedmoe_mpi.federation.confusion import balanced_accuracy, macro_f1, matrix, worst_tenth
-from pfedmoe_mpi.federation.metrics import MOST_COUNTS, EvaluationSum
+from pfedmoe_mpi.federation.confusion import balanced_accuracy, macro_f1, matrix
+from pfedmoe_mpi.federation.metrics import MOST_COUNTS, EvaluationSum, worst_tenth
 from pfedmoe_mpi.storage.untrusted_json import UnusableError
 from support.launcher import SMALL_RUN, Session, checkpoint_digest, read_metrics, run_to_end
 

@@ -92,7 +92,7 @@ def test_fork_reads_one_vector_after_the_other_and_then_needs_its_run_no_more(tm
     store = fork.federation.store
     path = newest(tmp_path / "run")
     with Checkpoint(path) as loaded:
-        fork.branch(loaded)
+        fork.fork(loaded)
         assert store._bytes == store._file._end == 0 and sorted(store.relied) == loaded.trained
         fork.save()
         assert store._bytes == store._file._end == 0, "no vector is kept"

@@ -14,7 +14,7 @@ from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.federation import pretraining, rebuilt
+from pfedmoe_mpi.federation import initial_values, rebuilt
 from pfedmoe_mpi.federation.federation import Federation
 
 
@@ -52,7 +52,7 @@ def begin(federation: Federation, state: torch.Tensor, loaded: Checkpoint) -> li
         the clients of all ranks whose vectors are not those that a new run would draw.
     """
     _copy(loaded.state_layout, torch.from_numpy(loaded.state), federation.state_layout, state)
-    pretraining.begin_private_parts(federation, state)
+    initial_values.begin_private_parts(federation, state)
     chosen = loaded.trained if _drawn_alike(federation, loaded) else list(range(loaded.clients))
     vector, layouts = rebuilt.vectors(loaded), federation.client_layouts
 
