@@ -23,7 +23,7 @@ ROWS = 64  # test rows that all gates weigh
 # Measured on a client's test samples, each for one expert except those of `SINGLE`.
 BY_EXPERT = (
     "load",  # Σ w
-    "first",  # samples whose largest weight is this expert's
+    "first",  # samples whose largest weight is this expert's; equal weights share a sample
     "within",  # Σ (w - mean of the sample's class)²
     "classes",  # Σ (mean of the sample's class - mean of the client)²
     "clients",  # Σ (mean of the client)²
@@ -122,7 +122,8 @@ def _add_gate(total: GateSum, w: np.ndarray, y: np.ndarray, rows: np.ndarray) ->
     of_sample = np.stack([of_class[label] for label in y.tolist()])
     total["samples"][...] += len(w)
     total["measured"][...] += 1
-    total["first"][...] += np.bincount(w.argmax(1), minlength=w.shape[1])
+    largest = w == w.max(1, keepdims=True)
+    total.add("first", (largest / largest.sum(1, keepdims=True)).sum(0))
     total.add("load", w.sum(0))
     total.add("within", ((w - of_sample) ** 2).sum(0))
     total.add("classes", ((of_sample - mean) ** 2).sum(0))
@@ -191,7 +192,7 @@ def summary(total: GateSum) -> dict[str, Any]:
     used = rows.sum(1) > 0  # fewer than ROWS in small data
     return {
         "load": mean.tolist(),
-        "first": (total["first"] / n).tolist(),
+        "first": (total.real("first") / n).tolist(),
         "entropy": float(total.real("entropy")) / n / math.log(max(2, total.experts)),
         "disagreement": disagreement[used].mean(0).tolist() if used.any() else None,
         "spread": {name: np.sqrt(values).tolist() for name, values in spread.items()},

@@ -75,8 +75,12 @@ def _high(paired: Paired) -> float:
     return math.inf if paired.high is None else paired.high
 
 
+def _seeds(number: int) -> str:
+    return f"{number} seed{'' if number == 1 else 's'}"
+
+
 def _line(name: str, base: str, paired: Paired, needed: int, until: float) -> str:
-    line = f"{name}, minus {base}: {points(paired.mean)} points with {len(paired.seeds)} seeds"
+    line = f"{name}, minus {base}: {points(paired.mean)} points with {_seeds(len(paired.seeds))}"
     if paired.low is None:
         return f"{line}; no interval below {ENOUGH} seeds"
     line += f", 95 % interval {points(paired.low)} to {points(_high(paired))}"

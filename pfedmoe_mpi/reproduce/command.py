@@ -87,7 +87,7 @@ def run(path: Path, settings: Mapping[str, Any], flags: ReproduceFlags, judge: s
         _print(world, world.from_root(lambda: selection.write(table, runs, rules, out), "the choice"))
         selected = world.from_root(lambda: grid.read(out / selection.FILE), "the chosen settings")
         if flags.until:
-            return seeds.play(stage, selected, out / selection.FRESH, "", judge)
+            return seeds.play(stage, selected, out / selection.FRESH, "", judge, rules.seeds, compared=out)
         chosen = grid.expand(selected, settings, flags.scale)
         return stage.play(selected, chosen, out / selection.FRESH, compared=out)
 
@@ -326,7 +326,8 @@ def _format_hours(hours: float) -> str:
 def _finish(world: Comm, outcome: Outcome, runs: Sequence[TableRun], out: Path) -> int:
     """Print how the runs ended, unless they were stopped; return the exit code."""
     if not outcome.stopped:
-        finished = f"{len(runs) - len(outcome.failed)} runs finished"
+        number = len(runs) - len(outcome.failed)
+        finished = f"{number} run{'' if number == 1 else 's'} finished"
         compare = f"compare all in the folder: pfedmoe-mpi report {out}"
         _print(world, ["", f"{finished}; {compare}", *(f"failed: {name}" for name in outcome.failed)])
     return outcome.code

@@ -88,8 +88,11 @@ def _checkpoint_of(folder: RunFolder, at: int) -> Path:
     names = [each.stem for each in points]
     rounds = {int(name.split("-")[1]) for name in names if "partial" not in name}
     rounds |= {best} if best is not None else set()
-    listed = ", ".join(map(str, sorted(rounds))) or "none"
-    raise CheckpointError(
-        f"{folder.path} has no checkpoint of round {at}; it has these rounds: {listed}",
-        f"fork at one of them, or train the run again with --run.checkpoint_every {max(at, 1)} --run.keep 99",
-    )
+    problem = f"{folder.path} has no checkpoint of round {at}"
+    if not at:
+        raise CheckpointError(problem, "train a new run with these settings, which is a fork at round 0")
+    again = f"train the run again with --run.checkpoint_every {at} --run.keep 99"
+    if not rounds:
+        raise CheckpointError(f"{problem}, nor of any other", again)
+    listed = ", ".join(map(str, sorted(rounds)))
+    raise CheckpointError(f"{problem}; it has these rounds: {listed}", f"fork at one of them, or {again}")

@@ -12,6 +12,8 @@ import pytest
 
 from pfedmoe_mpi.report.compare import Paired
 from pfedmoe_mpi.report.precision import MOST, seeds_needed
+from pfedmoe_mpi.reproduce import grid
+from pfedmoe_mpi.reproduce.seeds import with_seeds
 from support import launcher
 
 TABLE = """\
@@ -67,6 +69,31 @@ def test_number_of_seeds_is_the_first_that_is_enough() -> None:
     assert seeds_needed(Paired((0,), (0.1,), 0.1, None, None), 1.0) == 5
 
 
+def test_baseline_in_several_settings_is_refused_before_anything_is_trained(
+    table: Path, assert_refused: Callable[..., str]
+) -> None:
+    table.write_text(TABLE + "train.lr = [0.01, 0.05]\n", encoding="utf-8")
+    said = r"standalone is not one method(.|\n)*--baseline 'standalone \(train\.lr = 0\.01\)'"
+    assert_refused(said, "reproduce", table, "--until", "5", "--out", "out")
+    assert not (table.parent / "out").exists()
+
+
+def test_seeds_of_a_choice_are_not_added(tmp_path: Path) -> None:
+    (tmp_path / "table.toml").write_text(TABLE.replace("[3, 1]", "[0, 1]"), encoding="utf-8")
+    more = with_seeds(grid.read(tmp_path / "table.toml"), 4, taken=(2, 3))
+    assert [point.settings["seed"] for point in more.axes["seed"]] == [0, 1, 4, 5]
+
+
+def test_a_run_that_fails_adds_no_seeds(table: Path, session: launcher.Session) -> None:
+    """The others are trained, and the reason is said."""
+    wild = '[axis.algorithm.{}]\nalgorithm = "{}"\ntrain.lr_shared = {}\n'
+    methods = "".join(wild.format(*each) for each in (("a", "standalone", 0.1), ("b", "fedavg", 1e30)))
+    table.write_text(TABLE.replace('algorithm = ["fedavg", "standalone"]\n', "") + methods, encoding="utf-8")
+    ended = session("reproduce", str(table), "--out", "out", "--until", "5", cwd=table.parent, timeout=240)
+    assert ended.code == 1 and "no seeds are added while a run fails" in ended.out
+    assert sorted(path.name for path in (table.parent / "out").iterdir())[-1] == "seed3-b"
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -74,7 +101,8 @@ def test_number_of_seeds_is_the_first_that_is_enough() -> None:
         (("--until", "1", "--baseline", "fedavk"), "compares the others with fedavk"),
         (("--until", "1", "--only", "fedavg*"), r"have only: fedavg(.|\n)*--baseline NAME"),
         (("--until", "1", "--task", "0"), "--task = 0 is one run"),
-        (("--until", "1", "--most", "1"), "--most = 1 is less than the 2 seeds"),
+        (("--until", "1", "--most", "1"), r"--most = 1 is less than the 2 seeds(.|\n)*--most 5"),
+        (("--until", "1", "--most", "4"), "--most = 4, but there is no interval below 5 seeds"),
     ],
 )
 def test_comparison_that_seeds_cannot_narrow_is_refused(

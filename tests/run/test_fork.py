@@ -73,6 +73,7 @@ def test_fork_may_change_the_method_if_parts_have_the_same_names(
     ("flags", "pattern"),
     [
         (("--at", "2"), "no setting differs"),
+        (("--at", "0", "--gate.weights", "equal"), r"no checkpoint of round 0\n(.|\n)*train a new run"),
         (("--at", "9", "--gate.weights", "equal"), "no checkpoint of round 9; it has these rounds: 2, 3"),
         (("--at", "3", "--gate.weights", "equal"), "rounds = 3, but the fork begins after round 3"),
         (("--at", "2", "--gate.hidden", "7"), "'gate' has another architecture"),
