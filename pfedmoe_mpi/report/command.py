@@ -46,7 +46,7 @@ def run(
     """
     target_share = _share(target)
     files = [Path(path) for path in folders if path.endswith(".h5") and Path(path).is_file()]
-    peers = [peer_results.read(path) for path in files]
+    peers = _peers(files)
     if len(files) == len(folders):
         problem = f"{files[0]} is a result of another program, and no run of this one is named"
         raise ReportError(problem, f"name a run to show beside it: report runs/NAME {files[0]}")
@@ -76,6 +76,20 @@ def run(
     _write(report, folder)
     print(f"wrote {folder / page.NAME}, {len(report.figures)} figures and {len(report.tables)} tables")
     return EXIT_DONE
+
+
+def _peers(files: Sequence[Path]) -> list[PeerResult]:
+    """Read other programs' results.
+
+    Raises:
+        ReportError: a file is named twice.
+        PeerResultError: a file is not one of them.
+    """
+    resolved = [path.resolve() for path in files]
+    for number, path in enumerate(files):
+        if resolved[number] in resolved[:number]:
+            raise ReportError(f"{path} is named twice", "name each result once")
+    return [peer_results.read(path) for path in files]
 
 
 def _report(

@@ -40,6 +40,29 @@ def test_results_of_equal_name_are_runs_of_one_setting(
     assert "Results of other programs" not in run_command("report", "run", "--text").out
 
 
+def test_only_results_of_one_folder_and_length_are_pooled(
+    run_command: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    name = "Cifar10_FedProto_test"
+    values = {"one/{}_0": [0.1, 0.5], "one/{}_1": [0.1, 0.7], "one/{}_2": [0.1], "two/{}_0": [0.1, 0.9]}
+    files = [write_result(tmp_path / f"{path.format(name)}.h5", each) for path, each in values.items()]
+    run_command("report", "run", *(file.relative_to(tmp_path) for file in files), "--out", "both")
+    *theirs, ours = read_table(tmp_path / "both", "peers")
+    found = [(row["run"], row["runs"], row["measurements"], float(row["last mean"])) for row in theirs]
+    one, two = f"one/{name}", f"two/{name}"
+    assert found == [(one, "2", "2", pytest.approx(0.6)), (one, "1", "1", 0.1), (two, "1", "2", 0.9)]
+    assert ours["measurements"] == "2", "the run was measured in rounds 2 and 3"
+
+
+def test_result_named_twice_is_refused(assert_refused: Callable[..., str], run: Path, tmp_path: Path) -> None:
+    file = write_result(tmp_path / "Cifar10_FedProto_test_0.h5", [0.5])
+    (tmp_path / "link.h5").symlink_to(file)
+    for again in (file, file.name, "link.h5"):
+        assert_refused(f"{again} is named twice", "report", "run", file, again, "--text")
+
+
 @pytest.mark.parametrize(
     ("accuracy", "pattern"),
     [
