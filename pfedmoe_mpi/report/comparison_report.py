@@ -36,9 +36,10 @@ from pfedmoe_mpi.report.compare import (
     selection_notes,
     values_of,
 )
-from pfedmoe_mpi.report.costs import operations, reached, separating_targets, traffic
+from pfedmoe_mpi.report.costs import operations, reached, separating_targets, total, traffic
 from pfedmoe_mpi.report.document import Report, Section
 from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi.report.periods import with_trunks
 from pfedmoe_mpi.report.tables import (
     SPREAD,
     Cell,
@@ -66,7 +67,7 @@ def report(
     Raises:
         CompareError: see `compare.compare` and `Comparison.baseline`.
     """
-    comparison = compare.compare(runs)
+    comparison = compare.compare(with_trunks(runs))
     base = comparison.baseline(baseline)
     curves = [
         comparison_figures.curves(comparison, setting, n) for n, setting in enumerate(comparison.settings)
@@ -254,21 +255,8 @@ def _paired_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> 
 
 def _client_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> Table:
     columns = [Column("method", words=True), Column("setting", words=True)]
-    columns += [
-        *map(
-            Column,
-            (
-                "clients",
-                "better",
-                "equal",
-                "worse",
-                "share better, %",
-                "10th percentile",
-                "median",
-                "90th percentile",
-            ),
-        )
-    ]
+    titles = ("clients", "better", "equal", "worse", "share better, %")
+    columns += map(Column, (*titles, "10th percentile", "median", "90th percentile"))
     rows = []
     for group, other, _ in pairs:
         table = compare.client_differences(group, other)
@@ -316,7 +304,8 @@ def targets(comparison: Comparison, target: float | None) -> Table:
     if target is None:
         notes.append("left out: targets that every run of a setting reached in its first measured round")
     notes += [
-        "dash: not every seed reached it; MB: up and down, all clients; GFLOP: training by clients",
+        "dash: not every seed reached it, or not recorded; MB: up and down, all clients",
+        "GFLOP: training by clients; a fork's rounds before the fork count if its run is here, too",
     ]
     return Table("target", "Rounds and bytes to a target accuracy", columns, rows, notes)
 
@@ -355,7 +344,8 @@ def cost(comparison: Comparison) -> Table:
     for group in comparison.groups:
         cells = [word(group.method), word(group.setting)]
         for value in (_seconds, _megabytes, _giga_operations, _memory):
-            cells.append(plain_spread(values_of(group.finished, value)))
+            values = values_of(group.finished, value)
+            cells.append(plain_spread(values if len(values) == len(group.finished) else []))
         rows.append(cells)
     if all(row[4].values[0] is None for row in rows):
         columns, rows = [*columns[:4], *columns[5:]], [[*row[:4], *row[5:]] for row in rows]
@@ -367,9 +357,8 @@ def cost(comparison: Comparison) -> Table:
 
 
 def _seconds(run: Run) -> float | None:
-    return mean_std([row["seconds"]["total"] for row in run.history if row["seconds"]["total"] is not None])[
-        0
-    ]
+    seconds = [row["seconds"]["total"] for row in run.history]
+    return mean_std([value for value in seconds if value is not None])[0]
 
 
 def _megabytes(run: Run) -> float | None:
@@ -377,7 +366,8 @@ def _megabytes(run: Run) -> float | None:
 
 
 def _giga_operations(run: Run) -> float | None:
-    return mean_std([count / 1e9 for count in operations(run) or []])[0]
+    summed = total(operations(run))
+    return None if summed is None else summed / len(run.history) / 1e9
 
 
 def _memory(run: Run) -> float | None:

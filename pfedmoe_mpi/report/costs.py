@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from pfedmoe_mpi.config.sections import Train
 from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi.report.periods import Period, periods
 
 # Of runs of an earlier version, per multiply-add and sample: two operations, once forward and twice backward.
 OPERATIONS = 6
+STEP = ("epochs", "steps", "batch", "accumulate")  # of `train`: how much a client step trains
 MOST_TARGETS = 6  # accuracies of a table without --target
 STEPS = (1, 2, 5, 10, 20)  # per cent from one of them to the next
 
@@ -46,29 +48,44 @@ def traffic(run: Run) -> list[Traffic]:
     return by_round
 
 
-def operations(run: Run) -> list[float] | None:
-    """Return the floating-point operations of each round's client steps; None if not recorded.
+def operations(run: Run) -> list[float | None]:
+    """Return the floating-point operations of each round's client steps, None where not recorded.
 
-    `federation.operations` says what is counted; runs of an earlier version recorded an estimate.
+    `federation.operations` says what is counted; runs of an earlier version recorded an estimate. Each start
+    recorded those of its own rounds, so a fork has those before it only with its trunk.
     """
-    recorded = run.started_with("operations") or _of_earlier_version(run)
-    if not recorded or len(recorded["clients"]) != run.clients:
-        return None
-    names = ("epochs", "steps", "batch", "accumulate")
-    train = Train(**{name: run.config[f"train.{name}"] for name in names if f"train.{name}" in run.config})
+    found = periods(run)
     met: set[int] = set()
-    by_round = []
+    by_round: list[float | None] = []
     for row in run.history:
-        samples = row["clients"]["samples"]
-        total = 0.0
-        for client in row["cohort"] if samples else ():
-            kind = recorded["kinds"][recorded["clients"][client]]
-            trained, batches = _trained(train, samples[client])
-            total += kind["fixed"] + kind["epoch"] * trained + kind["batch"] * batches
-            total += samples[client] * (kind["row"] + kind["once"] * (client not in met))
+        trained = [period for period in found if period.after < row["round"] <= period.last]
+        totals = {_in_round(row, period, run.clients, met) for period in trained}
+        by_round.append(totals.pop() if len(totals) == 1 else None)
         met.update(row["cohort"])
-        by_round += [total] if samples else []
     return by_round
+
+
+def _in_round(row: Mapping[str, Any], period: Period, clients: int, met: Set[int]) -> float | None:
+    """Return the operations of a round by what its period recorded; `met`: clients of earlier rounds."""
+    event, samples = period.event or {}, row["clients"]["samples"]
+    recorded = event.get("operations") or _of_earlier_version(event)
+    if not samples or not recorded or len(recorded["clients"]) != clients:
+        return None
+    settings = {name: period.config.get(f"train.{name}") for name in STEP}
+    train = Train(**{name: value for name, value in settings.items() if value is not None})
+    summed = 0.0
+    for client in row["cohort"]:
+        kind = recorded["kinds"][recorded["clients"][client]]
+        trained, batches = _trained(train, samples[client])
+        summed += kind["fixed"] + kind["epoch"] * trained + kind["batch"] * batches
+        summed += samples[client] * (kind["row"] + kind["once"] * (client not in met))
+    return summed
+
+
+def total(counts: Sequence[float | None]) -> float | None:
+    """Return the sum of what rounds took, None unless all of them are known."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _trained(train: Train, rows: int) -> tuple[int, int]:
@@ -79,9 +96,9 @@ def _trained(train: Train, rows: int) -> tuple[int, int]:
     return epochs * rows + more * train.batch * train.accumulate, epochs * batches + more * train.accumulate
 
 
-def _of_earlier_version(run: Run) -> dict[str, Any] | None:
+def _of_earlier_version(event: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the estimate from the multiply-adds of a sample's forward pass; None without."""
-    each = run.started_with("multiply_adds")
+    each = event.get("multiply_adds")
     none = {"fixed": 0, "row": 0, "batch": 0, "once": 0}
     kinds = [{**none, "epoch": OPERATIONS * one} for one in each or ()]
     return {"kinds": kinds, "clients": list(range(len(kinds)))} if kinds else None
@@ -101,11 +118,10 @@ def reached(run: Run, target: float) -> Reached | None:
     for number, row in enumerate(run.history):
         mean = row["accuracy"]["mean"]
         if mean is not None and mean >= target:
-            count = operations(run)
             return Reached(
                 row["round"],
                 sum(sent.total for sent in traffic(run)[: number + 1]),
-                None if count is None else sum(count[: number + 1]),
+                total(operations(run)[: number + 1]),
             )
     return None
 

@@ -50,7 +50,7 @@ class Run:
 
     `config` has dotted names; `history` holds the rows of metrics.jsonl, and as `clients` their numbers by
     client; `events` holds the rows of events.jsonl. `select` is the round whose accuracies are reported, one
-    of SELECT.
+    of SELECT. `trunk` is the run that a fork branched off, where that is reported, too.
     """
 
     path: Path
@@ -58,6 +58,7 @@ class Run:
     history: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
     select: str = "last"
+    trunk: Run | None = None
 
     @property
     def algorithm(self) -> str:

@@ -23,7 +23,7 @@ from pfedmoe_mpi.report import (
     settings_section,
 )
 from pfedmoe_mpi.report.compare import STD_OVER_CLIENTS, mean_std, over_clients, selection_notes
-from pfedmoe_mpi.report.costs import operations, reached, separating_targets, traffic
+from pfedmoe_mpi.report.costs import reached, separating_targets, traffic
 from pfedmoe_mpi.report.document import Report, Section
 from pfedmoe_mpi.report.drawing import Figure
 from pfedmoe_mpi.report.labels import value_text
@@ -183,7 +183,7 @@ def _target(run: Run, target: float | None) -> Table:
                 number(None if not first or first.operations is None else first.operations / 1e9, "{:.1f}"),
             ]
         )
-    if operations(run) is None:
+    if all(row[-1].values[0] is None for row in rows):
         columns, rows = columns[:3], [row[:3] for row in rows]
     notes = ["first round in which the mean over clients reaches the target; MB: up and down, all clients"]
     return Table("target", "Rounds and bytes to a target accuracy", columns, rows, notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from pfedmoe_mpi import config
 from pfedmoe_mpi.algorithms.base import Task
 from pfedmoe_mpi.federation.costs import client_costs
 from pfedmoe_mpi.report.costs import OPERATIONS, operations
+from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.reproduce.estimate import Pace, Size, _cost
 
 
@@ -58,17 +59,18 @@ def test_costs_count_the_samples_of_the_steps() -> None:
 
 
 def test_reports_count_the_operations_of_the_steps() -> None:
-    row = {"cohort": [0, 2], "clients": {"samples": [20, 97, 33]}}
+    row: dict[str, Any] = {
+        "round": 1,
+        "cohort": [0, 2],
+        "clients": {"samples": [20, 97, 33], "accuracy": [0.5] * 3},
+    }
+    row["accuracy"] = {"mean": 0.5}
+    start = {"event": "start", "multiply_adds": [10.0, 20.0, 30.0]}
 
     def counted(**train: int) -> float:
-        run: Any = SimpleNamespace(
-            started_with={"multiply_adds": [10.0, 20.0, 30.0]}.get,
-            clients=3,
-            config={"train.batch": 16, **{f"train.{name}": number for name, number in train.items()}},
-            history=[row],
-        )
-        (found,) = operations(run) or []
-        return found / OPERATIONS
+        settings = {"train.batch": 16, **{f"train.{name}": number for name, number in train.items()}}
+        (found,) = operations(Run(Path(), settings, [row], [start]))
+        return (found or 0.0) / OPERATIONS
 
     assert counted() == 10 * 20 + 30 * 33, "a run of an earlier version"
     assert counted(epochs=3, steps=0) == 3 * (10 * 20 + 30 * 33)

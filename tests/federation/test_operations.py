@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from pfedmoe_mpi.federation import operations
 from pfedmoe_mpi.federation.loop import Loop
 from pfedmoe_mpi.models import registry
 from pfedmoe_mpi.report import costs
+from pfedmoe_mpi.report.load import Run
 from support.small_federation import build_loop, write_data
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -66,10 +66,8 @@ def recorded(loop: Loop) -> list[float]:
     """Return what a report says of each round."""
     found = operations.record(loop.federation)
     settings = config.flatten(loop.federation.config.model_dump(mode="json"))
-    run: Any = SimpleNamespace(
-        started_with={"operations": found}.get, clients=3, config=settings, history=loop.history
-    )
-    return costs.operations(run) or []
+    run = Run(Path(), settings, loop.history, [{"event": "start", "operations": found}])
+    return [count or 0.0 for count in costs.operations(run)]
 
 
 def counted(loop: Loop) -> list[float]:
