@@ -44,6 +44,11 @@ class Group:
     runs: tuple[Run, ...]
 
     @property
+    def algorithm(self) -> str:
+        """The algorithm; of a fork that changed it, a text that names both."""
+        return str(grouping_settings(self.runs[0])["algorithm"])
+
+    @property
     def finished(self) -> tuple[Run, ...]:
         """The replicates in the tables."""
         return tuple(run for run in self.runs if run.finished)
@@ -84,7 +89,7 @@ class Comparison:
         wanted = name.replace("-", "_") or "standalone"
         if name in self.methods or wanted in self.methods:
             return name if name in self.methods else wanted
-        variants = list(dict.fromkeys(g.method for g in self.groups if g.runs[0].algorithm == wanted))
+        variants = list(dict.fromkeys(g.method for g in self.groups if g.algorithm == wanted))
         if len(variants) == 1:
             return variants[0]
         if not name:

@@ -11,7 +11,7 @@ from pfedmoe_mpi.report import compare
 from pfedmoe_mpi.report.compare import Comparison, Group, accuracy, mean_std, values_of
 from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, legend_above, style
-from pfedmoe_mpi.report.labels import grouping_settings, labels
+from pfedmoe_mpi.report.labels import grouping_settings, labels, training_changes
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.report.run_figures import per_cent
 from pfedmoe_mpi.report.tables import (
@@ -100,8 +100,11 @@ def _lines(comparison: Comparison) -> Lines:
 
 
 def _without_privacy(run: Run) -> Run:
-    settings = {name: value for name, value in run.config.items() if not name.startswith("privacy.")}
-    return replace(run, config=settings)
+    """Return the run without its settings of privacy, but those that changed while it trained."""
+    changed = {name for _, name, *_ in training_changes(run)}
+    settings = grouping_settings(run).items()
+    kept = {name: value for name, value in settings if name in changed or not name.startswith("privacy.")}
+    return replace(run, config=kept, events=(), trunk=None)
 
 
 def _point(group: Group) -> Point:

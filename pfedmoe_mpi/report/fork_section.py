@@ -9,7 +9,9 @@ import numpy as np
 
 from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, legend_above, style
+from pfedmoe_mpi.report.labels import training_changes
 from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi.report.periods import agree, forked_after
 from pfedmoe_mpi.report.run_figures import per_cent, rounds_axis
 from pfedmoe_mpi.report.tables import Column, Table, difference, number, word
 
@@ -20,24 +22,11 @@ def pairs(runs: Sequence[Run]) -> list[Pair]:
     """Return every fork among the runs together with the run that it branched off, wherever that lies now."""
     found = []
     for branch in runs:
-        at = _forked_after(branch)
-        if at is not None:
-            trunks = (run for run in runs if (_forked_after(run) or 0) < at)  # not another fork of that round
-            found += [(run, branch, at) for run in trunks if _agree(run, branch, at)]
+        at = forked_after(branch)
+        if at is not None and branch.done > at:
+            trunks = (run for run in runs if (forked_after(run) or 0) < at)  # not another fork of that round
+            found += [(run, branch, at) for run in trunks if run.done > at and agree(run, branch, at)]
     return found
-
-
-def _forked_after(run: Run) -> int | None:
-    """Return the round after which a run branched off another one, None if it did not."""
-    fork = run.started_with("fork")
-    return fork["round"] if isinstance(fork, dict) and isinstance(fork.get("round"), int) else None
-
-
-def _agree(run: Run, branch: Run, at: int) -> bool:
-    """Return whether two runs have the data and the first `at` rounds in common, and the first went on."""
-    names = ("round", "cohort", "train_loss", "accuracy", "accuracy_cohort")
-    rows = [[[row[name] for name in names] for row in each.history[:at]] for each in (run, branch)]
-    return run.digests == branch.digests and rows[0] == rows[1] and run.done > at and branch.done > at
 
 
 def differences(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
@@ -77,14 +66,10 @@ def _table(found: Sequence[Pair]) -> Table:
     for run, branch, at in found:
         rounds, table = differences((run, branch, at))
         last = table[-1][~np.isnan(table[-1])]
-        changed = branch.started_with("fork").get("settings", {})
-        text = ", ".join(
-            f"{name} {old} → {new}" for name, (old, new) in changed.items() if None not in (old, new)
-        )
         summary = [(float(of(last)) if len(last) else None) for of in (np.mean, np.median)]
         rows.append(
             [
-                *(word(branch.path.name), word(run.path.name), word(text)),
+                *(word(branch.path.name), word(run.path.name), word(_changed(run, branch, at))),
                 *(number(at), number(int(rounds[-1])), *map(difference, summary)),
                 *(number(int(count)) for count in ((last > 0).sum(), (last == 0).sum(), (last < 0).sum())),
             ]
@@ -94,6 +79,19 @@ def _table(found: Sequence[Pair]) -> Table:
         "run and fork share every random number; one pair is one seed, so this is not a test",
     ]
     return Table("forks", "Forks, client by client", [*columns, *map(Column, titles)], rows, notes)
+
+
+def _changed(run: Run, branch: Run, at: int) -> str:
+    """Return what the fork changed, then what later restarts of the fork and of its run changed."""
+    own = branch.started_with("fork").get("settings", {})
+    texts = [f"{name} {old} → {new}" for name, (old, new) in own.items() if None not in (old, new)]
+    for of, where in ((branch, ""), (run, f"{run.path.name}: ")):
+        texts += [
+            f"{where}{name} {old} → {new} from round {after + 1}"
+            for after, name, old, new in training_changes(of)
+            if after > at or (after == at and name not in (own if of is branch else ()))
+        ]
+    return ", ".join(texts)
 
 
 def _figure(pair: Pair, number: int) -> Figure:

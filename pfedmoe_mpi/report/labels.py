@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pfedmoe_mpi.report.load import Run
+from pfedmoe_mpi.report.periods import periods
 
 # Settings that do not separate groups: the replicate, the folder, and what affects rounding or speed only.
 PROCESSOR = ("train.threads", "train.device", "train.deterministic", "train.graphs", "train.samples_in")
@@ -23,13 +25,39 @@ SETTING = (
     "faults.",
     "rounds",
 )
+# Settings whose change from one round on does not change how a run trains: files may have moved.
+WITHOUT_EFFECT = (*IGNORED, "eval.", "data.", "partition.")
 
 
 def grouping_settings(run: Run) -> dict[str, Any]:
-    """Return the settings that separate groups: all but IGNORED, and `run.patience` if it may end the run."""
+    """Return the settings that separate groups: all but IGNORED, and `run.patience` if it may end the run.
+
+    The value of a setting that a fork or a restart changed says until which round it was another one.
+    """
     settings = {name: value for name, value in run.config.items() if not name.startswith(IGNORED)}
     patience = run.config.get("run.patience")
-    return {**settings, "run.patience": patience} if patience else settings
+    return {**settings, **({"run.patience": patience} if patience else {}), **changed_during_training(run)}
+
+
+def training_changes(run: Run) -> list[tuple[int, str, Any, Any]]:
+    """Return (last round before, setting, before, after) of what forks and restarts changed in training."""
+    names_rounds = str(run.config.get("train.schedule")) in {"cosine", "linear"}
+    return [
+        (period.after, name, old, new)
+        for period in periods(run)
+        for name, (old, new) in period.changes.items()
+        if period.after and not name.startswith(WITHOUT_EFFECT)
+        if None not in (old, new) and old != new and (name != "rounds" or names_rounds)
+    ]
+
+
+def changed_during_training(run: Run) -> dict[str, str]:
+    """Return `OLD until round N, then NEW` of each setting that changed during training."""
+    texts: dict[str, list[str]] = {}
+    for after, name, old, new in training_changes(run):
+        *before, _ = texts.get(name, [""])
+        texts[name] = [*before, f"{value_text(old)} until round {after}", f"then {value_text(new)}"]
+    return {name: ", ".join(parts) for name, parts in texts.items()}
 
 
 def labels(firsts: Sequence[Run]) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
@@ -39,6 +67,8 @@ def labels(firsts: Sequence[Run]) -> tuple[list[tuple[str, str]], tuple[str, ...
     most of its variants do not share. A value that changes only with the setting, such as augmentation by
     data set, does not make a variant.
     """
+    changed = [changed_during_training(run) for run in firsts]
+    firsts = [replace(run, config=grouping_settings(run), events=(), trunk=None) for run in firsts]
     by_algorithm: dict[str, list[Run]] = {}
     for run in firsts:
         by_algorithm.setdefault(run.algorithm, []).append(run)
@@ -65,7 +95,22 @@ def labels(firsts: Sequence[Run]) -> tuple[list[tuple[str, str]], tuple[str, ...
     ]
     unlabelled = [name for name in overall if name not in distinguishing and name not in variant]
     within = {name for names in varying.values() for name in names}
-    return pairs, (*notes, *_notes(unlabelled, within, setting, by_algorithm))
+    notes += _notes(unlabelled, within, setting, by_algorithm)
+    return pairs, (*notes, *_unsaid(changed, pairs, notes))
+
+
+def _unsaid(
+    changed: Sequence[Mapping[str, str]], pairs: Sequence[tuple[str, str]], notes: Sequence[str]
+) -> list[str]:
+    """Return notes on what changed during training, where neither a label nor another note says so."""
+    said = "\n".join([*(label for pair in pairs for label in pair), *notes])
+    unsaid = (
+        f"changed during training: {method} {name} = {text}"
+        for settings, (method, _) in zip(changed, pairs, strict=True)
+        for name, text in settings.items()
+        if text not in said
+    )
+    return list(dict.fromkeys(unsaid))
 
 
 def _notes(
@@ -96,14 +141,13 @@ def _notes(
 
 def _varying(runs: Sequence[Run]) -> list[str]:
     """Return the names of the settings that differ between runs."""
-    configs = [grouping_settings(run) for run in runs]
-    names = dict.fromkeys(name for settings in configs for name in settings)
-    return [name for name in names if len({repr(settings.get(name)) for settings in configs}) > 1]
+    names = dict.fromkeys(name for run in runs for name in run.config)
+    return [name for name in names if len({_key(run, [name]) for run in runs}) > 1]
 
 
 def _is_section(name: str, firsts: Sequence[Run]) -> bool:
     """Return whether a setting is in a method's own section, which other methods' configurations lack."""
-    return name.partition(".")[0] in {run.algorithm for run in firsts}
+    return name.partition(".")[0] in {word for run in firsts for word in run.algorithm.split()}
 
 
 def _key(run: Run, names: Sequence[str]) -> str:

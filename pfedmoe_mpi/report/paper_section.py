@@ -17,7 +17,7 @@ from pfedmoe_mpi.report.compare import (
     values_of,
 )
 from pfedmoe_mpi.report.document import Section
-from pfedmoe_mpi.report.labels import settings_text
+from pfedmoe_mpi.report.labels import changed_during_training, settings_text
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.report.tables import SPREAD, Cell, Column, Table, spread, word
 
@@ -105,6 +105,9 @@ def _changes(run: Run) -> str:
         changes.append(f"{kind}: {run.planned} of {round(run.planned / scale)} rounds")
     if run.config.get("run.altered"):
         changes.append(f"changed: {settings_text(run.config, run.config['run.altered'])}")
+    during = changed_during_training(run)
+    if during:
+        changes.append(f"changed during training: {settings_text(during, list(during))}")
     return "; ".join(changes) or "as the table"
 
 
