@@ -304,11 +304,19 @@ class RunFolder:
         """The last event of a start or restart; empty without any."""
         return next((e for e in reversed(self._events()) if e["event"] in {"start", "restart"}), {})
 
-    def changed_settings(self) -> set[str]:
-        """Return the settings that restarts changed, without those that have no effect on a round."""
-        starts = (line for line in self._events() if line["event"] == "restart")
-        changed = {name for line in starts for name in line.get("changes", {})}
-        return {name for name in changed if name != "rounds" and not name.startswith("run.")}
+    def lineage(self) -> list[dict[str, Any]]:
+        """Return the events of the starts that the rounds come from, in their order.
+
+        A start before round 1, or a restart before the rounds of earlier ones, took the place of these. The
+        first event is a restart if the rounds before it are of another folder.
+        """
+        lines: list[dict[str, Any]] = []
+        for line in self._events():
+            if line["event"] == "start":
+                lines = [line]
+            elif line["event"] == "restart":
+                lines = [each for each in lines if progress(each) <= progress(line)] + [line]
+        return lines
 
     def _events(self) -> list[dict[str, Any]]:
         """Return the complete lines of events.jsonl.
@@ -382,3 +390,8 @@ class RunFolder:
     def log_to_file(self, hosts: Sequence[str], rank: int) -> None:
         """Log to a file in `log`; the arguments and errors are those of `logs.log_to_file`."""
         logs.log_to_file(self.path / "log", hosts, rank)
+
+
+def progress(start: Mapping[str, Any]) -> tuple[int, bool]:
+    """Return how many rounds were done at the event of a start, and whether the next one was in progress."""
+    return start.get("round") or 0, "-partial" in str(start.get("checkpoint"))

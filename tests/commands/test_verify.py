@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from pfedmoe_mpi.commands.verify import _open_kept, _plan
-from pfedmoe_mpi.run.folder import RunFolder
-from support.checkpoint_files import reseal, single_rank
-from support.files import path_digest
-from support.launcher import SMALL_RUN, Result, Session, read_events, shared_session
+from pfedmoe_mpi.commands.replayable import plan
+from support.checkpoint_files import reseal
+from support.files import flip_bit, path_digest
+from support.launcher import SMALL_RUN, Result, Session, shared_session
 
 
 def test_verify_replays_every_round_that_it_can(
@@ -60,27 +59,52 @@ def _replace(file: Any, old: str, new: str) -> None:
     file["config"][()] = text.replace(old, new).encode()
 
 
-def test_rounds_after_a_restart_with_other_settings_begin_at_checkpoints_alone(
-    run_command: Callable[..., Result], run: Path, tmp_path: Path
-) -> None:
-    """Settings before the change are in checkpoints alone, so that round 1 cannot be replayed."""
-    run_command("restart", run, "--rounds", "4", "--train.lr", "0.5")
-    assert read_events(run)[2]["changes"]["train.lr"] == [0.05, 0.5]
-    folder = RunFolder(run)
-    starts = {source.after for source in _plan(folder, _open_kept(single_rank(), folder), 9)}
-    assert 0 not in starts and 3 in starts
-    assert run_command("verify", run, "--rounds", "2").code == 0
-
-
 @pytest.mark.parametrize("rounds", [1, 2, 3])
-def test_as_many_rounds_as_asked_for_are_drawn(run: Path, rounds: int) -> None:
-    folder = RunFolder(run)
-    plan = _plan(folder, _open_kept(single_rank(), folder), rounds)
-    assert sum(source.rounds for source in plan) == rounds
+def test_as_many_rounds_as_asked_for_are_drawn(rounds: int) -> None:
+    assert sum(replay.rounds for replay in plan({0: 2, 2: 1, 3: 0}, rounds)) == rounds
 
 
 def test_verify_refuses(assert_refused: Callable[..., str], run: Path, tmp_path: Path) -> None:
     assert_refused("not with another train.lr", "verify", run, "--train.lr", "0.5")
     assert_refused("rounds = 0 of `verify`", "verify", run, "--rounds", "0")
     (tmp_path / "empty").mkdir()
-    assert_refused("no checkpoint of a complete round", "verify", "empty")
+    assert_refused("empty is not a run folder: it has neither", "verify", "empty")
+    assert_refused("there is no run folder .*nope", "verify", "nope")
+    file = run / "checkpoints/round-000003.h5"
+    message = assert_refused("round-000003.h5 is a file", "verify", file)
+    assert f"remedy: verify {run}" in message
+    for path in (run / "checkpoints").glob("*.h5"):
+        path.unlink()
+    message = assert_refused("no good checkpoint of a complete round", "verify", run)
+    assert f"restart {run}" in message
+
+
+@pytest.mark.parametrize("damaged", ["round-000002.h5", "round-000003.h5"])
+def test_a_damaged_checkpoint_is_left_out(session: Session, run: Path, tmp_path: Path, damaged: str) -> None:
+    (run / "checkpoints/best.h5").unlink()
+    path = run / "checkpoints" / damaged
+    flip_bit(path, path.stat().st_size // 2)
+    result = session("verify", str(run), "--rounds", "9", cwd=tmp_path)
+    assert result.code == 0 and result.err.count("warning: left out: ") == 1, result.err
+    assert damaged in result.err
+    rounds = 3 if damaged == "round-000002.h5" else 2
+    assert result.out.count("the same bits") == rounds and f"| rounds | {rounds} of 3 |" in result.out
+
+
+def test_a_split_may_have_moved(
+    run_command: Callable[..., Result], assert_refused: Callable[..., str], tmp_path: Path
+) -> None:
+    """A restart with the moved file changes nothing either; another split is refused, not replayed."""
+    of_data = SMALL_RUN[:8]
+    run_command("data", "partition", "split.h5", *of_data)
+    run_command("data", "partition", "other.h5", *of_data, "--partition.kind", "iid")
+    flags = ("--partition.file", "split.h5", "--rounds", "2", "--run.checkpoint_every", "1")
+    run_command(*SMALL_RUN, *flags, "--run.dir", "run")
+    (tmp_path / "split.h5").rename(tmp_path / "moved.h5")
+    moved = ("--partition.file", "moved.h5")
+    out = run_command("verify", "run", *moved, "--rounds", "9").out
+    assert out.count("the same bits") == 2
+    run_command("restart", "run", *moved, "--rounds", "3", "--run.keep", "9")
+    out = run_command("verify", "run", "--rounds", "9").out
+    assert out.count("the same bits") == 3 and "split.h5" not in out
+    assert_refused("changed since the checkpoint", "verify", "run", "--partition.file", "other.h5")
