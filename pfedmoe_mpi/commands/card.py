@@ -52,14 +52,16 @@ def card(found: Found) -> str:
 
 def _facts(last: Checkpoint) -> Iterator[tuple[str, Any]]:
     """Yield the settings, the accuracy, versions and digests."""
-    row = last.history[-1]
+    row, secret = last.history[-1], _seed_is_secret(last.history)
     yield "method", label(last.config["algorithm"])
     yield "rounds", f"{last.round} of {last.config['rounds']}"
     accuracy = row["accuracy"]
     yield "accuracy", f"mean {_percent(accuracy['mean'])}, worst client {_percent(accuracy['worst'])}"
     own = _own_settings(last.config)
-    listed = ", ".join(f"{name} = {own[name]}" for name in sorted(own))
+    listed = ", ".join(f"{name} = {own[name]}" for name in sorted(own) if name != "seed" or not secret)
     yield "settings that differ from the default", listed
+    if secret:
+        yield "seed", "left out: whoever knows it can draw the noise again, and ε does not hold"
     if row.get("privacy"):
         yield "privacy", privacy_lines.line(row["privacy"], last.round).removeprefix("privacy: ")
     yield "data, SHA-256", last.identity["data_digest"]
@@ -77,6 +79,11 @@ def _own_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in config.flatten(settings).items()
         if name != "algorithm" and not name.startswith(FREE) and value != defaults.get(name)
     }
+
+
+def _seed_is_secret(history: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a round had the noise of differential privacy, which the seed draws."""
+    return any(row["privacy"].get("noise") for row in history if row.get("privacy"))
 
 
 def _origins(lineage: Sequence[Event]) -> Iterator[tuple[str, str]]:

@@ -108,3 +108,15 @@ def test_a_split_may_have_moved(
     out = run_command("verify", "run", "--rounds", "9").out
     assert out.count("the same bits") == 3 and "split.h5" not in out
     assert_refused("changed since the checkpoint", "verify", "run", "--partition.file", "other.h5")
+
+
+@pytest.mark.parametrize("noise", ["0.5", "0"])
+def test_the_card_of_a_run_with_noise_has_no_seed(
+    run_command: Callable[..., Result], tmp_path: Path, noise: str
+) -> None:
+    """Whoever knows the seed draws the noise again; a clip alone has none."""
+    gate = ("--gate.input_norm", "layer", "--gate.batch_norm", "false")
+    private = ("--privacy.clip", "1", "--privacy.noise", noise, "--seed", "4711")
+    run_command(*SMALL_RUN, *gate, *private, "--run.dir", "private")
+    out = run_command("verify", "private").out
+    assert ("4711" in out) == (noise == "0") != ("| seed | left out" in out)
