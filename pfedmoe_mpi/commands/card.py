@@ -34,6 +34,7 @@ class Found:
         lineage: the starts that the rounds come from.
         replayed: the rounds that were replayed, on `ranks` ranks.
         left: stretches of rounds that cannot be replayed.
+        files: what differs between the run folder's tables and the last checkpoint.
     """
 
     last: Checkpoint
@@ -41,6 +42,7 @@ class Found:
     replayed: Sequence[Replayed]
     ranks: int
     left: Sequence[range]
+    files: Sequence[str]
 
 
 def card(found: Found) -> str:
@@ -101,6 +103,8 @@ def _results(found: Found) -> Iterator[tuple[str, str]]:
     if found.left:
         stretches = (f"{each[0]} to {each[-1]}" if len(each) > 1 else str(each[0]) for each in found.left)
         yield "rounds that cannot be replayed", f"{', '.join(stretches)}: no checkpoint leads to them"
+    unlike = "; ".join(found.files)
+    yield "metrics.jsonl and measured", f"differs in {unlike}" if unlike else "as the last checkpoint"
 
 
 def _plain(value: Any) -> Any:

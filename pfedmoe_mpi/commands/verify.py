@@ -14,7 +14,7 @@ import numpy as np
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, Opened
-from pfedmoe_mpi.commands import replayable
+from pfedmoe_mpi.commands import recorded_rows, replayable
 from pfedmoe_mpi.commands.card import Found, Replayed, card
 from pfedmoe_mpi.commands.replayable import FREE, Replay, Start
 from pfedmoe_mpi.errors import EXIT_DONE, CheckpointError, ConfigError, RunError, StoppedError
@@ -38,7 +38,7 @@ def run(folder: Path, rounds: int, overrides: Mapping[str, Any]) -> int:
     Raises:
         UserError: on all ranks: the folder is not that of a run, has no usable checkpoint, or none from which
             a round can be replayed; the data are missing or others; or an override would change the numbers.
-        RunError: on all ranks: a round differs.
+        RunError: on all ranks: a round differs, or the tables of the run folder do from its last checkpoint.
     """
     changed = [name for name in overrides if not name.startswith(FREE)]
     if changed:
@@ -60,10 +60,11 @@ def _verify(world: Comm, source: Path, rounds: int, overrides: Mapping[str, Any]
     plan = world.from_root(lambda: replayable.plan(lengths, rounds), "plan")
     with checkpoint.load_everywhere(world, _files(kept[max(kept)])) as last:
         results = [each for replay in plan for each in _replay(world, starts, replay, last, overrides)]
+        files = world.from_root(lambda: recorded_rows.differences(folder, last.history), "tables")
         left = replayable.out_of_reach(lengths)
         if world.rank == 0:
-            print(card(Found(last, lineage, results, world.size, left)), flush=True)
-    _check_same(folder, results)
+            print(card(Found(last, lineage, results, world.size, left, files)), flush=True)
+    _check_same(folder, results, files)
     return EXIT_DONE
 
 
@@ -81,14 +82,20 @@ def _check_source(folder: RunFolder) -> None:
         raise CheckpointError(problem, "name the folder of a run, in which its config.toml is")
 
 
-def _check_same(folder: RunFolder, results: Sequence[Replayed]) -> None:
-    """Raise RunError if a round differs."""
+def _check_same(folder: RunFolder, results: Sequence[Replayed], files: Sequence[str]) -> None:
+    """Raise RunError if a round differs, or what reports read of the run."""
     different = [each.round for each in results if each.differences]
     if different:
         listed = ", ".join(map(str, different))
         raise RunError(
             f"round {listed} of {folder.path} gave other numbers when replayed",
             "compare the versions, the processor and the threads on the card with those of this machine",
+        )
+    if files:
+        listed = "; ".join(files)
+        raise RunError(
+            f"metrics.jsonl and measured of {folder.path} differ from its last checkpoint in {listed}",
+            f"mv {folder.metrics} {folder.metrics}.old; `restart {folder.path}` then writes both again",
         )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 
 from pfedmoe_mpi.commands.replayable import plan
@@ -89,6 +92,47 @@ def test_a_damaged_checkpoint_is_left_out(session: Session, run: Path, tmp_path:
     assert damaged in result.err
     rounds = 3 if damaged == "round-000002.h5" else 2
     assert result.out.count("the same bits") == rounds and f"| rounds | {rounds} of 3 |" in result.out
+
+
+def test_tables_that_differ_from_the_last_checkpoint_are_found(
+    session: Session, run: Path, run_command: Callable[..., Result], tmp_path: Path
+) -> None:
+    """A report shows what they say; the remedy gives them back."""
+    table = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    edited = {**rows[2], "accuracy": {**rows[2]["accuracy"], "mean": 0.99}}
+    texts = {
+        "round 3: accuracy": [rows[0], rows[1], edited],
+        "round 2, which is missing": [rows[0], rows[2]],
+        "round 2: train_loss": [*rows, {**rows[1], "train_loss": 0.1}],
+    }
+    for expected, changed in texts.items():
+        table.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        result = session("verify", str(run), cwd=tmp_path)
+        assert result.code == 1 and f"differ from its last checkpoint in {expected}\n" in result.err
+        assert f"| metrics.jsonl and measured | differs in {expected} |" in result.out.splitlines()
+    table.rename(table.with_suffix(".old"))
+    run_command("restart", run)
+    assert "| metrics.jsonl and measured | as the last checkpoint |" in run_command("verify", run).out
+
+
+def test_edited_numbers_of_clients_are_found(session: Session, run: Path, tmp_path: Path) -> None:
+    with h5py.File(run / "measured/000001.h5", "r+") as file:
+        file["values"][-1] = 0.125
+    result = session("verify", str(run), cwd=tmp_path)
+    assert result.code == 1 and re.search(r"in round \d: \w+ by client\n", result.err), result.err
+    (run / "measured/000001.h5").unlink()
+    result = session("verify", str(run), cwd=tmp_path)
+    assert result.code == 1 and "round 2: accuracy by client" in result.err, result.err
+
+
+def test_a_run_killed_before_its_row_was_written_lacks_it(
+    run_command: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
+    for name in ("metrics.jsonl", "events.jsonl"):
+        lines = (run / name).read_text().splitlines(keepends=True)
+        (run / name).write_text("".join(lines[:-1]))
+    assert "as the last checkpoint" in run_command("verify", run).out
 
 
 def test_a_split_may_have_moved(
