@@ -133,7 +133,7 @@ def evaluate(given: Namespace) -> int:
 
 def verify(given: Namespace) -> int:
     """Replay rounds of a run."""
-    from pfedmoe_mpi.commands import verify
+    from pfedmoe_mpi.commands.verify import command as verify
 
     rounds = str(given.settings.pop("rounds", 3))
     if not rounds.isdecimal() or not int(rounds):

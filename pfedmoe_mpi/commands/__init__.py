@@ -1,1 +1,1 @@
-"""One file per small command."""
+"""One file per small command, and a folder for `verify`."""

@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import pytest
 
-from pfedmoe_mpi.commands.replayable import plan
+from pfedmoe_mpi.commands.verify.replayable import plan
 from support.checkpoint_files import reseal
 from support.files import flip_bit, path_digest
 from support.launcher import SMALL_RUN, Result, Session, shared_session

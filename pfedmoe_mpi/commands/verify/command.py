@@ -14,9 +14,9 @@ import numpy as np
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.checkpoint import Checkpoint, Opened
-from pfedmoe_mpi.commands import recorded_rows, replayable
-from pfedmoe_mpi.commands.card import Found, Replayed, card
-from pfedmoe_mpi.commands.replayable import FREE, Replay, Start
+from pfedmoe_mpi.commands.verify import replayable, tables
+from pfedmoe_mpi.commands.verify.card import Found, Replayed, card
+from pfedmoe_mpi.commands.verify.replayable import FREE, Replay, Start
 from pfedmoe_mpi.errors import EXIT_DONE, CheckpointError, ConfigError, RunError, StoppedError
 from pfedmoe_mpi.federation import metrics, rebuilt
 from pfedmoe_mpi.mpi.comm import Comm
@@ -60,7 +60,7 @@ def _verify(world: Comm, source: Path, rounds: int, overrides: Mapping[str, Any]
     plan = world.from_root(lambda: replayable.plan(lengths, rounds), "plan")
     with checkpoint.load_everywhere(world, _files(kept[max(kept)])) as last:
         results = [each for replay in plan for each in _replay(world, starts, replay, last, overrides)]
-        files = world.from_root(lambda: recorded_rows.differences(folder, last.history), "tables")
+        files = world.from_root(lambda: tables.differences(folder, last.history), "tables")
         left = replayable.out_of_reach(lengths)
         if world.rank == 0:
             print(card(Found(last, lineage, results, world.size, left, files)), flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 from pfedmoe_mpi import config
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.commands import inspect
-from pfedmoe_mpi.commands.replayable import FREE, Event, origins
+from pfedmoe_mpi.commands.verify.replayable import FREE, Event, origins
 from pfedmoe_mpi.run import privacy_lines
 from pfedmoe_mpi.user_code import label
 
