@@ -150,6 +150,7 @@ def play(player: Player, total: RoundSum) -> None:
         engine=player.engine,
         method=player.method,
         state_layout=SimpleNamespace(size=len(player.state)),
+        client_layouts=[player.bench.layout(player.client.spec)],
         stream=None,
     )
     faults = Faults(0, FaultSettings(), [1.0])
@@ -159,6 +160,8 @@ def play(player: Player, total: RoundSum) -> None:
 
 def new_sum(player: Player) -> RoundSum:
     task: Any = SimpleNamespace(
+        clients=1,
+        unseen=frozenset(),
         weight=lambda rule, client: torch.tensor([25]),
         total_weight=lambda rule, cohort: 25,
         samples=lambda client: 25,

@@ -15,7 +15,7 @@ from torch import Tensor
 from pfedmoe_mpi.algorithms.base import Block, Task
 from pfedmoe_mpi.core import fixedpoint
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError, decode, encode
-from pfedmoe_mpi.federation import metrics, selection
+from pfedmoe_mpi.federation import gates, metrics, selection
 from pfedmoe_mpi.federation.round_sum import DROPPED, IN, MISSING, RoundSum
 
 WEIGHTS = [37, 911, 5, 120, 64, 333, 1, 78, 250, 19]
@@ -272,7 +272,7 @@ def test_row_has_weighted_means_and_null_for_unmeasured() -> None:
     evaluation.clients[0] = [3, 4, 0.5, 0.6, 0.75, 0, 0, 1, 2, 2, 2, 0.7, 0.65, 0, 0]
     evaluation.clients[3] = [1, 2, float("inf"), float("nan"), float("nan"), 1, 2, 0, 0, 0, 0, 0.4, 0.5, 1, 4]
     evaluation.ranks[:] = [[1, 2, 3, 4, 5], [4, 3, 2, 1, 9]]
-    evaluation.gates["by_class"][:] = [[2, 0, 4], [2**40, 0, 2**40]]
+    evaluation.gates["by_class"][:] = [[2, 0, 4], [2**gates.SCALE, 0, 2**gates.SCALE]]
     details = {"seconds": 10.0, "simulated": 1.0, "unseen": {3}, "bytes_once": 5}
     row, other = (
         metrics.row(7, total, evaluation, COUNTS.sum(1).tolist(), tested, **details)
