@@ -341,9 +341,11 @@ class Algorithm:
     def tune(self, turn: Turn, phase: Phase) -> None:
         """Adapt a client that never trains to the few training samples of `turn`, for `unseen.tune` epochs.
 
-        Default: SGD over `phase`, of its private modules, or of all modules if it has none.
+        Default: SGD over `phase`, of its private modules, or of all modules if it has none; nothing if
+        `phases` trains none of these.
         """
-        turn.sgd(phase)
+        if phase.lr:
+            turn.sgd(phase)
 
     # Before round 1
 

@@ -44,6 +44,7 @@ from pfedmoe_mpi.federation.distribute import data_digest, distribute, gate_rows
 from pfedmoe_mpi.federation.federation import Clients, Federation
 from pfedmoe_mpi.federation.initial_values import check_initial
 from pfedmoe_mpi.federation.problem import Problem, pose
+from pfedmoe_mpi.federation.round_sum import check_cohort
 from pfedmoe_mpi.federation.server_optimiser import check_method
 from pfedmoe_mpi.federation.store import Store
 from pfedmoe_mpi.federation.stream import Stream
@@ -77,6 +78,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     layouts = {id(spec): workbench.layout(spec) for spec in {id(spec): spec for spec in specs}.values()}
     client_layouts = [layouts[id(spec)] for spec in specs]
     check_initial(method, state_layout, client_layouts)
+    check_cohort(task, method.cohort(1))
     check_method(settings, method, state_layout)
     masked_round.check(comm, settings, method, state_layout, loaded)
     private = client_privacy.of(comm, settings, method, state_layout, loaded)

@@ -37,6 +37,15 @@ class Masks(Protocol):
         """Add a member's masks to its contribution, uint64 (numbers,), in place, modulo 2^64."""
 
 
+def check_cohort(task: Task, cohort: Sequence[tuple[int, str]]) -> None:
+    """Raise MethodError unless a cohort is of clients that train, ascending."""
+    members = [client for client, _ in cohort]
+    if members != sorted({k for k in members if 0 <= k < task.clients} - task.unseen):
+        shown = ", ".join(map(str, members[:10])) + (", …" if len(members) > 10 else "")
+        reason = f"cohort: {shown} are not clients that train, each once, in ascending order"
+        raise MethodError.at(methods.path(task.config.algorithm), None, reason)
+
+
 class RoundSum:
     """The sum of one round over `cohort`, a list of (client, role)."""
 
@@ -50,18 +59,14 @@ class RoundSum:
         """Begin a sum without members; `release`: of clipped updates, with noise.
 
         Raises:
-            MethodError: the cohort is not one of clients that train, ascending.
+            MethodError: as `check_cohort`.
         """
-        members = [client for client, _ in cohort]
-        if members != sorted({k for k in members if 0 <= k < task.clients} - task.unseen):
-            shown = ", ".join(map(str, members[:10])) + (", …" if len(members) > 10 else "")
-            reason = f"cohort: {shown} are not clients that train, each once, in ascending order"
-            raise MethodError.at(methods.path(task.config.algorithm), None, reason)
+        check_cohort(task, cohort)
         self._task = task
         self._release = release
         self.cohort = list(cohort)
         self.payload = payload
-        number = len(members)
+        number = len(self.cohort)
         self._metrics = slice(1 + number, 1 + number * (1 + len(MEMBER_METRICS)))
         self._places: dict[str, slice] = {}
         at = self._metrics.stop

@@ -80,6 +80,16 @@ def test_fedjets_is_tuned_as_it_trains() -> None:
         assert phase.plain == (set() if frozen else {"gate"})
 
 
+def test_a_private_module_that_no_phase_trains_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FML's own model, if its training were its client step's alone."""
+    made = build_federation(algorithm="fml", unseen__tune=2)
+    monkeypatch.setattr(type(made.method), "phases", lambda self, role: [self.phase({"shared": 0.1})])
+    client = a_new_client(made)
+    parts = made.parts(client, made.workbench.initial(made.method.state()))
+    before = parts.vector("model").clone()
+    assert tuning.tune(made, client, parts) and torch.equal(parts.vector("model"), before)
+
+
 def test_tuned_mixing_weights_of_pfedafm_stay_between_0_and_1() -> None:
     made = build_federation(algorithm="pfedafm", unseen__tune=5, train__lr_gate=0.5)
     client = a_new_client(made)

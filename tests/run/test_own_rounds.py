@@ -45,6 +45,15 @@ def test_cohorts_name_clients_once_and_ascending(
     assert len(read_metrics(tmp_path / "run")) == 1
 
 
+def test_a_first_cohort_that_cannot_be_leaves_no_run(tmp_path: Path, session: launcher.Session) -> None:
+    body = """
+    def cohort(self, round):
+        return [(2, "client"), (0, "client")]"""
+    write_method(tmp_path, body)
+    error_message(session(*RUN, cwd=tmp_path), r"mine\.py: cohort: 2, 0 are not clients that train")
+    assert not (tmp_path / "run").exists()
+
+
 def test_error_with_a_message_in_the_servers_update_ends_the_job(tmp_path: Path) -> None:
     """Rank 0 updates alone; the others would wait for it for ten minutes."""
     write_method(
