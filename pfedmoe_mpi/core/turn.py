@@ -139,7 +139,7 @@ class Turn:
                     step(group)
                     seen += sum(map(len, group))
                     steps += 1
-                    ended = steps == phase.steps or (enough is not None and enough(steps))
+                    ended = (enough is not None and enough(steps)) or steps == phase.steps
                     if ended:
                         break
             total, norms = step.read()

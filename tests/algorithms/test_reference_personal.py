@@ -191,6 +191,16 @@ def test_weights_of_pfedafm_stay_between_0_and_1(data: dict[str, Path]) -> None:
     assert alpha.min() == 0 and alpha.max() == 1 and ((alpha > 0) & (alpha < 1)).any()
 
 
+def test_steps_in_place_of_epochs_keep_the_weights_in_their_range(data: dict[str, Path]) -> None:
+    """What follows an update follows the last one too: the clip of pFedAFM, and α_i of APFL's only step."""
+    steps = {"participation": 1.0, "model.pool": "mlp4", "train.steps": 1}
+    it = train_federation(data["small"], "pfedafm", **{**steps, "train.lr_gate": 10.0})
+    alpha = torch.cat([it.of_client(k, "weights", start=False)["alpha"] for k in range(3)])
+    assert alpha.min() < 0.9 and alpha.max() == 1
+    it = train_federation(data["small"], "apfl", **steps)
+    assert all(float(it.of_client(k, "alpha", start=False)[""]) != 0.5 for k in range(3))
+
+
 def test_components_of_fedem_are_found_by_their_clients(data: dict[str, Path]) -> None:
     it = train_federation(data["small"], "fedem", **{"participation": 1.0, "rounds": 6, "model.pool": "mlp4"})
     weights = torch.stack([it.of_client(k, "weights", start=False)[""] for k in range(3)])

@@ -96,6 +96,19 @@ def test_loss_is_the_last_epoch_mean_per_sample() -> None:
     assert turn.samples == 25
 
 
+def test_every_update_is_reported_the_last_one_too() -> None:
+    seen: list[int] = []
+
+    def enough(steps: int) -> bool:
+        seen.append(steps)
+        return steps == 6
+
+    for chosen, updates in ((phase(BOTH), 4), (phase(BOTH, steps=5), 5), (phase(BOTH, steps=9), 6)):
+        seen.clear()
+        assert Player(chosen).turn().sgd(chosen, enough=enough) == updates
+        assert seen == list(range(1, updates + 1))
+
+
 def test_bf16_keeps_float32_vectors() -> None:
     player, exact = Player(phase(BOTH), precision="bf16"), Player(phase(BOTH))
     turn, shared, private = player.step()
