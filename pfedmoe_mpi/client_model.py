@@ -18,8 +18,8 @@ from pfedmoe_mpi.checkpoint import Checkpoint, client_file, frozen
 from pfedmoe_mpi.checkpoint.client_file import ClientFile
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.batches import Normalise
-from pfedmoe_mpi.core.flat import Layout
-from pfedmoe_mpi.core.parts import Module, Workbench
+from pfedmoe_mpi.core.flat import Layout, joined
+from pfedmoe_mpi.core.parts import Module, Parts, Workbench
 from pfedmoe_mpi.data.resize import resize
 from pfedmoe_mpi.errors import CheckpointError, DataError
 from pfedmoe_mpi.federation.rebuilt import configuration, method_of, sample_facts, vectors
@@ -32,9 +32,10 @@ Answer = Callable[[Inputs], Callable[[Tensor], Tensor]]  # from all samples to a
 class ClientModel(nn.Module):
     """A client's whole model under a method: its private parts and the server's, as submodules by name.
 
-    A part that is not a module, such as prototypes, is a buffer. `shape` is that of a sample, `classes` are
-    the names of the classes, in the order of the logits. The model can be moved, saved and fine-tuned like
-    any module; the checkpoint does not change with it.
+    A part that is not a module, such as prototypes, is a buffer. A part with the name of an attribute, such
+    as `weights`, has an underscore after it. `shape` is that of a sample, `classes` are the names of the
+    classes, in the order of the logits. The model can be moved, saved and fine-tuned like any module; the
+    checkpoint does not change with it.
     """
 
     def __init__(self, method: Algorithm, client: int, facts: dict[str, Any], unseen: bool) -> None:
@@ -44,6 +45,17 @@ class ClientModel(nn.Module):
         numbers = range(method.task.classes)
         self.classes: tuple[str, ...] = tuple(facts["class_names"] or map(str, numbers))
         self._method, self._facts, self._unseen = method, facts, unseen
+        self._attributes: dict[str, str] = {}  # by part
+        self._layouts: dict[str, Layout] = {}  # by part
+
+    def add_part(self, name: str, part: nn.Module | Tensor, layout: Layout) -> None:
+        """Add a part of the method; `layout` is that of its vector."""
+        attribute = f"{name}_" if hasattr(self, name) else name
+        self._attributes[name], self._layouts[name] = attribute, layout
+        if isinstance(part, nn.Module):
+            self.add_module(attribute, part)
+        else:
+            self.register_buffer(attribute, part)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, classes) of raw samples (B, *shape), in the current mode, with gradients."""
@@ -77,7 +89,7 @@ class ClientModel(nn.Module):
             raise DataError(problem, "use a client that has trained")
 
         def weights_of(inputs: Inputs) -> Callable[[Tensor], Tensor]:
-            mixture = self._method.mixture(self, inputs)  # type: ignore[arg-type]
+            mixture = self._method.mixture(self._parts(), inputs)
             if mixture is None:
                 method = self._method.task.config.method
                 raise DataError(f"{method} has no gate, and so no weights", "use predict(x) for its logits")
@@ -97,15 +109,14 @@ class ClientModel(nn.Module):
         finally:
             self.train(training)
 
-    def vector(self, name: str) -> Tensor:
-        """Return the values of a part in one vector, as methods see it."""
-        part = getattr(self, name)
-        if not isinstance(part, nn.Module):
-            return part
-        return nn.utils.parameters_to_vector(p for p in part.parameters() if p.requires_grad)
+    def _parts(self) -> Parts:
+        """Return the parts as methods see them."""
+        names = self._attributes.items()
+        found: Any = {n: _Part(getattr(self, attribute), self._layouts[n]) for n, attribute in names}
+        return Parts(found)
 
     def _predictor(self, inputs: Inputs) -> Callable[[Tensor], Tensor]:
-        answer: Any = self._method.predictor(self, inputs, self._unseen)  # type: ignore[arg-type]
+        answer: Any = self._method.predictor(self._parts(), inputs, self._unseen)
         return answer
 
     def _answers(self, batches: Sequence[Tensor], answer: Answer) -> Tensor:
@@ -139,6 +150,30 @@ class ClientModel(nn.Module):
             problem = f"the samples have shape {samples.shape[1:]}, but the model needs {self.shape}"
             raise DataError(problem, remedy)
         return torch.from_numpy(np.ascontiguousarray(samples))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part in place of a `core.flat.Bound`: the tensors are the module's own, and not in one vector."""
+
+    module: nn.Module | Tensor
+    layout: Layout
+
+    @property
+    def vector(self) -> Tensor:
+        """A copy of the part's values (layout.size,)."""
+        if isinstance(self.module, Tensor):
+            return self.module.reshape(-1).clone()
+        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return joined([tensors[entry.name].detach().reshape(-1) for entry in self.layout.entries])
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that the run trained, in the order of the layout."""
+        if isinstance(self.module, Tensor):
+            return []
+        named = dict(self.module.named_parameters())
+        return [named[entry.name] for entry in self.layout.entries if entry.trained]
 
 
 def load(
@@ -253,13 +288,13 @@ class _Source:
             (state, torch.from_numpy(self.state(layouts[0]))),
             (private, torch.from_numpy(self.private(layouts[1]))),
         )
+        method.assemble(parts)
         for name, part in {**state, **private}.items():
-            assert not hasattr(model, name), f"part '{name}' has the name of an attribute of torch modules"
-            bound = getattr(parts, name)
+            bound, layout = getattr(parts, name), bench.layout({name: part}).part(name)
             if isinstance(part, Module):
                 plain = part.build().float()
                 plain.load_state_dict(bound.state_dict())  # a copy, because bound tensors share a vector
-                model.add_module(name, plain)
+                model.add_part(name, plain, layout)
             else:
-                model.register_buffer(name, bound.clone())
+                model.add_part(name, bound.clone(), layout)
         return model.eval()

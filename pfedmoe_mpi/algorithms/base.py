@@ -10,6 +10,7 @@ or the command line. Every hook except `predict` has a default; together the def
     initial        on one rank, per private part           a private part begins with values of its own
     payload        on every rank, once a round             every part of the state, weighted by n_k
     cohort         on every rank, also in advance          K clients, drawn without replacement
+    assemble       on one rank, before a client's turn     nothing: private parts are parts of their own
     client_step    on one rank, once per member            train `phases`, then send the state's parts
       phases       in `client_step`                        all modules together for E epochs
       loss         in `client_step`, per batch             cross-entropy of `predict`
@@ -255,6 +256,12 @@ class Algorithm:
         absent = self.task.absent_clients(round)
         joined = [client for client in clients if client not in absent] if absent else clients
         return _cohort.draw(self.task.config, joined, self.task.clients, round, purpose)
+
+    def assemble(self, parts: Parts) -> None:
+        """Put a client's private values into the server's parts, before it trains or is measured.
+
+        Default: do nothing.
+        """
 
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
         """Train `turn.parts` in place and return the payload's values; a block left out has weight 0.

@@ -12,13 +12,13 @@ Departures: a client's BatchNorm begins as that of w^0. Sums are over the cohort
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pfedmoe_mpi.algorithms.base import Algorithm, Block, Inputs, Mean, Parts, Phase, Spec, Task, TensorPart
+from pfedmoe_mpi.algorithms.base import Algorithm, Block, Mean, Parts, Phase, Spec, Task, TensorPart
 from pfedmoe_mpi.core.turn import Turn
 
 
@@ -57,7 +57,6 @@ class FedBN(Algorithm):
 
     def client_step(self, turn: Turn) -> Mapping[str, Tensor]:
         """Train w with the client's BatchNorm, and keep the latter."""
-        self._enter(turn.parts)
         for phase in self.phases(turn.role):
             turn.sgd(phase)
         vector = turn.parts.vector("model")
@@ -65,7 +64,7 @@ class FedBN(Algorithm):
         turn.bytes_down = 4 * len(self._shared)
         return {"model": vector[self._shared.to(vector.device)]}
 
-    def _enter(self, parts: Parts) -> None:
+    def assemble(self, parts: Parts) -> None:
         """Put the client's BatchNorm into the model, if it has one of its own."""
         if not bool(parts.norms.isnan().any()):
             vector = parts.vector("model")
@@ -78,11 +77,6 @@ class FedBN(Algorithm):
     def predict(self, parts: Parts, x: Tensor) -> Tensor:
         logits: Tensor = parts.model(x)
         return logits
-
-    def predictor(self, parts: Parts, inputs: Inputs, unseen: bool) -> Callable[[Tensor], Tensor] | None:
-        """Return the answers of w with the client's BatchNorm."""
-        self._enter(parts)
-        return super().predictor(parts, inputs, unseen)
 
     @property
     def no_answer_reason(self) -> str:

@@ -109,7 +109,7 @@ def _inverted(
 ) -> tuple[Tensor, float]:
     """Return what the attack finds, in normalised samples, and how well it explains the gradient."""
     federation = loop.federation
-    parts = federation.parts(federation.clients[client], loop.state)
+    parts = federation.workbench.parts((federation.method.state(), loop.state))
     generator = torch_generator(federation.config.seed, f"{PURPOSE}/start", trial, client)
     module, parameters = parts.modules()[target.part], parts.parameters(target.part)
     return invert(module, parameters, target.gradient, bounds, len(target.x), steps, generator)

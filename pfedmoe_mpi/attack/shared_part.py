@@ -66,8 +66,7 @@ def losses(loop: Loop) -> Losses | str:
 
 def _module(loop: Loop, name: str) -> nn.Module:
     federation = loop.federation
-    client = next(iter(federation.clients))
-    return federation.parts(federation.clients[client], loop.state).modules()[name].eval()
+    return federation.workbench.parts((federation.method.state(), loop.state)).modules()[name].eval()
 
 
 def _split(federation: Federation, rows: np.ndarray) -> Split:

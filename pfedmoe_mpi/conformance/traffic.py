@@ -296,6 +296,7 @@ class TrafficCheck:
         for client in made.clients.values():
             specs = ((self._fresh.state(), self._state), (client.spec, client.vector))
             parts = made.workbench.parts(*specs)
+            self._fresh.assemble(parts)
             rows = {"test": made.gate_rows, "validation": None}
             test, held = (
                 measure(made.engine, self._fresh, parts, client.splits[split], gate_rows=common)

@@ -105,7 +105,9 @@ class Federation:
     def parts(self, client: Client, state: torch.Tensor) -> Parts:
         """Bind a client's private vector and the server's `state` to this rank's modules."""
         with self.staging.staged(client.vector) as vector:
-            return self.workbench.parts((self.method.state(), state), (client.spec, vector))
+            parts = self.workbench.parts((self.method.state(), state), (client.spec, vector))
+            self.method.assemble(parts)
+            return parts
 
 
 def pin(vector: torch.Tensor, where: torch.device) -> torch.Tensor:

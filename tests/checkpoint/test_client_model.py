@@ -31,11 +31,15 @@ METHODS = {
     "lg_fedavg": ("--train.precision", "bf16"),
     "fedapen": (),
     "fedmix": ("--unseen.clients", "1"),
+    "apfl": ("--apfl.alpha", "0.3"),
+    "fedbn": ("--model.pool", "shufflenet_v2_x0_5", "--data.size", "32", "--train.lr_shared", "0.01"),
+    "fedem": (),
+    "pfedafm": (),
 }
 
 
 def trained_by(session: launcher.Session, folder: Path, algorithm: str, *flags: str) -> Path:
-    alike = algorithm in {"fedavg", "fedjets", "fedmix", "ensemble"}
+    alike = algorithm in {"fedavg", "fedjets", "fedmix", "ensemble", "apfl", "fedem"}
     pool = ("--model.pool", "mlp5") if alike else ()
     more = ("--data.size", "12", "--data.samples", "300", "--rounds", "2", "--eval.batch", "7")
     name = ("--algorithm", algorithm, "--run.dir", algorithm)
@@ -69,6 +73,8 @@ def test_client_model_reproduces_the_measured_accuracy(
         assert right / len(y) == accuracy, f"client {client}"
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(y)).item()
         assert loss == pytest.approx(measured["loss"][client], rel=1e-5)
+        if algorithm == "fedem":
+            assert torch.equal(model.weights(x)[0], model.weights_), "a part with the name of a method"
 
 
 @pytest.mark.parametrize("source", ["heart", "text"])
