@@ -20,6 +20,8 @@ def write(file: Any, layout: Layout, vector: np.ndarray) -> None:
 def read(file: Any, layout: Layout) -> np.ndarray:
     """Return the tensors of a layout one after the other, (layout.size,) float32.
 
+    A part that is a single tensor may have NaN, which marks values that are not yet defined.
+
     Raises:
         UnusableError: a tensor is missing, of another shape or not finite.
     """
@@ -37,6 +39,7 @@ def _tensor(file: Any, entry: Entry) -> np.ndarray:
     if dataset is None or dataset.shape != entry.shape or dataset.dtype != np.float32:
         raise UnusableError(f"{key(entry)} is not float32 of shape {entry.shape}")
     values = np.asarray(dataset[()])
-    if not np.isfinite(values).all():
+    undefined = np.isnan(values) if entry.name.endswith("/") else False
+    if not (np.isfinite(values) | undefined).all():
         raise UnusableError(f"{key(entry)} is not finite")
     return values.reshape(-1)
