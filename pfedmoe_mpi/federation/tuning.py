@@ -77,5 +77,4 @@ def shots(split: Split, number: int, seed: int, client: int) -> Split:
     chosen = np.flatnonzero(place < number)
     if len(chosen) < 2:  # one sample has no variance for batch normalisation
         chosen = np.sort(order[:2])
-    rows = torch.from_numpy(chosen).to(split.y.device)
-    return Split(split.x[rows], split.y[rows])
+    return split.rows(torch.from_numpy(chosen))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,7 @@ def test_shots_are_samples_of_every_class() -> None:
     assert len({tuple(tuning.shots(split, 2, 0, k).x.ravel().tolist()) for k in range(20)}) > 5
     alone = tuning.shots(Split(split.x[:3], torch.zeros(3, dtype=torch.int64)), 1, 0, 0)
     assert len(alone) == 2, "batch normalisation needs two"
+    assert tuning.shots(replace(split, streamed=True), 2, 0, 3).streamed, "samples in host memory stay there"
 
 
 def test_tuning_that_diverges_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
