@@ -17,10 +17,12 @@ class RecordedStep:
     def __init__(self, turn: Turn) -> None:
         self.turn = turn
         self.samples = turn.samples
-        self.losses: list[tuple[float, int]] = []  # sums over a batch, and its samples
+        self.epochs: list[list[float]] = []  # of the last phase: the sum of the losses, and the samples
         self.values: dict[str, torch.Tensor] = {}
         self.vector = torch.empty(0)
         self._by_sample = turn._engine.samples is not None
+        self._poisson = turn._engine.samples is not None and turn._engine.samples.poisson
+        turn._epoch = self._beginning(turn._epoch)  # type: ignore[method-assign]
         if self._by_sample:
             turn._step = self._recording(turn._step)  # type: ignore[method-assign]
 
@@ -29,11 +31,11 @@ class RecordedStep:
     ) -> int:
         """Run `Turn.sgd` and record every batch's loss, in place of those of an earlier phase."""
         own, parts = self.turn._loss, self.turn.parts
-        self.losses = []
+        self.epochs = []
 
         def recorded_loss(batch: Any) -> torch.Tensor:
             value: torch.Tensor = loss(batch) if loss else own(parts, batch)
-            self.losses.append((float(value.detach().double()) * len(batch), len(batch)))
+            self._add(float(value.detach().double()) * len(batch), len(batch))
             return value
 
         return sgd(phase, loss if self._by_sample else recorded_loss, *more, **named)
@@ -47,7 +49,7 @@ class RecordedStep:
 
             def recorded(batch: Any) -> Any:
                 found = gradients(batch)
-                self.losses.append((float(found[1].double().sum()), len(batch)))
+                self._add(float(found[1].double().sum()), len(batch))
                 return found
 
             step.gradients = recorded
@@ -55,15 +57,24 @@ class RecordedStep:
 
         return made
 
+    def _beginning(self, epoch: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `Turn._epoch`, which says when an epoch begins."""
+
+        def begun(phase: Any) -> Any:
+            self.epochs.append([0.0, 0])
+            return epoch(phase)
+
+        return begun
+
+    def _add(self, total: float, samples: int) -> None:
+        self.epochs[-1][0] += total
+        self.epochs[-1][1] += samples
+
     def loss(self) -> float:
         """Return the mean loss per sample of the last epoch, if it is incomplete with that before it."""
-        epochs = [[0.0, 0]]  # sum and samples
-        for total, size in self.losses:
-            if epochs[-1][1] == self.samples:
-                epochs.append([0.0, 0])
-            epochs[-1][0] += total
-            epochs[-1][1] += size
-        counted = epochs[-1:] if epochs[-1][1] == self.samples else epochs[-2:]
+        epochs = [epoch for epoch in self.epochs if epoch[1]]
+        whole = self._poisson or [n for _, n in epochs[-1:]] == [self.samples]
+        counted = epochs[-1:] if whole else epochs[-2:]
         samples = sum(number for _, number in counted)
         return sum(total for total, _ in counted) / samples if samples else float("nan")
 

@@ -140,6 +140,18 @@ def test_a_poisson_step_divides_by_the_expected_size_and_survives_empty_batches(
     empty = sum(math.isnan(loss) for loss in losses)
     assert 1 <= empty <= 20, "e^-2 of updates have no sample; they have no loss, and are no error"
 
+    # The loss is that of the last epoch, whatever number of samples it drew.
+    of_epochs = []
+    for epochs in range(1, 4):
+        still = player(phase({"own": 0.0}, epochs=epochs), privacy=SamplePrivacy(1.0, 0.0, True), batch=12)
+        of_epochs.append(still.step()[0].measured_loss)
+    draw = seeds.torch_generator(4, "batches", 1, 0)
+    parts = still.turn().parts
+    for found in of_epochs:
+        rows = (torch.rand((3, 25), generator=draw) < 12 / 25).nonzero()[:, 1]
+        drawn = Batch(SPLIT.x[rows], SPLIT.y[rows], rows)
+        assert found == pytest.approx(float(still.method.loss(parts, drawn).detach()), rel=1e-5)
+
     # Sums are divided by B, not by the number of samples that were drawn.
     once = Phase({"own": 1.0}, 1, 0.0, 0.0, 0.0, steps=1)
     made = player(once, privacy=SamplePrivacy(1e6, 0.0, True), batch=12)
