@@ -109,7 +109,12 @@ FLAGS = (
     Flag("dlg", "dlg_eval", (), "no counterpart: nobody attacks the sums"),
     Flag("dlgg", "dlg_gap", (), "no counterpart, as dlg_eval"),
     Flag("bnpc", "batch_num_per_client", (), "no counterpart, as dlg_eval"),
-    Flag("ften", "fine_tuning_epoch_new", (), "no counterpart: clients that never train are not fine-tuned"),
+    Flag(
+        "ften",
+        "fine_tuning_epoch_new",
+        (),
+        "--unseen.tune, on --unseen.shots samples of every class; theirs takes all training samples",
+    ),
     Flag("K", "K", elsewhere=PFLLIB),
     Flag("lrp", "p_learning_rate", elsewhere=PFLLIB),
     Flag("M", "M", elsewhere=PFLLIB),

@@ -90,7 +90,7 @@ def test_pfllib_command_is_translated() -> None:
     assert made.options.mu == 0.01 and "-dlg 1: no counterpart" in notes  # type: ignore[attr-defined]
     made, notes = settings("main.py -data TinyImagenet -m MLR -algo SCAFFOLD -tau 0.5 -K 5 --itk 9 -ften 2")
     assert made.data.path.endswith("TinyImagenet.h5") and "-m MLR: no counterpart" in notes
-    for said in ("-tau 0.5: no counterpart in scaffold", "-K 5", "-itk 9", "-ften 2: no counterpart"):
+    for said in ("-tau 0.5: no counterpart in scaffold", "-K 5", "-itk 9", "-ften 2: --unseen.tune, on"):
         assert said in notes
     made, notes = settings("main.py -data AGNews -m LSTM -algo FedAvg -vs 32000 -ml 200")
     assert (made.data.source, made.data.vocabulary, made.data.length) == ("text", 32000, 200)
