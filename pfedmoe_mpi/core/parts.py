@@ -151,7 +151,8 @@ class Parts:
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the parts that are modules, by name."""
-        return {name: part.module for name, part in self._bound.items() if isinstance(part, Bound)}
+        modules = ((name, part.module) for name, part in self._bound.items())
+        return {name: module for name, module in modules if isinstance(module, nn.Module)}
 
     def addresses(self) -> tuple[tuple[str, int], ...]:
         """Return where the vector of each part lies; equal for all clients of an architecture."""

@@ -104,6 +104,7 @@ def test_client_model_is_an_ordinary_module(trained: Path, tmp_path: Path) -> No
     model, other = load_client(str(path), 1), load_client(path, 3)
     assert torch.equal(torch.rand(3), expected), "the user's random numbers are the user's"
     assert {name for name, _ in model.named_children()} == {"shared", "model", "gate"}
+    assert model._parts().modules() == dict(model.named_children()), "methods may ask for all modules"
     assert not model.training
     x = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), np.uint8)
     first = model.predict(x)
