@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
-from pfedmoe_mpi.errors import UserError
+from pfedmoe_mpi.errors import ConfigError, UserError
 
 
 def check_text(what: str, text: str, error: type[UserError]) -> None:
@@ -28,6 +29,19 @@ def check_path(what: str, path: str, error: type[UserError]) -> None:
     except UnicodeEncodeError as fault:
         problem = f"{what} '{path}' cannot be a path, because this locale's encoding is {_encoding()}"
         raise error(problem, _remedy()) from fault
+
+
+def expanded(path: str) -> Path:
+    """Return a path with the home folder that a `~` at its beginning stands for.
+
+    Raises:
+        ConfigError: there is no such user, or the system knows no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as fault:
+        user = path.partition("/")[0]
+        raise ConfigError(f"{path}: there is no home folder {user}", "write the path from / on") from fault
 
 
 def _encoding() -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 from pfedmoe_mpi import user_modules
 from pfedmoe_mpi.errors import CodeError
+from pfedmoe_mpi.names import expanded
 
 TIMM = "timm:"  # before the name of an architecture of the package timm, which is not a reference
 MOST_DIFFERENCES = 40  # lines of a printed difference
@@ -53,7 +54,7 @@ def located(reference: str, folder: Path) -> str:
     source, name = split(reference)
     if not source.endswith(".py"):
         return reference
-    path = str(folder / Path(source).expanduser())
+    path = str(folder / expanded(source))
     return f"{path}:{name}" if name else path
 
 

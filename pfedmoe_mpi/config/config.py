@@ -42,7 +42,7 @@ from pfedmoe_mpi.config.sections import (
 )
 from pfedmoe_mpi.errors import ConfigError, did_you_mean
 from pfedmoe_mpi.models import names
-from pfedmoe_mpi.names import check_path
+from pfedmoe_mpi.names import check_path, expanded
 
 REFERENCES = (
     *("algorithm", "data.source", "model.pool", "model.shared"),
@@ -240,7 +240,7 @@ def located(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     for name in PATHS:
         value = settings.get(name)
         if isinstance(value, str) and value and value != "pretrain":
-            absolute[name] = str(folder / Path(value).expanduser())
+            absolute[name] = str(folder / expanded(value))
     absolute = _with_items(absolute, (WEIGHTS,), partial(_located_weights, folder))
     return _with_references(absolute, partial(user_code.located, folder=folder))
 
@@ -250,7 +250,7 @@ def _located_weights(folder: Path, item: str) -> str:
     before, equals, after = item.partition("=")
     name, path = (before, after) if equals else ("", before)
     name = user_code.located(name, folder) if user_code.is_reference(name) else name
-    return f"{name}{equals}{folder / Path(path).expanduser()}" if path else item
+    return f"{name}{equals}{folder / expanded(path)}" if path else item
 
 
 def relocated(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:

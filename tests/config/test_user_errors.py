@@ -99,6 +99,19 @@ def test_wrong_configuration_files_are_refused(
     assert_refused(pattern, path)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--data.source", "hdf5", "--data.path", "~no-such-user/d.h5"],
+        ["--run.dir", "~no-such-user"],
+        ["--model.weights", "cnn5=~no-such-user/w.pth"],
+        ["--algorithm", "~no-such-user/mine.py"],
+    ],
+)
+def test_home_folder_of_nobody_is_refused(assert_refused: Callable[..., str], arguments: list[str]) -> None:
+    assert_refused("there is no home folder ~no-such-user\n  remedy: write the path", *arguments)
+
+
 def test_checkpoint_or_run_folder_is_not_a_configuration(
     assert_refused: Callable[..., str], run: Path
 ) -> None:
