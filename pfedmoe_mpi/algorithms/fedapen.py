@@ -47,7 +47,7 @@ class Options(Section):
     held_out: float = Field(0.05, gt=0, le=0.5)
     """Share of a client's training samples, at least one, that only its ensemble weight learns from.
     Default: the authors' code."""
-    lr_weight: float = Field(0.001, ge=0, allow_inf_nan=False)
+    lr_weight: float = Field(0.001, ge=0)
     """η_λ, learning rate of the ensemble weight. Default: the authors' code."""
     passes: int = Field(10, ge=1)
     """Passes over the held-out samples per client step. Default: the authors' code."""

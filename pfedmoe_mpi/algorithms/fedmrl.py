@@ -38,9 +38,9 @@ class Options(Section):
     dim: int = Field(0, ge=0)
     """d1, length of the shared model's representation, at most d = model.dim.
     Default: 0 = half of d, as in the authors' small models (250 of 500)."""
-    weight_shared: float = Field(1.0, ge=0, allow_inf_nan=False)
+    weight_shared: float = Field(1.0, ge=0)
     """m_1, weight of the shared head's cross-entropy. Default: the authors' code."""
-    weight_own: float = Field(1.0, ge=0, allow_inf_nan=False)
+    weight_own: float = Field(1.0, ge=0)
     """m_2, weight of the private head's cross-entropy. Default: the authors' code."""
 
 

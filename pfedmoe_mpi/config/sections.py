@@ -53,18 +53,22 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_items)]
 Changes = Annotated[
     tuple[Annotated[Literal["flip", "erase", "crop"], BeforeValidator(_name)], ...], BeforeValidator(_items)
 ]
-Numbers = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], BeforeValidator(_items)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_items)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], BeforeValidator(_items)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
 class Section(BaseModel):
-    """A group of settings; unknown names are rejected."""
+    """A group of settings; unknown names are rejected, and numbers that are not finite, as JSON has none."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        allow_inf_nan=False,
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
 
@@ -314,7 +318,7 @@ class FaultSettings(Section):
     straggler: float = Field(0.0, ge=0, le=1)
     """Share of the clients that are slow, drawn once.
     Default: no client is slow unless you ask for it."""
-    slowdown: float = Field(10.0, ge=1, allow_inf_nan=False)
+    slowdown: float = Field(10.0, ge=1)
     """How many times as long a slow client takes, in simulated time.
     Default: far beyond the differences that the models cause by themselves."""
     deadline: NotNegative = 0.0
@@ -386,7 +390,7 @@ class Run(Section):
     cell: str = ""
     """Its cell of that table, COLUMN/ROW; written by `reproduce`.
     Default: the run belongs to no table."""
-    scale: float = Field(1.0, gt=0, allow_inf_nan=False)
+    scale: float = Field(1.0, gt=0)
     """Its rounds as a share of the table's; written by `reproduce`.
     Default: all rounds."""
     altered: Names = ()

@@ -205,6 +205,15 @@ def test_wrong_range_or_type_is_refused(name: str, bad: Any) -> None:
     refused(name.partition(".")[0], **{name.replace(".", "__"): bad})
 
 
+@pytest.mark.parametrize("name", [n for n, f in config.fields().items() if f.annotation is float])
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_numbers_are_finite(name: str, bad: str) -> None:
+    """A checkpoint, whose configuration is JSON, could not be read again."""
+    method = name.partition(".")[0]
+    algorithm = {"algorithm": method} if method in methods.names() else {}
+    refused(f"{name} = '{bad}'", **algorithm, **{name.replace(".", "__"): bad})
+
+
 @pytest.mark.parametrize(
     ("pattern", "settings"),
     [
