@@ -31,6 +31,20 @@ def check_path(what: str, path: str, error: type[UserError]) -> None:
         raise error(problem, _remedy()) from fault
 
 
+def check_reachable(folder: Path, error: type[UserError]) -> None:
+    """Raise `error` if the system cannot say what is in a folder, or whether there is one.
+
+    Permission is lacking, or the path is longer than a path can be; `Path.exists` raises an OSError then.
+    """
+    try:
+        os.stat(os.path.join(folder, "."))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as fault:
+        problem = f"{folder} cannot be reached: {fault.strerror}"
+        raise error(problem, "check the path, and your permissions there") from fault
+
+
 def expanded(path: str) -> Path:
     """Return a path with the home folder that a `~` at its beginning stands for.
 

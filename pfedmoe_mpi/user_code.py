@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -115,7 +116,7 @@ def check(reference: str) -> None:
         CodeError: the file is missing, is not Python or does not define the object.
     """
     source, name = split(reference)
-    if source.endswith(".py") and not Path(source).is_file():
+    if source.endswith(".py") and not os.path.isfile(source):
         remedy = "check the path; for the files of a run: --run.code RUN_DIR/code, or code= in Python"
         raise CodeError(f"there is no file {source}", remedy)
     if not source or (not name.isidentifier() and name):

@@ -27,6 +27,7 @@ from pfedmoe_mpi.errors import CheckpointError, ConfigError, StoppedError
 from pfedmoe_mpi.federation.build import build
 from pfedmoe_mpi.federation.federation import Federation
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
+from pfedmoe_mpi.names import check_reachable
 from pfedmoe_mpi.run.evaluate import evaluation_loop
 from pfedmoe_mpi.run.folder import RunFolder
 
@@ -130,6 +131,7 @@ def _checkpoint_of(folder: Path, round: int) -> Path:
         CheckpointError: there is none.
     """
     run = RunFolder(folder.absolute())
+    check_reachable(run.path, CheckpointError)
     if not run.resumable:
         raise CheckpointError(f"--shadows {folder} is not a run folder", "name the folder of a run")
     path = run.checkpoints / checkpoint.name(round, partial=False)

@@ -44,7 +44,7 @@ def write(loaded: Checkpoint, client: int, vectors: Callable[[int], np.ndarray],
     """
     if os.path.lexists(out):
         raise CheckpointError(f"the output {out} exists already", "choose another name")
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         raise CheckpointError(f"there is no folder {out.parent}", "create it, or choose another name")
     if client >= loaded.clients:
         raise CheckpointError(f"there is no client {client}", f"clients are 0 to {loaded.clients - 1}")

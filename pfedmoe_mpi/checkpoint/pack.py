@@ -21,7 +21,7 @@ def write(loaded: Checkpoint, out: Path) -> None:
     """
     if os.path.lexists(out):
         raise CheckpointError(f"the output {out} exists already", "choose another name")
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         raise CheckpointError(f"there is no folder {out.parent}", "create it, or choose another name")
     try:
         with durable.new_file(out) as temporary:

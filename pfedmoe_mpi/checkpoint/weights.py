@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
@@ -64,7 +65,7 @@ def read_all(path: Path) -> Weights:
 
 def _read(path: Path) -> dict[str, dict[str, Tensor]]:
     """Return a file's float tensors by part and name; the only part of a file of others is ""."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # False without permission, too
         raise ConfigError(f"there is no file {path}", "check the path; it is relative to the working folder")
     if path.suffix in HDF5:
         return _from_hdf5(path)

@@ -30,7 +30,7 @@ def fetch(names: Sequence[str], folder: Path) -> list[str]:
         ConfigError: a network is unknown or has no weights, a file exists, or the download failed; then the
             files before it are complete.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ConfigError(f"there is no folder {folder}", f"make it first: mkdir -p {folder}")
     sources = {name: _source(name) for name in dict.fromkeys(map(_exact, names))}
     paths = {name: folder / f"{name.replace(':', '-')}.pth" for name in sources}

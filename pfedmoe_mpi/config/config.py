@@ -8,6 +8,7 @@ its file, which `methods.py` reads.
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
@@ -227,7 +228,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"there is no configuration file {path}", "check the path") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        ours = path.is_dir() or path.suffix == ".h5"
+        ours = os.path.isdir(path) or path.suffix == ".h5"
         remedy = f"to continue a run: pfedmoe-mpi restart {path}" if ours else "correct the file"
         raise ConfigError(f"{path} cannot be read as TOML: {error}", remedy) from error
     tree = recorded.complete(tree) if recorded.is_recorded(tree) else tree

@@ -6,6 +6,7 @@ argparse splits the command line, pydantic checks the values and reports all wro
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from itertools import groupby, zip_longest
@@ -31,7 +32,7 @@ def method_file(words: Sequence[str]) -> str:
     """Return the file of the method that a command line or its configuration file chooses, else nothing."""
     chosen = ""
     for word, value in zip_longest(words, words[1:], fillvalue=""):
-        if word.endswith(".toml") and not chosen and Path(word).is_file():
+        if word.endswith(".toml") and not chosen and os.path.isfile(word):
             with suppress(ConfigError):  # the command reads the file again and reports the error
                 chosen = str(config.read_toml(Path(word)).get("algorithm", ""))
         if word.partition("=")[0] == "--algorithm":

@@ -6,6 +6,7 @@ Every user error that needs the data is raised here, on all ranks and before any
 from __future__ import annotations
 
 import math
+import os
 import platform
 import sys
 import tempfile
@@ -218,7 +219,7 @@ def memory_and_folder(comm: Comm, settings: Config) -> tuple[float, Path]:
 def _check_scratch(folder: Path) -> None:
     """Refuse a folder in which this rank cannot make the file for its clients' vectors."""
     name, host = f"run.scratch = {folder}", platform.node()
-    if not folder.exists():
+    if not os.path.isdir(folder):
         raise ConfigError(f"{name} is missing on {host}", f"mkdir -p {folder} on every host")
     try:
         with tempfile.TemporaryFile(dir=folder):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pfedmoe_mpi import environment
 from pfedmoe_mpi.errors import EXIT_DONE, UserError
+from pfedmoe_mpi.names import check_reachable
 from pfedmoe_mpi.report import comparison_report, drawing, page, run_report, selection_section, terminal
 from pfedmoe_mpi.report.compare import CompareError
 from pfedmoe_mpi.report.document import Report
@@ -154,8 +155,9 @@ def _check_folder(folder: Path) -> None:
     """Accept a new or empty folder, or one with an earlier report, which is replaced.
 
     Raises:
-        ReportError: the path is a file, or the folder holds other files.
+        ReportError: the path is a file or cannot be reached, or the folder holds other files.
     """
+    check_reachable(folder, ReportError)
     if folder.exists() and not folder.is_dir():
         raise ReportError(f"--out = {folder} is a file", "name a folder: --out FOLDER")
     has_report = any((folder / name).is_file() for name in (page.NAME, UNFINISHED))

@@ -18,7 +18,7 @@ from pfedmoe_mpi.config.config import REFERENCES
 from pfedmoe_mpi.errors import CheckpointError, UserError
 from pfedmoe_mpi.federation.selection import TEST, VALIDATION, best, exhausted
 from pfedmoe_mpi.models.names import labels
-from pfedmoe_mpi.names import check_text
+from pfedmoe_mpi.names import check_reachable, check_text
 from pfedmoe_mpi.report.names import Names
 from pfedmoe_mpi.storage import measured, untrusted_json
 from pfedmoe_mpi.storage.columns import ClientColumns
@@ -238,6 +238,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     """
     folder = Path(path)
     check_text("the run folder", str(folder), RunFolderError)
+    check_reachable(folder, RunFolderError)
     if not folder.exists():
         raise RunFolderError(f"{folder} does not exist", "name a run folder: pfedmoe-mpi report runs/NAME")
     if not folder.is_dir():
@@ -296,6 +297,7 @@ def load_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 def _below(path: Path) -> list[Path]:
     """Return the run folders in a folder that is not one itself; after a choice, those of its result."""
+    check_reachable(path, RunFolderError)
     if (path / "config.toml").exists() or not path.is_dir():
         return []
     path = path / CHOSEN_RUNS if (path / CHOICE).is_file() else path

@@ -19,6 +19,7 @@ from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, StoppedErro
 from pfedmoe_mpi.models.names import resolve_name
 from pfedmoe_mpi.mpi import session
 from pfedmoe_mpi.mpi.comm import TIMEOUT, Comm
+from pfedmoe_mpi.names import check_reachable
 from pfedmoe_mpi.reproduce import grid, play, seeds, selection
 from pfedmoe_mpi.reproduce.grid import Table, TableError, TableRun
 from pfedmoe_mpi.reproduce.play import Outcome
@@ -185,8 +186,9 @@ def _rounds_left(folder: Path, run: TableRun, choosing: bool) -> int:
     While settings are being chosen, a run that diverged counts as finished: it would diverge again.
 
     Raises:
-        ConfigError: the folder contains a run with other settings.
+        ConfigError: the folder contains a run with other settings, or cannot be reached.
     """
+    check_reachable(folder, ConfigError)
     run_folder = RunFolder(folder)
     if not run_folder.config.is_file():
         return run.config.rounds

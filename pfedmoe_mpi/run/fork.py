@@ -16,6 +16,7 @@ from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.errors import CheckpointError, ConfigError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
+from pfedmoe_mpi.names import check_reachable
 from pfedmoe_mpi.run import job
 from pfedmoe_mpi.run.folder import RunFolder
 from pfedmoe_mpi.run.restart import override_settings
@@ -76,6 +77,7 @@ def _checkpoint_of(folder: RunFolder, at: int) -> Path:
     Raises:
         CheckpointError: there is none; the message lists those that there are.
     """
+    check_reachable(folder.path, CheckpointError)
     if not folder.resumable:
         raise CheckpointError(f"{folder.path} is not a run folder", "name the folder of a run")
     path = folder.checkpoints / checkpoint.name(at, partial=False)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pfedmoe_mpi import checkpoint
 from pfedmoe_mpi.errors import ConfigError
+from pfedmoe_mpi.names import check_reachable
 from pfedmoe_mpi.run import curves
 
 # A run leaves one of these, however early it ends.
@@ -42,7 +43,8 @@ def resumable(folder: Path) -> bool:
 
 
 def refuse_existing(path: Path, force: bool) -> None:
-    """Raise ConfigError if the folder holds anything and may not be renamed."""
+    """Raise ConfigError if the folder holds anything and may not be renamed, or cannot be reached."""
+    check_reachable(path, ConfigError)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file, not a run folder", "choose another --run.dir")
     if not holds_anything(path):

@@ -15,6 +15,7 @@ from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.errors import CheckpointError, ConfigError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
+from pfedmoe_mpi.names import check_reachable
 from pfedmoe_mpi.run import job
 from pfedmoe_mpi.run.folder import RunFolder
 from pfedmoe_mpi.run.place import holds_anything, refuse_existing
@@ -163,8 +164,12 @@ def _located(source: Path) -> tuple[Path, Path]:
     """Return the absolute source, and the run folder: the source itself, or that of this checkpoint.
 
     Links to folders are resolved, because one may be repointed during the run.
+
+    Raises:
+        CheckpointError: the source cannot be reached.
     """
     source = source.absolute()
+    check_reachable(source, CheckpointError)
     if source.is_dir():
         return _resolved(source), _resolved(source)
     folder = _resolved(source.parent.parent)

@@ -21,6 +21,7 @@ from pfedmoe_mpi.errors import EXIT_DONE, CheckpointError, ConfigError, RunError
 from pfedmoe_mpi.federation import metrics, rebuilt
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import under_mpi
+from pfedmoe_mpi.names import check_reachable
 from pfedmoe_mpi.run.evaluate import evaluation_loop
 from pfedmoe_mpi.run.folder import RunFolder
 from pfedmoe_mpi.run.restart import override_settings
@@ -71,6 +72,7 @@ def _verify(world: Comm, source: Path, rounds: int, overrides: Mapping[str, Any]
 def _check_source(folder: RunFolder) -> None:
     """Raise CheckpointError unless this is the folder of a run."""
     path, above = folder.path, RunFolder(folder.path.parent.parent)
+    check_reachable(path, CheckpointError)
     if not path.exists():
         raise CheckpointError(f"there is no run folder {path}", "check the path")
     if not path.is_dir():
