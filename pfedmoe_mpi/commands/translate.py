@@ -167,7 +167,8 @@ def translate(words: Sequence[str]) -> Translation:
     """Translate a command line `… main.py -data … -algo … …`, up to the shell's `>`.
 
     Raises:
-        ConfigError: an unknown flag, one without a value, or a method that is not here.
+        ConfigError: an unknown flag, one without a value, quotes that do not close, or a method that is not
+            here.
     """
     given = _given(words)
     theirs = given.get("algorithm", "FedAvg")
@@ -239,10 +240,14 @@ def _given(words: Sequence[str]) -> dict[str, str]:
     """Return the values by the flags' long names."""
     short = {flag.short: flag.long for flag in FLAGS} | {flag.long: flag.long for flag in FLAGS}
     short["model"] = "model_family"
-    rest = [word for part in words for word in (shlex.split(part) if " " in part else [part])]
+    try:
+        rest = [word for part in words for word in (shlex.split(part) if " " in part else [part])]
+    except ValueError as error:
+        problem = f"the command line cannot be divided into words: {error}"
+        raise ConfigError(problem, "close the quotes, or leave them out") from error
     while rest and not rest[0].startswith("-"):
         rest.pop(0)  # nohup, python; python's -u is dropped with it
-    if "main.py" in " ".join(rest):
+    if any(word.endswith("main.py") for word in rest):
         while not rest.pop(0).endswith("main.py"):
             pass
     values: dict[str, str] = {}

@@ -160,6 +160,9 @@ def test_translate_prints_a_runnable_command(
         "-algos is not a flag of .*did you mean 'algo'", "translate", "--", "main.py", "-algos", "FedAvg"
     )
     assert_refused("-lr needs a value", "translate", "main.py", "-lr")
+    quoted = "python main.py -go 'test -data MNIST"
+    assert_refused("cannot be divided into words: No closing quotation", "translate", quoted)
+    assert "--run.dir runs/main.pyx" in run_command("translate", "--", "-go", "main.pyx").out
 
 
 def test_table_of_flags(run_command: Callable[..., launcher.Result]) -> None:
