@@ -111,6 +111,15 @@ def test_clients_with_too_few_rows_are_left_out(tmp_path: Path) -> None:
     assert data.proposals == {"partition.kind": "natural", "partition.min_samples": 3}
 
 
+def test_clients_are_kept_whose_names_are_numbers_once_another_is_left_out(tmp_path: Path) -> None:
+    """Beside the text `other` their names are texts, and alone they are numbers: 1.0 becomes 1."""
+    rows = [f"{k * k},{'ab'[k % 2]},{('2.0', '1.0')[k % 2]}" for k in range(8)] + ["5,a,other"]
+    data = open_data("table", write_rows(tmp_path / "t.csv", ["x,y,site", *rows]), label="y", client="site")
+    assert data.client_names == ("1", "2") and len(data) == 8
+    assert data.client is not None and data.client.tolist() == [1, 0] * 4
+    assert data.left_out == ("1 clients with fewer than 3 rows, such as other",)
+
+
 def test_table_of_images_trains(run_command: Callable[..., Result], tmp_path: Path) -> None:
     root = tmp_path / "pictures"
     rows = ["file,label,writer"]

@@ -102,7 +102,7 @@ def keep_clients(
     counts = {part: np.bincount(owner[marks == part], minlength=len(names)) for part in (False, True)}
     blocks = [Block(name, part, int(counts[part][k])) for part in counts for k, name in enumerate(names)]
     clients = join_blocks(blocks, where)
-    places = {name: place for place, name in enumerate(clients.names)}
+    places, _ = renumber({blocks[place].client for place in clients.kept})  # `clients.names` may be shorter
     numbers = np.array([places.get(name, -1) for name in names])[owner]
     kept = numbers >= 0
     official = marks[kept] if clients.official_test is not None else None
