@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 
 from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi.checkpoint import frozen
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.names import check_reachable
 from pfedmoe_mpi.run import curves
@@ -21,7 +22,12 @@ from pfedmoe_mpi.run import curves
 # A run leaves one of these, however early it ends.
 TRACES = ("config.toml", "checkpoints", "events.jsonl", "log")
 # What a start leaves in subfolders that ended before the folder held a run; each start may use such a folder.
-LEFT_BY_START = {"log": "rank-*.txt", "checkpoints": ".*", curves.FOLDER: "*"}
+LEFT_BY_START = {
+    "log": ("rank-*.txt", "node-*.txt"),
+    "checkpoints": (".*",),
+    frozen.FOLDER: ("*",),
+    curves.FOLDER: ("*",),
+}
 UNFINISHED = ".config.toml.tmp"  # the configuration, before it is renamed
 
 
@@ -73,8 +79,9 @@ def holds_anything(folder: Path) -> bool:
 def _left_by_start(path: Path) -> bool:
     """Return whether a start that ended before the folder held a run may have left this file or folder."""
     if path.is_dir():
-        pattern = LEFT_BY_START.get(path.name, "")
-        return bool(pattern) and all(fnmatch(child.name, pattern) for child in path.iterdir())
+        patterns = LEFT_BY_START.get(path.name, ())
+        names = [child.name for child in path.iterdir()] if patterns else []
+        return bool(patterns) and all(any(fnmatch(name, each) for each in patterns) for name in names)
     return path.name == ".lock" or fnmatch(path.name, UNFINISHED)
 
 

@@ -101,6 +101,17 @@ def test_force_uses_a_folder_whose_start_was_killed(session: Session, tmp_path: 
     assert not (half / ".config.toml.tmp").exists()
 
 
+def test_fork_may_use_a_folder_that_it_left_before_its_first_checkpoint(tmp_path: Path) -> None:
+    """It has no config.toml then; its frozen tensors are written before, and a wide job logs by host."""
+    left = tmp_path / "left"
+    for name in ("log/rank-0000.txt", "log/node-0000.txt", "frozen/12ab.h5", "frozen/.12ab.h5.7.tmp"):
+        (left / name).parent.mkdir(parents=True, exist_ok=True)
+        (left / name).write_text("")
+        assert not place.holds_anything(left), name
+    (left / "log" / "notes.txt").write_text("")
+    assert place.holds_anything(left)
+
+
 def test_rest_of_a_run_is_neither_resumed_nor_overwritten(
     assert_refused: Callable[..., str], session: Session, run: Path, tmp_path: Path
 ) -> None:
