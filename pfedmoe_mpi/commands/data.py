@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import wrap
+from typing import Any
 
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.data.dataset import Dataset
@@ -116,16 +117,26 @@ def heat_map(partition: Partition, data: Dataset) -> str:
 def _draw(out: Path, partition: Partition, data: Dataset) -> None:
     """Write the heat map client × class as a picture."""
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
     except ModuleNotFoundError as error:
         raise DataError(
             f"writing the picture {out} needs matplotlib",
             "pip install 'pfedmoe_mpi[report]', or name an output file that ends in .h5",
         ) from error
+    with rc_context({"text.parse_math": False}):  # names between dollars are no formulas
+        figure = Figure(dpi=150)
+        _fill(figure, partition, data)
+        with _new_file(out) as path:
+            figure.savefig(path, format="png")
+
+
+def _fill(figure: Any, partition: Partition, data: Dataset) -> None:
+    """Draw the heat map into a figure of matplotlib."""
+    from matplotlib.ticker import MaxNLocator
+
     counts = partition.counts(data.labels, data.classes)
-    size = (3.5 + 0.2 * min(data.classes, 60), 3 + 0.15 * min(partition.clients, 80))
-    figure = Figure(figsize=size, dpi=150)
+    figure.set_size_inches(3.5 + 0.2 * min(data.classes, 60), 3 + 0.15 * min(partition.clients, 80))
     axes = figure.add_subplot(xlabel="class", ylabel="client", title=f"{data.name}: training samples")
     classes = () if data.class_names == tuple(map(str, range(data.classes))) else data.class_names
     for axis, names in ((axes.xaxis, classes), (axes.yaxis, partition.client_names)):
@@ -138,8 +149,6 @@ def _draw(out: Path, partition: Partition, data: Dataset) -> None:
             axis.set_ticks(range(len(names)), shown, fontsize=7, rotation=turned)
     figure.colorbar(axes.imshow(counts, aspect="auto", interpolation="nearest", cmap="viridis"))
     figure.tight_layout()
-    with _new_file(out) as path:
-        figure.savefig(path, format="png")
 
 
 def _refuse_existing(out: Path) -> None:

@@ -141,6 +141,15 @@ def test_heat_map_is_written_as_a_picture(tmp_path: Path) -> None:
     assert file_names(tmp_path) == ["p.png"]
 
 
+def test_picture_names_classes_between_dollars(tmp_path: Path) -> None:
+    """matplotlib takes `$…$` for a formula, and ends at one that is none."""
+    pytest.importorskip("matplotlib")
+    write_image_folder(tmp_path / "images", {"$5_$": 30, "$0-$50k": 30})
+    folder = {"data__source": "folder", "data__path": str(tmp_path / "images"), "clients": 2}
+    write_partition(configured(**folder), tmp_path / "p.png")
+    assert (tmp_path / "p.png").exists()
+
+
 def test_picture_without_matplotlib_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(DataError, match=re.escape("pfedmoe_mpi[report]")):
