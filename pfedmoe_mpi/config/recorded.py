@@ -31,6 +31,20 @@ def complete(tree: Mapping[str, Any]) -> dict[str, Any]:
     return completed
 
 
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's settings, by dotted names, with those that came later at their defaults.
+
+    So a restart reads them, too; those of `LATER` must be there. Settings of a file of the user's own stay as
+    they are.
+    """
+    from pfedmoe_mpi.config import config  # which imports this module
+
+    sections = {*config.Config.model_fields, config.methods.name(settings["algorithm"])}
+    known = {n: field.default for n, field in config.fields().items() if n.partition(".")[0] in sections}
+    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
+    return {**defaults, **settings}
+
+
 def without_later(tree: Mapping[str, Any], section: str) -> dict[str, Any] | None:
     """Return a section without the settings that mean what their absence does; None without the section."""
     values, later = tree.get(section), LATER.get(section, {})

@@ -319,7 +319,7 @@ def _settings(path: Path) -> dict[str, Any]:
     if wrong:
         problem = f"{path} is not the configuration of a run: it does not set {', '.join(wrong)}"
         raise RunFolderError(problem, "name a folder that a run has written")
-    return _with_short_names(settings)
+    return _with_short_names(recorded.with_defaults(settings))
 
 
 def _with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:

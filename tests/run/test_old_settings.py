@@ -18,6 +18,7 @@ from pfedmoe_mpi import config, load_run
 from pfedmoe_mpi.checkpoint.client_file import ClientFile
 from pfedmoe_mpi.checkpoint.writer import _put
 from pfedmoe_mpi.config import recorded
+from pfedmoe_mpi.report import compare
 from support.checkpoint_files import reseal
 from support.launcher import SMALL_RUN, Result, checkpoint_digest, reproducible_rows
 
@@ -66,6 +67,20 @@ def test_old_run_goes_on_as_the_paper_has_it(run_command: Callable[..., Result],
     assert (repeated.gate.start, repeated.options.mixture) == ("paper", "mean")
     shown = load_run(old).config
     assert (shown["gate.start"], shown["pfedmoe.mixture"]) == ("paper", "mean")
+
+
+def test_reports_pool_seeds_of_old_and_new_runs(trained: Path, tmp_path: Path) -> None:
+    """A run of an earlier version did not record all settings, and did what the others' defaults are."""
+    tree = tomllib.loads((trained / "config.toml").read_text(encoding="utf-8"))
+    for name in ("train.optimiser", "train.betas", "data.label", "data.ignore", "eval.last"):
+        section, _, last = name.partition(".")
+        del tree[section][last]
+    old = shutil.copytree(trained, tmp_path / "old")
+    (old / "config.toml").write_text(tomli_w.dumps({**tree, "seed": 1}), encoding="utf-8")
+    runs = [load_run(trained), load_run(old)]
+    assert {**runs[1].config, "seed": 0} == runs[0].config
+    assert list(runs[1].config) == list(runs[0].config)
+    assert [len(group.runs) for group in compare.compare(runs).groups] == [2]
 
 
 def test_file_of_ones_own_has_todays_defaults(tmp_path: Path) -> None:
