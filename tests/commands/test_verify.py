@@ -11,7 +11,10 @@ from typing import Any
 import h5py
 import pytest
 
+from pfedmoe_mpi.checkpoint import Checkpoint
+from pfedmoe_mpi.commands.verify.command import _differences
 from pfedmoe_mpi.commands.verify.replayable import plan
+from pfedmoe_mpi.federation import metrics
 from support.checkpoint_files import reseal
 from support.files import flip_bit, path_digest
 from support.launcher import SMALL_RUN, Result, Session, shared_session
@@ -44,6 +47,17 @@ def test_verify_finds_what_differs(session: Session, run: Path, tmp_path: Path) 
     card = {line.split(",")[0]: line for line in result.out.splitlines() if "replayed on" in line}
     assert "train_loss" in card["| round 3"] and "the server's vector" in card["| round 3"]
     assert "the same bits" in card["| round 1"] and "the same bits" in card["| round 2"]
+
+
+def test_rows_of_an_earlier_version_have_fewer_numbers(trained: Path) -> None:
+    with Checkpoint(trained / "checkpoints" / "round-000003.h5") as loaded:
+        replayed = metrics.for_rank(loaded.history[-1], 0)
+    earlier = {name: value for name, value in metrics.learning(replayed).items() if name not in metrics.LATER}
+    earlier["clients"] = {n: v for n, v in earlier["clients"].items() if n not in metrics.LATER}
+    assert "macro_f1" in replayed["clients"] and "macro_f1" not in earlier["clients"]
+    assert _differences(earlier, replayed) == []
+    earlier["clients"]["loss"][0] += 1e-9
+    assert _differences(earlier, replayed) == ["clients"]
 
 
 def test_undefined_numbers_are_the_same_bits(session: Session, tmp_path: Path) -> None:

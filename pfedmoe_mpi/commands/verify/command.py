@@ -166,7 +166,8 @@ def _differences(recorded: Mapping[str, Any], replayed: metrics.Row) -> list[str
     before, now = metrics.learning(dict(recorded)), metrics.learning(replayed)
     # A restart that changed `rounds` or `eval.*` may have measured other clients.
     measured = [[value is None for value in row["clients"]["accuracy"]] for row in (before, now)]
-    # A row of an earlier version has fewer names.
+    # A row of an earlier version has fewer names, and fewer numbers of clients.
+    now["clients"] = {name: now["clients"].get(name) for name in before["clients"]}
     names = before.keys() if measured[0] == measured[1] else ALWAYS
     return sorted(name for name in names if before.get(name) != now.get(name))
 
