@@ -358,11 +358,12 @@ class RunFolder:
         self.check()
         temporary = self.checkpoints / ".best.tmp"
         temporary.unlink(missing_ok=True)
-        try:
-            os.link(written, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(written, temporary)
-        durable.publish(temporary, self.best)
+        with durable.removed_after_error(temporary):  # half of a copy would keep a full disk full
+            try:
+                os.link(written, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(written, temporary)
+            durable.publish(temporary, self.best)
 
     def complete_best(self, keep: int, newest: Path) -> None:
         """Make best.h5 complete by itself, and remove the files that only it needed.

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi.run.folder import RunFolder
 from pfedmoe_mpi.storage.lock import Lock
 from support import launcher
 from support.launcher import (
@@ -221,6 +222,32 @@ def test_refused_writes_are_reported_and_retried(
 
 
 # Two runs in one folder
+
+
+def test_copy_of_the_best_checkpoint_leaves_no_half_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without hard links best.h5 is a copy."""
+    folder = RunFolder(tmp_path / "run")
+    folder.create(False, "rounds = 1\n")
+    written = folder.checkpoints / "round-000001.h5"
+    written.write_bytes(b"whole")
+
+    def refused(*_: Path) -> None:
+        raise OSError(errno.EPERM, "no hard links")
+
+    def half(_: Path, to: Path) -> None:
+        to.write_bytes(b"who")
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "link", refused)
+    folder.mark_best(written)
+    monkeypatch.setattr(shutil, "copyfile", half)
+    with pytest.raises(OSError, match="no space"):
+        folder.mark_best(written)
+    folder.unlock()
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["best.h5", "round-000001.h5"]
+    assert folder.best.read_bytes() == b"whole"
 
 
 def test_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
