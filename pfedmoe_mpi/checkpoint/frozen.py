@@ -86,11 +86,14 @@ def write(folder: Path, frozen: Frozen) -> None:
 def read(checkpoint: Path, digest: str) -> Frozen:
     """Return the frozen tensors of a checkpoint, which are in its run folder, or in `frozen` beside it.
 
+    If the checkpoint is a link, they may be there or where it points to.
+
     Raises:
         CheckpointError: they are not there, or damaged.
     """
     name = f"{FOLDER}/{digest}.h5"
-    places = [folder / name for folder in checkpoint.absolute().parents[:2]]
+    paths = (checkpoint.absolute(), checkpoint.resolve())
+    places = [folder / name for path in dict.fromkeys(paths) for folder in path.parents[:2]]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         problem = f"{checkpoint} needs its frozen tensors, and there is no {places[-1]}"

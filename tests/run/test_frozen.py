@@ -133,6 +133,9 @@ def test_missing_or_damaged_frozen_tensors(folder: Path, tmp_path: Path, session
         with pytest.raises(CheckpointError, match=pattern):
             load_client(newest(tmp_path / "run"), 0)
         path.unlink(missing_ok=True)
+    path.write_bytes(kept)
+    (tmp_path / "link.h5").symlink_to(newest(tmp_path / "run"))
+    assert load_client(tmp_path / "link.h5", 0).client == 0
     # A checkpoint that was moved takes them from beside it.
     (tmp_path / "moved" / "frozen").mkdir(parents=True)
     shutil.copy(newest(tmp_path / "run"), tmp_path / "moved")
