@@ -182,11 +182,15 @@ def _details(comparison: Comparison, name: str, title: str, metrics: Mapping[str
         cells = [word(group.method), word(group.setting), number(len(group.finished))]
         for metric in metrics.values():
             values = values_of(group.finished, metric)
-            cells.append(spread(*mean_std(values), len(values)))
+            cell = spread(*mean_std(values), len(values))
+            few = 0 < len(values) < len(group.finished)
+            cells.append(replace(cell, text=f"{cell.text} ({len(values)})") if few else cell)
         rows.append(cells)
     notes = [
         f"in %, {when(comparison)}, over the clients of each run ({STD_OVER_CLIENTS}); then {STD_OVER_SEEDS}"
     ]
+    if any(cell.text.endswith(")") for row in rows for cell in row[3:]):
+        notes.append("in brackets: the seeds that have the value, where the others have none")
     return Table(name, title, columns, rows, notes)
 
 

@@ -339,6 +339,19 @@ def test_named_clients_are_shown_over_seeds(trained: Path) -> None:
     assert client_section.sections(compare.compare(unnamed)) == []
 
 
+def test_values_that_some_seeds_lack_say_how_many_have_them(trained: Path) -> None:
+    """Such as macro-F1, which runs of an earlier version did not measure."""
+    run = load_run(trained)
+    older = [{name: value for name, value in row.items() if name != "macro_f1"} for row in run.history]
+    old = Run(Path("c"), {**run.config, "seed": 2}, older, run.events)
+    found = compare.compare([run, like(run, "b", seed=1), old])
+    (table,) = comparison_report.fairness(found)
+    row = dict(zip((column.title for column in table.columns), table.rows[0], strict=True))
+    assert row["seeds"].text == "3" and row["macro-F1"].text.endswith(" ± 0.00 (2)")
+    assert row["balanced accuracy"].text.endswith(" ± 0.00") and "in brackets: the seeds" in table.notes[-1]
+    assert "brackets" not in comparison_report.accuracies(found).notes[-1]
+
+
 def test_equal_looking_values_are_marked_alike(trained: Path) -> None:
     run = load_run(trained)
     found = []
