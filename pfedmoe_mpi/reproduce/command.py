@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import checkpoint, config, environment
-from pfedmoe_mpi.config import Config
+from pfedmoe_mpi.config import Config, recorded
 from pfedmoe_mpi.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, StoppedError
 from pfedmoe_mpi.models.names import resolve_name
 from pfedmoe_mpi.mpi import session
@@ -192,7 +192,7 @@ def _rounds_left(folder: Path, run: TableRun, choosing: bool) -> int:
     run_folder = RunFolder(folder)
     if not run_folder.config.is_file():
         return run.config.rounds
-    earlier = config.read_toml(run_folder.config)
+    earlier = recorded.with_defaults(config.read_toml(run_folder.config))
     differences = _differences(earlier, run.config)
     if differences:
         differences = _differences(earlier, _apply_proposals(run.config))

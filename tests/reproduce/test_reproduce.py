@@ -11,7 +11,7 @@ import pytest
 
 from pfedmoe_mpi import config
 from pfedmoe_mpi.errors import ConfigError
-from pfedmoe_mpi.reproduce import grid
+from pfedmoe_mpi.reproduce import command, grid
 from support import launcher
 from support.files import path_digest
 from support.mpi_job import run_module
@@ -52,6 +52,19 @@ def table(tmp_path: Path) -> Path:
 
 
 # The file
+
+
+def test_run_of_an_earlier_version_did_not_do_what_a_later_setting_asks_for(
+    table: Path, tmp_path: Path
+) -> None:
+    run, *_ = grid.expand(grid.read(table), {})
+    text = config.to_toml(run.config)
+    assert 'optimiser = "sgd"\n' in text
+    (tmp_path / "config.toml").write_text(text.replace('optimiser = "sgd"\n', "", 1), encoding="utf-8")
+    assert command._rounds_left(tmp_path, run, choosing=False) == 10
+    adam, *_ = grid.expand(grid.read(table), {"train.optimiser": "adam"})
+    with pytest.raises(ConfigError, match=r"with other settings: train\.optimiser sgd → adam"):
+        command._rounds_left(tmp_path, adam, choosing=False)
 
 
 def test_methods_and_models_from_files(tmp_path: Path) -> None:
