@@ -89,4 +89,4 @@ def _write(name: str, source: Callable[[], StateDict], path: Path) -> str:
         raise ConfigError(problem, "check the folder's space and permissions") from error
     stem = " --model.stem imagenet" if "resne" in name and name in TORCHVISION else ""
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    return f"{path}: {numbers:,} numbers; use --model.pool {name} --model.weights {path}{stem}"
+    return f"{path}: {numbers:,} numbers; use --model.pool {name} --model.weights {name}={path}{stem}"

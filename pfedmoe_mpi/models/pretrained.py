@@ -80,12 +80,20 @@ def match(module: nn.Module, weights: Weights, label: str = "this architecture")
     }
     texts = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
     if texts:
-        remedy = "use weights of this architecture; several files: --model.weights NAME=FILE,NAME=FILE"
-        if any(name.endswith("conv1.weight") for name in other):
-            remedy = "ResNets as published: --model.stem imagenet; else use weights of this architecture"
         problem = f"model.weights = {weights.path} does not fit {label}: {'; '.join(texts)}"
-        raise ConfigError(problem, remedy)
+        raise ConfigError(problem, _remedy(other, found, wanted))
     return Match(fitting, drawn)
+
+
+def _remedy(other: Sequence[str], found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Return what to do about tensors that are missing or have another shape."""
+    if len(other) == 1 and other[0] in found:
+        theirs, ours = found[other[0]].shape, wanted[other[0]].shape
+        if len(theirs) == len(ours) == 4 and theirs[0] == ours[0] and theirs[2:] == ours[2:]:
+            return f"use samples of {theirs[1]} channels, or weights for {ours[1]}"
+        if other[0].endswith("conv1.weight"):
+            return "ResNets as published: --model.stem imagenet; else use weights of this architecture"
+    return "use weights of this architecture; a file for one of several: --model.weights NAME=FILE"
 
 
 def float_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -63,7 +63,14 @@ def test_published_names(tmp_path: Path) -> None:
     assert torch.equal(ours.extractor.conv1.weight, published.conv1.weight)
     with pytest.raises(ConfigError, match=r"extractor\.conv1\.weight 64×3×7×7, expected 64×3×3×3") as caught:
         pretrained.fill(model(name="resnet18"), file)
-    assert "--model.stem imagenet" in str(caught.value)
+    assert "--model.stem imagenet" in caught.value.remedy
+    grey = registry.build_model("resnet18", (1, 32, 32), 4, DIM, "imagenet")
+    with pytest.raises(ConfigError, match=r"64×3×7×7, expected 64×1×7×7") as caught:
+        pretrained.fill(grey, file)
+    assert "samples of 3 channels" in caught.value.remedy
+    with pytest.raises(ConfigError, match=r"not part of it: bn1\.weight") as caught:
+        pretrained.fill(model().extractor, file)
+    assert "--model.weights NAME=FILE" in caught.value.remedy
 
 
 def test_safetensors(tmp_path: Path) -> None:
