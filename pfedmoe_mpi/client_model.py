@@ -57,9 +57,9 @@ class ClientModel(nn.Module):
         else:
             self.register_buffer(attribute, part)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: np.ndarray | Tensor) -> Tensor:
         """Return logits (B, classes) of raw samples (B, *shape), in the current mode, with gradients."""
-        return self._answers([x], self._predictor)
+        return self._answers([torch.as_tensor(x)], self._predictor)
 
     def predict(self, x: np.ndarray | Tensor) -> Tensor:
         """Return logits (n, classes), float32, of n raw samples; `argmax(1)` is the class.

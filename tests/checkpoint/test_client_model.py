@@ -114,7 +114,8 @@ def test_client_model_is_an_ordinary_module(trained: Path, tmp_path: Path) -> No
     other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
     assert torch.equal(first, other.predict(x))
     model.train()
-    loss = torch.nn.functional.cross_entropy(model(torch.from_numpy(x)), torch.zeros(5, dtype=torch.long))
+    assert torch.equal(model(x), model(torch.from_numpy(x)))
+    loss = torch.nn.functional.cross_entropy(model(x), torch.zeros(5, dtype=torch.long))
     loss.backward()
     assert all(p.grad is not None for p in model.parameters()), "fine-tuning reaches every part"
     model.predict(x)
