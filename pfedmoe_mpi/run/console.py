@@ -221,13 +221,19 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f} %"
 
 
+def unseen_line(row: Row) -> str:
+    """Return a line with the accuracies of unseen clients that were measured; "" if none was."""
+    measured = [("", row["accuracy_unseen"]["mean"]), ("after tuning ", row["accuracy_tuned"]["mean"])]
+    texts = [name + _percent(value) for name, value in measured if value is not None]
+    return f"unseen clients: accuracy mean {', '.join(texts)}" if texts else ""
+
+
 def table(federation: Federation, history: Sequence[Row]) -> str:
     """Return the text at the end of a run: the table of clients, last and best round, failures."""
     last, top = history[-1], selection.best(history)
     lines = [_client_table(federation, last), "last  " + _line(last), _by_class(last)]
-    if last["accuracy_unseen"]["mean"] is not None or last["accuracy_tuned"]["mean"] is not None:
-        as_they_come, tuned = (_percent(last[key]["mean"]) for key in ("accuracy_unseen", "accuracy_tuned"))
-        lines.append(f"unseen clients: accuracy mean {as_they_come}, after tuning {tuned}")
+    if unseen := unseen_line(last):
+        lines.append(unseen)
     if last.get("privacy"):
         lines.append(privacy_lines.line(last["privacy"], last["round"]))
     if last["drift"]:

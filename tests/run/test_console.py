@@ -96,3 +96,19 @@ def test_tables_of_many_clients_have_the_worst_the_median_and_the_best() -> None
     assert console.worst_median_best([0.5, None, 0.25, 1.0, 0.75]) == [2, 0, 3]
     assert console.worst_median_best([0.5, 0.5]) == [0, 1] and console.worst_median_best([None, 1.0]) == [1]
     assert console.worst_median_best([None] * 50) == []
+
+
+@pytest.mark.parametrize(
+    ("mean", "tuned", "line"),
+    [
+        (0.5, None, "unseen clients: accuracy mean 50.00 %"),
+        (None, 0.75, "unseen clients: accuracy mean after tuning 75.00 %"),
+        (0.5, 0.75, "unseen clients: accuracy mean 50.00 %, after tuning 75.00 %"),
+        (None, None, ""),
+    ],
+)
+def test_unseen_clients_have_the_accuracies_that_were_measured(
+    mean: float | None, tuned: float | None, line: str
+) -> None:
+    row = {"accuracy_unseen": {"mean": mean}, "accuracy_tuned": {"mean": tuned}}
+    assert console.unseen_line(row) == line
