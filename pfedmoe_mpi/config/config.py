@@ -59,7 +59,7 @@ class Config(Section):
     algorithm: Name = "pfedmoe"
     """The method to train; `pfedmoe-mpi --help` lists them.
     Default: the method this program is about."""
-    rounds: int = Field(40, ge=1)
+    rounds: int = Field(40, ge=1, le=1_000_000_000)
     """Communication rounds T, in total.
     Default: pfedmoe's accuracy on the digits has settled; the job takes less than two minutes on two
     cores."""

@@ -190,6 +190,7 @@ def test_all_wrong_settings_are_reported_at_once() -> None:
         *[("partition.test_fraction", value) for value in (0, 1, "nan")],
         *[("partition.validation", value) for value in (1, -0.1)],
         *[("seed", value) for value in (-1, 2**62, 1.5)],
+        ("rounds", 10**9 + 1),
         *[("data.mean", value) for value in ("nan", "a,b", "inf")],
         *[("model.pool", value) for value in ("", ",", "cnn9")],
         *[("model.shared", value) for value in ("", "cnn", "auto,cnn1")],
