@@ -16,6 +16,8 @@ Shared: the small model with its head, one float32 vector per client and round.
 Departures: n_k counts training samples (the authors' code: test samples too). The gradient is clipped by its
 joint norm (the authors' code: each of the three by its own norm). Momentum starts at zero in every client
 step (the authors' code carries the momentum of the small model and of the projector from client to client).
+The server sums (the authors' code keeps references to the tensors in which all clients train in turn, not
+copies: its sum is the small model of the round's last client).
 """
 
 from __future__ import annotations

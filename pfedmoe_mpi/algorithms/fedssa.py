@@ -19,8 +19,9 @@ T_stable; the mean without weights; a random first global head; rows of classes 
 own. A client answers with its model as it trained it; the new global rows enter at the beginning of its next
 turn.
 
-Departure: the mean is over the cohort. The authors' code averages the last rows of all clients, including
-those that did not train in the round.
+Departures: the mean is over the cohort. The authors' code averages the last rows of all clients, including
+those that did not train in the round; and a client's first model there is a reference to that of its
+architecture, which clients before it may have trained in the same round.
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ Departures: n_k counts training samples (the authors' code: test samples too). T
 clipped by its joint norm over ω_k and α_k (the authors' code: over ω_k alone). Momentum starts at zero in
 both steps (the authors' code carries that of θ and of α_k from client to client). An extractor that is not
 trained is in evaluation mode. After a client's training it is measured with its θ_k (the authors' code:
-between the steps, with θ as received).
+between the steps, with θ as received). The server sums, and α_k is the client's own (the authors' code keeps
+references to the tensors in which all clients train in turn, not copies: its sum is the θ_k of the round's
+last client, and a client goes on from the α of the client before it).
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ def _client_metrics(
 ) -> list[float]:
     """Return CLIENT_METRICS; zeros if the method gives no answer for a client that has not trained.
 
-    Counts of answers are added to the result at `place`, and what a client's gate does, unless the client has
-    not trained: the weights of an initial gate mean nothing.
+    Counts of answers are added to the result at `place`, and what a client's gate does, unless the client is
+    unseen or joins later: the weights of an initial gate mean nothing.
     """
     parts = federation.parts(client, state)
     unseen = client.id in federation.task.absent_clients(round)
