@@ -145,7 +145,7 @@ class Turn:
             total, norms = step.read()
             whole = not ended or seen == len(self._split)  # Poisson batches have any number of samples
             before = (total, seen) if whole else (before[0] + total, before[1] + seen)
-            if before[1]:  # or none
+            if before[1]:  # an epoch of Poisson batches may have none
                 self.measured_loss = before[0] / before[1]
             if not math.isfinite((self.measured_loss if before[1] else 0.0) + norms):
                 raise NotFiniteError("its loss or its gradient is not finite")

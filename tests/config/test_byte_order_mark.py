@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Callable
 from pathlib import Path
 
+from pfedmoe_mpi import load_run
 from support.data_files import open_data
 from support.launcher import Result
 from support.text_files import write_hospitals, write_news, write_stories
@@ -38,6 +39,7 @@ def test_run_without_a_checkpoint_is_restarted(
         path.unlink()
     mark(run / "config.toml")
     run_command("restart", run, "--rounds", "3")
+    assert [row["round"] for row in load_run(run).rows] == [1, 2, 3]
 
 
 def test_data_files_are_read(tmp_path: Path) -> None:
