@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from pfedmoe_mpi import environment
 from pfedmoe_mpi.errors import EXIT_DONE, UserError
@@ -155,7 +156,7 @@ def _check_folder(folder: Path) -> None:
     """Accept a new or empty folder, or one with an earlier report, which is replaced.
 
     Raises:
-        ReportError: the path is a file or cannot be reached, or the folder holds other files.
+        ReportError: the path is a file or cannot be reached or written, or the folder holds other files.
     """
     check_reachable(folder, ReportError)
     if folder.exists() and not folder.is_dir():
@@ -164,6 +165,12 @@ def _check_folder(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not has_report:
         problem = f"--out = {folder} holds files that are not a report"
         raise ReportError(problem, "name another folder: --out FOLDER")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        TemporaryFile(dir=existing).close()  # before the models are evaluated; the run may be another user's
+    except OSError as error:
+        problem = f"{existing} cannot be written: {error.strerror}"
+        raise ReportError(problem, "name another folder: --out FOLDER") from error
 
 
 def _write(report: Report, folder: Path) -> None:

@@ -111,6 +111,14 @@ def test_interrupted_report_is_replaced(
     assert_refused("holds files that are not a report", "report", two, "--out", tmp_path / "out")
 
 
+def test_folder_that_cannot_be_written_is_refused_first(
+    assert_refused: Callable[..., str], two: Path
+) -> None:
+    """Before the models are evaluated; in /proc not even the superuser may create anything."""
+    refused = assert_refused("/proc cannot be written", "report", two / "pfedmoe", "--out", "/proc/report")
+    assert "evaluating" not in refused
+
+
 def test_report_prints_on_a_terminal(run_command: Callable[..., Result], two: Path, tmp_path: Path) -> None:
     text = run_command("report", two, "--text", "true").out
     assert text.startswith("pfedmoe · standalone\n2 runs, seeds 0\n")
