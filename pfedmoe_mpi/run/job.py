@@ -202,7 +202,7 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
         world.from_root(lambda: folder.keep_code(federation.code), "run folder")
         facts = {**identity, "changes": start.changes, "warnings": list(start.warnings), **report_facts}
         facts |= {"fork": start.fork} if start.fork else {}
-        _report_start(world, reporter, start.loaded, device_lines, facts)
+        _report_start(world, reporter, start, device_lines, facts)
         if start.loaded:
             start.loaded.close()  # what is still needed of its files stays open, and the rest takes no space
         finished = loop.run()
@@ -273,17 +273,20 @@ def _save_again(loop: Loop, loaded: Checkpoint) -> None:
 def _report_start(
     world: Comm,
     reporter: Reporter,
-    loaded: Checkpoint | None,
+    start: Start,
     device_lines: Sequence[str],
     facts: Mapping[str, Any],
 ) -> None:
-    """Write the event of this start and print the run folder."""
-    source = {"checkpoint": loaded.path.name, "round": loaded.round} if loaded else {}
+    """Write the event of this start and print the run folder, both with the path of a source elsewhere."""
+    loaded = start.loaded
+    source: dict[str, Any] = {"checkpoint": loaded.path.name, "round": loaded.round} if loaded else {}
+    source |= {"source": str(loaded.path)} if loaded and not start.resuming else {}
     process = {"host": platform.node(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
     kind = "restart" if loaded else "start"
     reporter.event(kind, ranks=world.size, hosts=list(device_lines), **process, **source, **facts)
     if world.rank == 0:
-        resumed = f", resumes after round {loaded.round} from {loaded.path.name}" if loaded else ""
+        named = source.get("source", source.get("checkpoint"))
+        resumed = f", resumes after round {loaded.round} from {named}" if loaded else ""
         print(f"run folder {reporter.folder.path}{resumed}", flush=True)
 
 

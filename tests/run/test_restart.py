@@ -115,7 +115,9 @@ def test_run_killed_after_its_last_checkpoint_is_finished(
         (run / name).write_text("".join(lines[:-1]))
     assert "the run is finished: 3 of 3" in run_command("restart", run).out
     resumed = run_command("restart", run, "--rounds", "4", "--run.dir", "more").out
-    assert "more, resumes after round 3 from round-000003.h5\n" in resumed
+    source = run.resolve() / "checkpoints" / "round-000003.h5"
+    assert f"more, resumes after round 3 from {source}\n" in resumed
+    assert read_events(run.with_name("more"))[0]["source"] == str(source)
     assert reproducible_rows(run) == kept and read_events(run)[-1]["event"] == "finish"
     before = path_digest(run)
     run_command("restart", run)
