@@ -39,7 +39,7 @@ def load(comm: Comm, settings: Config, specs: Iterable[Spec], loaded: Checkpoint
     """
     if loaded:
         return Pretrained(identity=loaded.identity.get("weights", ""))
-    if not settings.model.weights:
+    if not settings.model.weights and settings.model.train == "all":
         return Pretrained()
     modules = [part for spec in specs for part in spec.values() if isinstance(part, Module)]
     parts = {part.kind: part for part in modules if part.architecture}
@@ -47,7 +47,7 @@ def load(comm: Comm, settings: Config, specs: Iterable[Spec], loaded: Checkpoint
 
     def facts() -> tuple[dict[str, tuple[Path, str, Shapes]], list[str]]:
         read.update(_read(settings, {part.architecture for part in parts.values()}))
-        lines = [line for part in parts.values() for line in _line(part, read)]
+        lines = [line for part in parts.values() for line in _line(part, read, settings.model.train)]
         return {name: (one.path, one.digest, _shapes(one)) for name, one in read.items()}, lines
 
     files, lines = comm.from_root(facts, "model.weights")
@@ -57,8 +57,8 @@ def load(comm: Comm, settings: Config, specs: Iterable[Spec], loaded: Checkpoint
         if path not in by_path:
             by_path[path] = Weights(path, digest, _send(comm, shapes, read.get(name)))
         sent[name] = by_path[path]
-    identity = json.dumps({names.kind_of(name): one.digest for name, one in sent.items()}, sort_keys=True)
-    return Pretrained(sent, identity, tuple(lines))
+    digests = {names.kind_of(name): one.digest for name, one in sent.items()}
+    return Pretrained(sent, json.dumps(digests, sort_keys=True) if digests else "", tuple(lines))
 
 
 def _read(settings: Config, used: set[str]) -> dict[str, Weights]:
@@ -91,10 +91,13 @@ def _architecture(text: str, used: set[str]) -> str:
     return name
 
 
-def _line(part: Module, read: Mapping[str, Weights]) -> list[str]:
-    """Return a line on a part's file, with what is drawn nevertheless; nothing for a part without one."""
+def _line(part: Module, read: Mapping[str, Weights], train: str) -> list[str]:
+    """Return a line on a part's file, with what is drawn nevertheless, or on frozen tensors without one."""
     if part.architecture not in read:
-        return []
+        if train == "all":
+            return []
+        frozen = f"what model.train = {train} freezes stays so"
+        return [f"weights: {part.kind} as it is built, from no file; {frozen}"]
     one = read[part.architecture]
     drawn = pretrained.match(part.skeleton(), one, part.kind).drawn
     return [f"weights: {part.kind} from {one.path}{', but drawn: ' if drawn else ''}{', '.join(drawn)}"]

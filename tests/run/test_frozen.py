@@ -83,6 +83,9 @@ def test_plan_and_report_say_what_is_frozen(folder: Path, tmp_path: Path, sessio
     )
     outputs = " numbers a sample, computed once per client"
     assert f"; outputs, 16{outputs}\n" in plan and f"; outputs, 8{outputs}\n" in plan
+    for kind in ("extractor nets.TinyViT", "model nets.TinyViT"):
+        assert f"weights: {kind} as it is built, from no file; what model.train = head freezes" in plan
+    assert f"weights: model nets.small_resnet from {folder}/resnet.pt" in plan
     again = session(*flags(folder), "--dry", "true", "--model.keep_outputs", "false", cwd=tmp_path).out
     assert "frozen:  extractor" in again and outputs not in again
     text = session("report", str(folder / "run"), "--text", "true", cwd=tmp_path).out
