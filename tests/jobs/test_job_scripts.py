@@ -218,6 +218,7 @@ QUESTIONS = {
     "unlike-clients": (90, 6),
     "drift": (75, 5),
     "shared-extractors": (45, 9),
+    "sum-or-last": (40, 4),
 }
 
 
