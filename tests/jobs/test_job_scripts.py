@@ -216,7 +216,7 @@ QUESTIONS = {
     "first-experiments": (90, 6),
     "gate-design": (110, 22),
     "unlike-clients": (90, 6),
-    "drift": (75, 5),
+    "drift": (90, 6),
     "shared-extractors": (45, 9),
     "sum-or-last": (40, 4),
 }
