@@ -23,7 +23,7 @@ from pfedmoe_mpi.checkpoint.confusion import Confusion
 from pfedmoe_mpi.config import Config
 from pfedmoe_mpi.core.fixedpoint import NotFiniteError
 from pfedmoe_mpi.errors import CheckpointError, DivergedError, StoppedError
-from pfedmoe_mpi.federation import evaluation, fork, metrics, pretraining, selection, store, training
+from pfedmoe_mpi.federation import drift, evaluation, fork, metrics, pretraining, selection, store, training
 from pfedmoe_mpi.federation.faults import Faults
 from pfedmoe_mpi.federation.federation import Federation, pin
 from pfedmoe_mpi.federation.initial_values import begin_private_parts
@@ -367,7 +367,7 @@ class Loop:
         )
         if self._account:
             row["privacy"] = self._account.entry(self.round)
-        row["drift"] = metrics.drift([*self.history, row])
+        row["drift"] = drift.cost([*self.history, row])
         row = metrics.for_rank(row, self.comm.rank)
         self.history.append(row)
         reported = dict(row)  # with the seconds of writing the checkpoint that holds the row itself

@@ -180,29 +180,6 @@ def worst_tenth(accuracy: np.ndarray) -> float | None:
     return float(values[: max(1, int(len(values) / 10 + 0.5))].mean()) if len(values) else None
 
 
-def drift(history: Sequence[Row]) -> dict[str, float | None] | None:
-    """Return the cost of the last change of concept so far; None without a stream or before a change.
-
-    `forgetting`: the best accuracy on the old concept up to the change, minus its accuracy now.
-    `recovery`: rounds from the change until a measured accuracy on the new concept was as high as the last
-    one on the old concept before the change; null if none was.
-    """
-    measured = [row for row in history if None not in row["accuracy_concepts"].values()]
-    streamed = [row for row in history if measured and row["round"] <= measured[-1]["round"]]
-    is_second = [row["accuracy_concepts"]["share"] >= 0.5 for row in streamed]
-    changes = [row["round"] for n, row in enumerate(streamed) if n and is_second[n] != is_second[n - 1]]
-    before = [row["accuracy_concepts"] for row in measured if changes and row["round"] < changes[-1]]
-    after = [row for row in measured if changes and row["round"] >= changes[-1]]
-    if not before or not after:
-        return None
-    new, old = ("second", "first") if is_second[-1] else ("first", "second")
-    reached = [row["round"] for row in after if row["accuracy_concepts"][new] >= before[-1][old]]
-    return {
-        "forgetting": max(each[old] for each in before) - after[-1]["accuracy_concepts"][old],
-        "recovery": reached[0] - changes[-1] if reached else None,
-    }
-
-
 def row(
     round: int,
     total: RoundSum,

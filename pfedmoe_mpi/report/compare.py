@@ -233,14 +233,14 @@ def same_data(run: Run, other: Run) -> bool:
     )
 
 
-def paired(group: Group, base: Group) -> Paired | None:
-    """Pair two groups by seed, where the data are the same.
+def paired(group: Group, base: Group, value: Callable[[Run], float | None] = accuracy) -> Paired | None:
+    """Pair two groups by seed, where the data are the same, and take the differences of a run's `value`.
 
     There is no interval below ENOUGH common seeds, and None is returned without a pair.
     """
     differences: dict[int, float] = {}
     for run, base_run in common_seeds(group, base):
-        ours, theirs = accuracy(run), accuracy(base_run)
+        ours, theirs = value(run), value(base_run)
         if ours is not None and theirs is not None and same_data(run, base_run):
             differences[run.seed] = ours - theirs
     if not differences:

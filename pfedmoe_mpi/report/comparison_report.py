@@ -46,9 +46,9 @@ from pfedmoe_mpi.report.tables import (
     Column,
     Table,
     difference,
+    interval,
     number,
     percent,
-    points,
     ranks,
     short,
     spread,
@@ -79,7 +79,7 @@ def report(
         _differences(comparison, base),
         *fork_section.sections(runs),
         *client_section.sections(comparison),
-        *drift_section.sections(comparison),
+        *drift_section.sections(comparison, base),
         *epsilon_section.sections(comparison),
         _target_section(comparison, target),
         Section("Cost", [cost(comparison)]),
@@ -239,16 +239,7 @@ def _paired_differences(pairs: Sequence[comparison_figures.Pair], base: str) -> 
     ]
     rows = []
     for group, _, paired in pairs:
-        interval = (
-            "–"
-            if paired.low is None or paired.high is None
-            else f"{points(paired.low)} to {points(paired.high)}"
-        )
-        cells = [
-            number(len(paired.seeds)),
-            difference(paired.mean),
-            Cell(interval, (paired.low, paired.high)),
-        ]
+        cells = [number(len(paired.seeds)), difference(paired.mean), interval(paired.low, paired.high)]
         rows.append([word(group.method), word(group.setting), *cells, word(paired.verdict)])
     notes = [
         f"accuracy minus that of {base} with the same seed and data: mean over seeds and its 95 % t interval",

@@ -21,8 +21,8 @@ from pfedmoe_mpi.report.tables import (
     Table,
     amount,
     difference,
+    interval,
     number,
-    points,
     short,
     spread,
     word,
@@ -155,8 +155,6 @@ def _bare(line: Sequence[Point]) -> Point | None:
 def _row(method: str, setting: str, point: Point, bare: Point | None) -> list[Cell]:
     values = point.accuracies
     pair = compare.paired(point.group, bare.group) if bare and point.unit else None
-    low, high = (pair.low, pair.high) if pair else (None, None)
-    interval = "–" if low is None or high is None else f"{points(low)} to {points(high)}"
     epsilon = short(point.epsilon) if math.isfinite(point.epsilon) else INFINITE if point.unit else NONE
     clip = point.group.runs[0].config.get("privacy.clip") if point.unit else None
     return [
@@ -164,7 +162,8 @@ def _row(method: str, setting: str, point: Point, bare: Point | None) -> list[Ce
         Cell(epsilon, (point.epsilon if math.isfinite(point.epsilon) else epsilon,)),
         *(amount(point.private), amount(clip), number(len(values))),
         *(spread(*mean_std(values), len(values)), difference(pair.mean if pair else None)),
-        *(Cell(interval, (low, high)), amount(mean_std(values_of(point.group.finished, _sent))[0])),
+        interval(pair.low if pair else None, pair.high if pair else None),
+        amount(mean_std(values_of(point.group.finished, _sent))[0]),
     ]
 
 

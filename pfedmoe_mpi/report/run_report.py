@@ -14,6 +14,7 @@ from pfedmoe_mpi.report import (
     attack_section,
     confusion_section,
     distributions,
+    drift_section,
     epsilon_section,
     gate_section,
     model_section,
@@ -115,12 +116,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     facts += [] if unseen is None else [("accuracy, unseen clients", percent(unseen).text + " %")]
     facts += [] if tuned is None else [("unseen clients, tuned", percent(tuned).text + " %")]
     facts += epsilon_section.facts(run)
-    drift = run.last.get("drift")
-    if drift:
-        rounds = drift["recovery"]
-        facts.append(("accuracy lost on the old concept", percent(drift["forgetting"]).text + " %"))
-        facts.append(("recovered", "not yet" if rounds is None else f"after {rounds} rounds"))
-    return facts
+    return [*facts, *drift_section.facts(run)]
 
 
 def _by_class(run: Run) -> list[tuple[str, str]]:

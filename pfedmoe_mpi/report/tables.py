@@ -111,6 +111,11 @@ def difference(value: float | None) -> Cell:
     return Cell("–" if value is None else points(value), (value,))
 
 
+def interval(low: float | None, high: float | None) -> Cell:
+    """Return a cell with an interval of shares in percentage points, a dash without one."""
+    return Cell("–" if low is None or high is None else f"{points(low)} to {points(high)}", (low, high))
+
+
 def spread(mean: float | None, std: float | None, count: int, mark: str = "") -> Cell:
     """Return a cell with `mean ± std` of shares in per cent; its values are mean, std and count."""
     if mean is None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pfedmoe_mpi import config
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.data.summary import plain
-from pfedmoe_mpi.federation import disk, selection
+from pfedmoe_mpi.federation import disk, drift, selection
 from pfedmoe_mpi.federation.effective import proposals
 from pfedmoe_mpi.federation.metrics import Row
 from pfedmoe_mpi.log import LOGGER
@@ -239,7 +239,10 @@ def table(federation: Federation, history: Sequence[Row]) -> str:
     if last["drift"]:
         lost, rounds = last["drift"]["forgetting"], last["drift"]["recovery"]
         recovery = "not recovered yet" if rounds is None else f"recovered after {rounds} rounds"
-        lines.append(f"drift: {_percent(lost)} of the old concept forgotten, {recovery}")
+        new = _percent(drift.accuracies(last)[0])
+        lines.append(
+            f"drift: accuracy {new} on the new concept, {_percent(lost)} of the old one forgotten, {recovery}"
+        )
     for key, why in (("dropped", "not finite"), ("lost", "lost"), ("late", "after the deadline")):
         count = Counter(client for row in history for client in row.get(key, []))
         if count:

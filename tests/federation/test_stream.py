@@ -13,7 +13,7 @@ import torch
 from pfedmoe_mpi.config.sections import StreamSettings
 from pfedmoe_mpi.core.batches import Split
 from pfedmoe_mpi.core.client import Client
-from pfedmoe_mpi.federation import metrics
+from pfedmoe_mpi.federation import drift, metrics
 from pfedmoe_mpi.federation.stream import Stream
 from support.launcher import (
     SMALL_RUN,
@@ -132,19 +132,19 @@ def row(round: int, first: float | None, second: float | None, share: float | No
 
 def test_forgetting_and_recovery_follow_their_definitions() -> None:
     before = [row(1, 0.5, 0.1, 0.0), row(2, 0.9, 0.1, 0.0), row(3, 0.8, 0.1, 0.0)]
-    assert metrics.drift(before) is None and metrics.drift([row(1, None, 0.0, None)]) is None
+    assert drift.cost(before) is None and drift.cost([row(1, None, 0.0, None)]) is None
     alone = [row(1, 0.5, None, 0.0), row(2, 0.4, None, 1.0)]
-    assert metrics.drift(alone) is None, "nobody who has joined has test rows of the second concept"
+    assert drift.cost(alone) is None, "nobody who has joined has test rows of the second concept"
     fallen = [*before, row(4, 0.6, 0.4, 1.0), row(5, 0.3, 0.7, 1.0)]
-    assert metrics.drift(fallen) == {"forgetting": pytest.approx(0.6), "recovery": None}
+    assert drift.cost(fallen) == {"forgetting": pytest.approx(0.6), "recovery": None}
     back = [*fallen, row(6, 0.4, 0.85, 1.0), row(7, 0.2, 0.7, 1.0)]
-    assert metrics.drift(back) == {"forgetting": pytest.approx(0.7), "recovery": 2}
+    assert drift.cost(back) == {"forgetting": pytest.approx(0.7), "recovery": 2}
     again = [*back, row(8, 0.5, 0.6, 0.0)]
-    assert metrics.drift(again) == {"forgetting": pytest.approx(0.25), "recovery": None}
+    assert drift.cost(again) == {"forgetting": pytest.approx(0.25), "recovery": None}
     unmeasured = [row(n, None, None, float(n >= 4)) for n in (4, 5)]
-    assert metrics.drift([*before, *unmeasured]) is None
+    assert drift.cost([*before, *unmeasured]) is None
     late = [*before, *unmeasured, row(6, 0.4, 0.85, 1.0), row(7, None, None, 0.0)]
-    assert metrics.drift(late) == {"forgetting": pytest.approx(0.5), "recovery": 2}, "from round 4 to 6"
+    assert drift.cost(late) == {"forgetting": pytest.approx(0.5), "recovery": 2}, "from round 4 to 6"
 
 
 DRIFT = (
@@ -158,7 +158,7 @@ def test_drift_and_late_clients_repeat_and_are_reported(session: Session, tmp_pa
     for ranks in (1, 3):
         output = run_to_end(ranks, *SMALL_RUN, *DRIFT, "--rounds", "4", "--run.dir", str(ranks), cwd=tmp_path)
         found[ranks] = checkpoint_digest(tmp_path / str(ranks), 4)
-    assert "drift: " in output
+    assert "drift: accuracy " in output and "on the new concept" in output
     run_to_end(2, *SMALL_RUN, *DRIFT, "--rounds", "2", "--run.dir", "again", cwd=tmp_path)
     assert session("restart", "again", "--rounds", "4", cwd=tmp_path).code == 0
     found[2] = checkpoint_digest(tmp_path / "again", 4)
