@@ -104,6 +104,10 @@ def modules_by_kind(specs: Iterable[Spec]) -> dict[str, Module]:
     return dict(sorted(by_kind.items()))
 
 
+def _undeclared(name: str) -> str:
+    return f"the method declares no part '{name}' in state or client_state"
+
+
 class Parts:
     """The parts of a client's turn as attributes: `parts.shared` is a module, `parts.prototypes` a tensor."""
 
@@ -115,18 +119,23 @@ class Parts:
             setattr(self, name, part.module)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"the method declares no part '{name}' in state or client_state")
+        raise AttributeError(_undeclared(name))
 
     def vector(self, name: str) -> torch.Tensor:
         """Return the flat vector of a part (size,), on the device; writing to it changes the module."""
-        return self._bound[name].vector
+        return self._part(name).vector
+
+    def _part(self, name: str) -> Bound | BoundTensor:
+        if name not in self._bound:
+            raise KeyError(_undeclared(name))
+        return self._bound[name]
 
     def parameters(self, name: str) -> Sequence[nn.Parameter]:
         """Return the parameters of a part, in the order of its layout.
 
         A loss asks for them each time: in DP-SGD it is computed with other tensors in their place.
         """
-        return self._values.get(name) or self._bound[name].parameters
+        return self._values.get(name) or self._part(name).parameters
 
     def with_parameters(
         self, values: Mapping[str, Sequence[Any]], function: Callable[[], torch.Tensor]
@@ -146,7 +155,7 @@ class Parts:
 
     def parameter_vector(self, name: str) -> torch.Tensor:
         """Return the leading slice of a part's vector, which holds the parameters without the buffers."""
-        part = self._bound[name]
+        part = self._part(name)
         return part.vector[: part.layout.parameters]
 
     def modules(self) -> dict[str, nn.Module]:

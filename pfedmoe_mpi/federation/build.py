@@ -33,6 +33,7 @@ from pfedmoe_mpi.data import Dataset, Partition
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.federation import (
     client_privacy,
+    declarations,
     frozen,
     gpu_memory,
     masked_round,
@@ -43,7 +44,6 @@ from pfedmoe_mpi.federation import (
 )
 from pfedmoe_mpi.federation.distribute import data_digest, distribute, gate_rows, reserved
 from pfedmoe_mpi.federation.federation import Clients, Federation
-from pfedmoe_mpi.federation.initial_values import check_initial
 from pfedmoe_mpi.federation.problem import Problem, pose
 from pfedmoe_mpi.federation.round_sum import check_cohort
 from pfedmoe_mpi.federation.server_optimiser import check_method
@@ -78,7 +78,7 @@ def build(comm: Comm, settings: Config, *, warn: bool = True, loaded: Checkpoint
     state_layout = workbench.layout(method.state())
     layouts = {id(spec): workbench.layout(spec) for spec in {id(spec): spec for spec in specs}.values()}
     client_layouts = [layouts[id(spec)] for spec in specs]
-    check_initial(method, state_layout, client_layouts)
+    declarations.check(method, state_layout, client_layouts)
     check_cohort(task, method.cohort(1))
     check_method(settings, method, state_layout)
     masked_round.check(comm, settings, method, state_layout, loaded)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from pfedmoe_mpi.algorithms.base import Algorithm
-from pfedmoe_mpi.config import methods
-from pfedmoe_mpi.config.methods import MethodError
-from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.federation.federation import Federation
 
 
@@ -32,36 +27,3 @@ def begin_private_parts(federation: Federation, server: torch.Tensor) -> list[in
         if client in federation.clients:
             federation.store.put(client, federation.store.get(client))
     return begun
-
-
-def check_initial(method: Algorithm, state: Layout, clients: Sequence[Layout]) -> None:
-    """Check that `initial` names for every private part a part of the same architecture.
-
-    Raises:
-        MethodError: it does not.
-    """
-    if type(method).initial is Algorithm.initial:
-        return
-    for client, layout in enumerate(clients):
-        own = _tensors(layout)
-        parts = {**_tensors(state), **own}
-        for name in own:
-            source = method.initial(name, client)
-            if source not in parts:
-                reason = f"initial: '{name}' begins as {source!r}, but the parts are {', '.join(parts)}"
-            elif parts[source] != parts[name]:
-                reason = f"initial: '{name}' begins as '{source}', but they differ in architecture"
-            elif source in own and method.initial(source, client) != source:
-                reason = f"initial: '{name}' begins as '{source}', which begins as another part"
-            else:
-                continue
-            raise MethodError.at(methods.path(method.task.config.algorithm), None, reason)
-
-
-def _tensors(layout: Layout) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """Return the names and shapes of the tensors of each part of a joined layout."""
-    tensors: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for entry in layout.entries:
-        part, _, name = entry.name.partition("/")
-        tensors.setdefault(part, []).append((name, entry.shape))
-    return tensors

@@ -131,7 +131,7 @@ class RoundSum:
         if self._release:
             pieces = self._release.encode(values)
         else:
-            pieces = {name: self._encode(self.payload[name], client, value) for name, value in values.items()}
+            pieces = {name: self._encode(name, client, value) for name, value in values.items()}
         sent = 0
         for name, (weight, numbers) in pieces.items():
             stretch = self._stretch(name, position)
@@ -154,12 +154,16 @@ class RoundSum:
         self.metrics()[members] = 0.0
         self.flags[members] = MISSING
 
-    def _encode(self, block: Block, client: int, value: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(self, name: str, client: int, value: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Return a value's weights (rows,) and integers (rows, size): float32 bits or fixed point.
 
         Raises:
             NotFiniteError: as `add`.
         """
+        block = self.payload[name]
+        if value.numel() != block.rows * block.size:
+            declared = f"payload declares {block.rows} × {block.size}"
+            raise ValueError(f"client_step sends {value.numel()} numbers as '{name}', and {declared}")
         value = value.detach().cpu().float().reshape(block.rows, block.size)
         weight = self._task.weight(block.weight, client)
         if block.slot:

@@ -100,7 +100,9 @@ def train_member(
         parts = federation.parts(client, state)
         turn_client = stream.of(client, round) if stream else client
         turn = Turn(federation.engine, method.loss, turn_client, parts, round, role)
-        values = dict(method.client_step(turn))
+        values = method.client_step(turn)
+        if not isinstance(values, Mapping):
+            raise TypeError(f"client_step returns {values!r}, not the values of the payload by name")
         parts.check()
         accuracy = float("nan")
         if tested:

@@ -69,7 +69,7 @@ def automatic_models(run: Run) -> Mapping[str, Any]:
     except (UserError, KeyError, TypeError, ValueError):  # an earlier version, or models that are gone
         return {}
     different = model_names.auto_pool(shape, tokens, shared)
-    automatic = (shared,) if _needs_equal_models(run.algorithm) else different
+    automatic = (shared,) if _needs_equal_models(run) else different
     given = () if pool == automatic else pool
     return {
         "model.pool": automatic,
@@ -78,10 +78,11 @@ def automatic_models(run: Run) -> Mapping[str, Any]:
     }
 
 
-def _needs_equal_models(algorithm: str) -> bool:
+def _needs_equal_models(run: Run) -> bool:
     """Return whether the method's source sets `homogeneous = True`; importing the method needs torch."""
+    own = run.path / "code" / f"{run.algorithm}.py"  # of a method of the user's own
     try:
-        tree = ast.parse(methods.path(algorithm).read_bytes())
+        tree = ast.parse((own if own.is_file() else methods.path(run.algorithm)).read_bytes())
     except (OSError, SyntaxError, ValueError):
         return False
     return any(
