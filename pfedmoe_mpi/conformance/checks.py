@@ -23,9 +23,11 @@ import numpy as np
 import torch
 
 from pfedmoe_mpi import algorithms, checkpoint, config
+from pfedmoe_mpi.algorithms.base import Algorithm
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.conformance.traffic import traffic_errors
 from pfedmoe_mpi.core.flat import Layout
+from pfedmoe_mpi.core.parts import Module
 from pfedmoe_mpi.errors import MessageError
 from pfedmoe_mpi.federation import build, metrics
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
@@ -194,7 +196,10 @@ def run_until_stopped(world: Comm, case: Case, polls: int, folder: Path) -> None
 
 
 def moves(world: Comm, case: Case) -> None:
-    """Check that the first round changes every shared tensor, including BatchNorm's running statistics."""
+    """Check that the first round changes every shared tensor, including BatchNorm's running statistics.
+
+    Modules that the method neither sends nor trains are left out.
+    """
     for changes in ({}, {"model__pool": "shufflenet_v2_x0_5", "model__shared": "shufflenet_v2_x0_5"}):
         bigger = {"data__size": 32, "clients": 2, "data__samples": 60} if changes else {}
         chosen = {"rounds": 1, "participation": 1.0, **changes, **bigger}
@@ -211,8 +216,21 @@ def state_change(part: Comm, case: Case, changes: Mapping[str, Any]) -> tuple[np
     before = loop.state.numpy().copy()
     loop.run()
     own, entries = loop.federation.method.kept_by_clients, loop.federation.state_layout.entries
-    shared = Layout(tuple(entry for entry in entries if entry.name not in own))
+    still = frozen_parts(loop.federation.method, loop.federation.state_layout.sizes)
+    shared = Layout(
+        tuple(
+            entry for entry in entries if entry.name not in own and entry.name.partition("/")[0] not in still
+        )
+    )
     return before, loop.state.numpy(), shared.to_json()
+
+
+def frozen_parts(method: Algorithm, sizes: Mapping[str, int]) -> set[str]:
+    """Return the state's modules that are neither sent nor trained, such as what an earlier stage left."""
+    roles = dict.fromkeys(role for _, role in method.cohort(1))
+    trained = {name for role in roles for phase in method.phases(role) for name in phase.lr}
+    modules = {name for name, part in method.state().items() if isinstance(part, Module)}
+    return modules - trained - method.payload(sizes).keys()
 
 
 def fixpoint(world: Comm, case: Case) -> None:

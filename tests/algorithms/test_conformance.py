@@ -76,6 +76,37 @@ def test_every_designed_violation_has_a_broken_method() -> None:
     }
 
 
+FROZEN = """
+from pfedmoe_mpi.algorithms.base import Block
+from pfedmoe_mpi.algorithms.fedper import FedPer
+
+
+class Frozen(FedPer):
+    def state(self):
+        return {**super().state(), "still": self.task.head()}
+
+    def payload(self, sizes):
+        return {name: Block(size) for name, size in sizes.items() if name not in %s}
+
+    def client_step(self, turn):
+        return {n: v for n, v in super().client_step(turn).items() if n != "still"}
+
+    def phases(self, role):
+        return [self.phase({"base": 0.01, "head": 0.01})]
+"""
+
+
+@pytest.mark.parametrize(
+    ("left_out", "verdict"), [("('still',)", "pass"), ("()", "FAIL shared tensor still")]
+)
+def test_module_that_is_neither_sent_nor_trained_may_stay(
+    tmp_path: Path, left_out: str, verdict: str
+) -> None:
+    (tmp_path / "frozen.py").write_text(FROZEN % left_out)
+    result = run_program(4, "conformance", "./frozen.py", "--check", "moves", cwd=tmp_path, timeout=120)
+    assert f"moves frozen: {verdict}" in result.out + result.err
+
+
 def test_setting_that_a_method_refuses_ends_all_ranks(tmp_path: Path) -> None:
     """The check asks one rank of the four, and the others wait for its answer."""
     words = ("conformance", "fedbn", "--server.optimiser", "yogi", "--check", "ranks")
