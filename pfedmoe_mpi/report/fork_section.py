@@ -11,7 +11,7 @@ from pfedmoe_mpi.report.document import Section
 from pfedmoe_mpi.report.drawing import WIDTH, Figure, Paint, legend_above, style
 from pfedmoe_mpi.report.labels import training_changes
 from pfedmoe_mpi.report.load import Run
-from pfedmoe_mpi.report.periods import agree, forked_after
+from pfedmoe_mpi.report.periods import forked_after, is_trunk
 from pfedmoe_mpi.report.run_figures import per_cent, rounds_axis
 from pfedmoe_mpi.report.tables import Column, Table, difference, number, word
 
@@ -24,8 +24,7 @@ def pairs(runs: Sequence[Run]) -> list[Pair]:
     for branch in runs:
         at = forked_after(branch)
         if at is not None and branch.done > at:
-            trunks = (run for run in runs if (forked_after(run) or 0) < at)  # not another fork of that round
-            found += [(run, branch, at) for run in trunks if run.done > at and agree(run, branch, at)]
+            found += [(run, branch, at) for run in runs if run.done > at and is_trunk(run, branch, at)]
     return found
 
 

@@ -82,16 +82,21 @@ def agree(run: Run, branch: Run, at: int) -> bool:
     return run.digests == branch.digests and rows[0] == rows[1]
 
 
+def is_trunk(run: Run, branch: Run, at: int) -> bool:
+    """Return whether `branch` may be a fork of `run` after round `at`, and not both of a third run."""
+    return (forked_after(run) or 0) < at and run.done >= at and agree(run, branch, at)
+
+
 def with_trunks(runs: Sequence[Run]) -> list[Run]:
     """Return the runs, each fork with the run that it branched off, if that is among them.
 
-    Forks are told by the name of that run's folder, which may have moved, and by the rounds in common.
+    That run is told by the rounds in common; of several, by the name of its folder, which may have moved.
     """
     found: dict[int, Run] = {}
     for n in sorted(range(len(runs)), key=lambda n: forked_after(runs[n]) or 0):
         run, at = runs[n], forked_after(runs[n])
         name = Path(str(run.started_with("fork")["run"])).name if at else ""
-        trunks = [other for other in found.values() if at and other.path.resolve().name == name]
-        trunk = next((other for other in trunks if at and agree(other, run, at)), None)
-        found[n] = replace(run, trunk=trunk)
+        trunks = [other for other in found.values() if at and is_trunk(other, run, at)]
+        trunks.sort(key=lambda other: other.path.resolve().name != name)
+        found[n] = replace(run, trunk=trunks[0] if trunks else None)
     return [found[n] for n in range(len(runs))]

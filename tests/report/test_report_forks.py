@@ -126,6 +126,10 @@ def test_operations_that_another_folder_has_are_unknown(load: Callable[..., list
     (unlike,) = load("seed1")
     unlike = replace(unlike, path=folder / "run")
     assert operations(with_trunks([late, unlike])[0])[0] is None, "other rounds than the fork's"
+    assert operations(with_trunks([late, load("run")[0]])[0]) == operations(load("run", "late")[1])
+    (renamed,) = load("run")
+    renamed = replace(renamed, path=folder / "elsewhere")
+    assert operations(with_trunks([late, renamed])[0]) == operations(load("run", "late")[1]), "told by rounds"
     *_, twice = load("run", "late", "twice")
     assert operations(twice)[:3] == operations(load("run", "late")[1])
     assert [period.after for period in periods(twice)] == [0, 2, 3]
