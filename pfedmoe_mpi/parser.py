@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
         self.settings: set[str] = set()
+        self._algorithm = ""
         self._example = ""
         self.color = False  # from Python 3.14 on; the usage is part of messages
 
@@ -45,6 +46,7 @@ class Parser(argparse.ArgumentParser):
             self.usage += " [--SETTING VALUE ...]"
             if command is not COMMANDS["run"]:
                 self.epilog = f"{SETTINGS_NOTE}\n\n{self.epilog}"
+            self._algorithm = algorithm
             self.settings = set(flags.settings(algorithm))
             flags.add_settings(self, every_setting or command is COMMANDS["run"], algorithm)
         return self
@@ -104,11 +106,13 @@ class Parser(argparse.ArgumentParser):
         name = flag.lstrip("-").replace("-", "_")
         problem = f"there is no flag {flag}" if self.settings else f"{self._name} has no flag {flag}"
         if self.settings:
-            from pfedmoe_mpi.config import config
+            from pfedmoe_mpi.config import config, methods
 
             if name in config.BOOKKEEPING:
-                return ConfigError(f"{flag} is not a flag: `reproduce` writes it", f"remove {flag}")
+                return ConfigError(f"{flag} is not a flag: the program writes it", f"remove {flag}")
             config.check_methods([name])
+            if self._algorithm and name.startswith(methods.name(self._algorithm).replace("-", "_") + "."):
+                methods.check(self._algorithm)
         elsewhere = [f"`{command}`" for command in COMMANDS if flag in _flags_of(command)]
         if elsewhere and not (self.settings and neighbours.settings_for(name)):
             return ConfigError(problem, f"remove {flag}, a flag of {either(elsewhere)}")

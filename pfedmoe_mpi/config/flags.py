@@ -29,12 +29,15 @@ def settings(algorithm: str = "") -> dict[str, FieldInfo]:
 
 
 def method_file(words: Sequence[str]) -> str:
-    """Return the file of the method that a command line or its configuration file chooses, else nothing."""
+    """Return the file of the method that a command line, its configuration file or its run folder chooses,
+    else nothing.
+    """
     chosen = ""
     for word, value in zip_longest(words, words[1:], fillvalue=""):
-        if word.endswith(".toml") and not chosen and os.path.isfile(word):
+        file = word if word.endswith(".toml") else os.path.join(word, "config.toml")
+        if not word.startswith("-") and not chosen and os.path.isfile(file):
             with suppress(ConfigError):  # the command reads the file again and reports the error
-                chosen = str(config.read_toml(Path(word)).get("algorithm", ""))
+                chosen = str(config.read_toml(Path(file)).get("algorithm", ""))
         if word.partition("=")[0] == "--algorithm":
             chosen = word.partition("=")[2] or value
     found: str = config.located({"algorithm": chosen}, Path.cwd())["algorithm"]
