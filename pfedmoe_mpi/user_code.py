@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from hashlib import sha256
 from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -29,7 +30,7 @@ LONGEST_LINE = 200  # characters of such a line
 
 def is_reference(text: str) -> bool:
     """Return whether a name is a reference to an object or a file, and not a name of this program."""
-    return (":" in text or text.endswith(".py")) and not text.startswith(TIMM)
+    return (":" in text or text.lower().endswith(".py")) and not text.startswith(TIMM)
 
 
 @cache
@@ -220,6 +221,11 @@ def sources(references: Iterable[str]) -> dict[str, str]:
             except UnicodeDecodeError as error:
                 raise CodeError(f"{each} is not text in UTF-8", "save it in UTF-8") from error
     return dict(sorted(texts.items()))
+
+
+def digests(texts: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return the names of the files in a record of `sources`, each with the SHA-256 of its text in UTF-8."""
+    return [(name, sha256(text.encode()).hexdigest()) for name, text in texts.items()]
 
 
 def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:

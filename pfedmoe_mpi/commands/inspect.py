@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi import checkpoint
+from pfedmoe_mpi import checkpoint, user_code
 from pfedmoe_mpi.checkpoint import Checkpoint, seal
 from pfedmoe_mpi.config import recorded
 from pfedmoe_mpi.errors import EXIT_DONE
@@ -16,7 +16,6 @@ from pfedmoe_mpi.federation import metrics, selection
 from pfedmoe_mpi.federation.rebuilt import vectors
 from pfedmoe_mpi.models.names import kind_of
 from pfedmoe_mpi.run import privacy_lines
-from pfedmoe_mpi.user_code import label
 
 
 def run(path: Path, *, digest_only: bool) -> int:
@@ -38,7 +37,7 @@ def digest(loaded: Checkpoint) -> str:
     settings, and the method with its section.
     """
     state = sha256()
-    method = label(loaded.config["algorithm"])
+    method = user_code.label(loaded.config["algorithm"])
     model, options = (recorded.without_later(loaded.config, section) for section in ("model", method))
     assert model is not None
     model.pop("weights", None)  # a path
@@ -72,8 +71,9 @@ def digest(loaded: Checkpoint) -> str:
 def _description(loaded: Checkpoint) -> str:
     """Return the lines that `inspect` prints."""
     settings, identity = loaded.config, loaded.identity
+    method = user_code.label(settings["algorithm"])
     lines = [
-        f"{loaded.path}: {label(settings['algorithm'])}, round {loaded.round} of {settings['rounds']}",
+        f"{loaded.path}: {method}, round {loaded.round} of {settings['rounds']}",
         f"data {settings['data']['source']}, partition {settings['partition']['kind']}",
         f"format: {seal.FORMAT}",
     ]
@@ -83,7 +83,7 @@ def _description(loaded: Checkpoint) -> str:
         row = loaded.history[-1]
         mean, worst = (_percent(row["accuracy"][key]) for key in ("mean", "worst"))
         lines.append(f"accuracy mean {mean}, worst {worst}")
-        top = selection.best(loaded.history)
+        top = selection.best(loaded.history, after=settings["run"].get("forked", 0))
         kind = selection.ROWS[selection.selected_on(loaded.history)]
         lines.append(f"best on {kind}: round {top['round'] if top else None}")
         lines += [privacy_lines.line(row["privacy"], loaded.round)] if row.get("privacy") else []
@@ -96,6 +96,7 @@ def _description(loaded: Checkpoint) -> str:
         for clients in same_layout.values()
     ]
     lines += [f"{name}: {value}" for name, value in sorted(identity.items())]
+    lines += [f"own code, {name}: {value}" for name, value in user_code.digests(loaded.code)]
     lines.append(f"digest: {digest(loaded)}")
     return "\n".join(lines)
 

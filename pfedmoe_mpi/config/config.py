@@ -52,7 +52,7 @@ REFERENCES = (
 LISTS = ("model.pool", "model.weights")  # of several names; a comma in a folder's name separates none
 PATHS = ("data.path", "partition.file", "run.dir", "run.code", "fedjets.common")
 WEIGHTS = "model.weights"  # a path, or NAME=PATH for each architecture
-BOOKKEEPING = ("run.table", "run.cell", "run.scale", "run.altered")  # `reproduce` writes them; not flags
+BOOKKEEPING = ("run.table", "run.cell", "run.scale", "run.altered", "run.forked")  # not flags
 
 
 class Config(Section):
@@ -318,7 +318,8 @@ def build(settings: Mapping[str, Any]) -> Config:
     unknown = [name for name in settings if name not in every]
     if unknown:
         check_methods(unknown)
-        raise ConfigError("\n".join(map(_unknown, unknown)), "`pfedmoe-mpi run --help` lists every setting")
+        lines = "\n".join(_unknown(name, every) for name in unknown)
+        raise ConfigError(lines, "`pfedmoe-mpi run --help` lists every setting")
     for name, value in settings.items():
         _check_truth(name, value, every[name].annotation is bool)
         if name in (*PATHS, WEIGHTS):
@@ -344,8 +345,8 @@ def check_methods(names: Iterable[str]) -> None:
             _options(method)
 
 
-def _unknown(name: str) -> str:
-    meant = [f"'{setting}'" for setting in neighbours.suggestions(name, fields())]
+def _unknown(name: str, every: Iterable[str]) -> str:
+    meant = [f"'{setting}'" for setting in neighbours.suggestions(name, every)]
     return f"there is no setting '{name}'{did_you_mean(meant)}"
 
 

@@ -396,3 +396,5 @@ class Run(Section):
     altered: Names = ()
     """Its settings that differ from the table's; written by `reproduce`.
     Default: the run belongs to no table."""
+    forked: int = Field(0, ge=0)
+    """How many of its rounds are another run's; written by `fork`. Default: none."""

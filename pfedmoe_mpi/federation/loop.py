@@ -70,7 +70,9 @@ class SilentObserver:
 
 def is_finished(settings: Config, history: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether all rounds are done, or none was better on validation for `run.patience` rounds."""
-    return len(history) >= settings.rounds or selection.exhausted(history, settings.run.patience)
+    return len(history) >= settings.rounds or selection.exhausted(
+        history, settings.run.patience, settings.run.forked
+    )
 
 
 class Loop:
@@ -373,7 +375,7 @@ class Loop:
         reported = dict(row)  # with the seconds of writing the checkpoint that holds the row itself
         last = self.finished
         scheduled = self.round == 1 or self.round % federation.config.run.checkpoint_every == 0 or last
-        scheduled = scheduled or selection.improved(self.history)
+        scheduled = scheduled or selection.improved(self.history, federation.config.run.forked)
         if scheduled or measured.saves:
             started = time.perf_counter()
             self.save(last, scheduled)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from hashlib import sha256
 
 import torch
 
@@ -26,7 +25,7 @@ def load(comm: Comm, settings: Config) -> dict[str, str]:
     texts = comm.attempt(lambda: _load(settings), "your own code")
     if not texts:  # alike on all ranks, as they have the same settings
         return texts
-    digests = {name: sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    digests = dict(user_code.digests(texts))
     of_ranks = comm.gather(digests, "your own code")
     if any(other != of_ranks[0] for other in of_ranks):
         raise alike.difference(of_ranks)
@@ -47,13 +46,20 @@ def _load(settings: Config) -> dict[str, str]:
     return texts
 
 
-def check_unchanged(comm: Comm, settings: Config, now: Mapping[str, str], loaded: Checkpoint) -> None:
+def check_unchanged(
+    comm: Comm, settings: Config, now: Mapping[str, str], loaded: Checkpoint, forked: bool = False
+) -> None:
     """Compare the user's own code with that of a checkpoint; with `run.changed_code` print the difference.
+
+    Args:
+        forked: another method may have come or gone with its files, so only those of both are compared.
 
     Raises:
         CheckpointError: on all ranks: the code differs.
     """
-    difference = user_code.difference(loaded.code, now)
+    compared = loaded.code.keys() & now.keys() if forked else loaded.code.keys() | now.keys()
+    before, after = ({n: texts[n] for n in compared & texts.keys()} for texts in (loaded.code, now))
+    difference = user_code.difference(before, after)
     if difference and not settings.run.changed_code:
         raise CheckpointError(
             f"your own code changed since the checkpoint:\n{difference}",

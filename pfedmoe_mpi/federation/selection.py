@@ -25,34 +25,39 @@ def selected_on(history: Sequence[Mapping[str, Any]]) -> str:
     return VALIDATION if any(mean(row, VALIDATION) is not None for row in history) else TEST
 
 
-def best(history: Sequence[Row], rounds: Sequence[int] | None = None, on: str = "") -> Row | None:
+def best(
+    history: Sequence[Row], rounds: Sequence[int] | None = None, on: str = "", after: int = 0
+) -> Row | None:
     """Return the first row with the highest accuracy, among `rounds` if given; None if none was measured.
 
     Args:
         on: the accuracy; default: that of `selected_on`.
+        after: only later rounds, which are a fork's own (`run.forked`): those before had other settings.
     """
     name = on or selected_on(history)
     top: Row | None = None
     highest = -1.0
     for row in history:
         value = mean(row, name)
-        if value is not None and value > highest and (rounds is None or row["round"] in rounds):
+        chosen = row["round"] > after and (rounds is None or row["round"] in rounds)
+        if chosen and value is not None and value > highest:
             top, highest = row, value
     return top
 
 
-def improved(history: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether the last round is better on validation rows than all rounds before it."""
-    return bool(history) and best(history, on=VALIDATION) is history[-1]
+def improved(history: Sequence[Mapping[str, Any]], after: int = 0) -> bool:
+    """Return whether the last round is better on validation rows than all before it, later than `after`."""
+    return bool(history) and best(history, on=VALIDATION, after=after) is history[-1]
 
 
-def exhausted(history: Sequence[Mapping[str, Any]], patience: int) -> bool:
+def exhausted(history: Sequence[Mapping[str, Any]], patience: int, after: int = 0) -> bool:
     """Return whether the last round was measured `patience` rounds or more after the best on validation rows.
 
     Args:
         patience: `run.patience`; 0 waits for ever.
+        after: as in `best`.
     """
-    top = best(history, on=VALIDATION)
+    top = best(history, on=VALIDATION, after=after)
     if not patience or top is None or mean(history[-1], VALIDATION) is None:
         return False
     return bool(history[-1]["round"] - top["round"] >= patience)

@@ -85,7 +85,13 @@ class Run:
     @property
     def ended_early(self) -> bool:
         """Whether `run.patience` ended it before the planned rounds."""
-        return self.done < self.planned and exhausted(self.history, int(self.config.get("run.patience", 0)))
+        patience = int(self.config.get("run.patience", 0))
+        return self.done < self.planned and exhausted(self.history, patience, self.forked)
+
+    @property
+    def forked(self) -> int:
+        """How many of its rounds are another run's; none of these is its best."""
+        return int(self.config.get("run.forked", 0))
 
     @property
     def last(self) -> Mapping[str, Any]:
@@ -97,14 +103,15 @@ class Run:
     @property
     def chosen(self) -> Mapping[str, Any] | None:
         """The row of the round that validation rows choose, the first of the best; None without such rows."""
-        return best(self.history, on=VALIDATION)
+        return best(self.history, on=VALIDATION, after=self.forked)
 
     @property
     def selected(self) -> Mapping[str, Any]:
         """The row whose accuracies are reported, by `select`."""
         if self.select == "last":
             return self.last
-        return best(self.history, on=VALIDATION if self.select == "validation" else TEST) or self.last
+        on = VALIDATION if self.select == "validation" else TEST
+        return best(self.history, on=on, after=self.forked) or self.last
 
     @property
     def newest(self) -> Path:

@@ -64,6 +64,6 @@ def _best(run: Run) -> float | None:
 
 
 def _measured(run: Run) -> list[float]:
-    """Return the accuracy of each round that was measured."""
-    shares = (row["accuracy"]["weighted"] for row in run.history)
+    """Return the accuracy of each round of its own that was measured."""
+    shares = (row["accuracy"]["weighted"] for row in run.history if row["round"] > run.forked)
     return [float(share) for share in shares if share is not None]

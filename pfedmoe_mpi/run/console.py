@@ -230,7 +230,7 @@ def unseen_line(row: Row) -> str:
 
 def table(federation: Federation, history: Sequence[Row]) -> str:
     """Return the text at the end of a run: the table of clients, last and best round, failures."""
-    last, top = history[-1], selection.best(history)
+    last, top = history[-1], selection.best(history, after=federation.config.run.forked)
     lines = [_client_table(federation, last), "last  " + _line(last), _by_class(last)]
     if unseen := unseen_line(last):
         lines.append(unseen)
@@ -278,7 +278,7 @@ def _masks(history: Sequence[Row]) -> list[str]:
 def early_end(settings: Config, history: Sequence[Mapping[str, Any]]) -> str:
     """Return the line on a run that `run.patience` ended; nothing if all rounds are done."""
     patience = settings.run.patience
-    if len(history) >= settings.rounds or not selection.exhausted(history, patience):
+    if len(history) >= settings.rounds or not selection.exhausted(history, patience, settings.run.forked):
         return ""
     return (
         f"ended after {len(history)} of {settings.rounds} rounds: "

@@ -51,24 +51,18 @@ def _fork(
 def _settings(loaded: Checkpoint, overrides: Mapping[str, Any]) -> tuple[config.Config, dict[str, list[Any]]]:
     """Return the settings of the fork, and what differs from the run's: {name: [before, after]}.
 
-    With another algorithm, what belongs to the run's own is left out: its section, and how its gate starts.
-
     Raises:
         ConfigError: nothing would differ after the round, or what may not.
     """
-    before = config.flatten(loaded.config)
-    if "algorithm" in overrides:
-        section = config.build(before).method
-        own = [name for name in before if name.partition(".")[0] == section or name == "gate.start"]
-        before = {name: value for name, value in before.items() if name not in own}
-    settings, changes = override_settings(before, overrides, SHARED, same_method=False)
+    settings, changes = override_settings(loaded.config, overrides, SHARED, same_method=False)
     if not changes:
         problem = "no setting differs from the run's, so its fork would be the same run"
         raise ConfigError(problem, "add the settings that should differ, such as --gate.weights equal")
     if settings.rounds <= loaded.round:
         problem = f"rounds = {settings.rounds}, but the fork begins after round {loaded.round}"
         raise ConfigError(problem, f"--rounds {2 * loaded.round} trains {loaded.round} rounds")
-    return settings, changes
+    marked = {**config.flatten(config.to_tree(settings)), "run.forked": loaded.round}
+    return config.build(marked), changes
 
 
 def _checkpoint_of(folder: RunFolder, at: int) -> Path:

@@ -55,7 +55,7 @@ def check_same_federation(
     """
     if forked:
         check_fork(federation)
-    own_code.check_unchanged(world, federation.config, federation.code, loaded)
+    own_code.check_unchanged(world, federation.config, federation.code, loaded, forked)
     for name, digest in (("data", federation.data_digest), ("partition", federation.partition.digest())):
         before = loaded.identity[f"{name}_digest"]
         if digest != before:

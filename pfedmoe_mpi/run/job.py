@@ -224,10 +224,10 @@ def _reporter(world: Comm, start: Start, federation: Federation) -> Reporter:
     """Return the reporter of this rank; only rank 0 shows progress."""
     settings = federation.config
     if world.rank:
-        return Reporter(start.folder, settings.run.keep, None)
+        return Reporter(start.folder, settings.run.keep, settings.run.forked, None)
     progress = console.Progress(settings.rounds, len(start.history), len(federation.clients))
     run_curves = curves.Curves(start.folder.path, start.history) if settings.run.tensorboard else None
-    return Reporter(start.folder, settings.run.keep, progress, run_curves)
+    return Reporter(start.folder, settings.run.keep, settings.run.forked, progress, run_curves)
 
 
 def _report_facts(federation: Federation) -> dict[str, Any]:

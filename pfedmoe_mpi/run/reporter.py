@@ -27,6 +27,7 @@ class Reporter:
 
     folder: RunFolder
     keep: int
+    forked: int  # rounds of another run, none of which is the best of this one
     progress: console.Progress | None  # None on the other ranks
     curves: curves.Curves | None = None
     _outdated: set[str] = field(default_factory=set)  # files whose last write failed
@@ -103,7 +104,7 @@ class Reporter:
     def _tidy(self, path: Path, history: Sequence[metrics.Row], candidate: bool) -> None:
         if candidate and history:
             newest, marked = history[-1]["round"], self.folder.best_round()
-            top = selection.best(history, [newest, marked] if marked else [newest])
+            top = selection.best(history, [newest, marked] if marked else [newest], after=self.forked)
             if top and top["round"] == newest:  # even if marked == newest: best.h5 may be damaged
                 self.folder.mark_best(path)
         self.folder.keep_newest(self.keep, path)

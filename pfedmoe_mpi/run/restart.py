@@ -272,7 +272,8 @@ def override_settings(
 
     Args:
         fixed: sections and settings that may not change, in addition to those that define a federation.
-        same_method: the algorithm and its section may not change.
+        same_method: the algorithm and its section may not change. Else, with another algorithm, what belongs
+            to the earlier one is left out: its section, and how its gate starts.
 
     Raises:
         ConfigError: an override changes a fixed setting.
@@ -282,8 +283,13 @@ def override_settings(
     if overrides.get("run.code"):
         earlier = config.relocated(earlier, Path(overrides["run.code"]))
     old = config.build(earlier)
-    new = config.build({**config.flatten(config.to_tree(old)), **overrides})
-    then, now = (config.flatten(config.to_tree(settings)) for settings in (old, new))
+    then = config.flatten(config.to_tree(old))
+    other = overrides.get("algorithm", old.algorithm)
+    if not same_method and other != old.algorithm:
+        kept = {n: v for n, v in then.items() if n.partition(".")[0] != old.method and n != "gate.start"}
+        then = {**config.flatten(config.to_tree(config.build({"algorithm": other}))), **kept}
+    new = config.build({**then, **overrides})
+    now = config.flatten(config.to_tree(new))
     names = [name for name in {**then, **now} if name not in PER_START and then.get(name) != now.get(name)]
     fixed = ("clients", "seed", "model", *(("algorithm", old.method) if same_method else ()), *fixed)
     refused = [

@@ -109,10 +109,12 @@ def test_paths_count_from_the_current_folder() -> None:
 
 @pytest.mark.parametrize("name", config.fields())
 def test_bookkeeping_is_in_files_only(name: str, tmp_path: Path) -> None:
-    """`reproduce` writes it into `config.toml`; the command line does not accept it."""
+    """The program writes it into `config.toml`; the command line does not accept it."""
     assert (name in flags.settings()) == (name not in config.config.BOOKKEEPING)
     if name in config.config.BOOKKEEPING:
-        with pytest.raises(ConfigError, match="is not a flag: `reproduce` writes it"):
+        with pytest.raises(ConfigError, match="is not a flag: the program writes it"):
             read(f"--{name} 1")
-        (tmp_path / "c.toml").write_text(f"{name} = 1" if name == "run.scale" else f'{name} = "a"')
+        (tmp_path / "c.toml").write_text(
+            f"{name} = 1" if name in {"run.scale", "run.forked"} else f'{name} = "a"'
+        )
         assert config.given(config.build(config.read_toml(tmp_path / "c.toml")), name)

@@ -359,3 +359,6 @@ def test_best_round_is_the_first_with_the_highest_accuracy() -> None:
     assert ends[0] == ends[3] == [False] * 5 and ends[2] == [False] * 4 + [True]
     assert ends[1] == [False, False, True, False, True], "decided where there is a measurement"
     assert selection.best([]) is None
+    assert selection.best(on_test, after=2) is on_test[2] and selection.best(held, after=5) is None
+    assert selection.improved(held[:3], after=2) and not selection.improved(held[:3])
+    assert selection.exhausted(held[:3], 1) and not selection.exhausted(held[:3], 1, after=2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +116,69 @@ def test_report_pairs_run_and_fork_by_client(
     text = run_command("report", "run", "a", "--text").out
     assert "gate.weights sample → equal" in text.partition("Forks, client by client")[2]
     assert "Forks" not in run_command("report", "a", "b", "--text").out
+
+
+OWN = '''
+from pydantic import Field
+
+from pfedmoe_mpi.algorithms.base import Algorithm
+from pfedmoe_mpi.config.sections import Section
+
+
+class Options(Section):
+    k: int = Field(3, ge=1)
+    """A number. Default: three."""
+
+
+class Second(Algorithm):
+    def client_state(self, client):
+        return {"model": self.task.model(self.task.architecture(client)), "late": self.task.head()}
+
+    def predict(self, parts, x):
+        return parts.late(parts.model.extractor(x))
+'''
+
+
+def test_fork_to_a_file_of_ones_own_and_back(
+    run_command: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
+    """A second stage: its file is no change of code, and its settings stay behind on the way back."""
+    (tmp_path / "second.py").write_text(OWN)
+    own = ("--algorithm", "second.py", "--second.k", "4", "--rounds", "4", "--run.dir", "own")
+    result = run_command("fork", run, "--at", "2", *own)
+    assert "that begin with the fork: late" in result.err
+    with Checkpoint(tmp_path / "own/checkpoints/round-000004.h5") as loaded:
+        assert loaded.config["second"]["k"] == 4 and "second.py" in loaded.code
+    run_command("fork", "own", "--at", "4", "--algorithm", "standalone", "--rounds", "5", "--run.dir", "back")
+    with Checkpoint(tmp_path / "back/checkpoints/round-000005.h5") as loaded:
+        assert "second" not in loaded.config and not loaded.code
+    digest = sha256(OWN.encode()).hexdigest()
+    newest = "own/checkpoints/round-000004.h5"
+    assert f"own code, second.py: {digest}" in run_command("inspect", newest).out
+    assert f"| own code, second.py, SHA-256 | {digest} |" in run_command("verify", "own", "--rounds", "1").out
+    changed = read_events(tmp_path / "own")[0]["fork"]["settings"]
+    assert changed["second.k"] == [3, 4] and changed["algorithm"][0] == "pfedmoe"
+    (tmp_path / "second.py").write_text(OWN + "\n")
+    again = ("fork", "own", "--at", "4", "--second.k", "2", "--rounds", "5", "--run.dir", "again")
+    refused = shared_session(1)(*again, cwd=tmp_path)
+    assert refused.code == 2 and "your own code changed since the checkpoint" in refused.err
+
+
+def test_best_round_of_a_fork_is_one_of_its_own(
+    run_command: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
+    """Its head begins anew and does not learn, so that no round is as good as those of the run before it."""
+    (tmp_path / "second.py").write_text(OWN)
+    own = ("--algorithm", "second.py", "--train.lr", "1e-9", "--eval.every", "1", "--run.dir", "own")
+    result = run_command("fork", run, "--at", "2", *own, "--rounds", "4")
+    rows = load_run(tmp_path / "own").history
+    assert rows[1]["accuracy"]["mean"] > max(row["accuracy"]["mean"] for row in rows[2:])
+    assert "best on test: round 3" in result.out and "best.h5 holds round 3" in result.out
+    run_command("restart", "own", "--rounds", "5", "--run.dir", "moved")
+    for name in ("own", "moved"):
+        with Checkpoint(tmp_path / name / "checkpoints" / "best.h5") as best:
+            assert best.round > 2
+        forked = replace(load_run(tmp_path / name), select="test")
+        assert forked.forked == 2 and forked.selected["round"] > 2
+        inspected = run_command("inspect", f"{name}/checkpoints/round-000004.h5").out
+        assert "best on test: round 3" in inspected

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pfedmoe_mpi import config
+from pfedmoe_mpi import config, user_code
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.commands import inspect
 from pfedmoe_mpi.commands.verify.replayable import FREE, Event, origins
 from pfedmoe_mpi.run import privacy_lines
-from pfedmoe_mpi.user_code import label
 
 IDENTITY = ("code", "python", "torch", "numpy", "h5py", "mpi", "device", "threads", "precision")
 
@@ -55,7 +54,7 @@ def card(found: Found) -> str:
 def _facts(last: Checkpoint) -> Iterator[tuple[str, Any]]:
     """Yield the settings, the accuracy, versions and digests."""
     row, secret = last.history[-1], _seed_is_secret(last.history)
-    yield "method", label(last.config["algorithm"])
+    yield "method", user_code.label(last.config["algorithm"])
     yield "rounds", f"{last.round} of {last.config['rounds']}"
     accuracy = row["accuracy"]
     yield "accuracy", f"mean {_percent(accuracy['mean'])}, worst client {_percent(accuracy['worst'])}"
@@ -68,6 +67,7 @@ def _facts(last: Checkpoint) -> Iterator[tuple[str, Any]]:
         yield "privacy", privacy_lines.line(row["privacy"], last.round).removeprefix("privacy: ")
     yield "data, SHA-256", last.identity["data_digest"]
     yield "partition, SHA-256", last.identity["partition_digest"]
+    yield from ((f"own code, {name}, SHA-256", digest) for name, digest in user_code.digests(last.code))
     yield from ((name, last.identity[name]) for name in IDENTITY if name in last.identity)
     yield f"result after round {last.round}, SHA-256", inspect.digest(last)
 
