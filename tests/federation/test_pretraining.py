@@ -121,6 +121,10 @@ class Two(Algorithm):
     def state(self) -> Spec:
         return {"model": self.task.model(self.task.pool[0])}
 
+    def predict(self, parts: Parts, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = parts.model(x)
+        return logits
+
     def pretrain(self, turn: Turn) -> str:
         for _ in turn.batches("test"):
             turn.parts.vector("model").fill_(7.0)

@@ -181,7 +181,10 @@ BODIES = {
     "clients tell which classes they hold": """
     def payload(self, sizes):
         from pfedmoe_mpi.algorithms.base import Block
-        return {name: Block(size, weight="class_one") for name, size in sizes.items()}
+        return {"seen": Block(1, rows=self.task.classes, weight="class_one")}
+
+    def server_update(self, state, means, round):
+        pass
 """,
 }
 
