@@ -82,7 +82,7 @@ def started(run: Path, starts: int = 1, rounds: int = 1) -> None:
 
     files = (run / "events.jsonl", run / "metrics.jsonl")
     wait_until(
-        going, 120, lambda: "\n".join(f.read_text()[-2000:] for f in files if f.exists()) or f"no {run}"
+        going, 240, lambda: "\n".join(f.read_text()[-2000:] for f in files if f.exists()) or f"no {run}"
     )
 
 
