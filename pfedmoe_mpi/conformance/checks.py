@@ -29,7 +29,7 @@ from pfedmoe_mpi.conformance.traffic import traffic_errors
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.core.parts import Module
 from pfedmoe_mpi.errors import MessageError
-from pfedmoe_mpi.federation import build, metrics
+from pfedmoe_mpi.federation import build, declarations, metrics
 from pfedmoe_mpi.federation.loop import Loop, SilentObserver
 from pfedmoe_mpi.mpi.comm import Comm
 
@@ -227,10 +227,8 @@ def state_change(part: Comm, case: Case, changes: Mapping[str, Any]) -> tuple[np
 
 def frozen_parts(method: Algorithm, sizes: Mapping[str, int]) -> set[str]:
     """Return the state's modules that are neither sent nor trained, such as what an earlier stage left."""
-    roles = dict.fromkeys(role for _, role in method.cohort(1))
-    trained = {name for role in roles for phase in method.phases(role) for name in phase.lr}
     modules = {name for name, part in method.state().items() if isinstance(part, Module)}
-    return modules - trained - method.payload(sizes).keys()
+    return modules - declarations.trained(method).keys() - method.payload(sizes).keys()
 
 
 def fixpoint(world: Comm, case: Case) -> None:

@@ -24,13 +24,17 @@ def check(method: Algorithm, state: Layout, clients: Sequence[Layout]) -> None:
         raise MethodError.at(methods.path(method.task.config.algorithm), None, reason)
 
 
+def trained(method: Algorithm) -> dict[str, None]:
+    """Return the names in the phases of the first cohort's roles, in order."""
+    roles = dict.fromkeys(role for _, role in method.cohort(1))
+    return dict.fromkeys(name for role in roles for phase in method.phases(role) for name in phase.lr)
+
+
 def _parts(method: Algorithm) -> Iterator[str]:
     """Yield what is wrong with the names of the parts, with what trains them, and with what answers."""
     state, private = method.state(), method.client_state(0)
-    roles = dict.fromkeys(role for _, role in method.cohort(1))
-    for name in (name for role in roles for phase in method.phases(role) for name in phase.lr):
-        if name not in {**state, **private}:
-            yield f"phases: '{name}' is no part in state or client_state"
+    for name in trained(method).keys() - state.keys() - private.keys():
+        yield f"phases: '{name}' is no part in state or client_state"
     for name in state.keys() & private.keys():
         yield f"part '{name}' is declared in state and in client_state; rename one of them"
     for name in {**state, **private}:

@@ -33,16 +33,18 @@ def sections(comparison: Comparison, base: str | None) -> list[Section]:
     notes = [
         "new and old concept: accuracy on its test rows after the last round, mean over clients; other "
         f"tables count the test rows of both; {STD_OVER_SEEDS}",
-        f"difference: on the new concept, from {base} with the same seed and data; 95 % t interval of the "
-        f"mean from {compare.ENOUGH} seeds on",
         "forgotten: best accuracy on the old concept before the last change minus that after the last round",
         "recovered: the new concept is answered as well as the old one in the last measured round before the "
         "new one had half of the stream; rounds from then on, mean over the seeds that did",
     ]
+    if base:
+        notes.insert(
+            1,
+            f"difference: on the new concept, from {base} with the same seed and data; 95 % t interval of "
+            f"the mean from {compare.ENOUGH} seeds on",
+        )
     rows = [_row(comparison, group, base) for group in groups]
-    table = Table(
-        "drift", "After the last change of concept", columns, rows, notes if base else [notes[0], *notes[2:]]
-    )
+    table = Table("drift", "After the last change of concept", columns, rows, notes)
     return [Section("Drift", [table])] if rows else []
 
 
@@ -53,13 +55,11 @@ def _row(comparison: Comparison, group: Group, base: str | None) -> list[Cell]:
     if base:
         other = comparison.group(base, group.setting) if group.method != base else None
         pair = compare.paired(group, other, _new) if other else None
-        cells += [difference(pair.mean), interval(pair.low, pair.high)] if pair else _NOT_PAIRED
+        mean, low, high = (pair.mean, pair.low, pair.high) if pair else (None, None, None)
+        cells += [difference(mean), interval(low, high)]
     by = Cell(f"{len(rounds)} of {len(lost)}", (len(rounds),))
     cells += [spread(*mean_std(old), len(old)), spread(*mean_std(lost), len(lost))]
     return [*cells, by, amount(mean_std(rounds)[0])]
-
-
-_NOT_PAIRED = [difference(None), interval(None, None)]
 
 
 def facts(run: Run) -> list[tuple[str, str]]:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from pfedmoe_mpi.checkpoint import Checkpoint
-from pfedmoe_mpi.report import fork_section
+from pfedmoe_mpi.report import fork_section, peer_section
 from pfedmoe_mpi.report.load import load_run
 from pfedmoe_mpi.run import fork
-from support.launcher import Result, read_events, reproducible_rows, shared_session
+from support.launcher import SMALL_RUN, Result, read_events, reproducible_rows, shared_session
 
 
 def test_fork_repeats_the_run_where_no_change_has_an_effect(
@@ -162,6 +162,21 @@ def test_fork_to_a_file_of_ones_own_and_back(
     again = ("fork", "own", "--at", "4", "--second.k", "2", "--rounds", "5", "--run.dir", "again")
     refused = shared_session(1)(*again, cwd=tmp_path)
     assert refused.code == 2 and "your own code changed since the checkpoint" in refused.err
+
+
+def test_patience_of_a_fork_counts_its_own_rounds(run_command: Callable[..., Result], tmp_path: Path) -> None:
+    """Nothing is learned, so that round 5, its first, is its best, and two more follow."""
+    (tmp_path / "second.py").write_text(OWN)
+    every = ("--partition.validation", "0.2", "--eval.every", "1", "--rounds", "4")
+    run_command(*SMALL_RUN, *every, "--data.samples", "400", "--run.dir", "run")
+    own = ("--algorithm", "second.py", "--train.lr", "1e-9", "--run.patience", "2", "--run.dir", "own")
+    result = run_command("fork", "run", "--at", "4", *own, "--rounds", "9")
+    forked = load_run(tmp_path / "own")
+    best = {row["round"]: row["accuracy_validation"]["mean"] for row in forked.history}
+    assert max(best[n] for n in range(1, 5)) > best[5], "the run before it was better"
+    assert forked.done == 7 and forked.ended_early and "ended after 7 of 9 rounds" in result.out
+    assert forked.chosen and forked.chosen["round"] == 5 and "best.h5 holds round 5" in result.out
+    assert peer_section._measured(forked) == [row["accuracy"]["weighted"] for row in forked.history[4:]]
 
 
 def test_best_round_of_a_fork_is_one_of_its_own(
