@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pfedmoe_mpi import config
 from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.report import fork_section, peer_section
 from pfedmoe_mpi.report.load import load_run
-from pfedmoe_mpi.run import fork
+from pfedmoe_mpi.run import console, fork
 from support.launcher import SMALL_RUN, Result, read_events, reproducible_rows, shared_session
 
 
@@ -175,6 +176,9 @@ def test_patience_of_a_fork_counts_its_own_rounds(run_command: Callable[..., Res
     best = {row["round"]: row["accuracy_validation"]["mean"] for row in forked.history}
     assert max(best[n] for n in range(1, 5)) > best[5], "the run before it was better"
     assert forked.done == 7 and forked.ended_early and "ended after 7 of 9 rounds" in result.out
+    settings = config.build(config.flatten(config.read_toml(tmp_path / "own/config.toml")))
+    assert not replace(forked, history=forked.history[:6]).ended_early, "one round after its best"
+    assert not console.early_end(settings, forked.history[:6]) and console.early_end(settings, forked.history)
     assert forked.chosen and forked.chosen["round"] == 5 and "best.h5 holds round 5" in result.out
     assert peer_section._measured(forked) == [row["accuracy"]["weighted"] for row in forked.history[4:]]
 
