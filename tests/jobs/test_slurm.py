@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Iterator
@@ -70,6 +71,17 @@ def one_minute(cluster: Cluster, work: Path) -> str:
     return cluster.submit(cwd=work, options=["--time=1", "--ntasks=1", "--nodelist=n2", "--wrap", command])
 
 
+@pytest.fixture(scope="module")
+def half_started(cluster: Cluster, work: Path) -> str:
+    """A job whose rank 1 ends before it knows of MPI, as on a node without the package; rank 0 waits."""
+    program = work / "missing" / "python"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\n[ "$SLURM_PROCID" = 1 ] && exit 1\nexec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    env = {**SRUN, "PATH": f"{program.parent}:{cluster.environment()['PATH']}"}
+    return cluster.submit(JOBS / "train.slurm", *STEADY, cwd=work, options=[TWO], env=env)
+
+
 def started(run: Path, starts: int = 1, rounds: int = 1) -> None:
     """Wait until the run has started `starts` times and done `rounds` rounds since the last start."""
 
@@ -80,7 +92,7 @@ def started(run: Path, starts: int = 1, rounds: int = 1) -> None:
         done = len(launcher.read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
         return len(begun) >= starts and done >= begun[-1].get("round", 0) + rounds
 
-    files = (run / "events.jsonl", run / "metrics.jsonl")
+    files = (run / "events.jsonl", run / "metrics.jsonl", run.parents[1] / f"{run.name}.txt")
     wait_until(
         going, 240, lambda: "\n".join(f.read_text()[-2000:] for f in files if f.exists()) or f"no {run}"
     )
@@ -164,7 +176,7 @@ def kill_outright(cluster: Cluster, job: str) -> str:
     return node
 
 
-@pytest.mark.usefixtures("one_minute")  # from here on: no node is taken down any more
+@pytest.mark.usefixtures("one_minute", "half_started")  # from here on: no node is taken down any more
 def test_only_a_stopped_run_is_requeued(cluster: Cluster, work: Path) -> None:
     script = JOBS / "requeue.slurm"
     wrong = cluster.submit(script, JOBS / "digits.toml", "--rounds", "0", cwd=work, options=[TWO])
@@ -280,6 +292,15 @@ def test_job_stops_before_its_time_limit(cluster: Cluster, work: Path, one_minut
     stop = launcher.read_events(work / "runs" / "minute")[-1]
     assert stop["event"] == "stop" and "time" in str(stop.get("by", "")), stop
     assert list((work / "runs" / "minute" / "checkpoints").glob("round-*.h5"))
+
+
+def test_rank_that_cannot_start_ends_the_job(cluster: Cluster, work: Path, half_started: str) -> None:
+    facts = cluster.over(half_started, 100)
+    said = cluster.output(half_started)
+    assert facts["JobState"] == "FAILED" and "task 1: Exited with exit code 1" in said, said
+    lived = datetime.fromisoformat(facts["EndTime"]) - datetime.fromisoformat(facts["StartTime"])
+    assert 58 <= lived.total_seconds() <= 90, lived
+    assert not (work / "runs" / f"train-{half_started}").exists()
 
 
 ALLOCATION = """\

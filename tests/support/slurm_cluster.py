@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -90,7 +90,7 @@ class Cluster:
         names = ("controller", "n1", "n2")
         host = socket.gethostname().partition(".")[0]
         ports = dict(zip(names, _free_ports(3), strict=True))
-        first = random.randrange(1000, 60_000_000)
+        first = 1000 + secrets.randbelow(60_000_000)  # a run in this process may have seeded `random`
         text = CONFIGURATION.format(folder=self.folder, host=host, first=first, **ports)
         (self.folder / "slurm.conf").write_text(text)
         for number in range(4):  # GPUs that nobody opens
