@@ -96,6 +96,11 @@ class Parser(argparse.ArgumentParser):
         return [name.removeprefix("--") for name in names if name.startswith("--")]
 
     @property
+    def _sections(self) -> set[str]:
+        """The sections that the flags set."""
+        return {flag.rpartition(".")[0] for flag in self._flags}
+
+    @property
     def _name(self) -> str:
         return self.prog.removeprefix(f"{PROGRAM} ")
 
@@ -111,8 +116,11 @@ class Parser(argparse.ArgumentParser):
             if name in config.BOOKKEEPING:
                 return ConfigError(f"{flag} is not a flag: the program writes it", f"remove {flag}")
             config.check_methods([name])
-            if self._algorithm and name.startswith(methods.name(self._algorithm).replace("-", "_") + "."):
+            section, dot, _ = name.partition(".")
+            if self._algorithm and dot and section == methods.name(self._algorithm).replace("-", "_"):
                 methods.check(self._algorithm)
+            elif dot and section not in self._sections and Path(f"{section}.py").is_file():
+                return ConfigError(problem, methods.file_remedy(section))
         elsewhere = [f"`{command}`" for command in COMMANDS if flag in _flags_of(command)]
         if elsewhere and not (self.settings and neighbours.settings_for(name)):
             return ConfigError(problem, f"remove {flag}, a flag of {either(elsewhere)}")

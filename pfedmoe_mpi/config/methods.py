@@ -68,6 +68,8 @@ def check(algorithm: str) -> None:
     """
     if not user_code.is_reference(algorithm):
         if algorithm not in names():
+            if Path(f"{algorithm}.py").is_file():
+                raise ConfigError(f"there is no algorithm '{algorithm}'", file_remedy(algorithm))
             problem = f"there is no algorithm '{algorithm}'{nearest(algorithm, names())}"
             raise ConfigError(problem, f"use one of {', '.join(names())}, or the path of a method's file")
         return
@@ -83,6 +85,11 @@ def check(algorithm: str) -> None:
         raise MethodError.at(
             path(algorithm), None, f"'{chosen}' is the name of another method; rename the file"
         )
+
+
+def file_remedy(word: str) -> str:
+    """Return what to write for a method whose file is in the working folder, named without `.py`."""
+    return f"use --algorithm {word}.py, for the file in this folder"
 
 
 def path(algorithm: str) -> Path:
@@ -147,6 +154,9 @@ def options(algorithm: str, section: type) -> Any:
 def _compiled(node: ast.ClassDef, file: Path, section: type, imported: Mapping[str, Any]) -> Any:
     from pydantic import Field
 
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and hasattr(section, ast.unparse(item.target)):
+            raise TypeError(f"{ast.unparse(item.target)} cannot be the name of a setting; choose another")
     scope: dict[str, Any] = {"Section": section, "Field": Field, "__name__": __name__}
     scope |= {"Annotated": Annotated, "Literal": Literal, **imported}
     exec(compile(ast.Module([node], []), str(file), "exec"), scope)

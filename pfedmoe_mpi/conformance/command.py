@@ -70,6 +70,9 @@ def _verdict(world: Comm, check: Callable[[Comm, Case], None], case: Case) -> bo
         failure = ""
     except AssertionError as error:
         failure = str(error) or "an assertion without a message failed"
+    except Exception as error:  # the other ranks may be waiting for this one: the job ends
+        error.add_note(f"during {check.__name__} of {user_code.label(case.algorithm)}, the last check")
+        raise
     failures = [item for item in world.gather(failure, "verdict") if item]
     if world.rank == 0:
         name = user_code.label(case.algorithm)

@@ -107,6 +107,24 @@ def test_module_that_is_neither_sent_nor_trained_may_stay(
     assert f"moves frozen: {verdict}" in result.out + result.err
 
 
+RAISING = """
+from pfedmoe_mpi.algorithms.fedavg import FedAvg
+
+
+class Raising(FedAvg):
+    def client_step(self, turn):
+        raise KeyError("no such part")
+"""
+
+
+def test_check_that_an_exception_ends_is_named(tmp_path: Path) -> None:
+    (tmp_path / "raising.py").write_text(RAISING)
+    checks = ("--check", "layouts,moves,restart")
+    result = run_program(4, "conformance", "./raising.py", *checks, cwd=tmp_path, timeout=120)
+    assert result.code == 1 and "layouts raising: pass" in result.out, result.out + result.err
+    assert "KeyError: 'no such part'" in result.err and "\nduring moves of raising" in result.err, result.err
+
+
 def test_setting_that_a_method_refuses_ends_all_ranks(tmp_path: Path) -> None:
     """The check asks one rank of the four, and the others wait for its answer."""
     words = ("conformance", "fedbn", "--server.optimiser", "yogi", "--check", "ranks")
