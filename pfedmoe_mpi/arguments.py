@@ -117,7 +117,10 @@ COMMANDS = {
     ),
     "restart": Command(
         "Continue a run from its newest checkpoint, or from a given one.",
-        (argument("source", metavar="RUN_DIR|CHECKPOINT.h5", help="a run folder or a checkpoint of it"),),
+        (
+            argument("source", metavar="RUN_DIR|CHECKPOINT.h5", help="a run folder or a checkpoint of it"),
+            switch("--dry", "print the plan and exit"),
+        ),
         ("restart runs/NAME", "restart runs/NAME/checkpoints/round-000020.h5 --rounds 80"),
         settings=True,
         mpi=True,
@@ -127,6 +130,7 @@ COMMANDS = {
         (
             argument("source", metavar="RUN_DIR", help="the folder of the run"),
             argument("--at", required=True, type=number, metavar="ROUND", help="a round with a checkpoint"),
+            switch("--dry", "print the plan and exit"),
         ),
         (
             "fork runs/a --at 200 --gate.weights equal --run.dir runs/b",

@@ -114,14 +114,14 @@ def restart(given: Namespace) -> int:
     """Continue from a run folder or a checkpoint."""
     from pfedmoe_mpi.run import restart
 
-    return restart.restart(Path(given.source), given.settings)
+    return restart.restart(Path(given.source), given.settings, given.dry)
 
 
 def fork(given: Namespace) -> int:
     """Branch a run off one of its rounds."""
     from pfedmoe_mpi.run import fork
 
-    return fork.fork(Path(given.source), given.at, given.settings)
+    return fork.fork(Path(given.source), given.at, given.settings, given.dry)
 
 
 def evaluate(given: Namespace) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pfedmoe_mpi import config
+from pfedmoe_mpi.config.flags import shown
 from pfedmoe_mpi.core.flat import Layout
 from pfedmoe_mpi.data.summary import plain
 from pfedmoe_mpi.federation import disk, drift, selection
@@ -87,6 +88,13 @@ def plan(
     lines += privacy_lines.plan(federation)
     lines += _rank_lines(device_lines)
     return [*lines, memory(federation, len(ranks)), *disk.lines(federation, ranks, folder, done)]
+
+
+def changed(changes: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Return a line for each setting that differs from the run's before: {setting: (before, after)}."""
+    return [
+        f"changed: {name} from {shown(before)} to {shown(after)}" for name, (before, after) in changes.items()
+    ]
 
 
 def _cohort(settings: Config) -> str:

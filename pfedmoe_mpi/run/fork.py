@@ -25,18 +25,26 @@ from pfedmoe_mpi.run.restart import override_settings
 SHARED = ("partition", "unseen", "join", "stream", "data.mean", "data.std")
 
 
-def fork(source: Path, at: int, overrides: Mapping[str, Any]) -> int:
-    """Train a branch of a run from round `at`, with changed settings; return the exit code."""
+def fork(source: Path, at: int, overrides: Mapping[str, Any], dry: bool = False) -> int:
+    """Train a branch of a run from round `at`, with changed settings, or only print its plan if `dry`."""
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
-    given = {"command": "fork", "--at": at, **overrides}
+    given = {"command": "fork", "--at": at, "--dry": dry, **overrides}
     singleton = str(overrides.get("run.singleton", "")).lower() == "true"
-    return under_mpi(lambda world, code: _fork(world, source, at, overrides, code, end), given, singleton)
+    return under_mpi(
+        lambda world, code: _fork(world, source, at, overrides, code, end, dry), given, singleton
+    )
 
 
 def _fork(
-    world: Comm, source: Path, at: int, overrides: Mapping[str, Any], code: str, end: float | None
+    world: Comm,
+    source: Path,
+    at: int,
+    overrides: Mapping[str, Any],
+    code: str,
+    end: float | None,
+    dry: bool,
 ) -> int:
-    """Fork a run; collective. `code` and `end`: as for `job.begin`."""
+    """Fork a run; collective. `code`, `end` and `dry`: as for `job.begin`."""
     path = world.from_root(lambda: _checkpoint_of(RunFolder(source.absolute()), at), "checkpoint")
     with checkpoint.open_everywhere(world, path) as loaded:
         settings, changes = world.attempt(lambda: _settings(loaded, overrides), "settings")
@@ -44,7 +52,7 @@ def _fork(
         world.stop_at = environment.stop_time(settings.run.walltime, end)
         with RunFolder(target) as folder:
             fork_facts = {"run": str(path.parent.parent), "round": at, "settings": changes}
-            start = job.Start(settings, folder, code, loaded=loaded, changes=changes, fork=fork_facts)
+            start = job.Start(settings, folder, code, dry, loaded, changes=changes, fork=fork_facts)
             return job.train(world, start)
 
 

@@ -61,7 +61,13 @@ def run(settings: Config, dry: bool) -> int:
 
 
 def begin(world: Comm, settings: Config, code: str, end: float | None, dry: bool = False) -> int:
-    """Train a new run; collective. `code`: the program's version; `end`: when Slurm ends the job (rank 0)."""
+    """Train a new run; collective. Return the exit code.
+
+    Args:
+        code: the program's version.
+        end: when Slurm ends the job, on rank 0.
+        dry: print the plan only; nothing is written.
+    """
     path = world.from_root(lambda: new_folder(settings), "run folder")
     world.stop_at = environment.stop_time(settings.run.walltime, end)
     with RunFolder(path) as folder:
@@ -105,7 +111,7 @@ def train(world: Comm, start: Start) -> int:
         if start.loaded:
             done = disk.Done.of(start.loaded, len(federation.task.training), start.resuming)
         lines = console.plan(federation, device_lines, ranks, start.folder.path, done)
-        print("\n".join(lines), flush=True)
+        print("\n".join([*console.changed(start.changes), *lines]), flush=True)
     if start.dry:
         return EXIT_DONE
     if start.loaded and is_finished(federation.config, start.history):

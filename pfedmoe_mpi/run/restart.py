@@ -40,16 +40,23 @@ MOVABLE = ("partition.file",)
 PER_START = ("run.dir", "run.force", "run.singleton", "run.code", "run.changed_code", "run.scratch")
 
 
-def restart(source: Path, overrides: Mapping[str, Any]) -> int:
-    """Resume from a run folder's newest good checkpoint, or from one file; return the exit code."""
+def restart(source: Path, overrides: Mapping[str, Any], dry: bool = False) -> int:
+    """Resume from a run folder's newest good checkpoint, or one file; if `dry`, only print the plan."""
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
     singleton = str(overrides.get("run.singleton", "")).lower() == "true"
-    given = {"command": "restart", **overrides}
-    return under_mpi(lambda world, code: resume(world, source, overrides, code, end), given, singleton)
+    given = {"command": "restart", "--dry": dry, **overrides}
+    return under_mpi(lambda world, code: resume(world, source, overrides, code, end, dry), given, singleton)
 
 
-def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, end: float | None) -> int:
-    """Resume a run and train its remaining rounds; collective. `code` and `end`: as for `job.begin`."""
+def resume(
+    world: Comm,
+    source: Path,
+    overrides: Mapping[str, Any],
+    code: str,
+    end: float | None,
+    dry: bool = False,
+) -> int:
+    """Resume a run and train its remaining rounds; collective. `code`, `end`, `dry`: as for `job.begin`."""
     source, path = world.from_root(lambda: _located(source), "source")  # ranks may be in unlike folders
     with RunFolder(path) as folder:
         world.from_root(lambda: folder.lock() if _stays(source, folder, overrides) else None, "lock")
@@ -75,7 +82,8 @@ def resume(world: Comm, source: Path, overrides: Mapping[str, Any], code: str, e
                     settings,
                     target_folder,
                     code,
-                    loaded=loaded,
+                    dry,
+                    loaded,
                     resuming=resuming,
                     changes=changes,
                     warnings=warnings,

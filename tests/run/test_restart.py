@@ -50,6 +50,19 @@ def test_restart_for_one_more_round_gives_the_same_bits(
     assert len(list((run / "checkpoints").glob("round*"))) == 3, "2 and 3, kept by the first run, and 4"
 
 
+@pytest.mark.parametrize("words", [("restart", "--rounds", "9"), ("fork", "--at", "2", "--run.dir", "new")])
+def test_dry_run_prints_what_would_change_and_writes_nothing(
+    run_command: Callable[..., Result], run: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    before = {path: path_digest(path) for path in tmp_path.rglob("*") if path.is_file()}
+    result = run_command(words[0], run, *words[1:], "--train.lr", "0.02", "--dry")
+    assert "changed: train.lr from 0.05 to 0.02\n" in result.out, result.out
+    assert ("changed: rounds from 3 to 9\n" in result.out) is (words[0] == "restart")
+    assert "\ndisk: up to" in result.out and "round 4" not in result.out
+    assert {path: path_digest(path) for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "new").exists()
+
+
 def test_metrics_are_rewritten_from_the_checkpoint(run_command: Callable[..., Result], run: Path) -> None:
     kept = reproducible_rows(run)
     (run / "checkpoints" / "round-000003.h5").unlink()
