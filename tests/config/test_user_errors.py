@@ -53,7 +53,7 @@ from support.launcher import Result, Session
             "no flag --target\n  remedy: remove --target, a flag of `report`$",
             ["evaluate", "a.h5", "--target", "1"],
         ),
-        ("no flag --dry\n  remedy: remove --dry, a flag of `run` or `reproduce`$", ["restart", "a", "--dry"]),
+        ("no flag --dry\n  remedy: remove --dry, a flag of `run`.* `fork` or", ["evaluate", "a", "--dry"]),
         ("no flag --out\n  remedy: use --run.dir$", ["run", "--out", "a"]),
         ("no flag --no-dry\n  remedy: use --dry false$", ["--no-dry"]),
         ("no flag --no_run.force\n  remedy: use --run.force false$", ["--no_run.force"]),
