@@ -119,8 +119,8 @@ class Parser(argparse.ArgumentParser):
             section, dot, _ = name.partition(".")
             if self._algorithm and dot and section == methods.name(self._algorithm).replace("-", "_"):
                 methods.check(self._algorithm)
-            elif dot and section not in self._sections and Path(f"{section}.py").is_file():
-                return ConfigError(problem, methods.file_remedy(section))
+            elif dot and section not in self._sections and (remedy := methods.file_remedy(section)):
+                return ConfigError(problem, remedy)
         elsewhere = [f"`{command}`" for command in COMMANDS if flag in _flags_of(command)]
         if elsewhere and not (self.settings and neighbours.settings_for(name)):
             return ConfigError(problem, f"remove {flag}, a flag of {either(elsewhere)}")

@@ -123,8 +123,8 @@ def limits(field: FieldInfo) -> str:
     return " and ".join(bounds)
 
 
-def shown(default: Any) -> str:
-    """Return a default as a user would write it."""
-    if isinstance(default, tuple):
-        return ",".join(map(str, default)) or "none"
-    return str(default).lower() if isinstance(default, bool) else str(default) or "none"
+def shown(value: Any) -> str:
+    """Return a value as a user would write it."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) else str(value) or "none"

@@ -14,6 +14,7 @@ import pkgutil
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
+from os.path import isfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,10 +69,10 @@ def check(algorithm: str) -> None:
     """
     if not user_code.is_reference(algorithm):
         if algorithm not in names():
-            if Path(f"{algorithm}.py").is_file():
-                raise ConfigError(f"there is no algorithm '{algorithm}'", file_remedy(algorithm))
-            problem = f"there is no algorithm '{algorithm}'{nearest(algorithm, names())}"
-            raise ConfigError(problem, f"use one of {', '.join(names())}, or the path of a method's file")
+            remedy = file_remedy(algorithm)
+            meant = "" if remedy else nearest(algorithm, names())
+            remedy = remedy or f"use one of {', '.join(names())}, or the path of a method's file"
+            raise ConfigError(f"there is no algorithm '{algorithm}'{meant}", remedy)
         return
     if not algorithm.endswith(".py"):
         raise ConfigError(f"algorithm = {algorithm} is not a file", "write PATH/METHOD.py without a colon")
@@ -88,8 +89,8 @@ def check(algorithm: str) -> None:
 
 
 def file_remedy(word: str) -> str:
-    """Return what to write for a method whose file is in the working folder, named without `.py`."""
-    return f"use --algorithm {word}.py, for the file in this folder"
+    """Return what to write if `word.py` is a file of the working folder, else nothing."""
+    return f"use --algorithm {word}.py, for the file in this folder" if isfile(f"{word}.py") else ""
 
 
 def path(algorithm: str) -> Path:

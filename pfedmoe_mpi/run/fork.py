@@ -25,8 +25,11 @@ from pfedmoe_mpi.run.restart import override_settings
 SHARED = ("partition", "unseen", "join", "stream", "data.mean", "data.std")
 
 
-def fork(source: Path, at: int, overrides: Mapping[str, Any], dry: bool = False) -> int:
-    """Train a branch of a run from round `at`, with changed settings, or only print its plan if `dry`."""
+def fork(source: Path, at: int, overrides: Mapping[str, Any], dry: bool) -> int:
+    """Train a branch of a run from round `at`, with changed settings; return the exit code.
+
+    With `dry` only print its plan.
+    """
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
     given = {"command": "fork", "--at": at, "--dry": dry, **overrides}
     singleton = str(overrides.get("run.singleton", "")).lower() == "true"

@@ -40,8 +40,11 @@ MOVABLE = ("partition.file",)
 PER_START = ("run.dir", "run.force", "run.singleton", "run.code", "run.changed_code", "run.scratch")
 
 
-def restart(source: Path, overrides: Mapping[str, Any], dry: bool = False) -> int:
-    """Resume from a run folder's newest good checkpoint, or one file; if `dry`, only print the plan."""
+def restart(source: Path, overrides: Mapping[str, Any], dry: bool) -> int:
+    """Resume from a run folder's newest good checkpoint, or from one file; return the exit code.
+
+    With `dry` only print the plan.
+    """
     end = environment.slurm_end() if environment.launched_rank() == 0 else None
     singleton = str(overrides.get("run.singleton", "")).lower() == "true"
     given = {"command": "restart", "--dry": dry, **overrides}

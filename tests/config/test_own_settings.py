@@ -26,6 +26,8 @@ class Mine(FedAvg):
     [
         ("'my-own' cannot be the name of settings", ["--algorithm", "./my-own.py", "--my-own.inner", "4"]),
         ("no flag --mine.inenr\n  remedy: use --mine.inner", ["--algorithm", "mine.py", "--mine.inenr", "4"]),
+        ("no algorithm 'a{300}'", ["--algorithm", "a" * 300]),
+        ("no flag --a{300}.x", [f"--{'a' * 300}.x", "4"]),
         ("no algorithm 'mine'\n  remedy: use --algorithm mine.py", ["--algorithm", "mine"]),
         ("no flag --mine.x\n  remedy: use --algorithm mine.py", ["--algorithm", "mine", "--mine.x=4"]),
         ("class Options: .*copy cannot be the name of a setting", ["--algorithm", "copying.py"]),

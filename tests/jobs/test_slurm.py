@@ -299,7 +299,7 @@ def test_rank_that_cannot_start_ends_the_job(cluster: Cluster, work: Path, half_
     said = cluster.output(half_started)
     assert facts["JobState"] == "FAILED" and "task 1: Exited with exit code 1" in said, said
     lived = datetime.fromisoformat(facts["EndTime"]) - datetime.fromisoformat(facts["StartTime"])
-    assert 58 <= lived.total_seconds() <= 90, lived
+    assert lived.total_seconds() >= 58, "not by SLURM_WAIT"
     assert not (work / "runs" / f"train-{half_started}").exists()
 
 

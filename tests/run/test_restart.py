@@ -55,8 +55,9 @@ def test_dry_run_prints_what_would_change_and_writes_nothing(
     run_command: Callable[..., Result], run: Path, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     before = {path: path_digest(path) for path in tmp_path.rglob("*") if path.is_file()}
-    result = run_command(words[0], run, *words[1:], "--train.lr", "0.02", "--dry")
+    result = run_command(words[0], run, *words[1:], "--train.lr", "0.02", "--train.augment", "flip", "--dry")
     assert "changed: train.lr from 0.05 to 0.02\n" in result.out, result.out
+    assert "changed: train.augment from none to flip\n" in result.out, result.out
     assert ("changed: rounds from 3 to 9\n" in result.out) is (words[0] == "restart")
     assert "\ndisk: up to" in result.out and "round 4" not in result.out
     assert {path: path_digest(path) for path in tmp_path.rglob("*") if path.is_file()} == before
