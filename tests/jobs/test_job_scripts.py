@@ -219,12 +219,15 @@ QUESTIONS = {
     "drift": (90, 6),
     "shared-extractors": (45, 9),
     "sum-or-last": (60, 4),
+    "gate-start-hundred": (50, 10),
 }
+TEN, HUNDRED = (10, 1.0, 60), (100, 0.1, 300)
+SCALES = {"sum-or-last": {TEN, HUNDRED}, "gate-start-hundred": {HUNDRED}}
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_questions_are_answered_at_one_scale(name: str) -> None:
-    """Ten clients of 1,000 images, five seeds, 60 rounds; methods share the data of a seed."""
+    """Ten clients of 1,000 images, 60 rounds, or a hundred of 100; five seeds, whose data methods share."""
     runs = grid.expand(grid.read(JOBS / "tables" / f"{name}.toml"), {})
     number, methods = QUESTIONS[name]
     assert len(runs) == number and {run.config.seed for run in runs} == {0, 1, 2, 3, 4}
@@ -239,7 +242,18 @@ def test_questions_are_answered_at_one_scale(name: str) -> None:
         key = f"{made.seed} {made.clients} {made.data} {parts} {made.stream}"
         problems[key] = problems.get(key, 0) + 1
     assert set(problems.values()) == {methods}
-    assert scales == {(10, 1.0, 60), *({(100, 0.1, 300)} if name == "sum-or-last" else ())}
+    assert scales == SCALES.get(name, {TEN})
+
+
+def test_hundred_clients_are_the_same_in_both_tables() -> None:
+    """Runs of `sum-or-last` with a hundred clients answer for those of `gate-start-hundred`, too."""
+    found = []
+    for table, name in (("sum-or-last", "seed0-hundred-sum"), ("gate-start-hundred", "seed0-even_sum")):
+        runs = grid.expand(grid.read(JOBS / "tables" / f"{table}.toml"), {})
+        made = next(run.config.model_dump() for run in runs if run.name == name)
+        assert made["gate"].pop("start") in ("auto", "even") and made["pfedmoe"].pop("mixture") == "sum"
+        found.append({section: value for section, value in made.items() if section != "run"})
+    assert found[0] == found[1]
 
 
 def test_ag_news_chooses_and_reports_on_five_other_seeds() -> None:
