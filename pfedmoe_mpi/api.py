@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pfedmoe_mpi import config, environment
-from pfedmoe_mpi.config import presets
+from pfedmoe_mpi import config, environment, user_code
+from pfedmoe_mpi.config import methods, presets
 from pfedmoe_mpi.errors import ConfigError
 from pfedmoe_mpi.mpi.comm import Comm
 from pfedmoe_mpi.mpi.session import call_under_mpi
@@ -35,7 +35,7 @@ def train(file: str | os.PathLike[str] | None = None, /, preset: str = "", **set
         file: a configuration file; `settings` override it.
         preset: name of settings that both override, see `--preset`.
         settings: by section, `train={"lr": 0.02}`, or `train__lr=0.02`. A model may be a class or a function
-            that is defined at the top level of a file.
+            that is defined at the top level of a file, `algorithm` the class of a method.
 
     Raises:
         UserError: on all ranks: a setting or the data cannot be used; nothing was written.
@@ -88,6 +88,8 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings by dotted names with absolute paths, and objects as references to their files."""
     dotted = {name.replace("__", "."): value for name, value in config.flatten(settings).items()}
     values = {name: _plain(value) for name, value in dotted.items()}
+    if isinstance(dotted.get("algorithm"), type):
+        values["algorithm"] = _method(dotted["algorithm"])
     return config.located(values, Path.cwd())
 
 
@@ -97,6 +99,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return _reference(value) if callable(value) else value
+
+
+def _method(item: type) -> str:
+    """Return the name of a method of this program, or the file of the user's own, by its class."""
+    package, _, inside = item.__module__.partition(f"{methods.PACKAGE}.")
+    return inside.partition(".")[0] if inside and not package else user_code.split(_reference(item))[0]
 
 
 def _reference(item: Any) -> str:
@@ -110,6 +118,7 @@ def _reference(item: Any) -> str:
     if not name.isidentifier() or not file or module is None or module.__name__ == "__main__":
         raise ConfigError(
             f"{name or item!r} is not defined at the top level of a file, where a restart could find it",
-            f"write it into a file, and pass 'FILE.py:{name if name.isidentifier() else 'NAME'}'",
+            f"write it into a file, and pass 'FILE.py:{name if name.isidentifier() else 'NAME'}', "
+            "for a method 'FILE.py'",
         )
     return f"{Path(file).absolute()}:{name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import signal
 import subprocess
@@ -15,6 +16,9 @@ import numpy as np
 import pytest
 
 from pfedmoe_mpi import restart, train
+from pfedmoe_mpi.algorithms.fedjets import FedJETs
+from pfedmoe_mpi.algorithms.fedproto import FedProto
+from pfedmoe_mpi.api import _flat
 from pfedmoe_mpi.errors import ConfigError, DataError
 from support import launcher
 from support.launcher import SMALL_RUN, checkpoint_digest, clean_environment, read_events, run_to_end
@@ -67,6 +71,22 @@ def test_train_and_restart(tmp_path: Path, tiny_vit: Any) -> None:
     own = f"--model.pool={STRANGERS}/nets.py:TinyViT,mlp5"
     run_to_end(1, *words, own, "--run.dir", "same", cwd=tmp_path, own_job=True)
     assert checkpoint_digest(tmp_path / "same", 2) == checkpoint_digest(tmp_path / "run", 2)
+
+
+def test_method_is_given_by_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of this program's, or of the user's file, whose code the run records."""
+    code = "from pfedmoe_mpi.algorithms.standalone import Standalone\nclass OwnRule(Standalone):\n    ''\n"
+    (tmp_path / "own_rule.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own, given = importlib.import_module("own_rule"), {n.replace(".", "__"): v for n, v in SMALL.items()}
+    result = train(**given | {"algorithm": own.OwnRule, "run__dir": tmp_path / "run"})
+    assert result.algorithm == "own_rule"
+    assert (tmp_path / "run" / "code" / "own_rule.py").is_file()
+    for shipped, name in ((FedProto, "fedproto"), (FedJETs, "fedjets")):
+        assert _flat({"algorithm": shipped}) == {"algorithm": name}
+    local = type("Local", (FedProto,), {"__module__": "__main__"})
+    with pytest.raises(ConfigError, match=r"top level of a file(.|\n)*for a method 'FILE\.py'"):
+        train(**given | {"algorithm": local})
 
 
 def test_wrong_calls_are_errors(tmp_path: Path) -> None:
