@@ -282,7 +282,7 @@ def test_privacy_tables_compare_methods_at_equal_epsilon(name: str, unit: str) -
 
 
 PRIVACY = ("privacy-digits", "privacy-clients", "privacy-cifar10")
-OURS = ("digits", "gate-start", "hospitals", "ag-news", *PRIVACY, *QUESTIONS)
+OURS = ("digits", "gate-start", "five-hundred-rounds", "hospitals", "ag-news", *PRIVACY, *QUESTIONS)
 PAPERS = sorted(path for path in (JOBS / "tables").glob("*.toml") if path.stem not in OURS)
 
 
@@ -315,6 +315,25 @@ def test_main_tables_have_the_papers_settings() -> None:
             assert made.partition.kind == "pathological"
             assert made.partition.classes == (10 if made.data.name == "CIFAR100" else 2)
             assert made.model.pool[0] == ("mnist1" if made.data.name == "MNIST" else "cnn1")
+
+
+def test_five_hundred_rounds_are_the_main_tables() -> None:
+    """But for the image files, epochs with N = 10, when it is measured, and pFedMoE's second run."""
+    main = grid.expand(grid.read(JOBS / "tables" / "pfedmoe-heterogeneous.toml"), {})
+    published = {run.config.run.cell: run.config for run in main if run.config.seed == 0}
+    runs = grid.expand(grid.read(JOBS / "tables" / "five-hundred-rounds.toml"), {})
+    assert len(runs) == 2 * 5 and {run.planned for run in runs} == {500}
+    for run in runs:
+        made, label = run.config, run.config.run.cell.split("/")[1]
+        sizes = (made.clients, made.train.epochs)
+        assert sizes in {(10, 1), (100, 10)}
+        other = published[f"cifar10-n{made.clients}/{made.algorithm}"]
+        theirs = other.train.model_copy(update={"epochs": made.train.epochs})
+        assert made.train == theirs and made.partition == other.partition and made.model == other.model
+        assert made.participation == other.participation
+        if made.algorithm == "pfedmoe":
+            wanted = ("auto", "sum") if label == "pfedmoe" else ("paper", "mean")
+            assert (made.gate.start, made.options.mixture) == wanted
 
 
 @pytest.mark.parametrize("path", sorted(JOBS.glob("*.toml")), ids=lambda path: path.name)
