@@ -87,9 +87,10 @@ def restart(source: str | os.PathLike[str], **settings: Any) -> Run:
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings by dotted names with absolute paths, and objects as references to their files."""
     dotted = {name.replace("__", "."): value for name, value in config.flatten(settings).items()}
-    values = {name: _plain(value) for name, value in dotted.items()}
-    if isinstance(dotted.get("algorithm"), type):
-        values["algorithm"] = _method(dotted["algorithm"])
+    values = {
+        name: _method(value) if name == "algorithm" and isinstance(value, type) else _plain(value)
+        for name, value in dotted.items()
+    }
     return config.located(values, Path.cwd())
 
 
@@ -103,8 +104,10 @@ def _plain(value: Any) -> Any:
 
 def _method(item: type) -> str:
     """Return the name of a method of this program, or the file of the user's own, by its class."""
-    package, _, inside = item.__module__.partition(f"{methods.PACKAGE}.")
-    return inside.partition(".")[0] if inside and not package else user_code.split(_reference(item))[0]
+    inside = item.__module__.removeprefix(f"{methods.PACKAGE}.")
+    if inside != item.__module__:
+        return inside.partition(".")[0]
+    return user_code.split(_reference(item))[0]
 
 
 def _reference(item: Any) -> str:
