@@ -39,7 +39,7 @@ def _settings(run: Run) -> list[Table]:
     from pfedmoe_mpi import config
 
     defaults = {name: value_text(field.default) for name, field in config.fields().items()}
-    automatic = {name: value_text(value) for name, value in automatic_models(run).items()}
+    automatic = {name: value_text(value) for name, value in automatic_settings(run).items()}
     rows = [[word(name), word(value_text(value))] for name, value in run.config.items()]
     changed = [
         [*row, word(defaults.get(row[0].text, "–"))]
@@ -48,18 +48,19 @@ def _settings(run: Run) -> list[Table]:
         and row[1].text not in (defaults.get(row[0].text, "–"), automatic.get(row[0].text))
     ]
     titles = [Column(title, words=True) for title in ("setting", "value", "default")]
-    notes = ["set by the user or by the data; models that auto would choose are not listed"]
+    notes = ["set by the user or by the data; what auto stands for is not listed"]
     return [
         Table("changed", "Settings that differ from the default", titles, changed, notes),
         Table("settings", "Configuration", titles[:2], rows, open=False),
     ]
 
 
-def automatic_models(run: Run) -> Mapping[str, Any]:
+def automatic_settings(run: Run) -> Mapping[str, Any]:
     """Return what `auto`, or 0 for model.dim, stands for in this run, as `federation.effective` resolves it.
 
-    Empty in a run that did not record the shape of its samples.
+    Without models in a run that did not record the shape of its samples.
     """
+    start = "paper" if run.config.get("gate.module") else _declared(run, "gate_start", "paper")
     try:
         samples = untrusted_json.parse(run.started_with("samples"), "samples")
         shape, tokens = tuple(map(int, samples["shape"])), bool(samples["vocabulary"])
@@ -67,27 +68,31 @@ def automatic_models(run: Run) -> Mapping[str, Any]:
         shared = str(run.config["model.shared"])
         dim = model_names.resolve_dim([*pool, shared], 0)
     except (UserError, KeyError, TypeError, ValueError):  # an earlier version, or models that are gone
-        return {}
+        return {"gate.start": start}
     different = model_names.auto_pool(shape, tokens, shared)
-    automatic = (shared,) if _needs_equal_models(run) else different
+    automatic = (shared,) if _declared(run, "homogeneous", False) else different
     given = () if pool == automatic else pool
     return {
+        "gate.start": start,
         "model.pool": automatic,
         "model.shared": model_names.auto_shared(shape, given, tokens),
         "model.dim": dim,
     }
 
 
-def _needs_equal_models(run: Run) -> bool:
-    """Return whether the method's source sets `homogeneous = True`; importing the method needs torch."""
+def _declared(run: Run, name: str, default: Any) -> Any:
+    """Return what the method's source assigns to this name; importing the method needs torch."""
     own = run.path / "code" / f"{run.algorithm}.py"  # of a method of the user's own
     try:
         tree = ast.parse((own if own.is_file() else methods.path(run.algorithm)).read_bytes())
+        values = [
+            ast.literal_eval(node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
+        ]
     except (OSError, SyntaxError, ValueError):
-        return False
-    return any(
-        isinstance(node, ast.Assign) and ast.unparse(node) == "homogeneous = True" for node in ast.walk(tree)
-    )
+        return default
+    return values[0] if values else default
 
 
 def _versions(run: Run) -> Table:

@@ -106,5 +106,5 @@ def test_report_knows_the_equal_models_that_the_method_needs(
     run_command(*SMALL, "--algorithm", "mine.py", "--run.dir", "run")
     (tmp_path / "mine.py").unlink()
     run = load_run(tmp_path / "run")
-    found = settings_section.automatic_models(run)["model.pool"]
+    found = settings_section.automatic_settings(run)["model.pool"]
     assert list(found) == run.config["model.pool"] and len(found) == 1

@@ -25,19 +25,25 @@ def test_fact_in_mebibytes_says_memory(trained: Path) -> None:
         ({"model__pool": ["mlp1", "mlp2", "mlp3", "mlp4", "mlp5"]}, set()),  # what auto gives for 8×8 images
         ({}, {"model.pool"}),
         ({"model__pool": ["mlp5"]}, {"model.pool"}),
-        ({"model__pool": ["mlp5"], "algorithm": "fedavg"}, {"algorithm"}),  # needs equal models
+        ({"gate__start": "paper"}, {"model.pool", "gate.start"}),
+        (  # needs equal models, and gates that it does not have start as the paper's
+            {"model__pool": ["mlp5"], "algorithm": "fedavg", "gate__start": "paper"},
+            {"algorithm"},
+        ),
         ({"model__shared": "mlp4"}, {"model.pool", "model.shared"}),
         ({"model__dim": 64}, {"model.pool", "model.dim"}),
-        ({"model__pool": ["no longer there"]}, {"model.pool", "model.shared", "model.dim"}),
+        (
+            {"model__pool": ["no longer there"], "gate__module": "mine.py:Gate", "gate__start": "paper"},
+            {"model.pool", "model.shared", "model.dim"},
+        ),
     ],
 )
-def test_models_that_auto_chose_are_not_listed(
-    trained: Path, changes: dict[str, Any], listed: set[str]
-) -> None:
+def test_what_auto_stands_for_is_not_listed(trained: Path, changes: dict[str, Any], listed: set[str]) -> None:
     run = like(load_run(trained), "b", **changes)
     (found,) = [table for table in run_report.report(run, None).tables if table.name == "changed"]
     names = {row[0].text for row in found.rows}
-    assert {name for name in names if name.startswith("model.") or name == "algorithm"} == listed
+    shown = {name for name in names if name.startswith("model.") or name in {"algorithm", "gate.start"}}
+    assert shown == listed
     bare = Run(run.path, run.config, run.history, [{**run.events[0], "samples": None}])
     (found,) = [table for table in run_report.report(bare, None).tables if table.name == "changed"]
     assert "model.shared" in {row[0].text for row in found.rows}, "an earlier version recorded no shape"
