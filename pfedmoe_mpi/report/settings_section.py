@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pfedmoe_mpi.config import methods
@@ -81,18 +82,33 @@ def automatic_settings(run: Run) -> Mapping[str, Any]:
 
 
 def _declared(run: Run, name: str, default: Any) -> Any:
-    """Return what the method's source assigns to this name; importing the method needs torch."""
+    """Return what the method's class, or the one it is derived from, assigns to this name, by their sources.
+
+    Importing the method would need torch.
+    """
     own = run.path / "code" / f"{run.algorithm}.py"  # of a method of the user's own
+    source: Path | None = own if own.is_file() else methods.path(run.algorithm)
     try:
-        tree = ast.parse((own if own.is_file() else methods.path(run.algorithm)).read_bytes())
-        values = [
-            ast.literal_eval(node.value)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
-        ]
+        while source:
+            nodes = list(ast.walk(ast.parse(source.read_bytes())))
+            for node in nodes:
+                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+                    return ast.literal_eval(node.value)
+            source = _derived_from(nodes)
     except (OSError, SyntaxError, ValueError):
-        return default
-    return values[0] if values else default
+        pass
+    return default
+
+
+def _derived_from(nodes: Sequence[ast.AST]) -> Path | None:
+    """Return the file in this program's folder of methods that a class of this source is derived from."""
+    bases = {ast.unparse(base) for node in nodes if isinstance(node, ast.ClassDef) for base in node.bases}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and bases & {alias.asname or alias.name for alias in node.names}:
+            package, _, module = (node.module or "").rpartition(".")
+            if package == methods.PACKAGE:
+                return methods.path(module)
+    return None
 
 
 def _versions(run: Run) -> Table:

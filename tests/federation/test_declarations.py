@@ -108,3 +108,16 @@ def test_report_knows_the_equal_models_that_the_method_needs(
     run = load_run(tmp_path / "run")
     found = settings_section.automatic_settings(run)["model.pool"]
     assert list(found) == run.config["model.pool"] and len(found) == 1
+
+
+def test_report_knows_what_a_method_is_derived_from(
+    run_command: Callable[..., Result], tmp_path: Path
+) -> None:
+    """A start of the gate that differs from the one that the method inherits is a change."""
+    derived = (
+        "from pfedmoe_mpi.algorithms.pfedmoe import Options, PFedMoE\n\n\nclass Mine(PFedMoE):\n    pass\n"
+    )
+    (tmp_path / "mine.py").write_text(derived)
+    run_command(*SMALL, "--algorithm", "mine.py", "--run.dir", "run")
+    run = load_run(tmp_path / "run")
+    assert settings_section.automatic_settings(run)["gate.start"] == run.config["gate.start"] == "even"
