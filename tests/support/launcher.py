@@ -164,11 +164,12 @@ def kill_tree(pid: int) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the process ids of all descendants."""
-    found = []
-    for task in Path("/proc", str(pid), "task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found += [int(child) for child in task.read_text().split()]
+    """Return the process ids of all descendants; a process that has ended has none."""
+    threads, found = Path("/proc", str(pid), "task"), []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(threads):
+            with contextlib.suppress(OSError):
+                found += [int(child) for child in (threads / thread / "children").read_text().split()]
     return [*found, *(below for child in found for below in descendants(child))]
 
 
