@@ -315,7 +315,7 @@ class Comm:
             unexpected = RuntimeError(str(error)).with_traceback(error.__traceback__)
             unexpected.add_note(where)
             raise unexpected from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if not getattr(error, "__notes__", None):
                 error.add_note(where)
             raise

@@ -188,6 +188,8 @@ def _train_rounds(world: Comm, start: Start, federation: Federation, device_line
         )
     hosts = world.gather(platform.node(), "hosts")
     world.attempt(lambda: folder.log_to_file(hosts, world.rank), "logs")
+    if world.rank == 0 and "uncounted" in report_facts:
+        LOGGER.warning("the operations of a client step were not counted: %s", report_facts["uncounted"])
     world.from_root(lambda: frozen.write(folder.path, federation.frozen), "frozen tensors")
     identity = {"code": start.code, **run_identity(federation)}
     reporter = _reporter(world, start, federation)
@@ -238,7 +240,8 @@ def _reporter(world: Comm, start: Start, federation: Federation) -> Reporter:
 
 def _report_facts(federation: Federation) -> dict[str, Any]:
     """Return what reports need: digests of data and partition, how many numbers are trained and frozen if
-    any are, the classes' names, and by client the training samples by class, operations and names.
+    any are, the classes' names, and by client the training samples by class, operations (or why they were
+    not counted) and names.
 
     What is by client is left out if there are too many numbers for a figure.
     """
@@ -262,8 +265,8 @@ def _report_facts(federation: Federation) -> dict[str, Any]:
     facts["class_counts"] = counts.tolist()
     try:
         facts["operations"] = operations.record(federation)
-    except Exception as error:  # of code of the user's own, which need not train on zeros
-        LOGGER.warning("the operations of a client step were not counted: %r", error)
+    except (Exception, SystemExit) as error:  # of code of the user's own, which need not train on zeros
+        facts["uncounted"] = repr(error)
     return {**facts, "client_names": list(names)} if names else facts
 
 

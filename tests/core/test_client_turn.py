@@ -220,9 +220,14 @@ def test_nonfinite_step_is_left_out(rates: Mapping[str, float]) -> None:
     assert total.flags.tolist() == [DROPPED] and not total.means()["shared"].weight.any()
 
 
-def test_method_exception_names_rank_client_and_round() -> None:
-    player = Player(phase({"nobody": 0.1}))
-    with pytest.raises(KeyError) as caught:
+@pytest.mark.parametrize("error", [KeyError("nobody"), SystemExit("enough")], ids=["raises", "quits"])
+def test_method_exception_names_rank_client_and_round(error: BaseException) -> None:
+    def fails(parts: Parts, batch: Batch) -> Tensor:
+        raise error
+
+    player = Player(phase(BOTH))
+    player.method.loss = fails
+    with pytest.raises(type(error)) as caught:
         play(player, new_sum(player))
     assert caught.value.__notes__ == ["rank 0, client 0, round 1"]
 

@@ -12,6 +12,7 @@ from support.launcher import SMALL_RUN, error_message, read_metrics
 
 METHOD = '''"""Mine: FedAvg with a change. 2026."""
 import math
+import sys
 from pfedmoe_mpi.algorithms.base import TensorPart
 from pfedmoe_mpi.algorithms.fedavg import FedAvg
 from pfedmoe_mpi.errors import ConfigError
@@ -89,3 +90,22 @@ def test_private_values_may_stay_undefined_if_they_begin_so(
     else:
         assert result.code == 0, result.err
         assert read_metrics(tmp_path / "run")[0]["dropped"] == []
+
+
+@pytest.mark.parametrize("end", ["raise ValueError('nothing to see')", "sys.exit('nothing to see')"])
+def test_step_that_cannot_be_counted_does_not_end_the_run(
+    tmp_path: Path, session: launcher.Session, end: str
+) -> None:
+    """The operations of a client step are counted on rows of zeros, which no client has."""
+    write_method(
+        tmp_path,
+        f"""
+    def loss(self, parts, batch):
+        if not batch.x.std():
+            {end}
+        return super().loss(parts, batch)""",
+    )
+    result = session(*RUN, cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert len(read_metrics(tmp_path / "run")) == 2
+    assert "were not counted" in (tmp_path / "run" / "log" / "rank-0000.txt").read_text()
