@@ -63,6 +63,9 @@ SUMMED_KL = (
 NOT_DETACHED = "their KL's gradient reaches the teacher, too; here a teacher's output is a constant"
 UNWEIGHTED = "their server's mean is over clients, unweighted; here it is by samples"
 OWN_CLIP = "they clip the gradient of each model by its own norm; here by the joint norm"
+RUNNING = (
+    "their server averages parameters, not BatchNorm's running statistics; here these are averaged with them"
+)
 NO_ANSWER = "before any prototype exists theirs counts no test sample; here the head answers until then"
 DIFFERENCES = {  # in the methods themselves, without a setting
     "fml": (SUMMED_KL, NOT_DETACHED, UNWEIGHTED, OWN_CLIP),
@@ -98,8 +101,16 @@ DIFFERENCES = {  # in the methods themselves, without a setting
         "first step of a round, by the gradient of the mixture",
         "their own model takes the gradient of its own loss, and is replaced by the mixture after a round; "
         "here it takes that of the mixture's loss, and stays as it is",
+        "their server's mean is by samples; here, as in the paper, over clients, unweighted",
+    ),
+    "fedbn": (
+        "their clients keep what has `bn` in its name, not the BatchNorm of a ResNet's shortcuts or of "
+        "MobileNet; here all BatchNorm",
     ),
 }
+NETWORKS = (  # methods that share one
+    *("fedavg", "fedprox", "scaffold", "fedrep", "fedper", "ditto", "apfl", "fml", "fedkd", "fedmrl"),
+)
 # PFLlib's defaults where they differ; its FedGH trains one epoch on what it received.
 PFLLIB = {"train.lr": "0.005", "train.lr_shared": "0.005"}
 PFLLIB_OF_METHODS = {"fml": {"fml.beta": "0.0"}, "fedgh": {"fedgh.epochs": "1", "fedgh.lr": "1.0"}}
@@ -108,7 +119,8 @@ HTFLLIB_MODELS = ("Ht", "Res34-HtC", "MLP")  # its families begin like this, and
 CNN, DNN = "cnn1", "mlp5"
 STAND_INS = {CNN: "CNN of two convolutions", DNN: "DNN of one hidden layer"}
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-EIGHT = (CNN, "googlenet", "mobilenet_v2", *RESNETS)
+WITH_BATCH_NORM = ("googlenet", "mobilenet_v2", *RESNETS)
+EIGHT = (CNN, *WITH_BATCH_NORM)
 MODELS = {
     "HtFE-img-2": (CNN, "resnet18"),
     "HtFE-img-3": ("resnet18", "resnet34"),
@@ -202,7 +214,7 @@ def translate(words: Sequence[str]) -> Translation:
     if "model_family" not in given and not htfllib:
         _models(made, "CNN")
     _follow(made, given, htfllib)
-    made.notes += DIFFERENCES.get(method, ())
+    made.notes += _differences(made.settings)
     made.notes += [
         "the split is drawn as by their data scripts with `noniid - dir`: alpha 0.1, and at least 40 samples "
         "per client; where 40 are more than half of an equal share, theirs take that half: lower "
@@ -213,6 +225,14 @@ def translate(words: Sequence[str]) -> Translation:
     ]
     config.build(made.settings)
     return made
+
+
+def _differences(settings: Mapping[str, str]) -> list[str]:
+    """Return the notes on the method itself; their shared model is the first of the family."""
+    method = settings["algorithm"]
+    shared = settings.get("model.pool", "").partition(",")[0]
+    notes = list(DIFFERENCES.get(method, ()))
+    return [*notes, RUNNING] if method in NETWORKS and shared in WITH_BATCH_NORM else notes
 
 
 def _follow(made: Translation, given: Mapping[str, str], htfllib: bool) -> None:

@@ -131,13 +131,15 @@ def test_split_is_theirs() -> None:
         ("FedProto", "unweighted; before any prototype exists theirs counts no test sample", "prototype"),
         ("FedTGP", "class means are those of the round's start; before any prototype exists", "prototype"),
         ("FedMRL", "their projection never trains; mean is over clients, unweighted", ""),
-        ("APFL", "mixing weight moves in every step", ""),
+        ("APFL", "mixing weight moves in every step; mean is by samples", ""),
+        ("FedBN", "not the BatchNorm of a ResNet's shortcuts", ""),
         ("Local", "", ""),
     ],
 )
 def test_differences_in_a_method_itself_are_named(method: str, named: str, setting: str) -> None:
     """A line for each one, and only those of the method."""
-    made, printed = settings(HTFLLIB.format(method) if method != "APFL" else "main.py -algo APFL")
+    pfllib = method in {"APFL", "FedBN"}
+    made, printed = settings(f"main.py -algo {method}" if pfllib else HTFLLIB.format(method))
     assert made.model.start == "architecture", "their clients copy one model of each architecture"
     assert getattr(made.options, "answer", "") == setting
     lines = [" ".join(line.replace("#", "").split()) for line in re.split(r"^# (?! )", printed, flags=re.M)]
@@ -146,6 +148,22 @@ def test_differences_in_a_method_itself_are_named(method: str, named: str, setti
     others = {note for name, notes in translate.DIFFERENCES.items() for note in notes}
     own = set(translate.DIFFERENCES.get(made.algorithm, ()))
     assert {note for note in others if note in lines} == own
+
+
+@pytest.mark.parametrize(
+    ("line", "averaged"),
+    [
+        ("-m ResNet18 -algo FedAvg", True),
+        ("-m HtFE-img-5 -algo FML", True),
+        ("-m HtFE-img-2 -algo FML", False),  # whose first model, the shared one, has no BatchNorm
+        ("-m ResNet18 -algo FedBN", False),  # which leaves BatchNorm with its client in both
+        ("-m HtFE-img-3 -algo FedProto", False),
+        ("-algo FedAvg", False),
+    ],
+)
+def test_running_statistics_are_named_where_a_shared_network_has_them(line: str, averaged: bool) -> None:
+    said = " ".join(settings(f"main.py {line}")[1].replace("#", "").split())
+    assert ("not BatchNorm's running statistics" in said) == averaged
 
 
 def test_translate_prints_a_runnable_command(
