@@ -15,6 +15,8 @@ from pfedmoe_mpi.report.precision import MOST, seeds_needed
 from pfedmoe_mpi.reproduce import grid
 from pfedmoe_mpi.reproduce.seeds import with_seeds
 from support import launcher
+from support.files import path_digest
+from support.mpi_job import run_module
 
 TABLE = """\
 [base]
@@ -59,6 +61,32 @@ def test_seeds_are_added_until_intervals_are_narrow(table: Path, session: launch
     narrow = session(*command, "100", cwd=table.parent, timeout=240).out
     assert "with 5 seeds" in narrow.splitlines()[-1] and "narrower" not in narrow
     assert not re.search(r"\n[1-9]\d* runs finished", narrow), "all were there already"
+
+
+def test_stopped_while_seeds_are_added_it_goes_on_as_if_it_had_not_been(
+    table: Path, session: launcher.Session
+) -> None:
+    """The first added run is stopped after one of its two rounds; the second call has another rank count."""
+    command = ("reproduce", str(table), "--rounds", "2", "--until", "0.01", "--most", "5", "--out")
+    out, whole = table.parent / "out", table.parent / "whole"
+    in_its_first_round = ("stop", "0", f"record:{4 * 2 + 1}")
+    ended = run_module("fault_injection", *in_its_first_round, *command, str(out), ranks=2)
+    assert ended.code == 75, ended.output
+    added = [path for path in out.iterdir() if not path.name.endswith(("seed3", "seed1"))]
+    assert [launcher.read_events(path)[-1]["event"] for path in added] == ["stop"]
+    again = session(*command, str(out), cwd=table.parent, timeout=240)
+    alone = session(*command, str(whole), cwd=table.parent, timeout=240)
+    assert again.code == alone.code == 0, again.err + alone.err
+    assert again.out.splitlines()[-1] == alone.out.splitlines()[-1]
+    assert "with 5 seeds" in again.out.splitlines()[-1]
+    names = sorted(path.name for path in whole.iterdir())
+    assert sorted(path.name for path in out.iterdir()) == names and len(names) == 10
+    for name in names:
+        digests = [launcher.checkpoint_digest(folder / name, 2) for folder in (out, whole)]
+        assert digests[0] == digests[1], name
+    before = path_digest(out)
+    assert session(*command, str(out), cwd=table.parent, timeout=240).code == 0
+    assert path_digest(out) == before, "all were there already"
 
 
 def test_number_of_seeds_is_the_first_that_is_enough() -> None:

@@ -15,7 +15,15 @@ from pfedmoe_mpi.checkpoint import Checkpoint
 from pfedmoe_mpi.report import fork_section, peer_section
 from pfedmoe_mpi.report.load import load_run
 from pfedmoe_mpi.run import console, fork
-from support.launcher import SMALL_RUN, Result, read_events, reproducible_rows, shared_session
+from support.launcher import (
+    SMALL_RUN,
+    Result,
+    checkpoint_digest,
+    read_events,
+    reproducible_rows,
+    shared_session,
+)
+from support.mpi_job import run_module
 
 
 def test_fork_repeats_the_run_where_no_change_has_an_effect(
@@ -61,6 +69,27 @@ def test_fork_keeps_common_parts_and_repeats_on_any_ranks_and_through_a_restart(
     event = read_events(tmp_path / "two")[0]
     assert event["fork"]["round"] == 2 and event["fork"]["settings"]["gate.weights"] == ["sample", "equal"]
     assert event["fork"]["run"] == str(run.resolve())
+
+
+def test_fork_of_a_stopped_run_that_is_stopped_itself_ends_as_one_that_nobody_stopped(
+    run_command: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
+    """Both are stopped within a round, when some clients have trained; the fork ends on one rank."""
+    flags = ("--rounds", "3", "--eval.every", "2", "--run.checkpoint_every", "1")
+    stopped, made = tmp_path / "stopped", tmp_path / "made"
+    within = ("fault_injection", "stop", "1")
+    ended = run_module(*within, "training:6", *SMALL_RUN, *flags, "--run.dir", str(stopped), ranks=2)
+    assert ended.code == 75 and read_events(stopped)[-1]["round"] == 2, ended.output
+    change = ("--at", "2", "--gate.weights", "equal", "--rounds", "5", "--run.dir")
+    ended = run_module(*within, "training:4", "fork", str(stopped), *change, str(made), ranks=2)
+    assert ended.code == 75 and read_events(made)[-1]["round"] == 3, ended.output
+    for folder, round in ((stopped, 3), (made, 4)):
+        assert list(folder.glob(f"checkpoints/round-00000{round}-partial.h5")), "some clients have trained"
+    run_command("restart", made)
+    assert read_events(made)[-1]["event"] == "finish"
+    run_command("fork", run, *change, "whole")
+    assert reproducible_rows(made) == reproducible_rows(tmp_path / "whole")
+    assert checkpoint_digest(made, 5) == checkpoint_digest(tmp_path / "whole", 5)
 
 
 def test_fork_may_change_the_method_if_parts_have_the_same_names(
