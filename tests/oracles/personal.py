@@ -1,4 +1,5 @@
-"""Rounds of methods that keep a model, or layers, of a client's own, from the papers' equations.
+"""Rounds of methods that keep a model, or layers, of a client's own, from the papers' equations; FedEM and
+pFedAFM from their abstracts and the authors' code.
 
 Only torch is used: a test passes in starting weights, cohorts and batches. Every function changes the modules
 it is given and returns one `Round` per round.
