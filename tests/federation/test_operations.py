@@ -118,9 +118,15 @@ def test_roles_that_clients_have_yet_to_prepare_are_not_guessed(small: Path) -> 
 
 
 IMAGES = (3, 32, 32)
-ARCHITECTURES = [
-    *[(name, IMAGES, 0) for name in ("cnn1", "resnet18", "mobilenet_v3_small")],
-    *[(name, IMAGES, 0) for name in ("vit_b_16", "swin_t", "timm:vit_tiny_patch16_224")],
+ARCHITECTURES = [  # one of every family
+    *[(name, IMAGES, 0) for name in ("cnn1", "mnist5", "resnet18", "resnext50_32x4d", "mobilenet_v3_small")],
+    *[(name, IMAGES, 0) for name in ("vgg11", "squeezenet1_1", "googlenet", "densenet121", "convnext_tiny")],
+    *[
+        (name, IMAGES, 0)
+        for name in ("mnasnet0_5", "shufflenet_v2_x0_5", "regnet_y_400mf", "efficientnet_b0")
+    ],
+    *[(name, IMAGES, 0) for name in ("vit_b_16", "swin_t", "swin_v2_t", "timm:vit_tiny_patch16_224")],
+    *[("alexnet", (3, 64, 64), 0), ("inception_v3", (3, 96, 96), 0), ("maxvit_t", (3, 224, 224), 0)],
     ("mlp1", (12,), 0),
     *[(name, (9,), 30) for name in ("fasttext", "lstm", "gru", "transformer")],
 ]
