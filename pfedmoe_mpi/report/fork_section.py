@@ -13,7 +13,16 @@ from pfedmoe_mpi.report.labels import training_changes
 from pfedmoe_mpi.report.load import Run
 from pfedmoe_mpi.report.periods import forked_after, is_trunk
 from pfedmoe_mpi.report.run_figures import per_cent, rounds_axis
-from pfedmoe_mpi.report.tables import Column, Table, difference, number, word
+from pfedmoe_mpi.report.tables import (
+    Column,
+    Table,
+    client_cells,
+    client_columns,
+    difference,
+    number,
+    percent,
+    word,
+)
 
 Pair = tuple[Run, Run, int]  # a run, its fork, and the last round that they have in common
 
@@ -34,19 +43,18 @@ def differences(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     The latter is (R, N) by client, NaN where a client was not measured or has not trained.
     """
     run, branch, at = pair
-    measured = [
-        {
-            row["round"]: row["clients"]["accuracy"]
-            for row in each.history
-            if row["accuracy"]["mean"] is not None
-        }
-        for each in (run, branch)
-    ]
+    measured = _measured(run), _measured(branch)
     rounds = [n for n in sorted(measured[0].keys() & measured[1].keys()) if n >= at]
     table = np.array([np.array(measured[1][n], float) - np.array(measured[0][n], float) for n in rounds])
     for row, n in zip(table, rounds, strict=True):
         row[sorted(run.absent_clients(n))] = np.nan
     return np.array(rounds), table.reshape(len(rounds), -1)
+
+
+def _measured(run: Run) -> dict[int, Sequence[float | None]]:
+    """Return the clients' accuracy by round, of the measured ones."""
+    rows = [row for row in run.history if row["accuracy"]["mean"] is not None]
+    return {row["round"]: row["clients"]["accuracy"] for row in rows}
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
@@ -55,7 +63,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     if not found:
         return []
     figures = [_figure(pair, n if len(found) > 1 else 0) for n, pair in enumerate(found, 1)]
-    return [Section("Forks", [_table(found)], figures)]
+    return [Section("Forks", [_table(found), _clients(found)], figures)]
 
 
 def _table(found: Sequence[Pair]) -> Table:
@@ -78,6 +86,25 @@ def _table(found: Sequence[Pair]) -> Table:
         "run and fork share every random number; one pair is one seed, so this is not a test",
     ]
     return Table("forks", "Forks, client by client", [*columns, *map(Column, titles)], rows, notes)
+
+
+def _clients(found: Sequence[Pair]) -> Table:
+    """Return every client's accuracy in run and fork, from the largest loss to the largest gain."""
+    names = found[0][0].client_names
+    if any(run.client_names != names for run, _, _ in found):
+        names = ()
+    told = [Column("fork", words=True), *client_columns(names)]
+    rows = []
+    for run, branch, at in found:
+        rounds, table = differences((run, branch, at))
+        before, after = (_measured(each)[int(rounds[-1])] for each in (run, branch))
+        last = {client: float(value) for client, value in enumerate(table[-1]) if not np.isnan(value)}
+        for client in sorted(last, key=last.__getitem__):
+            values = percent(before[client]), percent(after[client]), difference(last[client])
+            rows.append([word(branch.path.name), *client_cells(client, names), *values])
+    columns = [*told, *map(Column, ("run, %", "fork, %", "difference, points"))]
+    title = "Every client in the last round that run and fork both measured, largest loss first"
+    return Table("fork_clients", title, columns, rows, open=False, searched=len(told))
 
 
 def _changed(run: Run, branch: Run, at: int) -> str:

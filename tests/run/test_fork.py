@@ -143,6 +143,14 @@ def test_report_pairs_run_and_fork_by_client(
     assert rounds.tolist() == [2, 3] and (table[0] == 0).all()
     last = [np.array(each.history[2]["clients"]["accuracy"]) for each in runs[:2]]
     np.testing.assert_array_equal(table[1], last[1] - last[0])
+    lost = fork_section.sections(runs)[0].tables[1]
+    ends = {name: [row[1:] for row in lost.rows if row[0].text == name] for name in ("a", "b")}
+    assert sorted(int(client.text) for client, *_ in ends["a"]) == [0, 1, 2, 3] and len(ends["b"]) == 4
+    for client, before, after, change in ends["a"]:
+        at = int(client.text)
+        assert (before.values, after.values) == ((last[0][at],), (last[1][at],))
+        assert change.values == (last[1][at] - last[0][at],)
+    assert [row[-1].values for row in ends["a"]] == sorted(row[-1].values for row in ends["a"])
     text = run_command("report", "run", "a", "--text").out
     assert "gate.weights sample → equal" in text.partition("Forks, client by client")[2]
     assert "Forks" not in run_command("report", "a", "b", "--text").out
