@@ -132,7 +132,7 @@ def test_report_pairs_run_and_fork_by_client(
     run_command: Callable[..., Result], run: Path, tmp_path: Path
 ) -> None:
     """Two forks of one round are each paired with the run, not with each other."""
-    for name, change in (("a", ("--gate.weights", "equal")), ("b", ("--train.lr", "0.1"))):
+    for name, change in (("a", ("--gate.weights", "equal")), ("b", ("--train.lr", "0.5"))):
         run_command("fork", run, "--at", "2", *change, "--run.dir", name)
     runs = [load_run(path) for path in (run, tmp_path / "a", tmp_path / "b")]
     assert [(of.path.name, fork.path.name, at) for of, fork, at in fork_section.pairs(runs)] == [
@@ -143,14 +143,12 @@ def test_report_pairs_run_and_fork_by_client(
     assert rounds.tolist() == [2, 3] and (table[0] == 0).all()
     last = [np.array(each.history[2]["clients"]["accuracy"]) for each in runs[:2]]
     np.testing.assert_array_equal(table[1], last[1] - last[0])
-    lost = fork_section.sections(runs)[0].tables[1]
-    ends = {name: [row[1:] for row in lost.rows if row[0].text == name] for name in ("a", "b")}
-    assert sorted(int(client.text) for client, *_ in ends["a"]) == [0, 1, 2, 3] and len(ends["b"]) == 4
-    for client, before, after, change in ends["a"]:
-        at = int(client.text)
-        assert (before.values, after.values) == ((last[0][at],), (last[1][at],))
-        assert change.values == (last[1][at] - last[0][at],)
-    assert [row[-1].values for row in ends["a"]] == sorted(row[-1].values for row in ends["a"])
+    listed = fork_section.sections(runs)[0].tables[1].rows
+    ours, theirs = (np.array(runs[n].history[2]["clients"]["accuracy"]) for n in (0, 2))
+    of_b = [[cell.values[0] for cell in row[1:]] for row in listed if row[0].text == "b"]
+    assert sorted(of_b) == [[k, ours[k], theirs[k], theirs[k] - ours[k]] for k in range(4)]
+    changes = [change for *_, change in of_b]
+    assert changes == sorted(changes) and changes != [0.0] * 4 and len(listed) == 8
     text = run_command("report", "run", "a", "--text").out
     assert "gate.weights sample → equal" in text.partition("Forks, client by client")[2]
     assert "Forks" not in run_command("report", "a", "b", "--text").out
